@@ -1,0 +1,67 @@
+# make demo        quantize the bundled model, compare, plot      (about 5 minutes after installation)
+# make test        lint, types, formats, all tests               (needs no GPU)
+#
+#   TORCH=2.11.0       another torch version than the pinned one
+#   ENV=active         use the Python environment that is active, with the torch it has, instead of a .venv of our own
+#   PYTHON=python3.12  the interpreter to build the .venv from
+#   QKERNELS_CUDA=0    leave the CUDA kernels out even where nvcc is installed
+
+TORCH ?= 2.13.0
+ENV ?= .venv
+PYTHON ?= python3
+JOBS ?= 2
+
+ifeq ($(ENV),active)
+  PY := $(PYTHON)
+  READY := build/active.stamp
+else
+  PY := $(CURDIR)/$(ENV)/bin/python
+  READY := $(ENV)/ready-$(TORCH).stamp
+endif
+
+# The demo builds for the GPU that is present; without one the CPU kernels are enough.
+demo: export QKERNELS_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
+
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+EXTENSION := build/extension.stamp
+
+.PHONY: help demo test lint format clean
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
+
+demo: $(EXTENSION)
+	$(PY) examples/demo.py --out demo
+
+test: lint $(EXTENSION)
+	$(PY) -m pytest -n $(JOBS) -q
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m clang_format --dry-run --Werror $(filter-out setup.py,$(SOURCES))
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m clang_format -i $(filter-out setup.py,$(SOURCES))
+
+# torch first and alone: whatever needs torch later finds this one and asks for no other.
+$(ENV)/ready-$(TORCH).stamp: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(ENV)
+	$(PY) -m pip install --quiet --progress-bar off --upgrade pip
+	$(PY) -m pip install --progress-bar off "torch==$(TORCH)" "setuptools>=77" wheel ninja numpy
+	QKERNELS_NO_EXTENSION=1 $(PY) -m pip install --progress-bar off --no-build-isolation -e ".[dev]"
+	touch $@
+
+build/active.stamp: pyproject.toml
+	$(PY) -c "import torch" || { echo "ENV=active needs an environment with torch; activate one, or leave ENV out"; exit 1; }
+	mkdir -p build && touch $@
+
+# Rebuilt only when a source changes; ninja compiles what is stale.
+$(EXTENSION): $(READY) $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
+
+clean:
+	rm -rf build .venv demo dist *.egg-info qkernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,257 @@
+"""`QuantTensor`: the canonical form of a quantized weight, and the only definition of what it means.
+
+Formats read files into it, quantizers make it from float weights, layouts pack it for a kernel. Every kernel is tested
+against `QuantTensor.dequantize()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, TensorError
+from .scheme import CODEBOOKS, QuantScheme
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantTensor:
+    """A quantized `[N, K]` weight (leading dimensions are experts), unpacked: one byte a code.
+
+    Shapes: N out_features, K in_features, G = ceil(K / group_size) groups.
+
+    Args:
+        codes: uint8 `[..., N, K]`, each 0 … 2^bits - 1.
+        scales: fp16, bf16 or fp32 `[..., N, G]`, finite; may be 0 or negative. The dtype is that of the source, so that a
+            file round-trips; arithmetic is fp32.
+        zeros: None, or `[..., N, G]`: uint8 **true** zero points for `zeros="int"`, floating for "float" and "offset".
+        group_index: None where column k is in group k // group_size; else int32 `[K]` (act-order). Groups 0 … G - 2 have
+            exactly group_size members, the last has the rest.
+        scheme: what the codes mean.
+
+    Raises:
+        TensorError: naming the field, what was expected and what came.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group_index: Tensor | None
+    scheme: QuantScheme
+
+    def __post_init__(self) -> None:
+        _check_shapes(self)
+        if self.codes.device.type != "meta":
+            _check_values(self)
+
+    @property
+    def N(self) -> int:
+        """out_features"""
+        return self.codes.shape[-2]
+
+    @property
+    def K(self) -> int:
+        """in_features"""
+        return self.codes.shape[-1]
+
+    @property
+    def G(self) -> int:
+        """Groups along K."""
+        return self.scales.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the information held: codes at their true width, scales, zero points (integer ones at `bits` wide) and
+        the group index. Not the bytes of this unpacked form."""
+        bits = self.codes.numel() * self.scheme.bits + self.scales.numel() * self.scales.element_size() * 8
+        if self.zeros is not None:
+            bits += self.zeros.numel() * (
+                self.scheme.bits if self.scheme.zeros == "int" else self.zeros.element_size() * 8
+            )
+        if self.group_index is not None:
+            bits += self.group_index.numel() * 32
+        return -(-bits // 8)
+
+    def column_groups(self) -> Tensor:
+        """int64 `[K]`: the group of each column, natural or not."""
+        if self.group_index is not None:
+            return self.group_index.long()
+        return natural_group_index(self.K, self.scheme, self.device).long()
+
+    def k_order(self) -> Tensor | None:
+        """int32 `[K]`: the columns sorted by group (stable), or None where they already are. Kernels store columns in this
+        order and read x through it."""
+        if self.group_index is None:
+            return None
+        return torch.argsort(self.group_index, stable=True).int()
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[..., N, K]`: `(codes - zeros) * scales`, in fp32, then rounded once to `dtype`.
+
+        A symmetric scheme has its zero at 2^(bits-1); "offset" means `codes * scales + zeros`; a codebook means
+        `codebook[codes] * scales`.
+        """
+        groups = self.column_groups()
+        scales = self.scales.float()[..., groups]
+        if self.scheme.codebook is not None:
+            table = torch.tensor(CODEBOOKS[self.scheme.codebook], dtype=torch.float32, device=self.device)
+            return (table[self.codes.long()] * scales).to(dtype)
+        codes = self.codes.float()
+        if self.zeros is None:
+            return ((codes - self.scheme.mid_code) * scales).to(dtype)
+        zeros = self.zeros.float()[..., groups]
+        if self.scheme.zeros == "offset":
+            return (codes * scales + zeros).to(dtype)
+        return ((codes - zeros) * scales).to(dtype)
+
+    def to(self, device: torch.device | str) -> QuantTensor:
+        """The same tensor on another device; dtypes stay."""
+        moved = [t if t is None else t.to(device) for t in (self.codes, self.scales, self.zeros, self.group_index)]
+        codes, scales, zeros, group_index = moved
+        assert codes is not None and scales is not None
+        return QuantTensor(codes, scales, zeros, group_index, self.scheme)
+
+    def shard(self, dim: Literal["N", "K"], rank: int, world: int) -> QuantTensor:
+        """Part `rank` of `world` for tensor parallelism: rows ("N", column-parallel layers) or columns ("K").
+
+        Per-channel and per-tensor scales are repeated in every part, which keeps each part exact.
+
+        Raises:
+            ArgumentError: the cut is not even, would split a group, or the columns are in act-order ("K" only).
+        """
+        if dim not in ("N", "K"):
+            raise ArgumentError(f'dim must be "N" (out_features) or "K" (in_features), got {dim!r}')
+        if not (isinstance(world, int) and world > 0 and isinstance(rank, int) and 0 <= rank < world):
+            raise ArgumentError(f"rank must be in 0 … world - 1 with world > 0, got rank={rank!r}, world={world!r}")
+        size = self.N if dim == "N" else self.K
+        if size % world:
+            raise ArgumentError(
+                f"{dim}={size} does not divide into {world} equal parts; pad the layer or choose another world"
+            )
+        part = slice(rank * (size // world), (rank + 1) * (size // world))
+        if dim == "N":
+            zeros = None if self.zeros is None else self.zeros[..., part, :]
+            return QuantTensor(
+                self.codes[..., part, :], self.scales[..., part, :], zeros, self.group_index, self.scheme
+            )
+        if self.group_index is not None:
+            raise ArgumentError(
+                "cannot cut K of an act-order weight: its groups are spread over all columns; cut N instead"
+            )
+        if not isinstance(self.scheme.group_size, int):
+            return QuantTensor(self.codes[..., part], self.scales, self.zeros, None, self.scheme)
+        group = self.scheme.group_size
+        if (size // world) % group and world > 1:
+            raise ArgumentError(
+                f"a shard of K={size} over {world} ranks has {size // world} columns and would cut a group of {group}; "
+                f"use a group_size that divides {size // world}, or fewer ranks"
+            )
+        first, last = part.start // group, -(-part.stop // group)
+        zeros = None if self.zeros is None else self.zeros[..., first:last]
+        return QuantTensor(self.codes[..., part], self.scales[..., first:last], zeros, None, self.scheme)
+
+
+def group_index_of(k_order: Tensor | None, in_features: int, scheme: QuantScheme) -> Tensor | None:
+    """The int32 `[K]` group index whose columns, sorted by group, come in `k_order` (the inverse of `QuantTensor.k_order`)."""
+    if k_order is None:
+        return None
+    group_index = torch.empty_like(k_order)
+    group_index[k_order.long()] = natural_group_index(in_features, scheme, k_order.device)
+    return group_index
+
+
+def natural_group_index(in_features: int, scheme: QuantScheme, device: torch.device | str = "cpu") -> Tensor:
+    """int32 `[K]`: k // group_size."""
+    return torch.arange(in_features, device=device, dtype=torch.int32) // scheme.group_length(in_features)
+
+
+def validated_group_index(
+    group_index: Tensor, in_features: int, scheme: QuantScheme, name: str = "group_index"
+) -> Tensor | None:
+    """Check a group index that came from outside; returns it as int32, or None where it is the natural one.
+
+    Raises:
+        TensorError: wrong dtype or shape, an entry outside 0 … G - 1, or a group with the wrong number of members.
+    """
+    groups = scheme.num_groups(in_features)
+    if group_index.dtype not in (torch.int32, torch.int64) or tuple(group_index.shape) != (in_features,):
+        raise TensorError(
+            f"{name} must be int32 [K] = [{in_features}], got {_name(group_index.dtype)} {list(group_index.shape)}"
+        )
+    if in_features == 0:
+        return None
+    low, high = int(group_index.min()), int(group_index.max())
+    if low < 0 or high >= groups:
+        raise TensorError(f"{name} must lie in 0 … {groups - 1} (G={groups}), got {low if low < 0 else high}")
+    length = scheme.group_length(in_features)
+    counts = torch.bincount(group_index.long(), minlength=groups)
+    expected = torch.full_like(counts, length)
+    expected[-1] = in_features - length * (groups - 1)
+    wrong = (counts != expected).nonzero().flatten()
+    if len(wrong):
+        g = int(wrong[0])
+        raise TensorError(f"{name} gives group {g} {int(counts[g])} members, expected {int(expected[g])}")
+    natural = natural_group_index(in_features, scheme, group_index.device)
+    return None if torch.equal(group_index.int(), natural) else group_index.int()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_shapes(qt: QuantTensor) -> None:
+    codes, scheme = qt.codes, qt.scheme
+    if codes.dtype != torch.uint8 or codes.dim() < 2:
+        raise TensorError(f"codes must be uint8 [..., N, K], got {_name(codes.dtype)} {list(codes.shape)}")
+    N, K = codes.shape[-2:]
+    shape = [*codes.shape[:-1], scheme.num_groups(K)]
+    if qt.scales.dtype not in FLOAT_DTYPES or list(qt.scales.shape) != shape:
+        raise TensorError(
+            f"scales must be float16, bfloat16 or float32 [..., N, G] = {shape} for {scheme} and K={K}, "
+            f"got {_name(qt.scales.dtype)} {list(qt.scales.shape)}"
+        )
+    if (qt.zeros is None) != (scheme.zeros == "none"):
+        raise TensorError(
+            f"zeros must {'be None' if scheme.symmetric else 'be given'} for {scheme}, got {_describe(qt.zeros)}"
+        )
+    if qt.zeros is not None:
+        wanted = (torch.uint8,) if scheme.zeros == "int" else FLOAT_DTYPES
+        if qt.zeros.dtype not in wanted or list(qt.zeros.shape) != shape:
+            raise TensorError(
+                f"zeros must be {' or '.join(map(_name, wanted))} [..., N, G] = {shape} for {scheme}, got {_describe(qt.zeros)}"
+            )
+    if qt.group_index is not None and (qt.group_index.dtype != torch.int32 or list(qt.group_index.shape) != [K]):
+        raise TensorError(f"group_index must be int32 [K] = [{K}], got {_describe(qt.group_index)}")
+    devices = {t.device for t in (codes, qt.scales, qt.zeros, qt.group_index) if t is not None}
+    if len(devices) > 1:
+        raise TensorError(
+            f"codes, scales, zeros and group_index must be on one device, got {sorted(map(str, devices))}"
+        )
+
+
+def _check_values(qt: QuantTensor) -> None:
+    scheme = qt.scheme
+    for name, values in (("codes", qt.codes), ("zeros", qt.zeros if scheme.zeros == "int" else None)):
+        if values is not None and scheme.bits < 8 and values.numel() and int(values.max()) > scheme.max_code:
+            raise TensorError(f"{name} must be 0 … {scheme.max_code} for {scheme}, got {int(values.max())}")
+    for name, values in (("scales", qt.scales), ("zeros", None if scheme.zeros == "int" else qt.zeros)):
+        if values is not None and not bool(torch.isfinite(values).all()):
+            raise TensorError(
+                f"{name} must be finite, got {int((~torch.isfinite(values)).sum())} NaN or infinite entries"
+            )
+    if scheme.group_size == "tensor" and qt.scales.numel() and bool((qt.scales != qt.scales[..., :1, :1]).any()):
+        raise TensorError(f"scales of {scheme} must all be equal: one scale for the whole matrix")
+    if qt.group_index is not None:
+        validated_group_index(qt.group_index, qt.K, scheme)
+
+
+def _describe(t: Tensor | None) -> str:
+    return "None" if t is None else f"{_name(t.dtype)} {list(t.shape)}"

@@ -1,0 +1,84 @@
+"""Builds qkernels/_C.abi3.so: the CPU kernels, and the CUDA ones where there is a CUDA toolkit. Metadata: pyproject.toml.
+
+    pip install . --no-build-isolation          python setup.py build_ext --inplace
+
+One binary on torch's stable ABI for torch 2.10 and later, with no Python symbol in it. Environment:
+    QKERNELS_CUDA=0           leave the CUDA kernels out
+    QKERNELS_NO_EXTENSION=1   install the Python part alone
+    TORCH_CUDA_ARCH_LIST      GPU architectures; the default is all that are supported
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).resolve().parent
+# torch 2.10: without it the binary asks for the torch that it was built with
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0a;12.0+PTX"
+
+
+def find_cuda_home() -> Path | None:
+    """The directory with bin/nvcc and the CUDA headers. torch's own search takes the parent of whatever nvcc is in PATH, and a
+    wrapper script there leads it astray."""
+    from torch.utils import cpp_extension
+
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), cpp_extension.CUDA_HOME, "/usr/local/cuda"]
+    for home in (Path(place) for place in places if place):
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def cpu_sources() -> list[str]:
+    """Instruction sets choose their own targets (csrc/cpu/target.h); elsewhere than on x86 there is the scalar code alone."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    names = ["dispatch", "gemm", "scalar", *(["avx2", "avx512", "avx512_bf16"] if x86 else [])]
+    return ["csrc/torch_bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
+
+
+def extension():  # type: ignore[no-untyped-def]
+    """The one extension, and the command that builds it with ninja."""
+    from torch.utils import cpp_extension
+
+    # The two warnings that are off come from torch's headers and from gcc 12's own intrinsics.
+    warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
+    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *warnings, *DEFINES]
+    nvcc = ["-O3", "-std=c++17", *DEFINES]
+    options: dict[str, list[str]] = {"include_dirs": [str(HERE / "csrc")], "libraries": [], "library_dirs": []}
+    sources = cpu_sources()
+    cuda_sources = sorted(str(p.relative_to(HERE)) for p in HERE.glob("csrc/cuda/*") if p.suffix in (".cu", ".cpp"))
+    home = find_cuda_home() if cuda_sources and os.environ.get("QKERNELS_CUDA") != "0" else None
+    if home is not None:
+        cpp_extension.CUDA_HOME = str(home)  # None on a CPU-only torch, even with CUDA_HOME in the environment
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)  # unset and no GPU: torch raises IndexError
+        sources += cuda_sources
+        cxx.append("-DQKERNELS_CUDA")
+        options["include_dirs"].append(str(home / "include"))
+        options["library_dirs"].append(str(home / "lib64"))
+        options["libraries"] += ["cudart_static", "rt", "dl", "pthread"]
+    # CppExtension even with CUDA: CUDAExtension asks for the CUDA libraries of torch, which a CPU-only torch lacks.
+    module = cpp_extension.CppExtension(
+        "qkernels._C",
+        sources,
+        py_limited_api=True,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
+        **options,
+    )
+    return module, cpp_extension.BuildExtension.with_options(use_ninja=True)
+
+
+if os.environ.get("QKERNELS_NO_EXTENSION") == "1":
+    setup()
+else:
+    module, build_ext = extension()
+    setup(
+        ext_modules=[module],
+        cmdclass={"build_ext": build_ext},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -1,0 +1,50 @@
+"""Shared by all tests: one torch thread per worker, GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+WORDS = "the cat sat on a mat and looked at the moon while rain fell over the quiet little town by the sea".split()
+
+
+@pytest.fixture(scope="session")
+def sample_text() -> str:
+    """A few thousand tokens of words in a fixed, irregular order."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randint(len(WORDS), (4000,), generator=generator).tolist()
+    return " ".join(WORDS[i] for i in order)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    """A complete checkpoint directory: an untrained Llama of 2 layers (GQA, tied embeddings, bf16) with a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator([sample_text], trainers.WordLevelTrainer(special_tokens=["<unk>", "</s>"]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return directory
