@@ -1,0 +1,101 @@
+// AVX-512 with AVX512_BF16: bf16 activations are multiplied as they are, two columns an instruction; code - zero is
+// exact in bf16 (at most 255 in magnitude), so that nothing is rounded before the fp32 sum. fp32 and fp16 activations
+// keep fp32 products.
+//
+// vdpbf16ps reads subnormal bf16 values (below 2^-126) as 0 and flushes such sums to 0, whatever MXCSR says.
+#include <cstdint>
+#include <cstring>
+
+#include "target.h"
+QK_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+
+#include "avx512_vectors.h"
+#include "kernels.h"
+
+namespace qkernels::cpu {
+namespace {
+
+struct Avx512Bf16 : Avx512Sums {
+  using X = uint16_t;
+  using Weight = __m512i;  // per row a pair of bf16, the lower column in the low word
+  using Input = __m512i;
+  static constexpr int kStep = 2;
+  static QK_INLINE Input broadcast(const X* x) {
+    int pair;
+    std::memcpy(&pair, x, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static QK_INLINE Sum multiply_add(Sum sum, Weight w, Input x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+  }
+  static QK_INLINE Weight load_weight(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static QK_INLINE void store_weight(uint8_t* p, Weight w) { _mm512_storeu_si512(p, w); }
+};
+
+// vpermw looks up 32 bf16 values by the low 5 bits of each word.
+template <class Value>
+QK_INLINE __m512i bf16_table(Value value) {
+  alignas(64) uint16_t values[32];
+  for (int i = 0; i < 32; ++i) values[i] = to_bf16(static_cast<float>(value(i)));
+  return _mm512_load_si512(values);
+}
+
+// The fifth bit of an index belongs to the neighbouring code: entries 16 ... 31 repeat the first 16, and no mask is
+// needed.
+struct SymmetricPairs : RawNibbles {
+  struct Zero {};
+  __m512i table;
+  struct Value {
+    int mid;
+    int operator()(int i) const { return (i & 15) - mid; }
+  };
+  explicit SymmetricPairs(const Problem& p) : table(bf16_table(Value{1 << (p.bits - 1)})) {}
+  QK_INLINE Zero zero(int64_t) const { return {}; }
+  QK_INLINE __m512i value(Raw raw, int s, Zero) const { return _mm512_permutexvar_epi16(shifted(raw, 4 * s), table); }
+};
+
+// code + 16 - zero is 1 ... 31: an index, whose entry is code - zero.
+struct PairsWithZeros : RawNibbles {
+  using Zero = __m512i;
+  const Problem& p;
+  __m512i table;
+  struct Value {
+    int operator()(int i) const { return i - 16; }
+  };
+  explicit PairsWithZeros(const Problem& problem) : p(problem), table(bf16_table(Value{})) {}
+  QK_INLINE Zero zero(int64_t at) const {
+    const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(p.zeros) + at);
+    const __m512i zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes));
+    const __m512i both = _mm512_or_si512(zeros, _mm512_slli_epi32(zeros, 16));
+    return _mm512_sub_epi16(_mm512_set1_epi16(16), both);
+  }
+  QK_INLINE __m512i value(Raw raw, int s, Zero zero) const {
+    const __m512i code = _mm512_and_si512(shifted(raw, 4 * s), _mm512_set1_epi16(15));
+    return _mm512_permutexvar_epi16(_mm512_add_epi16(code, zero), table);
+  }
+};
+
+// An integer of at most 255 fills the top half of an fp32: two such halves are the pair.
+struct BytePairs : RawBytes, FloatZeros {
+  using FloatZeros::FloatZeros;
+  QK_INLINE __m512i value(const Raw& raw, int s, Zero zero) const {
+    const __m512i quad = raw.quad[s >> 1];
+    const int shift = 8 * (s & 1);
+    const __m512i low = _mm512_castps_si512(byte_value(quad, shift, zero));
+    const __m512i high = _mm512_castps_si512(byte_value(quad, 16 + shift, zero));
+    return _mm512_or_si512(shifted(low, 16), high);
+  }
+};
+
+void multiply_by_type(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  constexpr auto multiply_bf16 = multiply<Avx512Bf16, SymmetricPairs, PairsWithZeros, BytePairs>;
+  (p.x_type == Type::kBFloat16 ? multiply_bf16 : multiply_fp32)(p, tile, tiles, m0, m1);
+}
+
+}  // namespace
+
+const Kernels kAvx512Bf16 = {"avx512_bf16", Type::kBFloat16, stage<uint16_t>, multiply_by_type};
+
+}  // namespace qkernels::cpu
+
+QK_TARGET_END

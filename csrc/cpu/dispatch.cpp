@@ -1,0 +1,95 @@
+// Which instruction set the CPU kernels use. Decided once, by what the CPU and the operating system support.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "kernels.h"
+
+namespace qkernels::cpu {
+namespace {
+
+struct Row {
+  const Kernels* kernels;
+  bool supported;
+};
+
+struct Table {
+  Row rows[4];
+  int size = 0;
+  std::string names;  // of the supported rows
+
+  void add(const Kernels& kernels, bool supported) {
+    rows[size++] = {&kernels, supported};
+    if (supported) names.append(names.empty() ? "" : " ").append(kernels.name);
+  }
+
+  Table() {
+    add(kScalar, true);
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    add(kAvx2, avx2);
+    add(kAvx512, avx512);
+    add(kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16"));
+#endif
+  }
+};
+
+const Table& table() {
+  static const Table value;
+  return value;
+}
+
+std::string wrong_name(const char* source, const char* name) {
+  return std::string(source) + " must be one of \"" + table().names + "\" on this CPU, got \"" + name + "\"";
+}
+
+const Kernels* find(const char* name) {
+  for (int i = 0; i < table().size; ++i) {
+    if (table().rows[i].supported && std::strcmp(table().rows[i].kernels->name, name) == 0)
+      return table().rows[i].kernels;
+  }
+  return nullptr;
+}
+
+struct FirstChoice {
+  const Kernels* kernels = nullptr;
+  std::string error;
+
+  FirstChoice() {
+    const char* wanted = std::getenv("QKERNELS_ISA");
+    if (wanted != nullptr && *wanted != '\0') {
+      kernels = find(wanted);
+      if (kernels == nullptr) error = wrong_name("QKERNELS_ISA", wanted) + "; unset it for the best one";
+      return;
+    }
+    for (int i = 0; i < table().size; ++i) {
+      if (table().rows[i].supported) kernels = table().rows[i].kernels;
+    }
+  }
+};
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+Choice current() {
+  if (const Kernels* kernels = chosen.load(std::memory_order_acquire)) return {kernels, nullptr};
+  static const FirstChoice first;
+  return {first.kernels, first.kernels == nullptr ? first.error.c_str() : nullptr};
+}
+
+const char* available() { return table().names.c_str(); }
+
+const char* choose(const char* isa) {
+  static thread_local std::string error;
+  const Kernels* kernels = find(isa);
+  if (kernels == nullptr) return (error = wrong_name("the instruction set", isa)).c_str();
+  chosen.store(kernels, std::memory_order_release);
+  return nullptr;
+}
+
+}  // namespace qkernels::cpu

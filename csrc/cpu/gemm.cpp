@@ -1,0 +1,98 @@
+// What all instruction sets share: staging of x, the split into units of work, and their distribution over threads.
+#include <algorithm>
+#include <atomic>
+
+#include "kernels.h"
+
+namespace qkernels::cpu {
+namespace {
+
+Type operand_type(const Problem& p, const Kernels& kernels) {
+  return p.x_type == Type::kBFloat16 ? kernels.bf16_operand : Type::kFloat;
+}
+
+// x is read in place where there are few rows and they already are what a kernel wants.
+bool copies_x(const Problem& p, const Kernels& kernels) {
+  return p.M > kPairRows || p.k_order != nullptr || p.K != p.K_pad || p.x_column_stride != 1 ||
+         p.x_type != operand_type(p, kernels);
+}
+
+// Columns of a block of the copy. A run must not cross blocks: they are kRun wide where groups start at multiples of
+// kRun or divide it, else as wide as a group.
+int64_t block_width(const Problem& p) {
+  return p.G == 1 || p.group % kRun == 0 || kRun % p.group == 0 ? kRun : p.group;
+}
+
+bool wants_sums(const Problem& p) { return p.zero_type != Type::kNone && p.zero_type != Type::kUInt8; }
+
+int64_t staged_bytes(const Problem& p, const Kernels& kernels) {
+  if (!copies_x(p, kernels)) return 0;
+  const int64_t blocks = (p.K_pad + block_width(p) - 1) / block_width(p);
+  return blocks * p.M * block_width(p) * (operand_type(p, kernels) == Type::kFloat ? 4 : 2);
+}
+
+struct Work {
+  const Problem& p;
+  const Kernels& kernels;
+  int64_t tiles_per_unit, tile_units, rows_per_block, units;
+  std::atomic<int64_t> next{0};
+
+  Work(const Problem& problem, const Kernels& k) : p(problem), kernels(k) {
+    // A unit is two tiles with all rows, or one tile with a block of rows. Blocks have equal sizes, a multiple of 8
+    // rows where there are several: 65 rows are 40 + 25, not 64 + 1.
+    const int64_t blocks = (p.M + kBlockRows - 1) / kBlockRows;
+    tiles_per_unit = p.M <= kPairRows ? 2 : 1;
+    tile_units = (tiles_of(p) + tiles_per_unit - 1) / tiles_per_unit;
+    rows_per_block = blocks == 1 ? p.M : ((p.M + blocks - 1) / blocks + 7) / 8 * 8;
+    units = tile_units * ((p.M + rows_per_block - 1) / rows_per_block);
+  }
+};
+
+void stage_rows(void* context, int64_t m0, int64_t m1) {
+  const Work& work = *static_cast<Work*>(context);
+  work.kernels.stage(work.p, m0, m1);
+}
+
+// One worker. Units come from a counter, not from a fixed split: cores may be busy with something else, or differ in
+// speed. Blocks of rows are outermost, so that a block of x stays in L2 while the weights stream past it.
+void multiply_units(void* context, int64_t begin, int64_t end) {
+  Work& work = *static_cast<Work*>(context);
+  const Problem& p = work.p;
+  if (begin >= end) return;
+  for (int64_t unit; (unit = work.next.fetch_add(1, std::memory_order_relaxed)) < work.units;) {
+    const int64_t tile = unit % work.tile_units * work.tiles_per_unit;
+    const int64_t m0 = unit / work.tile_units * work.rows_per_block;
+    const int tiles = static_cast<int>(std::min(work.tiles_per_unit, tiles_of(p) - tile));
+    work.kernels.multiply(p, tile, tiles, m0, std::min(p.M, m0 + work.rows_per_block));
+  }
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const Problem& p, const Kernels& kernels) {
+  return staged_bytes(p, kernels) + (wants_sums(p) ? p.M * p.G * 4 : 0);
+}
+
+void gemm(Problem p, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for) {
+  if (p.M == 0 || p.N == 0) return;
+  const bool copies = copies_x(p, kernels), sums = wants_sums(p);
+  if (copies) {
+    p.staged = {workspace, block_width(p), p.M * block_width(p), block_width(p)};
+  } else {
+    p.staged = {p.x, p.K_pad + 1, 0, p.x_row_stride};
+  }
+  p.sums = sums ? reinterpret_cast<float*>(static_cast<char*>(workspace) + staged_bytes(p, kernels)) : nullptr;
+
+  Work work(p, kernels);
+  if (copies || sums) {
+    // Waking the other threads costs some 5 us, about as long as one core takes for 16 K elements.
+    if (p.M == 1 || p.M * p.K < 16384) {
+      kernels.stage(p, 0, p.M);
+    } else {
+      parallel_for(p.M, &work, stage_rows);
+    }
+  }
+  parallel_for(std::min(threads, work.units), &work, multiply_units);
+}
+
+}  // namespace qkernels::cpu

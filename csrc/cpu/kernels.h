@@ -1,0 +1,112 @@
+// The CPU kernels' byte contract, what one call looks like to them, and the table that each instruction set fills in.
+//
+// No torch header here or in any file that includes this one: the kernels can be built and run alone (tests/ops does,
+// under the address sanitizer), and nothing inline that was compiled for AVX-512 can end up being called on an older
+// CPU.
+//
+// Layout cpu_tile_a16 (qkernels/layouts/cpu_tile_a16.py packs it):
+//   qweight [tiles][K_pad / 8 octets][...]   32 rows a tile, K_pad = K rounded up to 8, columns in k_order
+//     4 bit, an octet is 128 bytes: one 32-bit little-endian lane a row, code k of the octet in bits
+//       16 * (k & 1) + 4 * (k >> 1) ...      so that lane >> 4 p has the pair (2 p, 2 p + 1) at the bottom of its two
+//       words
+//     8 bit, an octet is two quads of 128 bytes: one lane a row, code k of the quad in bits 16 * (k & 1) + 8 * (k >> 1)
+//     ...
+//   scales, zeros [tiles][G][32]             group g holds stored columns g * group ... min(K, (g + 1) * group) - 1
+// Rows past N have code 0 and scale 0; columns past K have code 0 and meet x = 0. With more than one group, `group` is
+// a multiple of 8, so that every octet lies in one group.
+#pragma once
+#include <cstdint>
+
+namespace qkernels::cpu {
+
+constexpr int kTileRows = 32;
+constexpr int kLaneBytes = 4;
+
+// A group is summed in runs of at most this many columns, and the scale is applied to each run's fp32 sum. It bounds
+// the panel of decoded weights (16 KB in fp32) and the rounding error (see tests/ops/test_numerics.py). Every path of
+// an instruction set adds in the same order, so that a row of y depends neither on M nor on the number of threads.
+constexpr int64_t kRun = 128;
+
+// Up to this M, weights are decoded in registers and used at once; above, a run is decoded into L1 for all rows of a
+// block.
+constexpr int64_t kDecodeRows = 8;
+constexpr int64_t kBlockRows = 64;
+// Up to this M (a row of x is then used as it lies), two tiles are worked on together.
+constexpr int64_t kPairRows = 4;
+
+enum class Type : int { kNone, kUInt8, kFloat, kHalf, kBFloat16 };
+
+struct Problem {
+  int64_t M, N, K, G, group;  // group: columns that share a scale
+  int64_t K_pad, tile_bytes;
+  int bits;
+  const void* x;  // as the caller has it, strides in elements
+  Type x_type;
+  int64_t x_row_stride, x_column_stride;
+  const uint8_t* qweight;
+  const void* scales;
+  Type scale_type;
+  const void*
+      zeros;  // kUInt8: zero points, subtracted exactly; floating: zero points or, if zeros_are_offsets, offsets
+  Type zero_type;
+  bool zeros_are_offsets;
+  const int32_t* k_order;  // null, or the column of x that each stored column meets
+  const void* bias;        // kNone: no bias
+  Type bias_type;
+  void* y;  // [M, N] contiguous, x_type
+
+  // x as the kernel reads it: x itself, or a copy that is gathered, converted and padded with zeros. Column k of row m
+  // is at k / width * block_stride + m * row_stride + k % width; `width` is such that a run lies in one block. For more
+  // than kPairRows rows the copy has blocks of about one run: a run of all rows is then a few pages in a row, where
+  // rows 8 KB apart would share L1 sets and need a page each (measured: half the speed).
+  struct {
+    const void* data;
+    int64_t width, block_stride, row_stride;
+  } staged;
+  float* sums;  // [M, G] sums of x over each group, in fp32; null unless zeros are floating
+};
+
+inline int64_t staged_at(const Problem& p, int64_t m, int64_t k) {
+  return k / p.staged.width * p.staged.block_stride + m * p.staged.row_stride + k % p.staged.width;
+}
+
+inline int64_t tiles_of(const Problem& p) { return (p.N + kTileRows - 1) / kTileRows; }
+
+struct Kernels {
+  const char* name;
+  // What bf16 activations are multiplied as: kBFloat16 where there is a bf16 dot product, else kFloat. fp16 and fp32
+  // activations are always multiplied as kFloat.
+  Type bf16_operand;
+  // Rows m0 ... m1 - 1: fill `staged` (if it is not x) and `sums` (if wanted).
+  void (*stage)(const Problem& p, int64_t m0, int64_t m1);
+  // y of `tiles` (1 or 2) tiles and rows m0 ... m1 - 1, at most kBlockRows of them; `tiles` is 2 only up to kPairRows
+  // rows.
+  void (*multiply)(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1);
+};
+
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;        // AVX2, FMA, F16C
+extern const Kernels kAvx512;      // AVX-512 F, BW, VL, DQ
+extern const Kernels kAvx512Bf16;  // the same with AVX512_BF16
+#endif
+
+// Which kernels are in use: the best that the CPU has, or the one that QKERNELS_ISA names (read once).
+struct Choice {
+  const Kernels* kernels;  // null: see error
+  const char* error;       // null, or what is wrong with QKERNELS_ISA
+};
+Choice current();
+const char* available();              // the names that this CPU can run, plainest first, separated by spaces
+const char* choose(const char* isa);  // replaces the choice; null, or why not
+
+// Runs body(context, begin, end) over parts of 0 ... n - 1, perhaps on several threads.
+using Body = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t n, void* context, Body body);
+
+// Bytes of scratch memory that `gemm` wants for this problem.
+int64_t workspace_bytes(const Problem& p, const Kernels& kernels);
+// y = x W^T + bias. `workspace` is free again on return.
+void gemm(Problem p, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for);
+
+}  // namespace qkernels::cpu

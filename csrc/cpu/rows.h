@@ -1,0 +1,199 @@
+// Conversions, staging of x and storing of y: plain loops that the compiler vectorizes for the file that includes this.
+//
+// Everything is in an unnamed namespace, so that each instruction set has its own copy and none can be taken for
+// another's.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace qkernels::cpu {
+namespace {
+
+inline float as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t as_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+
+inline float from_bf16(uint16_t b) { return as_float(static_cast<uint32_t>(b) << 16); }
+inline uint16_t to_bf16(float f) {  // to nearest, ties to even; a NaN stays one
+  const uint32_t bits = as_bits(f);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+inline float from_half(uint16_t h) {  // exponent and mantissa as a float, times 2^112: exact, subnormal halves included
+  const uint32_t magnitude = h & 0x7fff, sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t finite = as_bits(as_float(magnitude << 13) * as_float(0x77800000));
+  return as_float((magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : finite) | sign);
+}
+inline uint16_t to_half(float f) {  // to nearest, ties to even
+  const uint32_t bits = as_bits(f), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves multiples of 2^-24 in the mantissa, rounded
+    half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    if (half > 0x7c00) half = 0x7c00;
+  }
+  return static_cast<uint16_t>(half | sign);
+}
+
+inline float load(Type type, const void* base, int64_t i) {
+  switch (type) {
+    case Type::kUInt8:
+      return static_cast<float>(static_cast<const uint8_t*>(base)[i]);
+    case Type::kFloat:
+      return static_cast<const float*>(base)[i];
+    case Type::kHalf:
+      return from_half(static_cast<const uint16_t*>(base)[i]);
+    case Type::kBFloat16:
+      return from_bf16(static_cast<const uint16_t*>(base)[i]);
+    default:
+      return 0.0f;
+  }
+}
+
+// --- x
+// -----------------------------------------------------------------------------------------------------------------
+
+struct CopyBf16 {
+  using From = uint16_t;
+  using To = uint16_t;
+  static To convert(From v) { return v; }
+};
+struct CopyFloat {
+  using From = float;
+  using To = float;
+  static To convert(From v) { return v; }
+};
+struct WidenBf16 {
+  using From = uint16_t;
+  using To = float;
+  static To convert(From v) { return from_bf16(v); }
+};
+struct WidenHalf {
+  using From = uint16_t;
+  using To = float;
+  static To convert(From v) { return from_half(v); }
+};
+
+template <class C>
+void stage_row(const Problem& p, int64_t m) {
+  const typename C::From* from = static_cast<const typename C::From*>(p.x) + m * p.x_row_stride;
+  const int64_t K = p.K, stride = p.x_column_stride;
+  for (int64_t first = 0; first < p.K_pad; first += p.staged.width) {
+    typename C::To* __restrict to =
+        static_cast<typename C::To*>(const_cast<void*>(p.staged.data)) + staged_at(p, m, first);
+    const int64_t n = K - first < p.staged.width ? K - first : p.staged.width;
+    if (p.k_order != nullptr) {
+      for (int64_t i = 0; i < n; ++i) {
+        int64_t column = p.k_order[first + i];  // comes from a file: a wrong entry must not become a wild read
+        column = column < 0 ? 0 : column >= K ? K - 1 : column;
+        to[i] = C::convert(from[column * stride]);
+      }
+    } else if (stride == 1) {
+      const typename C::From* __restrict row = from + first;
+      for (int64_t i = 0; i < n; ++i) to[i] = C::convert(row[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = C::convert(from[(first + i) * stride]);
+    }
+    for (int64_t i = n; i < p.staged.width; ++i) to[i] = 0;
+  }
+}
+
+// The sum of columns first ... first + n - 1 (one group) of row m: sixteen partial sums, then a tree, the same order on
+// every instruction set. Sixteen columns in a row never cross a block: see block_width in gemm.cpp.
+template <class X>
+float sum_of(const Problem& p, int64_t m, int64_t first, int64_t n) {
+  float lane[16] = {};
+  for (int64_t k = 0; k < n; k += 16) {
+    const X* x = static_cast<const X*>(p.staged.data) + staged_at(p, m, first + k);
+    const int64_t width = n - k < 16 ? n - k : 16;
+    for (int64_t i = 0; i < width; ++i) {
+      if constexpr (sizeof(X) == 2) {
+        lane[i] += from_bf16(x[i]);
+      } else {
+        lane[i] += x[i];
+      }
+    }
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+// Bf16Operand: what bf16 activations are multiplied as: float, or uint16_t holding their bits.
+template <class Bf16Operand>
+void stage(const Problem& p, int64_t m0, int64_t m1) {
+  constexpr bool kBf16 = sizeof(Bf16Operand) == 2;
+  const bool bf16_operand = kBf16 && p.x_type == Type::kBFloat16;
+  for (int64_t m = m0; m < m1; ++m) {
+    if (p.staged.data != p.x) {
+      if (bf16_operand) {
+        stage_row<CopyBf16>(p, m);
+      } else if (p.x_type == Type::kFloat) {
+        stage_row<CopyFloat>(p, m);
+      } else if (p.x_type == Type::kHalf) {
+        stage_row<WidenHalf>(p, m);
+      } else {
+        stage_row<WidenBf16>(p, m);
+      }
+    }
+    for (int64_t g = 0; p.sums != nullptr && g < p.G; ++g) {
+      const int64_t first = g * p.group, n = (p.K < first + p.group ? p.K : first + p.group) - first;
+      p.sums[m * p.G + g] = bf16_operand ? sum_of<uint16_t>(p, m, first, n) : sum_of<float>(p, m, first, n);
+    }
+  }
+}
+
+// --- y
+// -----------------------------------------------------------------------------------------------------------------
+
+// bias of `count` rows from row n0 on; 0 where there is none and past N
+inline void load_bias(const Problem& p, int64_t n0, int count, float* bias) {
+  for (int i = 0; i < count; ++i) bias[i] = n0 + i < p.N ? load(p.bias_type, p.bias, n0 + i) : 0.0f;
+}
+
+// y[m][n0 ...] = sum + bias, rounded once. `count` is a multiple of 8; rows past N are not stored.
+inline void store_row(const Problem& p, int64_t m, int64_t n0, int count, const float* sum, const float* bias) {
+  constexpr int kMost = 2 * kTileRows;
+  const int64_t valid = p.N - n0 < count ? p.N - n0 : count;
+  float y[kMost];
+  for (int i = 0; i < count; ++i) y[i] = sum[i] + bias[i];
+  if (valid <= 0) return;
+  if (p.x_type == Type::kFloat) {
+    std::memcpy(static_cast<float*>(p.y) + m * p.N + n0, y, static_cast<size_t>(valid) * 4);
+    return;
+  }
+  uint16_t rounded[kMost];
+  if (p.x_type == Type::kBFloat16) {
+    for (int i = 0; i < count; ++i) rounded[i] = to_bf16(y[i]);
+  } else {
+#if defined(__F16C__)
+    for (int i = 0; i < count; i += 8) {
+      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(y + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(rounded + i), half);
+    }
+#else
+    for (int i = 0; i < count; ++i) rounded[i] = to_half(y[i]);
+#endif
+  }
+  std::memcpy(static_cast<uint16_t*>(p.y) + m * p.N + n0, rounded, static_cast<size_t>(valid) * 2);
+}
+
+}  // namespace
+}  // namespace qkernels::cpu

@@ -1,0 +1,299 @@
+// The loops that the vector instruction sets share, as templates over the vectors (V) and the way codes are decoded
+// (D).
+//
+// V, a set of vectors:
+//   X             an element of staged x                   kRows       rows of a tile in one vector
+//   Sum           fp32 accumulators, one row a lane        kStep       columns that one multiplication takes
+//   Weight, Input operands of one multiplication           kTokens     rows of x a block of `multiply_block` takes
+//   kHalf         vectors of a tile that such a block works on at a time
+//   kDecodeVectors[m - 1]: vectors of rows that the decode path works on for m rows of x. A multiplication must wait
+//   for the
+//                 previous one into the same sum (4 to 6 cycles), so 8 or more sums are kept in flight where there are
+//                 registers; for that, up to kPairRows rows of x may take two tiles at once.
+// D, a decoder of V, made of a Problem:
+//   Zero          what is subtracted from the codes of one vector of rows, per group
+//   Raw           the bytes of one octet of columns of one vector of rows
+//   kOctetBytes   from one octet to the next
+//   kMemoryBytes  of those, how many come from memory and are worth prefetching: all, or none
+//   value(raw, s, zero): code - zero of columns kStep * s ... of the octet, exact
+//
+// Everything is in an unnamed namespace, so that each instruction set has its own copy.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+#include "rows.h"
+
+#define QK_INLINE inline __attribute__((always_inline))
+
+namespace qkernels::cpu {
+namespace {
+
+constexpr int kOctet = 8;
+
+// One run ahead (2 KB of 4-bit codes). While a run meets many rows of x nothing else would fetch the next one:
+// worth 1.5 x at M = 16, and 1.2 x at M = 1 and 8.
+template <class D>
+QK_INLINE void prefetch_codes(const uint8_t* codes) {
+#pragma GCC unroll 4
+  for (int64_t line = 0; line < D::kMemoryBytes; line += 64) {
+    __builtin_prefetch(codes + kRun / kOctet * D::kOctetBytes + line);
+  }
+}
+
+// Weights that `decode_run` wrote to L1, read back as if they were codes.
+template <class V>
+struct Panel {
+  struct Zero {};
+  using Raw = const uint8_t*;
+  static constexpr int kSteps = kOctet / V::kStep;
+  static constexpr int64_t kOctetBytes = kSteps * kTileRows * kLaneBytes, kMemoryBytes = 0;
+  static QK_INLINE Raw load(const uint8_t* at) { return at; }
+  QK_INLINE typename V::Weight value(Raw raw, int s, Zero) const {
+    return V::load_weight(raw + s * kTileRows * kLaneBytes);
+  }
+};
+
+// acc[r][v] += weights of vector v times row r of x, over `octets` octets of columns.
+template <class V, class D, int kVectors, int kTokens>
+QK_INLINE void accumulate(const D& decoder, const typename D::Zero* zero, const uint8_t* codes, int64_t tile_bytes,
+                          const typename V::X* x, int64_t x_stride, int octets,
+                          typename V::Sum (&acc)[kTokens][kVectors]) {
+  constexpr int kPerTile = kTileRows / V::kRows, kSteps = kOctet / V::kStep;
+  // Four rows of x a pointer, addressed as p, p + s, p + 2 s, p + 3 s: gcc would compute an address for each row and
+  // step, run out of registers, and reload them all from the stack. The empty asm hides how the pointers are related.
+  constexpr int kPointers = (kTokens + 3) / 4;
+  const typename V::X* rows[kPointers];
+#pragma GCC unroll 4
+  for (int i = 0; i < kPointers; ++i) {
+    rows[i] = x + 4 * i * x_stride;
+    asm("" : "+r"(rows[i]));
+  }
+  for (int o = 0; o < octets; ++o) {
+#pragma GCC unroll 2
+    for (int t = 0; t * kPerTile < kVectors; ++t) prefetch_codes<D>(codes + t * tile_bytes);
+    typename D::Raw raw[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      raw[v] = D::load(codes + (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kSteps; ++s) {
+      typename V::Weight weight[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) weight[v] = decoder.value(raw[v], s, zero[v]);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTokens; ++r) {
+        const typename V::Input input = V::broadcast(rows[r / 4] + (r % 4) * x_stride + s * V::kStep);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = V::multiply_add(acc[r][v], weight[v], input);
+      }
+    }
+    codes += D::kOctetBytes;
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) rows[i] += kOctet;
+  }
+}
+
+// What a group adds once per row of x where zero points are floating: sum(x) * rest, with rest = (mid - zero) * scale,
+// or mid * scale + offset. The products with code - mid stay exact.
+template <class V>
+QK_INLINE typename V::Sum rest_of(const Problem& p, typename V::Sum scale, int64_t at) {
+  const typename V::Sum mid = V::set1(static_cast<float>(1 << (p.bits - 1)));
+  const typename V::Sum zero = V::widen(p.zero_type, p.zeros, at);
+  return p.zeros_are_offsets ? V::fma(mid, scale, zero) : V::mul(V::sub(mid, zero), scale);
+}
+
+// Group g is columns first ... first + 8 octets - 1 of the tiles, in runs.
+struct Group {
+  int64_t first, octets;
+};
+QK_INLINE Group group_of(const Problem& p, int64_t g) {
+  const int64_t first = g * p.group, left = p.K - first;
+  return {first, ((left < p.group ? left : p.group) + kOctet - 1) / kOctet};
+}
+
+// --- up to kDecodeRows rows of x: decoded weights go from a register straight into the products
+// -----------------------------
+
+template <class V, class D, int kVectors, int kTokens>
+void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int64_t m0) {
+  using Sum = typename V::Sum;
+  constexpr int kPerTile = kTileRows / V::kRows, kRunOctets = kRun / kOctet;
+  Sum total[kTokens][kVectors];
+  for (auto& of_token : total)
+    for (Sum& sum : of_token) sum = V::zero();
+  const uint8_t* codes = p.qweight + tile * p.tile_bytes + row * kLaneBytes;
+  const typename V::X* x = static_cast<const typename V::X*>(p.staged.data);
+  for (int64_t g = 0; g < p.G; ++g) {
+    const Group group = group_of(p, g);
+    typename D::Zero zero[kVectors];
+    Sum scale[kVectors];
+    int64_t at[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      at[v] = ((tile + v / kPerTile) * p.G + g) * kTileRows + row + (v % kPerTile) * V::kRows;
+      zero[v] = decoder.zero(at[v]);
+      scale[v] = V::widen(p.scale_type, p.scales, at[v]);
+    }
+    for (int64_t o = 0; o < group.octets; o += kRunOctets) {
+      const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
+      Sum acc[kTokens][kVectors];
+      for (auto& of_token : acc)
+        for (Sum& sum : of_token) sum = V::zero();
+      const int64_t octet = group.first / kOctet + o;
+      accumulate<V, D, kVectors, kTokens>(decoder, zero, codes + octet * D::kOctetBytes, p.tile_bytes,
+                                          x + staged_at(p, m0, octet * kOctet), p.staged.row_stride, octets, acc);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTokens; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) total[r][v] = V::fma(acc[r][v], scale[v], total[r][v]);
+      }
+    }
+    if (p.sums != nullptr) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Sum rest = rest_of<V>(p, scale[v], at[v]);
+        for (int r = 0; r < kTokens; ++r) total[r][v] = V::fma(rest, V::set1(p.sums[(m0 + r) * p.G + g]), total[r][v]);
+      }
+    }
+  }
+  constexpr int kCount = kVectors * V::kRows;
+  const int64_t n0 = tile * kTileRows + row;
+  float bias[kCount], sum[kCount];
+  load_bias(p, n0, kCount, bias);
+  for (int r = 0; r < kTokens; ++r) {
+    for (int v = 0; v < kVectors; ++v) V::store(sum + v * V::kRows, total[r][v]);
+    store_row(p, m0 + r, n0, kCount, sum, bias);
+  }
+}
+
+template <class V, class D, int kTokens>
+void decode_tiles(const Problem& p, const D& decoder, int64_t tile, int tiles, int64_t m0, int64_t tokens) {
+  if constexpr (kTokens > 1) {
+    if (tokens < kTokens) return decode_tiles<V, D, kTokens - 1>(p, decoder, tile, tiles, m0, tokens);
+  }
+  constexpr int kPerTile = kTileRows / V::kRows, kVectors = V::kDecodeVectors[kTokens - 1];
+  if constexpr (kVectors > kPerTile) {
+    if (tiles == 2) return decode_rows<V, D, kVectors, kTokens>(p, decoder, tile, 0, m0);
+    return decode_rows<V, D, kPerTile, kTokens>(p, decoder, tile, 0, m0);
+  } else {
+    for (int t = 0; t < tiles; ++t) {
+      for (int row = 0; row < kTileRows; row += kVectors * V::kRows) {
+        decode_rows<V, D, kVectors, kTokens>(p, decoder, tile + t, row, m0);
+      }
+    }
+  }
+}
+
+// --- more rows: a run of a tile is decoded into L1, then meets all rows of a block
+// ------------------------------------------
+
+template <class V, class D>
+QK_INLINE void decode_run(const D& decoder, const typename D::Zero* zero, const uint8_t* codes, int octets,
+                          uint8_t* panel) {
+  constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
+  for (int o = 0; o < octets; ++o, codes += D::kOctetBytes, panel += Panel<V>::kOctetBytes) {
+    prefetch_codes<D>(codes);
+#pragma GCC unroll 4
+    for (int v = 0; v < kPerTile; ++v) {
+      const typename D::Raw raw = D::load(codes + v * kVectorBytes);
+#pragma GCC unroll 8
+      for (int s = 0; s < Panel<V>::kSteps; ++s) {
+        V::store_weight(panel + s * kTileRows * kLaneBytes + v * kVectorBytes, decoder.value(raw, s, zero[v]));
+      }
+    }
+  }
+}
+
+// total[r][row ...] += scale * (panel times rows of x), for kTokens rows of x and all rows of the tile
+template <class V, int kTokens>
+void multiply_block(const uint8_t* panel, int octets, const typename V::X* x, int64_t x_stride, const float* scale,
+                    float* total) {
+  using Sum = typename V::Sum;
+  const typename Panel<V>::Zero none[V::kHalf] = {};
+  for (int row = 0; row < kTileRows; row += V::kHalf * V::kRows) {
+    Sum acc[kTokens][V::kHalf];
+    for (auto& of_token : acc)
+      for (Sum& sum : of_token) sum = V::zero();
+    accumulate<V, Panel<V>, V::kHalf, kTokens>(Panel<V>(), none, panel + row * kLaneBytes, 0, x, x_stride, octets, acc);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTokens; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V::kHalf; ++v) {
+        const int at = row + v * V::kRows;
+        V::store(total + r * kTileRows + at,
+                 V::fma(acc[r][v], V::load(scale + at), V::load(total + r * kTileRows + at)));
+      }
+    }
+  }
+}
+
+template <class V, int kTokens>
+QK_INLINE void multiply_last(int64_t tokens, const uint8_t* panel, int octets, const typename V::X* x, int64_t x_stride,
+                             const float* scale, float* total) {
+  if (tokens == kTokens) return multiply_block<V, kTokens>(panel, octets, x, x_stride, scale, total);
+  if constexpr (kTokens > 1) multiply_last<V, kTokens - 1>(tokens, panel, octets, x, x_stride, scale, total);
+}
+
+template <class V, class D>
+void multiply_tile(const Problem& p, const D& decoder, int64_t tile, int64_t m0, int64_t m1) {
+  using Sum = typename V::Sum;
+  constexpr int kPerTile = kTileRows / V::kRows, kRunOctets = kRun / kOctet;
+  alignas(64) uint8_t panel[kRunOctets * Panel<V>::kOctetBytes];
+  alignas(64) float total[kBlockRows * kTileRows], scale[kTileRows];
+  std::memset(total, 0, static_cast<size_t>(m1 - m0) * kTileRows * sizeof(float));
+  const uint8_t* codes = p.qweight + tile * p.tile_bytes;
+  const typename V::X* x = static_cast<const typename V::X*>(p.staged.data);
+  for (int64_t g = 0; g < p.G; ++g) {
+    const Group group = group_of(p, g);
+    const int64_t at = (tile * p.G + g) * kTileRows;
+    typename D::Zero zero[kPerTile];
+    for (int v = 0; v < kPerTile; ++v) {
+      zero[v] = decoder.zero(at + v * V::kRows);
+      V::store(scale + v * V::kRows, V::widen(p.scale_type, p.scales, at + v * V::kRows));
+    }
+    for (int64_t o = 0; o < group.octets; o += kRunOctets) {
+      const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
+      const int64_t octet = group.first / kOctet + o;
+      decode_run<V, D>(decoder, zero, codes + octet * D::kOctetBytes, octets, panel);
+      const typename V::X* run = x + staged_at(p, m0, octet * kOctet);
+      int64_t m = 0;
+      for (; m + V::kTokens <= m1 - m0; m += V::kTokens) {
+        multiply_block<V, V::kTokens>(panel, octets, run + m * p.staged.row_stride, p.staged.row_stride, scale,
+                                      total + m * kTileRows);
+      }
+      multiply_last<V, V::kTokens - 1>(m1 - m0 - m, panel, octets, run + m * p.staged.row_stride, p.staged.row_stride,
+                                       scale, total + m * kTileRows);
+    }
+    for (int v = 0; v < kPerTile && p.sums != nullptr; ++v) {
+      const Sum rest = rest_of<V>(p, V::load(scale + v * V::kRows), at + v * V::kRows);
+      for (int64_t m = m0; m < m1; ++m) {
+        float* sum = total + (m - m0) * kTileRows + v * V::kRows;
+        V::store(sum, V::fma(rest, V::set1(p.sums[m * p.G + g]), V::load(sum)));
+      }
+    }
+  }
+  float bias[kTileRows];
+  load_bias(p, tile * kTileRows, kTileRows, bias);
+  for (int64_t m = m0; m < m1; ++m) {
+    store_row(p, m, tile * kTileRows, kTileRows, total + (m - m0) * kTileRows, bias);
+  }
+}
+
+template <class V, class D>
+void multiply_with(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  const D decoder(p);
+  if (m1 - m0 <= kDecodeRows) return decode_tiles<V, D, kDecodeRows>(p, decoder, tile, tiles, m0, m1 - m0);
+  for (int t = 0; t < tiles; ++t) multiply_tile<V, D>(p, decoder, tile + t, m0, m1);
+}
+
+// Codes of up to 4 bits have a faster decoder where no integer zero points are subtracted.
+template <class V, class Symmetric4, class Zeros4, class Any8>
+void multiply(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (p.bits > 4) return multiply_with<V, Any8>(p, tile, tiles, m0, m1);
+  if (p.zero_type == Type::kUInt8) return multiply_with<V, Zeros4>(p, tile, tiles, m0, m1);
+  return multiply_with<V, Symmetric4>(p, tile, tiles, m0, m1);
+}
+
+}  // namespace
+}  // namespace qkernels::cpu

@@ -1,0 +1,138 @@
+"""Which kernel runs which problem, in order of preference, and why the others do not.
+
+Nothing falls back to a slow path silently: with no fit, `select` raises `UnsupportedProblem` with every kernel's reasons,
+and the plain-PyTorch reference runs only where the caller allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from ..errors import ArgumentError, UnsupportedProblem
+from ..layouts import get_layout
+from ..scheme import QuantScheme
+from . import native
+
+OnUnsupported = Literal["raise", "skip", "reference"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is known when a layer is built. M is not in it: the op chooses by M.
+
+    Args:
+        N: out_features.
+        K: in_features.
+        scheme: how the weight is quantized.
+        dtype: of the activations.
+        arch: "cpu", or "sm80", "sm90", … for a CUDA device (`arch_of`).
+        experts: 0 for a plain linear layer.
+    """
+
+    N: int
+    K: int
+    scheme: QuantScheme
+    dtype: torch.dtype
+    arch: str = "cpu"
+    experts: int = 0
+
+    def __str__(self) -> str:
+        experts = f", {self.experts} experts" if self.experts else ""
+        return f"{self.scheme}, N={self.N} K={self.K}, {str(self.dtype).removeprefix('torch.')}, {self.arch}{experts}"
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel the catalogue can choose: its layout, the `torch.ops.qkernels` op that runs it, and why it may not."""
+
+    name: str
+    layout: str
+    op: str
+    reasons: Callable[[Problem], list[str]]
+
+
+def arch_of(device: torch.device | str) -> str:
+    """ "cpu", "meta", or "sm<major><minor>" of a CUDA device."""
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm{major}{minor}"
+    return device.type
+
+
+def _common(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.scheme.act_bits == 8:
+        reasons.append("int8 activations (act_bits=8) are not implemented yet")
+    if problem.experts:
+        reasons.append(f"stacked experts are not implemented yet (got {problem.experts})")
+    return reasons
+
+
+def _cpu_tile_a16(problem: Problem) -> list[str]:
+    reasons = _common(problem)
+    # A meta layer takes the layout of the CPU: it is where it will be filled first.
+    if problem.arch not in ("cpu", "meta"):
+        reasons.append(f"runs on the CPU (got {problem.arch})")
+    status = native.status()
+    if not status.loaded:
+        reasons.append(f"the compiled extension is not loaded: {status.error}")
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"activations must be float32, bfloat16 or float16 (got {problem.dtype})")
+    return reasons + get_layout("cpu_tile_a16").reasons(problem.N, problem.K, problem.scheme)
+
+
+def _reference(problem: Problem) -> list[str]:
+    return _common(problem) + get_layout("reference").reasons(problem.N, problem.K, problem.scheme)
+
+
+KERNELS: tuple[KernelSpec, ...] = (KernelSpec("cpu.cpu_tile_a16", "cpu_tile_a16", "gemm_cpu_tile_a16", _cpu_tile_a16),)
+REFERENCE = KernelSpec("reference", "reference", "gemm_reference", _reference)
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """The catalogue's answer for one problem: kernel names in order of preference, each with its reasons against."""
+
+    problem: Problem
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows)
+        lines = []
+        for name, reasons in self.rows:
+            shown = reasons or (_REFERENCE_HINT if name == REFERENCE.name else "available",)
+            lines += [f"  {name if i == 0 else '':<{width}}  {reason}" for i, reason in enumerate(shown)]
+        return "\n".join(lines)
+
+
+_REFERENCE_HINT = 'available: on_unsupported="reference" (slow)'
+
+
+def list_kernels(problem: Problem) -> KernelTable:
+    """Every kernel and why it cannot run `problem` (empty: it can). Print the result for the table."""
+    return KernelTable(problem, tuple((spec.name, tuple(spec.reasons(problem))) for spec in (*KERNELS, REFERENCE)))
+
+
+def select(problem: Problem, on_unsupported: OnUnsupported = "raise") -> KernelSpec:
+    """The first kernel without a reason against it.
+
+    Args:
+        problem: the layer.
+        on_unsupported: "reference" also allows the plain-PyTorch reference.
+
+    Raises:
+        UnsupportedProblem: no kernel fits; lists every kernel with its reasons.
+    """
+    if on_unsupported not in get_args(OnUnsupported):
+        raise ArgumentError(
+            f"on_unsupported must be one of {', '.join(get_args(OnUnsupported))}, got {on_unsupported!r}"
+        )
+    for spec in KERNELS if on_unsupported != "reference" else (*KERNELS, REFERENCE):
+        if not spec.reasons(problem):
+            return spec
+    raise UnsupportedProblem(f"no kernel for {problem}\n{list_kernels(problem)}")

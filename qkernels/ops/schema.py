@@ -1,0 +1,199 @@
+"""`torch.ops.qkernels`: every op's schema, argument checks, fake kernel and gradient, written once for all layouts.
+
+    gemm_<layout>        any M; the implementation chooses its path by M
+    gemv_<layout>        the decode path alone, M up to `MAX_GEMV_TOKENS` (layouts that have one)
+    dequantize_<layout>  the weight, for gradients, tests and benchmarks
+
+C++ and Triton only implement these; an install without the compiled extension has the same ops, which then say why they
+cannot run. Shapes: x `[M, K]`, result `[M, N]` in x's dtype; the buffers are those of the layout, for one 2-D weight.
+`group_size` is `QuantScheme.group_length(K)`. Gradients flow to x and bias; weights are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from ..errors import ArgumentError, UnsupportedProblem
+from ..kernels import native
+from ..layouts import LAYOUTS, canonical, cpu_tile_a16
+from ..tensor import FLOAT_DTYPES
+from . import reference
+
+GEMM = (
+    "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? bias, int out_features, int bits, "
+    "int group_size, bool zeros_are_offsets) -> Tensor"
+)
+DEQUANTIZE = (
+    "(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, int out_features, int in_features, int bits, "
+    "int group_size, bool zeros_are_offsets, ScalarType dtype) -> Tensor"
+)
+MAX_GEMV_TOKENS = {"cpu_tile_a16": 8}
+_GEOMETRY = {"reference": canonical, "cpu_tile_a16": cpu_tile_a16}  # buffer_shapes and ROWS_PER_TILE of each layout
+_SLICE_BYTES = 64 << 20  # a gradient dequantizes at most this much of the weight at a time
+
+LIBRARY = Library("qkernels", "DEF")  # the ops live as long as this object
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------------
+
+
+def check_gemm(
+    layout: str, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
+    bias: Tensor | None, out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
+    *, max_tokens: int | None = None,
+) -> None:  # fmt: skip
+    """Everything a kernel relies on, except the values inside the buffers.
+
+    Raises:
+        ArgumentError: an argument has the wrong dtype, shape, device or value.
+    """
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
+        raise ArgumentError(f"x must be float32, bfloat16 or float16 [M, K], got {_describe(x)}")
+    if qweight.dim() != 2:
+        raise ArgumentError(f"qweight must be 2-D: stacked experts are not taken here, got {_describe(qweight)}")
+    if max_tokens is not None and x.shape[0] > max_tokens:
+        raise ArgumentError(f"gemv_{layout} takes M <= {max_tokens} rows of x, got {x.shape[0]}; call gemm_{layout}")
+    if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.dim() != 1 or bias.shape[0] != out_features):
+        raise ArgumentError(f"bias must be None or floating [N] = [{out_features}], got {_describe(bias)}")
+    check_weight(layout, qweight, scales, zeros, k_order, out_features, x.shape[1], bits, group_size, zeros_are_offsets)
+    for name, t in (("qweight", qweight), ("bias", bias)):
+        if t is not None and t.device != x.device:
+            raise ArgumentError(f"{name} must be on the device of x, {x.device}, got {t.device}; move one of them")
+
+
+def check_weight(
+    layout: str, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
+    out_features: int, in_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
+) -> None:  # fmt: skip
+    N, K = out_features, in_features
+    if not 2 <= bits <= 8 or group_size < 1 or N < 0:
+        raise ArgumentError(
+            f"bits must be 2 to 8, group_size positive (group_length(K)) and out_features not negative, got bits={bits}, "
+            f"group_size={group_size}, out_features={N}"
+        )
+    codes, groups = _GEOMETRY[layout].buffer_shapes(N, K, bits, group_size)
+    if qweight.dtype != torch.uint8 or qweight.shape[-2:] != codes:
+        raise ArgumentError(
+            f"qweight must be uint8 {list(codes)} in layout {layout} for N={N}, K={K} (x is [M, K]), bits={bits}, got "
+            f"{_describe(qweight)}; a weight packed for another shape or layout?"
+        )
+    shape = (*qweight.shape[:-2], *groups)
+    if scales.dtype not in FLOAT_DTYPES or scales.shape != shape:
+        raise ArgumentError(
+            f"scales must be floating {list(shape)} in layout {layout} for N={N}, K={K}, group_size={group_size}, got "
+            f"{_describe(scales)}"
+        )
+    if zeros is None:
+        if zeros_are_offsets:
+            raise ArgumentError("zeros must be given where zeros_are_offsets is true, got None")
+    elif zeros.shape != shape or not (
+        zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not zeros_are_offsets)
+    ):
+        kinds = "floating" if zeros_are_offsets else "uint8 or floating"
+        raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {_describe(zeros)}")
+    if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
+        raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {_describe(k_order)}")
+    for name, t in (("scales", scales), ("zeros", zeros), ("k_order", k_order)):
+        if t is not None and t.device != qweight.device:
+            raise ArgumentError(f"{name} must be on the device of qweight, {qweight.device}, got {t.device}")
+
+
+def _describe(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+# --- fake kernels and gradients -------------------------------------------------------------------------------------------
+
+
+def _fake_gemm(layout: str, max_tokens: int | None, x: Tensor, *weight: Any) -> Tensor:
+    check_gemm(layout, x, *weight, max_tokens=max_tokens)
+    return x.new_empty((x.shape[0], weight[5]))
+
+
+def _fake_dequantize(layout: str, qweight: Tensor, *rest: Any) -> Tensor:
+    *weight, dtype = rest
+    check_weight(layout, qweight, *weight)
+    out_features, in_features = weight[3], weight[4]
+    return qweight.new_empty((*qweight.shape[:-2], out_features, in_features), dtype=dtype)
+
+
+def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scales, zeros, k_order, bias, *numbers = inputs
+    ctx.save_for_backward(qweight, scales, zeros, k_order)
+    ctx.numbers = numbers
+    ctx.in_features, ctx.x_dtype = x.shape[1], x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradient(layout: str, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = _gradient_of_x(layout, ctx.in_features, dy, *ctx.saved_tensors, *ctx.numbers).to(ctx.x_dtype)
+    if ctx.needs_input_grad[5]:
+        dbias = dy.float().sum(0).to(ctx.bias_dtype)
+    return (dx, None, None, None, None, dbias, None, None, None, None)
+
+
+def _gradient_of_x(
+    layout: str, in_features: int, dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
+    out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
+) -> Tensor:  # fmt: skip
+    """dx = dy W in fp32, W dequantized a slice of rows at a time."""
+    dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout}")
+    rows = _GEOMETRY[layout].ROWS_PER_TILE
+    tiles = max(1, _SLICE_BYTES // (4 * rows * max(in_features, 1)))
+    dx = dy.new_zeros((dy.shape[0], in_features), dtype=torch.float32)
+    for first in range(0, qweight.shape[0], tiles):
+        part = slice(first, first + tiles)
+        begin, end = first * rows, min((first + tiles) * rows, out_features)
+        weight = dequantize(
+            qweight[part], scales[part], None if zeros is None else zeros[part], k_order,
+            end - begin, in_features, bits, group_size, zeros_are_offsets, torch.float32,
+        )  # fmt: skip
+        dx = dx + dy[:, begin:end].float() @ weight
+    return dx
+
+
+# --- definitions ----------------------------------------------------------------------------------------------------------
+
+
+def _not_built(op: str, *_: Any) -> Tensor:
+    status = native.status()
+    raise UnsupportedProblem(
+        f"torch.ops.qkernels.{op} is compiled code, and the extension is not loaded: {status.error}; build it with "
+        f'`pip install . --no-build-isolation`, or allow the slow path with on_unsupported="reference"'
+    )
+
+
+def _define(op: str, schema: str, fake: Callable[..., Tensor]) -> None:
+    LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    register_fake(f"qkernels::{op}", fake, lib=LIBRARY)
+
+
+def _define_all() -> None:
+    for layout in LAYOUTS:
+        gemms: dict[str, int | None] = {f"gemm_{layout}": None}
+        if layout in MAX_GEMV_TOKENS:
+            gemms[f"gemv_{layout}"] = MAX_GEMV_TOKENS[layout]
+        for op, max_tokens in gemms.items():
+            _define(op, GEMM, partial(_fake_gemm, layout, max_tokens))
+            register_autograd(
+                f"qkernels::{op}", partial(_gradient, layout), setup_context=_save_for_gradient, lib=LIBRARY
+            )
+        op = f"dequantize_{layout}"
+        _define(op, DEQUANTIZE, partial(_fake_dequantize, layout))
+        LIBRARY.impl(op, partial(reference.dequantize_op, layout), "CompositeExplicitAutograd")
+    LIBRARY.impl("gemm_reference", reference.gemm_op, "CompositeExplicitAutograd")
+    native.load()
+    if not native.status().isas:
+        for op in ("gemm_cpu_tile_a16", "gemv_cpu_tile_a16"):
+            LIBRARY.impl(op, partial(_not_built, op), "CPU")
+
+
+_define_all()

@@ -1,0 +1,151 @@
+"""Every layout gives back, bit for bit, any weight that it takes, and says why it does not take the others."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qkernels import QuantScheme, QuantTensor
+from qkernels.errors import ArgumentError, ConversionError
+from qkernels.layouts import LAYOUTS, Layout, get_layout
+from tests.strategies import random_weight, same_weight, schemes
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@layouts
+@settings(max_examples=150, deadline=None)
+@given(
+    scheme=schemes((1, 8, 16, 24, 32, 64, 128, "channel", "tensor")),
+    N=st.integers(0, 70),
+    K=st.integers(0, 300),
+    act_order=st.booleans(),
+    experts=st.sampled_from([(), (2,), (0,), (2, 3)]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_unpack_inverts_pack(
+    layout: Layout,
+    scheme: QuantScheme,
+    N: int,
+    K: int,
+    act_order: bool,
+    experts: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    weight = random_weight(scheme, N, K, seed=seed, act_order=act_order, dtype=dtype, experts=experts)
+    if layout.reasons(N, K, scheme):
+        with pytest.raises(ConversionError, match=f"layout {layout.name} cannot hold"):
+            layout.pack(weight)
+        return
+    packed = layout.pack(weight)
+    assert same_weight(layout.unpack(packed, N, K, scheme), weight)
+    on_meta = layout.pack(weight.to("meta"))
+    for name, t in packed.items():
+        meta = on_meta[name]
+        assert (t is None) == (meta is None)
+        assert t is None or meta is None or (t.shape, t.dtype, t.stride()) == (meta.shape, meta.dtype, meta.stride())
+    assert layout.unpack(on_meta, N, K, scheme).codes.shape == weight.codes.shape
+
+
+@layouts
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_strided_codes_and_groups(layout: Layout, bits: int) -> None:
+    """Tensors as they come out of a file's transposes and slices."""
+    dense = random_weight(f"w{bits}a16_g32_asym", 40, 96, act_order=True)
+    assert dense.zeros is not None
+    strided = QuantTensor(
+        dense.codes.T.contiguous().T,
+        torch.stack([dense.scales, dense.scales], -1)[..., 0],
+        dense.zeros.T.contiguous().T,
+        torch.stack([dense.group_index, dense.group_index], -1)[:, 1],  # type: ignore[list-item]
+        dense.scheme,
+    )
+    assert not any(t.is_contiguous() for t in (strided.codes, strided.scales, strided.zeros, strided.group_index))  # type: ignore[union-attr]
+    packed, expected = layout.pack(strided), layout.pack(dense)
+    assert all(t is None or torch.equal(t, expected[name]) for name, t in packed.items())  # type: ignore[arg-type]
+    assert same_weight(layout.unpack(packed, 40, 96, dense.scheme), dense)
+
+
+@layouts
+def test_a_natural_group_index_that_is_spelled_out_survives(layout: Layout) -> None:
+    plain = random_weight("w4a16_g32", 8, 96)
+    weight = QuantTensor(plain.codes, plain.scales, None, torch.arange(96, dtype=torch.int32) // 32, plain.scheme)
+    assert same_weight(layout.unpack(layout.pack(weight), 8, 96, weight.scheme), weight)
+
+
+def test_unknown_layouts_are_named() -> None:
+    with pytest.raises(ArgumentError, match=r"must be one of reference, cpu_tile_a16.*got 'mma'"):
+        get_layout("mma")
+
+
+# --- cpu_tile_a16 -----------------------------------------------------------------------------------------------------------
+
+TILES = get_layout("cpu_tile_a16")
+
+
+def code_by_contract(qweight: torch.Tensor, bits: int, row: int, k: int) -> int:
+    """Code `k` of a row as csrc/cpu/kernels.h describes it: a little-endian lane of 32 bits per row, 8 or 4 codes in it."""
+    per_lane, width = (8, 4) if bits <= 4 else (4, 8)
+    lane, i = divmod(k, per_lane)
+    at = (lane * 32 + row % 32) * 4
+    word = int.from_bytes(bytes(qweight[row // 32, at : at + 4].tolist()), "little")
+    return word >> (16 * (i & 1) + width * (i >> 1)) & ((1 << width) - 1)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_bytes_are_those_of_the_contract(bits: int) -> None:
+    weight = random_weight(f"w{bits}a16_g8", 37, 44, act_order=True)
+    order = weight.k_order()
+    qweight = TILES.pack(weight)["qweight"]
+    assert order is not None
+    assert qweight is not None
+    assert list(qweight.shape) == [2, 48 * (16 if bits <= 4 else 32)]
+    for row in (0, 1, 15, 16, 31, 32, 36, 37, 63):
+        for k in range(48):
+            expected = int(weight.codes[row, order[k]]) if row < 37 and k < 44 else 0
+            assert code_by_contract(qweight, bits, row, k) == expected, (row, k)
+
+
+def test_columns_are_sorted_by_group_and_padding_is_zero() -> None:
+    weight = random_weight("w4a16_g16_offset", 33, 40, act_order=True)
+    packed = TILES.pack(weight)
+    order, scales, zeros = packed["k_order"], packed["scales"], packed["zeros"]
+    assert order is not None
+    assert scales is not None
+    assert zeros is not None
+    groups = weight.column_groups()[order.long()].tolist()
+    assert all(a <= b for a, b in pairwise(groups))
+    assert list(scales.shape) == list(zeros.shape) == [2, 3, 32]
+    assert torch.equal(scales[0, 2], weight.scales[:32, 2])
+    assert torch.equal(zeros[1, :, 0], weight.zeros[32])  # type: ignore[index]
+    assert not scales[1, :, 1:].any()
+    assert not zeros[1, :, 1:].any()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "K", "reason"),
+    [
+        ("nf4_g64", 64, "codebook 'nf4'"),
+        ("w4a8_g32", 64, "8-bit activations"),
+        ("w4a16_g12", 64, "group_size 12 is not a multiple of 8"),
+        ("w4a16_g1", 2, "group_size 1 is not a multiple of 8"),
+    ],
+)
+def test_reasons(scheme: str, K: int, reason: str) -> None:
+    assert any(reason in text for text in TILES.reasons(32, K, QuantScheme.parse(scheme)))
+    with pytest.raises(ConversionError, match=reason):
+        TILES.pack(random_weight(scheme, 32, K))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g12", "w4a16_channel", "w8a16_tensor"])
+def test_a_single_group_may_have_any_length(scheme: str) -> None:
+    assert TILES.reasons(32, 11, QuantScheme.parse(scheme)) == []
+    weight = random_weight(scheme, 5, 11)
+    assert same_weight(TILES.unpack(TILES.pack(weight), 5, 11, weight.scheme), weight)

@@ -1,0 +1,35 @@
+"""Every instruction set that this CPU has; the others are skipped by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from qkernels.kernels import native
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    status = native.status()
+    if not status.loaded:
+        pytest.skip(f"the extension is not loaded: {status.error}")
+    if request.param not in status.isas:
+        pytest.skip(f"this CPU has no {request.param}")
+    assert status.isa is not None
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(status.isa)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialized tensors, those of C++ included, hold NaN and 255 instead of what happened to be there."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,53 @@
+"""Weights to op arguments, inputs without rounding, and the references that kernels are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkernels import QuantTensor
+from qkernels.layouts import get_layout
+from qkernels.tensor import FLOAT_DTYPES
+
+DTYPES = FLOAT_DTYPES
+LAYOUT = "cpu_tile_a16"
+
+
+def arguments(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, layout: str = LAYOUT) -> tuple[object, ...]:
+    """The arguments of `gemm_<layout>`."""
+    packed = get_layout(layout).pack(weight)
+    buffers = (packed["qweight"], packed["scales"], packed["zeros"], packed["k_order"])
+    scheme = weight.scheme
+    return (x, *buffers, bias, weight.N, scheme.bits, scheme.group_length(weight.K), scheme.zeros == "offset")
+
+
+def multiply(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, op: str = f"gemm_{LAYOUT}") -> Tensor:
+    result = getattr(torch.ops.qkernels, op)(*arguments(weight, x, bias))
+    assert isinstance(result, Tensor)
+    return result
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1, most: int = 3) -> Tensor:
+    """Random whole numbers from -most to most."""
+    return torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def magnitudes(weight: QuantTensor) -> Tensor:
+    """float64 [N, K]: the sum of the magnitudes of the terms that make up each weight in the kernels: |w|, or where zeros are
+    floating |code - mid| |scale| + |rest|, with rest = (mid - zero) scale or mid scale + offset."""
+    if weight.zeros is None or weight.scheme.zeros == "int":
+        return weight.dequantize().double().abs()
+    groups = weight.column_groups()
+    mid = weight.scheme.mid_code
+    scale, zero = weight.scales.double()[:, groups], weight.zeros.double()[:, groups]
+    rest = mid * scale + zero if weight.scheme.zeros == "offset" else (mid - zero) * scale
+    return ((weight.codes.double() - mid) * scale).abs() + rest.abs()
+
+
+def exact_product(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, unit: float = 1 / 8) -> Tensor:
+    """The product where no partial sum of any order is rounded: all terms are multiples of `unit`, and the sum of their
+    magnitudes is below 2^22 units (checked). Only the output is rounded, once."""
+    terms = x.double().abs() @ magnitudes(weight).T
+    assert float(terms.max() if terms.numel() else 0) / unit < 2**22, "the inputs are too large to be exact"
+    y = x.double() @ weight.dequantize().double().T
+    return (y if bias is None else y + bias.double()).to(x.dtype)

@@ -1,0 +1,68 @@
+"""The CPU kernels alone, without torch: under the address and undefined-behaviour sanitizers, and as object files."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parent.parent.parent / "csrc" / "cpu"
+HARNESS = Path(__file__).parent / "edge_shapes.cpp"
+CXX = shutil.which("g++") or shutil.which("c++")
+
+pytestmark = [
+    pytest.mark.skipif(CXX is None, reason="no C++ compiler"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the file list is that of x86"),
+]
+
+
+def build(sources: list[Path], out: Path, *flags: str) -> None:
+    """Compiles in parallel (all sources at once would take one core), then links."""
+    objects = [out.parent / f"{source.stem}.o" for source in sources]
+    command = [str(CXX), "-std=c++20", "-Wno-maybe-uninitialized", f"-I{CSRC}", *flags]
+    jobs = [subprocess.Popen([*command, "-c", str(s), "-o", str(o)]) for s, o in zip(sources, objects, strict=True)]
+    assert [job.wait() for job in jobs] == [0] * len(jobs)
+    subprocess.run([*command, *map(str, objects), "-o", str(out)], check=True)
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sanitized") / "edge_shapes"
+    flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+    probe = subprocess.run([str(CXX), *flags[2:3], "-x", "c++", "-", "-o", "/dev/null"], input="int main(){}", text=True, check=False)
+    if probe.returncode:
+        pytest.skip("this compiler has no sanitizer libraries")
+    build([*sorted(CSRC.glob("*.cpp")), HARNESS], out, *flags)
+    return out
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+def test_edge_shapes_under_the_sanitizers(harness: Path, isa: str) -> None:
+    """Every buffer ends where the contract says: one byte read or written past it stops the program."""
+    result = subprocess.run([harness, isa], capture_output=True, text=True, timeout=120, check=False)
+    if result.returncode == 77:
+        pytest.skip(f"this CPU has no {isa}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 wrong" in result.stdout
+
+
+def test_the_sanitizer_would_notice(harness: Path) -> None:
+    """Negative control: buffers that are one byte short."""
+    result = subprocess.run([harness, "scalar", "short"], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
+def test_no_inline_function_leaks_out_of_an_instruction_set(name: str, tmp_path: Path) -> None:
+    """A weak symbol compiled for AVX-512 could be the one that the linker keeps, and crash an older CPU."""
+    out = tmp_path / "code.o"
+    subprocess.run([str(CXX), "-std=c++20", "-O1", "-w", "-c", str(CSRC / f"{name}.cpp"), "-o", str(out)], check=True)
+    symbols = subprocess.run(["nm", "-C", out], capture_output=True, text=True, check=True).stdout.splitlines()
+    shared = [line[17:] for line in symbols if line[17] in "TWVuBDR"]
+    assert len(shared) == 1, shared
+    assert "qkernels::cpu::kAvx" in shared[0]
