@@ -1,0 +1,322 @@
+"""`QuantLinear` as a module: results, dtypes, moving, copying, state dicts, compile, export, gradients, refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from qkernels import QuantLinear, QuantTensor, UnsupportedProblem
+from qkernels.errors import ArgumentError, SchemeError
+from qkernels.kernels import catalogue
+from qkernels.nn.linear import BUFFERS
+from tests.strategies import random_weight, same_weight
+
+SCHEMES = [
+    "w4a16_g32",
+    "w4a16_g32_asym",
+    "w4a16_g64_fzero",
+    "w4a16_g64_offset",
+    "w3a16_g32",
+    "w8a16_channel",
+    "w8a16_g32_asym",
+]
+
+
+def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def layer_of(
+    scheme: str = "w4a16_g32", N: int = 70, K: int = 100, act_order: bool = False, **kwargs: object
+) -> QuantLinear:
+    return QuantLinear.from_quant_tensor(random_weight(scheme, N, K, act_order=act_order, exact=True), **kwargs)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_exact_on_integers(scheme: str, act_order: bool, dtype: torch.dtype) -> None:
+    """Integer inputs and power-of-two scales: every partial sum is exact, so the only rounding is that of the output."""
+    bias = integers(70, dtype=dtype)
+    layer = layer_of(scheme, act_order=act_order, bias=bias, dtype=dtype)
+    x = integers(2, 3, 100, dtype=dtype)
+    expected = (x.double() @ layer.quant_tensor().dequantize().double().T + bias.double()).to(dtype)
+    assert torch.equal(layer(x), expected)
+    assert layer(x).shape == (2, 3, 70)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_weight_comes_back_bit_for_bit(scheme: str, act_order: bool) -> None:
+    weight = random_weight(scheme, 33, 75, act_order=act_order)
+    assert same_weight(QuantLinear.from_quant_tensor(weight).quant_tensor(), weight)
+
+
+def test_from_linear_rounds_to_nearest() -> None:
+    linear = nn.Linear(64, 48)
+    layer = QuantLinear.from_linear(linear, "w8a16_g32")
+    # Half a step, and what the largest weight loses to a scale rounded to fp16: 128 steps times 2^-11.
+    weight = layer.quant_tensor()
+    step = weight.scales.float().abs()[:, weight.column_groups()]
+    assert ((layer.dequantize() - linear.weight).abs() <= step * (0.5 + 128 * 2**-11)).all()
+    assert torch.equal(layer.bias, linear.bias)
+    assert layer.dtype == torch.float32
+
+
+def test_empty_batch_and_empty_layers() -> None:
+    assert layer_of()(torch.empty(0, 100)).shape == (0, 70)
+    assert layer_of()(torch.empty(2, 0, 100)).shape == (2, 0, 70)
+
+
+def test_constructed_layer_is_zero_and_can_be_filled() -> None:
+    layer = QuantLinear(100, 70, scheme="w4a16_g32")
+    assert torch.equal(layer(integers(2, 100)), torch.zeros(2, 70))
+    layer.load_state_dict(layer_of(bias=integers(70)).state_dict())
+    assert torch.equal(layer(integers(2, 100)), layer_of(bias=integers(70))(integers(2, 100)))
+
+
+# --- moving and copying ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to("cpu", torch.float16)],
+)
+def test_casting_changes_activations_not_codes_or_scales(cast: object) -> None:
+    layer = layer_of("w4a16_g32_asym", bias=integers(70))
+    before = {name: None if t is None else t.clone() for name, t in layer._packed().items()}
+    cast(layer)
+    assert layer.bias.dtype == layer.dtype != torch.float32
+    for name, t in layer._packed().items():
+        assert (t is None) == (before[name] is None)
+        assert t is None or (t.dtype == before[name].dtype and torch.equal(t, before[name])), name
+    assert layer(integers(3, 100, dtype=layer.dtype)).dtype == layer.dtype
+
+
+def test_casting_twice_returns_to_the_same_results() -> None:
+    layer, x = layer_of("w4a16_g32_fzero"), integers(3, 100)
+    expected = layer(x)
+    assert torch.equal(layer.half().float()(x), expected)
+
+
+def test_deepcopy_and_pickle() -> None:
+    layer, x = layer_of("w4a16_g32_asym", act_order=True, bias=integers(70)), integers(3, 100)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), layer(x))
+        assert same_weight(twin.quant_tensor(), layer.quant_tensor())
+        assert twin.qweight.data_ptr() != layer.qweight.data_ptr()
+
+
+def test_meta_and_back() -> None:
+    layer = QuantLinear(100, 70, scheme="w4a16_g32_asym", device="meta", ordered=True)
+    assert all(t is None or t.is_meta for t in layer._packed().values())
+    assert layer(torch.empty(5, 100, device="meta")).shape == (5, 70)
+    layer = layer.to_empty(device="cpu")
+    layer.load_state_dict(layer_of("w4a16_g32_asym", act_order=True, bias=integers(70)).state_dict())
+    assert torch.equal(
+        layer(integers(3, 100)), layer_of("w4a16_g32_asym", act_order=True, bias=integers(70))(integers(3, 100))
+    )
+
+
+@pytest.fixture
+def reference_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in for a second device with another layout: "meta" takes the reference layout."""
+    chosen = catalogue.select
+
+    def select(problem: catalogue.Problem, on_unsupported: str = "raise") -> catalogue.KernelSpec:
+        return catalogue.REFERENCE if problem.arch == "meta" else chosen(problem, on_unsupported)
+
+    monkeypatch.setattr("qkernels.nn.linear.select", select)
+    yield
+
+
+@pytest.mark.usefixtures("reference_on_meta")
+def test_moving_to_a_device_with_another_layout_repacks() -> None:
+    layer = layer_of("w4a16_g32_asym", act_order=True)
+    weight = layer.quant_tensor()
+    moved = copy.deepcopy(layer)
+    # what `.to` does, without losing the data to meta: pack for the other layout, then move back
+    moved._relayout("reference", torch.device("cpu"))
+    assert moved.qweight.shape == (70, 100)
+    assert same_weight(moved.quant_tensor(), weight)
+    assert torch.equal(moved(integers(3, 100)), layer(integers(3, 100)))
+    layer.to("meta")
+    assert layer.qweight.is_meta
+
+
+def test_buffers_that_something_else_moved_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of("w4a16_g32_asym"), integers(3, 100)
+    expected = layer(x)
+    reference = copy.deepcopy(layer)
+    reference._relayout("reference", torch.device("cpu"))
+    # A hook moved a layer packed for another device onto the CPU: wrong layout for its device.
+    reference._device_type = "cuda"
+    assert torch.equal(reference(x), expected)
+    assert reference.layout == "cpu_tile_a16"
+
+
+# --- state dict -----------------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_holds_tensors_only_and_round_trips() -> None:
+    source = layer_of("w4a16_g32_asym", act_order=True, bias=integers(70))
+    state = source.state_dict()
+    assert all(isinstance(t, torch.Tensor) for t in state.values())
+    target = QuantLinear(100, 70, scheme="w4a16_g32_asym", ordered=True)
+    assert target.load_state_dict(state) == ([], [])
+    assert same_weight(target.quant_tensor(), source.quant_tensor())
+    assert target.qweight.data_ptr() != source.qweight.data_ptr()
+
+
+def test_state_dict_of_another_layout_is_repacked() -> None:
+    source = layer_of("w4a16_g32_asym", act_order=True)
+    source._relayout("reference", torch.device("cpu"))
+    target = QuantLinear(100, 70, bias=False, scheme="w4a16_g32_asym")
+    target.load_state_dict(source.state_dict())
+    assert target.layout == "cpu_tile_a16"
+    assert same_weight(target.quant_tensor(), source.quant_tensor())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("qweight", torch.zeros(3, 1600, dtype=torch.uint8), "qweight must be uint8"),
+        ("scales", torch.full((3, 4, 32), float("nan")), "scales must be finite"),
+        ("scales", torch.zeros(3, 5, 32), "scales must be"),
+        ("k_order", torch.zeros(100, dtype=torch.int32), "k_order must be a permutation of 0 … 99"),
+        ("k_order", torch.arange(100, dtype=torch.int32) + 1, "k_order must be a permutation"),
+        ("k_order", -torch.arange(100, dtype=torch.int32), "k_order must be a permutation"),
+        ("zeros", torch.full((3, 4, 32), 16, dtype=torch.uint8), "zeros must be 0 … 15"),
+        ("zeros", None, r"zeros must be uint8 \[3, 4, 32\] .* got absent"),
+        ("bias", torch.zeros(71), r"bias must be \[70\], got \[71\]"),
+    ],
+)
+def test_a_hostile_state_dict_is_refused(key: str, value: torch.Tensor | None, message: str) -> None:
+    state = layer_of("w4a16_g32_asym", act_order=True, bias=integers(70)).state_dict()
+    if value is None:
+        del state[key]
+    else:
+        state[key] = value
+    layer = QuantLinear(100, 70, scheme="w4a16_g32_asym", ordered=True)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.qweight, torch.zeros_like(layer.qweight)), "a refused state dict must change nothing"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (b'{"layout": "cpu_tile_a16", "version": 99, "scheme": "w4a16_g32", "shape": [70, 100]}', "version 99"),
+        (
+            b'{"layout": "cpu_tile_a16", "version": 1, "scheme": "w4a16_g64", "shape": [70, 100]}',
+            "buffers hold w4a16_g64",
+        ),
+        (
+            b'{"layout": "cpu_tile_a16", "version": 1, "scheme": "w4a16_g32", "shape": [1, 2]}',
+            r"hold w4a16_g32 \[1, 2\]",
+        ),
+        (b'{"layout": "other", "version": 1, "scheme": "w4a16_g32", "shape": [70, 100]}', "layout must be one of"),
+        (b"[1, 2]", "must be JSON"),
+        (b"\xff", "must be JSON"),
+    ],
+)
+def test_a_lying_packing_is_refused(extra: bytes, message: str) -> None:
+    state = layer_of().state_dict()
+    state["_extra_state"] = torch.tensor(list(extra), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=message):
+        layer_of().load_state_dict(state)
+
+
+def test_missing_and_unexpected_keys_are_named() -> None:
+    state = layer_of(bias=integers(70)).state_dict()
+    with pytest.raises(RuntimeError, match='Unexpected key.*"bias"'):
+        layer_of().load_state_dict(state)
+    with pytest.raises(RuntimeError, match='Missing key.*"qweight"'):
+        layer_of().load_state_dict({})
+
+
+# --- compile, export, autograd ---------------------------------------------------------------------------------------------
+
+
+def test_compiles_to_one_graph_with_any_number_of_tokens() -> None:
+    layer = layer_of("w4a16_g32_asym", act_order=True, bias=integers(70))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (1, 5, 33):
+        assert torch.equal(compiled(integers(2, tokens, 100)), layer(integers(2, tokens, 100)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # M = 1 may specialize
+    torch._dynamo.reset()
+
+
+def test_exports_with_a_dynamic_number_of_tokens() -> None:
+    layer = layer_of(bias=integers(70))
+    tokens = torch.export.Dim("tokens", min=2)
+    program = torch.export.export(layer, (integers(4, 100),), dynamic_shapes=({0: tokens},))
+    assert "qkernels.gemm_cpu_tile_a16" in str(program.graph)
+    assert torch.equal(program.module()(integers(9, 100)), layer(integers(9, 100)))
+
+
+def test_gradients_flow_to_x_and_bias() -> None:
+    layer = layer_of("w4a16_g32_asym", act_order=True, bias=integers(70).requires_grad_())
+    x = integers(3, 100).requires_grad_()
+    layer(x).square().sum().backward()
+    w, twin, bias = layer.dequantize(), integers(3, 100).requires_grad_(), integers(70).requires_grad_()
+    (twin @ w.T + bias).square().sum().backward()
+    assert torch.equal(x.grad, twin.grad)
+    assert torch.equal(layer.bias.grad, bias.grad)
+
+
+def test_autocast_runs_in_its_dtype() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer_of()(integers(2, 100)).dtype == torch.bfloat16
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_inputs_are_named() -> None:
+    layer = layer_of()
+    with pytest.raises(ArgumentError, match="100"):
+        layer(torch.zeros(2, 99))
+    with pytest.raises(ArgumentError, match="float64|int64"):
+        layer(torch.zeros(2, 100, dtype=torch.float64))
+    with pytest.raises(SchemeError, match="a scheme looks like"):
+        QuantLinear(64, 64, scheme="int4")
+    with pytest.raises(ArgumentError, match=r"bias must be \[N\] = \[70\], got \[3\]"):
+        layer_of(bias=torch.zeros(3))
+    with pytest.raises(ArgumentError, match=r"takes one \[N, K\] weight, got codes of shape \[2, 8, 32\]"):
+        QuantLinear.from_quant_tensor(random_weight("w4a16_g32", 8, 32, experts=(2,)))
+
+
+def test_nan_weights_are_refused() -> None:
+    linear = nn.Linear(32, 8)
+    with torch.no_grad():
+        linear.weight[1, 2] = float("nan")
+    with pytest.raises(ArgumentError, match="NaN"):
+        QuantLinear.from_linear(linear, "w4a16_g32")
+
+
+def test_a_problem_without_a_kernel_lists_every_reason() -> None:
+    weight = random_weight("w4a16_g12", 8, 24)
+    with pytest.raises(UnsupportedProblem, match="no kernel for w4a16_g12, N=8 K=24, float16, cpu") as caught:
+        QuantLinear.from_quant_tensor(weight)
+    assert "cpu.cpu_tile_a16" in str(caught.value)
+    assert 'on_unsupported="reference"' in str(caught.value)
+    layer = QuantLinear.from_quant_tensor(weight, on_unsupported="reference", dtype=torch.float32)
+    assert layer.layout == "reference"
+    assert torch.equal(layer(torch.eye(24)).T.contiguous(), weight.dequantize())
+
+
+def test_buffer_names_are_those_of_the_layout() -> None:
+    assert {name for name, _ in layer_of(act_order=True).named_buffers()} <= set(BUFFERS)
+    assert isinstance(layer_of().quant_tensor(), QuantTensor)

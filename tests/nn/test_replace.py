@@ -1,0 +1,203 @@
+"""`replace_linear`: what it swaps, what it leaves and says so, patterns, refusals that change nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qkernels import QuantLinear, UnsupportedProblem, replace_linear
+from qkernels.errors import ArgumentError, SchemeError
+from qkernels.nn.replace import model_bytes
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down_proj(torch.relu(self.up_proj(x)))
+
+
+class Model(nn.Module):
+    """A little of everything: blocks, an embedding tied to the head, a convolution, stacked experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 64)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.lm_head = nn.Linear(64, 50, bias=False)
+        self.lm_head.weight = self.embedding.weight
+        self.convolution = nn.Conv1d(4, 4, 3)
+        self.experts = nn.Parameter(torch.zeros(2, 8, 64))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def untouched(model: nn.Module, before: nn.Module) -> bool:
+    return not any(isinstance(m, QuantLinear) for m in model.modules()) and all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values())
+    )
+
+
+def test_replaces_in_place_and_accounts_for_everything(model: Model) -> None:
+    before = copy.deepcopy(model)
+    report = replace_linear(model, "w8a16_g32", progress=False)
+    assert list(report.replaced) == [f"layers.{i}.{name}" for i in range(2) for name in ("up_proj", "down_proj")]
+    assert report.skipped == {
+        "lm_head": "excluded",
+        "experts": "stacked experts ([2, 8, 64], 0.0 MiB) are not supported yet",
+    }
+    assert isinstance(model.layers[0].up_proj, QuantLinear)
+    assert not model.layers[0].up_proj.training
+    assert report.bytes_before == model_bytes(before)
+    assert report.bytes_after == model_bytes(model) < report.bytes_before
+    one = report.replaced["layers.0.up_proj"]
+    assert one.bytes_before == 64 * 96 * 4
+    assert one.bytes_after == 64 * 96 + 2 * 96 * 2  # codes, and fp16 scales of two groups
+    assert "replaced 4 linear layers (w8a16_g32), skipped 2" in str(report)
+    assert "skipped lm_head: excluded" in str(report)
+
+
+def test_the_model_still_computes_nearly_the_same(model: Model) -> None:
+    ids = torch.arange(20)
+    expected = model(ids)
+    replace_linear(model, "w8a16_g32", progress=False)
+    # 8-bit rounding moves each weight by at most half a step of 1/127 of its group's largest
+    assert (model(ids) - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_include_exclude_and_overrides(model: Model) -> None:
+    report = replace_linear(
+        model,
+        "w4a16_g32",
+        include="layers.*",
+        exclude=("layers.1.*",),
+        overrides={"*.down_proj": "w8a16_channel"},
+        progress=False,
+    )
+    assert {name: str(r.scheme) for name, r in report.replaced.items()} == {
+        "layers.0.up_proj": "w4a16_g32",
+        "layers.0.down_proj": "w8a16_channel",
+    }
+    assert report.skipped["layers.1.up_proj"] == "excluded"
+    assert report.skipped["lm_head"] == "not in include"
+
+
+def test_patterns_match_the_last_part_of_a_name_too(model: Model) -> None:
+    report = replace_linear(model, "w4a16_g32", exclude=("up_proj", "lm_head"), progress=False)
+    assert all(name.endswith("down_proj") for name in report.replaced)
+
+
+def test_shared_weights_stay_shared(model: Model) -> None:
+    report = replace_linear(model, "w4a16_g32", exclude=(), progress=False)
+    assert report.skipped["lm_head"] == "its weight is shared with embedding"
+    assert model.lm_head.weight is model.embedding.weight
+
+
+def test_a_second_run_says_that_layers_are_quantized(model: Model) -> None:
+    replace_linear(model, "w4a16_g32", include="layers.0.*", progress=False)
+    report = replace_linear(model, "w4a16_g32", progress=False)
+    assert report.skipped["layers.0.up_proj"] == "already quantized"
+    with pytest.raises(ArgumentError, match="(?s)found no layer to replace:.*layers.0.up_proj: already quantized"):
+        replace_linear(model, "w4a16_g32", progress=False)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_left_alone(model: Model) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model.layers[0].up_proj = Scaled(64, 96)
+    report = replace_linear(model, "w4a16_g32", progress=False)
+    assert report.skipped["layers.0.up_proj"] == "Scaled is a subclass of nn.Linear with a forward of its own"
+
+
+def test_conv1d_of_transformers_is_named(model: Model) -> None:
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    model.projection = Conv1D(8, 64)
+    report = replace_linear(model, "w4a16_g32", progress=False)
+    assert report.skipped["projection"] == "Conv1D stores its weight transposed and is not supported yet"
+
+
+def test_unsupported_layers_raise_before_anything_changes(model: Model) -> None:
+    before = copy.deepcopy(model)
+    with pytest.raises(UnsupportedProblem, match="layers.0.down_proj: no kernel for w4a16_g12, N=64 K=96"):
+        replace_linear(model, "w4a16_g32", overrides={"*.down_proj": "w4a16_g12"}, progress=False)
+    assert untouched(model, before)
+
+
+def test_unsupported_layers_can_be_skipped_or_run_on_the_reference(model: Model) -> None:
+    twin = copy.deepcopy(model)
+    overrides = {"*.down_proj": "w4a16_g12"}
+    report = replace_linear(model, "w4a16_g32", overrides=overrides, on_unsupported="skip", progress=False)
+    assert "group_size 12 is not a multiple of 8" in report.skipped["layers.0.down_proj"]
+    report = replace_linear(twin, "w4a16_g32", overrides=overrides, on_unsupported="reference", progress=False)
+    assert report.replaced["layers.0.down_proj"].layout == "reference"
+    assert report.replaced["layers.0.up_proj"].layout == "cpu_tile_a16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"scheme": "int4"}, SchemeError, "a scheme looks like w4a16_g128"),
+        ({"scheme": "w4a16_g0"}, SchemeError, "group_size must be a positive integer"),
+        (
+            {"include": "layer.*"},
+            ArgumentError,
+            "pattern 'layer.\\*' matches no linear layer; names look like layers.0.up_proj",
+        ),
+        ({"overrides": {"*.gate": "w8a16_g32"}}, ArgumentError, "pattern '\\*.gate' matches no linear layer"),
+        (
+            {"on_unsupported": "ignore"},
+            ArgumentError,
+            "on_unsupported must be one of raise, skip, reference, got 'ignore'",
+        ),
+    ],
+)
+def test_wrong_arguments_change_nothing(
+    model: Model, arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    before = copy.deepcopy(model)
+    with pytest.raises(error, match=message):
+        replace_linear(model, **arguments, progress=False)  # type: ignore[arg-type]
+    assert untouched(model, before)
+
+
+def test_nan_weights_are_named_before_anything_changes(model: Model) -> None:
+    with torch.no_grad():
+        model.layers[1].up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ArgumentError, match="layers.1.up_proj.weight"):
+        replace_linear(model, "w4a16_g32", progress=False)
+    assert not any(isinstance(m, QuantLinear) for m in model.modules())
+
+
+def test_an_encoder_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    encoder = transformers.BertModel(config).eval()
+    ids = torch.randint(0, 60, (3, 16), generator=torch.Generator().manual_seed(1))
+    expected = encoder(ids).last_hidden_state
+    report = replace_linear(encoder, "w8a16_g32", progress=False)
+    assert len(report.replaced) == 2 * 6 + 1  # q, k, v, output, up, down in each layer, and the pooler
+    cosine = torch.cosine_similarity(encoder(ids).last_hidden_state.flatten(1), expected.flatten(1))
+    assert (cosine > 0.999).all()
