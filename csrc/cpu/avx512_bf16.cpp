@@ -88,8 +88,8 @@ struct BytePairs : RawBytes, FloatZeros {
 };
 
 void multiply_by_type(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  constexpr auto multiply_bf16 = multiply<Avx512Bf16, SymmetricPairs, PairsWithZeros, BytePairs>;
-  (p.x_type == Type::kBFloat16 ? multiply_bf16 : multiply_fp32)(p, tile, tiles, m0, m1);
+  if (p.x_type != Type::kBFloat16) return kAvx512.multiply(p, tile, tiles, m0, m1);
+  multiply<Avx512Bf16, SymmetricPairs, PairsWithZeros, BytePairs>(p, tile, tiles, m0, m1);
 }
 
 }  // namespace

@@ -29,6 +29,9 @@ class Layout:
         reasons: (N, K, scheme) -> why a weight cannot be packed so; empty if it can.
         pack: weight -> buffers by name ("qweight", "scales", "zeros", "k_order"; None where absent).
         unpack: (buffers, N, K, scheme) -> the weight that was packed. Buffers from outside go through `unpack_checked`.
+        shapes: (N, K, bits, group_length) -> shapes of qweight and of scales (zeros likewise), without expert dimensions.
+        rows_per_tile: rows of the weight per entry of the buffers' first dimension, so that slices of it are weights.
+        gemv_tokens: the largest M of an op `gemv_<name>`; None: the layout has none.
     """
 
     name: str
@@ -36,6 +39,9 @@ class Layout:
     reasons: Callable[[int, int, QuantScheme], list[str]]
     pack: Callable[[QuantTensor], dict[str, Tensor | None]]
     unpack: Callable[[Buffers, int, int, QuantScheme], QuantTensor]
+    shapes: Callable[[int, int, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
+    rows_per_tile: int
+    gemv_tokens: int | None = None
 
 
 from . import canonical, cpu_tile_a16  # noqa: E402  (they need Layout)

@@ -15,9 +15,6 @@ from ..scheme import QuantScheme
 from ..tensor import QuantTensor, group_index_of
 from . import Buffers, Layout
 
-ROWS_PER_TILE = 1
-
-
 def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
     """Only a codebook: the ops' schema has no argument that could carry its table."""
     return [] if scheme.codebook is None else [f"codebook {scheme.codebook!r} is not taken by the reference op"]
@@ -52,4 +49,4 @@ def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor
     return QuantTensor(qweight, scales, buffers["zeros"], group_index_of(buffers["k_order"], K, scheme), scheme)
 
 
-LAYOUT: Layout = Layout("reference", 1, reasons, pack, unpack)
+LAYOUT: Layout = Layout("reference", 1, reasons, pack, unpack, buffer_shapes, rows_per_tile=1)

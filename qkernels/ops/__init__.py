@@ -65,13 +65,14 @@ def gemv(
     out_features: int,
     scheme: QuantScheme,
 ) -> Tensor:
-    """The decode path of `gemm` alone, for tests and benchmarks: M up to `schema.MAX_GEMV_TOKENS[layout]`.
+    """The decode path of `gemm` alone, for tests and benchmarks: M up to the layout's `gemv_tokens`.
 
     Arguments, result and errors are those of `gemm`.
     """
-    if layout not in schema.MAX_GEMV_TOKENS:
-        raise ArgumentError(f"gemv takes layout {' or '.join(schema.MAX_GEMV_TOKENS)}, got {layout!r}; call gemm")
-    tokens = schema.MAX_GEMV_TOKENS[layout]
+    tokens = get_layout(layout).gemv_tokens
+    if tokens is None:
+        some = [name for name, value in LAYOUTS.items() if value.gemv_tokens is not None]
+        raise ArgumentError(f"gemv takes layout {' or '.join(some)}, got {layout!r}; call gemm")
     return _run("gemv", layout, tokens, x, qweight, scales, zeros, k_order, bias, in_features, out_features, scheme)
 
 
@@ -123,6 +124,6 @@ def _run(
 
 _OPS: dict[str, Callable[..., Tensor]] = {
     name: getattr(torch.ops.qkernels, name).default
-    for layout in LAYOUTS
-    for name in (f"gemm_{layout}", *([f"gemv_{layout}"] if layout in schema.MAX_GEMV_TOKENS else []))
+    for layout, value in LAYOUTS.items()
+    for name in (f"gemm_{layout}", *([f"gemv_{layout}"] if value.gemv_tokens is not None else []))
 }

@@ -1,7 +1,7 @@
 """`torch.ops.qkernels`: every op's schema, argument checks, fake kernel and gradient, written once for all layouts.
 
     gemm_<layout>        any M; the implementation chooses its path by M
-    gemv_<layout>        the decode path alone, M up to `MAX_GEMV_TOKENS` (layouts that have one)
+    gemv_<layout>        the decode path alone, M up to the layout's `gemv_tokens` (layouts that have one)
     dequantize_<layout>  the weight, for gradients, tests and benchmarks
 
 C++ and Triton only implement these; an install without the compiled extension has the same ops, which then say why they
@@ -21,7 +21,7 @@ from torch.library import Library, register_autograd, register_fake
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels import native
-from ..layouts import LAYOUTS, canonical, cpu_tile_a16
+from ..layouts import LAYOUTS
 from ..tensor import FLOAT_DTYPES
 from . import reference
 
@@ -33,8 +33,6 @@ DEQUANTIZE = (
     "(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, int out_features, int in_features, int bits, "
     "int group_size, bool zeros_are_offsets, ScalarType dtype) -> Tensor"
 )
-MAX_GEMV_TOKENS = {"cpu_tile_a16": 8}
-_GEOMETRY = {"reference": canonical, "cpu_tile_a16": cpu_tile_a16}  # buffer_shapes and ROWS_PER_TILE of each layout
 _SLICE_BYTES = 64 << 20  # a gradient dequantizes at most this much of the weight at a time
 
 LIBRARY = Library("qkernels", "DEF")  # the ops live as long as this object
@@ -55,13 +53,13 @@ def check_gemm(
     """
     if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
         raise ArgumentError(f"x must be float32, bfloat16 or float16 [M, K], got {_describe(x)}")
-    if qweight.dim() != 2:
-        raise ArgumentError(f"qweight must be 2-D: stacked experts are not taken here, got {_describe(qweight)}")
     if max_tokens is not None and x.shape[0] > max_tokens:
         raise ArgumentError(f"gemv_{layout} takes M <= {max_tokens} rows of x, got {x.shape[0]}; call gemm_{layout}")
     if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.dim() != 1 or bias.shape[0] != out_features):
         raise ArgumentError(f"bias must be None or floating [N] = [{out_features}], got {_describe(bias)}")
-    check_weight(layout, qweight, scales, zeros, k_order, out_features, x.shape[1], bits, group_size, zeros_are_offsets)
+    K = x.shape[1]
+    if check_weight(layout, qweight, scales, zeros, k_order, out_features, K, bits, group_size, zeros_are_offsets):
+        raise ArgumentError(f"qweight must be of one weight: stacked experts are not taken here, got {_describe(qweight)}")
     for name, t in (("qweight", qweight), ("bias", bias)):
         if t is not None and t.device != x.device:
             raise ArgumentError(f"{name} must be on the device of x, {x.device}, got {t.device}; move one of them")
@@ -70,20 +68,21 @@ def check_gemm(
 def check_weight(
     layout: str, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
     out_features: int, in_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
+    """The same for the buffers alone; returns how many leading (expert) dimensions they have."""
     N, K = out_features, in_features
     if not 2 <= bits <= 8 or group_size < 1 or N < 0:
         raise ArgumentError(
             f"bits must be 2 to 8, group_size positive (group_length(K)) and out_features not negative, got bits={bits}, "
             f"group_size={group_size}, out_features={N}"
         )
-    codes, groups = _GEOMETRY[layout].buffer_shapes(N, K, bits, group_size)
-    if qweight.dtype != torch.uint8 or qweight.shape[-2:] != codes:
+    codes, groups = LAYOUTS[layout].shapes(N, K, bits, group_size)
+    if qweight.dtype != torch.uint8 or qweight.shape[-len(codes) :] != codes:
         raise ArgumentError(
             f"qweight must be uint8 {list(codes)} in layout {layout} for N={N}, K={K} (x is [M, K]), bits={bits}, got "
             f"{_describe(qweight)}; a weight packed for another shape or layout?"
         )
-    shape = (*qweight.shape[:-2], *groups)
+    shape = (*qweight.shape[: -len(codes)], *groups)
     if scales.dtype not in FLOAT_DTYPES or scales.shape != shape:
         raise ArgumentError(
             f"scales must be floating {list(shape)} in layout {layout} for N={N}, K={K}, group_size={group_size}, got "
@@ -102,6 +101,7 @@ def check_weight(
     for name, t in (("scales", scales), ("zeros", zeros), ("k_order", k_order)):
         if t is not None and t.device != qweight.device:
             raise ArgumentError(f"{name} must be on the device of qweight, {qweight.device}, got {t.device}")
+    return qweight.dim() - len(codes)
 
 
 def _describe(t: Tensor) -> str:
@@ -118,9 +118,9 @@ def _fake_gemm(layout: str, max_tokens: int | None, x: Tensor, *weight: Any) -> 
 
 def _fake_dequantize(layout: str, qweight: Tensor, *rest: Any) -> Tensor:
     *weight, dtype = rest
-    check_weight(layout, qweight, *weight)
+    leading = check_weight(layout, qweight, *weight)
     out_features, in_features = weight[3], weight[4]
-    return qweight.new_empty((*qweight.shape[:-2], out_features, in_features), dtype=dtype)
+    return qweight.new_empty((*qweight.shape[:leading], out_features, in_features), dtype=dtype)
 
 
 def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,7 +146,7 @@ def _gradient_of_x(
 ) -> Tensor:  # fmt: skip
     """dx = dy W in fp32, W dequantized a slice of rows at a time."""
     dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout}")
-    rows = _GEOMETRY[layout].ROWS_PER_TILE
+    rows = LAYOUTS[layout].rows_per_tile
     tiles = max(1, _SLICE_BYTES // (4 * rows * max(in_features, 1)))
     dx = dy.new_zeros((dy.shape[0], in_features), dtype=torch.float32)
     for first in range(0, qweight.shape[0], tiles):
@@ -177,10 +177,10 @@ def _define(op: str, schema: str, fake: Callable[..., Tensor]) -> None:
 
 
 def _define_all() -> None:
-    for layout in LAYOUTS:
+    for layout, value in LAYOUTS.items():
         gemms: dict[str, int | None] = {f"gemm_{layout}": None}
-        if layout in MAX_GEMV_TOKENS:
-            gemms[f"gemv_{layout}"] = MAX_GEMV_TOKENS[layout]
+        if value.gemv_tokens is not None:
+            gemms[f"gemv_{layout}"] = value.gemv_tokens
         for op, max_tokens in gemms.items():
             _define(op, GEMM, partial(_fake_gemm, layout, max_tokens))
             register_autograd(

@@ -1,5 +1,6 @@
-// Runs the CPU kernels of one instruction set over edge shapes, with every buffer in its own allocation of exactly the right
-// size, and compares with a product in double. Built by test_sanitizers.py with -fsanitize=address,undefined.
+// Runs the CPU kernels of one instruction set over edge shapes, every buffer in an allocation of exactly the size that
+// the contract in kernels.h gives it, and compares with a product in double. Built by test_sanitizers.py with
+// -fsanitize=address,undefined.
 //
 //   edge_shapes ISA          exit code 77 if this CPU lacks it
 //   edge_shapes ISA short    qweight one byte too small: must be caught
@@ -7,7 +8,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <thread>
 #include <vector>
 
@@ -18,50 +18,145 @@ using cpu::Type;
 
 namespace {
 
-uint32_t state = 1;
 int random_below(int n) {
+  static uint32_t state = 1;
   state = state * 1664525u + 1013904223u;
   return static_cast<int>((state >> 8) % static_cast<uint32_t>(n));
 }
 
-// n elements of a small integer, or of an eighth of one, in the given type; malloc, so that every byte past the end counts
-struct Buffer {
-  std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
+size_t bytes_of(Type type) { return type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2; }
+
+// `size` whole numbers from -3 to 3 (0 to 3 as kUInt8), as doubles and in memory of their type
+struct Numbers {
   Type type;
-  size_t size;
+  std::vector<double> values;
+  void* memory;
 
-  static size_t bytes_of(Type type) { return type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2; }
-  Buffer(Type t, int64_t n) : type(t), size(static_cast<size_t>(n)) { memory.reset(std::malloc(bytes_of(t) * size + 1)); }
-  Buffer(Type t, int64_t n, bool exact_size) : type(t), size(static_cast<size_t>(n)) {
-    if (exact_size) memory.reset(std::malloc(bytes_of(t) * size));
-  }
-
-  void set(size_t i, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if (type == Type::kUInt8) {
-      static_cast<uint8_t*>(memory.get())[i] = static_cast<uint8_t>(value);
-    } else if (type == Type::kFloat) {
-      static_cast<float*>(memory.get())[i] = value;
-    } else if (type == Type::kBFloat16) {
-      static_cast<uint16_t*>(memory.get())[i] = static_cast<uint16_t>(bits >> 16);  // exact for the values used here
-    } else {  // exact too: a normal half, or 0
-      const uint16_t half = value == 0 ? 0 : ((bits >> 16) & 0x8000) | (((bits & 0x7fffffff) - 0x38000000) >> 13);
-      static_cast<uint16_t*>(memory.get())[i] = half;
+  Numbers(Type t, int64_t size) : type(t), values(static_cast<size_t>(size)), memory(std::malloc(bytes_of(t) * size)) {
+    static const uint16_t half[] = {0xc200, 0xc000, 0xbc00, 0, 0x3c00, 0x4000, 0x4200};
+    static const uint16_t bf16[] = {0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040};
+    for (size_t i = 0; i < values.size(); ++i) {
+      const int v = t == Type::kUInt8 ? random_below(4) : random_below(7) - 3;
+      values[i] = v;
+      if (t == Type::kUInt8) static_cast<uint8_t*>(memory)[i] = static_cast<uint8_t>(v);
+      if (t == Type::kFloat) static_cast<float*>(memory)[i] = static_cast<float>(v);
+      if (t == Type::kHalf) static_cast<uint16_t*>(memory)[i] = half[v + 3];
+      if (t == Type::kBFloat16) static_cast<uint16_t*>(memory)[i] = bf16[v + 3];
     }
   }
-  double get(size_t i) const {
-    if (type == Type::kUInt8) return static_cast<const uint8_t*>(memory.get())[i];
-    if (type == Type::kFloat) return static_cast<const float*>(memory.get())[i];
-    const uint32_t word = static_cast<const uint16_t*>(memory.get())[i];
-    if (type == Type::kHalf) {
-      const uint32_t exponent = (word >> 10) & 31, mantissa = word & 1023;
-      const double value = exponent ? std::ldexp(1024 + mantissa, static_cast<int>(exponent) - 25) : std::ldexp(mantissa, -24);
-      return word & 0x8000 ? -value : value;
-    }
+  ~Numbers() { std::free(memory); }
+  Numbers(const Numbers&) = delete;
+};
+
+double read(Type type, const void* memory, int64_t i) {
+  if (type == Type::kFloat) return static_cast<const float*>(memory)[i];
+  const uint32_t word = static_cast<const uint16_t*>(memory)[i];
+  if (type == Type::kBFloat16) {
     const uint32_t bits = word << 16;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
   }
+  const int exponent = word >> 10 & 31, mantissa = word & 1023;
+  const double magnitude = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  return word & 0x8000 ? -magnitude : magnitude;
+}
+
+void two_threads(int64_t n, void* context, cpu::Body body) {
+  std::thread other([&] { body(context, n / 2, n); });
+  body(context, 0, n / 2);
+  other.join();
+}
+
+struct Shape {
+  int64_t M, N, K, group;
+  int bits;
+  Type x, scale, zero, bias;
+  bool offsets, ordered, strided;
 };
+
+// The number of wrong entries of y.
+int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
+  cpu::Problem p{};
+  p.M = s.M, p.N = s.N, p.K = s.K, p.group = s.group, p.bits = s.bits;
+  p.G = (s.K - 1) / s.group + 1;
+  p.K_pad = (s.K + 7) / 8 * 8;
+  const int width = s.bits <= 4 ? 4 : 8, per_lane = 32 / width;
+  p.tile_bytes = p.K_pad * cpu::kTileRows * width / 8;
+  const int64_t tiles = cpu::tiles_of(p), groups = tiles * p.G * cpu::kTileRows;
+
+  std::vector<int> codes(static_cast<size_t>(s.N * s.K));
+  uint8_t* qweight = static_cast<uint8_t*>(std::malloc(tiles * p.tile_bytes - (short_of_a_byte ? 1 : 0)));
+  std::memset(qweight, 0, tiles * p.tile_bytes - (short_of_a_byte ? 1 : 0));
+  for (int64_t n = 0; n < s.N; ++n) {
+    for (int64_t k = 0; k < s.K; ++k) {
+      const int code = codes[n * s.K + k] = random_below(1 << s.bits);
+      const int64_t lane = k / per_lane, i = k % per_lane, bit = 16 * (i & 1) + width * (i >> 1);
+      const int64_t at = (lane * cpu::kTileRows + n % cpu::kTileRows) * cpu::kLaneBytes + bit / 8;
+      if (!short_of_a_byte) qweight[n / cpu::kTileRows * p.tile_bytes + at] |= static_cast<uint8_t>(code << bit % 8);
+    }
+  }
+  const int64_t step = s.strided ? 3 : 1, row = s.K * step + (s.strided ? 5 : 0);
+  Numbers x(s.x, (s.M - 1) * row + (s.K - 1) * step + 1), scales(s.scale, groups);
+  Numbers zeros(s.zero == Type::kNone ? Type::kUInt8 : s.zero, s.zero == Type::kNone ? 0 : groups);
+  Numbers bias(s.bias == Type::kNone ? Type::kFloat : s.bias, s.bias == Type::kNone ? 0 : s.N);
+  std::vector<int32_t> order(static_cast<size_t>(s.K));
+  for (int64_t k = 0; k < s.K; ++k) order[k] = static_cast<int32_t>(s.ordered ? (k * 5 + 3) % s.K : k);
+  if (s.ordered) order[0] = -7, order[s.K - 1] = 2000000000;  // clamped, not followed
+
+  p.x = x.memory, p.x_type = s.x, p.x_row_stride = row, p.x_column_stride = step;
+  p.qweight = qweight, p.scales = scales.memory, p.scale_type = s.scale;
+  if (s.zero != Type::kNone) p.zeros = zeros.memory, p.zero_type = s.zero, p.zeros_are_offsets = s.offsets;
+  if (s.bias != Type::kNone) p.bias = bias.memory, p.bias_type = s.bias;
+  p.k_order = s.ordered ? order.data() : nullptr;
+  p.y = std::malloc(bytes_of(s.x) * s.M * s.N);
+  void* workspace = std::malloc(cpu::workspace_bytes(p, kernels));
+  std::memset(workspace, 0xff, cpu::workspace_bytes(p, kernels));
+  cpu::gemm(p, kernels, workspace, 2, two_threads);
+
+  int wrong = 0;
+  const double rounding = s.x == Type::kFloat ? 0 : s.x == Type::kHalf ? 1.0 / 2048 : 1.0 / 256;
+  for (int64_t m = 0; m < s.M; ++m) {
+    for (int64_t n = 0; n < s.N; ++n) {
+      double y = s.bias == Type::kNone ? 0 : bias.values[n];
+      for (int64_t k = 0; k < s.K; ++k) {
+        const int64_t at = (n / cpu::kTileRows * p.G + k / s.group) * cpu::kTileRows + n % cpu::kTileRows;
+        const double zero = s.zero == Type::kNone ? 1 << (s.bits - 1) : zeros.values[at], code = codes[n * s.K + k];
+        const double w = s.offsets ? code * scales.values[at] + zero : (code - zero) * scales.values[at];
+        const int64_t column = order[k] < 0 ? 0 : order[k] >= s.K ? s.K - 1 : order[k];
+        y += w * x.values[m * row + column * step];
+      }
+      wrong += !(std::abs(read(s.x, p.y, m * s.N + n) - y) <= rounding * std::abs(y));
+    }
+  }
+  std::free(workspace), std::free(p.y), std::free(qweight);
+  return wrong;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2 || cpu::choose(argv[1]) != nullptr) return 77;
+  const cpu::Kernels& kernels = *cpu::current().kernels;
+  const bool short_of_a_byte = argc > 2 && std::strcmp(argv[2], "short") == 0;
+  const Type floats[] = {Type::kFloat, Type::kHalf, Type::kBFloat16};
+  int cases = 0, wrong = 0;
+  for (const int64_t M : {1, 2, 4, 5, 8, 9, 13, 33, 65}) {
+    for (const int64_t N : {1, 31, 33, 64, 70}) {
+      for (const int64_t K : {1, 7, 8, 9, 40, 129, 264}) {
+        for (int round = 0; round < 2; ++round, ++cases) {  // everything else in turn, at prime or coprime steps
+          const int64_t group[] = {8, K, 24, 128, K, 16, 136};
+          const int bits[] = {4, 8, 2, 6, 4};
+          const int zero = cases % 11 % 4;
+          const Type zero_type = zero == 0 ? Type::kNone : zero == 1 ? Type::kUInt8 : floats[cases % 3];
+          const Type bias_type = cases % 4 == 3 ? Type::kNone : floats[cases % 4];
+          wrong += run({M, N, K, group[cases % 7], bits[cases % 5], floats[cases % 13 % 3], floats[cases % 17 % 3],
+                        zero_type, bias_type, zero == 3, cases % 2 == 1, cases % 19 % 3 == 0},
+                       kernels, short_of_a_byte);
+        }
+      }
+    }
+  }
+  std::printf("%s: %d cases, %d wrong entries\n", kernels.name, cases, wrong);
+  return wrong != 0;
+}

@@ -84,7 +84,12 @@ def test_strided_activations(isa: str, dtype: torch.dtype, act_order: bool) -> N
     for M in (1, 3, 11):
         x = integers(M, K, dtype=dtype)
         room = torch.full((2 * M + 1, 3 * K + 5), float("nan"), dtype=dtype)
-        views = [room[1::2, 5 : 5 + K], room[:M, 4 : 4 + 3 * K : 3], room.T[2 : 2 + K, :M].T, room.T[: 3 * K : 3, 1::2].T]
+        views = [
+            room[1::2, 5 : 5 + K],
+            room[:M, 4 : 4 + 3 * K : 3],
+            room.T[2 : 2 + K, :M].T,
+            room.T[: 3 * K : 3, 1::2].T,
+        ]
         for view in views:
             room.fill_(float("nan"))
             view.copy_(x)

@@ -96,10 +96,11 @@ def test_the_environment_chooses() -> None:
 def test_an_unknown_instruction_set_is_an_error_at_first_use_and_not_before() -> None:
     out = attempt(PACKAGE.parent, QKERNELS_ISA="avx3")
     assert 'STATUS False None QKERNELS_ISA must be one of "scalar' in out
-    assert "RAISED RuntimeError QKERNELS_ISA must be one of" in out
-    assert 'got "avx3"; unset it for the best one' in out
+    raised = out[out.index("RAISED") :]
+    assert "RuntimeError" in raised
+    assert 'got "avx3"; unset it for the best one' in raised
     assert "REFERENCE [2, 40]" in out
-    with pytest.raises(ArgumentError, match='the instruction set must be one of "scalar.*got "sse9"'):
+    with pytest.raises(ArgumentError, match=r'the instruction set must be one of "scalar.*got "sse9"'):
         native.use_isa("sse9")
 
 

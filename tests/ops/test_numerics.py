@@ -3,8 +3,7 @@
 With u = 2^-24, one y[m, n] is computed in fp32 as follows. Columns are summed in runs of at most 128 (`kRun`), each run's sum is
 scaled and added to the total; floating zeros add rest * sum(x) per group, then comes the bias. A term meets at most
 
-    n          roundings inside its run (products are exact where both factors are bf16 or codes; a fused multiply-add rounds once;
-               the scalar code rounds product and sum: n + 1)
+    n          roundings inside its run (a fused multiply-add rounds once; the scalar code rounds product and sum: n + 1)
     1          for the scale (0 if fused)
     R          additions into the total, R = number of runs
     G          more where zeros are floating, and 2 for rest
@@ -12,8 +11,8 @@ scaled and added to the total; floating zeros add rest * sum(x) per group, then 
     1          bias
     2          in `dequantize`, which is the reference and rounds code - zero and the product
 
-so that |y32 - y| <= c u T with c the sum of these and T the sum of the magnitudes of all terms (`helpers.magnitudes`). The output is
-then rounded once to its dtype: u_out |y32|, or half a subnormal step.
+so that |y32 - y| <= c u T with c the sum of these and T the sum of the magnitudes of all terms (`helpers.magnitudes`). The
+output is then rounded once to its dtype: u_out |y32|, or half a subnormal step.
 """
 
 from __future__ import annotations
@@ -121,11 +120,15 @@ def test_infinities_and_nans_reach_the_output(isa: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_outputs_round_to_nearest_even_and_overflow_to_infinity(isa: str, dtype: torch.dtype) -> None:
     """One column of ones per row of x, scales with more bits than the output has: y is the rounded scale."""
-    scales = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)).double() * 2.0 ** torch.arange(-32, 32)[:, None]
+    scales = (
+        torch.randn(64, 1, generator=torch.Generator().manual_seed(0)).double() * 2.0 ** torch.arange(-32, 32)[:, None]
+    )
     scales = scales.float()
     scales[0], scales[1], scales[2], scales[3] = 1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11
     scales[4], scales[5], scales[6] = 65519.0, 65520.0, 3.4e38
-    weight = QuantTensor(torch.full((64, 8), 9, dtype=torch.uint8), scales, None, None, random_weight("w4a16_g8", 1, 8).scheme)
+    weight = QuantTensor(
+        torch.full((64, 8), 9, dtype=torch.uint8), scales, None, None, random_weight("w4a16_g8", 1, 8).scheme
+    )
     for M in (1, 9):
         x = torch.zeros(M, 8, dtype=dtype)
         x[:, 3] = 1

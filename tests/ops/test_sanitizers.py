@@ -31,8 +31,11 @@ def build(sources: list[Path], out: Path, *flags: str) -> None:
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sanitized") / "edge_shapes"
-    flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
-    probe = subprocess.run([str(CXX), *flags[2:3], "-x", "c++", "-", "-o", "/dev/null"], input="int main(){}", text=True, check=False)
+    # Without optimization: the accesses are the same intrinsics, and it compiles in a fifth of the time.
+    flags = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+    probe = subprocess.run(
+        [str(CXX), *flags[2:3], "-x", "c++", "-", "-o", "/dev/null"], input="int main(){}", text=True, check=False
+    )
     if probe.returncode:
         pytest.skip("this compiler has no sanitizer libraries")
     build([*sorted(CSRC.glob("*.cpp")), HARNESS], out, *flags)
@@ -46,7 +49,7 @@ def test_edge_shapes_under_the_sanitizers(harness: Path, isa: str) -> None:
     if result.returncode == 77:
         pytest.skip(f"this CPU has no {isa}")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "0 wrong" in result.stdout
+    assert ", 0 wrong" in result.stdout
 
 
 def test_the_sanitizer_would_notice(harness: Path) -> None:
@@ -61,7 +64,7 @@ def test_the_sanitizer_would_notice(harness: Path) -> None:
 def test_no_inline_function_leaks_out_of_an_instruction_set(name: str, tmp_path: Path) -> None:
     """A weak symbol compiled for AVX-512 could be the one that the linker keeps, and crash an older CPU."""
     out = tmp_path / "code.o"
-    subprocess.run([str(CXX), "-std=c++20", "-O1", "-w", "-c", str(CSRC / f"{name}.cpp"), "-o", str(out)], check=True)
+    subprocess.run([str(CXX), "-std=c++20", "-O0", "-w", "-c", str(CSRC / f"{name}.cpp"), "-o", str(out)], check=True)
     symbols = subprocess.run(["nm", "-C", out], capture_output=True, text=True, check=True).stdout.splitlines()
     shared = [line[17:] for line in symbols if line[17] in "TWVuBDR"]
     assert len(shared) == 1, shared
