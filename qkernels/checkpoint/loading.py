@@ -1,0 +1,274 @@
+"""`load`: a checkpoint directory -> a `transformers` model of `QuantLinear`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ..errors import CheckpointError
+from ..formats import Oddity
+from ..formats.directory import QuantizedSource, summary
+from ..nn import QuantLinear, set_module
+from ..storage import CONFIG, TensorSource
+from ..tensor import FLOAT_DTYPES, QuantTensor
+from .writer import without_quantization
+
+if TYPE_CHECKING:
+    from ..kernels.catalogue import OnUnsupported
+
+log = logging.getLogger(__name__)
+
+# Keys by which a config.json could make transformers fetch code from the Hub: modelling files, attention kernels.
+_FETCHES_CODE = {
+    "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
+}  # fmt: skip
+
+
+def load(
+    directory: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    on_unsupported: OnUnsupported = "raise",
+) -> Any:
+    """Any known checkpoint, quantized or not, as a `transformers` model in which quantized modules are `QuantLinear`.
+
+    The model is built with its parameters on meta and filled one module at a time, so memory stays near the size of the
+    result. No code of the checkpoint is run, and transformers' own quantizers are not asked.
+
+    Args:
+        directory: a local checkpoint with config.json and safetensors.
+        device: where the model goes.
+        dtype: of activations and unquantized weights; that of the checkpoint if None. Scales keep their own.
+        on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
+
+    Returns:
+        The class that config.json names, else that of `AutoModelForCausalLM`, in eval mode.
+
+    Raises:
+        CheckpointError: the directory is incomplete, malformed or of an unknown kind; or its tensors and the model that
+            config.json describes do not fit each other. Nothing missing or left over is passed over in silence.
+        UnsupportedProblem: no kernel takes a module.
+    """
+    quantized = QuantizedSource.open(directory)
+    source, device = quantized.source, torch.device(device)
+    dtype = dtype or _dtype_of(source)
+    model = _empty_model(source, dtype)
+    slots = _slots(model)
+    oddities: list[tuple[str, Oddity]] = []
+    used = {f"{module}.bias" for module in quantized.modules}
+    for module in quantized.modules:
+        linear = _linear(model, module)
+        weight, found = quantized.parse_with_oddities(module)
+        oddities += [(module, oddity) for oddity in found]
+        bias = _bias(source, module, linear, weight)
+        layer = QuantLinear.from_quant_tensor(weight, bias, device, dtype, on_unsupported)
+        set_module(model, module, layer)
+    missing = _fill(model, slots, quantized, used, device, dtype)
+    _check_names(model, missing, [name for name in quantized.others if name not in used])
+    _move_buffers(model, device)
+    for line in summary(oddities):
+        log.warning("%s: %s", source.directory, line)
+    model.config._name_or_path = str(source.directory)
+    return model.eval()
+
+
+def _dtype_of(source: TensorSource) -> torch.dtype:
+    """What config.json says, else the dtype of the first float tensor."""
+    named = source.config.get("dtype", source.config.get("torch_dtype"))
+    if named is None:
+        floats = (source.dtype(name) for name in source.names() if source.dtype(name) in FLOAT_DTYPES)
+        return next(floats, torch.float32)
+    for dtype in FLOAT_DTYPES:
+        if str(dtype).removeprefix("torch.") == str(named).removeprefix("torch."):
+            return dtype
+    raise CheckpointError(
+        f"{CONFIG} needs dtype to be float16, bfloat16 or float32, got {named!r:.40}; pass dtype=… to load"
+    )
+
+
+def _empty_model(source: TensorSource, dtype: torch.dtype) -> Any:
+    """The model that config.json describes: parameters on meta, computed buffers (rotary frequencies) real."""
+    import transformers
+
+    where = source.directory / CONFIG
+    values = _harmless(without_quantization(source.config))
+    kind, names = values.get("model_type"), values.get("architectures")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(f"{where}: transformers {transformers.__version__} knows no model_type {kind!r:.40}")
+    named: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    build = named._from_config if known else transformers.AutoModelForCausalLM.from_config
+    try:
+        with _parameters_on_meta():
+            model = build(transformers.CONFIG_MAPPING[kind].from_dict(values), dtype=dtype)
+        if model.can_generate() and (source.directory / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(source.directory)
+    except Exception as error:  # a config that makes no sense fails in as many ways as there are models
+        raise CheckpointError(f"{where} does not describe a {kind} model that can be built: {error}") from error
+    return model
+
+
+def _harmless(value: Any) -> Any:
+    """A config, or a part of one, without the keys that fetch code."""
+    if isinstance(value, dict):
+        return {key: _harmless(inner) for key, inner in value.items() if key not in _FETCHES_CODE}
+    return value
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that this thread registers give up their memory at once, before anything is written to it. Buffers
+    stay real: those that are computed are in no checkpoint."""
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # what it returns replaces
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _slots(model: nn.Module) -> list[list[str]]:
+    """The places that the checkpoint must fill: names of parameters and stored buffers, tied ones together."""
+    slots: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        slots.setdefault(id(tensor), []).append(name)
+    return list(slots.values())
+
+
+def _linear(model: nn.Module, module: str) -> nn.Linear:
+    try:
+        linear = model.get_submodule(module)
+    except AttributeError:
+        raise CheckpointError(
+            f"the checkpoint has a quantized {module}, which {type(model).__name__} does not"
+        ) from None
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(
+            f"the checkpoint has a quantized {module}, which is a {type(linear).__name__}, not a Linear"
+        )
+    return linear
+
+
+def _bias(source: TensorSource, module: str, linear: nn.Linear, weight: QuantTensor) -> Tensor | None:
+    """Check a weight against its place in the model, and read its bias."""
+    if list(linear.weight.shape) != [weight.N, weight.K]:
+        raise CheckpointError(
+            f"{module}: the model needs a weight {list(linear.weight.shape)}, got {[weight.N, weight.K]}"
+        )
+    name = f"{module}.bias"
+    bias = source.read(name) if name in source else None
+    place = linear._parameters["bias"]
+    if place is not None and (bias is None or bias.shape != place.shape):
+        got = "none" if bias is None else list(bias.shape)
+        raise CheckpointError(f"{name}: the model needs {list(place.shape)}, got {got}")
+    if place is None and bias is not None:
+        if bool(bias.any()):
+            raise CheckpointError(f"{name}: the model has no bias there, got one that is not zero")
+        return None  # AutoGPTQ gives every module a bias of zeros
+    return bias
+
+
+def _fill(
+    model: Any,
+    slots: list[list[str]],
+    quantized: QuantizedSource,
+    used: set[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Load what is not quantized; returns the names that the checkpoint lacks."""
+    source = quantized.source
+    missing = []
+    for slot in slots:
+        names = [name for name in slot if name.rpartition(".")[0] not in quantized.modules]
+        present = [name for name in names if name in source]
+        used.update(present)
+        if len(names) < len(slot) and names:
+            _untie(model, f"{slot[0]} and {slot[-1]} are tied by {CONFIG}, but one of them is quantized")
+        if not present:
+            missing += names[:1]
+            continue
+        first = _parameter(model, source, present[0], device, dtype)
+        values = dict.fromkeys(names, first)
+        for name in present[1:]:
+            if not torch.equal(source.read(present[0]), source.read(name)):
+                _untie(model, f"{present[0]} and {name} are tied by {CONFIG}, but differ in the checkpoint")
+                values[name] = _parameter(model, source, name, device, dtype)
+        for name, value in values.items():
+            _assign(model, name, value)
+    return missing
+
+
+def _parameter(model: Any, source: TensorSource, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    parent, _, leaf = name.rpartition(".")
+    place: Tensor = getattr(model.get_submodule(parent), leaf)
+    tensor = source.read(name)
+    if tensor.shape != place.shape or tensor.is_floating_point() != place.is_floating_point():
+        kind = "a float tensor" if place.is_floating_point() else str(place.dtype).removeprefix("torch.")
+        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        raise CheckpointError(f"{name}: the model needs {kind} {list(place.shape)}, got {got}")
+    wanted = place.dtype
+    if place.is_floating_point():
+        wanted = torch.float32 if _kept_in_fp32(model, name, dtype) else dtype
+    return nn.Parameter(tensor.to(device, wanted), requires_grad=place.requires_grad)
+
+
+def _kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Some models name modules that lose too much in fp16, or in any 16-bit dtype."""
+    patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns)
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._parameters:
+        module._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+    else:
+        module._buffers[leaf] = value.detach()
+
+
+def _untie(model: Any, why: str) -> None:
+    log.warning("%s; they are not tied", why)
+    model.config.tie_word_embeddings = False
+
+
+def _check_names(model: Any, missing: list[str], left_over: Iterable[str]) -> None:
+    ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    ignored |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}  # computed; older files still store them
+    unexpected = [name for name in left_over if not any(re.search(pattern, name) for pattern in ignored)]
+    if not missing and not unexpected:
+        return
+    parts = [
+        f"{len(names)} {what}, for example {', '.join(names[:3])}"
+        for names, what in ((missing, "tensors it needs are missing"), (unexpected, "tensors are unknown to it"))
+        if names
+    ]
+    hint = (
+        "; stacked experts are not supported yet" if any(".experts." in name for name in unexpected + missing) else ""
+    )
+    raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}{hint}")
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        if not isinstance(module, QuantLinear):
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -1,0 +1,106 @@
+"""`save` and `convert`: checkpoints that appear complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConversionError
+from ..formats import Oddity, get_format
+from ..formats.directory import QuantizedSource, summary
+from ..nn import QuantLinear
+from ..storage import CONFIG, atomic_directory, copy_side_files
+from .writer import CheckpointWriter
+
+log = logging.getLogger(__name__)
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "native", overwrite: bool = False) -> None:
+    """Write a `transformers` model that holds `QuantLinear` modules, all or nothing.
+
+    The tokenizer and what else lies beside weights come from the directory that the model was loaded from, if there
+    is one.
+
+    Args:
+        model: every `QuantLinear` in it is written quantized, every other tensor as it is.
+        directory: must not exist or be empty, unless `overwrite`.
+        format: "native" (takes every weight), "gptq", "gptq_v2" or "awq".
+        overwrite: replace an existing checkpoint.
+
+    Raises:
+        ConversionError: the model has no `QuantLinear` or no config; or the format cannot express a weight, naming it.
+        CheckpointError: the target exists, or the disk refuses.
+    """
+    chosen = get_format(format)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    model_config: Any = getattr(model, "config", None)
+    if not layers or model_config is None:
+        raise ConversionError(
+            f"save needs a transformers model with QuantLinear modules, got {type(model).__name__} with {len(layers)} of "
+            f"them and {'no' if model_config is None else 'a'} config; make them with replace_linear or quantize"
+        )
+    config = json.loads(model_config.to_json_string()) | {"architectures": [type(model).__name__]}
+    origin = str(getattr(model_config, "_name_or_path", "") or "")
+    with atomic_directory(directory, overwrite) as temporary:
+        writer = CheckpointWriter(temporary, config, chosen)
+        for name, layer in layers.items():
+            writer.add_quantized(name, layer.quant_tensor())
+            if layer.bias is not None:
+                writer.add_tensor(f"{name}.bias", layer.bias)
+        for name, tensor in _plain_tensors(model, layers):
+            writer.add_tensor(name, tensor)
+        writer.close()
+        if origin and (Path(origin) / CONFIG).is_file():
+            copy_side_files(origin, temporary)
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None and not (temporary / "generation_config.json").exists():
+            generation.save_pretrained(temporary)
+
+
+def convert(
+    source_dir: str | os.PathLike[str],
+    target_dir: str | os.PathLike[str],
+    format: str = "native",
+    overwrite: bool = False,
+) -> None:
+    """Rewrite a quantized checkpoint in another format, module by module, all or nothing.
+
+    Every weight stays equal, bit for bit when dequantized; what the format cannot express is refused.
+
+    Raises:
+        ConversionError: the format cannot express a weight (names the module and the reason), or nothing is quantized.
+        CheckpointError: the source is not sound, the target exists, or the disk refuses.
+    """
+    chosen = get_format(format)
+    quantized = QuantizedSource.open(source_dir)
+    if quantized.format is None:
+        raise ConversionError(f"{source_dir} holds no quantized weights; quantize it first (qkernels quantize)")
+    oddities: list[tuple[str, Oddity]] = []
+    with atomic_directory(target_dir, overwrite) as temporary:
+        writer = CheckpointWriter(temporary, quantized.source.config, chosen)
+        for name, module in quantized.in_file_order():
+            if module is None:
+                writer.add_tensor(name, quantized.source.read(name))
+                continue
+            weight, found = quantized.parse_with_oddities(module)
+            oddities += [(module, oddity) for oddity in found]
+            writer.add_quantized(module, weight)
+        writer.close()
+        copy_side_files(source_dir, temporary)
+    for line in summary(oddities):
+        log.warning("%s: %s", quantized.source.directory, line)
+
+
+def _plain_tensors(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """What is not part of a `QuantLinear`. Of tied names the first is written, as `transformers` expects."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.rpartition(".")[0] not in layers and isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor

@@ -1,0 +1,114 @@
+"""`CheckpointWriter`: quantized modules and plain tensors into a checkpoint directory, as they become ready."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError, ConversionError
+from ..formats import Format, get_format
+from ..scheme import QuantScheme
+from ..storage import CONFIG, ShardWriter, write_json
+from ..storage.files import SHARD_BYTES
+from ..tensor import QuantTensor
+
+
+class CheckpointWriter:
+    """Writes weights, config.json and what else a format wants into an existing directory (see `atomic_directory`).
+
+    Args:
+        directory: usually the temporary directory of `atomic_directory`.
+        config: the model's config.json; a quantization_config in it is replaced.
+        format: a format or its name.
+        max_shard_bytes: see `ShardWriter`.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        format: Format | str = "native",
+        max_shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.directory = Path(directory)
+        self.format = get_format(format) if isinstance(format, str) else format
+        self._config = without_quantization(config)
+        self._shards = ShardWriter(self.directory, max_shard_bytes)
+        self._schemes: dict[str, QuantScheme] = {}
+        self._matrices: list[str] = []
+        self._act_order = False
+
+    def add_quantized(self, module: str, weight: QuantTensor) -> None:
+        """Write the weight of one module; its bias goes through `add_tensor` as `<module>.bias`.
+
+        Raises:
+            ConversionError: the format cannot express it; names the module.
+            CheckpointError: the module was added before, or the disk refuses.
+        """
+        try:
+            tensors = self.format.write(weight)
+        except ConversionError as error:
+            raise ConversionError(f"{module}: {error}") from error
+        for suffix, tensor in tensors.items():
+            self._shards.add(f"{module}.{suffix}", tensor)
+        self._schemes[module] = weight.scheme
+        self._act_order |= weight.group_index is not None
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that is not quantized, under its name in the model.
+
+        Raises:
+            CheckpointError: the name was added before, or the disk refuses.
+        """
+        if name.endswith(".weight") and tensor.dim() == 2:
+            self._matrices.append(name.removesuffix(".weight"))
+        self._shards.add(name, tensor)
+
+    def close(self) -> None:
+        """Write what remains, then config.json. The most frequent scheme becomes the default of the config.
+
+        Raises:
+            ConversionError: nothing quantized was added, or the format has no spelling for these schemes side by side.
+            CheckpointError: the disk refuses.
+        """
+        if not self._schemes:
+            raise ConversionError(
+                f"{self.directory}: no quantized module was added, so there is nothing to save as quantized"
+            )
+        default = Counter(self._schemes.values()).most_common(1)[0][0]
+        quantization = self.format.config_of(
+            default, self._schemes, act_order=self._act_order, unquantized=_left_out(self._matrices, self._schemes)
+        )
+        self._shards.close()
+        try:
+            write_json(self.directory / CONFIG, self._config | {"quantization_config": quantization})
+            if self.format.config_file is not None:
+                write_json(self.directory / self.format.config_file, quantization)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.directory}: {error}") from error
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing about quantization."""
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+
+
+def _left_out(matrices: list[str], quantized: Mapping[str, QuantScheme]) -> list[str]:
+    """Linear modules left in 16 bits: matrices in the numbered layers that hold the quantized ones.
+
+    Outside of them, embeddings are matrices too, and no reader expects those or an LM head to be quantized.
+    """
+    stacks = {stack for stack in map(_stack, quantized) if stack is not None}
+    return [name for name in matrices if _stack(name) in stacks]
+
+
+def _stack(module: str) -> str | None:
+    """`model.layers` of `model.layers.3.mlp.up_proj`."""
+    parts = module.split(".")
+    numbered = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if numbered is None else ".".join(parts[:numbered])

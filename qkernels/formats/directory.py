@@ -1,0 +1,140 @@
+"""`QuantizedSource`: a checkpoint directory seen as quantized modules and other tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..storage import QUANTIZATION_FILES, TensorSource, read_json
+from ..tensor import QuantTensor
+from . import Format, Oddity, detect
+
+
+@dataclass(frozen=True)
+class QuantizedSource:
+    """Which tensors of a directory make up which quantized module. Make it with `QuantizedSource.open`.
+
+    Args:
+        source: the directory.
+        format: None where nothing is quantized.
+        config: its quantization_config, empty where nothing is quantized.
+        modules: module -> suffix -> name of the tensor.
+        others: names of all other tensors, biases of quantized modules among them, sorted.
+    """
+
+    source: TensorSource
+    format: Format | None
+    config: Mapping[str, Any]
+    modules: Mapping[str, Mapping[str, str]]
+    others: tuple[str, ...]
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> QuantizedSource:
+        """Read the headers and group the tensors; no weight is read.
+
+        Raises:
+            CheckpointError: see `TensorSource.open` and `detect`; or a module lacks a tensor of its format, has a float
+                weight as well, or is called quantized by the config but is not.
+        """
+        source = TensorSource.open(directory)
+        config = quantization_config(source)
+        if config is None:
+            return cls(source, None, {}, {}, tuple(source.names()))
+        found = detect(config)
+        modules = _group(source.names(), found)
+        if not modules:
+            raise CheckpointError(
+                f"{source.directory} declares the format {found.name} but has no tensor *.{found.required[0]}"
+            )
+        owned = {name for tensors in modules.values() for name in tensors.values()}
+        return cls(source, found, config, modules, tuple(n for n in source.names() if n not in owned))
+
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a module by suffix."""
+        return {suffix: self.source.read(name) for suffix, name in self.modules[module].items()}
+
+    def parse(self, module: str) -> QuantTensor:
+        """The validated weight of a module.
+
+        Raises:
+            CheckpointError: naming the module and the field.
+        """
+        return self.parse_with_oddities(module)[0]
+
+    def parse_with_oddities(self, module: str) -> tuple[QuantTensor, list[Oddity]]:
+        """The validated weight of a module, and what is strange about it."""
+        assert self.format is not None
+        tensors = self.tensors(module)
+        weight = self.format.parse(module, tensors, self.config)
+        return weight, self.format.oddities(module, tensors, self.config)
+
+    def in_file_order(self) -> Iterator[tuple[str, str | None]]:
+        """(name, module) once for each module, where its first tensor lies, and (name, None) for each other tensor."""
+        owner = {name: module for module, tensors in self.modules.items() for name in tensors.values()}
+        seen: set[str] = set()
+        for name in self.source.entries:
+            module = owner.get(name)
+            if module is None or module not in seen:
+                yield name, module
+            if module is not None:
+                seen.add(module)
+
+    def nbytes(self, module: str) -> int:
+        """Bytes that the tensors of a module take in the file."""
+        return sum(self.source.nbytes(name) for name in self.modules[module].values())
+
+
+def quantization_config(source: TensorSource) -> dict[str, Any] | None:
+    """What a directory says about its quantization: in config.json, else in the file of its own that older GPTQ and AWQ
+    folders have. None where nothing says anything.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    config = source.config.get("quantization_config", source.config.get("compression_config"))
+    if config is not None:
+        if not isinstance(config, dict):
+            raise CheckpointError(f"quantization_config of {source.directory} must be an object, got {config!r:.80}")
+        return config
+    for name in QUANTIZATION_FILES:
+        if (source.directory / name).is_file():
+            return read_json(source.directory / name)
+    return None
+
+
+def summary(oddities: Iterable[tuple[str, Oddity]]) -> Iterator[str]:
+    """One line for each kind of oddity among (module, oddity) pairs: how many modules, and the first of them."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for module, oddity in oddities:
+        kinds.setdefault(oddity.kind, []).append((module, oddity.detail))
+    for kind, found in kinds.items():
+        module, detail = found[0]
+        yield f"{kind}: {len(found)} module{'s' if len(found) > 1 else ''}, first {module} ({detail})"
+
+
+def _group(names: Iterable[str], found: Format) -> dict[str, dict[str, str]]:
+    grouped: dict[str, dict[str, str]] = {}
+    for name in names:
+        module, _, suffix = name.rpartition(".")
+        if module and suffix in found.suffixes:
+            grouped.setdefault(module, {})[suffix] = name
+    known = set(names)
+    for module, tensors in list(grouped.items()):
+        if len(tensors) == 1 and found.required[0] not in tensors:
+            del grouped[module]  # a parameter of the model that happens to be called "scales"
+            continue
+        missing = [suffix for suffix in found.required if suffix not in tensors]
+        if missing:
+            raise CheckpointError(
+                f"{module} lacks {', '.join(missing)} (it has {', '.join(tensors)}), expected for {found.name}"
+            )
+        if f"{module}.weight" in known:
+            raise CheckpointError(
+                f"{module} has both a float weight and {', '.join(tensors)}; one of them is left over"
+            )
+    return grouped

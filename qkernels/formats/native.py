@@ -1,0 +1,121 @@
+"""Our own format: every `QuantTensor` without loss, in as few bytes as its codes have bits.
+
+| tensor       | dtype      | shape                        | content                                              |
+|--------------|------------|------------------------------|------------------------------------------------------|
+| qweight      | uint8      | [..., N, ceil(K * bits / 8)] | codes, Stream(bits) along K                          |
+| scales       | as made    | [..., N, G]                  |                                                      |
+| zeros        | uint8      | [..., N, ceil(G * bits / 8)] | integer zero points (true ones), Stream(bits) along G |
+|              | float      | [..., N, G]                  | float zero points and offsets                        |
+| group_index  | int32      | [K]                          | act-order only                                       |
+| weight_shape | int64      | [2 or more]                  | [..., N, K]; K is not in the shape of qweight        |
+
+`quantization_config`: `{"quant_method": "qkernels", "version": 1, "scheme": "w4a16_g128", "modules": {name: scheme}}`
+with the schemes of those modules that differ from `scheme`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..scheme import QuantScheme
+from ..tensor import FLOAT_DTYPES, QuantTensor
+from . import Config, Format, Oddity
+from .bitstream import pack_bytes, unpack_bytes
+from .validation import check_float, expect, group_index_of, integer, naming
+
+METHOD = "qkernels"
+VERSION = 1
+
+
+def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+    """Read one module; see the head of this file for `tensors`.
+
+    Raises:
+        CheckpointError: naming the module and the field.
+    """
+    with naming(module):
+        scheme = _scheme(module, config)
+        shape = _weight_shape(tensors["weight_shape"])
+        rows, in_features = shape[:-1], shape[-1]
+        groups = scheme.num_groups(in_features)
+        width = -(-in_features * scheme.bits // 8)
+        expect("qweight", tensors["qweight"], (torch.uint8,), (*rows, width), f"{scheme}, weight_shape {shape}")
+        check_float("scales", tensors["scales"], (*rows, groups), f"{scheme}, K={in_features}")
+        zeros = tensors.get("zeros")
+        if (zeros is None) != scheme.symmetric:
+            raise CheckpointError(f"zeros must be {'absent' if scheme.symmetric else 'there'} for {scheme}")
+        if zeros is not None and scheme.zeros == "int":
+            expect("zeros", zeros, (torch.uint8,), (*rows, -(-groups * scheme.bits // 8)), f"{scheme}, G={groups}")
+            zeros = unpack_bytes(zeros, scheme.bits, groups)
+        elif zeros is not None:
+            expect("zeros", zeros, FLOAT_DTYPES, (*rows, groups), f"{scheme}, G={groups}")
+        codes = unpack_bytes(tensors["qweight"], scheme.bits, in_features)
+        index = group_index_of("group_index", tensors.get("group_index"), in_features, scheme)
+        return QuantTensor(codes, tensors["scales"], zeros, index, scheme)
+
+
+def write(weight: QuantTensor) -> dict[str, Tensor]:
+    """The tensors of one module, by suffix. Nothing is refused."""
+    bits = weight.scheme.bits
+    tensors = {"qweight": pack_bytes(weight.codes, bits), "scales": weight.scales.contiguous()}
+    if weight.zeros is not None:
+        integers = weight.scheme.zeros == "int"
+        tensors["zeros"] = pack_bytes(weight.zeros, bits) if integers else weight.zeros.contiguous()
+    if weight.group_index is not None:
+        tensors["group_index"] = weight.group_index.contiguous()
+    tensors["weight_shape"] = torch.tensor(weight.codes.shape, dtype=torch.int64)
+    return tensors
+
+
+def config_of(
+    default: QuantScheme,
+    modules: Mapping[str, QuantScheme],
+    *,
+    act_order: bool = False,
+    unquantized: Sequence[str] = (),
+) -> dict[str, Any]:
+    """See `ConfigOf`. Which modules are quantized and in which order their columns are, the tensors say themselves."""
+    differing = {name: str(scheme) for name, scheme in sorted(modules.items()) if scheme != default}
+    return {"quant_method": METHOD, "version": VERSION, "scheme": str(default), "modules": differing}
+
+
+def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
+    """None: this format leaves nothing to guess."""
+    return []
+
+
+def _scheme(module: str, config: Config) -> QuantScheme:
+    version = integer(config, "version")
+    if version != VERSION:
+        raise CheckpointError(f"the checkpoint has version {version} of this format, this qkernels reads {VERSION}")
+    modules = config.get("modules", {})
+    text = modules.get(module, config.get("scheme")) if isinstance(modules, dict) else None
+    if not isinstance(text, str):
+        raise CheckpointError(f"quantization_config needs a scheme and modules with schemes, got {text!r:.40}")
+    scheme = QuantScheme.parse(text)
+    if isinstance(scheme.group_size, int) and scheme.group_size >= 2**31:
+        raise CheckpointError(f"quantization_config needs groups smaller than 2^31, got {text}")
+    return scheme
+
+
+def _weight_shape(tensor: Tensor) -> list[int]:
+    if tensor.dtype != torch.int64 or tensor.dim() != 1 or not 2 <= tensor.numel() <= 8 or bool((tensor < 0).any()):
+        raise CheckpointError(f"weight_shape must be int64 sizes [..., N, K], got {tensor.dtype} {list(tensor.shape)}")
+    return [int(size) for size in tensor]
+
+
+FORMAT: Format = Format(
+    name="native",
+    required=("qweight", "scales", "weight_shape"),
+    optional=("zeros", "group_index"),
+    matches=lambda config: config.get("quant_method") == METHOD,
+    parse=parse,
+    write=write,
+    config_of=config_of,
+    oddities=oddities,
+)

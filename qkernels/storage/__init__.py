@@ -1,0 +1,20 @@
+"""Checkpoint directories on disk: lazy validated reading, streamed sharded writing, all or nothing."""
+
+from .atomic import atomic_directory
+from .files import CONFIG, INDEX, QUANTIZATION_FILES, SINGLE, copy_side_files, read_json, write_json
+from .source import TensorEntry, TensorSource
+from .writer import ShardWriter
+
+__all__ = [
+    "TensorSource",
+    "TensorEntry",
+    "ShardWriter",
+    "atomic_directory",
+    "copy_side_files",
+    "read_json",
+    "write_json",
+    "CONFIG",
+    "INDEX",
+    "QUANTIZATION_FILES",
+    "SINGLE",
+]

@@ -1,0 +1,135 @@
+"""What the rooms of storage share: file names, bounded JSON, bytes of a tensor, the text of a failed write."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+# A header of 100 MB is the limit of the safetensors library itself; a JSON file beside the weights is far smaller
+# (the index of a 1 T parameter mixture of experts takes about 10 MB, a config.json about 10 kB).
+MAX_HEADER_BYTES = 100_000_000
+MAX_INDEX_BYTES = 100_000_000
+MAX_JSON_BYTES = 16_000_000
+SHARD_BYTES = 4 * 2**30
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # beside config.json in older GPTQ and AWQ folders
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        CheckpointError: the file cannot be read, is too large, is not UTF-8 or not JSON, has a duplicate key, or holds
+            something else than an object.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if len(data) > max_bytes:
+        raise CheckpointError(f"{path} is larger than {max_bytes} bytes, which no such file is")
+    return parse_json(data, str(path))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as indented UTF-8 JSON, keys in their order."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source_dir: str | os.PathLike[str], target_dir: str | os.PathLike[str]) -> list[str]:
+    """Copy what belongs to a checkpoint but is neither weights nor their description: tokenizer, generation config,
+    chat templates, license, … Hidden files and other folders stay behind, and nothing in the target is overwritten.
+
+    Returns:
+        The names copied, sorted.
+
+    Raises:
+        CheckpointError: a file could not be copied.
+    """
+    source, target = Path(source_dir), Path(target_dir)
+    copied = []
+    try:
+        for path in sorted(source.iterdir()):
+            left = path.name in (CONFIG, *QUANTIZATION_FILES) or path.name.endswith(".index.json")
+            if left or path.name.startswith(".") or (target / path.name).exists():
+                continue
+            if path.is_file() and path.suffix.lower() not in WEIGHT_SUFFIXES:
+                shutil.copyfile(path, target / path.name)  # contents, not the symlinks that the Hub's cache is made of
+            elif path.is_dir() and "chat_template" in path.name:
+                shutil.copytree(path, target / path.name)
+            else:
+                continue
+            copied.append(path.name)
+    except OSError as error:
+        raise write_error(error, target) from error
+    return copied
+
+
+def write_error(error: OSError, path: Path) -> CheckpointError:
+    if error.errno in DISK_FULL:
+        free = -1
+        with suppress(OSError):
+            free = shutil.disk_usage(path if path.exists() else path.parent).free
+        room = f", {free / 2**20:.0f} MiB are free" if free >= 0 else ""
+        return CheckpointError(
+            f"no space left to write {path} ({error.strerror}{room}); free some or choose another target"
+        )
+    return CheckpointError(f"cannot write {path}: {error}")
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared, without numpy."""
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes == 0:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{what} is not UTF-8: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise CheckpointError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice in one object")
+    return result

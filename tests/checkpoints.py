@@ -1,0 +1,63 @@
+"""Small models and checkpoint directories, and ways to spoil them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qkernels.storage import ShardWriter, TensorSource, read_json, write_json
+
+IDS = torch.arange(12)[None] * 7 % 64
+
+
+def small_llama(**fields: Any) -> LlamaForCausalLM:
+    """Two layers, 64 wide, float32, reproducible."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**(sizes | heads | fields))).eval()
+    return model
+
+
+def plain_checkpoint(directory: Path, **fields: Any) -> Path:
+    """A float checkpoint as transformers writes it, with something of a tokenizer beside it."""
+    small_llama(**fields).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(IDS).logits
+    return result
+
+
+def rewritten(source: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of a checkpoint whose tensors were changed; the file itself stays sound."""
+    shutil.copytree(source, target)
+    opened = TensorSource.open(source)
+    tensors = {name: opened.read(name) for name in opened.entries}
+    change(tensors)
+    for path in target.glob("*.safetensors*"):
+        path.unlink()
+    writer = ShardWriter(target)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    return target
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    values = read_json(path)
+    change(values)
+    write_json(path, values)
+
+
+def file_bytes(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}

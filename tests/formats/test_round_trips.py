@@ -1,0 +1,192 @@
+"""What every registered format promises: weights come back bit for bit, files byte for byte, refusals with reasons."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qkernels import QuantScheme, QuantTensor
+from qkernels.errors import ArgumentError, CheckpointError, ConversionError
+from qkernels.formats import FORMATS, Format, detect, get_format
+from qkernels.tensor import validated_group_index
+from tests.strategies import random_weight, same_weight, schemes
+
+ALL = pytest.mark.parametrize("chosen", FORMATS.values(), ids=FORMATS)
+DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
+
+
+def parsed(chosen: Format, weight: QuantTensor) -> QuantTensor:
+    config = chosen.config_of(weight.scheme, {}, act_order=weight.group_index is not None)
+    assert detect(config) is chosen
+    return chosen.parse("m", chosen.write(weight), config)
+
+
+def canonical(weight: QuantTensor) -> QuantTensor:
+    """With no group index where a random one happens to be the natural one."""
+    index = weight.group_index
+    index = None if index is None else validated_group_index(index, weight.K, weight.scheme)
+    return QuantTensor(weight.codes, weight.scales, weight.zeros, index, weight.scheme)
+
+
+@ALL
+@given(
+    scheme=schemes(),
+    N=st.integers(0, 70),
+    K=st.integers(0, 150),
+    seed=st.integers(0, 99),
+    act_order=st.booleans(),
+    dtype=DTYPES,
+)
+def test_a_weight_comes_back_or_is_refused(
+    chosen: Format, scheme: QuantScheme, N: int, K: int, seed: int, act_order: bool, dtype: torch.dtype
+) -> None:
+    weight = canonical(random_weight(scheme, N, K, seed, act_order, dtype))
+    try:
+        tensors = chosen.write(weight)
+    except ConversionError:
+        assert chosen.name != "native"
+        return
+    assert set(chosen.required) <= set(tensors) <= set(chosen.suffixes)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    back = parsed(chosen, weight)
+    assert same_weight(back, weight)
+    again = chosen.write(back)
+    assert list(again) == list(tensors)
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+@ALL
+@given(scheme=schemes(), data=st.data())
+def test_config_of_and_write_refuse_the_same_schemes(chosen: Format, scheme: QuantScheme, data: st.DataObject) -> None:
+    """So that asking `config_of` before hours of work is enough."""
+
+    def refused(call: object) -> bool:
+        try:
+            call()  # type: ignore[operator]
+        except ConversionError:
+            return True
+        return False
+
+    K = 8 * (scheme.group_size if isinstance(scheme.group_size, int) else 4)
+    weight = random_weight(scheme, 8, K)
+    assert refused(lambda: chosen.config_of(scheme, {})) == refused(lambda: chosen.write(weight))
+
+
+@ALL
+def test_negative_and_zero_scales(chosen: Format) -> None:
+    weight = random_weight("w4a16_g32_asym", 16, 64)
+    scales = weight.scales * torch.tensor([1.0, -1.0], dtype=torch.float16)
+    scales[3] = 0
+    weight = QuantTensor(weight.codes, scales, weight.zeros, None, weight.scheme)
+    assert same_weight(parsed(chosen, weight), weight)
+
+
+@ALL
+def test_extreme_codes_and_zeros(chosen: Format) -> None:
+    for code, zero in ((0, 0), (15, 15), (0, 15), (15, 0)):
+        weight = QuantTensor(
+            torch.full((40, 64), code, dtype=torch.uint8),
+            torch.ones(40, 2, dtype=torch.float16),
+            torch.full((40, 2), zero, dtype=torch.uint8),
+            None,
+            QuantScheme(4, 32, "int"),
+        )
+        assert same_weight(parsed(chosen, weight), weight)
+
+
+@pytest.mark.parametrize("first", ["gptq", "gptq_v2", "awq", "native"])
+@pytest.mark.parametrize("second", ["gptq", "gptq_v2", "awq", "native"])
+@pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "w4a16_g32", "w4a16_channel"])
+def test_there_and_back(first: str, second: str, scheme: str) -> None:
+    weight = random_weight(scheme, 48, 96)
+    there = parsed(FORMATS[second], parsed(FORMATS[first], weight))
+    assert same_weight(there, weight)
+    tensors, again = FORMATS[first].write(weight), FORMATS[first].write(there)
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "native"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_act_order_survives(name: str, bits: int) -> None:
+    weight = random_weight(QuantScheme(bits, 32), 33, 100, act_order=True)
+    assert same_weight(parsed(FORMATS[name], weight), weight)
+
+
+@ALL
+def test_experts_are_kept_or_refused(chosen: Format) -> None:
+    weight = random_weight("w4a16_g32", 8, 64, experts=(3,))
+    if chosen.name == "native":
+        assert same_weight(parsed(chosen, weight), weight)
+    else:
+        with pytest.raises(ConversionError, match=r"one \[N, K\] weight a module, got \[3, 8, 64\]"):
+            chosen.write(weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "reason"),
+    [
+        ("gptq", "w5a16_g32", "bits must be 2 or 3 or 4 or 8, got 5"),
+        ("gptq_v2", "nf4_g64", "nf4_g64 has a codebook"),
+        ("gptq", "w4a16_g32_fzero", "zero points must be integers, w4a16_g32_fzero has zeros='float'"),
+        ("gptq", "w8a16_tensor", "no spelling for one scale per tensor"),
+        ("gptq", "w4a8_g32", "no field for 8-bit activations"),
+        ("awq", "w8a16_g32", "bits must be 4, got 8"),
+        ("awq", "w4a16_g32_offset", "zeros='offset'"),
+    ],
+)
+def test_refusals_say_why(name: str, scheme: str, reason: str) -> None:
+    with pytest.raises(ConversionError, match=f"{name} cannot store this weight: .*{reason}.*native"):
+        FORMATS[name].write(random_weight(scheme, 16, 64))
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
+def test_scales_of_zero_only_are_not_written(name: str) -> None:
+    weight = random_weight("w4a16_g32", 16, 64)
+    weight = QuantTensor(weight.codes, torch.zeros_like(weight.scales), None, None, weight.scheme)
+    with pytest.raises(ConversionError, match="all scales are zero"):
+        FORMATS[name].write(weight)
+    assert same_weight(parsed(FORMATS["native"], weight), weight)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ArgumentError, match="format must be one of native, gptq, gptq_v2, awq, got 'gguf'"):
+        get_format("gguf")
+
+
+@pytest.mark.parametrize(
+    ("config", "answer"),
+    [
+        ({"quant_method": "awq", "version": "gemv"}, "'version': 'gemv'}, a kind that is not read yet"),
+        ({"quant_method": "awq", "version": "GEMV_FAST"}, "a kind that is not read yet"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "a kind that is not read yet"),
+        ({"quant_method": "gptq", "checkpoint_format": "gptq_p"}, "'gptq_p'}, a kind that is not read yet"),
+        ({"quant_method": "gptq", "is_marlin_format": True}, "'is_marlin_format': True}, a kind that is not read yet"),
+        ({"quant_method": "frobnicate"}, "'frobnicate'}, which is not known; read are native, gptq, gptq_v2, awq"),
+        ({}, "declares 'no quant_method', which is not known"),
+    ],
+)
+def test_unknown_methods_are_refused_by_name(config: dict[str, object], answer: str) -> None:
+    with pytest.raises(CheckpointError, match=answer):
+        detect(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, "gptq_v2"),
+        ({"method": "gptq", "format": "gptq_v2"}, "gptq_v2"),
+        ({"bits": 4, "group_size": 128, "desc_act": False}, "gptq"),  # AutoGPTQ's quantize_config.json
+        ({"quant_method": "awq", "version": "GEMM"}, "awq"),
+        ({"quant_method": "awq"}, "awq"),
+        (
+            {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"},
+            "awq",
+        ),  # AutoAWQ's quant_config.json
+        ({"quant_method": "qkernels", "version": 1}, "native"),
+    ],
+)
+def test_known_methods(config: dict[str, object], name: str) -> None:
+    assert detect(config).name == name
