@@ -90,12 +90,12 @@ class QuantScheme:
     @property
     def max_code(self) -> int:
         """The largest code, 2^bits - 1."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def mid_code(self) -> int:
         """The code that means 0 in a symmetric scheme, 2^(bits-1)."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def group_length(self, in_features: int) -> int:
         """How many weights of a row of `in_features` share a scale (the last group may be shorter)."""
@@ -126,11 +126,8 @@ class QuantScheme:
             raise SchemeError(
                 f"a scheme looks like w4a16_g128, w4a16_g64_asym, w8a16_channel, w4a8_g128 or nf4_g64, got {text!r}"
             )
-        group: GroupSize
-        if match["group"] == "channel" or match["group"] == "tensor":
-            group = match["group"]
-        else:
-            group = int(match["group"][1:])
+        spelled = match["group"]
+        group: GroupSize = int(spelled[1:]) if spelled[0] == "g" else "channel" if spelled == "channel" else "tensor"
         bits = int(match["bits"]) if match["bits"] else 4
         act_bits = 8 if match["act"] == "8" else None
         return cls(bits, group, kinds[zeros], act_bits, match["codebook"])

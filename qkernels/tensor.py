@@ -211,7 +211,7 @@ def _check_shapes(qt: QuantTensor) -> None:
     codes, scheme = qt.codes, qt.scheme
     if codes.dtype != torch.uint8 or codes.dim() < 2:
         raise TensorError(f"codes must be uint8 [..., N, K], got {_name(codes.dtype)} {list(codes.shape)}")
-    N, K = codes.shape[-2:]
+    K = codes.shape[-1]
     shape = [*codes.shape[:-1], scheme.num_groups(K)]
     if qt.scales.dtype not in FLOAT_DTYPES or list(qt.scales.shape) != shape:
         raise TensorError(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# Times say nothing on a busy machine; on a build server a failure must come back.
+settings.register_profile("qkernels", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("qkernels")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-WORDS = "the cat sat on a mat and looked at the moon while rain fell over the quiet little town by the sea".split()
+WORDS = "the cat sat on a mat and looked at the moon while rain fell over the quiet little town by the sea".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")

@@ -39,8 +39,8 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTe
         CheckpointError: naming the module and the field.
     """
     with naming(module):
-        scheme = _scheme(module, config)
-        shape = _weight_shape(tensors["weight_shape"])
+        scheme = scheme_of(module, config)
+        shape = weight_shape(tensors["weight_shape"])
         rows, in_features = shape[:-1], shape[-1]
         groups = scheme.num_groups(in_features)
         width = -(-in_features * scheme.bits // 8)
@@ -68,8 +68,7 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
         tensors["zeros"] = pack_bytes(weight.zeros, bits) if integers else weight.zeros.contiguous()
     if weight.group_index is not None:
         tensors["group_index"] = weight.group_index.contiguous()
-    tensors["weight_shape"] = torch.tensor(weight.codes.shape, dtype=torch.int64)
-    return tensors
+    return tensors | {"weight_shape": shape_tensor(weight)}
 
 
 def config_of(
@@ -89,7 +88,12 @@ def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list
     return []
 
 
-def _scheme(module: str, config: Config) -> QuantScheme:
+def scheme_of(module: str, config: Config) -> QuantScheme:
+    """The scheme that a `quantization_config` gives a module.
+
+    Raises:
+        CheckpointError: another version of the format, or no scheme.
+    """
     version = integer(config, "version")
     if version != VERSION:
         raise CheckpointError(f"the checkpoint has version {version} of this format, this qkernels reads {VERSION}")
@@ -103,7 +107,17 @@ def _scheme(module: str, config: Config) -> QuantScheme:
     return scheme
 
 
-def _weight_shape(tensor: Tensor) -> list[int]:
+def shape_tensor(weight: QuantTensor) -> Tensor:
+    """What `weight_shape` holds."""
+    return torch.tensor(weight.codes.shape, dtype=torch.int64)
+
+
+def weight_shape(tensor: Tensor) -> list[int]:
+    """The sizes in a file's `weight_shape`, checked.
+
+    Raises:
+        CheckpointError: it is no list of sizes.
+    """
     if tensor.dtype != torch.int64 or tensor.dim() != 1 or not 2 <= tensor.numel() <= 8 or bool((tensor < 0).any()):
         raise CheckpointError(f"weight_shape must be int64 sizes [..., N, K], got {tensor.dtype} {list(tensor.shape)}")
     return [int(size) for size in tensor]
@@ -113,7 +127,7 @@ FORMAT: Format = Format(
     name="native",
     required=("qweight", "scales", "weight_shape"),
     optional=("zeros", "group_index"),
-    matches=lambda config: config.get("quant_method") == METHOD,
+    matches=lambda config: config.get("quant_method") == METHOD and "layout" not in config,
     parse=parse,
     write=write,
     config_of=config_of,

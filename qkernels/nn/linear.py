@@ -122,7 +122,10 @@ class QuantLinear(nn.Module):
     def check_supported(linear: nn.Linear, scheme: QuantScheme, on_unsupported: OnUnsupported = "raise") -> None:
         """Raise `UnsupportedProblem` if no kernel would take this layer under `scheme`."""
         weight = linear.weight
-        select(Problem(*weight.shape, scheme, weight.dtype, arch_of(weight.device)), on_unsupported)
+        select(
+            Problem(linear.out_features, linear.in_features, scheme, weight.dtype, arch_of(weight.device)),
+            on_unsupported,
+        )
 
     @classmethod
     def from_linear(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -128,7 +127,7 @@ def test_meta_and_back() -> None:
 
 
 @pytest.fixture
-def reference_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def reference_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for a second device with another layout: "meta" takes the reference layout."""
     chosen = catalogue.select
 
@@ -136,7 +135,6 @@ def reference_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return catalogue.REFERENCE if problem.arch == "meta" else chosen(problem, on_unsupported)
 
     monkeypatch.setattr("qkernels.nn.linear.select", select)
-    yield
 
 
 @pytest.mark.usefixtures("reference_on_meta")

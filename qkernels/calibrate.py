@@ -1,0 +1,327 @@
+"""`quantize`: a float model in, a quantized one out, decoder layer by decoder layer.
+
+Each decoder layer is calibrated on what the quantized layers before it put out, so that it can make up for their errors.
+Memory stays at one layer plus the activations of the calibration windows.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .checkpoint import CheckpointWriter, save
+from .errors import ArgumentError, CalibrationError
+from .formats import get_format
+from .kernels.catalogue import OnUnsupported
+from .layerwise.hosts import DirectoryHost, Host, MemoryHost
+from .layerwise.quantizing import LayerJob, Quantized, quantize_layer, round_to_nearest, with_stored_scales
+from .layerwise.report import ModuleReport, PlannedModule, QuantPlan, QuantReport
+from .layerwise.running import LayerInputs, Place, capture_inputs, check_finite, propagate
+from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
+from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
+from .model_structure import decoder_layers, foldable_architecture, head_dim, skeleton
+from .quantizers import AWQ, GPTQ, RTN, Options
+from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
+
+__all__ = ["quantize", "plan", "QuantReport", "QuantPlan"]
+
+Results = dict[str, tuple[Quantized, int]]  # by module name; the number is the bytes of the float weight
+
+
+def quantize(
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    method: Options,
+    calibration: Calibration | None = None,
+    save_to: str | os.PathLike[str] | None = None,
+    format: str = "native",
+    *,
+    include: Patterns = None,
+    exclude: Patterns = ("lm_head",),
+    overrides: Overrides = None,
+    tokenizer: Tokenizer | None = None,
+    samples: int = 128,
+    seq_len: int = 2048,
+    device: torch.device | str = "cpu",
+    on_unsupported: OnUnsupported = "raise",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> QuantReport:
+    """Quantize the linear layers of a causal language model.
+
+    Patterns are shell patterns on the module's name as `model.named_modules()` spells it, or on its last part.
+
+    Args:
+        model_or_dir: a model, whose linear layers are replaced by `QuantLinear` in place (after an error it may be changed in
+            part); or a checkpoint directory, which is read layer by layer and never as a whole.
+        method: `RTN(…)`, `GPTQ(…)` or `AWQ(…)`. RTN takes any module and needs no calibration.
+        calibration: a list of texts, lists of token ids, or a tensor of token ids `[windows, seq_len]`; text like what the
+            model will see. Cut into windows of `seq_len` tokens, of which `samples` are used.
+        save_to: the directory to make; needed with a directory. It appears complete or not at all.
+        format: of `save_to`: "native", "gptq", "gptq_v2" or "awq".
+        include: only layers that match; None means all.
+        exclude: never these layers.
+        overrides: pattern -> scheme; the first match wins. The method and its other options stay.
+        tokenizer: for texts; that of the directory if None.
+        seq_len: capped to the model's longest.
+        device: where layers are computed, in fp32.
+        on_unsupported: for a model in memory, as in `replace_linear`: "raise" before anything is changed where no kernel takes
+            a layer, or "reference" to allow the slow one, or "skip" to leave the layer.
+        overwrite: `save_to` may be an existing checkpoint.
+        progress: show a progress bar.
+
+    Returns:
+        The report: per layer the relative error, seconds, and why it was rounded to nearest where the method failed.
+
+    Raises:
+        ArgumentError: a pattern matches nothing, the architecture is unknown (AWQ), or arguments contradict each other.
+        CalibrationError: calibration is missing, too short, or gives NaN activations.
+        SchemeError, UnsupportedProblem, CheckpointError, ConversionError: as they say.
+    """
+    if not isinstance(method, (RTN, GPTQ, AWQ)):
+        raise ArgumentError(f"method must be RTN(…), GPTQ(…) or AWQ(…), got {method!r:.80}")
+    began = time.perf_counter()
+    place = Place(torch.device(device))
+    windows: Tensor | None = None
+    if isinstance(model_or_dir, nn.Module):
+        model = model_or_dir
+        methods, skipped = select_layers(model, method, include, exclude, overrides)
+        check_kernels(model, methods, skipped, on_unsupported)
+        if save_to is not None:
+            _check_format(format, method, methods, skipped)
+        windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
+        memory = MemoryHost(model, on_unsupported)
+        with _evaluating(model), torch.no_grad():
+            results = _run(memory, method, methods, windows, place, progress)
+        if save_to is not None:
+            save(model, save_to, format=format, overwrite=overwrite)
+        return _report(method, results, skipped, windows, memory.bytes_before, began)
+    if save_to is None:
+        raise ArgumentError(f"quantizing the directory {model_or_dir} needs save_to=, the directory to make")
+    source = _float_source(model_or_dir)
+    model = skeleton(model_or_dir)
+    methods, skipped = select_layers(model, method, include, exclude, overrides)
+    _check_format(format, method, methods, skipped)
+    if (
+        tokenizer is None
+        and isinstance(calibration, (list, tuple))
+        and any(isinstance(item, str) for item in calibration)
+    ):
+        tokenizer = _tokenizer_of(model_or_dir)
+    windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
+    with atomic_directory(save_to, overwrite=overwrite) as target, torch.no_grad():
+        writer = CheckpointWriter(target, source.config, format)
+        directory = DirectoryHost(model, source, writer)
+        results = _run(directory, method, methods, windows, place, progress)
+        writer.close()
+        copy_side_files(source.directory, target)
+    return _report(method, results, skipped, windows, directory.bytes_before, began)
+
+
+def plan(
+    model_dir: str | os.PathLike[str],
+    method: Options,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = ("lm_head",),
+    overrides: Overrides = None,
+    samples: int = 128,
+    seq_len: int = 2048,
+) -> QuantPlan:
+    """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only."""
+    source = _float_source(model_dir)
+    model = skeleton(model_dir)
+    methods, skipped = select_layers(model, method, include, exclude, overrides)
+    modules = tuple(_planned(source, model.get_submodule(name), name, chosen) for name, chosen in methods.items())
+    before = sum(source.nbytes(name) for name in source.names())
+    after = before - sum(module.bytes_before - module.bytes_after for module in modules)
+    if isinstance(method, RTN):
+        widest = max(module.shape[0] * module.shape[1] for module in modules)
+        return QuantPlan(method.name, modules, skipped, before, after, 0, 4 * widest)
+    _, layers = decoder_layers(model)
+    config: Any = model.config
+    width = source.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
+    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+    # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
+    device_bytes = 4 * (largest + 3 * max(module.shape[1] for module in modules) ** 2)
+    return QuantPlan(
+        method.name, modules, skipped, before, after, samples * _capped(model, seq_len) * width, device_bytes
+    )
+
+
+def _run(
+    host: Host, method: Options, methods: Mapping[str, Options], windows: Tensor | None, place: Place, progress: bool
+) -> Results:
+    """Quantize every chosen layer of the host."""
+    if windows is None:
+        results = _round_all(host, methods, place, progress)
+        host.finish()
+        return results
+    prefix, layers = decoder_layers(host.model)
+    architecture = foldable_architecture(host.model) if isinstance(method, AWQ) else None
+    width = head_dim(host.model) if architecture is not None else 0
+    with host.embeddings(prefix, _head_of(host.model), place):
+        batches = [batch.to(place.device) for batch in batches_of(windows)]
+        hidden, arguments = capture_inputs(host.model, layers, batches, host.dtype(f"{next(iter(methods))}.weight"))
+    for index, batch in enumerate(hidden):
+        check_finite(batch, "the embedding", index)
+    results = {}
+    with tqdm(range(len(layers)), desc=method.name, unit="layer", disable=not progress) as bar:
+        for index in bar:
+            name = f"{prefix}.{index}"
+            inside = {full.removeprefix(f"{name}."): m for full, m in methods.items() if full.startswith(f"{name}.")}
+            stored = {leaf: host.dtype(f"{name}.{leaf}") for leaf, _ in layers[index].named_parameters()}
+            inputs = LayerInputs(hidden, arguments[index])
+            with host.layer(name, place) as (layer, weights):
+                done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, architecture, width))
+                propagate(layer, inputs, place, name)
+                weights.update({leaf: result.tensor for leaf, result in done.items()})
+            for leaf, result in done.items():
+                size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
+                results[f"{name}.{leaf}"] = (replace(result, tensor=result.tensor.to("meta")), size)
+            if done:
+                bar.set_postfix(error=f"{max(result.error for result in done.values()):.2%}")
+    outside = {name: chosen for name, chosen in methods.items() if name not in results}
+    results |= _round_all(host, outside, place, progress, "it is not in a decoder layer, and only those are calibrated")
+    host.finish()
+    return {name: results[name] for name in methods}
+
+
+def _round_all(
+    host: Host, methods: Mapping[str, Options], place: Place, progress: bool, fallback: str | None = None
+) -> Results:
+    results: Results = {}
+    with tqdm(methods.items(), desc="rtn", unit="linear", disable=not progress or not methods) as bar:
+        for name, method in bar:
+            weight = host.weight(name)
+            result = round_to_nearest(weight.to(place.device), with_stored_scales(method, weight.dtype), name, fallback)
+            host.keep(name, result.tensor)
+            results[name] = (replace(result, tensor=result.tensor.to("meta")), weight.numel() * weight.element_size())
+            bar.set_postfix(error=f"{result.error:.2%}")
+    return results
+
+
+def _float_source(directory: str | os.PathLike[str]) -> TensorSource:
+    source = TensorSource.open(directory)
+    if source.config.get("quantization_config") is not None:
+        raise ArgumentError(
+            f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or change the format "
+            f"with qkernels.checkpoint.convert"
+        )
+    return source
+
+
+def _windows(
+    model: nn.Module,
+    method: Options,
+    calibration: Calibration | None,
+    samples: int,
+    seq_len: int,
+    tokenizer: Tokenizer | None,
+) -> Tensor | None:
+    if isinstance(method, RTN):
+        return None
+    decoder_layers(model)  # raises where there are none, before the work begins
+    if isinstance(method, AWQ):
+        foldable_architecture(model)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    return calibration_windows(calibration, samples, _capped(model, seq_len), tokenizer, vocabulary)
+
+
+def _capped(model: nn.Module, seq_len: int) -> int:
+    """seq_len, at most what the model's positions allow."""
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(seq_len, longest) if isinstance(longest, int) and isinstance(seq_len, int) else seq_len
+
+
+def _check_format(format: str, method: Options, methods: Mapping[str, Options], skipped: Mapping[str, str]) -> None:
+    """Raise before the work begins where the format has no spelling for these schemes."""
+    schemes = {name: chosen.scheme for name, chosen in methods.items()}
+    ordered = isinstance(method, GPTQ) and method.act_order == "group"
+    default = Counter(schemes.values()).most_common(1)[0][0]
+    get_format(format).config_of(default, schemes, act_order=ordered, unquantized=tuple(skipped))
+
+
+def _head_of(model: nn.Module) -> str | None:
+    """The name of the output embedding, which calibration never runs."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def _tokenizer_of(directory: str | os.PathLike[str]) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"calibration texts need a tokenizer, and {directory} has none that can be read: {error}; pass tokenizer=, or "
+            f"token ids instead of texts"
+        ) from error
+    return tokenizer
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _planned(source: TensorSource, linear: nn.Module, name: str, method: Options) -> PlannedModule:
+    """Sizes without weights: quantizing a meta tensor gives the shapes."""
+    weight = torch.empty(source.shape(f"{name}.weight"), dtype=source.dtype(f"{name}.weight"), device="meta")
+    result = RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
+    nbytes = result.nbytes + (4 * result.K if isinstance(method, GPTQ) and method.act_order == "group" else 0)
+    return PlannedModule(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)
+
+
+def _report(
+    method: Options,
+    results: Results,
+    skipped: Mapping[str, str],
+    windows: Tensor | None,
+    bytes_before: int,
+    began: float,
+) -> QuantReport:
+    modules = tuple(
+        ModuleReport(
+            name=name,
+            scheme=str(result.tensor.scheme),
+            method=result.method,
+            error=result.error,
+            error_of="output" if result.of_output else "weight",
+            seconds=result.seconds,
+            bytes_before=size,
+            bytes_after=result.tensor.nbytes,
+            fallback=result.fallback,
+        )
+        for name, (result, size) in results.items()
+    )
+    saved = sum(module.bytes_before - module.bytes_after for module in modules)
+    count, seq_len = windows.shape if windows is not None else (0, 0)
+    seconds = time.perf_counter() - began
+    return QuantReport(
+        method.name,
+        str(method.scheme),
+        modules,
+        dict(skipped),
+        count,
+        seq_len,
+        bytes_before,
+        bytes_before - saved,
+        seconds,
+    )

@@ -1,0 +1,107 @@
+"""Checkpoints whose weights lie in a layout: the bytes that a kernel reads, written ahead of time.
+
+| tensor       | content                                                                       |
+|--------------|-------------------------------------------------------------------------------|
+| qweight, scales, zeros, k_order | the buffers of `Layout.pack`, `zeros` and `k_order` where there are any |
+| weight_shape | int64 [..., N, K]                                                             |
+
+`quantization_config`: that of the native format, with `layout` and `layout_version`. Every layout is a format of its own,
+named after it, so that whatever reads, writes, converts and inspects formats does the same for packed checkpoints. A machine
+whose kernels read another layout re-lays the weights out while it loads them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConversionError
+from ..formats import FORMATS, Config, Format, Oddity, native
+from ..formats.directory import QuantizedSource
+from ..formats.validation import naming
+from ..kernels.catalogue import REFERENCE, Problem, arch_of, select
+from ..layouts import LAYOUTS, Layout, unpack_checked
+from ..scheme import QuantScheme
+from ..tensor import QuantTensor
+
+OPTIONAL = ("zeros", "k_order")
+
+
+def packed_format(layout: Layout) -> Format:
+    """The format of checkpoints packed in `layout`; its name is that of the layout."""
+
+    def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+        with naming(module):
+            version = config.get("layout_version")
+            if version != layout.version:
+                raise CheckpointError(
+                    f"it is packed in version {version!r} of layout {layout.name}, this qkernels reads version "
+                    f"{layout.version}; pack the original checkpoint again (qkernels pack)"
+                )
+            scheme = native.scheme_of(module, config)
+            shape = native.weight_shape(tensors["weight_shape"])
+            buffers = {name: tensors.get(name) for name in ("qweight", "scales", *OPTIONAL)}
+            return unpack_checked(layout, buffers, shape[-2], shape[-1], scheme)
+
+    def check(scheme: QuantScheme) -> None:
+        # Asked for several groups: a scheme that the layout holds only for one is refused for all weights alike.
+        if reasons := layout.reasons(8, 8 * scheme.group_length(8), scheme):
+            raise ConversionError(f"layout {layout.name} cannot hold {scheme}: {'; '.join(reasons)}")
+
+    def write(weight: QuantTensor) -> dict[str, Tensor]:
+        if weight.codes.dim() != 2:
+            raise ConversionError(f"it holds one [N, K] weight a module, got {list(weight.codes.shape)}")
+        check(weight.scheme)
+        packed = {name: t for name, t in layout.pack(weight).items() if t is not None}
+        return packed | {"weight_shape": native.shape_tensor(weight)}
+
+    def config_of(
+        default: QuantScheme,
+        modules: Mapping[str, QuantScheme],
+        *,
+        act_order: bool = False,
+        unquantized: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        for scheme in {default, *modules.values()}:
+            check(scheme)
+        plain = native.config_of(default, modules, act_order=act_order, unquantized=unquantized)
+        return plain | {"layout": layout.name, "layout_version": layout.version}
+
+    def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
+        return []
+
+    return Format(
+        name=layout.name,
+        required=("qweight", "scales", "weight_shape"),
+        optional=OPTIONAL,
+        matches=lambda config: config.get("quant_method") == native.METHOD and config.get("layout") == layout.name,
+        parse=parse,
+        write=write,
+        config_of=config_of,
+        oddities=oddities,
+    )
+
+
+def register() -> None:
+    """Make every layout that a kernel reads known as a format."""
+    for layout in LAYOUTS.values():
+        if layout.name != REFERENCE.layout:  # one byte a code: nobody's kernel is faster for it
+            FORMATS.setdefault(layout.name, packed_format(layout))
+
+
+def layout_of(directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> str:
+    """The layout that the catalogue chooses for the first weight of a quantized checkpoint on `device`.
+
+    Raises:
+        CheckpointError: the directory is not sound, or nothing in it is quantized.
+        UnsupportedProblem: no kernel takes the weight; lists the reasons.
+    """
+    quantized = QuantizedSource.open(directory)
+    if not quantized.modules:
+        raise CheckpointError(f"{directory} holds no quantized weights; quantize it first (qkernels quantize)")
+    weight = quantized.parse(next(iter(quantized.modules)))
+    return select(Problem(weight.N, weight.K, weight.scheme, torch.bfloat16, arch_of(device))).layout

@@ -1,0 +1,53 @@
+"""`qkernels eval`: how much a checkpoint lost."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import (
+    DTYPES,
+    Subparsers,
+    add_device,
+    command_parser,
+    load_tokenizer,
+    positive,
+    print_json,
+    read_text,
+    token_ids,
+)
+
+
+def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
+    parser = command_parser(
+        commands,
+        "eval",
+        "perplexity, and KL and top-1 agreement with the original",
+        "  qkernels eval out/ --text held-out.txt\n  qkernels eval out/ --text held-out.txt --against my-llama/ --json",
+        "Perplexity of a checkpoint on a text: consecutive windows without overlap, mean over the next tokens of each "
+        "window. With --against also the KL divergence per token from the original, which is far more sensitive.",
+    )
+    parser.add_argument("checkpoint", help="a checkpoint directory, quantized or not")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text the model has not seen")
+    parser.add_argument("--against", metavar="REFERENCE", help="the original checkpoint")
+    parser.add_argument("--seq-len", type=positive, help="tokens in a window (default: 2048, capped to the model's)")
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..checkpoint import load
+    from ..evaluate import Comparison, Perplexity, compare, perplexity, window_length
+
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    ids = token_ids(load_tokenizer(args.checkpoint), read_text(args.text))
+    model = load(args.checkpoint, device=args.device, dtype=dtype)
+    seq_len = window_length(model, args.seq_len)
+    results: list[Perplexity | Comparison] = [perplexity(model, ids, seq_len)]
+    if args.against:
+        results.append(compare(model, load(args.against, device=args.device, dtype=dtype), ids, seq_len))
+    if args.json:
+        print_json({key: value for result in results for key, value in result.to_json().items()})
+    else:
+        print("\n".join(str(result) for result in results))
+    return 0

@@ -1,0 +1,48 @@
+"""`qkernels generate`: continue a prompt, to see with one's own eyes that a checkpoint still speaks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+
+from .common import DTYPES, Subparsers, add_device, command_parser, load_tokenizer, positive
+
+
+def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
+    parser = command_parser(
+        commands,
+        "generate",
+        "continue a prompt with a checkpoint",
+        '  qkernels generate out/ --prompt "It was a dark night"\n'
+        '  qkernels generate out/ --prompt "It was" --tokens 100 --temperature 0.8 --seed 1',
+    )
+    parser.add_argument("checkpoint", help="a checkpoint directory, quantized or not")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--tokens", type=positive, default=60, help="how many tokens to add (default: 60)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    add_device(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..checkpoint import load
+
+    tokenizer = load_tokenizer(args.checkpoint)
+    model = load(args.checkpoint, device=args.device, dtype=DTYPES[args.dtype] if args.dtype else None)
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
+    torch.manual_seed(args.seed)
+    start = time.perf_counter()
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id or 0, **sampling
+        )
+    seconds = time.perf_counter() - start
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    made = output.shape[1] - inputs["input_ids"].shape[1]
+    print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s", file=sys.stderr)
+    return 0

@@ -1,0 +1,27 @@
+"""`qkernels inspect`: what a checkpoint holds, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import Subparsers, command_parser
+
+
+def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
+    parser = command_parser(
+        commands,
+        "inspect",
+        "show what a checkpoint holds, and whether it is sound",
+        "  qkernels inspect out/\n  qkernels inspect out/ --json",
+    )
+    parser.add_argument("checkpoint", help="a directory with safetensors and config.json")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..inspection import inspect
+
+    found = inspect(args.checkpoint)
+    print(found.to_json() if args.json else found.to_markdown())
+    return 0

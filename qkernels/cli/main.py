@@ -1,0 +1,52 @@
+"""`qkernels COMMAND …`: parse, run, and turn every expected error into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import QKernelsError
+from . import doctor, evaluate, generate, inspect, pack, quantize
+
+COMMANDS = (quantize, pack, inspect, evaluate, generate, doctor)
+BAD_INPUT, INTERRUPTED = 1, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line, for `main` and for the documentation's tests."""
+    top = argparse.ArgumentParser(
+        prog="qkernels",
+        description="Quantize language models to small weights, and run them.",
+        epilog="Each command has --help with examples.",
+    )
+    top.add_argument("--version", action="version", version=f"qkernels {__version__}")
+    top.add_argument("-v", "--verbose", action="store_true", help="log what is being done to standard error")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands).set_defaults(run=command.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 bad input or a failed read or write, 130 interrupted."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        return int(args.run(args))
+    except (QKernelsError, OSError) as error:
+        print(f"qkernels {args.command}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"qkernels {args.command}: interrupted; nothing half-written was left behind", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

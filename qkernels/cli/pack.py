@@ -1,0 +1,47 @@
+"""`qkernels pack`: rewrite a quantized checkpoint for a kernel's layout, or in another format, without loss."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import Subparsers, command_parser
+
+
+def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
+    parser = command_parser(
+        commands,
+        "pack",
+        "rewrite a quantized checkpoint for a kernel, or in another format",
+        "  qkernels pack some-gptq-model/ out/\n"
+        "  qkernels pack some-awq-model/ out/ --layout cpu_tile_a16\n"
+        "  qkernels pack out/ for-other-engines/ --format gptq",
+        "Rewrite a quantized checkpoint: in the layout that a kernel reads (--layout), or in another file format "
+        "(--format). The weights stay the same, bit for bit; what the target cannot express is refused with the reason.",
+    )
+    parser.add_argument("checkpoint", help="a quantized checkpoint directory")
+    parser.add_argument("out", help="the directory to make; it must not exist yet")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        "--layout", help='a layout such as cpu_tile_a16; "auto" asks the catalogue for --device (default)'
+    )
+    target.add_argument("--format", help="a file format instead: native, gptq, gptq_v2 or awq")
+    parser.add_argument("--device", default="cpu", help="the device that --layout auto packs for (default: cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..checkpoint import convert
+    from ..checkpoint.packed import layout_of
+    from ..layouts import get_layout
+
+    layout = args.layout or "auto"
+    if args.format is not None:
+        target = args.format
+    elif layout == "auto":
+        target = layout_of(args.checkpoint, args.device)
+    else:
+        target = get_layout(layout).name
+    convert(args.checkpoint, args.out, target, args.overwrite)
+    print(f"wrote {args.out} ({target})")
+    return 0

@@ -1,0 +1,259 @@
+"""What decoder models look like inside: one table, one entry per architecture.
+
+A new architecture is one `Architecture` in `ARCHITECTURES`. RTN and GPTQ work without an entry; AWQ needs to know which
+norm or linear feeds which linears, and there is no telling that from outside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ArgumentError, CheckpointError
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A scale on the input channels of `targets` can be taken out of the output channels of `source`.
+
+    Names are relative to a decoder layer. `source` feeds `targets` and nothing else, with nothing between them that does
+    not let a positive scale per channel through.
+
+    Args:
+        source: a norm, or a linear layer.
+        targets: linear layers that read it.
+        parent: the block whose output error judges a scale ("" is the decoder layer); None where there is one target, and
+            its own output is as good.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    parent: str | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where things are in a model of these `config.model_type`s.
+
+    Args:
+        layers, embeddings, final_norm, head: module names.
+        folds: see `Fold`, in the order of the forward pass.
+        fused: linear layers that read the same input and can be one matrix.
+        unit_offset_norms: norms multiply by 1 + weight.
+        requires: config fields that must have these values for the folds to hold.
+    """
+
+    model_types: tuple[str, ...]
+    folds: tuple[Fold, ...]
+    fused: tuple[tuple[str, ...], ...] = ()
+    layers: str = "model.layers"
+    embeddings: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    unit_offset_norms: bool = False
+    requires: tuple[tuple[str, Any], ...] = ()
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_VALUES = Fold("self_attn.v_proj", ("self_attn.o_proj",))
+_UP = Fold("mlp.up_proj", ("mlp.down_proj",))
+
+_LLAMA = Architecture(
+    model_types=("llama", "mistral", "qwen2", "qwen3", "granite"),
+    folds=(
+        Fold("input_layernorm", _QKV, "self_attn"),
+        _VALUES,
+        Fold("post_attention_layernorm", _GATE_UP, "mlp"),
+        _UP,
+    ),
+    fused=(_QKV, _GATE_UP),
+)
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    _LLAMA,
+    replace(_LLAMA, model_types=("gemma",), unit_offset_norms=True),
+    replace(  # Gemma 2 and 3 also normalize what attention and MLP return: the norm before the MLP has another name
+        _LLAMA,
+        model_types=("gemma2", "gemma3_text"),
+        folds=(
+            Fold("input_layernorm", _QKV, "self_attn"),
+            _VALUES,
+            Fold("pre_feedforward_layernorm", _GATE_UP, "mlp"),
+            _UP,
+        ),
+        unit_offset_norms=True,
+    ),
+    replace(_LLAMA, model_types=("olmo2",), folds=(_VALUES, _UP)),  # its norms follow the blocks and feed the residual
+    Architecture(  # q, k, v are one matrix, and so are gate and up: v -> o and up -> down would need half a fold
+        model_types=("phi3",),
+        folds=(
+            Fold("input_layernorm", ("self_attn.qkv_proj",), "self_attn"),
+            Fold("post_attention_layernorm", ("mlp.gate_up_proj",), "mlp"),
+        ),
+    ),
+    Architecture(  # attention and MLP read the same norm side by side; GELU lets no scale through from fc1 to fc2
+        model_types=("phi",),
+        folds=(Fold("input_layernorm", (*_QKV, "mlp.fc1"), ""), Fold("self_attn.v_proj", ("self_attn.dense",))),
+        fused=(_QKV,),
+        final_norm="model.final_layernorm",
+    ),
+    Architecture(  # ReLU does let a positive scale through
+        model_types=("opt",),
+        folds=(
+            Fold("self_attn_layer_norm", _QKV, "self_attn"),
+            Fold("self_attn.v_proj", ("self_attn.out_proj",)),
+            Fold("final_layer_norm", ("fc1",), ""),
+            Fold("fc1", ("fc2",)),
+        ),
+        fused=(_QKV,),
+        layers="model.decoder.layers",
+        embeddings="model.decoder.embed_tokens",
+        final_norm="model.decoder.final_layer_norm",
+        requires=(
+            ("do_layer_norm_before", True),
+            ("activation_function", "relu"),
+            ("layer_norm_elementwise_affine", True),
+        ),
+    ),
+    Architecture(  # q, k, v interleaved per head in one matrix
+        model_types=("gpt_neox",),
+        folds=(
+            Fold("input_layernorm", ("attention.query_key_value",), "attention"),
+            Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",), "mlp"),
+        ),
+        layers="gpt_neox.layers",
+        embeddings="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+    ),
+)
+
+
+def known_architectures() -> list[str]:
+    """Every `config.model_type` in the table."""
+    return sorted(name for architecture in ARCHITECTURES for name in architecture.model_types)
+
+
+def find_architecture(model_type: str | None) -> Architecture | None:
+    """The table's entry for a `config.model_type`, or None."""
+    return next((a for a in ARCHITECTURES if model_type in a.model_types), None)
+
+
+def foldable_architecture(model: nn.Module) -> Architecture:
+    """The table's entry for a model whose scales are to be folded.
+
+    Raises:
+        ArgumentError: the architecture is unknown, or this variant of it does not allow the folds.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    architecture = find_architecture(model_type)
+    if architecture is None:
+        raise ArgumentError(
+            f"AWQ folds scales into the layers before, and how is known for {', '.join(known_architectures())}, "
+            f"got {model_type or type(model).__name__}; use GPTQ or RTN, or add an entry to qkernels/model_structure.py"
+        )
+    for name, expected in architecture.requires:
+        if getattr(config, name, expected) != expected:
+            raise ArgumentError(
+                f"AWQ can fold scales in {model_type} models with {name}={expected!r} only, got {getattr(config, name)!r}; "
+                f"use GPTQ or RTN"
+            )
+    return architecture
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: from the table, else the longest list of blocks of one class with linears in them.
+
+    Raises:
+        ArgumentError: there is no such list.
+    """
+    architecture = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
+    if architecture is not None:
+        return architecture.layers, _module_list(model, architecture.layers)
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():  # parents come first: experts inside a layer are not layers
+        inside_another = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside_another and _identical_blocks(module):
+            found[name] = module
+    if not found:
+        raise ArgumentError(
+            f"{type(model).__name__} has no list of decoder layers that could be calibrated one by one; "
+            f"use replace_linear, which needs no calibration"
+        )
+    name = max(found, key=lambda key: len(found[key]))
+    return name, found[name]
+
+
+def head_dim(model: nn.Module) -> int:
+    """The width of an attention head."""
+    config: Any = model.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def skeleton(directory: str | os.PathLike[str]) -> nn.Module:
+    """The model of a checkpoint directory, in evaluation mode, with parameters on the meta device and real buffers. No code
+    of the checkpoint is run.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+        ImportError: transformers is not installed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"transformers cannot build the model of {directory}: {error}") from error
+    _materialize_buffers(model)
+    return model.eval()
+
+
+def empty_to_meta(module: nn.Module) -> None:
+    """Free a module's parameters; buffers stay."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            setattr(owner, name, nn.Parameter(parameter.data.to("meta"), requires_grad=False))
+
+
+def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make these tensors the parameters and buffers of a module."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[leaf] = tensor
+
+
+def _materialize_buffers(model: nn.Module) -> None:
+    """Compute the buffers that no checkpoint holds, such as rotary frequencies: transformers knows how to initialize them."""
+    for module in model.modules():
+        own = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+        if not own:
+            continue
+        for name, buffer in own.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if all(name in module._non_persistent_buffers_set for name in own):
+            model._init_weights(module)  # type: ignore[operator]
+
+
+def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
+    layers = model.get_submodule(name)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ArgumentError(
+            f"{name} of {type(model).__name__} should be a non-empty nn.ModuleList, got {type(layers).__name__}"
+        )
+    return layers
+
+
+def _identical_blocks(blocks: nn.ModuleList) -> bool:
+    return len({type(block) for block in blocks}) == 1 and any(isinstance(m, nn.Linear) for m in blocks[0].modules())

@@ -1,0 +1,184 @@
+"""The command line as a user meets it: every command, its help, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qkernels.cli.main import COMMANDS, main, parser
+from qkernels.kernels import native
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(sample_text)
+    return path
+
+
+@pytest.fixture(scope="session")
+def quantized_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path, text_file: Path) -> Path:
+    out = tmp_path_factory.mktemp("out") / "gptq"
+    arguments = ["--method", "gptq", "--group-size", "32", "--samples", "8", "--seq-len", "32", "--format", "gptq"]
+    assert main(["quantize", str(tiny_llama_dir), str(out), *arguments, "--calibration", str(text_file)]) == 0
+    return out
+
+
+def test_quantize_writes_a_checkpoint_and_reports(quantized_dir: Path) -> None:
+    config = json.loads((quantized_dir / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["group_size"]) == ("gptq", 4, 32)
+    assert {"model.safetensors", "tokenizer.json", "config.json", "quantize_config.json"} <= {
+        p.name for p in quantized_dir.iterdir()
+    }
+
+
+def test_inspect(quantized_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(quantized_dir)]) == 0
+    shown = capsys.readouterr().out
+    assert "gptq" in shown
+    assert "model.layers.1.mlp.down_proj" in shown
+    assert main(["inspect", str(quantized_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_pack_converts_without_loss(quantized_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [("native", ["--format", "native"]), ("packed", []), ("cpu_tile_a16", ["--layout", "cpu_tile_a16"])]
+    for name, arguments in [*steps, ("gptq", ["--format", "gptq"])]:
+        source = quantized_dir if name == "native" else tmp_path / "native"
+        assert main(["pack", str(source), str(tmp_path / name), *arguments]) == 0
+        assert f"wrote {tmp_path / name}" in capsys.readouterr().out
+        assert main(["inspect", str(tmp_path / name), "--json"]) == 0
+        assert ("cpu_tile_a16" if name == "packed" else name) in capsys.readouterr().out
+    there_and_back = (tmp_path / "gptq" / "model.safetensors").read_bytes()
+    assert there_and_back == (quantized_dir / "model.safetensors").read_bytes()
+
+
+def test_eval_prints_perplexity_and_divergence(
+    quantized_dir: Path, tiny_llama_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "eval",
+        str(quantized_dir),
+        "--text",
+        str(text_file),
+        "--against",
+        str(tiny_llama_dir),
+        "--seq-len",
+        "32",
+    ]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity" in shown
+    assert "windows of 32 tokens without overlap" in shown
+    assert "KL(original ‖ model)" in shown
+    assert main([*arguments, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert 0 < values["kl"] < 0.1
+    assert values["perplexity"] > 1
+
+
+def test_generate_is_deterministic(quantized_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(quantized_dir), "--prompt", "the cat", "--tokens", "5"]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    assert first.out.startswith("the cat")
+    assert "tokens/s" in first.err
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first.out
+
+
+def test_doctor_is_well_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "everything is well" in shown
+    assert "cpu.cpu_tile_a16" in shown
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["healthy"] is True
+
+
+def test_doctor_names_a_missing_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = native.NativeStatus(
+        path=None, loaded=False, error="no library beside the package", isa=None, isas=(), cuda=False
+    )
+    monkeypatch.setattr(native, "status", lambda: broken)
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "BAD  extension    not loaded: no library beside the package" in shown
+    assert "pip install . --no-build-isolation" in shown
+
+
+@pytest.mark.parametrize("command", [c.__name__.rpartition(".")[2] for c in COMMANDS])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "eval" if command == "evaluate" else command
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_args([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"qkernels {name}" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_dry_run_writes_nothing(tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", str(tiny_llama_dir), str(out), "--method", "gptq", "--group-size", "32", "--dry-run"]) == 0
+    assert "model.layers.0.self_attn.q_proj" in capsys.readouterr().out
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{tmp}/nowhere"], "is not a directory"),
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq"], "calibration"),
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{tmp}/absent.txt"], "absent.txt"),
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{empty}"], "is empty"),
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{short}"], "calibration"),
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "rtn", "--format", "gguf"], "format must be one of"),
+        (
+            ["quantize", "{tiny}", "{tmp}/out", "--method", "rtn", "--include", "*.nothing"],
+            "pattern '\\*.nothing' matches no",
+        ),
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "rtn", "--override", "*.q_proj=int4"], "a scheme looks like"),
+        (["quantize", "{tiny}", "{tiny}", "--method", "rtn"], "exists"),
+        (["eval", "{tiny}", "--text", "{short}", "--seq-len", "32"], "less than one window"),
+        (["pack", "{tiny}", "{tmp}/out"], "quantized"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(
+    arguments: list[str], message: str, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("the cat")
+    places = {"tmp": tmp_path, "tiny": tiny_llama_dir, "empty": tmp_path / "empty.txt", "short": tmp_path / "short.txt"}
+    assert main([a.format(**places) for a in arguments]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"qkernels {arguments[0]}: error: ")
+    assert re.search(message, shown), shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize"],
+        ["nonsense"],
+        ["quantize", "a", "b", "--bits", "5"],
+        ["quantize", "a", "b", "--override", "x"],
+        ["generate", "a", "--prompt", "b", "--tokens", "0"],
+    ],
+)
+def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qkernels.cli.main", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("qkernels ")

@@ -1,0 +1,210 @@
+"""What every registered layout, format, quantizer and kernel must do. Parametrized over the registries: whatever is
+registered is tested from that moment.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from qkernels import QuantScheme, QuantTensor
+from qkernels.errors import ConversionError, QKernelsError
+from qkernels.formats import FORMATS, Format, detect
+from qkernels.kernels.catalogue import KERNELS, REFERENCE, KernelSpec, Problem
+from qkernels.layouts import LAYOUTS, Layout, empty_buffers, unpack_checked
+from qkernels.quantizers import QUANTIZERS, RTN
+from tests.strategies import random_weight, same_weight
+
+SCHEMES = [
+    *(f"w{bits}a16_g32{zeros}" for bits in (2, 3, 4, 8) for zeros in ("", "_asym")),
+    "w4a16_g16_asym", "w4a16_g64_fzero", "w4a16_g128_offset", "w4a16_channel", "w8a16_tensor", "w5a16_g32", "nf4_g64",
+    "w4a8_g128",
+]  # fmt: skip
+SHAPES = [(32, 64), (33, 75), (1, 1), (70, 200)]
+weights = pytest.mark.parametrize(("N", "K"), SHAPES)
+schemes = pytest.mark.parametrize("scheme", SCHEMES)
+act_orders = pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+kernels = pytest.mark.parametrize("kernel", [*KERNELS, REFERENCE], ids=lambda kernel: kernel.name)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------------
+
+
+@layouts
+@schemes
+@weights
+@act_orders
+def test_layout_round_trip(layout: Layout, scheme: str, N: int, K: int, act_order: bool) -> None:
+    weight = random_weight(scheme, N, K, act_order=act_order)
+    if layout.reasons(N, K, weight.scheme):
+        with pytest.raises(ConversionError, match=str(weight.scheme)):
+            layout.pack(weight)
+        return
+    packed = layout.pack(weight)
+    assert same_weight(layout.unpack(packed, N, K, weight.scheme), weight)
+    assert same_weight(unpack_checked(layout, packed, N, K, weight.scheme), weight)
+    on_meta = layout.pack(weight.to("meta"))
+    for name, t in packed.items():
+        assert (t is None) == (on_meta[name] is None)
+        assert t is None or (t.shape, t.dtype, t.is_contiguous()) == (on_meta[name].shape, on_meta[name].dtype, True), (
+            name
+        )
+
+
+@layouts
+@pytest.mark.parametrize(("N", "K"), [(0, 64), (64, 0), (0, 0)])
+def test_layout_takes_empty_weights(layout: Layout, N: int, K: int) -> None:
+    weight = random_weight("w4a16_g32_asym", N, K)
+    assert same_weight(layout.unpack(layout.pack(weight), N, K, weight.scheme), weight)
+
+
+@layouts
+def test_layout_takes_strided_weights_and_experts(layout: Layout) -> None:
+    dense = random_weight("w4a16_g32_asym", 40, 96, experts=(3,))
+    strided = QuantTensor(
+        dense.codes.transpose(1, 2).contiguous().transpose(1, 2), dense.scales.transpose(0, 2).contiguous().transpose(0, 2),
+        dense.zeros, None, dense.scheme,
+    )  # fmt: skip
+    assert not strided.codes.is_contiguous()
+    packed = layout.pack(strided)
+    assert same_weight(layout.unpack(packed, 40, 96, dense.scheme), dense)
+    one = layout.pack(QuantTensor(dense.codes[1], dense.scales[1], dense.zeros[1], None, dense.scheme))
+    assert all(t is None or torch.equal(packed[name][1], t) for name, t in one.items())
+
+
+@layouts
+def test_empty_buffers_are_a_weight_of_zeros(layout: Layout) -> None:
+    scheme = QuantScheme.parse("w4a16_g32_asym")
+    buffers = empty_buffers(layout, 40, 96, scheme, torch.float16, True, "cpu")
+    weight = unpack_checked(layout, buffers, 40, 96, scheme)
+    assert torch.equal(weight.dequantize(), torch.zeros(40, 96))
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------------
+
+
+@formats
+@schemes
+@act_orders
+def test_format_round_trip_or_refusal(fmt: Format, scheme: str, act_order: bool) -> None:
+    """What is written reads back as an equal weight; what cannot be written is refused before anything is made."""
+    weight = random_weight(scheme, 64, 256, act_order=act_order)
+    try:
+        config = fmt.config_of(weight.scheme, {"layer": weight.scheme}, act_order=weight.group_index is not None)
+        tensors = fmt.write(weight)
+    except ConversionError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    if refusal:
+        assert len(refusal) > 20, "a refusal gives its reason"
+        return
+    assert detect(config) is fmt
+    assert set(fmt.required) <= tensors.keys() <= set(fmt.suffixes)
+    again = fmt.parse("layer", tensors, config)
+    assert torch.equal(again.dequantize(), weight.dequantize())
+    assert again.scheme.bits == weight.scheme.bits
+    rewritten = fmt.write(again)
+    assert all(torch.equal(rewritten[name], t) for name, t in tensors.items())
+
+
+def test_every_integer_scheme_has_a_lossless_format() -> None:
+    for scheme, act_order in itertools.product(SCHEMES, [False, True]):
+        weight = random_weight(scheme, 40, 96, act_order=act_order)
+        native = FORMATS["native"]
+        config = native.config_of(weight.scheme, {"layer": weight.scheme}, act_order=act_order)
+        assert same_weight(native.parse("layer", native.write(weight), config), weight), scheme
+
+
+# --- quantizers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", QUANTIZERS.values(), ids=lambda method: method.__name__)
+@pytest.mark.parametrize("fields", [{"bits": 9}, {"group_size": 0}, {"group_size": -1}, {"symmetric": 1}])
+def test_quantizers_validate_their_options(method: type, fields: dict[str, object]) -> None:
+    with pytest.raises(QKernelsError, match=next(iter(fields))):
+        method(**fields)
+
+
+@schemes
+def test_round_to_nearest_takes_every_scheme(scheme: str) -> None:
+    weight = torch.randn(33, 75, generator=torch.Generator().manual_seed(0))
+    made = RTN().with_scheme(scheme).quantize(weight)
+    assert made.scheme == QuantScheme.parse(scheme)
+    assert (made.dequantize() - weight).norm() < weight.norm()
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------------
+
+
+def arguments(
+    kernel: KernelSpec, weight: QuantTensor, x: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[object, ...]:
+    packed = LAYOUTS[kernel.layout].pack(weight)
+    scheme = weight.scheme
+    buffers = tuple(packed[name] for name in ("qweight", "scales", "zeros", "k_order"))
+    return (x, *buffers, bias, weight.N, scheme.bits, scheme.group_length(weight.K), scheme.zeros == "offset")
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@kernels
+@schemes
+@act_orders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kernel_is_exact_where_bits_are_exact(
+    kernel: KernelSpec, scheme: str, act_order: bool, dtype: torch.dtype
+) -> None:
+    """Integers and power-of-two scales: the only rounding left is that of the output."""
+    N, K = 70, 200
+    weight = random_weight(scheme, N, K, act_order=act_order, exact=True)
+    if kernel.reasons(Problem(N, K, weight.scheme, dtype)):
+        pytest.skip(f"{kernel.name} lists a reason against {scheme}")
+    op = getattr(torch.ops.qkernels, kernel.op)
+    for M in (0, 1, 2, 9, 17):
+        x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
+        expected = (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
+        assert torch.equal(op(*arguments(kernel, weight, x, bias)), expected), M
+
+
+@kernels
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a16_g32_asym"])
+def test_kernel_passes_opcheck(kernel: KernelSpec, scheme: str) -> None:
+    weight = random_weight(scheme, 40, 96, act_order=True, exact=True)
+    args = arguments(kernel, weight, integers(3, 96).requires_grad_(), integers(40))
+    result = opcheck(getattr(torch.ops.qkernels, kernel.op).default, args)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+@kernels
+def test_kernel_compiles_into_one_graph_with_dynamic_tokens(kernel: KernelSpec) -> None:
+    weight = random_weight("w4a16_g32_asym", 40, 96, exact=True)
+    op = getattr(torch.ops.qkernels, kernel.op)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return op(*arguments(kernel, weight, x * 2, None)) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for M in (2, 5, 64):
+        assert torch.equal(compiled(integers(M, 96)), run(integers(M, 96)))
+    torch._dynamo.reset()
+
+
+@kernels
+def test_a_wrong_weight_is_noticed(kernel: KernelSpec) -> None:
+    """Negative control of the exactness test: one code off by one, in one place, must show."""
+    weight = random_weight("w4a16_g32", 40, 96, exact=True)
+    wrong = weight.codes.clone()
+    wrong[39, 95] ^= 1
+    off = QuantTensor(wrong, weight.scales, None, None, weight.scheme)
+    x = torch.ones(1, 96)
+    op = getattr(torch.ops.qkernels, kernel.op)
+    assert not torch.equal(op(*arguments(kernel, off, x, None)), x @ weight.dequantize().T)
