@@ -79,10 +79,11 @@ def test_the_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _commands() -> list[str]:
-    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
-    return [
-        line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.startswith("qkernels ")
-    ]
+    blocks = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    commands = [line.split("#")[0].strip() for line in lines if line.startswith("qkernels ")]
+    assert len(commands) >= 6, "the README has lost its commands"
+    return commands
 
 
 @pytest.mark.parametrize("command", _commands())

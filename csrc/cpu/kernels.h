@@ -46,8 +46,7 @@ struct Problem {
   const uint8_t* qweight;
   const void* scales;
   Type scale_type;
-  const void*
-      zeros;  // kUInt8: zero points, subtracted exactly; floating: zero points or, if zeros_are_offsets, offsets
+  const void* zeros;  // kUInt8: zero points, subtracted exactly; floating: zero points, or offsets
   Type zero_type;
   bool zeros_are_offsets;
   const int32_t* k_order;  // null, or the column of x that each stored column meets
@@ -66,11 +65,12 @@ struct Problem {
   float* sums;  // [M, G] sums of x over each group, in fp32; null unless zeros are floating
 };
 
-inline int64_t staged_at(const Problem& p, int64_t m, int64_t k) {
+static inline int64_t staged_at(const Problem& p, int64_t m, int64_t k) {
   return k / p.staged.width * p.staged.block_stride + m * p.staged.row_stride + k % p.staged.width;
 }
 
-inline int64_t tiles_of(const Problem& p) { return (p.N + kTileRows - 1) / kTileRows; }
+// static: an inline function that was compiled for AVX-512 must not stand in for one that was not (target.h)
+static inline int64_t tiles_of(const Problem& p) { return (p.N + kTileRows - 1) / kTileRows; }
 
 struct Kernels {
   const char* name;

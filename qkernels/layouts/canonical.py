@@ -15,6 +15,7 @@ from ..scheme import QuantScheme
 from ..tensor import QuantTensor, group_index_of
 from . import Buffers, Layout
 
+
 def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
     """Only a codebook: the ops' schema has no argument that could carry its table."""
     return [] if scheme.codebook is None else [f"codebook {scheme.codebook!r} is not taken by the reference op"]

@@ -59,7 +59,9 @@ def check_gemm(
         raise ArgumentError(f"bias must be None or floating [N] = [{out_features}], got {_describe(bias)}")
     K = x.shape[1]
     if check_weight(layout, qweight, scales, zeros, k_order, out_features, K, bits, group_size, zeros_are_offsets):
-        raise ArgumentError(f"qweight must be of one weight: stacked experts are not taken here, got {_describe(qweight)}")
+        raise ArgumentError(
+            f"qweight must be of one weight: stacked experts are not taken here, got {_describe(qweight)}"
+        )
     for name, t in (("qweight", qweight), ("bias", bias)):
         if t is not None and t.device != x.device:
             raise ArgumentError(f"{name} must be on the device of x, {x.device}, got {t.device}; move one of them")

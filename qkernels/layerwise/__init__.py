@@ -1,0 +1,1 @@
+"""Quantize a decoder model layer by layer: what `qkernels.calibrate` is made of."""

@@ -1,0 +1,157 @@
+"""AWQ in a decoder layer: search the scale of each fold and apply it (Lin et al. 2023, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model_structure import Architecture, Fold
+from ..quantizers import AWQ
+from ..quantizers.awq import ScaleChoice, fold_into_norm, fold_into_rows, search, weight_magnitude
+from ..quantizers.grid import checked_weight
+from .running import (
+    LayerInputs,
+    Place,
+    Stop,
+    collect_statistics,
+    first_output,
+    linear_of,
+    map_tensors,
+    run_to_stop,
+    set_weight,
+)
+
+
+@dataclass(frozen=True)
+class HeadSharing:
+    """How the input channels of an output projection follow from the channels of the value projection: with grouped-query
+    attention, `repeats` heads of `width` channels in a row read the same value head and must share its scales."""
+
+    repeats: int = 1
+    width: int = 1
+
+    def gather(self, channels: Tensor) -> Tensor:
+        """`[K]` -> `[K / repeats]`: the mean over the channels that share a source."""
+        return channels.view(-1, self.repeats, self.width).mean(1).flatten()
+
+    def spread(self, channels: Tensor) -> Tensor:
+        """`[K / repeats]` -> `[K]`: each source channel's value for all that read it."""
+        return channels.view(-1, 1, self.width).expand(-1, self.repeats, -1).flatten()
+
+
+def scale_inputs(
+    layer: nn.Module,
+    fold: Fold,
+    methods: Mapping[str, AWQ],
+    inputs: LayerInputs,
+    architecture: Architecture,
+    head_dim: int,
+    stored_dtype: torch.dtype,
+    place: Place,
+    name: str,
+) -> ScaleChoice:
+    """Search the scale of one fold and apply it, in place: the layer still computes what it did.
+
+    Args:
+        layer: on the compute device.
+        methods: AWQ for those of the fold's targets that will be quantized; at least one. The others are scaled too, since
+            they read the same input, but have no say in how.
+        stored_dtype: of the source's parameters in the checkpoint.
+        name: of the layer, for messages.
+    """
+    method = next(iter(methods.values()))
+    inputs = inputs.first(method.search_tokens)
+    statistics = collect_statistics(layer, [next(iter(methods))], inputs, place)[next(iter(methods))]
+    weights = {
+        target: checked_weight(linear_of(layer, target).weight.data, f"{name}.{target}.weight").clone()
+        for target in methods
+    }
+    magnitude = statistics.mean_magnitude(f"{name}.{fold.targets[0]}")
+    of_weights = weight_magnitude(list(weights.values()), method.scheme.group_length(len(magnitude)))
+    sharing = _head_sharing(layer.get_submodule(fold.source), len(magnitude), head_dim)
+    candidates = method.candidates(sharing.gather(magnitude), sharing.gather(of_weights))
+    if fold.parent is None and len(weights) == 1:
+        loss = _own_loss(weights, methods, statistics.hessian(name))
+    else:
+        loss = _parent_loss(layer, fold.parent or "", weights, methods, inputs, place)
+    choice = search(candidates, lambda scales: loss(sharing.spread(scales)))
+    apply_fold(layer, fold, choice.scales, sharing, architecture.unit_offset_norms, stored_dtype)
+    return choice
+
+
+def apply_fold(
+    layer: nn.Module, fold: Fold, scales: Tensor, sharing: HeadSharing, unit_offset: bool, stored_dtype: torch.dtype
+) -> None:
+    """Divide the source's output channels by `scales` and multiply the targets' input channels, in place."""
+    source: Any = layer.get_submodule(fold.source)
+    old_bias: Tensor | None = None if getattr(source, "bias", None) is None else source.bias.data
+    if isinstance(source, nn.Linear):
+        weight, new_bias = fold_into_rows(source.weight.data, old_bias, scales)
+    else:
+        weight, new_bias, scales = fold_into_norm(source.weight.data, old_bias, scales, stored_dtype, unit_offset)
+    source.weight.data.copy_(weight)
+    if new_bias is not None:
+        source.bias.data.copy_(new_bias)
+    for target in fold.targets:
+        linear_of(layer, target).weight.data.mul_(sharing.spread(scales))
+
+
+def _head_sharing(source: nn.Module, channels: int, head_dim: int) -> HeadSharing:
+    if isinstance(source, nn.Linear) and source.out_features != channels:
+        return HeadSharing(channels // source.out_features, head_dim)
+    return HeadSharing()
+
+
+def _own_loss(weights: Mapping[str, Tensor], methods: Mapping[str, AWQ], hessian: Tensor) -> Callable[[Tensor], float]:
+    """The squared output error of a single linear layer, from the second moments of its input: no forward pass."""
+    (name,) = weights
+
+    def loss(scales: Tensor) -> float:
+        difference = methods[name].rounded(weights[name], scales) - weights[name]
+        return float(((difference @ hessian) * difference).sum())
+
+    return loss
+
+
+def _parent_loss(
+    layer: nn.Module,
+    parent: str,
+    weights: Mapping[str, Tensor],
+    methods: Mapping[str, AWQ],
+    inputs: LayerInputs,
+    place: Place,
+) -> Callable[[Tensor], float]:
+    """The squared error of a block's output, by running the block on what the layer calls it with."""
+    block = layer.get_submodule(parent)
+    calls: list[tuple[Any, Any]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(map_tensors((args, kwargs), lambda t: t.cpu()))
+        raise Stop
+
+    handle = block.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run_to_stop(layer, inputs, place)
+    finally:
+        handle.remove()
+
+    def outputs() -> Iterator[Tensor]:
+        for args, kwargs in calls:
+            yield first_output(block(*place.move(args), **place.move(kwargs)))
+
+    expected = [output.cpu() for output in outputs()]
+
+    def loss(scales: Tensor) -> float:
+        for name, weight in weights.items():
+            set_weight(layer, name, methods[name].rounded(weight, scales))
+        pairs = zip(outputs(), expected, strict=True)
+        total = sum(float((output - right.to(output.device)).float().square().sum()) for output, right in pairs)
+        for name, weight in weights.items():
+            set_weight(layer, name, weight)
+        return total
+
+    return loss

@@ -1,0 +1,235 @@
+"""The grid of representable values: which scale and zero point a group of weights gets, and the nearest code on it.
+
+Every quantizer goes through these functions, so that all of them agree on the same rules:
+
+    symmetric    scale = 2 max|w| / (2^b - 1), zero = 2^(b-1).  Both signs count alike, also in a group with one sign only:
+                 the largest magnitude lands half a step from its code.
+    int zero     scale = (max - min) / (2^b - 1) over a range that always includes 0; zero = round(-min / scale).
+    float zero   the same without rounding the zero point, over the group's own range; "offset" stores min itself.
+    codebook     scale = max|w|; the code is the nearest table entry.
+    all zero     scale 1, code = zero: the weight stays exactly 0.
+
+Scales (and float zeros) are rounded to the dtype they are stored in **before** any code is computed, so that a code is
+the nearest one for the weight that inference will see. A scale that rounds to 0 is treated like an all-zero group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..scheme import CODEBOOKS, QuantScheme
+from ..tensor import FLOAT_DTYPES, QuantTensor
+
+Clip = Literal["none", "mse"]
+
+# The clipping search tries these shares of the full range. Below 0.5 nothing was ever chosen at 3 bits and more on Gaussian
+# and on Student-t weights; at 2 bits the optimum for a Gaussian group of 128 is near 0.6.
+CLIP_SHARES = tuple(1 - i / 50 for i in range(1, 31))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zeros of groups, in fp32 (or fp64) but holding exactly the values that will be stored.
+
+    Shapes: `[..., N, G]`; zeros is None for symmetric schemes and codebooks.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+
+    def columns(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero of every column, `[..., N, K]`, from the group of every column `[K]`."""
+        return self.scales[..., groups], None if self.zeros is None else self.zeros[..., groups]
+
+
+def stored_dtype(weight: Tensor, scale_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the scales: as asked, else that of a 16-bit weight, else float16.
+
+    A checkpoint's loader casts scales to the model's dtype, so scales in another 16-bit type would be rounded a second
+    time, after the codes were chosen. For fp32 weights float16 halves the scales' bytes, and its 11 bits cost nothing,
+    because the codes are chosen for the rounded scale.
+    """
+    if scale_dtype is not None:
+        return scale_dtype
+    return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def checked_weight(weight: Tensor, name: str = "weight") -> Tensor:
+    """The weight in fp32 (fp64 stays), `[..., N, K]`.
+
+    Raises:
+        ArgumentError: not a floating `[..., N, K]` tensor, empty along K, or with NaN or infinite entries.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() < 2 or weight.shape[-1] == 0:
+        got = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ArgumentError(f"{name} must be a floating-point tensor [..., N, K] with K > 0, got {got}")
+    if weight.device.type != "meta":
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise ArgumentError(
+                f"{name} {list(weight.shape)} has {bad} NaN or infinite entries and cannot be quantized; "
+                f"repair the checkpoint, or leave this layer out with exclude"
+            )
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def fit(
+    weight: Tensor,
+    scheme: QuantScheme,
+    scale_dtype: torch.dtype,
+    clip: Clip = "none",
+    importance: Tensor | None = None,
+) -> Grid:
+    """Choose scale and zero of every natural group of a weight `[..., N, K]`.
+
+    Args:
+        clip: "mse" also tries narrower ranges and keeps, per group, the one with the least squared error.
+        importance: what "mse" measures. None: the error of the weights. `[K]`: the same, weighted per column. `[K, K]`,
+            second moments of the inputs: the error of the group's share of the output, `d H d`. Not used with
+            group_size="tensor".
+
+    Raises:
+        ArgumentError: a scale overflows `scale_dtype`.
+    """
+    length = scheme.group_length(weight.shape[-1])
+    if scheme.group_size == "tensor":
+        flat = _fit_groups(weight.flatten(-2).unsqueeze(-2).unsqueeze(-2), scheme, scale_dtype, clip, None)
+        shape = (*weight.shape[:-1], 1)
+        return Grid(flat.scales.expand(shape), None if flat.zeros is None else flat.zeros.expand(shape))
+    whole = weight.shape[-1] // length * length
+    parts = []
+    for start, stop, size in ((0, whole, length), (whole, weight.shape[-1], weight.shape[-1] - whole)):
+        if start < stop:  # the second part is the short last group
+            groups = weight[..., start:stop].unflatten(-1, (-1, size))
+            costs = None if importance is None else _cut_importance(importance, start, stop, size)
+            parts.append(_fit_groups(groups, scheme, scale_dtype, clip, costs))
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return Grid(torch.cat([part.scales for part in parts], -1), torch.cat(zeros, -1) if zeros else None)
+
+
+def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """The nearest code of every weight, as floating-point integers 0 … 2^bits - 1; scales and zeros broadcast."""
+    if scheme.codebook is not None:
+        table = torch.tensor(CODEBOOKS[scheme.codebook], dtype=weight.dtype, device=weight.device)
+        return torch.bucketize((weight / scales).contiguous(), (table[1:] + table[:-1]) / 2).to(weight.dtype)
+    if scheme.zeros == "offset":
+        assert zeros is not None
+        codes = (weight - zeros).div_(scales).round_()
+    elif scheme.zeros == "float":
+        assert zeros is not None
+        codes = (weight / scales).add_(zeros).round_()
+    else:
+        codes = (weight / scales).round_().add_(scheme.mid_code if zeros is None else zeros)
+    return codes.clamp_(0, scheme.max_code)
+
+
+def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """The weights that (floating-point) codes stand for; the same formula as `QuantTensor.dequantize`."""
+    if scheme.codebook is not None:
+        table = torch.tensor(CODEBOOKS[scheme.codebook], dtype=scales.dtype, device=scales.device)
+        return table[codes.long()] * scales
+    if scheme.zeros == "offset":
+        assert zeros is not None
+        return codes * scales + zeros
+    return (codes - (scheme.mid_code if zeros is None else zeros)) * scales
+
+
+def nearest(weight: Tensor, grid: Grid, scheme: QuantScheme) -> Tensor:
+    """Codes of a whole weight `[..., N, K]` in natural groups."""
+    groups = torch.arange(weight.shape[-1], device=weight.device) // scheme.group_length(weight.shape[-1])
+    return encode(weight, *grid.columns(groups), scheme)
+
+
+def assemble(
+    codes: Tensor, grid: Grid, scheme: QuantScheme, scale_dtype: torch.dtype, group_index: Tensor | None = None
+) -> QuantTensor:
+    """The `QuantTensor` of floating-point codes and a grid."""
+    zeros = grid.zeros
+    if zeros is not None:
+        zeros = zeros.to(torch.uint8 if scheme.zeros == "int" else scale_dtype).contiguous()
+    return QuantTensor(codes.to(torch.uint8), grid.scales.to(scale_dtype).contiguous(), zeros, group_index, scheme)
+
+
+def _fit_groups(
+    groups: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, clip: Clip, importance: Tensor | None
+) -> Grid:
+    """The grid of weights `[..., G, size]`, reduced over the last dimension; importance `[G, size]` or `[G, size, size]`."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    if scheme.zeros in ("none", "int"):
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    grid = _grid_of_range(low, high, scheme, scale_dtype)
+    if clip == "none":
+        return grid
+    error = _group_error(groups, scheme, importance)
+    best, least = grid, error(grid)
+    for share in CLIP_SHARES:
+        trial = _grid_of_range(low * share, high * share, scheme, scale_dtype)
+        loss = error(trial)
+        better = loss < least  # strictly: an all-zero group keeps its scale of 1
+        least = torch.where(better, loss, least)
+        zeros = None
+        if trial.zeros is not None and best.zeros is not None:
+            zeros = torch.where(better, trial.zeros, best.zeros)
+        best = Grid(torch.where(better, trial.scales, best.scales), zeros)
+    return best
+
+
+def _grid_of_range(low: Tensor, high: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> Grid:
+    if scheme.codebook is not None:
+        return Grid(_rounded_scale(torch.maximum(-low, high), scale_dtype), None)
+    if scheme.zeros == "none":
+        return Grid(_rounded_scale(torch.maximum(-low, high) * (2 / scheme.max_code), scale_dtype), None)
+    scales = _rounded_scale((high - low) / scheme.max_code, scale_dtype)
+    if scheme.zeros == "offset":
+        return Grid(scales, low.to(scale_dtype).to(low.dtype))
+    zeros = -low / scales
+    if scheme.zeros == "int":
+        return Grid(scales, zeros.round().clamp(0, scheme.max_code))
+    return Grid(scales, zeros.to(scale_dtype).to(low.dtype))
+
+
+def _rounded_scale(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    stored = scales.to(scale_dtype).to(scales.dtype)
+    if stored.device.type != "meta" and bool(torch.isinf(stored).any()):
+        name = str(scale_dtype).removeprefix("torch.")
+        raise ArgumentError(
+            f"a scale of {float(scales.max()):.3g} overflows {name} (largest {torch.finfo(scale_dtype).max:.3g}); "
+            f"use scale_dtype=torch.float32, or smaller groups"
+        )
+    return torch.where(stored == 0, torch.ones_like(stored), stored)
+
+
+def _group_error(groups: Tensor, scheme: QuantScheme, importance: Tensor | None) -> Callable[[Grid], Tensor]:
+    def error(grid: Grid) -> Tensor:
+        scales, zeros = grid.scales.unsqueeze(-1), None if grid.zeros is None else grid.zeros.unsqueeze(-1)
+        difference = decode(encode(groups, scales, zeros, scheme), scales, zeros, scheme) - groups
+        if importance is None:
+            return difference.square().sum(-1)
+        if importance.dim() == 2:
+            return (difference.square() * importance).sum(-1)
+        return (torch.einsum("...gi,gij->...gj", difference, importance) * difference).sum(-1)
+
+    return error
+
+
+def _cut_importance(importance: Tensor, start: int, stop: int, size: int) -> Tensor:
+    """`[K]` -> `[groups, size]`; `[K, K]` -> `[groups, size, size]`, its blocks along the diagonal."""
+    if importance.dim() == 1:
+        return importance[start:stop].view(-1, size)
+    blocks = importance[start:stop, start:stop].reshape((stop - start) // size, size, -1, size)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def checked_scale_dtype(scale_dtype: torch.dtype | None) -> None:
+    """Raises ArgumentError unless scales can be stored so."""
+    if scale_dtype is not None and scale_dtype not in FLOAT_DTYPES:
+        raise ArgumentError(
+            f"scale_dtype must be None (the weight's own 16-bit dtype, else float16), torch.float16, torch.bfloat16 or "
+            f"torch.float32, got {scale_dtype!r}"
+        )

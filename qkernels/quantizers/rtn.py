@@ -1,0 +1,31 @@
+"""Round to nearest: every weight gets the nearest code on its group's grid. No calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..tensor import QuantTensor
+from .grid import assemble, checked_weight, fit, nearest, stored_dtype
+from .options import Options
+
+
+@dataclass(frozen=True)
+class RTN(Options):
+    """Round to nearest. Options as in `Options`; `RTN().with_scheme("nf4_g64")` takes any scheme."""
+
+    def quantize(self, weight: Tensor, name: str = "weight") -> QuantTensor:
+        """Quantize a weight `[..., N, K]` (leading dimensions are experts).
+
+        Args:
+            weight: floating, on any device; a meta tensor gives the shapes and dtypes of the result.
+            name: how error messages call it.
+
+        Raises:
+            ArgumentError: the weight is not floating `[..., N, K]`, or has NaN or infinite entries.
+        """
+        values = checked_weight(weight, name)
+        scale_dtype = stored_dtype(weight, self.scale_dtype)
+        grid = fit(values, self.scheme, scale_dtype, self.clip)
+        return assemble(nearest(values, grid, self.scheme), grid, self.scheme, scale_dtype)

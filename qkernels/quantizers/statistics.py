@@ -1,0 +1,57 @@
+"""What calibration keeps of a linear layer's inputs: second moments, mean magnitudes, the number of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+
+
+class InputStatistics:
+    """Sums over the tokens that went into a linear layer, accumulated batch by batch in fp32.
+
+    The sums, not a running mean: one rounding per batch, whatever the number of batches. For K in_features this holds
+    K² + K floats.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self._outer = torch.zeros(in_features, in_features, device=device)
+        self._magnitude = torch.zeros(in_features, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs `[..., K]` of any floating dtype."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.tokens += rows.shape[0]
+        self._outer.addmm_(rows.T, rows)
+        self._magnitude += rows.abs().sum(0)
+
+    def hessian(self, name: str = "the layer") -> Tensor:
+        """fp32 `[K, K]`: `2/n Σ x xᵀ` over n tokens, the Hessian of the squared output error in one row of the weight
+        (Frantar et al. 2022, GPTQ, section 3.1).
+
+        Raises:
+            CalibrationError: no token was seen, or a NaN or infinite activation.
+        """
+        self.check(name)
+        return self._outer * (2 / self.tokens)
+
+    def mean_magnitude(self, name: str = "the layer") -> Tensor:
+        """fp32 `[K]`: the mean of |x| over tokens.
+
+        Raises:
+            CalibrationError: as for `hessian`.
+        """
+        self.check(name)
+        return self._magnitude / self.tokens
+
+    def check(self, name: str) -> None:
+        """Raises CalibrationError where the sums cannot be used."""
+        if self.tokens == 0:
+            raise CalibrationError(f"calibration sent no token through {name}; give more calibration text")
+        if not bool(torch.isfinite(self._outer.diagonal()).all()):
+            raise CalibrationError(
+                f"the inputs of {name} are NaN or infinite during calibration; check the model on this text in a wider dtype "
+                f"(float16 activations overflow above 65504), or leave the layer out with exclude"
+            )

@@ -1,0 +1,198 @@
+"""The table of architectures: every entry is held against a tiny random model of transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qkernels.errors import ArgumentError, CheckpointError
+from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, run_layer
+from qkernels.layerwise.scaling import HeadSharing, apply_fold
+from qkernels.model_structure import (
+    ARCHITECTURES,
+    decoder_layers,
+    empty_to_meta,
+    foldable_architecture,
+    head_dim,
+    known_architectures,
+    skeleton,
+)
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 64
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of two layers, 4 heads of 8 channels and, where the architecture can, 2 key-value heads."""
+    fields: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if model_type == "opt":
+        fields |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
+    if model_type not in ("opt", "gpt_neox"):
+        fields["num_key_value_heads"] = 2
+    if model_type == "qwen3" or model_type.startswith("gemma"):
+        fields["head_dim"] = 8
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(model_type, **fields | changes)
+    )
+    with torch.no_grad():  # norms and biases start as 1 and 0, which would hide a fold that forgets them
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += torch.randn_like(parameter) * 0.2
+    return model.eval()
+
+
+def first_layer_outputs(model: Any) -> tuple[nn.Module, LayerInputs, Place]:
+    _, layers = decoder_layers(model)
+    ids = torch.arange(24).view(2, 12) % VOCABULARY
+    with torch.no_grad():
+        hidden, arguments = capture_inputs(model, layers, [ids], torch.float64)
+    return layers[0], LayerInputs(hidden, arguments[0]), Place(torch.device("cpu"), torch.float64)
+
+
+@pytest.mark.parametrize("model_type", known_architectures())
+def test_names_in_the_table_exist(model_type: str) -> None:
+    model = tiny_model(model_type)
+    architecture = foldable_architecture(model)
+    name, layers = decoder_layers(model)
+    assert name == architecture.layers
+    assert len(layers) == 2
+    assert model.get_submodule(architecture.embeddings) is model.get_input_embeddings()
+    assert model.get_submodule(architecture.head) is model.get_output_embeddings()
+    assert model.get_submodule(architecture.final_norm) is not None
+    for fold in architecture.folds:
+        assert all(isinstance(layers[0].get_submodule(target), nn.Linear) for target in fold.targets)
+        layers[0].get_submodule(fold.parent or "")
+    for group in architecture.fused:
+        assert len({layers[0].get_submodule(linear).in_features for linear in group}) == 1
+
+
+@pytest.mark.parametrize("model_type", known_architectures())
+def test_folds_leave_the_function_as_it_is(model_type: str) -> None:
+    """With random scales from 1/8 to 8 on every fold of a layer, grouped-query attention included. The model is in fp64, but
+    transformers computes norms and softmax in fp32 whatever the dtype: the bound is 32 roundings of that."""
+    model = tiny_model(model_type).double()
+    architecture = foldable_architecture(model)
+    layer, inputs, place = first_layer_outputs(model)
+    with torch.no_grad():
+        before = torch.cat(list(run_layer(layer, inputs, place)))
+        for fold in architecture.folds:
+            source, target = layer.get_submodule(fold.source), layer.get_submodule(fold.targets[0])
+            channels = source.out_features if isinstance(source, nn.Linear) else target.in_features
+            sharing = HeadSharing(target.in_features // channels, head_dim(model))
+            scales = torch.exp2(torch.rand(channels, dtype=torch.float64) * 6 - 3)
+            apply_fold(layer, fold, scales, sharing, architecture.unit_offset_norms, torch.float64)
+        after = torch.cat(list(run_layer(layer, inputs, place)))
+    assert float((after - before).abs().max()) <= 32 * torch.finfo(torch.float32).eps * float(before.abs().max())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma", "opt"])
+def test_a_wrong_fold_is_noticed(model_type: str) -> None:
+    """Negative control: the norm's scales given to the wrong half of the consumers."""
+    model = tiny_model(model_type).double()
+    layer, inputs, place = first_layer_outputs(model)
+    fold = foldable_architecture(model).folds[0]
+    with torch.no_grad():
+        before = torch.cat(list(run_layer(layer, inputs, place)))
+        scales = torch.exp2(torch.rand(32, dtype=torch.float64) * 6 - 3)
+        wrong = type(fold)(fold.source, fold.targets[:1], fold.parent)
+        apply_fold(layer, wrong, scales, HeadSharing(), False, torch.float64)
+        after = torch.cat(list(run_layer(layer, inputs, place)))
+    assert float((after - before).abs().max()) > 1e-3 * float(before.abs().max())
+
+
+def test_head_sharing_repeats_heads_and_not_channels() -> None:
+    sharing = HeadSharing(repeats=2, width=3)
+    spread = sharing.spread(torch.arange(6.0))
+    assert spread.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+    assert torch.equal(sharing.gather(spread), torch.arange(6.0))
+    assert torch.equal(HeadSharing().gather(spread), spread)
+    assert torch.equal(HeadSharing().spread(spread), spread)
+
+
+@pytest.mark.parametrize("model_type", known_architectures())
+def test_skeleton_has_no_weights_but_the_buffers(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    bare = skeleton(tmp_path)
+    assert all(parameter.is_meta for parameter in bare.parameters())
+    buffers = dict(bare.named_buffers())
+    assert buffers.keys() == dict(model.named_buffers()).keys()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    assert not bare.training
+
+
+def test_skeleton_of_what_transformers_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(CheckpointError, match=r"transformers cannot build the model of .*no_such_model"):
+        skeleton(tmp_path)
+
+
+def test_empty_to_meta_frees_parameters_only() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    empty_to_meta(module)
+    assert all(p.is_meta for p in module.parameters())
+    assert not any(b.is_meta for b in module.buffers())
+
+
+def test_an_unknown_architecture_is_named_for_awq() -> None:
+    class Other(nn.Module):
+        config = type("Config", (), {"model_type": "mamba"})()
+
+    with pytest.raises(
+        ArgumentError, match=r"AWQ folds scales .* known for gemma, .*qwen3, got mamba; use GPTQ or RTN"
+    ):
+        foldable_architecture(Other())
+    with pytest.raises(ArgumentError, match="got Linear; use GPTQ or RTN"):
+        foldable_architecture(nn.Linear(2, 2))
+
+
+def test_a_variant_that_does_not_fold_is_named() -> None:
+    model = tiny_model("opt", activation_function="gelu")
+    with pytest.raises(
+        ArgumentError, match=r"opt models with activation_function='relu' only, got 'gelu'; use GPTQ or RTN"
+    ):
+        foldable_architecture(model)
+
+
+class Block(nn.Module):
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(experts))
+
+
+def test_layers_of_an_unknown_model_are_the_outermost_longest_list() -> None:
+    model = nn.Module()
+    model.encoder = nn.ModuleList(Block(1) for _ in range(2))
+    model.decoder = nn.Module()
+    model.decoder.blocks = nn.ModuleList(Block(9) for _ in range(3))
+    model.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(20))
+    name, layers = decoder_layers(model)
+    assert name == "decoder.blocks"
+    assert layers is model.decoder.blocks
+
+
+def test_a_model_without_layers_is_named() -> None:
+    with pytest.raises(ArgumentError, match=r"Sequential has no list of decoder layers .* use replace_linear"):
+        decoder_layers(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_every_entry_covers_other_model_types() -> None:
+    names = [name for architecture in ARCHITECTURES for name in architecture.model_types]
+    assert len(names) == len(set(names))
