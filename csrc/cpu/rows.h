@@ -66,8 +66,7 @@ inline float load(Type type, const void* base, int64_t i) {
   }
 }
 
-// --- x
-// -----------------------------------------------------------------------------------------------------------------
+// --- x ---
 
 struct CopyBf16 {
   using From = uint16_t;
@@ -160,8 +159,7 @@ void stage(const Problem& p, int64_t m0, int64_t m1) {
   }
 }
 
-// --- y
-// -----------------------------------------------------------------------------------------------------------------
+// --- y ---
 
 // bias of `count` rows from row n0 on; 0 where there is none and past N
 inline void load_bias(const Problem& p, int64_t n0, int count, float* bias) {

@@ -113,8 +113,7 @@ QK_INLINE Group group_of(const Problem& p, int64_t g) {
   return {first, ((left < p.group ? left : p.group) + kOctet - 1) / kOctet};
 }
 
-// --- up to kDecodeRows rows of x: decoded weights go from a register straight into the products
-// -----------------------------
+// --- up to kDecodeRows rows of x: decoded weights go from a register straight into the products ---
 
 template <class V, class D, int kVectors, int kTokens>
 void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int64_t m0) {
@@ -185,8 +184,7 @@ void decode_tiles(const Problem& p, const D& decoder, int64_t tile, int tiles, i
   }
 }
 
-// --- more rows: a run of a tile is decoded into L1, then meets all rows of a block
-// ------------------------------------------
+// --- more rows: a run of a tile is decoded into L1, then meets all rows of a block ---
 
 template <class V, class D>
 QK_INLINE void decode_run(const D& decoder, const typename D::Zero* zero, const uint8_t* codes, int octets,
