@@ -13,9 +13,11 @@ JOBS ?= 2
 
 ifeq ($(ENV),active)
   PY := $(PYTHON)
+  BIN := $(patsubst %,%/,$(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))"))
   READY := build/active.stamp
 else
-  PY := $(CURDIR)/$(ENV)/bin/python
+  BIN := $(CURDIR)/$(ENV)/bin/
+  PY := $(BIN)python
   READY := $(ENV)/ready-$(TORCH).stamp
 endif
 
@@ -39,12 +41,12 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run --Werror $(filter-out setup.py,$(SOURCES))
+	$(BIN)clang-format --dry-run --Werror $(filter-out setup.py,$(SOURCES))
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(filter-out setup.py,$(SOURCES))
+	$(BIN)clang-format -i $(filter-out setup.py,$(SOURCES))
 
 # torch first and alone: whatever needs torch later finds this one and asks for no other.
 $(ENV)/ready-$(TORCH).stamp: pyproject.toml
