@@ -12,9 +12,10 @@ import argparse
 import json
 import platform
 import shutil
+import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,12 +45,14 @@ CONFIGURATIONS: tuple[tuple[str, Options], ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration's results. Bytes are those of the quantized layers (of the same layers, for the original)."""
+    """One configuration's results. Bytes are those of the quantized layers (of the same layers, for the original): codes at
+    their true width as a checkpoint holds them, and as the kernel reads them, where 3-bit codes ride in 4-bit tiles."""
 
     name: str
     scheme: str
-    linear_bytes: int
+    true_bytes: int
     bits_per_weight: float
+    kernel_bytes: int
     perplexity: float
     kl: float
     top1: float
@@ -94,13 +97,13 @@ def compare_all(model_dir: Path, out: Path, tokens: int, prompt: str) -> list[Ro
     original = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
 
     def measure(name: str, scheme: str, model: PreTrainedModel, kernel: str) -> Row:
+        models.append(model)
         ppl = perplexity(model, ids, SEQ_LEN).perplexity
         loss = compare(model, original, ids, SEQ_LEN)
-        speed, written = generate(model, prompt_ids)
-        size, weights = linear_size(model)
-        decoded = tokenizer.decode(written, skip_special_tokens=True)
-        return Row(name, scheme, size, 8 * size / weights, ppl, loss.kl, loss.top1_agreement, speed, kernel, decoded)
+        true, packed, weights = linear_sizes(model)
+        return Row(name, scheme, true, 8 * true / weights, packed, ppl, loss.kl, loss.top1_agreement, 0.0, kernel, "")
 
+    models: list[PreTrainedModel] = []
     rows = [measure("original", "bfloat16", original, "torch (oneDNN)")]
     for name, method in tqdm(CONFIGURATIONS, desc="configurations", unit="model", leave=False):
         directory = out / name.replace(" ", "-").lower()
@@ -111,18 +114,30 @@ def compare_all(model_dir: Path, out: Path, tokens: int, prompt: str) -> list[Ro
         )  # fmt: skip
         model = qkernels.load(directory, dtype=torch.bfloat16)
         rows.append(measure(name, str(method.scheme), model, kernel_of(model)))
-    return rows
+    speeds, written = decode_all(models, prompt_ids)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    return [replace(row, tokens_per_second=s, text=t) for row, s, t in zip(rows, speeds, texts, strict=True)]
 
 
-def generate(model: PreTrainedModel, prompt_ids: torch.Tensor, new: int = 48) -> tuple[float, torch.Tensor]:
-    """Greedy decoding of one sequence: (tokens a second, median of three runs after a warm-up; all token ids)."""
-    seconds = []
+def decode_all(
+    models: list[PreTrainedModel], prompt_ids: torch.Tensor, new: int = 48, rounds: int = 7
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Greedy decoding of one sequence by every model: (tokens a second, all token ids).
+
+    Rounds are interleaved, so that a busy moment of the machine hits all models alike; the median of a model counts, after
+    a round to warm up.
+    """
+    seconds: list[list[float]] = [[] for _ in models]
+    written: list[torch.Tensor] = []
+    length = {"max_new_tokens": new, "min_new_tokens": new}
     with torch.inference_mode():
-        for _ in range(4):
-            begin = time.perf_counter()
-            output = model.generate(prompt_ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-            seconds.append(time.perf_counter() - begin)
-    return new / sorted(seconds[1:])[1], output[0]
+        for _ in tqdm(range(rounds + 1), desc="decoding", unit="round", leave=False, delay=2):
+            written = []
+            for model, taken in zip(models, seconds, strict=True):
+                begin = time.perf_counter()
+                written.append(model.generate(prompt_ids, do_sample=False, pad_token_id=0, **length)[0])
+                taken.append(time.perf_counter() - begin)
+    return [new / statistics.median(taken[1:]) for taken in seconds], written
 
 
 def decoder_linears(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -131,11 +146,12 @@ def decoder_linears(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [m for name, m in model.named_modules() if isinstance(m, kinds) and not name.endswith("lm_head")]
 
 
-def linear_size(model: PreTrainedModel) -> tuple[int, int]:
-    """(bytes of those layers as the kernel reads them, number of their weights)."""
+def linear_sizes(model: PreTrainedModel) -> tuple[int, int, int]:
+    """(true bytes of those layers, bytes as the kernel reads them, number of their weights)."""
     layers = decoder_linears(model)
-    size = sum(packed_bytes(m) if isinstance(m, QuantLinear) else model_bytes(m) for m in layers)
-    return size, sum(m.in_features * m.out_features for m in layers)
+    true = sum(m.quant_tensor().nbytes if isinstance(m, QuantLinear) else model_bytes(m) for m in layers)
+    packed = sum(packed_bytes(m) if isinstance(m, QuantLinear) else model_bytes(m) for m in layers)
+    return true, packed, sum(m.in_features * m.out_features for m in layers)
 
 
 def kernel_of(model: PreTrainedModel) -> str:
@@ -147,21 +163,34 @@ def heading(model: Path, tokens: int) -> str:
     return (
         f"# {model.name}, quantized\n\n"
         f"Perplexity and KL over {tokens} held-out tokens in windows of {SEQ_LEN}; KL in nats a token from the original; "
-        f"decoding of one sequence on {torch.get_num_threads()} threads of {platform.machine()}; bytes of the linear layers "
-        f"as the kernel reads them (3-bit codes ride in 4-bit tiles). qkernels {qkernels.__version__}, "
-        f"torch {torch.__version__}."
+        f"decoding of one sequence on {torch.get_num_threads()} threads of {platform.machine()}. MiB and bits per weight are "
+        f"those of the linear layers in the file; the kernel reads 3-bit codes from 4-bit tiles. "
+        f"qkernels {qkernels.__version__}, torch {torch.__version__}."
     )
 
 
 def table(rows: list[Row]) -> str:
-    header = ["model", "scheme", "MiB", "bits/weight", "perplexity", "Δ %", "KL", "top-1 %", "tokens/s", "kernel"]
+    header = [
+        "model",
+        "scheme",
+        "MiB",
+        "bits/weight",
+        "MiB read",
+        "perplexity",
+        "Δ %",
+        "KL",
+        "top-1 %",
+        "tokens/s",
+        "kernel",
+    ]
     base = rows[0].perplexity
     cells = [
         [
             row.name,
             row.scheme,
-            f"{row.linear_bytes / 2**20:.2f}",
+            f"{row.true_bytes / 2**20:.2f}",
             f"{row.bits_per_weight:.2f}",
+            f"{row.kernel_bytes / 2**20:.2f}",
             f"{row.perplexity:.3f}",
             f"{100 * (row.perplexity / base - 1):+.2f}",
             f"{row.kl:.1e}" if row.kl > 1e-12 else "0",
@@ -189,16 +218,14 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    original, quantized = rows[0], rows[1:]
+    quantized = rows[1:]
     figure, (loss, speed) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for row in quantized:
         color = COLORS[row.name.split()[1]]
-        loss.scatter(row.linear_bytes / 2**20, row.kl, color=color, s=60, zorder=3)
-        loss.annotate(
-            row.name, (row.linear_bytes / 2**20, row.kl), textcoords="offset points", xytext=(8, -3), fontsize=9
-        )
-    loss.set(yscale="log", xlabel="linear layers, MiB", ylabel="KL from the original, nats a token (log)")
-    loss.set_title(f"What is lost (original: {original.linear_bytes / 2**20:.1f} MiB)", fontsize=11)
+        loss.scatter(row.bits_per_weight, row.kl, color=color, s=60, zorder=3)
+        loss.annotate(row.name, (row.bits_per_weight, row.kl), textcoords="offset points", xytext=(8, -3), fontsize=9)
+    loss.set(yscale="log", xlabel="bits per weight", ylabel="KL from the original, nats a token (log)")
+    loss.set_title("What is lost (original: 16 bits, KL 0)", fontsize=11)
     loss.margins(x=0.25, y=0.15)
     loss.grid(alpha=0.3)
     names = [row.name for row in rows]

@@ -28,7 +28,7 @@ from .layerwise.report import ModuleReport, PlannedModule, QuantPlan, QuantRepor
 from .layerwise.running import LayerInputs, Place, capture_inputs, check_finite, propagate
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
-from .model_structure import decoder_layers, foldable_architecture, head_dim, skeleton
+from .model_structure import decoder_layers, empty_model, foldable_architecture, head_dim
 from .quantizers import AWQ, GPTQ, RTN, Options
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
 
@@ -107,7 +107,7 @@ def quantize(
     if save_to is None:
         raise ArgumentError(f"quantizing the directory {model_or_dir} needs save_to=, the directory to make")
     source = _float_source(model_or_dir)
-    model = skeleton(model_or_dir)
+    model = empty_model(source, torch.float32)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
     _check_format(format, method, methods, skipped)
     if (
@@ -138,7 +138,7 @@ def plan(
 ) -> QuantPlan:
     """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only."""
     source = _float_source(model_dir)
-    model = skeleton(model_dir)
+    model = empty_model(source, torch.float32)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
     modules = tuple(_planned(source, model.get_submodule(name), name, chosen) for name, chosen in methods.items())
     before = sum(source.nbytes(name) for name in source.names())

@@ -6,15 +6,24 @@ norm or linear feeds which linears, and there is no telling that from outside.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import ArgumentError, CheckpointError
+from .formats.directory import without_quantization
+from .storage import CONFIG, TensorSource
+
+# Keys by which a config.json could make transformers fetch code from the Hub: modelling files, attention kernels.
+_FETCHES_CODE = {
+    "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -196,24 +205,56 @@ def head_dim(model: nn.Module) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def skeleton(directory: str | os.PathLike[str]) -> nn.Module:
-    """The model of a checkpoint directory, in evaluation mode, with parameters on the meta device and real buffers. No code
-    of the checkpoint is run.
+def empty_model(source: TensorSource, dtype: torch.dtype) -> Any:
+    """The `transformers` model that a directory's config.json describes, in evaluation mode: parameters of `dtype` on meta,
+    computed buffers (rotary frequencies) real. No code of the checkpoint is run, and none is fetched.
 
     Raises:
         CheckpointError: transformers cannot build it.
-        ImportError: transformers is not installed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    where = source.directory / CONFIG
+    values = _harmless(without_quantization(source.config))
+    kind, names = values.get("model_type"), values.get("architectures")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(f"{where}: transformers {transformers.__version__} knows no model_type {kind!r:.40}")
+    named: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    build = named._from_config if known else transformers.AutoModelForCausalLM.from_config
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"transformers cannot build the model of {directory}: {error}") from error
-    _materialize_buffers(model)
+        with _parameters_on_meta():
+            model = build(transformers.CONFIG_MAPPING[kind].from_dict(values), dtype=dtype)
+        if model.can_generate() and (source.directory / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(source.directory)
+    except Exception as error:  # a config that makes no sense fails in as many ways as there are models
+        raise CheckpointError(f"{where} does not describe a {kind} model that can be built: {error}") from error
     return model.eval()
+
+
+def _harmless(value: Any) -> Any:
+    """A config, or a part of one, without the keys that fetch code."""
+    if isinstance(value, dict):
+        return {key: _harmless(inner) for key, inner in value.items() if key not in _FETCHES_CODE}
+    return value
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that this thread registers give up their memory at once, before anything is written to it. Buffers
+    stay real: those that are computed are in no checkpoint."""
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # what it returns replaces
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def empty_to_meta(module: nn.Module) -> None:
@@ -232,18 +273,6 @@ def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             owner._buffers[leaf] = tensor
-
-
-def _materialize_buffers(model: nn.Module) -> None:
-    """Compute the buffers that no checkpoint holds, such as rotary frequencies: transformers knows how to initialize them."""
-    for module in model.modules():
-        own = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
-        if not own:
-            continue
-        for name, buffer in own.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if all(name in module._non_persistent_buffers_set for name in own):
-            model._init_weights(module)  # type: ignore[operator]
 
 
 def _module_list(model: nn.Module, name: str) -> nn.ModuleList:

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, 
 
 from qkernels import QuantLinear, QuantScheme, UnsupportedProblem, load, replace_linear, save
 from qkernels.checkpoint import CheckpointWriter, convert
-from qkernels.checkpoint.loading import _empty_model, _parameters_on_meta
 from qkernels.errors import CheckpointError, ConversionError
 from qkernels.formats import FORMATS
 from qkernels.formats.directory import QuantizedSource
+from qkernels.model_structure import _parameters_on_meta, empty_model
 from qkernels.storage import TensorSource, atomic_directory, read_json
 from tests.checkpoints import edit_json, file_bytes, logits, plain_checkpoint, rewritten, small_llama
 from tests.strategies import random_weight, same_weight
@@ -147,7 +147,7 @@ def test_a_config_cannot_fetch_code(tmp_path: Path, plain: Path, key: str) -> No
 
 
 def test_parameters_are_on_meta_while_the_model_is_built(plain: Path) -> None:
-    model = _empty_model(TensorSource.open(plain), torch.bfloat16)
+    model = empty_model(TensorSource.open(plain), torch.bfloat16)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
     assert not model.model.rotary_emb.inv_freq.is_meta
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32

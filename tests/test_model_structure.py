@@ -15,12 +15,13 @@ from qkernels.layerwise.scaling import HeadSharing, apply_fold
 from qkernels.model_structure import (
     ARCHITECTURES,
     decoder_layers,
+    empty_model,
     empty_to_meta,
     foldable_architecture,
     head_dim,
     known_architectures,
-    skeleton,
 )
+from qkernels.storage import TensorSource
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,10 +127,10 @@ def test_head_sharing_repeats_heads_and_not_channels() -> None:
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
-def test_skeleton_has_no_weights_but_the_buffers(model_type: str, tmp_path: Path) -> None:
+def test_empty_model_has_no_weights_but_the_buffers(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     model.save_pretrained(tmp_path)
-    bare = skeleton(tmp_path)
+    bare = empty_model(TensorSource.open(tmp_path), torch.float32)
     assert all(parameter.is_meta for parameter in bare.parameters())
     buffers = dict(bare.named_buffers())
     assert buffers.keys() == dict(model.named_buffers()).keys()
@@ -138,10 +139,10 @@ def test_skeleton_has_no_weights_but_the_buffers(model_type: str, tmp_path: Path
     assert not bare.training
 
 
-def test_skeleton_of_what_transformers_does_not_know(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
-    with pytest.raises(CheckpointError, match=r"transformers cannot build the model of .*no_such_model"):
-        skeleton(tmp_path)
+def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
+    source = TensorSource(tmp_path, {"model_type": "no_such_model"}, {}, {})
+    with pytest.raises(CheckpointError, match=r"transformers .* knows no model_type 'no_such_model'"):
+        empty_model(source, torch.float32)
 
 
 def test_empty_to_meta_frees_parameters_only() -> None:

@@ -156,17 +156,25 @@ def test_side_files(tmp_path: Path) -> None:
     checkpoint(source, {"a": torch.zeros(1)}, 1)
     target.mkdir()
     kept = ["tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE"]
-    for name in [*kept, "quantize_config.json", "pytorch_model.bin", ".gitattributes", "model.safetensors.index.json"]:
+    left = [
+        "quantize_config.json",
+        "pytorch_model.bin",
+        ".gitattributes",
+        "model.safetensors.index.json",
+        "README.md",
+        "eval.txt",
+    ]
+    for name in [*kept, *left]:
         (source / name).write_text(name)
     (source / "chat_templates").mkdir()
     (source / "chat_templates" / "x.jinja").write_text("x")
     (source / "original").mkdir()
-    (source / "link.txt").symlink_to(source / "LICENSE")
+    (source / "merges.txt").symlink_to(source / "LICENSE")
     (target / "LICENSE").write_text("ours")
     copied = copy_side_files(source, target)
-    assert copied == ["chat_template.jinja", "chat_templates", "generation_config.json", "link.txt", "tokenizer.json"]
+    assert copied == ["chat_template.jinja", "chat_templates", "generation_config.json", "merges.txt", "tokenizer.json"]
     assert (target / "LICENSE").read_text() == "ours"
-    assert not (target / "link.txt").is_symlink()
+    assert not (target / "merges.txt").is_symlink()
     assert (target / "chat_templates" / "x.jinja").read_text() == "x"
     assert not (target / "config.json").exists()
 

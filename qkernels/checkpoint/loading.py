@@ -5,32 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import CheckpointError
 from ..formats import Oddity
 from ..formats.directory import QuantizedSource, summary
+from ..model_structure import empty_model
 from ..nn import QuantLinear, set_module
 from ..storage import CONFIG, TensorSource
 from ..tensor import FLOAT_DTYPES, QuantTensor
-from .writer import without_quantization
 
 if TYPE_CHECKING:
     from ..kernels.catalogue import OnUnsupported
 
 log = logging.getLogger(__name__)
-
-# Keys by which a config.json could make transformers fetch code from the Hub: modelling files, attention kernels.
-_FETCHES_CODE = {
-    "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
-}  # fmt: skip
 
 
 def load(
@@ -61,7 +53,7 @@ def load(
     quantized = QuantizedSource.open(directory)
     source, device = quantized.source, torch.device(device)
     dtype = dtype or _dtype_of(source)
-    model = _empty_model(source, dtype)
+    model = empty_model(source, dtype)
     slots = _slots(model)
     oddities: list[tuple[str, Oddity]] = []
     used = {f"{module}.bias" for module in quantized.modules}
@@ -93,53 +85,6 @@ def _dtype_of(source: TensorSource) -> torch.dtype:
     raise CheckpointError(
         f"{CONFIG} needs dtype to be float16, bfloat16 or float32, got {named!r:.40}; pass dtype=… to load"
     )
-
-
-def _empty_model(source: TensorSource, dtype: torch.dtype) -> Any:
-    """The model that config.json describes: parameters on meta, computed buffers (rotary frequencies) real."""
-    import transformers
-
-    where = source.directory / CONFIG
-    values = _harmless(without_quantization(source.config))
-    kind, names = values.get("model_type"), values.get("architectures")
-    if kind not in transformers.CONFIG_MAPPING:
-        raise CheckpointError(f"{where}: transformers {transformers.__version__} knows no model_type {kind!r:.40}")
-    named: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
-    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-    build = named._from_config if known else transformers.AutoModelForCausalLM.from_config
-    try:
-        with _parameters_on_meta():
-            model = build(transformers.CONFIG_MAPPING[kind].from_dict(values), dtype=dtype)
-        if model.can_generate() and (source.directory / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(source.directory)
-    except Exception as error:  # a config that makes no sense fails in as many ways as there are models
-        raise CheckpointError(f"{where} does not describe a {kind} model that can be built: {error}") from error
-    return model
-
-
-def _harmless(value: Any) -> Any:
-    """A config, or a part of one, without the keys that fetch code."""
-    if isinstance(value, dict):
-        return {key: _harmless(inner) for key, inner in value.items() if key not in _FETCHES_CODE}
-    return value
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that this thread registers give up their memory at once, before anything is written to it. Buffers
-    stay real: those that are computed are in no checkpoint."""
-    thread = threading.get_ident()
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
-            return None
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # what it returns replaces
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _slots(model: nn.Module) -> list[list[str]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError
 from ..formats import Format, get_format
+from ..formats.directory import without_quantization
 from ..scheme import QuantScheme
 from ..storage import CONFIG, ShardWriter, write_json
 from ..storage.files import SHARD_BYTES
@@ -91,11 +92,6 @@ class CheckpointWriter:
                 write_json(self.directory / self.format.config_file, quantization)
         except OSError as error:
             raise CheckpointError(f"cannot write {self.directory}: {error}") from error
-
-
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says nothing about quantization."""
-    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
 
 
 def _left_out(matrices: list[str], quantized: Mapping[str, QuantScheme]) -> list[str]:

@@ -78,7 +78,7 @@ class DirectoryHost:
     """A checkpoint directory, streamed: layers are read when their turn comes, and written as soon as they are quantized.
 
     Args:
-        model: the directory's model with parameters on meta (`model_structure.skeleton`).
+        model: the directory's model with parameters on meta (`model_structure.empty_model`).
         source: the directory.
         writer: takes every tensor of the result.
     """

@@ -54,7 +54,7 @@ def calibration_windows(
     return windows[torch.arange(count) * len(windows) // count]
 
 
-def batches_of(windows: Tensor, tokens: int = 8192) -> list[Tensor]:
+def batches_of(windows: Tensor, tokens: int = 4096) -> list[Tensor]:
     """Cut windows into batches of about so many tokens each."""
     return list(windows.split(max(1, tokens // windows.shape[1])))
 

@@ -37,7 +37,7 @@ class AWQ(Options):
             paper's code).
         grid: how many ratios from 0 to 1 are tried; 1 always is, and so is leaving the weights as they are.
         duo_scaling: scales also shrink where the weights of a channel are large.
-        search_tokens: the parent block is run on this many calibration tokens per trial.
+        search_tokens: the parent block is run on about this many calibration tokens per trial.
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
@@ -47,7 +47,7 @@ class AWQ(Options):
     clip: Clip = "mse"
     grid: int = 20
     duo_scaling: bool = True
-    search_tokens: int = 16384
+    search_tokens: int = 8192
 
     def __post_init__(self) -> None:
         super().__post_init__()

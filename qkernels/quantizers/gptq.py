@@ -42,11 +42,13 @@ class GPTQ(Options):
             The result has a `group_index`.
             "static": by falling input energy, in natural groups whose grid is fixed beforehand.
         damping: share of the Hessian's mean diagonal that is added to its diagonal.
+        clip: "mse" (the default) weights each column's error by what it costs after the later columns have made up for it.
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
     """
 
+    clip: Clip = "mse"
     act_order: ActOrder = "group"
     damping: float = 0.01
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,16 @@ SHARD_BYTES = 4 * 2**30
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # beside config.json in older GPTQ and AWQ folders
+
+# What a checkpoint needs besides weights and config.json: tokenizer, prompt format, generation defaults, licence, and code of
+# its own (copied, never run here).
+SIDE_FILES = (
+    "tokenizer*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json", "chat_template*", "additional_chat_templates", "preprocessor_config.json",
+    "processor_config.json", "*.py", "LICENSE*", "LICENCE*", "NOTICE*",
+)  # fmt: skip
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -65,8 +73,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def copy_side_files(source_dir: str | os.PathLike[str], target_dir: str | os.PathLike[str]) -> list[str]:
-    """Copy what belongs to a checkpoint but is neither weights nor their description: tokenizer, generation config,
-    chat templates, license, … Hidden files and other folders stay behind, and nothing in the target is overwritten.
+    """Copy what a checkpoint needs besides weights and their description (`SIDE_FILES`). Everything else, such as the model
+    card of the original, stays behind, and nothing in the target is overwritten.
 
     Returns:
         The names copied, sorted.
@@ -78,12 +86,11 @@ def copy_side_files(source_dir: str | os.PathLike[str], target_dir: str | os.Pat
     copied = []
     try:
         for path in sorted(source.iterdir()):
-            left = path.name in (CONFIG, *QUANTIZATION_FILES) or path.name.endswith(".index.json")
-            if left or path.name.startswith(".") or (target / path.name).exists():
+            if (target / path.name).exists() or not any(fnmatchcase(path.name, pattern) for pattern in SIDE_FILES):
                 continue
-            if path.is_file() and path.suffix.lower() not in WEIGHT_SUFFIXES:
+            if path.is_file():
                 shutil.copyfile(path, target / path.name)  # contents, not the symlinks that the Hub's cache is made of
-            elif path.is_dir() and "chat_template" in path.name:
+            elif path.is_dir():
                 shutil.copytree(path, target / path.name)
             else:
                 continue

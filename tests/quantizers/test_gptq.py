@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from qkernels.errors import ArgumentError, CalibrationError
 from qkernels.quantizers import GPTQ, RTN, InputStatistics
 from qkernels.quantizers.gptq import inverse_factor
 
+# Most tests compare with a grid over the full range.
+full_range = partial(GPTQ, clip="none")
 ORDERS = ("none", "group", "static")
 
 
@@ -93,7 +96,7 @@ def test_codes_equal_the_oracle(
     act_order: str, bits: int, group_size: int | str, symmetric: bool, N: int, K: int
 ) -> None:
     w, hessian = problem(N, K, seed=bits)
-    method = GPTQ(bits, group_size, symmetric, act_order=act_order)  # type: ignore[arg-type]
+    method = full_range(bits, group_size, symmetric, act_order=act_order)  # type: ignore[arg-type]
     tensor = method.quantize(w, hessian)
     codes, groups = oracle(w, hessian, method)
     assert torch.equal(tensor.column_groups(), groups)
@@ -103,7 +106,7 @@ def test_codes_equal_the_oracle(
 def test_the_oracle_notices_a_wrong_update() -> None:
     """Negative control: the same oracle without error compensation (a diagonal Hessian) gives other codes."""
     w, hessian = problem(12, 96)
-    method = GPTQ(4, 32, act_order="none")
+    method = full_range(4, 32, act_order="none")
     codes, _ = oracle(w, torch.diag(hessian.diagonal()), method)
     assert not torch.equal(method.quantize(w, hessian).codes, codes)
     assert torch.equal(codes, RTN(4, 32).quantize(w).codes)
@@ -114,7 +117,7 @@ def test_fp32_agrees_with_fp64_but_for_ties(act_order: str) -> None:
     """A code may differ where an fp32 rounding moves a weight across a boundary, and then its error feeds on; the output
     error stays what it is."""
     w, hessian = problem(64, 256, tokens=2000)
-    method = GPTQ(4, 64, act_order=act_order)  # type: ignore[arg-type]
+    method = full_range(4, 64, act_order=act_order)  # type: ignore[arg-type]
     exact, single = method.quantize(w, hessian), method.quantize(w, hessian.float())
     assert (exact.codes != single.codes).float().mean() < 0.02
     assert output_error(single, w, hessian) == pytest.approx(output_error(exact, w, hessian), rel=0.02)
@@ -145,14 +148,14 @@ def test_without_correlation_it_is_rounding() -> None:
     w, _ = problem(8, 64)
     hessian = torch.eye(64, dtype=torch.float64)
     for act_order in ORDERS:
-        tensor = GPTQ(4, 16, act_order=act_order).quantize(w, hessian)  # type: ignore[arg-type]
+        tensor = full_range(4, 16, act_order=act_order).quantize(w, hessian)  # type: ignore[arg-type]
         assert torch.equal(tensor.codes, RTN(4, 16).quantize(w).codes)
         assert tensor.group_index is None
 
 
 def test_group_order_puts_columns_of_like_energy_together() -> None:
     w, hessian = problem(8, 96)
-    tensor = GPTQ(4, 32, act_order="group").quantize(w, hessian)
+    tensor = full_range(4, 32, act_order="group").quantize(w, hessian)
     assert tensor.group_index is not None
     energy = hessian.diagonal()
     for group in range(tensor.G - 1):
@@ -162,12 +165,12 @@ def test_group_order_puts_columns_of_like_energy_together() -> None:
 @pytest.mark.parametrize("act_order", ["none", "static"])
 def test_other_orders_keep_natural_groups(act_order: str) -> None:
     w, hessian = problem(8, 96)
-    assert GPTQ(4, 32, act_order=act_order).quantize(w, hessian).group_index is None  # type: ignore[arg-type]
+    assert full_range(4, 32, act_order=act_order).quantize(w, hessian).group_index is None  # type: ignore[arg-type]
 
 
 def test_static_order_uses_the_grid_of_the_weight_as_it_came() -> None:
     w, hessian = problem(8, 96)
-    tensor = GPTQ(4, 32, symmetric=False, act_order="static").quantize(w, hessian)
+    tensor = full_range(4, 32, symmetric=False, act_order="static").quantize(w, hessian)
     plain = RTN(4, 32, symmetric=False).quantize(w)
     assert tensor.zeros is not None
     assert plain.zeros is not None
@@ -181,7 +184,7 @@ def test_dead_columns_are_rounded_and_disturb_nobody(act_order: str) -> None:
     dead = torch.tensor([3, 17, 40])
     hessian[dead] = 0
     hessian[:, dead] = 0
-    method = GPTQ(4, 16, act_order=act_order)  # type: ignore[arg-type]
+    method = full_range(4, 16, act_order=act_order)  # type: ignore[arg-type]
     tensor = method.quantize(w, hessian)
     assert torch.equal(tensor.codes, oracle(w, hessian, method)[0])
     step = tensor.scales[:, tensor.column_groups()].float()
@@ -190,7 +193,7 @@ def test_dead_columns_are_rounded_and_disturb_nobody(act_order: str) -> None:
 
 def test_all_columns_dead() -> None:
     w, _ = problem(4, 32)
-    tensor = GPTQ(4, 16).quantize(w, torch.zeros(32, 32))
+    tensor = full_range(4, 16).quantize(w, torch.zeros(32, 32))
     assert torch.equal(tensor.codes, RTN(4, 16).quantize(w).codes)
 
 
@@ -200,11 +203,11 @@ def test_zero_rows_and_a_zero_first_group_stay_zero(scheme: str, act_order: str)
     """A later group of zeros need not: it takes over errors of the columns before it."""
     w, hessian = problem(4, 64)
     w[2] = 0
-    tensor = GPTQ(act_order=act_order).with_scheme(scheme).quantize(w, hessian)  # type: ignore[arg-type]
+    tensor = full_range(act_order=act_order).with_scheme(scheme).quantize(w, hessian)  # type: ignore[arg-type]
     assert bool((tensor.dequantize()[2] == 0).all())
     assert bool((tensor.scales[2] == 1).all())
     w[:, :16] = 0
-    tensor = GPTQ(act_order="none").with_scheme(scheme).quantize(w, hessian)
+    tensor = full_range(act_order="none").with_scheme(scheme).quantize(w, hessian)
     assert bool((tensor.dequantize()[:, :16] == 0).all())
     assert bool((tensor.scales[:, 0] == 1).all())
 
@@ -234,7 +237,7 @@ def test_a_hopeless_hessian_is_named() -> None:
     with pytest.raises(
         CalibrationError, match=r"Hessian of down_proj\.weight is not positive definite with a damping of 1;"
     ):
-        GPTQ(4, 8).quantize(w, hessian - torch.eye(40) * 9 * hessian.diagonal().mean(), "down_proj.weight")
+        full_range(4, 8).quantize(w, hessian - torch.eye(40) * 9 * hessian.diagonal().mean(), "down_proj.weight")
 
 
 @pytest.mark.parametrize(
@@ -251,14 +254,14 @@ def test_a_hopeless_hessian_is_named() -> None:
 )
 def test_hessians_that_do_not_fit(hessian: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        GPTQ(4, 8).quantize(torch.randn(4, 8), hessian)
+        full_range(4, 8).quantize(torch.randn(4, 8), hessian)
 
 
 def test_experts_are_refused() -> None:
     with pytest.raises(
         ArgumentError, match=r"GPTQ takes a weight \[N, K\], got weight \[2, 4, 8\]; quantize experts one by one"
     ):
-        GPTQ(4, 8).quantize(torch.randn(2, 4, 8), torch.eye(8))
+        full_range(4, 8).quantize(torch.randn(2, 4, 8), torch.eye(8))
 
 
 def test_statistics_do_not_depend_on_the_batches() -> None:
