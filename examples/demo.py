@@ -23,8 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import qkernels
-from qkernels import AWQ, GPTQ, RTN, QuantLinear
-from qkernels.cli.common import markdown_table
+from qkernels import AWQ, GPTQ, RTN, QuantLinear, markdown
 from qkernels.evaluate import compare, perplexity
 from qkernels.kernels import native
 from qkernels.nn.replace import model_bytes, packed_bytes
@@ -200,7 +199,7 @@ def table(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    return markdown_table(header, cells)
+    return markdown.table(header, cells)
 
 
 def texts(rows: list[Row], prompt: str) -> str:

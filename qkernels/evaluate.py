@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
+from tqdm import tqdm
 
 from .errors import ArgumentError
 
@@ -90,7 +91,9 @@ def window_length(model: nn.Module, seq_len: int | None = None) -> int:
     return min(wanted, longest) if isinstance(longest, int) else wanted
 
 
-def perplexity(model: nn.Module, token_ids: Tensor, seq_len: int, batch_tokens: int = BATCH_TOKENS) -> Perplexity:
+def perplexity(
+    model: nn.Module, token_ids: Tensor, seq_len: int, batch_tokens: int = BATCH_TOKENS, progress: bool = True
+) -> Perplexity:
     """Perplexity of a causal language model on a text.
 
     Args:
@@ -98,6 +101,7 @@ def perplexity(model: nn.Module, token_ids: Tensor, seq_len: int, batch_tokens: 
         token_ids: integer `[tokens]`, the whole text.
         seq_len: tokens in a window.
         batch_tokens: about so many tokens go through the model at once.
+        progress: show a progress bar if it takes more than two seconds.
 
     Raises:
         ArgumentError: less than one window, or NaN logits.
@@ -105,7 +109,7 @@ def perplexity(model: nn.Module, token_ids: Tensor, seq_len: int, batch_tokens: 
     windows = text_windows(token_ids, seq_len)
     total = 0.0
     with _evaluating(model):
-        for rows in _batches(windows, batch_tokens):
+        for rows in _batches(windows, batch_tokens, progress):
             targets = rows[:, 1:].flatten()
             for logits, span in _logit_slices(model, rows):
                 total += float(cross_entropy(logits, targets[span].to(logits.device), reduction="sum"))
@@ -115,13 +119,18 @@ def perplexity(model: nn.Module, token_ids: Tensor, seq_len: int, batch_tokens: 
 
 
 def compare(
-    model: nn.Module, reference: nn.Module, token_ids: Tensor, seq_len: int, batch_tokens: int = BATCH_TOKENS
+    model: nn.Module,
+    reference: nn.Module,
+    token_ids: Tensor,
+    seq_len: int,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
 ) -> Comparison:
     """KL divergence and top-1 agreement of a model with its original; the distributions are compared in fp32.
 
     Args:
         model, reference: return `.logits` `[windows, seq_len, vocabulary]` for token ids; may be on different devices.
-        token_ids, seq_len, batch_tokens: as for `perplexity`.
+        token_ids, seq_len, batch_tokens, progress: as for `perplexity`.
 
     Raises:
         ArgumentError: less than one window, vocabularies of different sizes, or NaN logits.
@@ -129,7 +138,7 @@ def compare(
     windows = text_windows(token_ids, seq_len)
     divergence, agreements, surprise = 0.0, 0, 0.0
     with _evaluating(model), _evaluating(reference):
-        for rows in _batches(windows, batch_tokens):
+        for rows in _batches(windows, batch_tokens, progress):
             targets = rows[:, 1:].flatten()
             pairs = zip(_logit_slices(model, rows), _logit_slices(reference, rows), strict=True)
             for (logits, span), (expected, _) in pairs:
@@ -170,8 +179,9 @@ def text_windows(token_ids: Tensor, seq_len: int) -> Tensor:
     return token_ids[: len(token_ids) // seq_len * seq_len].view(-1, seq_len).long()
 
 
-def _batches(windows: Tensor, batch_tokens: int) -> Iterator[Tensor]:
-    return iter(windows.split(max(1, batch_tokens // windows.shape[1])))
+def _batches(windows: Tensor, batch_tokens: int, progress: bool) -> Iterator[Tensor]:
+    batches = windows.split(max(1, batch_tokens // windows.shape[1]))
+    return iter(tqdm(batches, desc="evaluating", unit="batch", leave=False, delay=2, disable=not progress))
 
 
 def _logit_slices(model: nn.Module, rows: Tensor) -> Iterator[tuple[Tensor, slice]]:

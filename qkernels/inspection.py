@@ -10,10 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from tqdm import tqdm
+
 from .errors import CheckpointError
 from .formats import Oddity
 from .formats.directory import QuantizedSource, summary
 from .formats.validation import boolean, first_of
+from .markdown import table
 from .scheme import QuantScheme
 from .tensor import QuantTensor
 
@@ -118,15 +121,15 @@ class Inspection:
         ]
         tensors = [[x.name, " x ".join(map(str, x.shape)), x.dtype, _size(x.nbytes)] for x in self.unquantized]
         engines = [[x.name, "yes" if x.serves else "no", "; ".join(x.notes)] for x in self.engines]
-        parts = [f"# {self.directory}", _table(["", ""], facts)]
+        parts = [f"# {self.directory}", table(["", ""], facts)]
         if layers:
-            parts += ["## Quantized", _table(["module", "N x K", "scheme", "columns", "size"], layers)]
+            parts += ["## Quantized", table(["module", "N x K", "scheme", "columns", "size"], layers)]
         if tensors:
-            parts += ["## Not quantized", _table(["tensor", "shape", "dtype", "size"], tensors)]
+            parts += ["## Not quantized", table(["tensor", "shape", "dtype", "size"], tensors)]
         if self.oddities:
             parts += ["## Oddities", "\n".join(f"- {line}" for line in self.oddities)]
         if engines:
-            parts += ["## Served by, as far as the format decides", _table(["engine", "", "notes"], engines)]
+            parts += ["## Served by, as far as the format decides", table(["engine", "", "notes"], engines)]
         return "\n\n".join(parts)
 
 
@@ -141,7 +144,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
     oddities: list[tuple[str, Oddity]] = []
     errors: list[str] = []
     schemes: dict[str, QuantScheme] = {}
-    for module in quantized.modules:
+    for module in tqdm(quantized.modules, desc="checking", unit="layer", leave=False, delay=2):
         try:
             weight, found = quantized.parse_with_oddities(module)
         except CheckpointError as error:
@@ -253,9 +256,3 @@ def _size(nbytes: int) -> str:
         if nbytes >= 2**shift:
             return f"{nbytes / 2**shift:.2f} {unit}"
     return f"{nbytes} B"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * max(width, 3) for width in widths], *rows]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import qkernels
-from qkernels.cli.common import markdown_table
+from qkernels import markdown
 from qkernels.cli.main import parser
 from qkernels.kernels import native
 from qkernels.kernels.catalogue import KERNELS, REFERENCE, KernelSpec, Problem
@@ -54,7 +54,7 @@ def support_matrix() -> str:
             cells.append("✓" if len(dtypes) == len(DTYPES) else ", ".join(dtypes) or "–")
         rows.append([feature, *cells])
     note = f"✓ means bf16, fp16 and fp32 activations. Every kernel takes act-order and any N and K (here {ODD_N} × {ODD_K})."
-    return markdown_table(["", *(f"`{kernel.name}`" for kernel in kernels)], rows) + "\n\n" + note
+    return markdown.table(["", *(f"`{kernel.name}`" for kernel in kernels)], rows) + "\n\n" + note
 
 
 @pytest.mark.skipif(not native.status().loaded, reason="the matrix is that of a full build")

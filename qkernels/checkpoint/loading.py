@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..formats import Oddity
@@ -57,7 +58,7 @@ def load(
     slots = _slots(model)
     oddities: list[tuple[str, Oddity]] = []
     used = {f"{module}.bias" for module in quantized.modules}
-    for module in quantized.modules:
+    for module in tqdm(quantized.modules, desc="loading", unit="layer", leave=False, delay=2):
         linear = _linear(model, module)
         weight, found = quantized.parse_with_oddities(module)
         oddities += [(module, oddity) for oddity in found]

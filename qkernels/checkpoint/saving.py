@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import ConversionError
 from ..formats import Oddity, get_format
@@ -84,7 +85,8 @@ def convert(
     oddities: list[tuple[str, Oddity]] = []
     with atomic_directory(target_dir, overwrite) as temporary:
         writer = CheckpointWriter(temporary, quantized.source.config, chosen)
-        for name, module in quantized.in_file_order():
+        parts = list(quantized.in_file_order())
+        for name, module in tqdm(parts, desc="packing", unit="tensor", leave=False, delay=2):
             if module is None:
                 writer.add_tensor(name, quantized.source.read(name))
                 continue

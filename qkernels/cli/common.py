@@ -79,15 +79,5 @@ def token_ids(tokenizer: Callable[..., Any], text: str) -> Tensor:
     return ids
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal too."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |"
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
-
-
 def print_json(values: Mapping[str, Any]) -> None:
     print(json.dumps(values, indent=2, ensure_ascii=False))

@@ -72,6 +72,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="another scheme for some layers",
     )
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="say layers, sizes, disk and memory needed, and stop")
     return parser
 
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         samples=args.samples,
         seq_len=args.seq_len,
         device=torch.device(args.device),
+        overwrite=args.overwrite,
         **selection,
     )
     print(report.to_markdown())

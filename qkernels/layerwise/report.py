@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..markdown import table
+
 MIB = 1 / 2**20
 
 
@@ -56,7 +58,7 @@ class QuantReport:
 
     def to_markdown(self) -> str:
         """A summary line, then a table with a row per module."""
-        lines = [self.summary(), "", *_table(["module", "scheme", "method", "error", "of", "seconds"], self._rows())]
+        lines = [self.summary(), "", table(["module", "scheme", "method", "error", "of", "seconds"], self._rows())]
         lines += [f"- {name} was rounded to nearest: {reason}" for name, reason in self.fallbacks.items()]
         lines += [f"- {name} was skipped: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
@@ -125,16 +127,7 @@ class QuantPlan:
                 f"- memory: {self.device_bytes * MIB:.1f} MiB to compute a layer, "
                 f"{self.host_bytes * MIB:.1f} MiB for activations",
                 "",
-                *_table(["module", "N x K", "scheme", "MiB before", "MiB after"], rows),
+                table(["module", "N x K", "scheme", "MiB before", "MiB after"], rows),
                 *(f"- {name} is skipped: {reason}" for name, reason in self.skipped.items()),
             ]
         )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table whose columns also line up in a terminal."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]

@@ -144,6 +144,16 @@ def check_better_than_rounding(scheme: str, clip: str) -> None:
         assert output_error(method.quantize(w, hessian), w, hessian) < 0.8 * rounded
 
 
+@pytest.mark.parametrize("act_order", ORDERS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_clipping_lowers_the_output_error(bits: int, act_order: str) -> None:
+    """It is the default, and its share per group is chosen for the output: measured there, it pays."""
+    w, hessian = problem(48, 256, tokens=1000)
+    clipped = GPTQ(bits, 64, act_order=act_order).quantize(w, hessian)  # type: ignore[arg-type]
+    whole = full_range(bits, 64, act_order=act_order).quantize(w, hessian)
+    assert output_error(clipped, w, hessian) < 0.95 * output_error(whole, w, hessian)
+
+
 def test_without_correlation_it_is_rounding() -> None:
     w, _ = problem(8, 64)
     hessian = torch.eye(64, dtype=torch.float64)
