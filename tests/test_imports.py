@@ -106,6 +106,6 @@ def test_import_touches_no_gpu() -> None:
 
 
 def test_import_is_fast() -> None:
-    """Under 0.2 s on top of torch; the least of five, because the machine has other work."""
-    code = "import torch, time; t = time.perf_counter(); import qkernels; print(time.perf_counter() - t)"
+    """Under 0.2 s on top of torch; processor time, because wall time says more about what else the machine does."""
+    code = "import torch, time; t = time.process_time(); import qkernels; print(time.process_time() - t)"
     assert min(float(_python(code)) for _ in range(5)) < 0.2
