@@ -222,7 +222,9 @@ def plot(rows: list[Row], path: Path) -> None:
     for row in quantized:
         color = COLORS[row.name.split()[1]]
         loss.scatter(row.bits_per_weight, row.kl, color=color, s=60, zorder=3)
-        loss.annotate(row.name, (row.bits_per_weight, row.kl), textcoords="offset points", xytext=(8, -3), fontsize=9)
+        left = row.name.endswith("AWQ")  # beside GPTQ's, the labels would touch
+        side = {"xytext": (-8, -3), "ha": "right"} if left else {"xytext": (8, -3)}
+        loss.annotate(row.name, (row.bits_per_weight, row.kl), textcoords="offset points", fontsize=9, **side)
     loss.set(yscale="log", xlabel="bits per weight", ylabel="KL from the original, nats a token (log)")
     loss.set_title("What is lost (original: 16 bits, KL 0)", fontsize=11)
     loss.margins(x=0.25, y=0.15)
