@@ -96,8 +96,8 @@ def test_extreme_codes_and_zeros(chosen: Format) -> None:
         assert same_weight(parsed(chosen, weight), weight)
 
 
-@pytest.mark.parametrize("first", ["gptq", "gptq_v2", "awq", "native"])
-@pytest.mark.parametrize("second", ["gptq", "gptq_v2", "awq", "native"])
+@pytest.mark.parametrize("first", ["gptq", "gptq_v2", "awq", "compressed-tensors", "native"])
+@pytest.mark.parametrize("second", ["gptq", "gptq_v2", "awq", "compressed-tensors", "native"])
 @pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "w4a16_g32", "w4a16_channel"])
 def test_there_and_back(first: str, second: str, scheme: str) -> None:
     weight = random_weight(scheme, 48, 96)
@@ -134,6 +134,9 @@ def test_experts_are_kept_or_refused(chosen: Format) -> None:
         ("gptq", "w4a8_g32", "no field for 8-bit activations"),
         ("awq", "w8a16_g32", "bits must be 4, got 8"),
         ("awq", "w4a16_g32_offset", "zeros='offset'"),
+        ("compressed-tensors", "w4a16_g32_fzero", "zeros='float'"),
+        ("compressed-tensors", "w4a16_tensor_asym", "one scale per tensor goes with one zero point"),
+        ("compressed-tensors", "w4a16_g48", "K=64 is not a multiple of group_size 48"),
     ],
 )
 def test_refusals_say_why(name: str, scheme: str, reason: str) -> None:
@@ -141,7 +144,7 @@ def test_refusals_say_why(name: str, scheme: str, reason: str) -> None:
         FORMATS[name].write(random_weight(scheme, 16, 64))
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq", "compressed-tensors"])
 def test_scales_of_zero_only_are_not_written(name: str) -> None:
     weight = random_weight("w4a16_g32", 16, 64)
     weight = QuantTensor(weight.codes, torch.zeros_like(weight.scales), None, None, weight.scheme)
@@ -160,7 +163,12 @@ def test_unknown_names() -> None:
     [
         ({"quant_method": "awq", "version": "gemv"}, "'version': 'gemv'}, a kind that is not read yet"),
         ({"quant_method": "awq", "version": "GEMV_FAST"}, "a kind that is not read yet"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "a kind that is not read yet"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "a kind that is not read yet"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "a kind that is not read yet"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": {"format": "x"}},
+            "a kind that is not read yet",
+        ),
         ({"quant_method": "gptq", "checkpoint_format": "gptq_p"}, "'gptq_p'}, a kind that is not read yet"),
         ({"quant_method": "gptq", "is_marlin_format": True}, "'is_marlin_format': True}, a kind that is not read yet"),
         ({"quant_method": "frobnicate"}, "'frobnicate'}, which is not known; read are native, gptq, gptq_v2, awq"),
