@@ -98,16 +98,21 @@ class Format:
         return self.required + self.optional
 
 
-from . import awq, compressed_tensors, gptq, native  # noqa: E402  (they need Format)
+from . import auto_round, awq, awq_gemv, bitsandbytes, compressed_tensors, gptq, hqq, native  # noqa: E402  (they need Format)
 
 FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V2, awq.GEMM, compressed_tensors.PACKED)}
 # Origins whose files are read, into any of the above, but not written.
-READ_ONLY: dict[str, Format] = {f.name: f for f in (compressed_tensors.INTEGERS,)}
+READ_ONLY: dict[str, Format] = {
+    f.name: f
+    for f in (
+        compressed_tensors.INTEGERS, awq_gemv.GEMV, awq_gemv.GEMV_FAST, bitsandbytes.FOUR_BIT, bitsandbytes.INT8, hqq.FORMAT,
+        auto_round.FORMAT,
+    )
+}  # fmt: skip
 
 # Read from files often enough to deserve an answer better than "unknown".
 _LATER = {
-    "bitsandbytes", "hqq", "torchao", "auto-round", "quanto", "fp8", "marlin", "gptq_p", "bitblas", "gemv", "gemv_fast",
-    "llm-awq", "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-quantized",
+    "bitsandbytes", "hqq", "torchao", "auto-round", "quanto", "fp8", "marlin", "gptq_p", "bitblas", "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-quantized",
     "mxfp8-quantized", "mixed-precision", "marlin-24", "compressed-tensors",
 }  # fmt: skip
 
@@ -139,5 +144,5 @@ def detect(config: Config) -> Format:
     raise CheckpointError(
         f"quantization_config declares {declared or 'no quant_method'!r:.200}, "
         f"{'a kind that is not read yet' if later else 'which is not known'}; "
-        f"read are {', '.join((*FORMATS, *READ_ONLY))} (GPTQ v1 and v2, AWQ gemm)"
+        f"read are {', '.join((*FORMATS, *READ_ONLY))}"
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qkernels import QuantScheme, QuantTensor
 from qkernels.errors import ArgumentError, CheckpointError, ConversionError
-from qkernels.formats import FORMATS, Format, detect, get_format
+from qkernels.formats import FORMATS, READ_ONLY, Format, detect, get_format
 from qkernels.tensor import validated_group_index
 from tests.strategies import random_weight, same_weight, schemes
 
@@ -154,6 +154,10 @@ def test_scales_of_zero_only_are_not_written(name: str) -> None:
 
 
 def test_unknown_names() -> None:
+    with pytest.raises(ArgumentError, match="got 'hqq', which is only read"):
+        get_format("hqq")
+    with pytest.raises(ConversionError, match="this format is only read; written are native, gptq"):
+        READ_ONLY["hqq"].write(random_weight("w4a16_g64_fzero", 8, 64))
     with pytest.raises(ArgumentError, match="format must be one of native, gptq, gptq_v2, awq, .*got 'gguf'"):
         get_format("gguf")
 
@@ -161,8 +165,7 @@ def test_unknown_names() -> None:
 @pytest.mark.parametrize(
     ("config", "answer"),
     [
-        ({"quant_method": "awq", "version": "gemv"}, "'version': 'gemv'}, a kind that is not read yet"),
-        ({"quant_method": "awq", "version": "GEMV_FAST"}, "a kind that is not read yet"),
+        ({"quant_method": "awq", "version": "marlin"}, "'version': 'marlin'}, a kind that is not read yet"),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "a kind that is not read yet"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "a kind that is not read yet"),
         (
@@ -194,6 +197,12 @@ def test_unknown_methods_are_refused_by_name(config: dict[str, object], answer: 
             "awq",
         ),  # AutoAWQ's quant_config.json
         ({"quant_method": "qkernels", "version": 1}, "native"),
+        ({"quant_method": "awq", "version": "gemv"}, "awq gemv"),
+        ({"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMV_FAST"}, "awq gemv_fast"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes 4-bit"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes int8"),
+        ({"quant_method": "hqq", "quant_config": {}}, "hqq"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}, "auto-round"),
     ],
 )
 def test_known_methods(config: dict[str, object], name: str) -> None:
