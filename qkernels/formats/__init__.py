@@ -112,8 +112,9 @@ READ_ONLY: dict[str, Format] = {
 
 # Read from files often enough to deserve an answer better than "unknown".
 _LATER = {
-    "bitsandbytes", "hqq", "torchao", "auto-round", "quanto", "fp8", "marlin", "gptq_p", "bitblas", "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-quantized",
-    "mxfp8-quantized", "mixed-precision", "marlin-24", "compressed-tensors",
+    "bitsandbytes", "torchao", "auto-round", "quanto", "fp8", "marlin", "gptq_p", "bitblas", "compressed-tensors",
+    "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-quantized",
+    "mxfp8-quantized", "mixed-precision", "marlin-24",
 }  # fmt: skip
 
 

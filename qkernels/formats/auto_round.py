@@ -64,12 +64,11 @@ def _translate(module: str, config: Config) -> tuple[Format, dict[str, Any]]:
 
 def _extra(module: str, config: Config) -> dict[str, Any]:
     """What extra_config says of a module: by its name, else by the first pattern that occurs in it."""
-    extra = config.get("extra_config") or {}
+    extra: dict[str, Any] = config.get("extra_config") or {}
     if not isinstance(extra, dict) or not all(isinstance(fields, dict) for fields in extra.values()):
         raise CheckpointError(f"quantization_config needs extra_config to map names to fields, got {extra!r:.40}")
-    own = extra.get(module)
-    if own is None:
-        own = next((f for key, f in extra.items() if _is_pattern(key) and _occurs(key, module)), {})
+    fitting = (fields for key, fields in extra.items() if _is_pattern(key) and _occurs(key, module))
+    own: dict[str, Any] = extra[module] if module in extra else next(fitting, {})
     return {key: own[key] for key in _FIELDS if own.get(key) is not None}
 
 

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..errors import CheckpointError
 from ..scheme import GroupSize, QuantScheme
@@ -263,8 +262,8 @@ def _unpack(words: Tensor, bits: int, count: int, dense: bool) -> Tensor:
     if dense:
         return unpack(words, bits, count)
     codes = [words >> (bits * i) & (2**bits - 1) for i in range(32 // bits)]
-    whole = torch.stack(codes, -1).to(torch.uint8).flatten(-2)
-    return pad(whole, (0, max(0, count - whole.shape[-1])))[..., :count].contiguous()
+    whole: Tensor = torch.stack(codes, -1).to(torch.uint8).flatten(-2)
+    return whole[..., :count].contiguous()
 
 
 def _fields(module: str, config: Config, body: str) -> _Fields:
@@ -293,8 +292,9 @@ def _fields(module: str, config: Config, body: str) -> _Fields:
 
 
 def _group_size(weights: Mapping[str, Any]) -> GroupSize:
-    size = None if weights.get("group_size") is None else group_size_of(weights, "group_size") or "channel"
-    strategy = weights.get("strategy") or ("tensor" if size is None else "group")
+    stated = weights.get("group_size") is not None
+    size = group_size_of(weights, "group_size") if stated else None
+    strategy = weights.get("strategy") or ("tensor" if not stated else "channel" if size is None else "group")
     if strategy in ("channel", "tensor"):
         return "channel" if strategy == "channel" else "tensor"
     if strategy != "group":
@@ -330,7 +330,8 @@ def _group_of(module: str, config: Config) -> Mapping[str, Any]:
         if target == "Linear" or _matches_name(module, target)
     ]
     if ranked:
-        return min(ranked, key=lambda pair: pair[0])[1]
+        best: Mapping[str, Any] = min(ranked, key=lambda pair: pair[0])[1]
+        return best
     if len(groups) > 1:
         raise CheckpointError(f"none of the {len(groups)} config_groups targets it")
     only: Mapping[str, Any] = next(iter(groups.values()))
