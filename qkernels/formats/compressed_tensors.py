@@ -236,7 +236,7 @@ def _unset(g_idx: Tensor) -> bool:
 
 def _unsigned(field: str, values: Tensor, bits: int) -> Tensor:
     """int8 numbers -> codes."""
-    codes = values.short() + 2 ** (bits - 1)
+    codes: Tensor = values.short() + 2 ** (bits - 1)
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
         raise CheckpointError(f"{field} must be {-(2 ** (bits - 1))} … {2 ** (bits - 1) - 1} for {bits} bits")
     return codes.to(torch.uint8)
