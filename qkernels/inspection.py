@@ -25,6 +25,14 @@ MAX_ERRORS = 20
 
 # Modules that serving engines merge into one matrix, which needs one scheme.
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# What transformers itself needs for a format, by the beginning of its name; with `integrations.transformers.enable()` nothing.
+_NEEDS = {
+    "awq": "needs gptqmodel and accelerate",
+    "compressed-tensors": "needs compressed-tensors",
+    "bitsandbytes": "needs bitsandbytes",
+    "hqq": "needs hqq",
+    "auto-round": "needs auto-round",
+}
 _VLLM_GROUPS = (16, 32, 64, 128, "channel")
 
 
@@ -234,7 +242,7 @@ def _engines(
     if name == "native":
         why = ("its format is our own; convert it with `qkernels pack … --format gptq`",)
         return own, Engine("transformers", False, why), Engine("vLLM", False, why)
-    needs = "needs optimum and gptqmodel" if name != "awq" else "needs gptqmodel and accelerate"
+    needs = next((text for start, text in _NEEDS.items() if name.startswith(start)), "needs optimum and gptqmodel")
     limits = []
     ordered = [layer.name for layer in layers if layer.columns == "act-order"]
     if ordered:

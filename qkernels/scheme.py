@@ -24,7 +24,10 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4}
+# bitsandbytes' 4-bit float, by bit pattern: sign, 2 bits of exponent, 1 of mantissa, scaled so that the largest is 1.
+_FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+FP4 = (*_FP4, *(-value for value in _FP4))
+CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 
 _ZERO_SUFFIX: dict[ZeroKind, str] = {"none": "", "int": "_asym", "float": "_fzero", "offset": "_offset"}
 _SHORT_FORM = re.compile(

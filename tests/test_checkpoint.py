@@ -295,7 +295,7 @@ def quantization(**fields: Any) -> Callable[[dict[str, Any]], object]:
     ("change", "message"),
     [
         (quantization(quant_method="frobnicate"), "declares {'quant_method': 'frobnicate'.* which is not known"),
-        (quantization(quant_method="awq", checkpoint_format="gemv"), "a kind that is not read yet"),
+        (quantization(quant_method="awq", checkpoint_format="marlin"), "a kind that is not read yet"),
         (quantization(bits=8), r"model.layers.0.mlp.down_proj: qweight must be int32 \[24, 64\] \(8 bits"),
         (
             quantization(group_size=64),

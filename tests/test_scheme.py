@@ -54,7 +54,7 @@ def test_other_spellings_are_refused(text: str) -> None:
         ({"zeros": "asym"}, "zeros must be one of none, int, float, offset, got 'asym'"),
         ({"act_bits": 16}, r"act_bits must be None \(16-bit activations\) or 8, got 16"),
         ({"act_bits": 8, "zeros": "int"}, "int8 activations need symmetric integer weights"),
-        ({"codebook": "fp4"}, "codebook must be one of nf4, got 'fp4'"),
+        ({"codebook": "nf3"}, "codebook must be one of nf4, fp4, got 'nf3'"),
         ({"codebook": "nf4", "bits": 3}, "codebook 'nf4' has 16 entries"),
         ({"codebook": "nf4", "zeros": "int"}, 'takes zeros="none"'),
     ],

@@ -31,7 +31,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
     Args:
         model: every `QuantLinear` in it is written quantized, every other tensor as it is.
         directory: must not exist or be empty, unless `overwrite`.
-        format: "native" (takes every weight), "gptq", "gptq_v2" or "awq".
+        format: "native" (takes every weight), "gptq", "gptq_v2", "awq" or "compressed-tensors".
         overwrite: replace an existing checkpoint.
 
     Raises:

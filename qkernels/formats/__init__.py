@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
 
@@ -46,17 +46,37 @@ class ConfigOf(Protocol):
     ) -> dict[str, Any]: ...
 
 
+def no_oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
+    """Of a format that leaves nothing to guess."""
+    return []
+
+
+def _not_written(weight: QuantTensor) -> dict[str, Tensor]:
+    raise ConversionError(f"this format is only read; written are {', '.join(FORMATS)}")
+
+
+def _no_config(
+    default: QuantScheme,
+    modules: Mapping[str, QuantScheme],
+    *,
+    act_order: bool = False,
+    unquantized: Sequence[str] = (),
+) -> dict[str, Any]:
+    raise ConversionError(f"this format is only read; written are {', '.join(FORMATS)}")
+
+
 @dataclass(frozen=True)
 class Format:
     """One way to store quantized weights in a checkpoint.
 
     Args:
         name: what `save(format=…)` calls it.
-        required: suffixes of the tensors that every module has.
+        required: suffixes of the tensors that every module has, first the one that only quantized modules have. A suffix
+            may have dots of its own ("weight.absmax").
         optional: suffixes that a module may have.
         matches: whether a `quantization_config` means this format.
         parse: (module, tensors by suffix, quantization_config) -> the weight.
-        write: weight -> tensors by suffix.
+        write: weight -> tensors by suffix; a format that is only read leaves it out.
         config_of: the `quantization_config` to write beside them.
         oddities: (module, tensors by suffix, quantization_config) -> what is strange about a module that parses.
         config_file: a file beside config.json that also gets the quantization_config, for older readers.
@@ -67,9 +87,9 @@ class Format:
     optional: tuple[str, ...]
     matches: Callable[[Config], bool]
     parse: Callable[[str, Mapping[str, Tensor], Config], QuantTensor]
-    write: Callable[[QuantTensor], dict[str, Tensor]]
-    config_of: ConfigOf
-    oddities: Callable[[str, Mapping[str, Tensor], Config], list[Oddity]]
+    write: Callable[[QuantTensor], dict[str, Tensor]] = _not_written
+    config_of: ConfigOf = _no_config
+    oddities: Callable[[str, Mapping[str, Tensor], Config], list[Oddity]] = no_oddities
     config_file: str | None = None
 
     @property
@@ -78,25 +98,35 @@ class Format:
         return self.required + self.optional
 
 
-from . import awq, gptq, native  # noqa: E402  (they need Format)
+from . import auto_round, awq, awq_gemv, bitsandbytes, compressed_tensors, gptq, hqq, native  # noqa: E402  (they need Format)
 
-FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V2, awq.GEMM)}
+FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V2, awq.GEMM, compressed_tensors.PACKED)}
+# Origins whose files are read, into any of the above, but not written.
+READ_ONLY: dict[str, Format] = {
+    f.name: f
+    for f in (
+        compressed_tensors.INTEGERS, awq_gemv.GEMV, awq_gemv.GEMV_FAST, bitsandbytes.FOUR_BIT, bitsandbytes.INT8, hqq.FORMAT,
+        auto_round.FORMAT,
+    )
+}  # fmt: skip
 
 # Read from files often enough to deserve an answer better than "unknown".
 _LATER = {
-    "compressed-tensors", "bitsandbytes", "hqq", "torchao", "auto-round", "quanto", "fp8", "marlin", "gptq_p",
-    "bitblas", "gemv", "gemv_fast", "llm-awq",
+    "bitsandbytes", "torchao", "auto-round", "quanto", "fp8", "marlin", "gptq_p", "bitblas", "compressed-tensors",
+    "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-quantized",
+    "mxfp8-quantized", "mixed-precision", "marlin-24",
 }  # fmt: skip
 
 
 def get_format(name: str) -> Format:
-    """The format of that name.
+    """The format of that name, to write.
 
     Raises:
         ArgumentError: there is none.
     """
     if name not in FORMATS:
-        raise ArgumentError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+        known = f"{name!r}, which is only read" if name in READ_ONLY else repr(name)
+        raise ArgumentError(f"format must be one of {', '.join(FORMATS)}, got {known}")
     return FORMATS[name]
 
 
@@ -106,7 +136,7 @@ def detect(config: Config) -> Format:
     Raises:
         CheckpointError: none that is read here; names what was declared.
     """
-    for candidate in FORMATS.values():
+    for candidate in (*FORMATS.values(), *READ_ONLY.values()):
         if candidate.matches(config):
             return candidate
     keys = ("quant_method", "method", "checkpoint_format", "format", "version", "packing_format", "is_marlin_format")
@@ -115,5 +145,5 @@ def detect(config: Config) -> Format:
     raise CheckpointError(
         f"quantization_config declares {declared or 'no quant_method'!r:.200}, "
         f"{'a kind that is not read yet' if later else 'which is not known'}; "
-        f"read are {', '.join(FORMATS)} (GPTQ v1 and v2, AWQ gemm)"
+        f"read are {', '.join((*FORMATS, *READ_ONLY))}"
     )

@@ -12,7 +12,7 @@ CUDA kernel peel off pairs of rows with one mask.
 AWQ knows no symmetric weights. One is written with zero points of 8, an equal weight, and `sym: true` in the config
 (other readers ignore that key); where it is there and all zero points are 8, the weight reads back as symmetric.
 
-The kinds "gemv" and "gemv_fast" are refused by name.
+The kinds "gemv" and "gemv_fast" are read by `awq_gemv`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTe
         CheckpointError: naming the module and the field.
     """
     with naming(module):
-        scheme = _scheme(config)
+        scheme = scheme_of(config)
         qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
         if qweight.dim() != 2:
             raise CheckpointError(f"qweight must be [K, N / 8], got {list(qweight.shape)}")
@@ -127,7 +127,8 @@ def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list
     return []
 
 
-def _scheme(config: Config) -> QuantScheme:
+def scheme_of(config: Config) -> QuantScheme:
+    """4 bits, with integer zero points; the config gives the group size."""
     bits = integer(config, "bits", "w_bit")
     if bits != 4:
         raise CheckpointError(f"bits must be 4 in an AWQ file, got {bits}")

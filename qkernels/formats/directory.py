@@ -125,21 +125,28 @@ def summary(oddities: Iterable[tuple[str, Oddity]]) -> Iterator[str]:
 def _group(names: Iterable[str], found: Format) -> dict[str, dict[str, str]]:
     grouped: dict[str, dict[str, str]] = {}
     for name in names:
-        module, _, suffix = name.rpartition(".")
-        if module and suffix in found.suffixes:
+        module, suffix = _split(name, found)
+        if module:
             grouped.setdefault(module, {})[suffix] = name
     known = set(names)
     for module, tensors in list(grouped.items()):
         if len(tensors) == 1 and found.required[0] not in tensors:
-            del grouped[module]  # a parameter of the model that happens to be called "scales"
+            del grouped[module]  # a parameter of the model that happens to be called "scales", or a float weight
             continue
         missing = [suffix for suffix in found.required if suffix not in tensors]
         if missing:
             raise CheckpointError(
                 f"{module} lacks {', '.join(missing)} (it has {', '.join(tensors)}), expected for {found.name}"
             )
-        if f"{module}.weight" in known:
+        if "weight" not in found.suffixes and f"{module}.weight" in known:
             raise CheckpointError(
                 f"{module} has both a float weight and {', '.join(tensors)}; one of them is left over"
             )
     return grouped
+
+
+def _split(name: str, found: Format) -> tuple[str, str]:
+    """A tensor's module and suffix, both empty where the suffix is none of the format's; the longest suffix counts."""
+    fitting = [suffix for suffix in found.suffixes if name.endswith(f".{suffix}")]
+    suffix = max(fitting, key=len, default="")
+    return (name[: -len(suffix) - 1], suffix) if suffix else ("", "")

@@ -46,6 +46,7 @@ from .validation import (
     integer,
     integer_scheme_reasons,
     naming,
+    pattern_of,
     refuse,
     true_zeros,
     weight_reasons,
@@ -54,7 +55,6 @@ from .validation import (
 Version = Literal[1, 2]
 BITS = (2, 3, 4, 8)
 WORD_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a 1 in each field of a word
-MAX_PATTERN = 1000  # characters of a regular expression in `dynamic`
 _NAMES: dict[Version, str] = {1: "gptq", 2: "gptq_v2"}
 _TRUSTED_WRITERS = ("gptqmodel", "qkernels")  # subtract from whole words
 
@@ -211,13 +211,7 @@ def _fields(module: str, config: Config) -> _Fields:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    body = text[2:] if text[:2] in ("+:", "-:") else text
-    if len(body) > MAX_PATTERN:
-        raise CheckpointError(f"quantization_config has a pattern of {len(body)} characters in dynamic")
-    try:
-        return re.compile(body)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"quantization_config has an invalid pattern {text!r:.80} in dynamic: {error}") from error
+    return pattern_of(text, "dynamic", "+:", "-:")
 
 
 def _in_features(qweight: Tensor, g_idx: Tensor | None, bits: int) -> int:

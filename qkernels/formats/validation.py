@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor, validated_group_index
 
 GroupSize = int | str
+MAX_PATTERN = 1000  # characters of a regular expression in a config
 
 
 @contextmanager
@@ -62,6 +64,21 @@ def group_size_of(config: Mapping[str, Any], *keys: str) -> int | None:
     if not 0 < size < 2**31:
         raise CheckpointError(f"quantization_config needs a {keys[0]} of 1 … 2^31 - 1, or -1, got {size}")
     return size
+
+
+def pattern_of(text: str, field: str, *prefixes: str) -> re.Pattern[str]:
+    """A regular expression of a quantization_config, which may begin with one of `prefixes`.
+
+    Raises:
+        CheckpointError: it is too long, or none.
+    """
+    body = next((text.removeprefix(prefix) for prefix in prefixes if text.startswith(prefix)), text)
+    if len(body) > MAX_PATTERN:
+        raise CheckpointError(f"quantization_config has a pattern of {len(body)} characters in {field}")
+    try:
+        return re.compile(body)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"quantization_config has an invalid pattern {text!r:.80} in {field}: {error}") from error
 
 
 def expect(field: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int], why: str = "") -> None:

@@ -117,7 +117,8 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantSc
     """The nearest code of every weight, as floating-point integers 0 … 2^bits - 1; scales and zeros broadcast."""
     if scheme.codebook is not None:
         table = torch.tensor(CODEBOOKS[scheme.codebook], dtype=weight.dtype, device=weight.device)
-        return torch.bucketize((weight / scales).contiguous(), (table[1:] + table[:-1]) / 2).to(weight.dtype)
+        values, order = torch.sort(table, stable=True)  # NF4 is sorted; FP4 comes by bit pattern
+        return order[torch.bucketize((weight / scales).contiguous(), (values[1:] + values[:-1]) / 2)].to(weight.dtype)
     if scheme.zeros == "offset":
         assert zeros is not None
         codes = (weight - zeros).div_(scales).round_()

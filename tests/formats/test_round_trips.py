@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qkernels import QuantScheme, QuantTensor
 from qkernels.errors import ArgumentError, CheckpointError, ConversionError
-from qkernels.formats import FORMATS, Format, detect, get_format
+from qkernels.formats import FORMATS, READ_ONLY, Format, detect, get_format
 from qkernels.tensor import validated_group_index
 from tests.strategies import random_weight, same_weight, schemes
 
@@ -96,8 +96,8 @@ def test_extreme_codes_and_zeros(chosen: Format) -> None:
         assert same_weight(parsed(chosen, weight), weight)
 
 
-@pytest.mark.parametrize("first", ["gptq", "gptq_v2", "awq", "native"])
-@pytest.mark.parametrize("second", ["gptq", "gptq_v2", "awq", "native"])
+@pytest.mark.parametrize("first", ["gptq", "gptq_v2", "awq", "compressed-tensors", "native"])
+@pytest.mark.parametrize("second", ["gptq", "gptq_v2", "awq", "compressed-tensors", "native"])
 @pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "w4a16_g32", "w4a16_channel"])
 def test_there_and_back(first: str, second: str, scheme: str) -> None:
     weight = random_weight(scheme, 48, 96)
@@ -134,6 +134,9 @@ def test_experts_are_kept_or_refused(chosen: Format) -> None:
         ("gptq", "w4a8_g32", "no field for 8-bit activations"),
         ("awq", "w8a16_g32", "bits must be 4, got 8"),
         ("awq", "w4a16_g32_offset", "zeros='offset'"),
+        ("compressed-tensors", "w4a16_g32_fzero", "zeros='float'"),
+        ("compressed-tensors", "w4a16_tensor_asym", "one scale per tensor goes with one zero point"),
+        ("compressed-tensors", "w4a16_g48", "K=64 is not a multiple of group_size 48"),
     ],
 )
 def test_refusals_say_why(name: str, scheme: str, reason: str) -> None:
@@ -141,7 +144,7 @@ def test_refusals_say_why(name: str, scheme: str, reason: str) -> None:
         FORMATS[name].write(random_weight(scheme, 16, 64))
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq", "compressed-tensors"])
 def test_scales_of_zero_only_are_not_written(name: str) -> None:
     weight = random_weight("w4a16_g32", 16, 64)
     weight = QuantTensor(weight.codes, torch.zeros_like(weight.scales), None, None, weight.scheme)
@@ -151,6 +154,10 @@ def test_scales_of_zero_only_are_not_written(name: str) -> None:
 
 
 def test_unknown_names() -> None:
+    with pytest.raises(ArgumentError, match="got 'hqq', which is only read"):
+        get_format("hqq")
+    with pytest.raises(ConversionError, match="this format is only read; written are native, gptq"):
+        READ_ONLY["hqq"].write(random_weight("w4a16_g64_fzero", 8, 64))
     with pytest.raises(ArgumentError, match="format must be one of native, gptq, gptq_v2, awq, .*got 'gguf'"):
         get_format("gguf")
 
@@ -158,9 +165,13 @@ def test_unknown_names() -> None:
 @pytest.mark.parametrize(
     ("config", "answer"),
     [
-        ({"quant_method": "awq", "version": "gemv"}, "'version': 'gemv'}, a kind that is not read yet"),
-        ({"quant_method": "awq", "version": "GEMV_FAST"}, "a kind that is not read yet"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "a kind that is not read yet"),
+        ({"quant_method": "awq", "version": "marlin"}, "'version': 'marlin'}, a kind that is not read yet"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "a kind that is not read yet"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "a kind that is not read yet"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": {"format": "x"}},
+            "a kind that is not read yet",
+        ),
         ({"quant_method": "gptq", "checkpoint_format": "gptq_p"}, "'gptq_p'}, a kind that is not read yet"),
         ({"quant_method": "gptq", "is_marlin_format": True}, "'is_marlin_format': True}, a kind that is not read yet"),
         ({"quant_method": "frobnicate"}, "'frobnicate'}, which is not known; read are native, gptq, gptq_v2, awq"),
@@ -186,6 +197,12 @@ def test_unknown_methods_are_refused_by_name(config: dict[str, object], answer: 
             "awq",
         ),  # AutoAWQ's quant_config.json
         ({"quant_method": "qkernels", "version": 1}, "native"),
+        ({"quant_method": "awq", "version": "gemv"}, "awq gemv"),
+        ({"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMV_FAST"}, "awq gemv_fast"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes 4-bit"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes int8"),
+        ({"quant_method": "hqq", "quant_config": {}}, "hqq"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}, "auto-round"),
     ],
 )
 def test_known_methods(config: dict[str, object], name: str) -> None:

@@ -1,0 +1,400 @@
+"""compressed-tensors files, as llm-compressor writes them: `pack-quantized` (read and written), `int-quantized` (read).
+
+| tensor (pack-quantized) | dtype  | shape                     | content                                              |
+|-------------------------|--------|---------------------------|------------------------------------------------------|
+| weight_packed           | int32  | [N, ceil(K * bits / 32)]  | codes, Stream(bits) along K                          |
+| weight_scale            | float  | [N, G], [N, 1] or [1]     | by strategy: group, channel, tensor                  |
+| weight_zero_point       | int32  | [ceil(N * bits / 32), G]  | zero points, Stream(bits) down N; asymmetric only    |
+| weight_g_idx            | int32  | [K]                       | group of each column; actorder "group" only          |
+| weight_shape            | int64  | [2]                       | [N, K]                                               |
+
+Codes and zero points are signed numbers with 2^(bits-1) added, which makes them our codes and true zero points. Some files
+keep zero points unpacked, as int8 `[N, G]` without that addition; the dtype tells.
+
+**Two packings of 3, 5, 6 and 7 bits.** Before version 0.18 a word held 32 // bits whole codes and its top bits were wasted;
+since then codes straddle words. Nothing but the version says so, but the number of words does: dense if and only if it is
+ceil(K * bits / 32). (Rows so short that both need the same number go by the version.)
+
+`int-quantized` keeps `weight` as int8 `[N, K]`, one code a byte, and is made for int8 activations. Its weights are read as
+what they are, with 16-bit activations, which lose nothing; `oddities` says what the file asked for.
+
+The scheme of a module comes from the `config_groups` entry whose `targets` fit it best: its name, else a pattern ("re:…"),
+else the class name "Linear".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..scheme import GroupSize, QuantScheme
+from ..tensor import QuantTensor
+from . import Config, Format, Oddity
+from .bitstream import pack, unpack, word_count
+from .native import shape_tensor, weight_shape
+from .validation import (
+    boolean,
+    check_float,
+    check_scales,
+    expect,
+    group_index_of,
+    group_size_of,
+    integer,
+    integer_scheme_reasons,
+    naming,
+    pattern_of,
+    refuse,
+    weight_reasons,
+)
+
+METHOD = "compressed-tensors"
+PACK, INT = "pack-quantized", "int-quantized"
+BITS = range(2, 9)
+DENSE_SINCE = (0, 18)
+VERSION = "0.18.0"  # the first whose packing is ours
+
+
+class _Fields(NamedTuple):
+    bits: int
+    group_size: GroupSize
+    symmetric: bool
+    ordered: bool  # actorder "group"
+    activations: str  # what the group wants done to activations, "" for nothing
+
+
+def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+    """Read one module of a pack-quantized file; see the head of this file for `tensors`.
+
+    Raises:
+        CheckpointError: naming the module and the field.
+    """
+    with naming(module):
+        fields = _fields(module, config, PACK)
+        packed, sizes = tensors["weight_packed"], weight_shape(tensors["weight_shape"])
+        if packed.dim() != 2 or len(sizes) != 2:
+            raise CheckpointError(
+                f"weight_packed must hold one [N, K] weight, got {list(packed.shape)} for weight_shape {sizes}; "
+                "stacked experts are not read yet"
+            )
+        N, K = sizes
+        dense = _dense(packed, K, fields.bits, config)
+        width = _words(K, fields.bits, dense)
+        why = f"{fields.bits} bits, weight_shape {sizes}"
+        expect("weight_packed", packed, (torch.int32,), (N, width), why)
+        return _weight(_unpack(packed, fields.bits, K, dense), tensors, fields, dense)
+
+
+def parse_integers(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+    """Read one module of an int-quantized file.
+
+    Raises:
+        CheckpointError: naming the module and the field.
+    """
+    with naming(module):
+        fields = _fields(module, config, INT)
+        stored = tensors["weight"]
+        if stored.dim() != 2:
+            raise CheckpointError(f"weight must be int8 [N, K], got {list(stored.shape)}")
+        expect("weight", stored, (torch.int8,), tuple(stored.shape))
+        return _weight(_unsigned("weight", stored, fields.bits), tensors, fields, True)
+
+
+def write(weight: QuantTensor) -> dict[str, Tensor]:
+    """The tensors of one module, by suffix, densely packed.
+
+    Raises:
+        ConversionError: a codebook, float zeros or offsets; one scale per tensor with zero points; int8 activations; a
+            short last group; stacked experts; scales that are all zero.
+    """
+    scheme, bits = weight.scheme, weight.scheme.bits
+    reasons = _reasons(scheme) + weight_reasons(weight)
+    if isinstance(scheme.group_size, int) and weight.K % scheme.group_size:
+        reasons.append(f"K={weight.K} is not a multiple of group_size {scheme.group_size}, which its readers need")
+    if scheme.group_size == "tensor" and not weight.scales.numel():
+        reasons.append("an empty weight has no scale per tensor")
+    refuse(PACKED.name, reasons)
+    tensors = {
+        "weight_packed": pack(weight.codes, bits),
+        "weight_scale": (weight.scales[0, :1] if scheme.group_size == "tensor" else weight.scales).contiguous(),
+    }
+    if weight.zeros is not None:
+        tensors["weight_zero_point"] = pack(weight.zeros.T, bits).T.contiguous()
+    if weight.group_index is not None:
+        tensors["weight_g_idx"] = weight.group_index.contiguous()
+    return tensors | {"weight_shape": shape_tensor(weight)}
+
+
+def config_of(
+    default: QuantScheme,
+    modules: Mapping[str, QuantScheme],
+    *,
+    act_order: bool = False,
+    unquantized: Sequence[str] = (),
+) -> dict[str, Any]:
+    """See `ConfigOf`. "Linear" has the default scheme; every other scheme becomes a group that names its modules."""
+    for scheme in {default, *modules.values()}:
+        refuse(PACKED.name, _reasons(scheme))
+    targets: dict[QuantScheme, list[str]] = {default: ["Linear"]}
+    for name, scheme in sorted(modules.items()):
+        if scheme != default:
+            targets.setdefault(scheme, []).append(name)
+    groups = {
+        f"group_{i}": {
+            "targets": names,
+            "weights": _own_fields(scheme, act_order),
+            "input_activations": None,
+            "output_activations": None,
+            "format": PACK,
+        }
+        for i, (scheme, names) in enumerate(targets.items())
+    }
+    return {
+        "quant_method": METHOD,
+        "format": PACK,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [*([] if "lm_head" in modules else ["lm_head"]), *sorted(unquantized)],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": VERSION,
+    }
+
+
+def oddities(body: str, module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
+    """Activations that the file wants quantized, the older packing, act-order that is natural or denied."""
+    fields = _fields(module, config, body)
+    found = []
+    if fields.activations:
+        found.append(
+            Oddity(f"the config asks for {fields.activations}", "the weights are used with 16-bit activations instead")
+        )
+    if body == PACK and fields.bits in (3, 5, 6, 7):
+        K = weight_shape(tensors["weight_shape"])[-1]
+        if not _dense(tensors["weight_packed"], K, fields.bits, config):
+            found.append(Oddity("codes are packed as before version 0.18", f"{32 // fields.bits} in a word"))
+    if "weight_g_idx" in tensors and not fields.ordered and not _unset(tensors["weight_g_idx"]):
+        found.append(Oddity("weight_g_idx is there although actorder is not group", "read as it is"))
+    if fields.ordered and "weight_g_idx" not in tensors:
+        found.append(
+            Oddity("weight_g_idx is missing although actorder is group", "its columns are read in natural order")
+        )
+    return found
+
+
+def _weight(codes: Tensor, tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> QuantTensor:
+    """What both bodies have in common: scales, zero points and group index around the codes [N, K]."""
+    N, K = codes.shape
+    scheme = QuantScheme(fields.bits, fields.group_size, "none" if fields.symmetric else "int")
+    G = scheme.num_groups(K)
+    why = (
+        f"N={N}, K={K}, {fields.group_size if isinstance(fields.group_size, str) else f'groups of {fields.group_size}'}"
+    )
+    scales = _spread("weight_scale", tensors["weight_scale"], N, G, fields.group_size)
+    check_float("weight_scale", scales, (N, G), why)
+    check_scales(scales)
+    zeros = _zeros(tensors.get("weight_zero_point"), N, G, fields, dense)
+    if fields.symmetric and zeros is not None:
+        if not bool((zeros == scheme.mid_code).all()):
+            raise CheckpointError("weight_zero_point must be absent or zero, because the config says symmetric")
+        zeros = None
+    if not fields.symmetric and zeros is None:
+        raise CheckpointError("weight_zero_point is missing, although the config says symmetric: false")
+    g_idx = tensors.get("weight_g_idx")
+    g_idx = None if g_idx is None or _unset(g_idx) else g_idx
+    index = group_index_of("weight_g_idx", g_idx, K, scheme)
+    return QuantTensor(codes, scales, zeros, index, scheme)
+
+
+def _zeros(stored: Tensor | None, N: int, G: int, fields: _Fields, dense: bool) -> Tensor | None:
+    if stored is None:
+        return None
+    if stored.dtype != torch.int32:
+        spread = _spread("weight_zero_point", stored, N, G, fields.group_size)
+        expect("weight_zero_point", spread, (torch.int8,), (N, G), "not packed")
+        return _unsigned("weight_zero_point", spread, fields.bits)
+    expect(
+        "weight_zero_point", stored, (torch.int32,), (_words(N, fields.bits, dense), G), f"{fields.bits} bits, N={N}"
+    )
+    return _unpack(stored.T, fields.bits, N, dense).T.contiguous()
+
+
+def _spread(field: str, tensor: Tensor, N: int, G: int, group_size: GroupSize) -> Tensor:
+    """One value for the whole tensor, repeated for every row; anything else as it is."""
+    if group_size != "tensor" or tensor.numel() != 1 or tensor.dim() > 2:
+        return tensor
+    return tensor.reshape(1, 1).expand(N, G).contiguous()
+
+
+def _unset(g_idx: Tensor) -> bool:
+    """A g_idx that was made but never filled: -1 everywhere."""
+    return g_idx.numel() > 0 and not g_idx.is_floating_point() and bool((g_idx == -1).all())
+
+
+def _unsigned(field: str, values: Tensor, bits: int) -> Tensor:
+    """int8 numbers -> codes."""
+    codes: Tensor = values.short() + 2 ** (bits - 1)
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
+        raise CheckpointError(f"{field} must be {-(2 ** (bits - 1))} … {2 ** (bits - 1) - 1} for {bits} bits")
+    return codes.to(torch.uint8)
+
+
+def _dense(packed: Tensor, K: int, bits: int, config: Config) -> bool:
+    """Whether codes straddle words."""
+    dense, padded = _words(K, bits, True), _words(K, bits, False)
+    return packed.shape[-1] == dense if dense != padded else _version(config) >= DENSE_SINCE
+
+
+def _version(config: Config) -> tuple[int, ...]:
+    """The version as numbers; without one, that of today."""
+    parts = str(config.get("version", VERSION)).split(".")[:2]
+    return tuple(int(part) for part in parts) if all(p.isascii() and p.isdecimal() for p in parts) else DENSE_SINCE
+
+
+def _words(count: int, bits: int, dense: bool) -> int:
+    return word_count(count, bits) if dense else -(-count // (32 // bits))
+
+
+def _unpack(words: Tensor, bits: int, count: int, dense: bool) -> Tensor:
+    if dense:
+        return unpack(words, bits, count)
+    codes = [words >> (bits * i) & (2**bits - 1) for i in range(32 // bits)]
+    whole: Tensor = torch.stack(codes, -1).to(torch.uint8).flatten(-2)
+    return whole[..., :count].contiguous()
+
+
+def _fields(module: str, config: Config, body: str) -> _Fields:
+    group = _group_of(module, config)
+    if group.get("format") not in (None, body):
+        raise CheckpointError(f"its config group has the format {group['format']!r:.40}, the checkpoint says {body}")
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"its config group needs weights with num_bits and strategy, got {weights!r:.40}")
+    if weights.get("type", "int") != "int":
+        raise CheckpointError(
+            f"weights must be of type int, got {weights['type']!r:.40}: it holds floating-point codes"
+        )
+    bits = integer(weights, "num_bits")
+    if bits not in BITS:
+        raise CheckpointError(f"num_bits must be 2 … 8, got {bits}")
+    symmetric = boolean(weights, "symmetric")
+    ordered = weights.get("actorder")
+    return _Fields(
+        bits=bits,
+        group_size=_group_size(weights),
+        symmetric=symmetric is not False,
+        ordered=ordered is True or str(ordered).lower() == "group",
+        activations=_activations(group),
+    )
+
+
+def _group_size(weights: Mapping[str, Any]) -> GroupSize:
+    stated = weights.get("group_size") is not None
+    size = group_size_of(weights, "group_size") if stated else None
+    strategy = weights.get("strategy") or ("tensor" if not stated else "channel" if size is None else "group")
+    if strategy in ("channel", "tensor"):
+        return "channel" if strategy == "channel" else "tensor"
+    if strategy != "group":
+        raise CheckpointError(f"the strategy must be group, channel or tensor, got {strategy!r:.40}")
+    if size is None:
+        raise CheckpointError("the strategy is group, but there is no group_size")
+    return size
+
+
+def _activations(group: Mapping[str, Any]) -> str:
+    """What a group says about activations, in words; "" where it leaves them in 16 bits."""
+    args = group.get("input_activations")
+    if args is None:
+        return ""
+    if not isinstance(args, dict):
+        raise CheckpointError(f"input_activations must be an object or null, got {args!r:.40}")
+    when = "quantized per token" if args.get("dynamic") else "with scales of their own in the file"
+    return f"{args.get('num_bits')!r:.10}-bit {args.get('type', 'int')!s:.10} activations, {when}"
+
+
+def _group_of(module: str, config: Config) -> Mapping[str, Any]:
+    """The config group of a module: its name before a pattern before a class name. A config with one group needs no
+    match: names in files and in models may differ."""
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(g, dict) for g in groups.values()):
+        raise CheckpointError(f"quantization_config needs config_groups, got {groups!r:.40}")
+    if any(_matches_name(module, t) for t in _strings(config, "ignore")):
+        raise CheckpointError("quantization_config ignores it, but it has quantized tensors")
+    ranked = [
+        (0 if target == module else 1 if target.startswith("re:") else 2, group)
+        for group in groups.values()
+        for target in _strings(group, "targets")
+        if target == "Linear" or _matches_name(module, target)
+    ]
+    if ranked:
+        best: Mapping[str, Any] = min(ranked, key=lambda pair: pair[0])[1]
+        return best
+    if len(groups) > 1:
+        raise CheckpointError(f"none of the {len(groups)} config_groups targets it")
+    only: Mapping[str, Any] = next(iter(groups.values()))
+    return only
+
+
+def _matches_name(module: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return pattern_of(target, "targets or ignore", "re:").match(module) is not None
+    return target == module
+
+
+def _strings(config: Config, key: str) -> Iterator[str]:
+    values = config.get(key) or []
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise CheckpointError(f"quantization_config needs {key} to be a list of names, got {values!r:.40}")
+    return iter(values)
+
+
+def _own_fields(scheme: QuantScheme, act_order: bool) -> dict[str, Any]:
+    grouped = isinstance(scheme.group_size, int)
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if grouped else scheme.group_size,
+        "group_size": scheme.group_size if grouped else None,
+        "actorder": "group" if act_order and grouped else None,
+        "block_structure": None,
+        "dynamic": False,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _reasons(scheme: QuantScheme) -> list[str]:
+    if scheme.group_size == "tensor" and scheme.zeros == "int":
+        return ["one scale per tensor goes with one zero point, and ours has one a row"]
+    plain = QuantScheme(scheme.bits, "channel", scheme.zeros, scheme.act_bits, scheme.codebook)
+    return integer_scheme_reasons(plain if scheme.group_size == "tensor" else scheme, BITS)
+
+
+def _matches(body: str, config: Config) -> bool:
+    sparsity = config.get("sparsity_config")
+    sparse = isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense"
+    return config.get("quant_method") == METHOD and config.get("format") == body and not sparse
+
+
+PACKED: Format = Format(
+    name="compressed-tensors",
+    required=("weight_packed", "weight_scale", "weight_shape"),
+    optional=("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"),
+    matches=lambda config: _matches(PACK, config),
+    parse=parse_packed,
+    write=write,
+    config_of=config_of,
+    oddities=lambda module, tensors, config: oddities(PACK, module, tensors, config),
+)
+INTEGERS: Format = Format(
+    name="compressed-tensors int-quantized",
+    required=("weight_scale", "weight"),
+    optional=("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"),
+    matches=lambda config: _matches(INT, config),
+    parse=parse_integers,
+    oddities=lambda module, tensors, config: oddities(INT, module, tensors, config),
+)

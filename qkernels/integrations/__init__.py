@@ -1,0 +1,1 @@
+"""Plug-ins for other libraries; each is imported by its own name, because each imports the library it plugs into."""

@@ -1,0 +1,333 @@
+"""transformers: quantize while loading, and read every checkpoint that `qkernels.load` reads, through `from_pretrained`.
+
+from qkernels.integrations.transformers import QKernelsConfig, enable
+
+model = AutoModelForCausalLM.from_pretrained("my-llama/", quantization_config=QKernelsConfig("w4a16_g128"))
+model.save_pretrained("out/")                               # our native format
+model = AutoModelForCausalLM.from_pretrained("out/")        # importing this module is enough for it
+enable()                                                    # from here on also GPTQ, AWQ and compressed-tensors files
+model = AutoModelForCausalLM.from_pretrained("some-gptq-model/")
+
+All of them yield `QuantLinear` modules. `model.hf_quantizer.report` lists what was quantized and, with reasons, every matrix that
+was not. Written for the hooks of transformers 5.23 (`transformers/quantizers/base.py`).
+
+While loading, a quantized module of a checkpoint is a placeholder without parameters: transformers has nothing to allocate or to
+initialize for it. Its weight is read, validated and packed afterwards, one module at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint.loading import _bias, _linear
+from ..errors import ArgumentError, CheckpointError
+from ..formats import Oddity, native
+from ..formats.directory import QuantizedSource, summary
+from ..nn import QuantLinear, set_module
+from ..nn.replace import (
+    Replaced,
+    ReplaceReport,
+    _check_patterns,
+    _choose,
+    _patterns,
+    matches,
+    model_bytes,
+    packed_bytes,
+    tensor_bytes,
+)
+from ..scheme import QuantScheme
+
+log = logging.getLogger(__name__)
+
+FOREIGN: Final = ("gptq", "awq", "compressed-tensors")
+
+
+class QKernelsConfig(QuantizationConfigMixin):
+    """How to quantize while loading, and what a native checkpoint says of itself.
+
+    Args:
+        scheme: a `QuantScheme` or its short form, for every layer that no override matches.
+        include, exclude, overrides: as for `replace_linear`.
+        version, modules, layout, layout_version: of a checkpoint that is quantized already.
+
+    Raises:
+        SchemeError: a scheme cannot be parsed.
+        TypeError: an unknown keyword.
+    """
+
+    def __init__(
+        self,
+        scheme: QuantScheme | str = "w4a16_g128",
+        *,
+        include: Iterable[str] | str | None = None,
+        exclude: Iterable[str] | str = ("lm_head",),
+        overrides: Mapping[str, QuantScheme | str] | None = None,
+        modules: Mapping[str, str] | None = None,
+        version: int = native.VERSION,
+        quant_method: str = native.METHOD,
+        layout: str | None = None,
+        layout_version: int | None = None,
+    ) -> None:
+        self.quant_method = quant_method
+        self.scheme = str(QuantScheme.parse(scheme))
+        self.include, self.exclude = _patterns(include), _patterns(exclude) or ()
+        self.overrides = {pattern: str(QuantScheme.parse(s)) for pattern, s in (overrides or {}).items()}
+        self.version, self.modules = version, dict(modules or {})
+        self.layout, self.layout_version = layout, layout_version
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `quantization_config` of a native checkpoint."""
+        return {
+            "quant_method": self.quant_method,
+            "version": self.version,
+            "scheme": self.scheme,
+            "modules": self.modules,
+        }
+
+
+class CheckpointConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint in a format of somebody else, kept as it is."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)
+        self.quant_method = fields.get("quant_method", "")
+
+
+class QKernelsQuantizer(HfQuantizer):
+    """Puts `QuantLinear` modules into a model that `from_pretrained` loads; see the head of this file."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.report = ReplaceReport()
+        self._schemes: dict[str, QuantScheme] = {}
+        self._quantized: QuantizedSource | None = None
+
+    # --- before weights are loaded: the model is on meta ----------------------------------------------------------------
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        self.report.bytes_before = model_bytes(model)
+        if not self.pre_quantized:
+            self._plan(model)
+            return model
+        if not checkpoint_files:
+            raise CheckpointError("a quantized model is loaded from safetensors files, but there are none")
+        self._quantized = QuantizedSource.open(Path(checkpoint_files[0]).parent)
+        if not self._quantized.modules:
+            raise CheckpointError(f"{self._quantized.source.directory} holds no quantized weights")
+        for module in self._quantized.modules:
+            set_module(model, module, _Pending(_linear(model, module)))
+        ignored = {rf"^{re.escape(module)}\." for module in self._quantized.modules}
+        model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
+        return model
+
+    def _plan(self, model: Any) -> None:
+        """Choose the layers to quantize while they load; everything else goes into the report."""
+        config: Any = self.quantization_config
+        tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
+        chosen = _choose(model, config.include, config.exclude, self.report)
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        _check_patterns([*(config.include or ()), *config.overrides], names)
+        for name, linear in chosen.items():
+            if name in tied:
+                self.report.skipped[name] = "its weight is tied to another module's"
+                continue
+            spelled = next((s for p, s in config.overrides.items() if matches(name, p)), config.scheme)
+            scheme = QuantScheme.parse(spelled)
+            QuantLinear.check_supported(linear, scheme)
+            self._schemes[name] = scheme
+        if not self._schemes:
+            raise ArgumentError(f"there is no layer to quantize:\n{self.report}")
+
+    # --- on the fly: one tensor at a time -------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        module, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and module in self._schemes
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeWeight(self)
+
+    def quantize_weight(self, model: Any, module: str, weight: Tensor) -> None:
+        """Replace a linear layer, whose weight has just been read, by a quantized one; a bias that comes later finds its
+        place."""
+        linear, scheme = _linear(model, module), self._schemes[module]
+        loaded = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        loaded.weight = nn.Parameter(weight, requires_grad=False)
+        layer = QuantLinear.from_linear(loaded, scheme, name=f"{module}.weight")
+        layer.bias = linear.bias
+        layer._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would initialize it
+        set_module(model, module, layer)
+        self.report.replaced[module] = Replaced(scheme, layer.layout, tensor_bytes(weight), packed_bytes(layer))
+
+    # --- after weights are loaded ---------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._quantized is not None:
+            self._unpack(model, self._quantized)
+        missing = [name for name in self._schemes if name not in self.report.replaced]
+        if missing:
+            raise CheckpointError(f"{len(missing)} layers have no weight in the checkpoint, first {missing[0]}")
+        self.report.bytes_after = model_bytes(model)
+        self._describe(model)
+        experts = {name: why for name, why in self.report.skipped.items() if "experts" in why or "Conv1D" in why}
+        for name, why in experts.items():
+            log.warning("not quantized: %s: %s", name, why)
+        log.info("%s", self.report)
+        return model
+
+    def _unpack(self, model: Any, quantized: QuantizedSource) -> None:
+        """Every placeholder becomes a `QuantLinear`, one module in memory at a time."""
+        dtype = model.dtype
+        oddities: list[tuple[str, Oddity]] = []
+        for module in quantized.modules:
+            pending = model.get_submodule(module)
+            weight, found = quantized.parse_with_oddities(module)
+            oddities += [(module, oddity) for oddity in found]
+            bias = _bias(quantized.source, module, pending.linear, weight)
+            layer = QuantLinear.from_quant_tensor(weight, bias, _device_near(model, module), dtype)
+            set_module(model, module, layer)
+            float_bytes = weight.codes.numel() * dtype.itemsize
+            self.report.replaced[module] = Replaced(weight.scheme, layer.layout, float_bytes, packed_bytes(layer))
+        _choose(model, None, (), left := ReplaceReport())
+        self.report.skipped |= {n: why for n, why in left.skipped.items() if why != "already quantized"}
+        for line in summary(oddities):
+            log.warning("%s: %s", quantized.source.directory, line)
+
+    def _describe(self, model: Any) -> None:
+        """Make the model's config say what `save_pretrained` would write."""
+        schemes = {name: layer.scheme for name, layer in _layers(model).items()}
+        if schemes:
+            default = Counter(schemes.values()).most_common(1)[0][0]
+            self.quantization_config = QKernelsConfig(**native.config_of(default, schemes))
+            model.config.quantization_config = self.quantization_config
+
+    # --- saving and what else transformers asks -------------------------------------------------------------------------
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on top of the frozen weights."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model in the native format, whatever it was loaded from."""
+        layers = _layers(model)
+        tensors: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            tensors |= {f"{name}.{suffix}": t for suffix, t in native.write(layer.quant_tensor()).items()}
+            if layer.bias is not None:
+                tensors[f"{name}.bias"] = layer.bias.detach()
+        for name, tensor in model.state_dict().items():
+            if name.rpartition(".")[0] not in layers:
+                tensors[name] = tensor
+        self._describe(model)
+        return tensors, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, layer in _layers(model).items():
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear.weight = nn.Parameter(layer.dequantize(dtype))
+            linear._parameters["bias"] = layer.bias
+            set_module(model, name, linear)
+        return model
+
+
+class _QuantizeWeight(ConversionOps):
+    """Quantizes one weight as it is loaded; leaves nothing for transformers to put into the model."""
+
+    def __init__(self, quantizer: QKernelsQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        model, missing = kwargs["model"], kwargs.get("missing_keys")
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            self.quantizer.quantize_weight(model, name.rpartition(".")[0], weight)
+            if missing is not None:
+                missing.discard(name)
+        return {}
+
+
+class _Pending(nn.Module):
+    """Stands where a quantized module will be; keeps the linear layer, which is on meta, out of sight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._hidden = (linear,)
+        self._is_hf_initialized = True
+
+    @property
+    def linear(self) -> nn.Linear:
+        return self._hidden[0]
+
+
+def enable(methods: Iterable[str] = FOREIGN) -> None:
+    """From here on, `from_pretrained` gives checkpoints of these methods to qkernels instead of the quantizers that come
+    with transformers (which need optimum, gptqmodel or compressed-tensors). Calling it again changes nothing.
+
+    Raises:
+        ArgumentError: a method that is not one of "gptq", "awq", "compressed-tensors".
+    """
+    chosen = _patterns(methods) or ()
+    for method in chosen:
+        if method not in FOREIGN:
+            raise ArgumentError(f"methods must be of {', '.join(FOREIGN)}, got {method!r}")
+    for method in chosen:
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CheckpointConfig
+        AUTO_QUANTIZER_MAPPING[method] = QKernelsQuantizer
+
+
+def register() -> None:
+    """Make `quant_method: qkernels` known to transformers; importing this module does it.
+
+    Raises:
+        ArgumentError: another package has taken the name.
+    """
+    for mapping, own in (
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, QKernelsConfig),
+        (AUTO_QUANTIZER_MAPPING, QKernelsQuantizer),
+    ):
+        taken = mapping.get(native.METHOD)
+        if taken is not None and taken.__module__ != __name__:
+            raise ArgumentError(f'quant_method "{native.METHOD}" is taken by {taken.__module__}.{taken.__name__}')
+        mapping[native.METHOD] = own  # a second import of this module replaces its own classes
+
+
+def _layers(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def _device_near(model: nn.Module, module: str) -> torch.device:
+    """Where the nearest loaded tensor is: a device map places whole layers."""
+    path = module.split(".")
+    for depth in range(len(path) - 1, -1, -1):
+        parent = model.get_submodule(".".join(path[:depth]))
+        for tensor in (*parent.parameters(), *parent.buffers()):
+            if not tensor.is_meta:
+                return tensor.device
+    return torch.device("cpu")
+
+
+register()

@@ -1,0 +1,109 @@
+"""Formats that are only read: whatever their tensors and configs hold, the answer is a weight or a `CheckpointError`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qkernels import inspect
+from qkernels.checkpoint import convert
+from qkernels.errors import CheckpointError, ConversionError
+from qkernels.formats import FORMATS, READ_ONLY
+from qkernels.formats.directory import QuantizedSource
+from qkernels.storage import write_json
+from tests.formats import test_auto_round, test_awq_gemv, test_bitsandbytes, test_compressed_tensors, test_hqq
+from tests.strategies import random_weight
+
+
+class Case(NamedTuple):
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+def cases() -> dict[str, Case]:
+    asym, channel = random_weight("w4a16_g64_asym", 64, 128), random_weight("w8a16_channel", 16, 96)
+    int8 = {"weight": (channel.codes.short() - 128).to(torch.int8)}
+    integers = test_compressed_tensors.config("w8a16_channel") | {"format": "int-quantized"}
+    integers["config_groups"]["group_0"]["format"] = "int-quantized"
+    nf4, fzero = random_weight("nf4_g64", 16, 128, dtype=torch.float32), random_weight("w4a16_g64_fzero", 12, 128)
+    bnb = {"quant_method": "bitsandbytes"}
+    return {
+        "compressed-tensors int-quantized": Case(int8 | {"weight_scale": channel.scales}, integers),
+        "awq gemv": Case(test_awq_gemv.gemv(asym), test_awq_gemv.config(64)),
+        "awq gemv_fast": Case(test_awq_gemv.gemv_fast(asym), test_awq_gemv.config(64, "gemv_fast")),
+        "bitsandbytes 4-bit": Case(test_bitsandbytes.packed(nf4), bnb | {"load_in_4bit": True}),
+        "bitsandbytes int8": Case(int8 | {"SCB": channel.scales[:, 0].float()}, bnb | {"load_in_8bit": True}),
+        "hqq": Case(test_hqq.packed(fzero), {"quant_method": "hqq"}),
+        "auto-round": Case(
+            test_auto_round.stored(asym, "auto_round"), test_auto_round.config("auto_round", group_size=64)
+        ),
+    }
+
+
+CASES = cases()
+JUNK: list[Any] = [None, True, 0, -1, 5, 2**70, 1.5, "", "4", [], [1], {}, {"a": 1}, {"(": {}}, {"m": {"bits": "x"}}]
+OTHERS = [
+    torch.zeros(()), torch.zeros(0), torch.zeros(3), torch.zeros(0, 0), torch.zeros(5, 5).int(), torch.zeros(1, 1, 1),
+    *(torch.zeros(16, 128, dtype=d) for d in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int64)),
+    torch.zeros(16, 128, dtype=torch.float8_e4m3fn),
+]  # fmt: skip
+EACH = pytest.mark.parametrize("name", CASES)
+
+
+def test_every_one_has_a_case() -> None:
+    assert CASES.keys() == READ_ONLY.keys()
+
+
+def sound_or_refused(name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> bool:
+    try:
+        READ_ONLY[name].parse("m", tensors, config)
+        READ_ONLY[name].oddities("m", tensors, config)
+    except CheckpointError:
+        return False
+    return True
+
+
+@EACH
+def test_tensors_of_every_other_dtype_and_shape(name: str) -> None:
+    tensors, config = CASES[name]
+    assert sound_or_refused(name, tensors, config)
+    outcomes = [sound_or_refused(name, tensors | {key: other}, config) for key in tensors for other in OTHERS]
+    assert False in outcomes
+
+
+@EACH
+def test_every_field_of_the_config_replaced_by_junk(name: str) -> None:
+    tensors, config = CASES[name]
+    for field in {*config, "bits", "group_size", "extra_config", "ignore"}:
+        for junk in JUNK:
+            changed = config | {field: junk}
+            if READ_ONLY[name].matches(changed):
+                sound_or_refused(name, tensors, changed)
+
+
+@EACH
+def test_a_whole_checkpoint(name: str, tmp_path: Any) -> None:
+    """Found in a directory beside norms and biases, inspected, and converted without loss."""
+    tensors, config = CASES[name]
+    source = tmp_path / "source"
+    source.mkdir()
+    stored = {f"layers.0.a.{suffix}": t.contiguous() for suffix, t in tensors.items()}
+    save_file(stored | {"norm.weight": torch.ones(8), "layers.0.a.bias": torch.ones(4)}, source / "model.safetensors")
+    write_json(source / "config.json", {"model_type": "llama", "quantization_config": config})
+    found = inspect(source)
+    assert [layer.name for layer in found.layers] == ["layers.0.a"]
+    assert found.format == name
+    assert {tensor.name for tensor in found.unquantized} == {"norm.weight", "layers.0.a.bias"}
+    weight = QuantizedSource.open(source).parse("layers.0.a")
+    convert(source, tmp_path / "native", "native")
+    for target in FORMATS:
+        try:
+            convert(source, tmp_path / target, target, overwrite=True)
+        except ConversionError:
+            continue
+        again = QuantizedSource.open(tmp_path / target).parse("layers.0.a")
+        assert torch.equal(again.dequantize(), weight.dequantize()), target
