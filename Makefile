@@ -21,17 +21,18 @@ else
   READY := $(ENV)/ready-$(TORCH).stamp
 endif
 
-# The demo builds for the GPU that is present; without one the CPU kernels are enough.
-demo: export QKERNELS_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
-
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 EXTENSION := build/extension.stamp
+# The demo builds for the GPU that is present; without one the CPU kernels are enough. A full build serves it too.
+DEMO_EXTENSION := $(if $(wildcard $(EXTENSION)),$(EXTENSION),build/extension-demo.stamp)
+build/extension-demo.stamp: export QKERNELS_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
+
 
 .PHONY: help demo test lint format clean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
 
-demo: $(EXTENSION)
+demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo
 
 test: lint $(EXTENSION)
@@ -61,7 +62,7 @@ build/active.stamp: pyproject.toml
 	mkdir -p build && touch $@
 
 # Rebuilt only when a source changes; ninja compiles what is stale.
-$(EXTENSION): $(READY) $(SOURCES)
+$(EXTENSION) build/extension-demo.stamp: $(READY) $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace
 	mkdir -p build && touch $@
 

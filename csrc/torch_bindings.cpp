@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 
 namespace qkernels {
@@ -17,31 +18,7 @@ using cpu::Type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Byte:
-      return Type::kUInt8;
-    case ScalarType::Float:
-      return Type::kFloat;
-    case ScalarType::Half:
-      return Type::kHalf;
-    case ScalarType::BFloat16:
-      return Type::kBFloat16;
-    default:
-      return Type::kNone;
-  }
-}
-
-bool is_floating(Type type) { return type == Type::kFloat || type == Type::kHalf || type == Type::kBFloat16; }
-
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
-  if (t.dim() != static_cast<int64_t>(shape.size())) return false;
-  int64_t dim = 0;
-  for (const int64_t size : shape) {
-    if (t.size(dim++) != size) return false;
-  }
-  return true;
-}
+Type type_of(const Tensor& t) { return qkernels::type_of<Type>(t); }
 
 void parallel_for(int64_t n, void* context, cpu::Body body) {
   if (n == 1) return body(context, 0, 1);

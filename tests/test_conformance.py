@@ -155,6 +155,12 @@ def integers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def skip_unless_it_runs(kernel: KernelSpec, problem: Problem) -> None:
+    """Kernels of other devices have their own tests (tests/cuda runs them on a CPU)."""
+    if reasons := kernel.reasons(problem):
+        pytest.skip(f"{kernel.name}: {reasons[0]}")
+
+
 @kernels
 @schemes
 @act_orders
@@ -165,8 +171,7 @@ def test_kernel_is_exact_where_bits_are_exact(
     """Integers and power-of-two scales: the only rounding left is that of the output."""
     N, K = 70, 200
     weight = random_weight(scheme, N, K, act_order=act_order, exact=True)
-    if kernel.reasons(Problem(N, K, weight.scheme, dtype)):
-        pytest.skip(f"{kernel.name} lists a reason against {scheme}")
+    skip_unless_it_runs(kernel, Problem(N, K, weight.scheme, dtype))
     op = getattr(torch.ops.qkernels, kernel.op)
     for M in (0, 1, 2, 9, 17):
         x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
@@ -178,6 +183,7 @@ def test_kernel_is_exact_where_bits_are_exact(
 @pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a16_g32_asym"])
 def test_kernel_passes_opcheck(kernel: KernelSpec, scheme: str) -> None:
     weight = random_weight(scheme, 40, 96, act_order=True, exact=True)
+    skip_unless_it_runs(kernel, Problem(40, 96, weight.scheme, torch.float32))
     args = arguments(kernel, weight, integers(3, 96).requires_grad_(), integers(40))
     result = opcheck(getattr(torch.ops.qkernels, kernel.op).default, args)
     assert set(result.values()) == {"SUCCESS"}, result
@@ -186,6 +192,7 @@ def test_kernel_passes_opcheck(kernel: KernelSpec, scheme: str) -> None:
 @kernels
 def test_kernel_compiles_into_one_graph_with_dynamic_tokens(kernel: KernelSpec) -> None:
     weight = random_weight("w4a16_g32_asym", 40, 96, exact=True)
+    skip_unless_it_runs(kernel, Problem(40, 96, weight.scheme, torch.float32))
     op = getattr(torch.ops.qkernels, kernel.op)
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -202,6 +209,7 @@ def test_kernel_compiles_into_one_graph_with_dynamic_tokens(kernel: KernelSpec) 
 def test_a_wrong_weight_is_noticed(kernel: KernelSpec) -> None:
     """Negative control of the exactness test: one code off by one, in one place, must show."""
     weight = random_weight("w4a16_g32", 40, 96, exact=True)
+    skip_unless_it_runs(kernel, Problem(40, 96, weight.scheme, torch.float32))
     wrong = weight.codes.clone()
     wrong[39, 95] ^= 1
     off = QuantTensor(wrong, weight.scales, None, None, weight.scheme)

@@ -44,9 +44,11 @@ class Layout:
     gemv_tokens: int | None = None
 
 
-from . import canonical, cpu_tile_a16  # noqa: E402  (they need Layout)
+from . import canonical, cpu_tile_a16, mma_tile  # noqa: E402  (they need Layout)
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (canonical.LAYOUT, cpu_tile_a16.LAYOUT)}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (canonical.LAYOUT, cpu_tile_a16.LAYOUT, mma_tile.LAYOUT)
+}
 
 
 def get_layout(name: str) -> Layout:

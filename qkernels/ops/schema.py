@@ -168,8 +168,19 @@ def _gradient_of_x(
 def _not_built(op: str, *_: Any) -> Tensor:
     status = native.status()
     raise UnsupportedProblem(
-        f"torch.ops.qkernels.{op} is compiled code, and the extension is not loaded: {status.error}; build it with "
+        f"torch.ops.qkernels.{op} is compiled code, and {_why_not_built(status)}; build it with "
         f'`pip install . --no-build-isolation`, or allow the slow path with on_unsupported="reference"'
+    )
+
+
+def _why_not_built(status: native.NativeStatus) -> str:
+    return "the extension was built without CUDA" if status.loaded else f"the extension is not loaded: {status.error}"
+
+
+def _needs_cuda(op: str, x: Tensor, *_: Any) -> Tensor:
+    raise UnsupportedProblem(
+        f"torch.ops.qkernels.{op} runs on CUDA devices, got tensors on {x.device}: pack the weight for that device "
+        f"(QuantLinear.to does), or move them"
     )
 
 
@@ -196,6 +207,10 @@ def _define_all() -> None:
     if not native.status().isas:
         for op in ("gemm_cpu_tile_a16", "gemv_cpu_tile_a16"):
             LIBRARY.impl(op, partial(_not_built, op), "CPU")
+    for op in ("gemm_mma_tile", "gemv_mma_tile"):
+        LIBRARY.impl(op, partial(_needs_cuda, op), "CPU")
+        if not native.status().cuda:
+            LIBRARY.impl(op, partial(_not_built, op), "CUDA")
 
 
 _define_all()

@@ -242,9 +242,9 @@ def test_unknown_layouts_and_too_many_tokens_are_named() -> None:
     weight = random_weight("w4a16_g32", N, K)
     rest: dict[str, Any] = {"in_features": K, "out_features": N, "scheme": weight.scheme}
     tiles, plain = get_layout("cpu_tile_a16").pack(weight), get_layout("reference").pack(weight)
-    with pytest.raises(ArgumentError, match="layout must be one of reference, cpu_tile_a16, got 'tiles'"):
+    with pytest.raises(ArgumentError, match="layout must be one of reference, cpu_tile_a16, mma_tile, got 'tiles'"):
         ops.gemm("tiles", torch.zeros(1, K), **tiles, **rest)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="gemv takes layout cpu_tile_a16, got 'reference'; call gemm"):
+    with pytest.raises(ArgumentError, match="gemv takes layout cpu_tile_a16 or mma_tile, got 'reference'; call gemm"):
         ops.gemv("reference", torch.zeros(1, K), **plain, **rest)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"gemv_cpu_tile_a16 takes M <= 8 rows of x, got 9; call gemm_cpu_tile_a16"):
         ops.gemv("cpu_tile_a16", torch.zeros(9, K), **tiles, **rest)  # type: ignore[arg-type]

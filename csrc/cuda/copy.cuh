@@ -1,0 +1,53 @@
+// From global to shared memory: codes, scales and zeros of a strip, and x.
+#pragma once
+#include "multiply.cuh"
+
+namespace qkernels::cuda {
+
+// Which groups a step of 64 columns needs, followed from step to step without a division.
+struct GroupWalk {
+  int group, left;  // first group of the step, steps until it ends
+
+  static QK_DEVICE GroupWalk at(const Weight& w, int step) {
+    return {step / w.steps_per_group * w.groups_per_step, w.steps_per_group - step % w.steps_per_group};
+  }
+  QK_DEVICE void advance(const Weight& w) {
+    if (--left == 0) group += w.groups_per_step, left = w.steps_per_group;
+  }
+};
+
+// Asks for scales and zeros of a strip and step, by `threads` threads that count from `thread`.
+QK_DEVICE void copy_groups(const Weight& w, const GroupFormat& f, int strip, int group, uint32_t to, int thread,
+                           int threads, bool valid) {
+  const int64_t first = (static_cast<int64_t>(strip) * w.groups + group) * kStripRows;
+  const uint8_t* scales = w.scales + (valid ? first * size_of(f.scale_type) : 0);
+  const uint8_t* zeros = w.zeros + (valid ? first * size_of(f.zero_type) : 0);
+  for (int i = thread * 16; i < f.scale_bytes; i += threads * 16) cp_async16_or_zero(to + i, scales + i, valid);
+  for (int i = thread * 16; i < f.zero_bytes; i += threads * 16) {
+    cp_async16_or_zero(to + f.scale_bytes + i, zeros + i, valid);
+  }
+}
+
+// Eight columns of row m of x, stored columns k ... k + 7: gathered, zero past K. For x that is_aligned() refuses.
+QK_DEVICE Words4 gather8(const Activations& a, int m, int k) {
+  const uint16_t* row = a.x + m * a.row_stride;
+  uint32_t value[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    value[i] = 0;
+    if (k + i < a.K) {
+      int column = k + i;
+      if (a.k_order != nullptr) {  // comes from a file: a wrong entry must not become a wild read
+        column = static_cast<int>(load_global4(a.k_order + column));
+        column = column < 0 ? 0 : column >= a.K ? a.K - 1 : column;
+      }
+      value[i] = load_global2(row + column * a.column_stride);
+    }
+  }
+  Words4 v;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v.word[i] = value[2 * i] | value[2 * i + 1] << 16;
+  return v;
+}
+
+}  // namespace qkernels::cuda

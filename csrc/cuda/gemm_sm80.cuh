@@ -1,0 +1,123 @@
+// y = x W^T for many tokens, on mma.sync: sm_80 and everything later.
+//
+// A block computes kWarpsN strips (64 rows each) for kWarpsM * 32 tokens; each warp 64 x 32, so that one conversion of
+// a weight fragment (9 instructions in 4 bit) feeds 4 mma, which take the tensor cores of an A100 8 cycles each:
+// conversion hides behind them. 64 x 32 is what two fp32 accumulators of a group's sum and of the total leave room for:
+// about 150 registers.
+//
+//   tokens  strips  warps  shared memory a stage, 4 bit, groups of 64 and more in 16-bit scales
+//   32      4       4      8.5 KB + 4 KB
+//   64      2       4      4.3 KB + 8 KB
+//   128     2       8      4.3 KB + 16 KB
+//
+// The pipeline is the usual one: kStages - 1 steps of 64 columns are on their way, one barrier a step. Codes and groups
+// lie in shared memory as decode has them; x in 128-byte rows with swizzled chunks (multiply.cuh). x must be aligned
+// here; what is not (act-order, odd K, strides) is copied first (stage.cuh).
+#pragma once
+#include "copy.cuh"
+#include "output.cuh"
+
+namespace qkernels::cuda {
+
+constexpr int kWarpTokens = 32;
+constexpr int kWarpTokenTiles = kWarpTokens / 8;
+
+// 4 stages of 21 KB (128 tokens, 4 bit) or 3 of 25 KB (8 bit) stay below the 99 KB that RTX cards allow.
+QK_CONSTEXPR int gemm_stages(int width) { return width == 4 ? 4 : 3; }
+
+struct GemmArguments {
+  Weight weight;
+  GroupFormat format;
+  const uint16_t* x;  // 16-byte aligned rows
+  int64_t x_stride;
+  int x_columns;  // a multiple of 8
+  Output out;
+  int steps_per_split;
+  int strip_bytes;  // of a stage: codes, scales, zeros of one strip
+};
+
+template <class F, int kWarpsN, int kWarpsM, bool kHalfAccumulate>
+__global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm(const GemmArguments p) {
+  QK_SHARED(shared);
+  constexpr int kThreads = kWarpsN * kWarpsM * 32, kTokens = kWarpsM * kWarpTokens, kStages = gemm_stages(F::kWidth);
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
+  // Neighbouring blocks share a strip and differ in tokens: the weight comes from DRAM once, x stays in L2.
+  const int m0 = blockIdx.x * kTokens, strip0 = blockIdx.y * kWarpsN, split = blockIdx.z;
+  const int begin = split * p.steps_per_split;
+  const int end = begin + p.steps_per_split < p.weight.steps ? begin + p.steps_per_split : p.weight.steps;
+
+  // A stage: [strip][codes, scales, zeros], then the x tile, which is aligned to its rows of 128 bytes.
+  const int x_place = (kWarpsN * p.strip_bytes + kTokenBytes - 1) / kTokenBytes * kTokenBytes;
+  const int stage_bytes = x_place + kTokens * kTokenBytes;
+  const uint32_t stages = shared_address(shared);
+
+  GroupWalk walk = GroupWalk::at(p.weight, begin);
+  auto copy_step = [&](int step, int slot) {
+    const uint32_t to = stages + slot * stage_bytes;
+#pragma unroll
+    for (int s = 0; s < kWarpsN; ++s) {
+      const bool valid = strip0 + s < p.weight.strips;
+      const int64_t place = static_cast<int64_t>(valid ? strip0 + s : 0) * p.weight.steps + step;
+      for (int i = thread * 16; i < F::kStepBytes; i += kThreads * 16) {
+        cp_async16_or_zero(to + s * p.strip_bytes + i, p.weight.codes + place * F::kStepBytes + i, valid);
+      }
+      copy_groups(p.weight, p.format, strip0 + s, walk.group, to + s * p.strip_bytes + F::kStepBytes, thread, kThreads,
+                  valid);
+    }
+    walk.advance(p.weight);
+#pragma unroll
+    for (int i = thread; i < kTokens * 8; i += kThreads) {
+      const int token = i >> 3, chunk = i & 7, k = step * kStepColumns + chunk * 8;
+      const bool valid = m0 + token < p.out.M && k < p.x_columns;
+      cp_async16_or_zero(to + x_place + swizzled(token, chunk), p.x + (valid ? (m0 + token) * p.x_stride + k : 0),
+                         valid);
+    }
+  };
+
+  uint32_t token_offset[kWarpTokenTiles];
+#pragma unroll
+  for (int i = 0; i < kWarpTokenTiles; ++i) {
+    token_offset[i] = swizzled(warp_m * kWarpTokens + 8 * i + (lane & 7), lane >> 3);
+  }
+  Totals<kWarpTokenTiles> totals = {};
+
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (begin + i < end) copy_step(begin + i, i);
+    cp_async_commit();
+  }
+  int slot = 0;
+  for (int step = begin; step < end; ++step) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // everybody's copies of this slot are there, and everybody is done with the slot before
+    const int ahead = step + kStages - 1;
+    if (ahead < end) copy_step(ahead, slot == 0 ? kStages - 1 : slot - 1);
+    cp_async_commit();
+    const uint32_t stage = stages + slot * stage_bytes;
+    multiply_step<F, kWarpTokenTiles, kHalfAccumulate>(totals, p.format, stage + warp_n * p.strip_bytes,
+                                                       stage + x_place, token_offset, lane);
+    slot = slot == kStages - 1 ? 0 : slot + 1;
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // the exchange lies over stages that other warps may still read
+
+  const uint32_t exchange = stages + warp * exchange_bytes(8);
+  const int n = (strip0 + warp_n) * kStripRows + 2 * lane;
+#pragma unroll
+  for (int i = 0; i < kWarpTokenTiles; ++i) {
+    store_exchange<kWarpTokenTiles>(totals, i, exchange, 0, lane);
+    __syncwarp();
+#pragma unroll
+    for (int token = 0; token < 8; ++token) {
+      const int m = m0 + warp_m * kWarpTokens + 8 * i + token;
+      const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
+      if (m < p.out.M && n < p.out.N_pad) {
+        store_part<typename F::T>(p.out, split, gridDim.z, m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]));
+      }
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace qkernels::cuda

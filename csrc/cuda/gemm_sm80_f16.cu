@@ -1,0 +1,9 @@
+#include "launch_gemm.cuh"
+
+namespace qkernels::cuda {
+
+cudaError_t launch_gemm_f16(const Call& call, const Config& config, cudaStream_t stream) {
+  return launch_gemm<Half>(call, config, stream);
+}
+
+}  // namespace qkernels::cuda

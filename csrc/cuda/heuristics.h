@@ -1,0 +1,200 @@
+// Which way a problem is run: a pure function of values, so that it can be tested, printed and overruled.
+//
+// Every candidate gets a time from a model: the busiest multiprocessor's bytes at its share of the memory bandwidth,
+// its matrix operations at its share of the matrix rate, the waves and the launches. The numbers of the cards are those
+// of their data sheets; the shares that are reached are guesses. **Nothing here has been measured**:
+// docs/kernel-log.md.
+#pragma once
+#include <cstdio>
+#include <string>
+
+#include "problem.h"
+
+namespace qkernels::cuda {
+
+// What a choice depends on. `sm` is 10 * major + minor.
+struct Problem {
+  int M, N, K;
+  int bits;
+  int group_bytes;  // of scales and zeros, per strip and 64 columns
+  bool half;        // fp16 activations
+  bool aligned;     // x can be read 16 bytes at a time, in order
+  int sm, multiprocessors;
+};
+
+struct Card {
+  double bytes_per_ns;  // memory bandwidth
+  double l2_bytes_per_ns;
+  double macs_per_ns;  // mma.sync with fp32 accumulation
+  double cublas_macs_per_ns;
+  int shared_bytes;  // of a multiprocessor, for all of its blocks; a block may have 1 KB less
+  double launch_ns;  // of one more kernel in a stream
+};
+
+// A100, RTX 3090, RTX 4090, H200, RTX 5090. mma.sync reaches about 62 % of wgmma on Hopper.
+inline Card card(int sm) {
+  if (sm >= 120) return {1790, 6000, 105e3, 105e3, 100 * 1024, 2000};
+  if (sm >= 90) return {4800, 7000, 240e3, 350e3, 228 * 1024, 2000};
+  if (sm == 89) return {1008, 5000, 82e3, 82e3, 100 * 1024, 2000};
+  if (sm == 86) return {936, 3000, 35e3, 35e3, 100 * 1024, 2000};
+  return {2039, 4500, 125e3, 125e3, 164 * 1024, 2000};
+}
+
+constexpr int kMaxDecodeTokens = 32;
+constexpr int kDecodeOnly = 16;          // up to here, gemm is only for what decode cannot hold
+constexpr double kBlockStart_ns = 1500;  // a block's pipeline fills, its sums meet: once per wave
+constexpr double kLatency_ns = 1000;     // of memory under load
+constexpr double kReachedBandwidth = 0.9, kReachedCublas = 0.9;
+// Two warps on a scheduler convert and multiply in turns; one alone waits for itself.
+constexpr double kReachedMatrixRate = 0.8, kReachedByFewWarps = 0.5;
+
+inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Shared memory of a block, which is also what the launchers ask for. `stage`: bytes of one strip in one step.
+inline int decode_warp_bytes(int tokens, int stage) {  // its ring of four, or its totals afterwards
+  const int ring = 4 * stage, totals = tokens * (kStripRows + 4) * 4;
+  return ring > totals ? ring : totals;
+}
+inline int decode_shared_bytes(const Config& c, int M, int stage, int steps) {
+  return divide_up(steps, c.splits) * M * 128 + c.warps_n * c.warps_k * decode_warp_bytes(c.tokens, stage);
+}
+inline int gemm_strips(int tokens) { return tokens == 32 ? 4 : 2; }
+inline int gemm_shared_bytes(const Config& c, int stage, int width) {
+  return (width == 4 ? 4 : 3) * static_cast<int>(round_up(gemm_strips(c.tokens) * stage, 128) + c.tokens * 128);
+}
+
+// The model's time for the fused kernels; 1e30 where the card cannot hold a block.
+inline double fused_ns(const Problem& p, const Config& c) {
+  const Card card = cuda::card(p.sm);
+  const bool decode = c.path == Path::kDecode;
+  const int width = p.bits <= 4 ? 4 : 8, stage = step_bytes(width) + p.group_bytes, sms = p.multiprocessors;
+  const int strips = divide_up(p.N, kStripRows), steps = p.K > 0 ? divide_up(p.K, kStepColumns) : 1;
+  const int shared = decode ? decode_shared_bytes(c, p.M, stage, steps) : gemm_shared_bytes(c, stage, width);
+  if (shared + 1024 > card.shared_bytes) return 1e30;
+
+  // How many blocks, and how many of them a multiprocessor runs at a time: shared memory, and registers (112 a thread
+  // in decode up to 16 tokens, 176 else).
+  const int block_strips = decode ? c.warps_n : gemm_strips(c.tokens), block_steps = divide_up(steps, c.splits);
+  const int64_t blocks = static_cast<int64_t>(divide_up(strips, block_strips)) * divide_up(steps, block_steps) *
+                         (decode ? 1 : divide_up(p.M, c.tokens));
+  const int warps = decode ? c.warps_n * c.warps_k : c.tokens == 128 ? 8 : 4;
+  const int by_registers = 65536 / (32 * warps * (decode && c.tokens <= 16 ? 112 : 176));
+  const int by_shared = card.shared_bytes / (shared + 1024);
+  const int resident = by_shared < by_registers ? by_shared : by_registers;
+  const int64_t busiest = divide_up(blocks, sms);  // blocks of the multiprocessor that has most
+
+  // Its bytes. It may draw twice its share of the bandwidth while others idle, and no more than what is on its way
+  // (three stages of each warp, or of each block) within one latency.
+  const double share = card.bytes_per_ns / sms, codes = static_cast<double>(block_strips) * block_steps * stage;
+  const double x = block_steps * 128.0 * (decode ? p.M : c.tokens);
+  const int64_t at_once = busiest < resident ? busiest : resident;
+  const double on_the_way = at_once * 3.0 * (decode ? warps * stage : block_strips * stage + c.tokens * 128.0);
+  const double rate = on_the_way / kLatency_ns < 2 * share ? on_the_way / kLatency_ns : 2 * share;
+  const double all_ns = static_cast<double>(strips) * steps * stage / (kReachedBandwidth * card.bytes_per_ns);
+  const double memory_ns = decode ? busiest * codes / rate : 0.0;
+  const double l2_ns = busiest * (codes + x) / (card.l2_bytes_per_ns / sms);
+
+  // Its matrix operations. fp16 accumulation is worth twice the rate on GeForce cards, nothing on A100 and H200.
+  const double macs = static_cast<double>(busiest) * block_strips * kStripRows * block_steps * kStepColumns * c.tokens;
+  const bool doubled = c.half_accumulate && p.sm != 80 && p.sm / 10 != 9;
+  const double reached = at_once * warps >= 8 ? kReachedMatrixRate : kReachedByFewWarps;
+  const double matrix_ns = macs / (reached * (doubled ? 2 : 1) * card.macs_per_ns / sms);
+
+  double ns = all_ns > memory_ns ? all_ns : memory_ns;
+  if (l2_ns > ns) ns = l2_ns;
+  if (matrix_ns > ns) ns = matrix_ns;
+  ns += divide_up(busiest, resident) * kBlockStart_ns;
+  if (!decode && !p.aligned) ns += card.launch_ns + 4.0 * p.M * p.K / card.l2_bytes_per_ns;
+  if (c.splits > 1) ns += card.launch_ns + 8.0 * c.splits * p.M * strips * kStripRows / card.l2_bytes_per_ns;
+  return ns;
+}
+
+// The weight is read, written as 16-bit numbers and read again by cuBLAS, which is then as fast as it is.
+inline double dequantize_ns(const Problem& p) {
+  const Card card = cuda::card(p.sm);
+  const double weights = static_cast<double>(p.N) * p.K;
+  const double stage_ns = p.aligned ? 0.0 : card.launch_ns + 4.0 * p.M * p.K / card.l2_bytes_per_ns;
+  return 2 * card.launch_ns + stage_ns +
+         weights * ((p.bits <= 4 ? 0.5 : 1.0) + 2) / (kReachedBandwidth * card.bytes_per_ns) +
+         weights * p.M / (kReachedCublas * card.cublas_macs_per_ns);
+}
+
+inline double predicted_ns(const Problem& p, const Config& c) {
+  return c.path == Path::kDequantize ? dequantize_ns(p) : fused_ns(p, c);
+}
+
+struct Choice {
+  Config config{};
+  double ns = 1e30;
+  void consider(const Problem& p, const Config& c) {
+    const double t = predicted_ns(p, c);
+    if (t < ns) config = c, ns = t;
+  }
+};
+
+// 1, 2, 3, 4, 6, 8, 12, 16, 24 ... 64: how finely K may be split.
+inline int next_splits(int splits) {
+  return splits < 4 ? splits + 1 : splits % 3 == 0 ? splits / 3 * 4 : splits / 2 * 3;
+}
+inline int most_splits(const Problem& p) {
+  return p.K > 64 * kStepColumns ? 64 : p.K > kStepColumns ? divide_up(p.K, kStepColumns) : 1;
+}
+
+inline Choice best_decode(const Problem& p) {
+  Choice best;
+  const int tokens = p.M <= 8 ? 8 : p.M <= 16 ? 16 : 32;
+  for (int warps = 4; warps <= 8; warps *= 2) {
+    for (int warps_n = 1; warps_n <= warps; warps_n *= 2) {
+      for (int splits = 1; splits <= most_splits(p); splits = next_splits(splits)) {
+        best.consider(p, {Path::kDecode, tokens, warps_n, warps / warps_n, splits, false});
+      }
+    }
+  }
+  return best;
+}
+
+inline Choice best_gemm(const Problem& p, bool half_accumulate) {
+  Choice best;
+  const bool half = half_accumulate && p.half && p.bits <= 4;
+  for (int tokens = 128; tokens >= 32; tokens /= 2) {  // of equals the one that reads x least
+    for (int splits = 1; splits <= most_splits(p); splits = next_splits(splits)) {
+      best.consider(p, {Path::kGemm, tokens, 0, 0, splits, half && tokens > 32});
+    }
+  }
+  return best;
+}
+
+// The way with the least predicted time. `half_accumulate`: the caller allows fp16 accumulation. `decode_only`: the op
+// gemv, which gets another path only where decode cannot hold x.
+inline Config choose(const Problem& p, bool half_accumulate = false, bool decode_only = false) {
+  Choice best;
+  if (p.M <= kMaxDecodeTokens) best = best_decode(p);
+  if (best.ns < 1e30 && (decode_only || p.M <= kDecodeOnly)) return best.config;
+  const Choice gemm = best_gemm(p, half_accumulate);
+  if (gemm.ns < best.ns) best = gemm;
+  if (p.M > kMaxDecodeTokens) best.consider(p, {Path::kDequantize, 0, 0, 0, 1, false});
+  return best.config;
+}
+
+inline std::string describe(const Problem& p) {
+  char text[160];
+  std::snprintf(text, sizeof text, "M=%d N=%d K=%d, %d bit, %s, sm%d with %d multiprocessors%s", p.M, p.N, p.K, p.bits,
+                p.half ? "float16" : "bfloat16", p.sm, p.multiprocessors, p.aligned ? "" : ", x is copied or gathered");
+  return text;
+}
+
+inline std::string describe(const Config& c) {
+  char text[160];
+  if (c.path == Path::kDecode) {
+    std::snprintf(text, sizeof text, "decode, %d tokens, %d x %d warps over N x K, %d splits of K", c.tokens, c.warps_n,
+                  c.warps_k, c.splits);
+  } else if (c.path == Path::kGemm) {
+    std::snprintf(text, sizeof text, "gemm_sm80, %d tokens x %d rows a block, %d splits of K%s", c.tokens,
+                  c.tokens == 32 ? 256 : 128, c.splits, c.half_accumulate ? ", fp16 accumulation" : "");
+  } else {
+    std::snprintf(text, sizeof text, "dequantize + mm");
+  }
+  return text;
+}
+
+}  // namespace qkernels::cuda

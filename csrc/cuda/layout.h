@@ -1,0 +1,63 @@
+// The bytes of layout mma_tile, as qkernels/layouts/mma_tile.py packs them: the contract between the packer and every
+// kernel. Plain C++: the tests compile it alone and compare it with the packer.
+//
+//   qweight [strips][K_pad / columns of a tile][4 tiles][32 lanes][16 bytes]     a strip is 64 rows, K_pad % 64 == 0
+//   scales  [strips][G_pad][64]     row 8 j + r of the strip at 8 r + j
+//   zeros   [strips][G_pad][64]     likewise; uint8, or floating
+//
+// A base tile is 16 rows x 64 columns of 4-bit codes or 16 x 32 of 8-bit codes, 512 bytes either way. Lane 4 r + c
+// holds its fragments of the A operand of mma.m16n8k16 for consecutive 16 columns:
+//   a0 a1  row r,     columns 2 c, 2 c + 1        a4 a5  row r,     columns 2 c + 8, 2 c + 9
+//   a2 a3  row r + 8, columns 2 c, 2 c + 1        a6 a7  row r + 8, columns 2 c + 8, 2 c + 9
+//   4 bit, one word for 16 columns:  nibbles a0 a2 a4 a6 a1 a3 a5 a7, lowest first
+//   8 bit, two words for 16 columns: bytes a0 a2 a1 a3 | a4 a6 a5 a7
+// Rows past N have code 0 and scale 0; columns past K have code 0 and meet x = 0, groups past G have scale 0.
+#pragma once
+#include <cstdint>
+
+// A constexpr function that kernels call, too.
+#ifdef __CUDACC__
+#define QK_CONSTEXPR __host__ __device__ constexpr
+#else
+#define QK_CONSTEXPR constexpr
+#endif
+
+namespace qkernels::cuda {
+
+constexpr int kStripRows = 64;
+constexpr int kTileRows = 16;
+constexpr int kTileBytes = 512;
+// The kernels advance by this many columns at a time: one row of tiles in 4 bit, two in 8 bit.
+constexpr int kStepColumns = 64;
+
+// Bytes of a strip's codes for kStepColumns columns: 2 KB or 4 KB, in a row.
+QK_CONSTEXPR int step_bytes(int width) { return kStripRows * kStepColumns * width / 8; }
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Groups that are stored. Short groups fill the last 64 columns, so that every step finds all of its scales.
+constexpr int64_t padded_groups(int64_t K, int64_t group) {
+  const int64_t groups = K <= group ? 1 : (K + group - 1) / group;
+  return groups > 1 && group < kStepColumns ? round_up(K, kStepColumns) / group : groups;
+}
+
+struct CodePlace {
+  int64_t byte;  // in the codes of the row's strip
+  int shift;     // of the code in that byte
+};
+
+// Where the code of row n (0 ... 63 of its strip) and stored column k is.
+constexpr CodePlace code_place(int n, int64_t k, int width) {
+  const int tile = n / 16, high = n / 8 % 2, r = n % 8;
+  const int right = k / 8 % 2, c = k / 2 % 4, odd = k % 2;
+  const int tile_columns = width == 4 ? 64 : 32;
+  const int step = k % tile_columns / 16;
+  const int64_t lane_start = (k / tile_columns * 4 + tile) * kTileBytes + (4 * r + c) * 16;
+  if (width == 4) return {lane_start + 4 * step + 2 * odd + right, 4 * high};
+  return {lane_start + 4 * (2 * step + right) + 2 * odd + high, 0};
+}
+
+// Where row n of a strip is among the 64 scales (zeros) of a group.
+constexpr int group_place(int n) { return n % 8 * 8 + n / 8; }
+
+}  // namespace qkernels::cuda

@@ -1,0 +1,99 @@
+// The launchers of problem.h: a fused product with what may come before (a copy of x) and after it (sums of splits),
+// and the side kernels.
+#include "heuristics.h"
+#include "launchers.h"
+#include "side_kernels.cuh"
+
+namespace qkernels::cuda {
+namespace {
+
+// Enough blocks for every multiprocessor of any card; the kernels loop.
+int side_blocks(int64_t threads) {
+  const int64_t blocks = (threads + kSideThreads - 1) / kSideThreads;
+  return static_cast<int>(blocks < 2048 ? blocks : 2048);
+}
+
+int64_t partial_bytes(const Call& call, const Config& config) {
+  return config.splits > 1 ? int64_t{4} * config.splits * call.out.M * call.out.N_pad : 0;
+}
+
+}  // namespace
+
+int64_t staged_bytes(const Call& call, const Config& config) {
+  if (config.path == Path::kDecode || is_aligned(call.x)) return 0;
+  return int64_t{2} * call.x.M * call.weight.steps * kStepColumns;
+}
+
+int64_t workspace_bytes(const Call& call, const Config& config) {
+  return staged_bytes(call, config) + partial_bytes(call, config);
+}
+
+int stage_x(const Activations& x, int steps, uint16_t* to, void* stream) {
+  const int64_t chunks = int64_t{8} * x.M * steps;
+  if (chunks == 0) return cudaSuccess;
+  return launch(stage, dim3(side_blocks(chunks)), dim3(kSideThreads), 0, static_cast<cudaStream_t>(stream), x, steps,
+                to);
+}
+
+int multiply(const Call& original, const Config& config, void* workspace, void* stream) {
+  Call call = original;
+  uint8_t* free = static_cast<uint8_t*>(workspace);
+  if (const int64_t bytes = staged_bytes(call, config)) {
+    uint16_t* copy = reinterpret_cast<uint16_t*>(free);
+    if (const int error = stage_x(call.x, call.weight.steps, copy, stream)) return error;
+    const int columns = call.weight.steps * kStepColumns;
+    call.x = {copy, call.x.M, columns, columns, 1, nullptr};
+    free += bytes;
+  }
+  call.out.partial = reinterpret_cast<float*>(free);
+
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  const bool half = call.type == Type::kHalf;
+  const cudaError_t error = config.path == Path::kDecode ? launch_decode(call, config, s)
+                            : config.path != Path::kGemm ? cudaErrorInvalidValue
+                            : half                       ? launch_gemm_f16(call, config, s)
+                                                         : launch_gemm_bf16(call, config, s);
+  if (error != cudaSuccess || config.splits == 1) return error;
+  const dim3 grid(side_blocks(int64_t{call.out.M} * call.out.N_pad / 2)), block(kSideThreads);
+  return half ? launch(reduce<Half>, grid, block, 0, s, call.out, config.splits)
+              : launch(reduce<BFloat16>, grid, block, 0, s, call.out, config.splits);
+}
+
+int dequantize(const Weight& weight, int first, int count, int columns, const int32_t* k_order, Type type, void* to,
+               void* stream) {
+  constexpr int kMostStrips = 65535 / kTilesPerStrip;  // of a grid
+  const int steps = divide_up(columns, kStepColumns);
+  for (int done = 0; done < count && steps > 0; done += kMostStrips) {
+    DequantizeArguments p{};
+    const int strips = count - done < kMostStrips ? count - done : kMostStrips;
+    const int row = (first + done) * kStripRows;
+    p.weight = weight, p.first_strip = first + done;
+    p.rows = weight.N - row < strips * kStripRows ? weight.N - row : strips * kStripRows;
+    p.columns = columns, p.k_order = k_order, p.type = type;
+    p.to = static_cast<uint8_t*>(to) + int64_t{done} * kStripRows * columns * size_of(type);
+    const dim3 grid(divide_up(steps, kSideThreads / 32), strips * kTilesPerStrip), block(kSideThreads);
+    const cudaStream_t s = static_cast<cudaStream_t>(stream);
+    const cudaError_t error = weight.width == 4 ? launch(dequantize_tiles<4>, grid, block, 0, s, p)
+                                                : launch(dequantize_tiles<8>, grid, block, 0, s, p);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+#ifndef QKERNELS_HOST
+int current_device(Device* device) {
+  int index = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  }
+  device->sm = 10 * major + minor;
+  return error;
+}
+
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+#endif
+
+}  // namespace qkernels::cuda

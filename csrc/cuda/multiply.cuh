@@ -1,0 +1,228 @@
+// What one warp does with 64 rows of the weight, 64 columns and 8 * kTokenTiles tokens, all in shared memory: the inner
+// part of decode (decode.cuh) and of the large-M kernel (gemm_sm80.cuh).
+//
+// y^T = W x^T: weights are the A operand, so that tokens ride on the n of mma.m16n8k16 in steps of eight and one token
+// costs one n8 tile, not sixteen rows of zeros. Lane 4 r + c holds rows r and r + 8 of each 16-row tile, and tokens 2 c
+// and 2 c + 1 of each n8 tile.
+//
+// Numbers: code - zero is exact (dequantize.cuh), products are summed in fp32 over the columns of one group within the
+// 64, and that sum is multiplied by the group's scale in fp32 and added to the total, by one fused multiply-add. So a
+// scale is never rounded to the type of the activations, and works over the whole range of its own. It costs one FMA
+// per mma and lane (two, in groups of 32; four, in groups of 16), where scaling the fragments would cost four
+// multiplications per fragment and a rounding. Floating zeros: w = (code - mid) scale + rest, and rest times the sum of
+// x over the group is added likewise; that sum is one more mma per n8 tile, of a matrix of ones.
+#pragma once
+#include "dequantize.cuh"
+
+namespace qkernels::cuda {
+
+constexpr int kTilesPerStrip = kStripRows / kTileRows;
+constexpr int kStepsOf16 = kStepColumns / 16;
+constexpr int kTokenBytes = kStepColumns * 2;  // a token's 64 columns in an x tile: one row of 128 bytes
+
+// A family of weights and activations that one kernel instance handles.
+template <class Activation, int kWidth_, bool kShortGroups_>
+struct Format {
+  using T = Activation;
+  static constexpr int kWidth = kWidth_;
+  static constexpr bool kShortGroups = kShortGroups_;  // of 16 or 32 columns
+  static constexpr int kStepBytes = step_bytes(kWidth);
+};
+
+// How scales and zeros lie behind a strip's codes in a stage, and what they mean.
+struct GroupFormat {
+  Type scale_type, zero_type;
+  bool zeros_are_offsets;
+  int mid;
+  int groups_per_step;
+  int scale_bytes, zero_bytes;  // of one strip and step
+};
+
+inline GroupFormat group_format(const Weight& w) {
+  const GroupBytes bytes = group_bytes(w);
+  return {w.scale_type, w.zero_type, w.zeros_are_offsets, w.mid, w.groups_per_step, bytes.scales, bytes.zeros};
+}
+
+// Bytes of a strip's codes, scales and zeros for 64 columns.
+inline int stage_bytes(const Weight& w) {
+  const GroupBytes bytes = group_bytes(w);
+  return step_bytes(w.width) + bytes.scales + bytes.zeros;
+}
+
+// x tiles are swizzled: 16 bytes `chunk` of token t are at chunk ^ (t % 8), so that the eight rows of 128 bytes that
+// one ldmatrix reads meet all 32 banks.
+QK_DEVICE uint32_t swizzled(int token, int chunk) { return token * kTokenBytes + ((chunk ^ (token & 7)) << 4); }
+
+// Two floating values next to each other in shared memory: rows r and r + 8 of a tile.
+QK_DEVICE void load_pair(Type type, uint32_t base, int index, float& low, float& high) {
+  if (type == Type::kFloat) {
+    const Words2 v = load_shared8(base + index * 4);
+    low = bits_to_float(v.word[0]), high = bits_to_float(v.word[1]);
+  } else {
+    const uint32_t v = load_shared4(base + index * 2);
+    if (type == Type::kHalf) {
+      low = f16_to_float(static_cast<uint16_t>(v)), high = f16_to_float(static_cast<uint16_t>(v >> 16));
+    } else {
+      low = bits_to_float(v << 16), high = bits_to_float(v & 0xffff0000u);
+    }
+  }
+}
+
+// Scale, zero and rest of a lane's rows r and r + 8.
+struct RowGroup {
+  float scale, scale8;
+  float rest, rest8;  // only with floating zeros
+  uint32_t zero, zero8;
+};
+
+// `index`: of row r among the values of the step (group_place in layout.h; row r + 8 is next to it).
+QK_DEVICE RowGroup load_group(const GroupFormat& f, uint32_t scales, int index) {
+  RowGroup g;
+  load_pair(f.scale_type, scales, index, g.scale, g.scale8);
+  g.zero = g.zero8 = f.mid;
+  g.rest = g.rest8 = 0.0f;
+  const uint32_t zeros = scales + f.scale_bytes;
+  if (f.zero_type == Type::kUInt8) {
+    const uint32_t pair = load_shared2(zeros + index);
+    g.zero = pair & 0xff, g.zero8 = pair >> 8;
+  } else if (f.zero_type != Type::kNone) {
+    float zero, zero8;
+    load_pair(f.zero_type, zeros, index, zero, zero8);
+    const float mid = static_cast<float>(f.mid);
+    g.rest = f.zeros_are_offsets ? fmaf(mid, g.scale, zero) : (mid - zero) * g.scale;
+    g.rest8 = f.zeros_are_offsets ? fmaf(mid, g.scale8, zero8) : (mid - zero8) * g.scale8;
+  }
+  return g;
+}
+
+QK_DEVICE bool has_rest(const GroupFormat& f) { return f.zero_type != Type::kNone && f.zero_type != Type::kUInt8; }
+
+// Sums of codes times x over the columns of one group, for one 16-row tile: in fp32, or in fp16 at twice the speed on
+// GeForce cards. Over 64 columns |code - zero| |x| must then stay within fp16's 65504 and 11 bits: an opt-in.
+template <class T, int kTokenTiles, bool kHalfAccumulate>
+struct PartialSums {
+  float sum[kTokenTiles][4] = {};
+  QK_DEVICE void add(int tile, const uint32_t (&a)[4], const uint32_t (&b)[2]) { T::mma(sum[tile], a, b); }
+  QK_DEVICE float get(int tile, int i) const { return sum[tile][i]; }
+};
+template <int kTokenTiles>
+struct PartialSums<Half, kTokenTiles, true> {
+  uint32_t sum[kTokenTiles][2] = {};
+  QK_DEVICE void add(int tile, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_f16_accumulate_f16(sum[tile], a, b);
+  }
+  QK_DEVICE float get(int tile, int i) const {
+    return f16_to_float(static_cast<uint16_t>(sum[tile][i / 2] >> (i % 2 * 16)));
+  }
+};
+
+// Per lane: [16-row tile][n8 tile][row r: tokens 2 c, 2 c + 1; row r + 8: the same].
+template <int kTokenTiles>
+using Totals = float[kTilesPerStrip][kTokenTiles][4];
+
+// totals += 64 rows x 64 columns of the weight times x.
+//   codes   shared address of the strip's codes for these columns; its scales and zeros follow
+//   x       shared address of the x tile: for each n8 tile and each lane, `token_offset` is where the row starts that
+//           ldmatrix asks this lane for (token 8 i + lane % 8, or a stand-in where there are fewer tokens)
+template <class F, int kTokenTiles, bool kHalfAccumulate = false>
+QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& format, uint32_t codes, uint32_t x,
+                             const uint32_t (&token_offset)[kTokenTiles], int lane) {
+  using T = typename F::T;
+  constexpr int kWordsOf16 = F::kWidth / 4;  // words of codes per lane for 16 columns
+  const int r = lane >> 2;
+  const uint32_t scales = codes + F::kStepBytes;
+
+  // B operands: ldmatrix x4 brings 32 columns of 8 tokens, four 8 x 8 matrices. Lane l asks for row l % 8 of matrix l /
+  // 8; the swizzle of the row's start is in token_offset, that of the chunk is (chunk ^ token % 8) << 4.
+  uint32_t b[kTokenTiles][kStepsOf16][2];
+#pragma unroll
+  for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t m[4];
+      load_matrix_x4(m, (x + token_offset[i]) ^ (half << 6));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) b[i][2 * half + j / 2][j % 2] = m[j];
+    }
+  }
+
+  const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
+  [[maybe_unused]] float x_sums[kTokenTiles][4] = {};
+  if constexpr (!F::kShortGroups) {
+    if (has_rest(format)) {
+#pragma unroll
+      for (int s = 0; s < kStepsOf16; ++s) {
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) T::mma(x_sums[i], ones, b[i][s]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int tile = 0; tile < kTilesPerStrip; ++tile) {
+    // The lane's 16 bytes: four steps of 16 columns in 4 bit, two in 8 bit, whose other two are a row of tiles further.
+    uint32_t q[kStepsOf16][kWordsOf16];
+#pragma unroll
+    for (int part = 0; part < kWordsOf16; ++part) {
+      const Words4 v = load_shared16(codes + (part * kTilesPerStrip + tile) * kTileBytes + lane * 16);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) q[(4 * part + j) / kWordsOf16][j % kWordsOf16] = v.word[j];
+    }
+
+    if constexpr (!F::kShortGroups) {
+      const RowGroup g = load_group(format, scales, 8 * r + 2 * tile);
+      const Zeros z = Codes<T, F::kWidth>::zeros(g.zero, g.zero8);
+      PartialSums<T, kTokenTiles, kHalfAccumulate> part;
+#pragma unroll
+      for (int s = 0; s < kStepsOf16; ++s) {
+        uint32_t a[4];
+        Codes<T, F::kWidth>::unpack(q[s], z, a);
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) part.add(i, a, b[i][s]);
+      }
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          totals[tile][i][j] = fmaf(part.get(i, j), j < 2 ? g.scale : g.scale8, totals[tile][i][j]);
+        }
+      }
+      if (has_rest(format)) {
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            totals[tile][i][j] = fmaf(x_sums[i][j], j < 2 ? g.rest : g.rest8, totals[tile][i][j]);
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int s = 0; s < kStepsOf16; ++s) {  // groups of 32 are summed in two parts, with the same scale
+        const int group = format.groups_per_step == 4 ? s : s / 2;
+        const RowGroup g = load_group(format, scales, group * kStripRows + 8 * r + 2 * tile);
+        uint32_t a[4];
+        Codes<T, F::kWidth>::unpack(q[s], Codes<T, F::kWidth>::zeros(g.zero, g.zero8), a);
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+          float part[4] = {};
+          T::mma(part, a, b[i][s]);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            totals[tile][i][j] = fmaf(part[j], j < 2 ? g.scale : g.scale8, totals[tile][i][j]);
+          }
+          if (has_rest(format)) {  // the sum of x again for every tile: short groups with floating zeros are rare
+            float x_sum[4] = {};
+            T::mma(x_sum, ones, b[i][s]);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              totals[tile][i][j] = fmaf(x_sum[j], j < 2 ? g.rest : g.rest8, totals[tile][i][j]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace qkernels::cuda

@@ -1,0 +1,61 @@
+// From the lanes' totals to y, or to the workspace where K was split over blocks.
+#pragma once
+#include "multiply.cuh"
+
+namespace qkernels::cuda {
+
+// Lanes hold rows of y^T; memory wants tokens. A warp turns its totals around in shared memory, [token][64 rows] floats
+// with this many floats a token: 2 * 68 = 8 (mod 32), so the four c and eight r of a warp's stores meet 32 different
+// banks.
+constexpr int kExchangeRow = kStripRows + 4;
+QK_CONSTEXPR int exchange_bytes(int tokens) { return tokens * kExchangeRow * 4; }
+
+// Tokens 8 i ... 8 i + 7 of n8 tile i, to token `token` and on of the exchange.
+template <int kTokenTiles>
+QK_DEVICE void store_exchange(const Totals<kTokenTiles>& totals, int i, uint32_t exchange, int token, int lane) {
+  const int r = lane >> 2, c = lane & 3;
+#pragma unroll
+  for (int tile = 0; tile < kTilesPerStrip; ++tile) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = tile * kTileRows + r + (j < 2 ? 0 : 8);
+      store_shared4(exchange + ((token + 2 * c + j % 2) * kExchangeRow + row) * 4, float_to_bits(totals[tile][i][j]));
+    }
+  }
+}
+
+QK_DEVICE float load_bias(const Output& out, int n) {
+  if (out.bias_type == Type::kNone) return 0.0f;
+  if (out.bias_type == Type::kFloat) return bits_to_float(load_global4(out.bias + static_cast<int64_t>(n) * 4));
+  const uint16_t bits = load_global2(out.bias + static_cast<int64_t>(n) * 2);
+  return out.bias_type == Type::kHalf ? f16_to_float(bits) : bf16_to_float(bits);
+}
+
+// y[m, n] and y[m, n + 1], n even: bias is added in fp32, and the sum is rounded once. Four bytes where they are
+// aligned.
+template <class T>
+QK_DEVICE void store_y(const Output& out, int m, int n, float low, float high) {
+  if (n >= out.N) return;
+  uint16_t* to = out.y + static_cast<int64_t>(m) * out.N + n;
+  const bool both = n + 1 < out.N;
+  const uint32_t pair = T::pack(low + load_bias(out, n), both ? high + load_bias(out, n + 1) : 0.0f);
+  if (both && out.N % 2 == 0) {
+    store_global4(to, pair);
+  } else {
+    store_global2(to, static_cast<uint16_t>(pair));
+    if (both) store_global2(to + 1, static_cast<uint16_t>(pair >> 16));
+  }
+}
+
+// The same for one of `splits` parts of K.
+template <class T>
+QK_DEVICE void store_part(const Output& out, int split, int splits, int m, int n, float low, float high) {
+  if (splits == 1) {
+    store_y<T>(out, m, n, low, high);
+  } else {
+    float* to = out.partial + (static_cast<int64_t>(split) * out.M + m) * out.N_pad + n;
+    store_global8(to, {{float_to_bits(low), float_to_bits(high)}});
+  }
+}
+
+}  // namespace qkernels::cuda

@@ -1,0 +1,129 @@
+// The values that a call is made of, and the launchers' C++ interface. No CUDA and no torch in here.
+#pragma once
+#include <cstdint>
+
+#include "layout.h"
+
+namespace qkernels::cuda {
+
+enum class Type : int { kNone, kUInt8, kFloat, kHalf, kBFloat16 };
+
+QK_CONSTEXPR int size_of(Type type) {
+  return type == Type::kNone ? 0 : type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2;
+}
+
+// The weight in layout mma_tile (layout.h), as kernels take it.
+struct Weight {
+  const uint8_t* codes;  // 16-byte aligned, like scales and zeros
+  const uint8_t* scales;
+  const uint8_t* zeros;  // null: symmetric
+  int N, K;
+  int strips;           // of 64 rows
+  int steps;            // of 64 columns
+  int groups;           // stored per strip (G_pad)
+  int groups_per_step;  // 4 or 2 for groups of 16 or 32, else 1
+  int steps_per_group;  // 1 for short groups
+  int width;            // 4 or 8
+  int mid;              // 2^(bits - 1): the zero of a symmetric weight, and what floating zeros are counted from
+  Type scale_type;
+  Type zero_type;          // kUInt8: zero points, subtracted exactly; floating: zero points, or
+  bool zeros_are_offsets;  // offsets, which are added after scaling
+};
+
+// `group` is QuantScheme.group_length(K): with one group it may be any length, else 16, 32 or a multiple of 64.
+inline Weight make_weight(int64_t N, int64_t K, int bits, int64_t group) {
+  Weight w{};
+  w.N = static_cast<int>(N), w.K = static_cast<int>(K);
+  w.strips = static_cast<int>(round_up(N, kStripRows) / kStripRows);
+  w.steps = static_cast<int>(round_up(K, kStepColumns) / kStepColumns);
+  w.groups = static_cast<int>(padded_groups(K, group));
+  const bool one = w.groups == 1;
+  w.groups_per_step = !one && group < kStepColumns ? static_cast<int>(kStepColumns / group) : 1;
+  w.steps_per_group = one                    ? (w.steps > 0 ? w.steps : 1)
+                      : group < kStepColumns ? 1
+                                             : static_cast<int>(group / kStepColumns);
+  w.width = bits <= 4 ? 4 : 8;
+  w.mid = 1 << (bits - 1);
+  return w;
+}
+
+// Bytes of a strip's scales and zeros for 64 columns.
+struct GroupBytes {
+  int scales, zeros;
+};
+inline GroupBytes group_bytes(const Weight& w) {
+  const int values = w.groups_per_step * kStripRows;
+  return {values * size_of(w.scale_type), values * size_of(w.zero_type)};
+}
+
+// x as the caller has it: 16-bit elements, strides in elements, possibly to be read through an order of columns.
+struct Activations {
+  const uint16_t* x;
+  int M, K;
+  int64_t row_stride, column_stride;
+  const int32_t* k_order;  // null, or the column of x that each stored column meets
+};
+
+// Whether 16-byte copies can fetch it: rows aligned, columns in place, and the end of a row at the end of a copy.
+inline bool is_aligned(const Activations& a) {
+  if (a.K == 0) return true;
+  return a.k_order == nullptr && (a.column_stride == 1 || a.K <= 1) && a.row_stride % 8 == 0 && a.K % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
+}
+
+// y = x W^T + bias: [M, N], contiguous, in the type of x. With more than one split of K, each leaves fp32 partial sums
+// [split][M][strips * 64] in `partial`, and a second launch adds them in order.
+struct Output {
+  uint16_t* y;
+  const uint8_t* bias;
+  Type bias_type;  // kNone: no bias
+  int M, N, N_pad;
+  float* partial;
+};
+
+enum class Path : int {
+  kDecode,     // few tokens: weights stream past registers, warps on their own
+  kGemm,       // blocks with a shared pipeline
+  kDequantize  // dequantize slices of the weight, and torch's mm
+};
+
+// How a problem is run: heuristics.h chooses it, the launchers obey it.
+struct Config {
+  Path path;
+  int tokens;            // kDecode: 8, 16 or 32 a block, at least M; kGemm: 32, 64 or 128 a block
+  int warps_n, warps_k;  // kDecode: the warps of a block over strips and over K
+  int splits;            // of K over blocks
+  bool half_accumulate;  // kGemm, 4 bit, fp16: accumulate 64 columns in fp16
+};
+
+// A call of the fused kernels.
+struct Call {
+  Weight weight;
+  Activations x;
+  Output out;
+  Type type;  // of x and y: kHalf or kBFloat16
+};
+
+// Bytes of workspace: the staged copy of x, if the path wants one, then the partial sums.
+int64_t staged_bytes(const Call& call, const Config& config);
+int64_t workspace_bytes(const Call& call, const Config& config);
+
+// All return a cudaError_t (0: success) and enqueue on `stream` only. `workspace`: at least workspace_bytes, 16-byte
+// aligned. `multiply` runs kDecode and kGemm; M, N > 0 (K may be 0).
+int multiply(const Call& call, const Config& config, void* workspace, void* stream);
+// x gathered, padded with zeros: [M, steps * 64] contiguous.
+int stage_x(const Activations& x, int steps, uint16_t* to, void* stream);
+// Rows of the strips first ... first + count - 1, in `type` (any floating one), `columns` each: the stored columns 0
+// ... columns - 1 in their order, or each at k_order[k] if that is given. `to` has the first row of strip `first`.
+int dequantize(const Weight& weight, int first, int count, int columns, const int32_t* k_order, Type type, void* to,
+               void* stream);
+
+// The current device: 10 * major + minor, and its multiprocessors.
+struct Device {
+  int sm, multiprocessors;
+};
+int current_device(Device* device);
+
+const char* error_text(int error);
+
+}  // namespace qkernels::cuda

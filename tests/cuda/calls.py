@@ -1,0 +1,148 @@
+"""Weights and activations to calls of the launchers in csrc/cuda, run on the CPU by `emulator`.
+
+`multiply`, `dequantize` and `stage` are what the op does on a GPU, with the configuration given instead of chosen; outputs
+and workspaces start as NaN, and x lies in a larger tensor of NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qkernels import QuantTensor
+from qkernels.layouts import get_layout
+from tests.cuda import emulator
+from tests.cuda.emulator import Call
+
+UNIT = "mma_tile"
+LAYOUT = get_layout("mma_tile")
+DTYPES = (torch.float16, torch.bfloat16)
+TYPES = {None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}  # enum Type of problem.h
+PATHS = {"decode": 0, "gemm": 1, "dequantize": 2}
+
+
+@dataclass(frozen=True)
+class Config:
+    """`Config` of problem.h."""
+
+    path: str
+    tokens: int
+    warps_n: int = 0
+    warps_k: int = 0
+    splits: int = 1
+    half_accumulate: bool = False
+
+    def integers(self) -> dict[str, int]:
+        return {name: int(value) for name, value in {**asdict(self), "path": PATHS[self.path]}.items()}
+
+
+def decode(M: int, warps_n: int = 4, splits: int = 1) -> Config:
+    """The decode configuration whose tokens fit M best."""
+    return Config("decode", 8 if M <= 8 else 16 if M <= 16 else 32, warps_n, 8 // warps_n, splits)
+
+
+def gemm(tokens: int, splits: int = 1, half_accumulate: bool = False) -> Config:
+    return Config("gemm", tokens, 0, 0, splits, half_accumulate)
+
+
+def padded(x: Tensor) -> tuple[Tensor, int]:
+    """The storage that x is a view of, flat, and x's offset in it."""
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())  # type: ignore[call-overload]
+    return storage, x.storage_offset()
+
+
+def in_room(x: Tensor) -> Tensor:
+    """x as rows of a larger tensor of NaN: 16-byte aligned, so that the kernels copy 16 bytes at a time where K allows."""
+    M, K = x.shape
+    room = torch.full((M + 2, -(-K // 8) * 8 + 16), float("nan"), dtype=x.dtype)
+    view = room[1 : M + 1, 8 : 8 + K]
+    return view.copy_(x)
+
+
+def weight_arguments(weight: QuantTensor) -> tuple[dict[str, Tensor | None], dict[str, int]]:
+    packed = LAYOUT.pack(weight)
+    scales, zeros = packed["scales"], packed["zeros"]
+    assert scales is not None
+    buffers = {"codes": packed["qweight"], "scales": scales, "zeros": zeros, "k_order": packed["k_order"]}
+    integers = {
+        "N": weight.N, "K": weight.K, "bits": weight.scheme.bits, "group": weight.scheme.group_length(weight.K),
+        "scale_type": TYPES[scales.dtype], "zero_type": TYPES[None if zeros is None else zeros.dtype],
+        "zeros_are_offsets": int(weight.scheme.zeros == "offset"),
+    }  # fmt: skip
+    return buffers, integers
+
+
+def x_arguments(x: Tensor) -> tuple[dict[str, Tensor | None], dict[str, int]]:
+    storage, offset = padded(x)
+    return {"x": storage}, {
+        "M": x.shape[0], "K": x.shape[1], "row_stride": x.stride(0), "column_stride": x.stride(1), "x_offset": offset,
+    }  # fmt: skip
+
+
+def multiply_call(weight: QuantTensor, x: Tensor, config: Config, bias: Tensor | None = None) -> Call:
+    """`multiply` with a poisoned y and a poisoned workspace of exactly the size that is asked for."""
+    weight_buffers, weight_integers = weight_arguments(weight)
+    x_buffers, x_integers = x_arguments(x)
+    integers = {
+        **weight_integers, **x_integers, **config.integers(), "type": TYPES[x.dtype],
+        "bias_type": TYPES[None if bias is None else bias.dtype],
+    }  # fmt: skip
+    size = torch.zeros(1, dtype=torch.int64)
+    buffers: dict[str, Tensor | None] = {**weight_buffers, **x_buffers, "bias": bias}
+    emulator.run(UNIT, Call("workspace", {**buffers, "bytes": size}, integers))
+    buffers["workspace"] = torch.full((int(size) // 4,), float("nan"))
+    buffers["y"] = torch.full((x.shape[0], weight.N), float("nan"), dtype=x.dtype)
+    return Call("multiply", buffers, integers)
+
+
+def multiply(
+    weight: QuantTensor,
+    x: Tensor,
+    config: Config,
+    bias: Tensor | None = None,
+    schedule: str = "ascending",
+    seed: int = 1,
+) -> Tensor:
+    """y `[M, N]`."""
+    call = multiply_call(weight, x, config, bias)
+    emulator.run(UNIT, call, schedule, seed)
+    y = call.buffers["y"]
+    assert y is not None
+    return y
+
+
+def dequantize(
+    weight: QuantTensor,
+    dtype: torch.dtype,
+    columns: int,
+    ordered: bool = False,
+    first: int = 0,
+    count: int | None = None,
+) -> Tensor:
+    """Rows of strips first ... first + count - 1, `columns` each; `ordered`: in the order of x."""
+    buffers, integers = weight_arguments(weight)
+    count = -(-weight.N // 64) - first if count is None else count
+    rows = min(weight.N - first * 64, count * 64)
+    to = torch.full((rows, columns), float("nan"), dtype=dtype)
+    if not ordered:
+        buffers["k_order"] = None
+    more = {"first": first, "count": count, "columns": columns, "type": TYPES[dtype]}
+    emulator.run(UNIT, Call("dequantize", {**buffers, "to": to}, {**integers, **more}))
+    return to
+
+
+def stage(weight: QuantTensor, x: Tensor) -> Tensor:
+    """x gathered and padded `[M, K_pad]`."""
+    buffers, integers = weight_arguments(weight)
+    x_buffers, x_integers = x_arguments(x)
+    to = torch.full((x.shape[0], -(-weight.K // 64) * 64), float("nan"), dtype=x.dtype)
+    emulator.run(UNIT, Call("stage", {**buffers, **x_buffers, "to": to}, {**integers, **x_integers}))
+    return to
+
+
+@cache
+def why_not() -> str | None:
+    return emulator.WHY_NOT

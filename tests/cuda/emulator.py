@@ -1,0 +1,235 @@
+"""Runs the CUDA launchers on the CPU: builds csrc/cuda with g++ and -DQKERNELS_HOST, and calls the result.
+
+`load(unit)` is a Python module in this process, for values; `replay(unit, call, "asan")` a program of its own, for what the
+sanitizers see. Builds live in build/cuda_host and are incremental; parallel test workers wait for each other's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .mutants import MUTANTS, write_mutant
+
+ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent
+HOST = HERE / "host"
+CUDA = ROOT / "csrc" / "cuda"
+BUILDS = ROOT / "build" / "cuda_host"
+CXX = shutil.which("g++")
+
+WHY_NOT = (
+    "no g++" if CXX is None else "the fibers are written for x86-64" if platform.machine() != "x86_64" else None
+)  # why nothing here can run, or None
+
+Flavour = Literal["module", "program", "asan", "tsan"]
+SCHEDULES = ("ascending", "descending", "random", "warp_ahead")
+
+FLAGS: dict[Flavour, tuple[str, ...]] = {
+    "module": ("-O2", "-march=native", "-fPIC"),
+    "program": ("-O2", "-march=native"),
+    "asan": ("-O1", "-g1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "tsan": ("-O1", "-g1", "-march=native", "-fsanitize=thread"),
+}
+# -ffp-contract=off: what is to be fused is written as fmaf.
+COMMON = ("-std=c++20", "-DQKERNELS_HOST", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off")
+
+SAMPLE = HERE / "sample" / "launch_sample.cpp"
+SAMPLE_BUGS = (
+    "NO_BARRIER", "EARLY_PREFETCH", "SHORT_WAIT", "NO_ROW_MASK", "DIVERGENT", "BLOCKS_OVERLAP", "NO_SWIZZLE",
+)  # fmt: skip
+
+# Units: what is built together. `sample` is the lab's own kernel.
+SOURCES: dict[str, tuple[Path, ...]] = {
+    "sample": (SAMPLE,),
+    "mma_tile": (*sorted(CUDA.glob("*.cu")), HOST / "launch_mma_tile.cpp"),
+}
+# The bugs that the sample can be asked to contain (-DQK_BUG_...). The kernels have none in their text: for them a bug is a
+# change of one line, made to a copy of csrc/cuda (mutants.py).
+BUGS: dict[str, tuple[str, ...]] = {"sample": SAMPLE_BUGS, "mma_tile": tuple(MUTANTS)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launcher's arguments. Buffers are contiguous, and written in place where the kernel writes."""
+
+    launcher: str
+    buffers: Mapping[str, Tensor | None]
+    integers: Mapping[str, int] = field(default_factory=dict)
+
+    def given(self) -> dict[str, Tensor]:
+        result = {name: buffer for name, buffer in self.buffers.items() if buffer is not None}
+        for name, buffer in result.items():
+            assert buffer.is_contiguous(), f"buffer {name} is not contiguous"
+        return result
+
+
+# ---- building ----
+
+
+def target_of(unit: str, flavour: Flavour, bug: str | None = None) -> str:
+    return f"{flavour}/{unit}{'-' + bug if bug else ''}{'.so' if flavour == 'module' else ''}"
+
+
+def compiled_objects(unit: str, flavour: Flavour, bug: str | None) -> list[tuple[str, Path, Path, str]]:
+    """(object, source, folder of csrc/cuda's headers, macro). With a bug, objects that it does not touch are the healthy ones."""
+    result = []
+    for source in SOURCES[unit]:
+        healthy = (f"{target_of(unit, flavour)}-{source.name}.o", source, CUDA, "")
+        if bug is not None and unit == "sample":
+            result.append((f"{target_of(unit, flavour, bug)}.o", source, CUDA, f"-DQK_BUG_{bug}"))
+        elif bug is not None and MUTANTS[bug].source == source.name:
+            folder = BUILDS / "mutants" / bug
+            result.append((f"{target_of(unit, flavour, bug)}.o", folder / source.name, folder, ""))
+        else:
+            result.append(healthy)
+    return result
+
+
+def ninja_file() -> str:
+    """All that can be built; an object per source, rebuilt when a header changes. Only what a test asks for is."""
+    import pybind11
+
+    python = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -DQK_MODULE_NAME=module"
+    lines = [
+        "rule compile",
+        f"  command = {CXX} {' '.join(COMMON)} -I$headers -I{HOST} $more -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = {CXX} $more $in -o $out -ldl",
+    ]
+    for flavour, options in FLAGS.items():
+        more = "  more = " + " ".join(options)
+        main, shared = f"{flavour}/main.o", " -shared" if flavour == "module" else ""
+        source = HOST / ("module.cpp" if flavour == "module" else "replay.cpp")
+        lines += [f"build {main}: compile {source}", f"  headers = {CUDA}", f"{more} {python if shared else ''}"]
+        known = set()
+        for unit in SOURCES:
+            for bug in [None, *(() if flavour == "module" else BUGS[unit])]:
+                objects = [main]
+                for compiled, source, headers, macro in compiled_objects(unit, flavour, bug):
+                    objects.append(compiled)
+                    if compiled not in known:
+                        known.add(compiled)
+                        lines += [f"build {compiled}: compile {source}", f"  headers = {headers}", f"{more} {macro}"]
+                lines += [f"build {target_of(unit, flavour, bug)}: link {' '.join(objects)}", f"{more}{shared}"]
+    return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def build(unit: str, flavour: Flavour, bug: str | None = None) -> Path:
+    """What was built. Fails the test with the compiler's words where it does not compile."""
+    with locked(BUILDS):
+        (BUILDS / "build.ninja").write_text(ninja_file())
+        if bug in MUTANTS:
+            write_mutant(CUDA, MUTANTS[bug], BUILDS / "mutants" / bug)
+        command = [sys.executable, "-m", "ninja", "-C", str(BUILDS), "-j", "2", target_of(unit, flavour, bug)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return BUILDS / target_of(unit, flavour, bug)
+
+
+@functools.cache
+def load(unit: str) -> ModuleType:
+    """The module: `run(launcher, addresses, integers, schedule, seed)`, `record(...)`, `launchers()`, KernelError."""
+    spec = importlib.util.spec_from_file_location("module", build(unit, "module"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- running ----
+
+
+def run(unit: str, call: Call, schedule: str = "ascending", seed: int = 1) -> None:
+    """Runs the launcher; raises the module's KernelError (a RuntimeError) for what a kernel must not do."""
+    addresses = {name: buffer.data_ptr() for name, buffer in call.given().items()}
+    error = load(unit).run(call.launcher, addresses, dict(call.integers), SCHEDULES.index(schedule), seed)
+    if error:
+        raise RuntimeError(f"{call.launcher} returned error {error}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the entry's mangled name, as in nvcc's PTX, and what the GPU would be told."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    parameters: list[bytes]
+
+
+def record(unit: str, call: Call) -> list[Launch]:
+    """What the launcher would launch. Nothing runs; the parameters hold the addresses of the buffers."""
+    addresses = {name: buffer.data_ptr() for name, buffer in call.given().items()}
+    return [Launch(*launch) for launch in load(unit).record(call.launcher, addresses, dict(call.integers))]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    status: int
+    report: str  # the sanitizer's, or the kernel error
+    buffers: dict[str, Tensor]  # afterwards; empty if it failed
+
+
+def replay(
+    unit: str,
+    call: Call,
+    flavour: Flavour = "program",
+    schedule: str = "ascending",
+    seed: int = 1,
+    bug: str | None = None,
+) -> Replayed:
+    """Runs the launcher in a program of its own, whose buffers end where they should."""
+    given = call.given()
+    head = [
+        f"launcher {call.launcher} {SCHEDULES.index(schedule)} {seed}",
+        *(f"integer {name} {value}" for name, value in call.integers.items()),
+        *(f"buffer {name} {buffer.nbytes}" for name, buffer in given.items()),
+        "data\n",
+    ]
+    program = build(unit, flavour, bug)
+    with TemporaryDirectory() as folder:
+        file, result = Path(folder) / "call", Path(folder) / "result"
+        with file.open("wb") as out:
+            out.write("\n".join(head).encode())
+            for buffer in given.values():
+                out.write(raw(buffer).numpy().tobytes())
+        done = subprocess.run([program, file, result], capture_output=True, text=True, timeout=300, check=False)
+        data = torch.frombuffer(bytearray(result.read_bytes()), dtype=torch.uint8) if done.returncode == 0 else None
+    buffers: dict[str, Tensor] = {}
+    if data is not None:
+        parts = torch.split(data, [buffer.nbytes for buffer in given.values()])
+        buffers = {n: part.clone().view(b.dtype).reshape(b.shape) for (n, b), part in zip(given.items(), parts)}
+    return Replayed(done.returncode, done.stderr, buffers)
+
+
+def raw(buffer: Tensor) -> Tensor:
+    return buffer.reshape(-1).view(torch.uint8)

@@ -1,0 +1,214 @@
+// Runs the blocks of a launch, one after the other, their threads in an order that is chosen to be unkind.
+//
+// A barrier that is missing often does no harm in lockstep. What finds it is a schedule in which one warp is far ahead,
+// and TSan, for which the schedule does not matter.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#include "machine.h"
+
+namespace qkernels::host {
+
+enum class Schedule { kAscending, kDescending, kRandom, kWarpAhead };
+
+struct Settings {
+  Schedule schedule = Schedule::kAscending;
+  uint64_t seed = 1;
+};
+inline Settings settings;
+
+// Not yet written shared memory. As fp16 -22.2, as bf16 -4.3e8: wrong results, without the NaN that may hide in a mask.
+constexpr int kPoison = 0xcd;
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 1) {}
+  unsigned below(unsigned n) {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<unsigned>(state_ >> 33) % n;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+QK_UNSEEN inline void fiber_entry() {
+  asan_arrive(nullptr, &block->stack_bottom, &block->stack_bytes);
+  try {
+    (*block->body)();
+  } catch (const std::exception& e) {
+    if (block->error.empty()) block->error = e.what();
+  }
+  tsan_release(block->end_clock);
+  thread->wait = Thread::Wait::kDone;
+  leave();
+  std::abort();  // a finished fiber was resumed
+}
+
+QK_UNSEEN inline void prepare_threads(const Stacks& stacks) {
+  Block& b = *block;
+  b.alive = static_cast<unsigned>(b.size.count());
+  b.threads.assign(b.alive, {});
+  b.warps.assign((b.alive + kLanes - 1) / kLanes, {});
+  for (unsigned i = 0; i < b.alive; ++i) {
+    Thread& t = b.threads[i];
+    t.index = i;
+    t.id = Dim3(i % b.size.x, i / b.size.x % b.size.y, i / b.size.x / b.size.y);
+    t.stack_bottom = stacks.bottom(i);
+    t.stack_pointer = fresh_stack(stacks.bottom(i), &fiber_entry);
+    t.tsan_fiber = tsan_create();
+    ++b.warps[i / kLanes].alive;
+  }
+}
+
+// Resumes a thread until it waits or ends; returns whether it ended.
+QK_UNSEEN inline bool step(Thread& t) {
+  Block& b = *block;
+  thread = &t;
+  tsan_switch(t.tsan_fiber);
+  asan_leave(&b.asan_fake, t.stack_bottom, kStackBytes);
+  qk_switch_stack(&b.stack_pointer, t.stack_pointer);
+  asan_arrive(b.asan_fake, nullptr, nullptr);
+  if (!b.error.empty()) throw KernelError(b.error);
+  if (t.wait != Thread::Wait::kDone) return false;
+  --b.alive;
+  Warp& w = warp_of(t);
+  --w.alive;
+  if (w.arrived != 0 && w.arrived == w.alive) fail(std::string("lane exited while its warp waits in ") + w.instruction);
+  Barrier& all = b.barriers[0];
+  if (all.arrived != 0 && all.arrived == b.alive) open_barrier(0);  // threads that have exited count as arrived
+  return true;
+}
+
+QK_UNSEEN inline std::string where_threads_wait() {
+  unsigned in_barrier = 0, in_warp = 0;
+  const char* instruction = "";
+  for (const Thread& t : block->threads) {
+    in_barrier += t.wait == Thread::Wait::kBarrier;
+    in_warp += t.wait == Thread::Wait::kWarp;
+    if (t.wait == Thread::Wait::kWarp) instruction = warp_of(t).instruction;
+  }
+  return std::to_string(in_barrier) + " threads wait in a barrier, " + std::to_string(in_warp) +
+         " in a warp instruction " + instruction;
+}
+
+inline bool runnable(const Thread& t) { return t.wait == Thread::Wait::kNothing; }
+
+// Every thread that can run runs once, in the order given; returns how many did.
+QK_UNSEEN inline unsigned step_each(const std::vector<unsigned>& order, unsigned& left) {
+  unsigned ran = 0;
+  for (const unsigned i : order) {
+    Thread& t = block->threads[i];
+    if (!runnable(t)) continue;
+    ++ran;
+    left -= step(t);
+  }
+  return ran;
+}
+
+// One warp, chosen at random among those that can, runs until it has to wait for another.
+QK_UNSEEN inline unsigned step_one_warp(Random& random, unsigned& left) {
+  const auto count = static_cast<unsigned>(block->warps.size());
+  const unsigned chosen = random.below(count);
+  for (unsigned i = 0; i < count; ++i) {
+    const unsigned first = (chosen + i) % count * kLanes;
+    const unsigned end = std::min<unsigned>(first + kLanes, static_cast<unsigned>(block->threads.size()));
+    std::vector<unsigned> lanes(end - first);
+    std::iota(lanes.begin(), lanes.end(), first);
+    unsigned ran = 0;
+    while (const unsigned now = step_each(lanes, left)) ran += now;
+    if (ran != 0) return ran;
+  }
+  return 0;
+}
+
+QK_UNSEEN inline void run_block(const Stacks& stacks, uint64_t number) {
+  Block& b = *block;
+  prepare_threads(stacks);
+  Random random(settings.seed + 1000003 * number);
+  unsigned left = b.alive;
+  std::vector<unsigned> order(left);
+  std::iota(order.begin(), order.end(), 0u);
+  if (settings.schedule == Schedule::kDescending) std::reverse(order.begin(), order.end());
+  while (left != 0) {
+    if (settings.schedule == Schedule::kRandom) {
+      for (auto i = static_cast<unsigned>(order.size()); i > 1; --i) std::swap(order[i - 1], order[random.below(i)]);
+    }
+    const bool ahead = settings.schedule == Schedule::kWarpAhead;
+    const unsigned ran = ahead ? step_one_warp(random, left) : step_each(order, left);
+    if (ran == 0) throw KernelError("deadlock: " + where_threads_wait());
+  }
+}
+
+struct FreeMemory {
+  void operator()(void* p) const { std::free(p); }
+};
+using Shared = std::unique_ptr<unsigned char, FreeMemory>;
+
+// Exactly as large as asked for, so that ASan sees the first byte behind it.
+inline Shared poisoned_shared(size_t bytes) {
+  void* p = nullptr;
+  if (posix_memalign(&p, 128, bytes == 0 ? 1 : bytes) != 0) throw std::bad_alloc();
+  std::memset(p, kPoison, bytes);
+  return Shared(static_cast<unsigned char*>(p));
+}
+
+QK_UNSEEN inline void set_block(Block* b) {
+  block = b;
+  thread = nullptr;
+}
+
+// A thread of TSan's that has ended lends its identity to the next, and then the two cannot race. So all threads of a
+// launch exist until its end, of which TSan can keep about 8000.
+constexpr size_t kMostTsanThreads = 7000;
+
+// A block and the memory that is its own.
+struct Place {
+  Stacks stacks;
+  Block block;
+  Shared shared;
+  explicit Place(unsigned threads) : stacks(threads) {}
+  ~Place() {
+    for (Thread& t : block.threads) tsan_destroy(t.tsan_fiber);
+  }
+};
+
+// Blocks of one launch are not ordered among each other, and TSan is not told otherwise: two blocks that touch the same
+// global memory race. For that no block may reuse memory of another; without TSan one place serves all.
+inline void run_grid(Dim3 grid, Dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+  if (kThreadSanitizer && grid.count() * size.count() > kMostTsanThreads) {
+    throw std::invalid_argument("too many threads for TSan: " + std::to_string(grid.count() * size.count()));
+  }
+  char end_clock;
+  std::vector<std::unique_ptr<Place>> places;
+  for (size_t i = 0; i < grid.count(); ++i) {
+    if (kThreadSanitizer || places.empty()) {
+      places.push_back(std::make_unique<Place>(static_cast<unsigned>(size.count())));
+    }
+    Place& place = *places.back();
+    place.shared = poisoned_shared(shared_bytes);
+    Block& b = place.block = Block();
+    b.id = Dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                static_cast<unsigned>(i / grid.x / grid.y));
+    b.size = size;
+    b.grid = grid;
+    b.shared = place.shared.get();
+    b.shared_bytes = shared_bytes;
+    b.body = &body;
+    b.tsan_fiber = tsan_current();
+    b.end_clock = &end_clock;
+    set_block(&b);
+    struct Leave {
+      ~Leave() { set_block(nullptr); }
+    } leave_at_end;
+    run_block(place.stacks, i);
+  }
+  tsan_acquire(&end_clock);
+}
+
+}  // namespace qkernels::host

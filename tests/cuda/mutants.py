@@ -1,0 +1,47 @@
+"""Bugs that are planted in copies of the kernels, to show that the checks would find them.
+
+A mutant changes one line. The line must be there exactly once, so that no control goes stale unseen when a kernel changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Mutant:
+    source: str  # the .cu file that has to be compiled again
+    header: str
+    healthy: str
+    broken: str
+
+
+DECODE = ("decode.cu", "decode.cuh")
+GEMM = ("gemm_sm80_f16.cu", "gemm_sm80.cuh")
+
+MUTANTS: dict[str, Mutant] = {
+    # Scales are copied by some lanes for all, and slots are reused: without the warp's barrier lanes race.
+    "DECODE_NO_WARP_BARRIER": Mutant(*DECODE, "__syncwarp();  // all lanes' copies of this slot", "// "),
+    "DECODE_SHORT_WAIT": Mutant(*DECODE, "cp_async_wait<kDecodeStages - 2>();", "cp_async_wait<kDecodeStages - 1>();"),
+    "DECODE_NO_WAIT_FOR_X": Mutant(*DECODE, "cp_async_wait<kDecodeStages - 1>();", "cp_async_wait<kDecodeStages>();"),
+    "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of this slot", "// "),
+    "GEMM_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*GEMM, "__syncthreads();  // the exchange lies over stages", "// "),
+    "GEMM_NO_ROW_MASK": Mutant(*GEMM, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
+}
+
+
+def write_mutant(healthy: Path, mutant: Mutant, folder: Path) -> None:
+    """A copy of csrc/cuda with one change. Files that are right already keep their time, so that little is compiled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in healthy.iterdir():
+        if path.suffix not in (".h", ".cuh", ".cu"):
+            continue
+        text = path.read_text()
+        if path.name == mutant.header:
+            count = text.count(mutant.healthy)
+            assert count == 1, f"{path.name} has {mutant.healthy!r} {count} times, so the planted bug is stale"
+            text = text.replace(mutant.healthy, mutant.broken)
+        copy = folder / path.name
+        if not copy.exists() or copy.read_text() != text:
+            copy.write_text(text)

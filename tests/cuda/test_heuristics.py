@@ -1,0 +1,77 @@
+"""The choice of a kernel: every choice can run, says what it is, and follows the crossovers that it claims."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cuda import calls, emulator
+
+pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
+CARDS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KB that one block may have
+cards = pytest.mark.parametrize("sm", CARDS)
+
+
+def choose(M: int, N: int, K: int, sm: int, **more: int) -> tuple[list[int], float, str]:
+    """Config's fields, predicted nanoseconds, both values printed."""
+    config, ns, text = (
+        torch.zeros(6, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.float64),
+        torch.zeros(512, dtype=torch.uint8),
+    )
+    problem = {
+        "M": M, "N": N, "K": K, "bits": 4, "group_bytes": 128, "half": 0, "aligned": 1, "sm": sm, "multiprocessors": CARDS[sm],
+        "half_accumulate": 0, "decode_only": 0, **more,
+    }  # fmt: skip
+    emulator.run(calls.UNIT, emulator.Call("choose", {"config": config, "ns": ns, "text": text}, problem))
+    return config.tolist(), float(ns), bytes(text.tolist()).split(b"\0")[0].decode()
+
+
+def shared_bytes(M: int, K: int, config: list[int], bits: int, group_bytes: int) -> int:
+    path, tokens, warps_n, warps_k, splits, _ = config
+    stage = (2048 if bits <= 4 else 4096) + group_bytes
+    if path == 0:
+        steps = -(-K // 64)
+        return -(-steps // splits) * M * 128 + warps_n * warps_k * max(4 * stage, tokens * 68 * 4)
+    strips = 4 if tokens == 32 else 2
+    return (4 if bits <= 4 else 3) * (-(-strips * stage // 128) * 128 + tokens * 128)
+
+
+@cards
+def test_every_choice_can_run(sm: int) -> None:
+    for M in (1, 8, 9, 16, 17, 32, 33, 100, 128, 1000, 8192):
+        for N, K in ((1, 1), (64, 0), (4096, 4096), (8192, 28672), (500, 200000)):
+            for bits, group_bytes in ((4, 128), (8, 64 * 4 * 8)):
+                config, ns, text = choose(M, N, K, sm, bits=bits, group_bytes=group_bytes)
+                path, tokens, warps_n, warps_k, splits, _ = config
+                assert 0 < ns < 1e12, text
+                if path == 2:
+                    assert M > 32
+                    continue
+                assert shared_bytes(M, K, config, bits, group_bytes) <= SHARED[sm] * 1024, text
+                assert 1 <= splits <= 64
+                assert tokens >= min(M, 32)
+                assert path == 1 or (warps_n * warps_k in (4, 8) and tokens >= M)
+
+
+@cards
+def test_paths_by_tokens(sm: int) -> None:
+    assert choose(1, 8192, 8192, sm)[0][0] == 0
+    assert choose(16, 8192, 8192, sm)[0][0] == 0
+    assert choose(64, 8192, 8192, sm)[0][0] == 1
+    assert choose(8192, 8192, 8192, sm)[0][0] == 2
+    assert choose(32, 8192, 8192, sm, decode_only=1)[0][0] == 0
+
+
+def test_fp16_accumulation_only_where_it_is_allowed() -> None:
+    assert choose(128, 8192, 8192, 89, half=1, half_accumulate=1)[0][5] == 1
+    assert choose(128, 8192, 8192, 89, half=1)[0][5] == 0
+    assert choose(128, 8192, 8192, 89, half_accumulate=1)[0][5] == 0
+    assert choose(128, 8192, 8192, 89, half=1, half_accumulate=1, bits=8)[0][5] == 0
+
+
+def test_values_print_themselves() -> None:
+    text = choose(1, 8192, 8192, 90)[2]
+    assert text.startswith("M=1 N=8192 K=8192, 4 bit, bfloat16, sm90 with 132 multiprocessors: decode, 8 tokens, ")
+    assert choose(4096, 64, 64, 90, aligned=0)[2].count("x is copied or gathered") == 1

@@ -1,0 +1,99 @@
+"""The ops of mma_tile without a GPU: what is registered, shapes on fake CUDA tensors, errors before any launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import qkernels.ops  # noqa: F401  (defines the ops)
+from qkernels.errors import ArgumentError, UnsupportedProblem
+from qkernels.kernels import native
+from qkernels.kernels.catalogue import Problem, list_kernels, select
+from qkernels.scheme import QuantScheme
+from tests.ops.helpers import arguments
+from tests.strategies import random_weight
+
+compiled = pytest.mark.skipif(not native.status().cuda, reason="the extension has no CUDA kernels")
+
+
+def reasons(scheme: str = "w4a16_g128", dtype: torch.dtype = torch.bfloat16, arch: str = "sm90") -> tuple[str, ...]:
+    return dict(list_kernels(Problem(64, 256, QuantScheme.parse(scheme), dtype, arch)).rows)["cuda.mma_tile"]
+
+
+@compiled
+def test_the_catalogue_prefers_it_on_cuda() -> None:
+    for arch in ("sm80", "sm86", "sm89", "sm90", "sm120", "cuda"):
+        assert select(Problem(64, 256, QuantScheme(), torch.bfloat16, arch)).name == "cuda.mma_tile"
+    assert reasons() == ()
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        ({"arch": "sm75"}, "needs compute capability 8.0"),
+        ({"arch": "cpu"}, "runs on CUDA devices"),
+        ({"dtype": torch.float32}, "activations must be bfloat16 or float16"),
+        ({"scheme": "w4a16_g24"}, "neither 16 nor 32 nor a multiple of 64"),
+        ({"scheme": "w4a8_g128"}, "int8 activations"),
+        ({"scheme": "nf4_g64"}, "codebook 'nf4'"),
+    ],
+)
+def test_the_catalogue_says_why_not(problem: dict[str, object], reason: str) -> None:
+    assert any(reason in text for text in reasons(**problem))  # type: ignore[arg-type]
+
+
+@compiled
+def test_kernels_are_registered_for_cuda() -> None:
+    for op in ("gemm_mma_tile", "gemv_mma_tile", "dequantize_mma_tile"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", "CUDA")
+
+
+def test_fake_cuda_tensors_give_shapes() -> None:
+    weight = random_weight("w4a16_g64_asym", 70, 200, act_order=True)
+    args = arguments(weight, torch.zeros(5, 200, dtype=torch.float16), layout="mma_tile")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_cuda = [
+            torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, torch.Tensor) else a for a in args
+        ]
+        y = torch.ops.qkernels.gemm_mma_tile(*on_cuda)
+        assert (list(y.shape), y.dtype, y.device.type, y.is_contiguous()) == ([5, 70], torch.float16, "cuda", True)
+        _, qweight, scales, zeros, order, _, *numbers = on_cuda
+        w = torch.ops.qkernels.dequantize_mma_tile(qweight, scales, zeros, order, 70, 200, *numbers[1:], torch.bfloat16)
+        assert (list(w.shape), w.dtype, w.device.type) == ([70, 200], torch.bfloat16, "cuda")
+        with pytest.raises(ArgumentError, match="qweight must be uint8"):
+            torch.ops.qkernels.gemm_mma_tile(
+                on_cuda[0], torch.empty(1, 8192, dtype=torch.uint8, device="cuda"), *on_cuda[2:]
+            )
+
+
+def test_one_graph_with_dynamic_tokens_traces_on_meta() -> None:
+    """The shape function alone: `torch.export` with a symbolic M on meta tensors."""
+    weight = random_weight("w4a16_g64", 70, 200)
+    args = [
+        a.to("meta") if isinstance(a, torch.Tensor) else a
+        for a in arguments(weight, torch.zeros(5, 200).half(), layout="mma_tile")
+    ]
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.qkernels.gemm_mma_tile(x, *args[1:])
+
+    exported = torch.export.export(
+        Layer(), (args[0],), dynamic_shapes={"x": {0: torch.export.Dim("M", min=2, max=4096)}}
+    )
+    assert "gemm_mma_tile" in exported.graph_module.code
+
+
+def test_cpu_tensors_are_told_where_to_go() -> None:
+    args = arguments(random_weight("w4a16_g64", 70, 200), torch.zeros(5, 200).half(), layout="mma_tile")
+    for op in ("gemm_mma_tile", "gemv_mma_tile"):
+        with pytest.raises(UnsupportedProblem, match="runs on CUDA devices, got tensors on cpu"):
+            getattr(torch.ops.qkernels, op)(*args)
+
+
+def test_dequantize_on_the_cpu_is_the_reference() -> None:
+    weight = random_weight("w4a16_g64_offset", 70, 200, act_order=True)
+    _, qweight, scales, zeros, order, _, N, *rest = arguments(weight, torch.zeros(1, 200), layout="mma_tile")
+    w = torch.ops.qkernels.dequantize_mma_tile(qweight, scales, zeros, order, N, 200, *rest, torch.float16)
+    assert torch.equal(w, weight.dequantize(torch.float16))

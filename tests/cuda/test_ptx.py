@@ -1,0 +1,127 @@
+"""The PTX interpreter itself, on the lab's own kernels: right results, twins that agree, and every planted bug found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .compiled import needs_nvcc
+from .emulator import WHY_NOT, run
+from .interpreted import Interpreted, interpret
+from .ptx.memory import Traffic, count_sectors, count_wavefronts
+from .ptx.program import PtxError, parse
+from .sample.calls import sample_call, wrappers_call
+
+np = pytest.importorskip("numpy", minversion="2.0")
+recorded = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))  # launches come from the host build
+
+
+def sample(bug: str | None = None, M: int = 16, arch: str = "80") -> tuple[bool, Interpreted]:
+    """Whether the result is right, and what was seen on the way."""
+    call, expected = sample_call(M, 256)
+    (seen,) = interpret("sample", call, arch, bug)
+    return torch.equal(call.given()["y"], expected), seen
+
+
+@needs_nvcc
+@recorded
+@pytest.mark.parametrize("arch", ["80", "90a", "120"])
+def test_the_compiled_sample_is_right(arch: str) -> None:
+    right, seen = sample(M=21, arch=arch)
+    assert right
+    assert seen.outcome.races == set()
+    assert seen.launch.grid == (2, 1, 1)
+
+
+@needs_nvcc
+@recorded
+def test_the_host_twins_do_what_the_instructions_do() -> None:
+    """Two implementations of each instruction, one in C++ and one in numpy, on what nvcc made of the same calls."""
+    on_host, as_ptx = wrappers_call(), wrappers_call()
+    run("sample", on_host)
+    interpret("sample", as_ptx)
+    left, right = on_host.given()["out"], as_ptx.given()["out"]
+    written = (left != -1).any(dim=2).any(dim=0)
+    assert int(written.sum()) == 46  # all that wrappers.cuh puts
+    differ = ((left != right).any(dim=2).any(dim=0)).nonzero()[:, 0].tolist()
+    assert differ == []
+
+
+@needs_nvcc
+@recorded
+@pytest.mark.parametrize(
+    ("bug", "right"),
+    [("NO_BARRIER", True), ("EARLY_PREFETCH", True), ("SHORT_WAIT", False)],
+    ids=["no barrier", "early prefetch", "short wait"],
+)
+def test_a_race_is_reported(bug: str, right: bool) -> None:
+    """Warps advance together, so that only the race check finds the first two."""
+    was_right, seen = sample(bug)
+    assert seen.outcome.races
+    assert was_right == right
+
+
+@needs_nvcc
+@recorded
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [("NO_ROW_MASK", "global access out of bounds: thread"), ("DIVERGENT", "divergent barrier: ")],
+)
+def test_what_a_kernel_must_not_do_is_an_error(bug: str, message: str) -> None:
+    with pytest.raises(PtxError, match=message):
+        sample(bug, M=21)
+
+
+@needs_nvcc
+@recorded
+@pytest.mark.parametrize(("bug", "factor"), [(None, 1), ("NO_SWIZZLE", 4)])
+def test_bank_conflicts_are_counted(bug: str | None, factor: int) -> None:
+    """Eight rows of 64 bytes: without the swizzle four of them meet in the same banks."""
+    right, seen = sample(bug)
+    traffic = seen.shared("ldmatrix")
+    assert right
+    assert traffic.requests > 0
+    assert traffic.used == factor * traffic.least
+
+
+def test_wavefronts_of_known_patterns() -> None:
+    everyone, lane = np.ones(32, bool), np.arange(32)
+    for addresses, size, used, least in [
+        (lane * 4, 4, 1, 1),
+        (lane * 128, 4, 32, 1),  # all in bank 0
+        (lane * 0, 4, 1, 1),  # one word for all
+        (lane * 16, 16, 4, 4),
+        (lane * 32, 16, 8, 4),
+    ]:
+        traffic = Traffic()
+        count_wavefronts(traffic, addresses, size, everyone)
+        assert (traffic.requests, traffic.used, traffic.least) == (1, used, least)
+
+
+def test_sectors_of_known_patterns() -> None:
+    everyone, lane = np.ones(32, bool), np.arange(32)
+    for addresses, size, used, least in [(lane * 4, 4, 4, 4), (lane * 32, 4, 32, 4), (lane * 16, 16, 16, 16)]:
+        traffic = Traffic()
+        count_sectors(traffic, addresses, size, everyone)
+        assert (traffic.requests, traffic.used, traffic.least) == (1, used, least)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (".local .align 4 .b8 depot[8];\nret;", "local memory"),
+        ("ld.shared.u32 %r1, [nowhere];\nret;", "operand not understood: nowhere"),
+        (".unknown 1;\nret;", "unknown directive"),
+    ],
+)
+def test_what_is_not_understood_is_an_error(body: str, message: str) -> None:
+    with pytest.raises(PtxError, match=message):
+        parse(f".visible .entry kernel(.param .u64 p) {{\n.reg .b32 %r<3>;\n{body}\n}}", "kernel")
+
+
+def test_an_unknown_instruction_is_an_error_when_it_runs() -> None:
+    from .ptx.interpreter import launch
+
+    program = parse(".entry kernel() {\n.reg .b32 %r<3>;\nvote.sync.any.pred %r1, %r2;\nret;\n}", "kernel")
+    with pytest.raises(PtxError, match="unsupported: vote"):
+        launch(program, (1, 1, 1), (32, 1, 1), 0, [], [])

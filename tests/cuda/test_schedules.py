@@ -1,0 +1,78 @@
+"""The kernels on the emulator, in unkind schedules and under the sanitizers; and what those find when a line is missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .cases import CASES, Case
+from .emulator import SCHEDULES, WHY_NOT, Flavour, replay, run
+
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+DATA_RACE = "WARNING: ThreadSanitizer: data race"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_schedule_gives_the_exact_product(case: Case, schedule: str) -> None:
+    call, expected = case.call()
+    run("mma_tile", call, schedule)
+    torch.testing.assert_close(call.buffers["y"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_sanitizers_have_nothing_to_say(case: Case, flavour: Flavour) -> None:
+    """Buffers end where they should (ASan), and nothing but barriers orders the threads (TSan)."""
+    call, expected = case.call()
+    done = replay("mma_tile", call, flavour, "random" if flavour == "asan" else "ascending")
+    assert done.status == 0, done.report
+    torch.testing.assert_close(done.buffers["y"], expected, rtol=0, atol=0)
+
+
+# ---- negative controls ----
+
+DECODE = Case("w4a16_g64", 3, 64, 512, CASES[0].config)
+GEMM = Case("w4a16_g64_asym", 65, 65, 576, CASES[5].config)
+
+
+def found(case: Case, flavour: Flavour, bug: str, schedule: str = "ascending") -> str:
+    """What a build with the bug has to say: the sanitizer's report, "wrong", or nothing."""
+    call, expected = case.call()
+    done = replay("mma_tile", call, flavour, schedule, bug=bug)
+    if done.status != 0:
+        return done.report
+    return "" if torch.equal(done.buffers["y"], expected) else "wrong"
+
+
+@pytest.mark.parametrize(
+    ("case", "bug"),
+    [
+        (DECODE, "DECODE_NO_WARP_BARRIER"),
+        (GEMM, "GEMM_NO_BARRIER"),
+        (GEMM, "GEMM_NO_BARRIER_BEFORE_EXCHANGE"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_missing_barrier_is_a_race(case: Case, bug: str) -> None:
+    assert DATA_RACE in found(case, "tsan", bug)
+
+
+def test_a_short_wait_reads_poison() -> None:
+    assert found(DECODE, "program", "DECODE_SHORT_WAIT") == "wrong"
+
+
+def test_a_missing_wait_for_x_shows_when_a_warp_runs_ahead() -> None:
+    """In the ascending schedule every warp reaches its next wait, which brings x too, before the first one reads: right by
+    luck. A warp that runs ahead reads what others have not waited for, and the race is there in any order."""
+    assert found(DECODE, "program", "DECODE_NO_WAIT_FOR_X", "warp_ahead") == "wrong"
+    assert DATA_RACE in found(DECODE, "tsan", "DECODE_NO_WAIT_FOR_X")
+
+
+def test_a_missing_mask_is_an_overflow() -> None:
+    assert "heap-buffer-overflow" in found(GEMM, "asan", "GEMM_NO_ROW_MASK")
+
+
+def test_without_a_barrier_a_warp_that_runs_ahead_spoils_the_numbers() -> None:
+    assert found(GEMM, "program", "GEMM_NO_BARRIER", "warp_ahead") == "wrong"
