@@ -86,9 +86,14 @@ def candidates(problem: Problem, device: torch.device, peers: Sequence[Peer] = P
     """Ours first, then the peers, each with the reason why it does not run, if it does not."""
     found = ours(problem, device)
     for peer in peers:
-        prepare = partial(peer.prepare, dtype=problem.dtype, device=device)
-        found.append(Candidate(peer.name, False, prepare, peer.why_not(problem, device)))
+        found.append(
+            Candidate(peer.name, False, _prepared_by(peer, problem.dtype, device), peer.why_not(problem, device))
+        )
     return found
+
+
+def _prepared_by(peer: Peer, dtype: torch.dtype, device: torch.device) -> Callable[[QuantTensor], Prepared]:
+    return lambda weight: peer.prepare(weight, dtype, device)
 
 
 def measure_case(

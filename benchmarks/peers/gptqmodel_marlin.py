@@ -27,7 +27,7 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
         out_features=weight.N, bias=False,
     ).to(device)  # fmt: skip
     with torch.no_grad():
-        for name, tensor in gptq.write(weight).items():
+        for name, tensor in gptq.write(1, weight).items():
             getattr(layer, name).data = tensor.to(device)
     layer.post_init()
     layer.scales.data = layer.scales.data.to(dtype)

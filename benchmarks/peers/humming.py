@@ -27,7 +27,7 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     scheme = weight.scheme
     schema = GPTQWeightSchema(bits=scheme.bits, group_size=scheme.group_size, desc_act=False, sym=scheme.symmetric)
     layer = HummingLayer(shape_n=weight.N, shape_k=weight.K, weight_config=schema, torch_dtype=dtype).to(device)
-    layer.load_from_tensors({name: t.to(device) for name, t in gptq.write(weight).items()})
+    layer.load_from_tensors({name: t.to(device) for name, t in gptq.write(1, weight).items()})
     layer.transform()
 
     def run(buffers: torch.nn.Module, x: Tensor) -> Tensor:

@@ -27,8 +27,13 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     group = weight.scheme.group_length(weight.K)
     layer = nn.Linear(weight.K, weight.N, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.dequantize(dtype).to(device), requires_grad=False)
-    packing = "opaque" if device.type == "cpu" else "tile_packed_to_4d"
-    quantize_(layer, Int4WeightOnlyConfig(group_size=group, int4_packing_format=packing))
+    if device.type == "cpu":  # the CPU's packing lives among the prototypes (torchao 0.18)
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        config = PrototypeInt4WeightOnlyConfig(group_size=group)
+    else:
+        config = Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
+    quantize_(layer, config)
     # An identity matrix reads the weight back: columns of y are rows of W, and products with 1 are exact.
     with torch.no_grad():
         means = layer(torch.eye(weight.K, dtype=dtype, device=device)).T.float().contiguous()
