@@ -80,8 +80,9 @@ def roofline(run: Run, rows: Sequence[Row], title: str, path: Path) -> Path:
         xytext=(0, 3),
         textcoords="offset points",
     )
-    axes.annotate(f"{bandwidth * 1e3:.0f} GB/s", (low * 1.15, low * 1.15 * bandwidth), ha="left", va="bottom", fontsize=9,
-                  xytext=(-2, 8), textcoords="offset points")  # fmt: skip
+    slope = (low * rate / bandwidth) ** 0.5
+    axes.annotate(f"{bandwidth * 1e3:.0f} GB/s", (slope, slope * bandwidth), ha="right", va="bottom", fontsize=9,
+                  xytext=(-6, 2), textcoords="offset points")  # fmt: skip
     for name, (colour, marker) in _candidates(shown).items():
         mine = sorted((row for row in shown if row.candidate == name), key=lambda row: row.M)
         axes.plot([intensity[id(r)] for r in mine], [r.tflops for r in mine], color=colour, marker=marker, markersize=5,

@@ -24,8 +24,8 @@ from qkernels.quantizers import QUANTIZERS
 
 
 def measure(
-    model: Path, text: str, calibration: str, methods: Sequence[str], bits: Sequence[int], seq_len: int, samples: int, out: Path | None,
-    device: torch.device,
+    model: Path, text: str, calibration: str, methods: Sequence[str], bits: Sequence[int], seq_len: int, samples: int,
+    out: Path | None, device: torch.device,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row a method and width, the original first; `out` gets the rows as they come."""
     tokenizer = load_tokenizer(model)
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     rows = measure(
-        args.model, read_text(args.text), read_text(args.calibration), args.methods, args.bits, args.seq_len, args.samples, args.out,
-        torch.device(args.device),
+        args.model, read_text(args.text), read_text(args.calibration), args.methods, args.bits, args.seq_len,
+        args.samples, args.out, torch.device(args.device),
     )  # fmt: skip
     table = [
         [

@@ -15,6 +15,9 @@ from typing import Literal
 
 CONFIDENCE = 0.99  # a table has dozens of rows: at 95 % one in twenty would be off by chance
 SMALLEST_EFFECT = 0.03  # below 3 % code placement and page placement decide, not the kernel (see docs/benchmarking.md)
+# Beyond this the machine is another one: stalls of a crowded machine last milliseconds whatever they hit, so that a short kernel
+# suffers many times more than a long control, and no ratio cancels that (seen: the control 13 times slower, a kernel 98 times).
+MACHINE_MOVED = 0.25
 WIDEST = 0.10  # an interval wider than this to either side says "unclear" instead of "same"
 
 
@@ -108,6 +111,8 @@ def verdict(
     control = median_interval(new_control) / median_interval(old_control)
     beside = _direction(relative)
     moved = f"the control moved by {control.median - 1:+.0%}"
+    if not 1 / (1 + MACHINE_MOVED) < control.median < 1 + MACHINE_MOVED:
+        return Verdict("unclear", change, relative, f"not the machine that it was: {moved}")
     if seen == beside:
         return Verdict(seen, change, relative, moved)
     if beside == "same":

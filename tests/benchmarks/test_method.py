@@ -83,6 +83,16 @@ def test_a_slower_kernel_is_flagged_and_a_slower_machine_is_not() -> None:
     assert all("control moved by +" in v.why for v in machine)
 
 
+def test_a_crowded_machine_is_no_slower_kernel() -> None:
+    """Stalls of 8 ms hit a kernel of 0.2 ms far harder than a control of 1.5 ms: the ratio does not cancel them."""
+    rng = random.Random(3)
+    quiet = [noisy(rng, 15, us) for us in (200, 1500)]
+    crowded = [[t + 8000 * (rng.random() < 0.8) for t in noisy(rng, 15, us)] for us in (200, 1500)]
+    found = verdict(quiet[0], crowded[0], quiet[1], crowded[1])
+    assert found.word == "unclear"
+    assert "not the machine that it was" in found.why
+
+
 def test_without_a_control_the_verdict_says_what_it_cannot_know() -> None:
     found = verdict([100.0] * 9, [130.0] * 9)
     assert found.word == "slower"
