@@ -48,7 +48,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _candidates(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each; ours come first and keep their colour from picture to picture."""
+    """Colour and marker of each; ours come first."""
     names = sorted({row.candidate for row in rows}, key=lambda name: (not name.startswith("qkernels"), name))
     return {name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
 
@@ -122,6 +122,8 @@ def bytes_against_perplexity(rows: Sequence[dict[str, Any]], title: str, path: P
         xs, ys = [row["bytes"] / 2**20 for row in mine], [row["perplexity"] for row in mine]
         axes.plot(xs, ys, color=_COLOURS[i % 7], marker=_MARKERS[i % 7], markersize=6, linewidth=1.1, label=method)
         for row, x, y in zip(mine, xs, ys, strict=True):
+            if y < max(r["perplexity"] for r in rows if r["label"] == row["label"]):
+                continue  # one label a width, at its highest point: the others stand below it
             axes.annotate(str(row["label"]), (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.margins(0.12)
     axes.legend(frameon=False, fontsize=9)

@@ -290,22 +290,39 @@ def test_compare_names_what_differs_and_what_is_gone() -> None:
     assert "new: m l M=2" in shown
 
 
-def test_a_kernel_that_is_really_slower_is_flagged() -> None:
-    """End to end: the same peer-shaped candidate with a sleep in it, measured twice and compared."""
-    import time
+def test_a_slowed_down_kernel_is_flagged_end_to_end() -> None:
+    """Measured twice through `measure_case`, on a clock that only the candidates move, so that a busy machine cannot interfere."""
+    now = [0.0]
+    rng = random.Random(4)
 
-    def run(delay: float) -> Run:
-        def slowed(w: Tensor, x: Tensor) -> Tensor:
-            time.sleep(delay)
+    class Virtual:
+        def prepare(self, calls):  # type: ignore[no-untyped-def]
+            def sample() -> float:
+                begin = now[0]
+                for call in calls:
+                    call()
+                return (now[0] - begin) / len(calls)
+
+            return sample
+
+    def taking(seconds: float):  # type: ignore[no-untyped-def]
+        def run(w: Tensor, x: Tensor) -> Tensor:
+            now[0] += seconds * (1 + 0.05 * rng.expovariate(1))
             return x @ w.T
 
-        prepare = _peer("", slowed).prepare
+        return run
+
+    def run(seconds: float) -> Run:
+        prepare = _peer("", taking(seconds)).prepare
         who = [
-            kernels.Candidate("qkernels slow", True, lambda weight: prepare(weight, torch.bfloat16, CPU)),
-            *[c for c in kernels.candidates(PROBLEM, CPU, [torch_linear.PEER]) if not c.ours],
+            kernels.Candidate("qkernels k", True, lambda weight: prepare(weight, torch.bfloat16, CPU)),
+            *[c for c in kernels.candidates(PROBLEM, CPU, [_peer(CONTROL, taking(7e-4))]) if not c.ours],
         ]
-        case = replace(CASE, tokens=(1,))
-        rows = kernels.measure_case(case, CPU, LIMITS, who, rounds=15, clock=timing.WallClock(1e-3), cache=1 << 16)
+        rows = kernels.measure_case(
+            replace(CASE, tokens=(1,)), CPU, LIMITS, who, rounds=15, clock=Virtual(), cache=1 << 16
+        )
         return Run({}, LIMITS.to_json(), rows)
 
-    assert len(compare(run(1e-3), run(6e-3)).slower) == 1
+    before = run(1e-4)
+    assert len(compare(before, run(1.2e-4)).slower) == 1
+    assert compare(before, run(1e-4)).slower == []
