@@ -291,7 +291,7 @@ def test_compare_names_what_differs_and_what_is_gone() -> None:
 
 
 def test_a_slowed_down_kernel_is_flagged_end_to_end() -> None:
-    """Measured twice through `measure_case`, on a clock that only the candidates move, so that a busy machine cannot interfere."""
+    """Measured twice through `measure_case`, on a clock that only the candidates move: a busy machine cannot interfere."""
     now = [0.0]
     rng = random.Random(4)
 
