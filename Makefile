@@ -1,5 +1,7 @@
 # make demo        quantize the bundled model, compare, plot      (about 5 minutes after installation)
 # make test        lint, types, formats, all tests               (needs no GPU)
+# make bench       the full benchmark set on this machine, and its page  (hours; `qkernels bench` is the quick one)
+# make gpu-check   all checks and measurements that need a GPU, in parts (takes the environment as it is)
 #
 #   TORCH=2.11.0       another torch version than the pinned one
 #   ENV=active         use the Python environment that is active, with the torch it has, instead of a .venv of our own
@@ -28,15 +30,23 @@ DEMO_EXTENSION := $(if $(wildcard $(EXTENSION)),$(EXTENSION),build/extension-dem
 build/extension-demo.stamp: export QKERNELS_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
 
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench gpu-check lint format clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
 
 demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo
 
 test: lint $(EXTENSION)
 	$(PY) -m pytest -n $(JOBS) -q
+
+bench: $(EXTENSION)
+	$(PY) -m benchmarks
+	$(PY) -m benchmarks.report
+
+# No prerequisite on purpose: it takes the environment that is there, builds and downloads nothing.
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_check
 
 lint: $(READY)
 	$(PY) -m ruff check .

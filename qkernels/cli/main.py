@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import QKernelsError
-from . import doctor, evaluate, generate, inspect, pack, quantize
+from . import bench, doctor, evaluate, generate, inspect, pack, quantize
 
-COMMANDS = (quantize, pack, inspect, evaluate, generate, doctor)
+COMMANDS = (quantize, pack, inspect, evaluate, generate, bench, doctor)
 BAD_INPUT, INTERRUPTED = 1, 130
 
 

@@ -1,0 +1,145 @@
+"""A Llama-shaped decoder in plain PyTorch with random weights, built on the device without a checkpoint.
+
+Only what costs time and memory is here: RMSNorm, rotary embedding, grouped-query attention over a static cache, SwiGLU. Its
+linear layers are `nn.Linear` or `QuantLinear`. The step that decodes one token has fixed shapes and reads nothing on the host, so
+that it can be compiled and captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
+
+from qkernels.nn import QuantLinear
+from qkernels.scheme import QuantScheme
+from qkernels.tensor import QuantTensor
+
+from .shapes import GEOMETRIES, Geometry
+
+SIZES: dict[str, Geometry] = {
+    "tiny": Geometry("tiny", 256, 768, 4, 8, 4, 32, 2048),
+    "small": Geometry("small", 1024, 2816, 8, 16, 8, 64, 32000),
+    "1b": Geometry("llama-3.2-1b", 2048, 8192, 16, 32, 8, 64, 128256),
+    "8b": GEOMETRIES["llama-3-8b"],
+    "70b": GEOMETRIES["llama-3-70b"],
+}
+
+
+def random_linear(N: int, K: int, scheme: QuantScheme | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A layer of random weights of about 1 / sqrt(K); quantized ones are made of random codes, never of a float weight."""
+    if scheme is None:
+        layer = nn.Linear(K, N, bias=False, device="meta", dtype=dtype)
+        layer.weight = nn.Parameter(
+            torch.empty(N, K, device=device, dtype=dtype).normal_(0, K**-0.5), requires_grad=False
+        )
+        return layer
+    codes = torch.randint(0, scheme.max_code + 1, (N, K), dtype=torch.uint8, device=device)
+    shape = (N, 1 if scheme.group_size in ("channel", "tensor") else scheme.num_groups(K))
+    scales = torch.full(shape, 2.0 / scheme.max_code * K**-0.5, dtype=dtype, device=device)
+    return QuantLinear.from_quant_tensor(QuantTensor(codes, scales, None, None, scheme), dtype=dtype)
+
+
+class Block(nn.Module):
+    """One decoder layer with its part of the cache, `[1, kv_heads, positions, head_dim]` each."""
+
+    def __init__(
+        self, g: Geometry, scheme: QuantScheme | None, positions: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.g = g
+        self.qkv = random_linear((g.heads + 2 * g.kv_heads) * g.head_dim, g.hidden, scheme, dtype, device)
+        self.o = random_linear(g.hidden, g.heads * g.head_dim, scheme, dtype, device)
+        self.gate_up = random_linear(2 * g.intermediate, g.hidden, scheme, dtype, device)
+        self.down = random_linear(g.hidden, g.intermediate, scheme, dtype, device)
+        for name in ("norm1", "norm2"):
+            self.register_buffer(name, torch.ones(g.hidden, dtype=dtype, device=device))
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(1, g.kv_heads, positions, g.head_dim, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor, at: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """x `[1, T, hidden]`, at `[T]` positions, turn (cos, sin) `[T, head_dim]`, mask `[T, positions]`."""
+        g, T = self.g, x.shape[1]
+        qkv = self.qkv(rms_norm(x, (g.hidden,), self.norm1, 1e-5)).view(1, T, -1, g.head_dim).transpose(1, 2)
+        q, k, v = qkv.split([g.heads, g.kv_heads, g.kv_heads], dim=1)
+        self.keys.index_copy_(2, at, _turned(k, *turn))
+        self.values.index_copy_(2, at, v)
+        y = scaled_dot_product_attention(_turned(q, *turn), self.keys, self.values, attn_mask=mask, enable_gqa=True)
+        x = x + self.o(y.transpose(1, 2).reshape(1, T, -1))
+        gate, up = self.gate_up(rms_norm(x, (g.hidden,), self.norm2, 1e-5)).chunk(2, -1)
+        down: Tensor = self.down(silu(gate) * up)
+        return x + down
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class Llama(nn.Module):
+    """The whole decoder; `scheme` None leaves its linear layers in `dtype`. Embedding and head are never quantized."""
+
+    def __init__(
+        self, g: Geometry, scheme: QuantScheme | None, positions: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.g = g
+        self.register_buffer("table", torch.empty(g.vocabulary, g.hidden, dtype=dtype, device=device).normal_())
+        self.blocks = nn.ModuleList(Block(g, scheme, positions, dtype, device) for _ in range(g.layers))
+        self.register_buffer("norm", torch.ones(g.hidden, dtype=dtype, device=device))
+        self.head = random_linear(g.vocabulary, g.hidden, None, dtype, device)
+        half = torch.arange(0, g.head_dim, 2, device=device) / g.head_dim
+        angles = torch.outer(torch.arange(positions, device=device), 500000.0**-half).repeat(1, 2)
+        self.register_buffer("cos", angles.cos().to(dtype))
+        self.register_buffer("sin", angles.sin().to(dtype))
+        self.register_buffer("positions", torch.arange(positions, device=device))
+
+    def forward(self, tokens: Tensor, at: Tensor) -> Tensor:
+        """Logits `[1, vocabulary]` of the token after the last of `tokens` `[1, T]`, which stand at positions `at` `[T]`."""
+        x = embedding(tokens, self.table)
+        mask = self.positions[None, :] <= at[:, None]
+        turn = (self.cos[at], self.sin[at])
+        for block in self.blocks:
+            x = block(x, at, turn, mask)
+        y: Tensor = self.head(rms_norm(x[:, -1], (self.g.hidden,), self.norm, 1e-5))
+        return y
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by purpose, computed from the geometry alone."""
+
+    linears: int
+    embeddings: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.linears + self.embeddings + self.cache + self.activations
+
+
+def predicted_memory(g: Geometry, scheme: QuantScheme | None, positions: int, prompt: int, itemsize: int = 2) -> Memory:
+    """What the model should take, before it is built.
+
+    Linear layers: codes at the width that the kernels store (4 or 8 bits) and scales; embedding table and head in the
+    activations' dtype; keys and values for every position; and, while a prompt goes through the widest layer, x, gate and up,
+    their product,
+    the mask and one expanded copy of it.
+    """
+    shapes = (
+        ((g.heads + 2 * g.kv_heads) * g.head_dim, g.hidden), (g.hidden, g.heads * g.head_dim),
+        (2 * g.intermediate, g.hidden), (g.hidden, g.intermediate),
+    )  # fmt: skip
+    linears = 0
+    for N, K in shapes:
+        if scheme is None:
+            linears += N * K * itemsize
+        else:
+            width = 4 if scheme.bits <= 4 else 8
+            linears += N * K * width // 8 + N * scheme.num_groups(K) * itemsize
+    cache = 2 * g.layers * positions * g.kv_heads * g.head_dim * itemsize
+    activations = prompt * (2 * g.hidden + 4 * g.intermediate) * itemsize + prompt * positions * (1 + itemsize)
+    return Memory(g.layers * linears, 2 * g.vocabulary * g.hidden * itemsize, cache, activations)

@@ -1,0 +1,81 @@
+"""`qkernels bench`: the quick set of the benchmark suite, which lives beside the package in the source tree."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError
+from .common import Subparsers, command_parser, positive
+
+
+def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
+    parser = command_parser(
+        commands,
+        "bench",
+        "time the kernels beside their peers, in under a minute",
+        "  qkernels bench\n"
+        "  qkernels bench --json > before.json\n"
+        "  qkernels bench --compare before.json      exit code 3 if a kernel became slower\n"
+        "  qkernels bench --device cuda:0 --csv",
+        "Time one layer of Llama-3-8B in 4 and 8 bits beside every peer that is installed. Outputs are compared first; "
+        "weights are cold; roofs are measured in the same run. The full set is `make bench`. Needs the source tree.",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print everything, with all samples, as JSON")
+    form.add_argument("--csv", action="store_true", help="print one line a row")
+    parser.add_argument("--compare", metavar="OLD.json", help="print verdicts against an earlier run instead of times")
+    parser.add_argument("--save", metavar="FILE", help="also write the JSON there")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+    parser.add_argument("--seconds", type=positive, default=30, help="about how long to sample (default: 30)")
+    return parser
+
+
+def suite(module: str) -> Any:
+    """A module of the benchmark suite, from the source tree that this package or the working directory belongs to.
+
+    Raises:
+        ArgumentError: there is no such tree.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for root in (package.parent, Path.cwd()):
+        if (root / "benchmarks" / "peers" / "torch_linear.py").exists():
+            if str(root) not in sys.path:
+                sys.path.insert(0, str(root))
+            return importlib.import_module(f"benchmarks.{module}")
+    raise ArgumentError(
+        f"the benchmark suite is part of the source tree, not of the installed package: no benchmarks/ beside {package} or in "
+        f"{Path.cwd()}; run this in a clone of the repository"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    results = suite("results")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"device must be there, got {args.device}: this torch sees no GPU (see qkernels doctor)")
+    old = results.read(args.compare) if args.compare else None  # before a minute is spent
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    measured = suite("quick").quick(device, float(args.seconds))
+    if args.save:
+        results.write(measured, Path(args.save))
+    if old is not None:
+        comparison = suite("comparison")
+        found = comparison.compare(old, measured)
+        print(comparison.to_markdown(found))
+        return 3 if found.slower else 0
+    print(
+        results.to_json(measured)
+        if args.json
+        else results.to_csv(measured.rows)
+        if args.csv
+        else results.to_markdown(measured)
+    )
+    return 0
