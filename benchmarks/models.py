@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qkernels.cli.common import markdown_table
+from qkernels.markdown import table as markdown_table
 from qkernels.scheme import QuantScheme
 
 from . import environment

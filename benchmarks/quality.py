@@ -19,7 +19,8 @@ import torch
 from qkernels import evaluate
 from qkernels.calibrate import quantize
 from qkernels.checkpoint import load
-from qkernels.cli.common import load_tokenizer, markdown_table, read_text, token_ids
+from qkernels.cli.common import load_tokenizer, read_text, token_ids
+from qkernels.markdown import table as markdown_table
 from qkernels.quantizers import QUANTIZERS
 
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from qkernels.cli.common import markdown_table
 from qkernels.errors import ArgumentError
+from qkernels.markdown import table as markdown_table
 
 FORMAT = 1
 
