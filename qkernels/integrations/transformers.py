@@ -39,9 +39,9 @@ from ..nn import QuantLinear, set_module
 from ..nn.replace import (
     Replaced,
     ReplaceReport,
-    _check_patterns,
-    _choose,
-    _patterns,
+    as_patterns,
+    check_patterns,
+    choose_layers,
     matches,
     model_bytes,
     packed_bytes,
@@ -82,7 +82,7 @@ class QKernelsConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = quant_method
         self.scheme = str(QuantScheme.parse(scheme))
-        self.include, self.exclude = _patterns(include), _patterns(exclude) or ()
+        self.include, self.exclude = as_patterns(include), as_patterns(exclude) or ()
         self.overrides = {pattern: str(QuantScheme.parse(s)) for pattern, s in (overrides or {}).items()}
         self.version, self.modules = version, dict(modules or {})
         self.layout, self.layout_version = layout, layout_version
@@ -140,9 +140,9 @@ class QKernelsQuantizer(HfQuantizer):
         """Choose the layers to quantize while they load; everything else goes into the report."""
         config: Any = self.quantization_config
         tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
-        chosen = _choose(model, config.include, config.exclude, self.report)
+        chosen = choose_layers(model, config.include, config.exclude, self.report)
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        _check_patterns([*(config.include or ()), *config.overrides], names)
+        check_patterns([*(config.include or ()), *config.overrides], names)
         for name, linear in chosen.items():
             if name in tied:
                 self.report.skipped[name] = "its weight is tied to another module's"
@@ -204,7 +204,7 @@ class QKernelsQuantizer(HfQuantizer):
             set_module(model, module, layer)
             float_bytes = weight.codes.numel() * dtype.itemsize
             self.report.replaced[module] = Replaced(weight.scheme, layer.layout, float_bytes, packed_bytes(layer))
-        _choose(model, None, (), left := ReplaceReport())
+        choose_layers(model, None, (), left := ReplaceReport())
         self.report.skipped |= {n: why for n, why in left.skipped.items() if why != "already quantized"}
         for line in summary(oddities):
             log.warning("%s: %s", quantized.source.directory, line)
@@ -290,7 +290,7 @@ def enable(methods: Iterable[str] = FOREIGN) -> None:
     Raises:
         ArgumentError: a method that is not one of "gptq", "awq", "compressed-tensors".
     """
-    chosen = _patterns(methods) or ()
+    chosen = as_patterns(methods) or ()
     for method in chosen:
         if method not in FOREIGN:
             raise ArgumentError(f"methods must be of {', '.join(FOREIGN)}, got {method!r}")

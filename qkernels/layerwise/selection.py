@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
 from ..nn import QuantLinear, ReplaceReport
-from ..nn.replace import _check_patterns, _choose, _patterns, matches
+from ..nn.replace import as_patterns, check_patterns, choose_layers, matches
 from ..quantizers import Options
 from ..scheme import QuantScheme
 
@@ -27,10 +27,10 @@ def select_layers(
         ArgumentError: a pattern matches no layer, or no layer is chosen.
     """
     rules = {pattern: method.with_scheme(scheme) for pattern, scheme in (overrides or {}).items()}
-    wanted = _patterns(include)
+    wanted = as_patterns(include)
     report = ReplaceReport()
-    chosen = _choose(model, wanted, _patterns(exclude) or (), report)
-    _check_patterns([*(wanted or ()), *rules], [*chosen, *report.skipped])
+    chosen = choose_layers(model, wanted, as_patterns(exclude) or (), report)
+    check_patterns([*(wanted or ()), *rules], [*chosen, *report.skipped])
     if not chosen:
         raise ArgumentError(f"there is no linear layer to quantize:\n{report}")
     methods = {name: next((m for p, m in rules.items() if matches(name, p)), method) for name in chosen}

@@ -82,11 +82,11 @@ def replace_linear(
     """
     scheme = QuantScheme.parse(scheme)
     rules = {pattern: QuantScheme.parse(s) for pattern, s in (overrides or {}).items()}
-    include, exclude = _patterns(include), _patterns(exclude) or ()
+    include, exclude = as_patterns(include), as_patterns(exclude) or ()
     report = ReplaceReport(bytes_before=model_bytes(model))
-    chosen = _choose(model, include, exclude, report)
+    chosen = choose_layers(model, include, exclude, report)
     linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, QuantLinear))]
-    _check_patterns([*(include or ()), *rules], linears)
+    check_patterns([*(include or ()), *rules], linears)
     schemes = {name: next((s for p, s in rules.items() if matches(name, p)), scheme) for name in chosen}
     _check_supported(chosen, schemes, on_unsupported, report)
     for name, linear in tqdm(list(chosen.items()), desc="quantizing", unit="layer", delay=2, disable=not progress):
@@ -129,11 +129,11 @@ def model_bytes(model: nn.Module) -> int:
     return sum(map(tensor_bytes, tensors.values()))
 
 
-def _patterns(patterns: Iterable[str] | str | None) -> tuple[str, ...] | None:
+def as_patterns(patterns: Iterable[str] | str | None) -> tuple[str, ...] | None:
     return None if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _choose(
+def choose_layers(
     model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...], report: ReplaceReport
 ) -> dict[str, nn.Linear]:
     """The layers to replace by name; every other matrix of the model goes to `report.skipped` with its reason."""
@@ -166,7 +166,7 @@ def _choose(
     return chosen
 
 
-def _check_patterns(patterns: list[str], names: list[str]) -> None:
+def check_patterns(patterns: list[str], names: list[str]) -> None:
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise ArgumentError(
