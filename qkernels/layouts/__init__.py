@@ -32,6 +32,8 @@ class Layout:
         shapes: (N, K, bits, group_length) -> shapes of qweight and of scales (zeros likewise), without expert dimensions.
         rows_per_tile: rows of the weight per entry of the buffers' first dimension, so that slices of it are weights.
         gemv_tokens: the largest M of an op `gemv_<name>`; None: the layout has none.
+        device: the device type whose kernels read it, "cpu" or "cuda"; None: plain PyTorch, on any.
+        compiled: whether its kernels live in the compiled extension.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Layout:
     shapes: Callable[[int, int, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
     rows_per_tile: int
     gemv_tokens: int | None = None
+    device: str | None = None
+    compiled: bool = False
 
 
 from . import canonical, cpu_tile_a16, mma_tile  # noqa: E402  (they need Layout)

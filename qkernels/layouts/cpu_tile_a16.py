@@ -114,4 +114,6 @@ def _unpack_groups(values: Tensor, N: int) -> Tensor:
     return values.transpose(-1, -2).reshape(*lead, tiles * rows, groups)[..., :N, :].contiguous()
 
 
-LAYOUT: Layout = Layout("cpu_tile_a16", 1, reasons, pack, unpack, buffer_shapes, ROWS_PER_TILE, gemv_tokens=8)
+LAYOUT: Layout = Layout(
+    "cpu_tile_a16", 1, reasons, pack, unpack, buffer_shapes, ROWS_PER_TILE, gemv_tokens=8, device="cpu", compiled=True
+)

@@ -143,4 +143,6 @@ def _unpack_groups(values: Tensor, N: int, G: int) -> Tensor:
     return split.reshape(*lead, strips * ROWS_PER_TILE, groups)[..., :N, :G].contiguous()
 
 
-LAYOUT: Layout = Layout("mma_tile", 1, reasons, pack, unpack, buffer_shapes, ROWS_PER_TILE, gemv_tokens=32)
+LAYOUT: Layout = Layout(
+    "mma_tile", 1, reasons, pack, unpack, buffer_shapes, ROWS_PER_TILE, gemv_tokens=32, device="cuda", compiled=True
+)

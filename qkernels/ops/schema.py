@@ -21,7 +21,7 @@ from torch.library import Library, register_autograd, register_fake
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels import native
-from ..layouts import LAYOUTS
+from ..layouts import LAYOUTS, Layout
 from ..tensor import FLOAT_DTYPES
 from . import reference
 
@@ -184,6 +184,17 @@ def _needs_cuda(op: str, x: Tensor, *_: Any) -> Tensor:
     )
 
 
+def _built_for(device: str) -> bool:
+    status = native.status()
+    return status.cuda if device == "cuda" else bool(status.isas)
+
+
+def _ops_of(layout: Layout) -> dict[str, int | None]:
+    """The names of a layout's matrix products, with the largest M that each takes (None: any)."""
+    gemv = {} if layout.gemv_tokens is None else {f"gemv_{layout.name}": layout.gemv_tokens}
+    return {f"gemm_{layout.name}": None} | gemv
+
+
 def _define(op: str, schema: str, fake: Callable[..., Tensor]) -> None:
     LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     register_fake(f"qkernels::{op}", fake, lib=LIBRARY)
@@ -191,10 +202,7 @@ def _define(op: str, schema: str, fake: Callable[..., Tensor]) -> None:
 
 def _define_all() -> None:
     for layout, value in LAYOUTS.items():
-        gemms: dict[str, int | None] = {f"gemm_{layout}": None}
-        if value.gemv_tokens is not None:
-            gemms[f"gemv_{layout}"] = value.gemv_tokens
-        for op, max_tokens in gemms.items():
+        for op, max_tokens in _ops_of(value).items():
             _define(op, GEMM, partial(_fake_gemm, layout, max_tokens))
             register_autograd(
                 f"qkernels::{op}", partial(_gradient, layout), setup_context=_save_for_gradient, lib=LIBRARY
@@ -204,13 +212,12 @@ def _define_all() -> None:
         LIBRARY.impl(op, partial(reference.dequantize_op, layout), "CompositeExplicitAutograd")
     LIBRARY.impl("gemm_reference", reference.gemm_op, "CompositeExplicitAutograd")
     native.load()
-    if not native.status().isas:
-        for op in ("gemm_cpu_tile_a16", "gemv_cpu_tile_a16"):
-            LIBRARY.impl(op, partial(_not_built, op), "CPU")
-    for op in ("gemm_mma_tile", "gemv_mma_tile"):
-        LIBRARY.impl(op, partial(_needs_cuda, op), "CPU")
-        if not native.status().cuda:
-            LIBRARY.impl(op, partial(_not_built, op), "CUDA")
+    for value in LAYOUTS.values():
+        for op in _ops_of(value):
+            if value.device == "cuda":
+                LIBRARY.impl(op, partial(_needs_cuda, op), "CPU")
+            if value.device is not None and value.compiled and not _built_for(value.device):
+                LIBRARY.impl(op, partial(_not_built, op), value.device.upper())
 
 
 _define_all()
