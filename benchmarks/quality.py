@@ -21,7 +21,7 @@ from qkernels.calibrate import quantize
 from qkernels.checkpoint import load
 from qkernels.cli.common import load_tokenizer, read_text, token_ids
 from qkernels.markdown import table as markdown_table
-from qkernels.quantizers import QUANTIZERS
+from qkernels.quantizers import QUANTIZERS, CalibrationFree
 
 
 def measure(
@@ -41,7 +41,7 @@ def measure(
             with TemporaryDirectory() as directory:
                 target = Path(directory) / "out"
                 start = time.perf_counter()
-                texts = None if method == "rtn" else [calibration]
+                texts = None if isinstance(quantizer, CalibrationFree) else [calibration]
                 quantize(
                     model, quantizer, calibration=texts, tokenizer=tokenizer if texts else None, save_to=target, samples=samples,
                     seq_len=length, device=device, progress=False,

@@ -12,7 +12,7 @@ from .errors import QKernelsError, UnsupportedProblem
 from .inspection import inspect
 from .kernels.catalogue import Problem, list_kernels
 from .nn import QuantLinear, ReplaceReport, replace_linear
-from .quantizers import AWQ, GPTQ, RTN
+from .quantizers import AWQ, GPTQ, HQQ, NF4, RTN, SmoothQuant
 from .scheme import QuantScheme
 from .tensor import QuantTensor
 
@@ -29,6 +29,9 @@ __all__ = [
     "RTN",
     "GPTQ",
     "AWQ",
+    "HQQ",
+    "NF4",
+    "SmoothQuant",
     "list_kernels",
     "Problem",
     "QuantReport",

@@ -29,7 +29,7 @@ from .layerwise.running import LayerInputs, Place, capture_inputs, check_finite,
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
 from .model_structure import decoder_layers, empty_model, foldable_architecture, head_dim
-from .quantizers import AWQ, GPTQ, RTN, Options
+from .quantizers import AWQ, GPTQ, RTN, CalibrationFree, Options, SmoothQuant
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
 
 __all__ = ["quantize", "plan", "QuantReport", "QuantPlan"]
@@ -62,7 +62,8 @@ def quantize(
     Args:
         model_or_dir: a model, whose linear layers are replaced by `QuantLinear` in place (after an error it may be changed in
             part); or a checkpoint directory, which is read layer by layer and never as a whole.
-        method: `RTN(…)`, `GPTQ(…)` or `AWQ(…)`. RTN takes any module and needs no calibration.
+        method: `GPTQ(…)`, `AWQ(…)` or `SmoothQuant(…)`; or `RTN(…)`, `HQQ(…)` or `NF4(…)`, which take any module and need no
+            calibration.
         calibration: a list of texts, lists of token ids, or a tensor of token ids `[windows, seq_len]`; text like what the
             model will see. Cut into windows of `seq_len` tokens, of which `samples` are used.
         save_to: the directory to make; needed with a directory. It appears complete or not at all.
@@ -82,12 +83,14 @@ def quantize(
         The report: per layer the relative error, seconds, and why it was rounded to nearest where the method failed.
 
     Raises:
-        ArgumentError: a pattern matches nothing, the architecture is unknown (AWQ), or arguments contradict each other.
+        ArgumentError: a pattern matches nothing, the architecture is unknown (AWQ, SmoothQuant), or arguments contradict each
+            other.
         CalibrationError: calibration is missing, too short, or gives NaN activations.
         SchemeError, UnsupportedProblem, CheckpointError, ConversionError: as they say.
     """
-    if not isinstance(method, (RTN, GPTQ, AWQ)):
-        raise ArgumentError(f"method must be RTN(…), GPTQ(…) or AWQ(…), got {method!r:.80}")
+    if not isinstance(method, (CalibrationFree, GPTQ, AWQ, SmoothQuant)):
+        names = "RTN(…), HQQ(…), NF4(…), GPTQ(…), AWQ(…) or SmoothQuant(…)"
+        raise ArgumentError(f"method must be {names}, got {method!r:.80}")
     began = time.perf_counter()
     place = Place(torch.device(device))
     windows: Tensor | None = None
@@ -143,7 +146,7 @@ def plan(
     modules = tuple(_planned(source, model.get_submodule(name), name, chosen) for name, chosen in methods.items())
     before = sum(source.nbytes(name) for name in source.names())
     after = before - sum(module.bytes_before - module.bytes_after for module in modules)
-    if isinstance(method, RTN):
+    if isinstance(method, CalibrationFree):
         widest = max(module.shape[0] * module.shape[1] for module in modules)
         return QuantPlan(method.name, modules, skipped, before, after, 0, 4 * widest)
     _, layers = decoder_layers(model)
@@ -166,7 +169,8 @@ def _run(
         host.finish()
         return results
     prefix, layers = decoder_layers(host.model)
-    architecture = foldable_architecture(host.model) if isinstance(method, AWQ) else None
+    folds = isinstance(method, (AWQ, SmoothQuant))
+    architecture = foldable_architecture(host.model, type(method).__name__) if folds else None
     width = head_dim(host.model) if architecture is not None else 0
     with host.embeddings(prefix, _head_of(host.model), place):
         batches = [batch.to(place.device) for batch in batches_of(windows)]
@@ -199,7 +203,7 @@ def _round_all(
     host: Host, methods: Mapping[str, Options], place: Place, progress: bool, fallback: str | None = None
 ) -> Results:
     results: Results = {}
-    with tqdm(methods.items(), desc="rtn", unit="linear", disable=not progress or not methods) as bar:
+    with tqdm(methods.items(), desc="rounding", unit="linear", disable=not progress or not methods) as bar:
         for name, method in bar:
             weight = host.weight(name)
             result = round_to_nearest(weight.to(place.device), with_stored_scales(method, weight.dtype), name, fallback)
@@ -227,11 +231,11 @@ def _windows(
     seq_len: int,
     tokenizer: Tokenizer | None,
 ) -> Tensor | None:
-    if isinstance(method, RTN):
+    if isinstance(method, CalibrationFree):
         return None
     decoder_layers(model)  # raises where there are none, before the work begins
-    if isinstance(method, AWQ):
-        foldable_architecture(model)
+    if isinstance(method, (AWQ, SmoothQuant)):
+        foldable_architecture(model, type(method).__name__)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     return calibration_windows(calibration, samples, _capped(model, seq_len), tokenizer, vocabulary)
 

@@ -1,7 +1,7 @@
 """What decoder models look like inside: one table, one entry per architecture.
 
-A new architecture is one `Architecture` in `ARCHITECTURES`. RTN and GPTQ work without an entry; AWQ needs to know which
-norm or linear feeds which linears, and there is no telling that from outside.
+A new architecture is one `Architecture` in `ARCHITECTURES`. RTN and GPTQ work without an entry; AWQ and SmoothQuant need
+to know which norm or linear feeds which linears, and there is no telling that from outside.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def find_architecture(model_type: str | None) -> Architecture | None:
     return next((a for a in ARCHITECTURES if model_type in a.model_types), None)
 
 
-def foldable_architecture(model: nn.Module) -> Architecture:
-    """The table's entry for a model whose scales are to be folded.
+def foldable_architecture(model: nn.Module, method: str = "AWQ") -> Architecture:
+    """The table's entry for a model whose scales are to be folded; `method` is who asks, for messages.
 
     Raises:
         ArgumentError: the architecture is unknown, or this variant of it does not allow the folds.
@@ -164,13 +164,13 @@ def foldable_architecture(model: nn.Module) -> Architecture:
     architecture = find_architecture(model_type)
     if architecture is None:
         raise ArgumentError(
-            f"AWQ folds scales into the layers before, and how is known for {', '.join(known_architectures())}, "
+            f"{method} folds scales into the layers before, and how is known for {', '.join(known_architectures())}, "
             f"got {model_type or type(model).__name__}; use GPTQ or RTN, or add an entry to qkernels/model_structure.py"
         )
     for name, expected in architecture.requires:
         if getattr(config, name, expected) != expected:
             raise ArgumentError(
-                f"AWQ can fold scales in {model_type} models with {name}={expected!r} only, got {getattr(config, name)!r}; "
+                f"{method} can fold scales in {model_type} models with {name}={expected!r} only, got {getattr(config, name)!r}; "
                 f"use GPTQ or RTN"
             )
     return architecture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkernels import AWQ, GPTQ, RTN, QuantLinear, load, quantize
+from qkernels import AWQ, GPTQ, HQQ, RTN, QuantLinear, SmoothQuant, load, quantize
 from qkernels.calibrate import plan
 from qkernels.errors import (
     ArgumentError,
@@ -32,6 +32,8 @@ METHODS = {
     "gptq": GPTQ(4, 16, act_order="group"),
     "gptq static": GPTQ(3, 16, symmetric=False, act_order="static", clip="mse"),
     "awq": AWQ(4, 16, grid=4),
+    "hqq": HQQ(3, 16),
+    "smoothquant": SmoothQuant(act_bits=None),
     "awq symmetric": AWQ(3, 16, symmetric=True, grid=4, duo_scaling=False),
 }
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -79,7 +81,7 @@ def test_in_memory(name: str) -> None:
         assert module.scheme == str(METHODS[name].scheme) == str(replaced[module.name].scheme)
         assert module.method == METHODS[name].name
         assert 0 < module.error < 0.7
-        assert module.error_of == ("weight" if name == "rtn" else "output")
+        assert module.error_of == ("weight" if name in ("rtn", "hqq") else "output")
         assert module.bytes_after == replaced[module.name].quant_tensor().nbytes < module.bytes_before
     assert report.bytes_before - report.bytes_after == sum(m.bytes_before - m.bytes_after for m in report.modules)
     assert 0 < divergence(model, reference) < 0.1
@@ -357,7 +359,7 @@ def test_a_weight_that_is_not_finite_is_named(method: Any) -> None:
 def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
     model = loud_model()
     model.save_pretrained(tmp_path / "source")
-    with pytest.raises(ArgumentError, match=r"method must be RTN.*GPTQ.*or AWQ.*, got 'gptq'"):
+    with pytest.raises(ArgumentError, match=r"method must be RTN.*GPTQ.*AWQ.* or SmoothQuant.*, got 'gptq'"):
         run(model, "gptq")
     with pytest.raises(ArgumentError, match=r"pattern '\*\.wo' matches no linear layer"):
         run(model, GPTQ(4, 16), overrides={"*.wo": "w8a16_g16"})

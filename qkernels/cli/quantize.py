@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import ArgumentError
 from ..scheme import GroupSize
 from .common import Subparsers, command_parser, load_tokenizer, positive, read_text
 
-METHODS = ("rtn", "gptq", "awq")
+if TYPE_CHECKING:
+    from ..quantizers import Options
+
+METHODS = ("rtn", "gptq", "awq", "hqq", "nf4", "smoothquant")
 
 
 def group_size(text: str) -> GroupSize:
@@ -35,27 +40,32 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --format gptq\n"
         "  qkernels quantize my-llama/ out/ --method awq --asym --calibration text.txt --format awq\n"
         "  qkernels quantize my-llama/ out/ --method rtn --bits 8 --override '*.down_proj=w8a16_channel'\n"
+        "  qkernels quantize my-llama/ out/ --method hqq --bits 3\n"
+        "  qkernels quantize my-llama/ out/ --method smoothquant --calibration text.txt    (w8a8_channel)\n"
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run",
         "Quantize a model directory, one decoder layer at a time: memory stays at one layer plus the calibration "
         "activations. The output directory appears complete or not at all.",
     )
     parser.add_argument("model", help="a directory with safetensors, config.json and a tokenizer")
     parser.add_argument("out", help="the directory to make; it must not exist yet")
-    parser.add_argument("--method", choices=METHODS, default="gptq", help="rtn needs no calibration (default: gptq)")
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4, help="width of a weight (default: 4)")
+    parser.add_argument(
+        "--method", choices=METHODS, default="gptq", help="rtn, hqq and nf4 need no calibration (default: gptq)"
+    )
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="width of a weight (default: 4; smoothquant: 8)")
     parser.add_argument(
         "--group-size",
         type=group_size,
-        default=128,
-        help='weights that share a scale: an integer, "channel" or "tensor"',
+        help='weights that share a scale: an integer, "channel" or "tensor" (default: 128; hqq, nf4: 64; smoothquant: channel)',
     )
-    parser.add_argument("--asym", action="store_true", help="integer zero points instead of symmetric codes")
+    parser.add_argument("--asym", action="store_true", help="integer zero points (rtn, gptq, awq)")
     parser.add_argument(
         "--act-order",
         choices=("none", "group", "static"),
         help="gptq: the order of columns (default: the best measured)",
     )
-    parser.add_argument("--calibration", metavar="FILE", help="UTF-8 text like what the model will see (gptq, awq)")
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="UTF-8 text like what the model will see (gptq, awq, smoothquant)"
+    )
     parser.add_argument("--samples", type=positive, default=128, help="calibration windows (default: 128)")
     parser.add_argument(
         "--seq-len", type=positive, default=2048, help="tokens in a window, capped to the model's (default: 2048)"
@@ -77,14 +87,32 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    from ..calibrate import plan, quantize
+def method_of(args: argparse.Namespace) -> Options:
+    """The method with the options that were given; what was not stays the method's own default.
+
+    Raises:
+        ArgumentError: the method has no such option.
+    """
     from ..quantizers import QUANTIZERS
 
-    options = {"bits": args.bits, "group_size": args.group_size, "symmetric": not args.asym}
-    if args.act_order is not None:
-        options["act_order"] = args.act_order
-    method = QUANTIZERS[args.method](**options)
+    given: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "act_order": args.act_order}
+    options = {name: value for name, value in given.items() if value is not None}
+    zero_points = args.method in ("rtn", "gptq", "awq")
+    if args.asym and not zero_points:
+        raise ArgumentError(
+            f"--asym gives rtn, gptq and awq integer zero points; {args.method} has zero points of its own or none"
+        )
+    if args.act_order is not None and args.method != "gptq":
+        raise ArgumentError(f"--act-order is an option of gptq, got --method {args.method}")
+    if zero_points:
+        options["symmetric"] = not args.asym
+    return QUANTIZERS[args.method](**options)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..calibrate import plan, quantize
+
+    method = method_of(args)
     selection = {
         "include": args.include,
         "exclude": args.exclude if args.exclude is not None else ("lm_head",),

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..model_structure import Architecture
-from ..quantizers import AWQ, GPTQ, RTN, InputStatistics, Options
+from ..quantizers import AWQ, GPTQ, RTN, CalibrationFree, InputStatistics, Options, SmoothQuant
 from ..quantizers.awq import clips
 from ..quantizers.grid import stored_dtype
 from ..tensor import QuantTensor
 from .running import LayerInputs, Place, collect_statistics, input_groups, linear_of, set_weight
-from .scaling import scale_inputs
+from .scaling import scale_inputs, smooth_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ class LayerJob:
 
     Args:
         name: of the decoder layer, for messages.
-        methods: GPTQ or AWQ with its options for each linear layer, by its name in the decoder layer.
+        methods: GPTQ, AWQ or SmoothQuant with its options for each linear layer, by its name in the decoder layer.
         stored: the dtype of each parameter in the checkpoint, by its name in the decoder layer.
         place: where it is computed.
-        architecture, head_dim: for AWQ: what feeds what, and the width of an attention head.
+        architecture, head_dim: for AWQ and SmoothQuant: what feeds what, and the width of an attention head.
     """
 
     name: str
@@ -61,9 +61,9 @@ class LayerJob:
 def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict[str, Quantized]:
     """Quantize linear layers of a decoder layer. Afterwards it holds the dequantized weights, ready to `propagate`.
 
-    AWQ first scales the whole layer. Then the linears are quantized in the order of the forward pass: those that read the
-    same input are one step, and each step's statistics come from a layer whose earlier steps are quantized already
-    ("true sequential" in the GPTQ authors' code).
+    AWQ and SmoothQuant first scale the whole layer. Then the linears are quantized in the order of the forward pass: those
+    that read the same input are one step, and each step's statistics come from a layer whose earlier steps are quantized
+    already ("true sequential" in the GPTQ authors' code).
 
     Args:
         layer: on the compute device, in its dtype.
@@ -73,10 +73,13 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
     }
     if job.architecture is not None:
         for fold in job.architecture.folds:
+            dtype = job.stored[f"{fold.source}.weight"]
             scaled = {target: m for target in fold.targets if isinstance(m := methods.get(target), AWQ)}
             if scaled:
-                dtype = job.stored[f"{fold.source}.weight"]
                 scale_inputs(layer, fold, scaled, inputs, job.architecture, job.head_dim, dtype, job.place, job.name)
+            smooth = next((m for target in fold.targets if isinstance(m := methods.get(target), SmoothQuant)), None)
+            if smooth is not None:
+                smooth_inputs(layer, fold, smooth, inputs, job.architecture, job.head_dim, dtype, job.place, job.name)
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
@@ -100,7 +103,9 @@ def with_stored_scales(method: Options, dtype: torch.dtype) -> Options:
 def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str | None = None) -> Quantized:
     """Quantize without calibration; `fallback` says why, if `method` wanted it otherwise."""
     began = time.perf_counter()
-    rounding = RTN(scale_dtype=method.scale_dtype, clip=method.clip).with_scheme(method.scheme)
+    rounding = method
+    if not isinstance(rounding, CalibrationFree):
+        rounding = RTN(scale_dtype=method.scale_dtype, clip=method.clip).with_scheme(method.scheme)
     tensor = rounding.quantize(weight, f"{name}.weight")
     if fallback is not None:
         logger.warning("%s is rounded to nearest: %s", name, fallback)
@@ -126,6 +131,8 @@ def _quantize(
             tensor = round_to_nearest(weight, method, name, fallback).tensor
     elif isinstance(method, AWQ):
         tensor = method.quantize(weight, hessian if clips(target) else None, f"{name}.weight")
+    elif isinstance(method, SmoothQuant):
+        tensor = method.quantize(weight, f"{name}.weight")
     else:
         tensor = round_to_nearest(weight, method, name).tensor
     restored = tensor.dequantize()

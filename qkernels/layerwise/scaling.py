@@ -1,4 +1,5 @@
-"""AWQ in a decoder layer: search the scale of each fold and apply it (Lin et al. 2023, section 3.2)."""
+"""Scales folded into what feeds a linear layer: AWQ searches them (Lin et al. 2023, section 3.2), SmoothQuant computes them
+(Xiao et al. 2022, section 4)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_structure import Architecture, Fold
-from ..quantizers import AWQ
+from ..quantizers import AWQ, SmoothQuant
 from ..quantizers.awq import ScaleChoice, fold_into_norm, fold_into_rows, search, weight_magnitude
 from ..quantizers.grid import checked_weight
 from .running import (
@@ -37,6 +38,10 @@ class HeadSharing:
     def gather(self, channels: Tensor) -> Tensor:
         """`[K]` -> `[K / repeats]`: the mean over the channels that share a source."""
         return channels.view(-1, self.repeats, self.width).mean(1).flatten()
+
+    def largest(self, channels: Tensor) -> Tensor:
+        """`[K]` -> `[K / repeats]`: the largest of the channels that share a source."""
+        return channels.view(-1, self.repeats, self.width).amax(1).flatten()
 
     def spread(self, channels: Tensor) -> Tensor:
         """`[K / repeats]` -> `[K]`: each source channel's value for all that read it."""
@@ -81,6 +86,36 @@ def scale_inputs(
     choice = search(candidates, lambda scales: loss(sharing.spread(scales)))
     apply_fold(layer, fold, choice.scales, sharing, architecture.unit_offset_norms, stored_dtype)
     return choice
+
+
+def smooth_inputs(
+    layer: nn.Module,
+    fold: Fold,
+    method: SmoothQuant,
+    inputs: LayerInputs,
+    architecture: Architecture,
+    head_dim: int,
+    stored_dtype: torch.dtype,
+    place: Place,
+    name: str,
+) -> Tensor:
+    """Apply SmoothQuant's scale of one fold, in place: the layer still computes what it did. Returns the scales of the
+    source's output channels.
+
+    Every target of the fold counts, whether it will be quantized or not: all of them read the scaled input. Where several
+    input channels share a source channel (grouped-query attention), the loudest of them decides.
+
+    Args: as for `scale_inputs`.
+    """
+    first = fold.targets[0]
+    statistics = collect_statistics(layer, [first], inputs, place)[first]
+    largest = statistics.largest_magnitude(f"{name}.{first}")
+    weights = [checked_weight(linear_of(layer, t).weight.data, f"{name}.{t}.weight") for t in fold.targets]
+    of_weights = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    sharing = _head_sharing(layer.get_submodule(fold.source), len(largest), head_dim)
+    scales = method.scales(sharing.largest(largest), sharing.largest(of_weights))
+    apply_fold(layer, fold, scales, sharing, architecture.unit_offset_norms, stored_dtype)
+    return scales
 
 
 def apply_fold(

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from .awq import AWQ
 from .gptq import GPTQ
+from .hqq import HQQ
+from .nf4 import NF4
 from .options import Options
 from .rtn import RTN
+from .smoothquant import SmoothQuant
 from .statistics import InputStatistics
 
-QUANTIZERS: dict[str, type[Options]] = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ}
+QUANTIZERS: dict[str, type[Options]] = {
+    "rtn": RTN, "gptq": GPTQ, "awq": AWQ, "hqq": HQQ, "nf4": NF4, "smoothquant": SmoothQuant,
+}  # fmt: skip
 
-__all__ = ["QUANTIZERS", "RTN", "GPTQ", "AWQ", "InputStatistics", "Options"]
+# Methods that look at weights alone: `quantize(weight, name)`.
+CalibrationFree = RTN | HQQ | NF4
+
+__all__ = [
+    "QUANTIZERS", "RTN", "GPTQ", "AWQ", "HQQ", "NF4", "SmoothQuant", "CalibrationFree", "InputStatistics", "Options",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What calibration keeps of a linear layer's inputs: second moments, mean magnitudes, the number of tokens."""
+"""What calibration keeps of a linear layer's inputs: second moments, mean and largest magnitudes, the number of tokens."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ class InputStatistics:
     """Sums over the tokens that went into a linear layer, accumulated batch by batch in fp32.
 
     The sums, not a running mean: one rounding per batch, whatever the number of batches. For K in_features this holds
-    K² + K floats.
+    K² + 2 K floats.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self._outer = torch.zeros(in_features, in_features, device=device)
         self._magnitude = torch.zeros(in_features, device=device)
+        self._largest = torch.zeros(in_features, device=device)
 
     def update(self, x: Tensor) -> None:
         """Add inputs `[..., K]` of any floating dtype."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += rows.shape[0]
         self._outer.addmm_(rows.T, rows)
-        self._magnitude += rows.abs().sum(0)
+        magnitude = rows.abs()
+        self._magnitude += magnitude.sum(0)
+        if len(rows):
+            self._largest = torch.maximum(self._largest, magnitude.amax(0))
 
     def hessian(self, name: str = "the layer") -> Tensor:
         """fp32 `[K, K]`: `2/n Σ x xᵀ` over n tokens, the Hessian of the squared output error in one row of the weight
@@ -45,6 +49,15 @@ class InputStatistics:
         """
         self.check(name)
         return self._magnitude / self.tokens
+
+    def largest_magnitude(self, name: str = "the layer") -> Tensor:
+        """fp32 `[K]`: the largest |x| of any token.
+
+        Raises:
+            CalibrationError: as for `hessian`.
+        """
+        self.check(name)
+        return self._largest
 
     def check(self, name: str) -> None:
         """Raises CalibrationError where the sums cannot be used."""
