@@ -17,6 +17,7 @@ from ..formats import Oddity
 from ..formats.directory import QuantizedSource, summary
 from ..model_structure import empty_model
 from ..nn import QuantLinear, set_module
+from ..nn.replace import as_linear
 from ..storage import CONFIG, TensorSource
 from ..tensor import FLOAT_DTYPES, QuantTensor
 
@@ -103,11 +104,12 @@ def _linear(model: nn.Module, module: str) -> nn.Linear:
         raise CheckpointError(
             f"the checkpoint has a quantized {module}, which {type(model).__name__} does not"
         ) from None
-    if not isinstance(linear, nn.Linear):
+    as_one = as_linear(linear)
+    if as_one is None:
         raise CheckpointError(
             f"the checkpoint has a quantized {module}, which is a {type(linear).__name__}, not a Linear"
         )
-    return linear
+    return as_one
 
 
 def _bias(source: TensorSource, module: str, linear: nn.Linear, weight: QuantTensor) -> Tensor | None:

@@ -148,7 +148,7 @@ class QuantLinear(nn.Module):
             ArgumentError: the weight has NaN or infinite entries.
             UnsupportedProblem: no kernel takes the scheme.
         """
-        weight = (method or RTN()).with_scheme(scheme).quantize(linear.weight.detach(), name)
+        weight = (method or RTN()).with_scheme(scheme).quantize(linear.weight.detach().contiguous(), name)
         return cls.from_quant_tensor(weight, linear.bias, linear.weight.device, linear.weight.dtype, on_unsupported)
 
     def forward(self, x: Tensor) -> Tensor:

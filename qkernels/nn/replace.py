@@ -63,7 +63,7 @@ def replace_linear(
     "*.down_proj", "encoder.layer.0.*").
 
     Args:
-        model: any `nn.Module`; no particular architecture is assumed.
+        model: any `nn.Module`; no particular architecture is assumed. Transformers' `Conv1D` (GPT-2) is a linear layer too.
         scheme: for all layers, unless an override matches.
         include: only layers that match one of these patterns; None means all.
         exclude: never layers that match one of these.
@@ -84,8 +84,8 @@ def replace_linear(
     rules = {pattern: QuantScheme.parse(s) for pattern, s in (overrides or {}).items()}
     include, exclude = as_patterns(include), as_patterns(exclude) or ()
     report = ReplaceReport(bytes_before=model_bytes(model))
-    chosen = choose_layers(model, include, exclude, report)
-    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, QuantLinear))]
+    chosen = choose_layers(model, include, exclude, report, conv1d=True)
+    linears = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, QuantLinear)) or is_conv1d(m)]
     check_patterns([*(include or ()), *rules], linears)
     schemes = {name: next((s for p, s in rules.items() if matches(name, p)), scheme) for name in chosen}
     _check_supported(chosen, schemes, on_unsupported, report)
@@ -133,10 +133,35 @@ def as_patterns(patterns: Iterable[str] | str | None) -> tuple[str, ...] | None:
     return None if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
+def as_linear(module: nn.Module) -> nn.Linear | None:
+    """A linear layer, or transformers' `Conv1D` (GPT-2: `y = x W + b`, W `[K, N]`) as the one that computes the same; None
+    for other modules. The weight of the latter is a transposed view, and the bias is shared."""
+    if isinstance(module, nn.Linear):
+        return module
+    if not is_conv1d(module):
+        return None
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    linear.bias = module.bias  # type: ignore[assignment]
+    return linear
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, told by name and shape, for transformers need not be installed."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
+
+
 def choose_layers(
-    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...], report: ReplaceReport
+    model: nn.Module,
+    include: tuple[str, ...] | None,
+    exclude: tuple[str, ...],
+    report: ReplaceReport,
+    conv1d: bool = False,
 ) -> dict[str, nn.Linear]:
-    """The layers to replace by name; every other matrix of the model goes to `report.skipped` with its reason."""
+    """The layers to replace by name; every other matrix of the model, but embeddings and convolutions, goes to
+    `report.skipped` with its reason. `conv1d`: transformers' Conv1D counts as a linear layer (see `as_linear`)."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
@@ -144,7 +169,7 @@ def choose_layers(
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             report.skipped[name] = "already quantized"
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) or (conv1d and is_conv1d(module)):
             shared = [other for other in users[id(module.weight)] if other != name]
             if any(matches(name, p) for p in exclude):
                 report.skipped[name] = "excluded"
@@ -152,18 +177,30 @@ def choose_layers(
                 report.skipped[name] = "not in include"
             elif shared:
                 report.skipped[name] = f"its weight is shared with {', '.join(shared)}"
-            elif type(module) is not nn.Linear:
+            elif type(module) is not nn.Linear and not is_conv1d(module):
                 report.skipped[name] = f"{type(module).__name__} is a subclass of nn.Linear with a forward of its own"
             else:
-                chosen[name] = module
+                linear = as_linear(module)
+                assert linear is not None
+                chosen[name] = linear
         else:
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):
-                    size = f"{list(parameter.shape)}, {tensor_bytes(parameter) / 2**20:.1f} MiB"
-                    report.skipped[f"{name}.{leaf}".lstrip(".")] = f"stacked experts ({size}) are not supported yet"
-                elif type(module).__name__ == "Conv1D" and leaf == "weight":
-                    report.skipped[name] = "Conv1D stores its weight transposed and is not supported yet"
+            _note_other_matrices(name, module, report)
     return chosen
+
+
+def _note_other_matrices(name: str, module: nn.Module, report: ReplaceReport) -> None:
+    """Matrices outside linear layers: experts in one tensor, routers, Conv1D."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)):
+        return
+    for leaf, parameter in module.named_parameters(recurse=False):
+        full = f"{name}.{leaf}".lstrip(".")
+        size = f"{list(parameter.shape)}, {tensor_bytes(parameter):,} bytes"
+        if parameter.dim() == 3:
+            report.skipped[full] = f"stacked experts ({size}) are not supported yet"
+        elif is_conv1d(module) and leaf == "weight":
+            report.skipped[name] = f"Conv1D stores its weight transposed ({size}); only replace_linear takes it"
+        elif parameter.dim() == 2 and min(parameter.shape) > 1:
+            report.skipped[full] = f"a matrix ({size}) of {type(module).__name__}, which is not an nn.Linear"
 
 
 def check_patterns(patterns: list[str], names: list[str]) -> None:

@@ -129,8 +129,30 @@ def test_dry_run_writes_nothing(tiny_llama_dir: Path, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
+    ("arguments", "scheme"),
+    [
+        (["--method", "hqq", "--bits", "3", "--group-size", "32"], "w3a16_g32_fzero"),
+        (["--method", "nf4"], "nf4_g64"),
+        (["--method", "smoothquant"], "w8a8_channel"),
+        (["--method", "rtn", "--bits", "8", "--group-size", "channel"], "w8a16_channel"),
+    ],
+)
+def test_methods_write_their_scheme(
+    arguments: list[str], scheme: str, tiny_llama_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = ["--calibration", str(text_file), "--seq-len", "32", "--samples", "4"] if "smoothquant" in arguments else []
+    assert main(["quantize", str(tiny_llama_dir), str(tmp_path / "out"), *arguments, *text]) == 0
+    assert scheme in (tmp_path / "out" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "hqq", "--asym"], "--asym gives rtn, gptq and awq integer"),
+        (
+            ["quantize", "{tiny}", "{tmp}/out", "--method", "awq", "--act-order", "group"],
+            "--act-order is an option of gptq",
+        ),
         (["inspect", "{tmp}/nowhere"], "is not a directory"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq"], "calibration"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{tmp}/absent.txt"], "absent.txt"),

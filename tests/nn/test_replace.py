@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from qkernels import QuantLinear, UnsupportedProblem, replace_linear
+from qkernels import RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.nn.replace import model_bytes
 
@@ -59,7 +60,7 @@ def test_replaces_in_place_and_accounts_for_everything(model: Model) -> None:
     assert list(report.replaced) == [f"layers.{i}.{name}" for i in range(2) for name in ("up_proj", "down_proj")]
     assert report.skipped == {
         "lm_head": "excluded",
-        "experts": "stacked experts ([2, 8, 64], 0.0 MiB) are not supported yet",
+        "experts": "stacked experts ([2, 8, 64], 4,096 bytes) are not supported yet",
     }
     assert isinstance(model.layers[0].up_proj, QuantLinear)
     assert not model.layers[0].up_proj.training
@@ -126,13 +127,78 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone(model: Model) -> Non
     assert report.skipped["layers.0.up_proj"] == "Scaled is a subclass of nn.Linear with a forward of its own"
 
 
-def test_conv1d_of_transformers_is_named(model: Model) -> None:
-    pytest.importorskip("transformers")
-    from transformers.pytorch_utils import Conv1D
+def tiny_gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
 
-    model.projection = Conv1D(8, 64)
-    report = replace_linear(model, "w4a16_g32", progress=False)
-    assert report.skipped["projection"] == "Conv1D stores its weight transposed and is not supported yet"
+
+def test_conv1d_of_gpt2_becomes_a_quant_linear(tmp_path: Path) -> None:
+    """Its weight is [K, N]. The result holds the rounding of the transposed weight, bit for bit, runs, and loads again."""
+    model, ids = tiny_gpt2(), torch.arange(20)[None]
+    original = copy.deepcopy(model)
+    report = replace_linear(model, "w8a16_g32", progress=False)
+    assert list(report.replaced) == [
+        f"transformer.h.{i}.{leaf}" for i in (0, 1) for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert report.skipped == {"lm_head": "excluded"}
+    assert report.replaced["transformer.h.0.attn.c_attn"].bytes_before == 32 * 96 * 4
+    layer, before = model.transformer.h[0].attn.c_attn, original.transformer.h[0].attn.c_attn
+    expected = RTN(8, 32).quantize(before.weight.detach().T.contiguous())
+    assert (layer.out_features, layer.in_features) == (96, 32)
+    assert torch.equal(layer.quant_tensor().codes, expected.codes)
+    assert torch.equal(layer.bias, before.bias)
+    with torch.no_grad():
+        truth, got = original(ids).logits, model(ids).logits
+    assert (got - truth).norm() <= 0.02 * truth.norm()  # half a step of 1/127 a weight, through eight layers
+    save(model, tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out")(ids).logits, got)
+
+
+def test_quantize_names_conv1d_with_its_bytes() -> None:
+    model = tiny_gpt2()
+    with pytest.raises(
+        ArgumentError, match=r"(?s)no linear layer to quantize.*c_attn: Conv1D stores its weight transposed"
+    ):
+        quantize(model, RTN(4, 32), progress=False)
+    model.extra = nn.Linear(32, 32)
+    report = quantize(model, RTN(4, 32), progress=False)
+    reason = "Conv1D stores its weight transposed ([32, 96], 12,288 bytes); only replace_linear takes it"
+    assert report.skipped["transformer.h.1.attn.c_attn"] == reason
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("call", ["replace_linear", "quantize"])
+def test_experts_and_routers_are_named_with_their_bytes(kind: str, call: str) -> None:
+    """Every matrix of the model is replaced, an embedding, or in the report with the reason."""
+    transformers = pytest.importorskip("transformers")
+    shared = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }  # fmt: skip
+    own = {
+        "Mixtral": {"num_local_experts": 4},
+        "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 16},
+    }
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**shared, **own[kind]))
+    matrices = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() > 1}
+    if call == "quantize":
+        report = quantize(model, RTN(4, 32), progress=False)
+        replaced, skipped = {m.name for m in report.modules}, dict(report.skipped)
+    else:
+        made = replace_linear(model, "w4a16_g32", progress=False)
+        replaced, skipped = set(made.replaced), made.skipped
+    named = replaced | {name.removesuffix(".weight") for name in skipped}
+    assert matrices - named == {"model.embed_tokens"}
+    experts = "model.layers.1.mlp.experts.gate_up_proj"
+    assert skipped[experts] == "stacked experts ([4, 96, 32], 49,152 bytes) are not supported yet"
+    router = skipped["model.layers.1.mlp.gate.weight"]
+    assert router.startswith("a matrix ([4, 32], 512 bytes) of ")
+    assert router.endswith("TopKRouter, which is not an nn.Linear")
 
 
 def test_unsupported_layers_raise_before_anything_changes(model: Model) -> None:
