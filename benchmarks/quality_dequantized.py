@@ -65,10 +65,10 @@ def dequantized(original: nn.Module, directory: Path, act_bits: int | None) -> n
     return model
 
 
-def measure(model: Path, names: Sequence[str], samples: int, seq_len: int) -> list[list[Any]]:
+def measure(model: Path, names: Sequence[str], samples: int, seq_len: int, tokens: int | None) -> list[list[Any]]:
     """One row a method: change of perplexity and KL from the original, in fp32, over the model's eval.txt."""
     tokenizer = load_tokenizer(model)
-    ids = token_ids(tokenizer, read_text(str(model / "eval.txt")))
+    ids = token_ids(tokenizer, read_text(str(model / "eval.txt")))[:tokens]
     original = load(model, dtype=torch.float32)
     base = evaluate.perplexity(original, ids, seq_len, progress=False).perplexity
     rows = []
@@ -92,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--tokens", type=int, help="of eval.txt, from its beginning (default: all)")
     args = parser.parse_args(argv)
-    rows = measure(args.model, args.methods, args.samples, args.seq_len)
+    rows = measure(args.model, args.methods, args.samples, args.seq_len, args.tokens)
     print(table(["method", "scheme", "perplexity", "KL"], rows))
     return 0
 

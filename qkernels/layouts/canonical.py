@@ -2,23 +2,23 @@
 
 qweight  uint8 [..., N, K]    codes
 scales   [..., N, G]          source dtype
-zeros    [..., N, G]          uint8, floating, or None
+zeros    [..., N, G]          uint8, floating, or None; for a codebook: its table, fp32 [2^bits]
 k_order  int32 [K]            the columns sorted by group, or None; the codes themselves stay in natural order
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..errors import ConversionError
-from ..scheme import QuantScheme
+from ..scheme import CODEBOOKS, QuantScheme
 from ..tensor import QuantTensor, group_index_of
 from . import Buffers, Layout
 
 
 def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
-    """Only a codebook: the ops' schema has no argument that could carry its table."""
-    return [] if scheme.codebook is None else [f"codebook {scheme.codebook!r} is not taken by the reference op"]
+    """None: it holds every scheme."""
+    return []
 
 
 def buffer_shapes(N: int, K: int, bits: int, group_length: int) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -27,17 +27,14 @@ def buffer_shapes(N: int, K: int, bits: int, group_length: int) -> tuple[tuple[i
 
 
 def pack(qt: QuantTensor) -> dict[str, Tensor | None]:
-    """The tensors as they are; nothing is copied unless it is not contiguous.
-
-    Raises:
-        ConversionError: the scheme has a reason (see `reasons`).
-    """
-    if why := reasons(qt.N, qt.K, qt.scheme):
-        raise ConversionError(f"layout reference cannot hold {qt.scheme}: {'; '.join(why)}")
+    """The tensors as they are; nothing is copied unless it is not contiguous."""
+    zeros = None if qt.zeros is None else qt.zeros.contiguous()
+    if qt.scheme.codebook is not None:
+        zeros = torch.tensor(CODEBOOKS[qt.scheme.codebook], dtype=torch.float32, device=qt.device)
     return {
         "qweight": qt.codes.contiguous(),
         "scales": qt.scales.contiguous(),
-        "zeros": None if qt.zeros is None else qt.zeros.contiguous(),
+        "zeros": zeros,
         "k_order": qt.k_order(),
     }
 
@@ -47,7 +44,8 @@ def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor
     qweight, scales = buffers["qweight"], buffers["scales"]
     assert qweight is not None
     assert scales is not None
-    return QuantTensor(qweight, scales, buffers["zeros"], group_index_of(buffers["k_order"], K, scheme), scheme)
+    zeros = buffers["zeros"] if scheme.codebook is None else None
+    return QuantTensor(qweight, scales, zeros, group_index_of(buffers["k_order"], K, scheme), scheme)
 
 
 LAYOUT: Layout = Layout("reference", 1, reasons, pack, unpack, buffer_shapes, rows_per_tile=1)

@@ -107,8 +107,9 @@ def _run(
     get_layout(layout)
     if x.dim() != 2 or x.shape[1] != in_features:
         raise ArgumentError(f"x must be [M, K] with K = in_features = {in_features}, got {list(x.shape)}")
-    if (zeros is None) != (scheme.zeros == "none"):
-        raise ArgumentError(f"zeros must {'be None' if scheme.symmetric else 'be given'} for {scheme}")
+    table = scheme.codebook is not None  # the reference op takes it in the place of zeros
+    if (zeros is None) != (scheme.symmetric and not table):
+        raise ArgumentError(f"zeros must {'be given' if table or not scheme.symmetric else 'be None'} for {scheme}")
     group_size, offsets = scheme.group_length(in_features), scheme.zeros == "offset"
     args = (x, qweight, scales, zeros, k_order, bias, out_features, scheme.bits, group_size, offsets)
     schema.check_gemm(layout, *args, max_tokens=max_tokens)

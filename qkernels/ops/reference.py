@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..layouts import get_layout
-from ..scheme import QuantScheme, ZeroKind
+from ..scheme import CODEBOOKS, QuantScheme, ZeroKind
 from ..tensor import QuantTensor, group_index_of
 
 
@@ -26,7 +27,13 @@ def gemm(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor:
 
 
 def scheme_of(zeros: Tensor | None, bits: int, group_size: int, zeros_are_offsets: bool) -> QuantScheme:
-    """The scheme that an op's arguments spell out. "channel" and "tensor" come back as one group of K, which means the same."""
+    """The scheme that an op's arguments spell out. "channel" and "tensor" come back as one group of K, which means the same.
+
+    Raises:
+        ArgumentError: zeros `[2^bits]` are the table of no codebook.
+    """
+    if zeros is not None and zeros.dim() == 1:
+        return QuantScheme(bits, group_size, codebook=_codebook_of(zeros))
     kind: ZeroKind
     if zeros is None:
         kind = "none"
@@ -37,12 +44,22 @@ def scheme_of(zeros: Tensor | None, bits: int, group_size: int, zeros_are_offset
     return QuantScheme(bits, group_size, kind)
 
 
+def _codebook_of(table: Tensor) -> str:
+    for name, values in CODEBOOKS.items():
+        if torch.equal(table, torch.tensor(values, dtype=torch.float32, device=table.device)):
+            return name
+    raise ArgumentError(
+        f"zeros must be the table of {' or '.join(CODEBOOKS)} where they are one-dimensional, got {table[:4].tolist()} …"
+    )
+
+
 def gemm_op(
     x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None, bias: Tensor | None,
     out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
 ) -> Tensor:  # fmt: skip
     """The op `gemm_reference`; arguments as in `schema`."""
     scheme = scheme_of(zeros, bits, group_size, zeros_are_offsets)
+    zeros = None if scheme.codebook is not None else zeros
     return gemm(x, QuantTensor(qweight, scales, zeros, group_index_of(k_order, x.shape[1], scheme), scheme), bias)
 
 

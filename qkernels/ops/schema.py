@@ -93,8 +93,9 @@ def check_weight(
     if zeros is None:
         if zeros_are_offsets:
             raise ArgumentError("zeros must be given where zeros_are_offsets is true, got None")
-    elif zeros.shape != shape or not (
-        zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not zeros_are_offsets)
+    elif not _is_table(layout, zeros, bits, zeros_are_offsets) and (
+        zeros.shape != shape
+        or not (zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not zeros_are_offsets))
     ):
         kinds = "floating" if zeros_are_offsets else "uint8 or floating"
         raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {_describe(zeros)}")
@@ -104,6 +105,12 @@ def check_weight(
         if t is not None and t.device != qweight.device:
             raise ArgumentError(f"{name} must be on the device of qweight, {qweight.device}, got {t.device}")
     return qweight.dim() - len(codes)
+
+
+def _is_table(layout: str, zeros: Tensor, bits: int, zeros_are_offsets: bool) -> bool:
+    """Whether `zeros` is a codebook's table, which the reference op takes in their place; which one, its values say."""
+    shaped = zeros.dtype == torch.float32 and zeros.dim() == 1 and zeros.shape[0] == 1 << bits
+    return layout == "reference" and shaped and not zeros_are_offsets
 
 
 def _describe(t: Tensor) -> str:
@@ -155,7 +162,7 @@ def _gradient_of_x(
         part = slice(first, first + tiles)
         begin, end = first * rows, min((first + tiles) * rows, out_features)
         weight = dequantize(
-            qweight[part], scales[part], None if zeros is None else zeros[part], k_order,
+            qweight[part], scales[part], zeros if zeros is None or zeros.dim() == 1 else zeros[part], k_order,
             end - begin, in_features, bits, group_size, zeros_are_offsets, torch.float32,
         )  # fmt: skip
         dx = dx + dy[:, begin:end].float() @ weight
