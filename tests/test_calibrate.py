@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkernels import AWQ, GPTQ, HQQ, RTN, QuantLinear, SmoothQuant, load, quantize
+from qkernels import AWQ, GPTQ, HQQ, NF4, RTN, QuantLinear, SmoothQuant, load, quantize
 from qkernels.calibrate import plan
 from qkernels.errors import (
     ArgumentError,
@@ -33,6 +33,7 @@ METHODS = {
     "gptq static": GPTQ(3, 16, symmetric=False, act_order="static", clip="mse"),
     "awq": AWQ(4, 16, grid=4),
     "hqq": HQQ(3, 16),
+    "nf4": NF4(group_size=16, double_quant=True),
     "smoothquant": SmoothQuant(act_bits=None),
     "awq symmetric": AWQ(3, 16, symmetric=True, grid=4, duo_scaling=False),
 }
@@ -81,7 +82,7 @@ def test_in_memory(name: str) -> None:
         assert module.scheme == str(METHODS[name].scheme) == str(replaced[module.name].scheme)
         assert module.method == METHODS[name].name
         assert 0 < module.error < 0.7
-        assert module.error_of == ("weight" if name in ("rtn", "hqq") else "output")
+        assert module.error_of == ("weight" if name in ("rtn", "hqq", "nf4") else "output")
         assert module.bytes_after == replaced[module.name].quant_tensor().nbytes < module.bytes_before
     assert report.bytes_before - report.bytes_after == sum(m.bytes_before - m.bytes_after for m in report.modules)
     assert 0 < divergence(model, reference) < 0.1

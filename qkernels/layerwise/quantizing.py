@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..model_structure import Architecture
-from ..quantizers import AWQ, GPTQ, RTN, CalibrationFree, InputStatistics, Options, SmoothQuant
+from ..quantizers import AWQ, GPTQ, NF4, RTN, CalibrationFree, InputStatistics, Options, SmoothQuant
 from ..quantizers.awq import clips
 from ..quantizers.grid import stored_dtype
 from ..tensor import QuantTensor
@@ -97,6 +97,8 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
 
 def with_stored_scales(method: Options, dtype: torch.dtype) -> Options:
     """The method with its scale dtype settled by the weight's dtype in the checkpoint, not the one it is computed in."""
+    if isinstance(method, NF4) and method.double_quant:
+        return method  # its scales are fp32, whatever the weight
     return replace(method, scale_dtype=stored_dtype(torch.empty(0, dtype=dtype), method.scale_dtype))
 
 
