@@ -50,7 +50,7 @@ def golden(name: str, directory: Path) -> Golden:
 def test_every_tool_has_its_file() -> None:
     tools = {path.stem.removeprefix("make_") for path in FILES.parent.glob("make_*.py")}
     assert {name.partition("-")[0] for name in (*READ, *REFUSED)} == tools
-    assert len(READ) >= 15
+    assert len(READ) >= 20
 
 
 @pytest.mark.parametrize("name", READ)
