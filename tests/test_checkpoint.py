@@ -302,7 +302,7 @@ def quantization(**fields: Any) -> Callable[[dict[str, Any]], object]:
             r"down_proj: scales must be .* \[2, 64\] \(K=96, group_size 64\), got float16 \[3, 64\]",
         ),
         (lambda c: c.update(quantization_config=[1]), "quantization_config of .* must be an object, got"),
-        (lambda c: c.pop("quantization_config"), "does not fit LlamaForCausalLM: .*missing.*unknown"),
+        (lambda c: c.pop("quantization_config"), "has no quantization_config, but .*qweight looks like part of a"),
         (lambda c: c.update(model_type="nope"), "knows no model_type 'nope'"),
         (lambda c: c.pop("model_type"), "knows no model_type None"),
         (lambda c: c.update(hidden_size="wide"), "does not describe a llama model that can be built"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import torch
 from auto_round import AutoRound
 from job import read_job
@@ -15,4 +19,6 @@ rounding = AutoRound(
     model, tokenizer, bits=job.bits, group_size=job.group_size, sym=job.symmetric, dataset=data, nsamples=len(data),
     seqlen=job.windows.shape[1], device_map="cpu", enable_torch_compile=False, amp=False,
 )  # fmt: skip
-rounding.quantize_and_save(str(job.out), format="auto_round")
+with tempfile.TemporaryDirectory() as folder:  # it makes a folder of its own choice in there
+    rounding.quantize_and_save(folder, format="auto_round")
+    shutil.copytree(next(path.parent for path in Path(folder).rglob("config.json")), job.out)

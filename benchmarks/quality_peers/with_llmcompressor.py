@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 job = read_job()
 model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(job.model)
-order = {"none": None, "group": "group", "static": "static"}[job.order] if job.method == "gptq" else None
+torch.Tensor.pin_memory = lambda self, *_: self  # its AWQ pins memory even where there is no accelerator to pin it for
+order = {"none": None, "static": "weight"}[job.order] if job.method == "gptq" else None
 weights = QuantizationArgs(
     num_bits=job.bits, symmetric=job.symmetric, strategy="group", group_size=job.group_size, actorder=order
 )
 groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
 if job.method == "gptq":
-    recipe = [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
+    recipe = [GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder=order)]  # else it orders by itself
 else:
     from llmcompressor.modifiers.transform.awq import AWQModifier
 

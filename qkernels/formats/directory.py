@@ -16,7 +16,7 @@ from . import FORMATS, METADATA, READ_ONLY, Format, Oddity, detect
 
 # Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: nothing there names it.
 _QUANTO = ("weight._data", "weight._data._data")
-_TELLING = {f.required[0]: f.name for f in (*READ_ONLY.values(), *FORMATS.values()) if f.required[0] != "weight"}
+_TELLING = {f.required[0] for f in (*FORMATS.values(), *READ_ONLY.values())} - {"weight"}
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,9 @@ def _check_unquantized(source: TensorSource) -> None:
                 f"{name} looks like a weight of optimum-quanto, whose files are not read; load {source.directory} with "
                 "optimum-quanto, dequantize it, and quantize it again"
             )
-        telling = next((suffix for suffix in _TELLING if name.endswith(f".{suffix}")), None)
-        if telling is not None:
+        if name.endswith(tuple(f".{suffix}" for suffix in _TELLING)):
             raise CheckpointError(
-                f"{source.directory} has no quantization_config, but {name} looks like a weight of {_TELLING[telling]}; bring back "
+                f"{source.directory} has no quantization_config, but {name} looks like part of a quantized weight; bring back "
                 "the config.json that belongs to it"
             )
 

@@ -16,6 +16,9 @@ such modules.
 **Labels lie.** Symmetric files of GPTQModel 5 hold v2 zero points under the name "gptq". Where all fields equal
 the symmetric constant of either version, the data decides and the label does not.
 
+GPTQModel 7.7 refuses asymmetric v1 files whose `meta.quantizer` does not name GPTQModel itself; asymmetric weights for it are
+better written as v2, which it takes from anybody (tests/golden/README.md).
+
 Other than 2, 3, 4 and 8 bits are refused: the name alone does not tell whether their bits lie in planes or in a stream (in
 auto-round's files they lie in a stream, which `widths` says).
 """

@@ -1,5 +1,5 @@
-"""Layers packed by AutoAWQ's WQLinear_GEMM, WQLinear_GEMV and WQLinear_GEMVFast. The gemm weights are those of its dequantize_gemm;
-for the other two it has CUDA kernels only, so there they are (code - zero) * scale of the codes that it was given.
+"""Layers packed by AutoAWQ's WQLinear_GEMM, WQLinear_GEMV and WQLinear_GEMVFast. The gemm weights are those of its
+dequantize_gemm; for the other two it has CUDA kernels only, so there they are (code - zero) * scale of the codes it was given.
 
 pip install autoawq==0.2.9 (its last); python tests/golden/make_autoawq.py
 """

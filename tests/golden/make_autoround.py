@@ -20,7 +20,13 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig, LlamaConfig, Lla
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 MODULES = ("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj")
-CASES = {"4bit": (4, True), "4bit-asym": (4, False), "5bit-asym": (5, False), "6bit-asym": (6, False), "7bit-asym": (7, False)}
+CASES = {
+    "4bit": (4, True),
+    "4bit-asym": (4, False),
+    "5bit-asym": (5, False),
+    "6bit-asym": (6, False),
+    "7bit-asym": (7, False),
+}
 
 
 def main() -> None:

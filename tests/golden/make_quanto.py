@@ -1,5 +1,5 @@
-"""A model quantized by optimum-quanto, as its QuantizedModelForCausalLM saves it. Nothing here reads it; the file is there so that
-it is refused for the right reason.
+"""A model quantized by optimum-quanto, with the tensors that it saves. Nothing here reads them; the file is there to be refused
+for the right reason.
 
 pip install optimum-quanto==0.2.7 transformers==5.23.0; python tests/golden/make_quanto.py
 """
