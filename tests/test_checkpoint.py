@@ -257,6 +257,10 @@ def set_field(name: str, index: Any, value: Any) -> Callable[[dict[str, Tensor]]
             set_field("scales", (0, 0), float("nan")),
             f"{Q}: scales must be finite, got 1 NaN or infinite entries of 128",
         ),
+        (
+            set_field("scales", (1, 5), float("-inf")),
+            f"{Q}: scales must be finite, got 1 NaN or infinite entries of 128",
+        ),
         (set_field("g_idx", 3, -1), rf"{Q}: g_idx must lie in 0 … 1 \(G=2\), got -1"),
         (set_field("g_idx", 3, 2), rf"{Q}: g_idx must lie in 0 … 1 \(G=2\), got 2"),
         (set_field("g_idx", 3, 1), f"{Q}: g_idx gives group 0 31 members, expected 32"),
