@@ -6,11 +6,15 @@ An adapter writes the tool's own checkpoint to `out`, in the format that the too
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+LEFT_OUT = ("lm_head", "pooler.dense")  # layers that every tool leaves in 16 or 32 bits
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,13 @@ class Job:
     group_size: int
     symmetric: bool
     order: str
+
+    def float_model(self) -> Any:
+        """The causal language model, or the encoder, in fp32."""
+        import transformers
+
+        named = json.loads((self.model / "config.json").read_text())["architectures"][0]
+        return getattr(transformers, named).from_pretrained(self.model, dtype=torch.float32)
 
     def examples(self) -> list[dict[str, torch.Tensor]]:
         """One sequence each, as transformers models take them."""

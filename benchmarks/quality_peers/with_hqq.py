@@ -7,22 +7,21 @@ import shutil
 
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-from job import read_job
+from job import LEFT_OUT, read_job
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 job = read_job()
-model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+model = job.float_model()
 config = BaseQuantizeConfig(nbits=job.bits, group_size=job.group_size, axis=1)
 tensors = {}
-for name, module in list(model.model.named_modules(prefix="model")):
-    if isinstance(module, torch.nn.Linear):
+for name, module in list(model.named_modules()):
+    if isinstance(module, torch.nn.Linear) and name not in LEFT_OUT:
         layer = HQQLinear(module, config, compute_dtype=torch.float32, device="cpu")
         state = layer.state_dict()
         tensors |= {f"{name}.{key}": torch.as_tensor(value).contiguous().clone() for key, value in state.items()}
 quantized = {name.rpartition(".")[0] for name in tensors}
 for name, tensor in model.state_dict().items():
-    if name.rpartition(".")[0] not in quantized and name != "lm_head.weight":
+    if name.rpartition(".")[0] not in quantized and name != "lm_head.weight":  # which is tied here
         tensors[name] = tensor.contiguous()
 job.out.mkdir(parents=True)
 save_file(tensors, job.out / "model.safetensors")

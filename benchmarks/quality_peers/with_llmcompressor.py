@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
-from job import read_job
+from job import LEFT_OUT, read_job
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 job = read_job()
-model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+model = job.float_model()
 tokenizer = AutoTokenizer.from_pretrained(job.model)
 torch.Tensor.pin_memory = lambda self, *_: self  # its AWQ pins memory even where there is no accelerator to pin it for
 order = {"none": None, "static": "weight"}[job.order] if job.method == "gptq" else None
@@ -20,11 +20,11 @@ weights = QuantizationArgs(
 )
 groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
 if job.method == "gptq":
-    recipe = [GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder=order)]  # else it orders by itself
+    recipe = [GPTQModifier(config_groups=groups, ignore=list(LEFT_OUT), actorder=order)]  # else it orders by itself
 else:
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+    recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=list(LEFT_OUT))]
 data = Dataset.from_list([{k: v[0].tolist() for k, v in example.items()} for example in job.examples()])
 oneshot(
     model=model, dataset=data, recipe=recipe, max_seq_length=job.windows.shape[1],
