@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qkernels import inspect
+from qkernels import QuantScheme, inspect
 from qkernels.errors import CheckpointError
 from qkernels.formats import FORMATS, METADATA, READ_ONLY
 
@@ -69,26 +69,51 @@ likely = st.fixed_dictionaries(
         "sym": st.booleans(), "load_in_4bit": st.booleans(), "load_in_8bit": st.booleans(),
     },
 )  # fmt: skip
-configs = st.one_of(
-    likely, st.builds(dict.__or__, likely, st.dictionaries(st.sampled_from(KEYS), junk, max_size=3)), junk
-)
+changes = st.dictionaries(st.sampled_from(KEYS), junk, max_size=2)
+configs = st.one_of(likely, st.builds(dict.__or__, likely, changes), junk)
+BASES: dict[str, dict[str, Any]] = {
+    name: f.config_of(QuantScheme(4, 16), {"m": QuantScheme(4, 16)}) for name, f in FORMATS.items()
+}
+PACKED = json.dumps(BASES["compressed-tensors"])
+BASES |= {
+    "compressed-tensors int-quantized": json.loads(PACKED.replace("pack-quantized", "int-quantized")),
+    "awq gemv": {"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 32, "zero_point": True},
+    "awq gemv_fast": {"quant_method": "awq", "version": "gemv_fast", "bits": 4, "group_size": 32, "zero_point": True},
+    "bitsandbytes 4-bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bitsandbytes int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "hqq": {"quant_method": "hqq"},
+    "auto-round": {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False},
+    "torchao": {"quant_method": "torchao"},
+}
+ENTRIES = [
+    json.dumps({"_type": kind, "_data": {"block_size": block, "shape": [8, 16], "target_dtype": {"_data": "int4"}}})
+    for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Int4TilePackedTo4dTensor", "x")
+    for block in ([1, 16], [8, 16], [1, 2**40], None)
+]
 DTYPES = {"I32": 4, "F16": 2, "U8": 1, "I8": 1, "F32": 4, "I64": 8}
 
 
 @st.composite
-def headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """A header whose tensors follow each other, mostly, and how many bytes they claim together."""
+def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Any], int, Any]:
+    """A header whose tensors follow each other, mostly; how many bytes they claim together; and a quantization_config, mostly of
+    the format whose tensors they are."""
+    name = draw(st.sampled_from([*BASES, None]))
+    fmt = (FORMATS | READ_ONLY).get(str(name))
+    suffixes = draw(st.lists(st.sampled_from(SUFFIXES if fmt is None else fmt.suffixes), unique=True, max_size=6))
+    if fmt is not None and draw(st.integers(0, 9)):
+        suffixes = [*fmt.required, *(suffix for suffix in suffixes if suffix not in fmt.required)]
+    config = draw(configs) if name is None else BASES[name] | draw(st.one_of(st.just({}), changes))
     header: dict[str, Any] = {}
     begin = 0
-    for suffix in draw(st.lists(st.sampled_from(SUFFIXES), unique=True, max_size=6)):
-        shape = draw(st.lists(st.integers(0, 40), max_size=3))
+    for suffix in suffixes:
+        shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 32]), max_size=3))
         dtype = draw(st.sampled_from(sorted(DTYPES)))
         end = begin + DTYPES[dtype]
         for size in shape:
             end += (end - begin) * (size - 1)
         header[f"m.{suffix}"] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
         begin = end
-    if draw(st.integers(0, 3)) == 0 and header:  # one lie
+    if draw(st.integers(0, 5)) == 0 and header:  # one lie
         entry = header[draw(st.sampled_from(sorted(header)))]
         entry[draw(st.sampled_from(["dtype", "shape", "data_offsets"]))] = draw(
             st.one_of(junk, st.lists(sizes, max_size=3))
@@ -97,7 +122,7 @@ def headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
         header[METADATA] = draw(
             st.dictionaries(st.sampled_from(["m.weight", "format"]), st.text(max_size=40), max_size=2)
         )
-    return header, begin
+    return header, begin, config
 
 
 @pytest.fixture
@@ -126,13 +151,16 @@ def outcome(directory: Path, header: Any, length: int, config: Any) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
 @settings(
-    max_examples=400, deadline=2000, derandomize=True, database=None,
+    max_examples=1000, deadline=2000, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
-@given(drawn=headers(), config=configs)
-def test_headers_and_configs(tmp_path: Path, little_room: None, drawn: tuple[dict[str, Any], int], config: Any) -> None:
-    header, length = drawn
-    outcome(tmp_path, header, length, config)
+@given(drawn=checkpoints())
+def test_headers_and_configs(tmp_path: Path, little_room: None, drawn: tuple[dict[str, Any], int, Any]) -> None:
+    outcome(tmp_path, *drawn)
+
+
+def test_every_format_is_fuzzed() -> None:
+    assert BASES.keys() == (FORMATS | READ_ONLY).keys()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
