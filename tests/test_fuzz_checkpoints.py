@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,12 +152,14 @@ def outcome(directory: Path, header: Any, length: int, config: Any) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
 @settings(
-    max_examples=1000, deadline=2000, derandomize=True, database=None,
+    max_examples=1000, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(drawn=checkpoints())
 def test_headers_and_configs(tmp_path: Path, little_room: None, drawn: tuple[dict[str, Any], int, Any]) -> None:
+    start = time.process_time()  # not wall time, which says more about what else the machine does
     outcome(tmp_path, *drawn)
+    assert time.process_time() - start < 2
 
 
 def test_every_format_is_fuzzed() -> None:
