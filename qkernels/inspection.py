@@ -32,6 +32,7 @@ _NEEDS = {
     "bitsandbytes": "needs bitsandbytes",
     "hqq": "needs hqq",
     "auto-round": "needs auto-round",
+    "torchao": "needs torchao",
 }
 _VLLM_GROUPS = (16, 32, 64, 128, "channel")
 

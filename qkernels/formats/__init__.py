@@ -20,6 +20,7 @@ from ..scheme import QuantScheme
 from ..tensor import QuantTensor
 
 Config = Mapping[str, Any]
+METADATA = "__metadata__"  # the name that a safetensors header has for it
 
 
 class Oddity(NamedTuple):
@@ -80,6 +81,8 @@ class Format:
         config_of: the `quantization_config` to write beside them.
         oddities: (module, tensors by suffix, quantization_config) -> what is strange about a module that parses.
         config_file: a file beside config.json that also gets the quantization_config, for older readers.
+        needs_metadata: the metadata of the safetensors headers says what the tensors are; `parse` and `oddities` find it in
+            the quantization_config, under `METADATA`.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Format:
     config_of: ConfigOf = _no_config
     oddities: Callable[[str, Mapping[str, Tensor], Config], list[Oddity]] = no_oddities
     config_file: str | None = None
+    needs_metadata: bool = False
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -98,7 +102,17 @@ class Format:
         return self.required + self.optional
 
 
-from . import auto_round, awq, awq_gemv, bitsandbytes, compressed_tensors, gptq, hqq, native  # noqa: E402  (they need Format)
+from . import (  # noqa: E402  (they need Format)
+    auto_round,
+    awq,
+    awq_gemv,
+    bitsandbytes,
+    compressed_tensors,
+    gptq,
+    hqq,
+    native,
+    torchao,
+)
 
 FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V2, awq.GEMM, compressed_tensors.PACKED)}
 # Origins whose files are read, into any of the above, but not written.
@@ -106,13 +120,13 @@ READ_ONLY: dict[str, Format] = {
     f.name: f
     for f in (
         compressed_tensors.INTEGERS, awq_gemv.GEMV, awq_gemv.GEMV_FAST, bitsandbytes.FOUR_BIT, bitsandbytes.INT8, hqq.FORMAT,
-        auto_round.FORMAT,
+        auto_round.FORMAT, torchao.FORMAT,
     )
 }  # fmt: skip
 
 # Read from files often enough to deserve an answer better than "unknown".
 _LATER = {
-    "bitsandbytes", "torchao", "auto-round", "quanto", "fp8", "marlin", "gptq_p", "bitblas", "compressed-tensors",
+    "bitsandbytes", "auto-round", "fp8", "marlin", "gptq_p", "bitblas", "compressed-tensors",
     "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-quantized",
     "mxfp8-quantized", "mixed-precision", "marlin-24",
 }  # fmt: skip

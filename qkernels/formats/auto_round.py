@@ -8,6 +8,9 @@
 | auto_round:auto_awq       | AWQ gemm                                                      |
 | auto_round:llm_compressor | compressed-tensors, which such files declare themselves       |
 
+The GPTQ bodies have 2 to 8 bits, 5, 6 and 7 of them in the same stream as the others; AWQ bodies other than 4 bits wide are
+refused.
+
 `extra_config` gives single layers other bits, group sizes and symmetry, by name or by pattern. Scales may be negative: a
 full-range symmetric scale has the sign of the largest weight. A zero point of 0 is stored as 0 (a clamped -1) under
 auto_round:auto_gptq, so that it reads as 1; nothing in the file tells.
@@ -27,12 +30,9 @@ from . import Config, Format, Oddity, awq, gptq
 from .validation import naming, pattern_of
 
 METHOD = "auto-round"
-_BODIES: dict[str, tuple[Format, str]] = {
-    "auto_round:auto_gptq": (gptq.V1, "gptq"),
-    "auto_round": (gptq.V2, "gptq_v2"),
-    "auto_round:gptqmodel": (gptq.V2, "gptq_v2"),
-    "auto_round:auto_awq": (awq.GEMM, "gemm"),
-}
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+_AWQ = "auto_round:auto_awq"
+_VERSIONS: dict[str, gptq.Version] = {"auto_round:auto_gptq": 1, "auto_round": 2, "auto_round:gptqmodel": 2}
 _FIELDS = ("bits", "group_size", "sym")
 
 
@@ -43,23 +43,27 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTe
         CheckpointError: naming the module and the field.
     """
     with naming(module):
-        body, translated = _translate(module, config)
-    return body.parse(module, tensors, translated)
+        version, translated = _translate(module, config)
+    if version is None:
+        return awq.GEMM.parse(module, tensors, translated)
+    return gptq.parse(version, module, tensors, translated, WIDTHS)
 
 
 def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
     """Those of the body."""
-    body, translated = _translate(module, config)
-    return body.oddities(module, tensors, translated)
+    version, translated = _translate(module, config)
+    if version is None:
+        return awq.GEMM.oddities(module, tensors, translated)
+    return gptq.oddities(version, module, tensors, translated, WIDTHS)
 
 
-def _translate(module: str, config: Config) -> tuple[Format, dict[str, Any]]:
-    """The body, and the quantization_config that its own files would have for this module."""
-    body, label = _BODIES[_packing(config)]
+def _translate(module: str, config: Config) -> tuple[gptq.Version | None, dict[str, Any]]:
+    """The GPTQ version of the body, None for AWQ, and the quantization_config that its own files would have for this module."""
+    packing = _packing(config)
     fields = {key: config[key] for key in _FIELDS if key in config} | _extra(module, config)
-    if body is awq.GEMM:
-        return body, {"quant_method": "awq", "version": label, "zero_point": True, **fields}
-    return body, {"quant_method": "gptq", "checkpoint_format": label, **fields}
+    if packing == _AWQ:
+        return None, {"quant_method": "awq", "version": "gemm", "zero_point": True, **fields}
+    return _VERSIONS[packing], {"quant_method": "gptq", **fields}
 
 
 def _extra(module: str, config: Config) -> dict[str, Any]:
@@ -89,7 +93,8 @@ FORMAT: Format = Format(
     required=("qweight", "qzeros", "scales"),
     optional=("g_idx",),
     matches=lambda config: (
-        str(config.get("quant_method")).lower() in (METHOD, "intel/auto-round") and _packing(config) in _BODIES
+        str(config.get("quant_method")).lower() in (METHOD, "intel/auto-round")
+        and _packing(config) in (_AWQ, *_VERSIONS)
     ),
     parse=parse,
     oddities=oddities,

@@ -12,7 +12,11 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..storage import QUANTIZATION_FILES, TensorSource, read_json
 from ..tensor import QuantTensor
-from . import Format, Oddity, detect
+from . import FORMATS, METADATA, READ_ONLY, Format, Oddity, detect
+
+# Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: nothing there names it.
+_QUANTO = ("weight._data", "weight._data._data")
+_TELLING = {f.required[0] for f in (*FORMATS.values(), *READ_ONLY.values())} - {"weight"}
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,17 @@ class QuantizedSource:
 
         Raises:
             CheckpointError: see `TensorSource.open` and `detect`; or a module lacks a tensor of its format, has a float
-                weight as well, or is called quantized by the config but is not.
+                weight as well, or is called quantized by the config but is not; or the config says nothing, but tensors
+                look quantized.
         """
         source = TensorSource.open(directory)
         config = quantization_config(source)
         if config is None:
+            _check_unquantized(source)
             return cls(source, None, {}, {}, tuple(source.names()))
         found = detect(config)
+        if found.needs_metadata:
+            config = config | {METADATA: source.metadata}
         modules = _group(source.names(), found)
         if not modules:
             raise CheckpointError(
@@ -105,6 +113,21 @@ def quantization_config(source: TensorSource) -> dict[str, Any] | None:
         if (source.directory / name).is_file():
             return read_json(source.directory / name)
     return None
+
+
+def _check_unquantized(source: TensorSource) -> None:
+    """A checkpoint whose config says nothing of quantization must not hold quantized weights."""
+    for name in source.names():
+        if name.endswith(tuple(f".{suffix}" for suffix in _QUANTO)):
+            raise CheckpointError(
+                f"{name} looks like a weight of optimum-quanto, whose files are not read; load {source.directory} with "
+                "optimum-quanto, dequantize it, and quantize it again"
+            )
+        if name.endswith(tuple(f".{suffix}" for suffix in _TELLING)):
+            raise CheckpointError(
+                f"{source.directory} has no quantization_config, but {name} looks like part of a quantized weight; bring back "
+                "the config.json that belongs to it"
+            )
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,11 @@ such modules.
 **Labels lie.** Symmetric files of GPTQModel 5 hold v2 zero points under the name "gptq". Where all fields equal
 the symmetric constant of either version, the data decides and the label does not.
 
-Other than 2, 3, 4 and 8 bits are refused: the name alone does not tell whether their bits lie in planes or in a stream.
+GPTQModel 7.7 refuses asymmetric v1 files whose `meta.quantizer` does not name GPTQModel itself; asymmetric weights for it are
+better written as v2, which it takes from anybody (tests/golden/README.md).
+
+Other than 2, 3, 4 and 8 bits are refused: the name alone does not tell whether their bits lie in planes or in a stream (in
+auto-round's files they lie in a stream, which `widths` says).
 """
 
 from __future__ import annotations
@@ -72,8 +76,10 @@ class _Zeros(NamedTuple):
     stored_as: Version | None  # what the data says, where it can say it
 
 
-def parse(version: Version, module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
-    """Read one module; see the head of this file for `tensors`.
+def parse(
+    version: Version, module: str, tensors: Mapping[str, Tensor], config: Config, widths: Sequence[int] = BITS
+) -> QuantTensor:
+    """Read one module; see the head of this file for `tensors`. `widths`: the bits whose codes are known to lie in a stream.
 
     A weight is symmetric if the config does not say `sym: false` and all zero points are 2^(bits-1).
 
@@ -81,7 +87,7 @@ def parse(version: Version, module: str, tensors: Mapping[str, Tensor], config: 
         CheckpointError: naming the module and the field.
     """
     with naming(module):
-        fields = _fields(module, config)
+        fields = _fields(module, config, widths)
         scales, qweight, g_idx = tensors["scales"], tensors["qweight"], tensors.get("g_idx")
         if scales.dim() != 2:
             raise CheckpointError(f"scales must be [G, N], got {list(scales.shape)}")
@@ -149,10 +155,12 @@ def config_of(
     return config | ({"dynamic": rules} if rules else {})
 
 
-def oddities(version: Version, module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
+def oddities(
+    version: Version, module: str, tensors: Mapping[str, Tensor], config: Config, widths: Sequence[int] = BITS
+) -> list[Oddity]:
     """What is strange about a module that parses: a label that the zero points contradict, act-order that the config
     denies, the overflow of AutoGPTQ."""
-    fields = _fields(module, config)
+    fields = _fields(module, config, widths)
     scales, qzeros, g_idx = tensors["scales"], tensors["qzeros"], tensors.get("g_idx")
     zeros = _read_zeros(version, qzeros, scales, fields)
     found = []
@@ -186,7 +194,7 @@ def _matches(version: Version, config: Config) -> bool:
     return (legacy or method == "gptq") and body == _NAMES[version] and not config.get("is_marlin_format")
 
 
-def _fields(module: str, config: Config) -> _Fields:
+def _fields(module: str, config: Config, widths: Sequence[int]) -> _Fields:
     """bits, group size and symmetry of one module, after the rules of `dynamic`: the first pattern that matches the
     beginning of its name gives them ("+:" or no prefix) or says that it is not quantized ("-:")."""
     own: dict[str, Any] = dict(config)
@@ -205,8 +213,9 @@ def _fields(module: str, config: Config) -> _Fields:
     if own.get("pack_dtype", "int32") not in ("int32", None):
         raise CheckpointError(f"pack_dtype must be int32, got {own['pack_dtype']!r:.40}; other words are not read")
     bits = integer(own, "bits", "w_bit")
-    if bits not in BITS:
-        raise CheckpointError(f"bits must be 2, 3, 4 or 8 in a GPTQ file, got {bits}")
+    if bits not in widths:
+        *few, last = map(str, widths)
+        raise CheckpointError(f"bits must be {', '.join(few)} or {last} in a GPTQ file, got {bits}")
     return _Fields(bits, group_size_of(own, "group_size", "q_group_size"), boolean(own, "sym"))
 
 
@@ -246,8 +255,8 @@ def _read_zeros(version: Version, qzeros: Tensor, scales: Tensor, fields: _Field
         raise CheckpointError(f"qzeros holds zero points for {count} of N={N} rows, and they are not symmetric")
     if version == 2:
         return _Zeros(stored, None)
-    if bits == 3:
-        return _Zeros((stored + 1) & 7, None)
+    if bits not in WORD_ONES:
+        return _Zeros((stored + 1) & (2**bits - 1), None)
     return _Zeros(unpack(_add(qzeros, WORD_ONES[bits]), bits, N), None)
 
 

@@ -15,6 +15,7 @@ with the schemes of those modules that differ from `scheme`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from .validation import check_float, expect, group_index_of, integer, naming
 
 METHOD = "qkernels"
 VERSION = 1
+MAX_WEIGHTS = 2**48  # products of sizes beyond this overflow before any check could compare them
 
 
 def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
@@ -116,11 +118,14 @@ def weight_shape(tensor: Tensor) -> list[int]:
     """The sizes in a file's `weight_shape`, checked.
 
     Raises:
-        CheckpointError: it is no list of sizes.
+        CheckpointError: it is no list of sizes, or of sizes that no weight has.
     """
     if tensor.dtype != torch.int64 or tensor.dim() != 1 or not 2 <= tensor.numel() <= 8 or bool((tensor < 0).any()):
         raise CheckpointError(f"weight_shape must be int64 sizes [..., N, K], got {tensor.dtype} {list(tensor.shape)}")
-    return [int(size) for size in tensor]
+    sizes = [int(size) for size in tensor]
+    if math.prod(sizes) >= MAX_WEIGHTS or max(sizes) >= 2**31:
+        raise CheckpointError(f"weight_shape must be below 2^31 and 2^48 weights in all, got {sizes}")
+    return sizes
 
 
 FORMAT: Format = Format(

@@ -62,7 +62,7 @@ def test_layers_with_schemes_of_their_own() -> None:
     for name, scheme in {"l.0.a": "w8a16_g32_asym", "l.1.b": "w2a16_channel", "l.1.a": "w4a16_g32_asym"}.items():
         weight = random_weight(scheme, 64, 96)
         assert same_weight(FORMAT.parse(name, stored(weight, "auto_round"), fields), weight), name
-    with pytest.raises(CheckpointError, match=r"^l\.0\.c: bits must be 2, 3, 4 or 8"):
+    with pytest.raises(CheckpointError, match=r"^l\.0\.c: bits must be 2, 3, 4, 5, 6, 7 or 8 in a GPTQ file, got 16"):
         FORMAT.parse("l.0.c", stored(random_weight("w4a16_g32_asym", 64, 96), "auto_round"), fields)
     with pytest.raises(CheckpointError, match="^m: .*extra_config to map names to fields"):
         FORMAT.parse("m", {}, config("auto_round", extra_config={"m": 4}))

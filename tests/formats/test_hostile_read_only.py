@@ -12,10 +12,17 @@ from torch import Tensor
 from qkernels import inspect
 from qkernels.checkpoint import convert
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats import FORMATS, READ_ONLY
+from qkernels.formats import FORMATS, METADATA, READ_ONLY
 from qkernels.formats.directory import QuantizedSource
 from qkernels.storage import write_json
-from tests.formats import test_auto_round, test_awq_gemv, test_bitsandbytes, test_compressed_tensors, test_hqq
+from tests.formats import (
+    test_auto_round,
+    test_awq_gemv,
+    test_bitsandbytes,
+    test_compressed_tensors,
+    test_hqq,
+    test_torchao,
+)
 from tests.strategies import random_weight
 
 
@@ -41,6 +48,7 @@ def cases() -> dict[str, Case]:
         "auto-round": Case(
             test_auto_round.stored(asym, "auto_round"), test_auto_round.config("auto_round", group_size=64)
         ),
+        "torchao": Case(test_torchao.signed(channel), test_torchao.config("Int8Tensor", [1, 96])),
     }
 
 
@@ -78,7 +86,7 @@ def test_tensors_of_every_other_dtype_and_shape(name: str) -> None:
 @EACH
 def test_every_field_of_the_config_replaced_by_junk(name: str) -> None:
     tensors, config = CASES[name]
-    for field in {*config, "bits", "group_size", "extra_config", "ignore"}:
+    for field in {*config, "bits", "group_size", "extra_config", "ignore"} - {METADATA}:
         for junk in JUNK:
             changed = config | {field: junk}
             if READ_ONLY[name].matches(changed):
@@ -88,11 +96,14 @@ def test_every_field_of_the_config_replaced_by_junk(name: str) -> None:
 @EACH
 def test_a_whole_checkpoint(name: str, tmp_path: Any) -> None:
     """Found in a directory beside norms and biases, inspected, and converted without loss."""
-    tensors, config = CASES[name]
+    tensors, config = CASES[name].tensors, dict(CASES[name].config)
     source = tmp_path / "source"
     source.mkdir()
     stored = {f"layers.0.a.{suffix}": t.contiguous() for suffix, t in tensors.items()}
-    save_file(stored | {"norm.weight": torch.ones(8), "layers.0.a.bias": torch.ones(4)}, source / "model.safetensors")
+    # torchao keeps what its tensors are in the header; it does no harm to the others
+    header = {f"layers.0.a{key.removeprefix('m')}": text for key, text in config.pop(METADATA, {}).items()}
+    others = {"norm.weight": torch.ones(8), "layers.0.a.bias": torch.ones(4)}
+    save_file(stored | others, source / "model.safetensors", header)
     write_json(source / "config.json", {"model_type": "llama", "quantization_config": config})
     found = inspect(source)
     assert [layer.name for layer in found.layers] == ["layers.0.a"]

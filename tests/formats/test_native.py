@@ -64,7 +64,15 @@ def test_configs_that_contradict_the_data(fields: dict[str, Any], message: str) 
         ),
         ({"weight_shape": torch.tensor([64])}, "weight_shape must be int64 sizes"),
         ({"weight_shape": torch.tensor([16, -64])}, "weight_shape must be int64 sizes"),
-        ({"weight_shape": torch.tensor([16, 2**62])}, "qweight must be uint8"),
+        (
+            {"weight_shape": torch.tensor([16, 2**62])},
+            r"weight_shape must be below 2\^31 and 2\^48 weights in all, got",
+        ),
+        (
+            {"weight_shape": torch.tensor([2**30, 2**30])},
+            r"weight_shape must be below 2\^31 and 2\^48 weights in all, got",
+        ),
+        ({"weight_shape": torch.tensor([16, 2**30])}, "qweight must be uint8"),
         (
             {"weight_shape": torch.tensor([17, 64])},
             r"qweight must be uint8 \[17, 32\] \(w4a16_g32_asym, weight_shape \[17, 64\]\)",

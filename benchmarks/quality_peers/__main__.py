@@ -1,0 +1,249 @@
+"""KL per token of other tools' checkpoints and of ours, each read by our readers and run by our kernels.
+
+python -m benchmarks.quality_peers --tool gptqmodel=/venvs/gptqmodel/bin/python --tool hqq=… [--only hqq] [--keep DIR]
+python -m benchmarks.quality_peers --encoder all-MiniLM-L6-v2/ --tool …    (1 - cosine of its sentence embeddings instead)
+
+Every tool runs in an environment of its own (`with_<tool>.py` says which version was tried) and gets the calibration windows as
+token ids, so that no tool tokenizes or samples by itself. A tool that is not given, or fails, keeps its line in the table with
+the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qkernels import evaluate, inspect, load, quantize
+from qkernels.cli.common import load_tokenizer, read_text, token_ids
+from qkernels.errors import QKernelsError
+from qkernels.layerwise.windows import calibration_windows
+from qkernels.markdown import table
+from qkernels.quantizers import AWQ, GPTQ, RTN
+from qkernels.quantizers.options import Options
+
+HERE = Path(__file__).parent
+MODEL = HERE.parent.parent / "examples" / "demo_model"
+OWN = "qkernels"
+SEQ_LEN, SAMPLES, EVAL_TOKENS = 256, 64, 24576
+SENTENCE = 64
+TOOL_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to quantize. `order`: none, group, static; GPTQModel's "static" is its group-aware order."""
+
+    tool: str
+    method: str
+    bits: int = 4
+    group_size: int = 128
+    zeros: str = "none"
+    order: str = "none"
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, (self.tool, self.method, self.bits, f"g{self.group_size}", self.zeros, self.order)))
+
+
+def gptq_cases(bits: int) -> list[Case]:
+    found = []
+    for zeros in ("none", "int"):
+        for order in ("none", "static", "group"):
+            tools = (OWN, "gptqmodel", "llmcompressor")
+            # llm-compressor removed group order from 0.14 on; GPTQModel's static order exists once, symmetric
+            found += [
+                Case(t, "gptq", bits, 128, zeros, order) for t in tools if (t, order) != ("llmcompressor", "group")
+            ]
+    return found
+
+
+CASES = (
+    Case(OWN, "rtn"),
+    Case(OWN, "rtn", zeros="int"),
+    *gptq_cases(4),
+    *(Case(tool, "awq", zeros="int") for tool in (OWN, "gptqmodel", "llmcompressor")),
+    Case("auto_round", "auto-round"),
+    Case("auto_round", "auto-round", zeros="int"),
+    *(Case("hqq", "hqq", bits, group, "float") for bits, group in ((4, 128), (4, 64), (3, 128))),
+    *(Case(tool, "gptq", 3, 128, "int", "group") for tool in (OWN, "gptqmodel")),
+    Case(OWN, "awq", 3, zeros="int"),
+)
+# GPTQModel and the AWQ of all tools know decoders only.
+ENCODER_CASES = tuple(
+    case for case in CASES if case.bits == 4 and case.tool in (OWN, "llmcompressor", "hqq") and case.method != "awq"
+)
+LEFT_OUT = ("lm_head", "pooler.dense")  # as in job.py
+
+
+def own_method(case: Case) -> Options:
+    fields: dict[str, Any] = {"bits": case.bits, "group_size": case.group_size, "symmetric": case.zeros == "none"}
+    if case.method == "gptq":
+        return GPTQ(**fields, act_order=case.order)  # type: ignore[arg-type]
+    return {"rtn": RTN, "awq": AWQ}[case.method](**fields)
+
+
+def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str, str]) -> float:
+    """Quantize; returns the seconds it took, start of the tool included.
+
+    Raises:
+        RuntimeError: the tool is not given, or failed; the last line it printed is the reason.
+    """
+    start = time.perf_counter()
+    if case.tool == OWN:
+        calibration = None if case.method == "rtn" else windows
+        method = own_method(case)
+        quantize(model, method, calibration, out, exclude=LEFT_OUT, seq_len=SEQ_LEN, progress=False)
+        return time.perf_counter() - start
+    if case.tool not in tools:
+        raise RuntimeError(f"no environment given (--tool {case.tool}=PYTHON)")
+    stored = out.parent / "windows.safetensors"
+    save_file({"windows": windows}, stored)
+    script = HERE / f"with_{case.tool}.py"
+    options = [
+        "--method",
+        case.method,
+        "--bits",
+        str(case.bits),
+        "--group-size",
+        str(case.group_size),
+        "--order",
+        case.order,
+    ]
+    options += [] if case.zeros == "none" else ["--asymmetric"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [tools[case.tool], script, model.resolve(), stored, out.resolve(), *options], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TOOL_SECONDS, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        raise RuntimeError(f"exit code {done.returncode}: {lines[-1] if lines else 'no output'}"[:200])
+    return time.perf_counter() - start
+
+
+def measure(case: Case, out: Path, original: torch.nn.Module, ids: Tensor) -> dict[str, Any]:
+    """Distance (KL per token; of an encoder 1 - cosine), top-1 agreement, with fp32 activations; bits a weight as stored."""
+    if not hasattr(original, "lm_head"):
+        return {
+            "distance": embedding_distance(load(out, dtype=torch.float32), original, ids),
+            "bits_per_weight": bits_of(out),
+        }
+    found = evaluate.compare(load(out, dtype=torch.float32), original, ids, SEQ_LEN, progress=False)
+    return {"distance": found.kl, "top1": found.top1_agreement, "bits_per_weight": bits_of(out)}
+
+
+def bits_of(out: Path) -> float | None:
+    return inspect(out).bits_per_weight
+
+
+def embedding_distance(model: torch.nn.Module, original: torch.nn.Module, ids: Tensor) -> float:
+    """1 - mean cosine of the mean-pooled last hidden states, in windows of `SENTENCE` tokens."""
+    windows = ids.flatten()[: ids.numel() // SENTENCE * SENTENCE].view(-1, SENTENCE)
+    total = 0.0
+    with torch.no_grad():
+        for rows in windows.split(32):
+            pair = [m(rows).last_hidden_state.double().mean(1) for m in (model, original)]
+            total += float(torch.cosine_similarity(*pair).sum())
+    return 1 - total / len(windows)
+
+
+def run(
+    cases: Sequence[Case], model: Path, tools: Mapping[str, str], keep: Path | None, out: Path
+) -> list[dict[str, Any]]:
+    tokenizer = load_tokenizer(model)
+    ids = token_ids(tokenizer, read_text(str(MODEL / "eval.txt")))[:EVAL_TOKENS]
+    windows = calibration_windows([read_text(str(MODEL / "calibration.txt"))], SAMPLES, SEQ_LEN, tokenizer)
+    original = load(model, dtype=torch.float32)
+    rows = []
+    with TemporaryDirectory() as temporary:
+        folder = keep or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        for case in cases:
+            row: dict[str, Any] = asdict(case)
+            target = folder / case.name
+            try:
+                if not (target / "config.json").is_file():
+                    row["seconds"] = make(case, model, windows, target, tools)
+                row |= measure(case, target, original, ids)
+            except (RuntimeError, subprocess.TimeoutExpired, QKernelsError) as error:
+                row["reason"] = str(error)[:300]
+            rows.append(row)
+            print(case.name, row.get("distance", row.get("reason")), flush=True)
+            out.with_suffix(".json").write_text(json.dumps({**conditions(model), "rows": rows}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(rows, model))
+    return rows
+
+
+def conditions(model: Path) -> dict[str, Any]:
+    return {"model": model.name, "calibration_windows": SAMPLES, "seq_len": SEQ_LEN, "eval_tokens": EVAL_TOKENS,
+            "activations": "float32", "torch": torch.__version__}  # fmt: skip
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], model: Path) -> str:
+    """One table for each width and kind of zero point, the best first."""
+    measure = "KL" if model == MODEL else "1 - cosine"
+    what = {
+        "KL": f"KL per token (nats) from the original over {EVAL_TOKENS:,} held-out tokens in windows of {SEQ_LEN}",
+        "1 - cosine": f"1 - mean cosine of the mean-pooled embeddings with the original's, windows of {SENTENCE} tokens",
+    }[measure]
+    parts = [
+        "# Other tools' quantizers beside ours",
+        f"{model.name}: {what}, fp32 activations; {SAMPLES} × {SEQ_LEN} calibration tokens, the same for all (HQQ and RTN use "
+        "none). Every checkpoint is read by our reader. Made by `python -m benchmarks.quality_peers`; the heads of its "
+        "`with_*.py` name the versions.",
+    ]
+    kinds = {"none": "symmetric", "int": "integer zero points", "float": "float zero points"}
+    head = ["tool", "method", "order", "group", "bits/weight", measure, "top-1 %"]
+    for bits, zeros in dict.fromkeys((row["bits"], row["zeros"]) for row in rows):
+        chosen = [row for row in rows if (row["bits"], row["zeros"]) == (bits, zeros)]
+        chosen.sort(key=lambda row: row.get("distance", float("inf")))
+        title = f"## {bits} bits, {kinds[zeros]}"
+        parts += [title, table(head, [_line(row) for row in chosen])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> list[str]:
+    order = row["order"] if row["method"] == "gptq" else ""
+    start = [row["tool"], row["method"], order, str(row["group_size"])]
+    if "distance" not in row:
+        return [*start, "", "not measured: " + row["reason"].replace("|", "/"), ""]
+    return [
+        *start,
+        f"{row['bits_per_weight']:.3f}",
+        f"{row['distance']:.2e}",
+        f"{100 * row['top1']:.2f}" if "top1" in row else "–",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_peers", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--tool", action="append", default=[], metavar="NAME=PYTHON", help="interpreter of a tool's environment"
+    )
+    parser.add_argument("--encoder", type=Path, help="a BERT-like model directory, instead of the bundled model")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--keep", type=Path, help="keep the checkpoints here, and use those that are there")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args(argv)
+    tools = dict(item.split("=", 1) for item in args.tool)
+    cases = CASES if args.encoder is None else ENCODER_CASES
+    run([case for case in cases if args.only in case.name], args.encoder or MODEL, tools, args.keep, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Headers and configs drawn by hypothesis: a checkpoint or a `CheckpointError`, in two seconds and 512 MiB of address space."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qkernels import QuantScheme, inspect
+from qkernels.errors import CheckpointError
+from qkernels.formats import FORMATS, METADATA, READ_ONLY
+
+ROOM = 512 * 2**20
+SUFFIXES = sorted({suffix for f in (*FORMATS.values(), *READ_ONLY.values()) for suffix in f.suffixes})
+METHODS = [
+    "gptq",
+    "awq",
+    "compressed-tensors",
+    "bitsandbytes",
+    "hqq",
+    "torchao",
+    "auto-round",
+    "qkernels",
+    "quanto",
+    "x",
+]
+LABELS = [
+    "gptq",
+    "gptq_v2",
+    "gemm",
+    "gemv",
+    "gemv_fast",
+    "pack-quantized",
+    "int-quantized",
+    "auto_round",
+    "auto_round:auto_gptq",
+]
+
+sizes = st.one_of(st.integers(-1, 70), st.sampled_from([2**31, 2**40, 2**62, 2**63, 2**70]))
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    sizes,
+    st.floats(allow_nan=False),
+    st.text(max_size=6),
+    st.sampled_from([*METHODS, *LABELS]),
+)
+junk = st.recursive(
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=8,
+)
+KEYS = [
+    "quant_method", "checkpoint_format", "format", "version", "packing_format", "bits", "group_size", "sym", "desc_act",
+    "zero_point", "dynamic", "extra_config", "config_groups", "ignore", "modules", "scheme", "meta", "load_in_4bit",
+    "load_in_8bit", "pack_dtype", "layout",
+]  # fmt: skip
+likely = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from(METHODS)},
+    optional={
+        "checkpoint_format": st.sampled_from(LABELS), "version": st.sampled_from([*LABELS, 1]), "format": st.sampled_from(LABELS),
+        "packing_format": st.sampled_from(LABELS), "bits": st.integers(1, 9), "group_size": st.sampled_from([-1, 0, 16, 32]),
+        "sym": st.booleans(), "load_in_4bit": st.booleans(), "load_in_8bit": st.booleans(),
+    },
+)  # fmt: skip
+changes = st.dictionaries(st.sampled_from(KEYS), junk, max_size=2)
+configs = st.one_of(likely, st.builds(dict.__or__, likely, changes), junk)
+BASES: dict[str, dict[str, Any]] = {
+    name: f.config_of(QuantScheme(4, 16), {"m": QuantScheme(4, 16)}) for name, f in FORMATS.items()
+}
+PACKED = json.dumps(BASES["compressed-tensors"])
+BASES |= {
+    "compressed-tensors int-quantized": json.loads(PACKED.replace("pack-quantized", "int-quantized")),
+    "awq gemv": {"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 32, "zero_point": True},
+    "awq gemv_fast": {"quant_method": "awq", "version": "gemv_fast", "bits": 4, "group_size": 32, "zero_point": True},
+    "bitsandbytes 4-bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bitsandbytes int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "hqq": {"quant_method": "hqq"},
+    "auto-round": {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False},
+    "torchao": {"quant_method": "torchao"},
+}
+ENTRIES = [
+    json.dumps({"_type": kind, "_data": {"block_size": block, "shape": [8, 16], "target_dtype": {"_data": "int4"}}})
+    for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Int4TilePackedTo4dTensor", "x")
+    for block in ([1, 16], [8, 16], [1, 2**40], None)
+]
+DTYPES = {"I32": 4, "F16": 2, "U8": 1, "I8": 1, "F32": 4, "I64": 8}
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Any], int, Any]:
+    """A header whose tensors follow each other, mostly; how many bytes they claim together; and a quantization_config, mostly of
+    the format whose tensors they are."""
+    name = draw(st.sampled_from([*BASES, None]))
+    fmt = (FORMATS | READ_ONLY).get(str(name))
+    suffixes = draw(st.lists(st.sampled_from(SUFFIXES if fmt is None else fmt.suffixes), unique=True, max_size=6))
+    if fmt is not None and draw(st.integers(0, 9)):
+        suffixes = [*fmt.required, *(suffix for suffix in suffixes if suffix not in fmt.required)]
+    config = draw(configs) if name is None else BASES[name] | draw(st.one_of(st.just({}), changes))
+    header: dict[str, Any] = {}
+    begin = 0
+    for suffix in suffixes:
+        shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 32]), max_size=3))
+        dtype = draw(st.sampled_from(sorted(DTYPES)))
+        end = begin + DTYPES[dtype]
+        for size in shape:
+            end += (end - begin) * (size - 1)
+        header[f"m.{suffix}"] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    if draw(st.integers(0, 5)) == 0 and header:  # one lie
+        entry = header[draw(st.sampled_from(sorted(header)))]
+        entry[draw(st.sampled_from(["dtype", "shape", "data_offsets"]))] = draw(
+            st.one_of(junk, st.lists(sizes, max_size=3))
+        )
+    if draw(st.booleans()):
+        header[METADATA] = draw(
+            st.dictionaries(st.sampled_from(["m.weight", "format"]), st.text(max_size=40), max_size=2)
+        )
+    return header, begin, config
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """What allocates by what a header or config claims runs out of address space here."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def outcome(directory: Path, header: Any, length: int, config: Any) -> bool:
+    text = json.dumps(header).encode()
+    data = bytes(i * 37 % 256 for i in range(min(length, 4096))) + bytes(max(0, length - 4096))
+    (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    try:
+        found = inspect(directory)
+    except CheckpointError:
+        return False
+    found.to_json()
+    found.to_markdown()
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
+@settings(
+    max_examples=1000, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(drawn=checkpoints())
+def test_headers_and_configs(tmp_path: Path, little_room: None, drawn: tuple[dict[str, Any], int, Any]) -> None:
+    start = time.process_time()  # not wall time, which says more about what else the machine does
+    outcome(tmp_path, *drawn)
+    assert time.process_time() - start < 2
+
+
+def test_every_format_is_fuzzed() -> None:
+    assert BASES.keys() == (FORMATS | READ_ONLY).keys()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
+def test_the_limits_bite(tmp_path: Path, little_room: None) -> None:
+    """The control: what needs more than the room is noticed, and a sound file is still read."""
+    with pytest.raises(MemoryError):
+        bytearray(2 * ROOM)
+    header = {"norm.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    assert outcome(tmp_path, header, 8, None)
