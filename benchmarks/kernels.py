@@ -71,7 +71,9 @@ def ours(problem: Problem, device: torch.device) -> list[Candidate]:
     def prepare(layout: str, weight: QuantTensor) -> Prepared:
         buffers = {n: None if t is None else t.to(device) for n, t in get_layout(layout).pack(weight).items()}
         call = partial(ops.gemm, layout, in_features=weight.K, out_features=weight.N, scheme=weight.scheme)
-        return Prepared(buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()))
+        return Prepared(
+            buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()), activation_bits=weight.scheme.act_bits
+        )
 
     found = []
     for spec in KERNELS:

@@ -67,7 +67,7 @@ def test_markdown_names_every_missing_peer_and_a_noisy_machine(small_run: result
     )
     shown = results.to_markdown(noisy)
     assert "not quiet" in shown
-    for name in ("humming", "marlin (gptqmodel)", "gemlite", "ggml"):
+    for name in ("humming", "marlin (gptqmodel)", "gemlite", "ggml q4_0", "ggml q4_k"):
         assert f"* {name}: " in shown
     assert "roofs measured in this run" in shown
     assert "torch linear" in results.to_csv(small_run.rows)
