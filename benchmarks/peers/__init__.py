@@ -107,6 +107,7 @@ def unlike(
     groups: tuple[int | str, ...],
     zeros: tuple[str, ...] = ("none",),
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
+    act_bits: tuple[int | None, ...] = (None,),
     n_multiple: int = 1,
     k_multiple: int = 1,
 ) -> str | None:
@@ -114,7 +115,7 @@ def unlike(
     scheme = problem.scheme
     if (
         scheme.codebook is not None
-        or scheme.act_bits is not None
+        or scheme.act_bits not in act_bits
         or scheme.bits not in bits
         or scheme.zeros not in zeros
     ):
