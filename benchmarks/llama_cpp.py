@@ -3,8 +3,8 @@
     python -m benchmarks.llama_cpp [--size 1b] [--prompt 128] [--new-tokens 32] [--rounds 9]
 
 The model is `llama.py` with random 4-bit codes in groups of 32, head included, and llama.cpp reads the same codes and scales as a
-Q4_0 file (`gguf_file.py`). Logits of the prompt are compared first. llama.cpp always quantizes activations to 8 bits; ours does so in
-the w4a8 mode only. Needs llama-cpp-python; without it this says so and measures nothing.
+Q4_0 file (`gguf_file.py`). Logits of the prompt are compared first. llama.cpp always quantizes activations to 8 bits; ours does
+so in the w4a8 mode only. Needs llama-cpp-python; without it this says so and measures nothing.
 """
 
 from __future__ import annotations
