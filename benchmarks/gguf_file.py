@@ -17,7 +17,7 @@ from qkernels.errors import ConversionError
 from qkernels.nn import QuantLinear
 from qkernels.tensor import QuantTensor
 
-from .llama import RMS_EPSILON, ROPE_BASE, Llama
+from .llama import RMS_EPSILON, ROPE_BASE, Block, Llama
 
 F32, F16, Q4_0 = 0, 1, 2  # enum ggml_type
 ALIGNMENT = 32  # general.alignment's default
@@ -52,6 +52,7 @@ def tensors(model: Llama) -> Iterator[tuple[str, int, tuple[int, int], Tensor]]:
     yield "output_norm.weight", F32, (1, g.hidden), model.norm.float()
     yield "output.weight", Q4_0, (g.vocabulary, g.hidden), _rows(model.head)
     for i, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         q, k, v = _rows(block.qkv).split([heads * g.head_dim for heads in (g.heads, g.kv_heads, g.kv_heads)])
         gate, up = _rows(block.gate_up).chunk(2)
         layers = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -138,7 +140,8 @@ def measure_case(
         try:
             if candidate.reason or candidate.prepare is None:
                 raise _NotHere(candidate.reason or "cannot run this")
-            made = candidate.prepare(weight)
+            with redirect_stdout(sys.stderr):  # libraries greet; what we print may be JSON
+                made = candidate.prepare(weight)
             fixed = replace(blank, note=made.note)
         except (_NotHere, *FAILURES) as error:
             rows |= {(M, candidate.name): replace(blank, M=M, reason=_said(error)) for M in case.tokens}
@@ -148,7 +151,7 @@ def measure_case(
         for M, x in inputs.items():
             row = replace(fixed, M=M)
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), redirect_stdout(sys.stderr):
                     wrong = mismatch(
                         made.run(made.buffers, x),
                         x,

@@ -47,6 +47,10 @@ def random_linear(N: int, K: int, scheme: QuantScheme | None, dtype: torch.dtype
 class Block(nn.Module):
     """One decoder layer with its part of the cache, `[1, kv_heads, positions, head_dim]` each."""
 
+    qkv: nn.Module
+    o: nn.Module
+    gate_up: nn.Module
+    down: nn.Module
     norm1: Tensor
     norm2: Tensor
     keys: Tensor
@@ -88,6 +92,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Llama(nn.Module):
     """The whole decoder; `scheme` None leaves its linear layers in `dtype`, as the embedding always and the head unless asked."""
 
+    blocks: nn.ModuleList
+    head: nn.Module
     table: Tensor
     norm: Tensor
     cos: Tensor

@@ -103,7 +103,7 @@ def decode_step(model: Llama, mode: str, token: Tensor, at: Tensor) -> Callable[
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = model(fixed_token, fixed_at)
+        logits: Tensor = model(fixed_token, fixed_at)
 
     def replay(token: Tensor, at: Tensor) -> Tensor:
         fixed_token.copy_(token)

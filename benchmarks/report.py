@@ -18,6 +18,7 @@ import torch
 from qkernels.errors import ArgumentError
 
 from . import environment, plots, results
+from .peers import CONTROL
 
 
 def page(runs: Sequence[results.Run], quality: Sequence[dict[str, Any]], out: Path) -> Path:
@@ -36,7 +37,7 @@ def page(runs: Sequence[results.Run], quality: Sequence[dict[str, Any]], out: Pa
             stem = re.sub(r"[^a-z0-9]+", "-", f"{number}-{title}".lower()).strip("-")
             roof = plots.roofline(run, rows, f"Roofline: {title}", out / f"{stem}-roofline.png")
             pictures = [f"![roofline]({roof.name})"]
-            if any(r.candidate == plots.CONTROL for r in rows) and len({r.candidate for r in rows}) > 1:
+            if any(r.candidate == CONTROL for r in rows) and len({r.candidate for r in rows}) > 1:
                 speed = plots.speed_up(rows, f"Speed-up: {title}", out / f"{stem}-speed-up.png")
                 pictures.append(f"![speed-up]({speed.name})")
             blocks.append(f"## {title}\n\n" + "\n\n".join(pictures))

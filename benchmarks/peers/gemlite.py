@@ -35,7 +35,7 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared(layer, run, bytes_of(layer.W_q, layer.scales, layer.zeros))
 
 
-PEER = Peer(
+PEER: Peer = Peer(
     "gemlite", needs("gemlite", "gemlite", device="cuda"), reason, prepare,
     status="never run by us; names and arguments checked against gemlite 0.6.0.post2",
 )  # fmt: skip

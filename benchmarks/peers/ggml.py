@@ -104,7 +104,7 @@ def _buffer_types() -> list[int]:
     device = g["ggml_backend_reg_dev_get"](registry, 0)
     address = g["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts")
     extra = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device) if address else None
-    found = []
+    found: list[int] = []
     while extra and extra[len(found)]:
         found.append(int(extra[len(found)]))
     return [*found, g["ggml_backend_dev_buffer_type"](device)]
@@ -175,8 +175,7 @@ def _view(address: int, rows: int, columns: int) -> Tensor:
 
 def meaning(kind: int, rows: Tensor, N: int, K: int) -> Tensor:
     """fp32 `[N, K]` of Q4_0 or Q4_K bytes (`block_q4_0`, `block_q4_K` in ggml-common.h)."""
-    length, nbytes = BLOCKS[kind]
-    blocks = rows.view(-1, nbytes)
+    blocks = rows.view(-1, BLOCKS[kind][1])
     if kind == Q4_0:  # a scale; the low nibbles of 16 bytes, then the high ones, each less 8
         scale, nibbles = blocks[:, :2].contiguous().view(torch.float16).float(), blocks[:, 2:]
         return (scale * (torch.cat([nibbles & 15, nibbles >> 4], 1).float() - 8)).view(N, K)
@@ -187,7 +186,8 @@ def meaning(kind: int, rows: Tensor, N: int, K: int) -> Tensor:
     minima = torch.cat([middle & 63, (high >> 4) | (middle >> 6) << 4], 1).float() * least
     nibbles = blocks[:, 16:].view(-1, 4, 32)
     codes = torch.stack([nibbles & 15, nibbles >> 4], 2).float().view(-1, 8, 32)
-    return (codes * factors[:, :, None] - minima[:, :, None]).view(N, length * blocks.shape[0] // N)
+    values: Tensor = codes * factors[:, :, None] - minima[:, :, None]
+    return values.view(N, K)
 
 
 def available(device: torch.device) -> str | None:
@@ -209,6 +209,10 @@ def reason(kind: int, problem: Problem) -> str | None:
     return f"takes K % {length} == 0, got K={problem.K}" if problem.K % length else None
 
 
+def _run(weight: Weight, x: Tensor) -> Tensor:
+    return weight.multiply(x)
+
+
 def prepare(kind: int, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Prepared:
     length, nbytes = BLOCKS[kind]
     rows = torch.zeros(weight.N * weight.K // length * nbytes, dtype=torch.uint8)
@@ -217,10 +221,10 @@ def prepare(kind: int, weight: QuantTensor, dtype: torch.dtype, device: torch.de
     made = Weight(kind, rows, weight.N, weight.K)
     note = f"another format, {made.where}; quantizes activations to 8 bits"
     return Prepared(
-        made, lambda w, x: w.multiply(x), rows.numel(), weight=meaning(kind, rows, weight.N, weight.K), activation_bits=8,
+        made, _run, rows.numel(), weight=meaning(kind, rows, weight.N, weight.K), activation_bits=8,
         note=note,
     )  # fmt: skip
 
 
-PEER_Q4_0 = Peer("ggml q4_0", available, partial(reason, Q4_0), partial(prepare, Q4_0))
-PEER_Q4_K = Peer("ggml q4_k", available, partial(reason, Q4_K), partial(prepare, Q4_K))
+PEER_Q4_0: Peer = Peer("ggml q4_0", available, partial(reason, Q4_0), partial(prepare, Q4_0))
+PEER_Q4_K: Peer = Peer("ggml q4_k", available, partial(reason, Q4_K), partial(prepare, Q4_K))

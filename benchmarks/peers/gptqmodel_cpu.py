@@ -42,4 +42,4 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared(layer, run, bytes_of(layer.qweight, layer.qzeros, layer.scales))
 
 
-PEER = Peer("gptqmodel cpu", needs("gptqmodel", "gptqmodel", device="cpu"), reason, prepare)
+PEER: Peer = Peer("gptqmodel cpu", needs("gptqmodel", "gptqmodel", device="cpu"), reason, prepare)

@@ -39,7 +39,7 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared(layer, run, bytes_of(layer.qweight, layer.scales))
 
 
-PEER = Peer(
+PEER: Peer = Peer(
     "marlin (gptqmodel)", needs("gptqmodel", "gptqmodel", device="cuda"), reason, prepare,
     status="never run by us; names and arguments checked against GPTQModel 7.7.0",
 )  # fmt: skip

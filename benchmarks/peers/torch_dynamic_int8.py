@@ -43,4 +43,4 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared(packed, run, nbytes, activation_bits=8, note="quantizes activations to 8 bits")
 
 
-PEER = Peer("torch dynamic int8", available, reason, prepare)
+PEER: Peer = Peer("torch dynamic int8", available, reason, prepare)
