@@ -38,7 +38,9 @@ def random_linear(N: int, K: int, scheme: QuantScheme | None, dtype: torch.dtype
             torch.empty(N, K, device=device, dtype=dtype).normal_(0, K**-0.5), requires_grad=False
         )
         return layer
-    codes = torch.randint(0, scheme.max_code + 1, (N, K), dtype=torch.uint8, device=device)
+    # Without code 0 their mean is the zero point. A mean weight would pull all outputs the same way, layer after layer, until the
+    # logits no longer depend on anything and comparing them proves nothing.
+    codes = torch.randint(1, scheme.max_code + 1, (N, K), dtype=torch.uint8, device=device)
     shape = (N, 1 if scheme.group_size in ("channel", "tensor") else scheme.num_groups(K))
     scales = torch.full(shape, 2.0 / scheme.max_code * K**-0.5, dtype=dtype, device=device)
     return QuantLinear.from_quant_tensor(QuantTensor(codes, scales, None, None, scheme), dtype=dtype)

@@ -35,7 +35,9 @@ from .statistics import median_interval, ratio_interval
 
 SCHEMES = ("w4a16_g32", "w4a8_g32")
 VOCABULARY = 32000  # of the 1B model: its own 128256 would make embedding and head a third of all weights
-SAME = 0.98  # cosine of the two logits: 8-bit activations leave about 0.999 in 16 layers, another weight none
+# Relative error of the logits. A layer with 8-bit activations is off by up to 6e-3; with them measured 8e-3 to 9e-3 after 4 and 8
+# layers, and 3.1e-2 to 3.9e-2 where q and k are rotated wrongly, the smallest mistake that a test makes on purpose.
+SAME = 0.02
 
 
 class LlamaCpp:
@@ -80,7 +82,7 @@ class SpeedRow:
     candidate: str
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
-    cosine: float
+    logit_error: float
     prefill_ratio: list[float]
     decode_ratio: list[float]
 
@@ -146,19 +148,23 @@ def compare(size: str, prompt: int, new_tokens: int, rounds: int, threads: int) 
                     else:
                         times[name].append((first, each))
                 if i == 0:
-                    _check(logits)
+                    check(logits)
             peer.close()
     return _rows(times, logits, prompt), reasons
 
 
-def _check(logits: dict[str, Tensor]) -> None:
+def check(logits: dict[str, Tensor]) -> None:
+    """Raises RuntimeError unless all logits are those of the first, within `SAME`."""
     names = list(logits)
     for name in names[1:]:
-        cosine = float(torch.cosine_similarity(logits[names[0]], logits[name], 0))
-        if not cosine > SAME:
-            raise RuntimeError(
-                f"no match, no number: the logits of {name} and {names[0]} have a cosine of {cosine:.4f}"
-            )
+        error = logit_error(logits[names[0]], logits[name])
+        if not error < SAME:
+            raise RuntimeError(f"no match, no number: the logits of {name} are off those of {names[0]} by {error:.4f}")
+
+
+def logit_error(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |a|."""
+    return float((a - b).norm() / a.norm())
 
 
 def _rows(times: dict[str, list[tuple[float, float]]], logits: dict[str, Tensor], prompt: int) -> list[SpeedRow]:
@@ -167,10 +173,10 @@ def _rows(times: dict[str, list[tuple[float, float]]], logits: dict[str, Tensor]
     for name in names:
         prefill, decode = zip(*times[name], strict=True)
         ratios = [ratio_interval([t[i] for t in base], [t[i] for t in times[name]]) for i in (0, 1)]
-        cosine = float(torch.cosine_similarity(logits[names[0]], logits[name], 0))
+        error = logit_error(logits[names[0]], logits[name])
         rows.append(
             SpeedRow(
-                name, prompt / median_interval(prefill).median, 1 / median_interval(decode).median, cosine,
+                name, prompt / median_interval(prefill).median, 1 / median_interval(decode).median, error,
                 *([r.median, r.low, r.high] for r in ratios),
             )
         )  # fmt: skip
@@ -178,10 +184,10 @@ def _rows(times: dict[str, list[tuple[float, float]]], logits: dict[str, Tensor]
 
 
 def to_markdown(rows: Sequence[SpeedRow], reasons: Sequence[str]) -> str:
-    header = ["", "prompt tok/s", "decode tok/s", "cosine of logits", "prompt: llama.cpp time / ours", "decode"]
+    header = ["", "prompt tok/s", "decode tok/s", "logits off by", "prompt: llama.cpp time / ours", "decode"]
     lines = [
         [
-            r.candidate, f"{r.prefill_tokens_per_s:.1f}", f"{r.decode_tokens_per_s:.2f}", f"{r.cosine:.5f}",
+            r.candidate, f"{r.prefill_tokens_per_s:.1f}", f"{r.decode_tokens_per_s:.2f}", f"{r.logit_error:.1e}",
             *("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) for ratio in (r.prefill_ratio, r.decode_ratio)),
         ]
         for r in rows
