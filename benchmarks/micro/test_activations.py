@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,9 +28,13 @@ def test_quantize_activations(benchmark, scheme, M) -> None:  # type: ignore[no-
     if not able:
         pytest.skip(f"no kernel quantizes activations here: {against}")
     weight = random_weight(ROWS, K, problem.scheme, torch.bfloat16)
-    buffers = {n: None if t is None else t.to(DEVICE) for n, t in get_layout(able[0].layout).pack(weight).items()}
+    packed = get_layout(able[0].layout).pack(weight).items()
+    buffers: dict[str, Any] = {n: None if t is None else t.to(DEVICE) for n, t in packed}
     x = torch.randn(M, K).to(DEVICE, torch.bfloat16)
-    given = {"in_features": K, "out_features": ROWS, "scheme": weight.scheme}
     with torch.inference_mode():
-        y = benchmark(synchronized(lambda: ops.gemm(able[0].layout, x, **buffers, **given)))
+        y = benchmark(
+            synchronized(
+                lambda: ops.gemm(able[0].layout, x, **buffers, in_features=K, out_features=ROWS, scheme=weight.scheme)
+            )
+        )
     assert y.shape == (M, ROWS)
