@@ -20,6 +20,8 @@ from qkernels.errors import ArgumentError
 from . import environment, plots, results
 from .peers import CONTROL
 
+OTHER_FORMS = ("quality.json", "llama-cpp.json")  # results that are not kernels beside their peers
+
 
 def page(runs: Sequence[results.Run], quality: Sequence[dict[str, Any]], out: Path) -> Path:
     """Write `out/README.md` and its pictures; returns the page."""
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     here = environment.RESULTS / environment.machine_name(device)
-    files = args.results or sorted(path for path in here.glob("*.json") if path.name != "quality.json")
+    files = args.results or sorted(path for path in here.glob("*.json") if path.name not in OTHER_FORMS)
     if not files:
         parser.error(f"no results in {here}; run python -m benchmarks first, or name files")
     quality = read_quality(args.quality) if args.quality else []
