@@ -28,7 +28,8 @@ def checked_rows(M: int) -> Tensor:
         return torch.arange(M)
     third = CHECKED_TOKENS // 3
     middle = torch.linspace(third, M - third - 1, third).long()
-    return torch.unique(torch.cat([torch.arange(third), middle, torch.arange(M - third, M)]))
+    chosen: Tensor = torch.unique(torch.cat([torch.arange(third), middle, torch.arange(M - third, M)]))
+    return chosen
 
 
 def mismatch(y: Tensor, x: Tensor, weight: Tensor, activation_bits: int | None = None) -> str | None:

@@ -4,8 +4,9 @@
     python -m benchmarks.guard --update    measure and commit to the new values (say why in the commit)
 
 Callgrind counts instructions of the AVX2 kernels (valgrind knows no AVX-512), per weight, on problems small enough for its
-hundredfold slowdown. Compilers differ by a few percent, so the bound
-is tight only under the compiler that the committed values come from.
+hundredfold slowdown. Compilers differ by a few percent, so the bound is tight only under the compiler that the committed values
+come from. Figures of the CUDA kernels (`guard_cuda.py`) come from nvcc and nvdisasm and need no GPU; without these tools they are
+left out by name, and `--update` keeps the committed ones.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from . import guard_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc" / "cpu"
@@ -139,12 +142,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"needs {', '.join(lacking)}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as directory:
-        figures = measure(Path(directory))
-    print(json.dumps(figures, indent=1))
+        cpu = measure(Path(directory))
+    before = committed() if COMMITTED.exists() else {}
+    if lacking_cuda := guard_cuda.missing():
+        print(f"CUDA kernels: needs {', '.join(lacking_cuda)}; left as they are", file=sys.stderr)
+        cuda = before.get("cuda")
+    else:
+        cuda_figures, mixes = guard_cuda.measure()
+        cuda = {"compiler": guard_cuda.compiler(), "figures": cuda_figures, "inner loops": mixes}
+    print(json.dumps({"compiler": compiler(), "figures": cpu, "cuda": cuda}, indent=1))
     if args.update:
-        COMMITTED.write_text(json.dumps({"compiler": compiler(), "figures": figures}, indent=1) + "\n")
+        COMMITTED.write_text(json.dumps({"compiler": compiler(), "figures": cpu, "cuda": cuda}, indent=1) + "\n")
         return 0
-    wrong = regressions(committed(), figures, compiler())
+    wrong = regressions(before, cpu, compiler())
+    if not lacking_cuda:
+        wrong += regressions(before["cuda"], cuda_figures, guard_cuda.compiler())
     print("\n".join(wrong) or "nothing rose beyond its bound")
     return 1 if wrong else 0
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -71,7 +73,9 @@ def ours(problem: Problem, device: torch.device) -> list[Candidate]:
     def prepare(layout: str, weight: QuantTensor) -> Prepared:
         buffers = {n: None if t is None else t.to(device) for n, t in get_layout(layout).pack(weight).items()}
         call = partial(ops.gemm, layout, in_features=weight.K, out_features=weight.N, scheme=weight.scheme)
-        return Prepared(buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()))
+        return Prepared(
+            buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()), activation_bits=weight.scheme.act_bits
+        )
 
     found = []
     for spec in KERNELS:
@@ -136,7 +140,8 @@ def measure_case(
         try:
             if candidate.reason or candidate.prepare is None:
                 raise _NotHere(candidate.reason or "cannot run this")
-            made = candidate.prepare(weight)
+            with redirect_stdout(sys.stderr):  # libraries greet; what we print may be JSON
+                made = candidate.prepare(weight)
             fixed = replace(blank, note=made.note)
         except (_NotHere, *FAILURES) as error:
             rows |= {(M, candidate.name): replace(blank, M=M, reason=_said(error)) for M in case.tokens}
@@ -146,7 +151,7 @@ def measure_case(
         for M, x in inputs.items():
             row = replace(fixed, M=M)
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), redirect_stdout(sys.stderr):
                     wrong = mismatch(
                         made.run(made.buffers, x),
                         x,

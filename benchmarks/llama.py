@@ -19,6 +19,8 @@ from qkernels.tensor import QuantTensor
 
 from .shapes import GEOMETRIES, Geometry
 
+ROPE_BASE, RMS_EPSILON = 500000.0, 1e-5
+
 SIZES: dict[str, Geometry] = {
     "tiny": Geometry("tiny", 256, 768, 4, 8, 4, 32, 2048),
     "small": Geometry("small", 1024, 2816, 8, 16, 8, 64, 32000),
@@ -36,7 +38,9 @@ def random_linear(N: int, K: int, scheme: QuantScheme | None, dtype: torch.dtype
             torch.empty(N, K, device=device, dtype=dtype).normal_(0, K**-0.5), requires_grad=False
         )
         return layer
-    codes = torch.randint(0, scheme.max_code + 1, (N, K), dtype=torch.uint8, device=device)
+    # Without code 0 their mean is the zero point. A mean weight would pull all outputs the same way, layer after layer, until the
+    # logits no longer depend on anything and comparing them proves nothing.
+    codes = torch.randint(1, scheme.max_code + 1, (N, K), dtype=torch.uint8, device=device)
     shape = (N, 1 if scheme.group_size in ("channel", "tensor") else scheme.num_groups(K))
     scales = torch.full(shape, 2.0 / scheme.max_code * K**-0.5, dtype=dtype, device=device)
     return QuantLinear.from_quant_tensor(QuantTensor(codes, scales, None, None, scheme), dtype=dtype)
@@ -44,6 +48,15 @@ def random_linear(N: int, K: int, scheme: QuantScheme | None, dtype: torch.dtype
 
 class Block(nn.Module):
     """One decoder layer with its part of the cache, `[1, kv_heads, positions, head_dim]` each."""
+
+    qkv: nn.Module
+    o: nn.Module
+    gate_up: nn.Module
+    down: nn.Module
+    norm1: Tensor
+    norm2: Tensor
+    keys: Tensor
+    values: Tensor
 
     def __init__(
         self, g: Geometry, scheme: QuantScheme | None, positions: int, dtype: torch.dtype, device: torch.device
@@ -62,13 +75,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, at: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """x `[1, T, hidden]`, at `[T]` positions, turn (cos, sin) `[T, head_dim]`, mask `[T, positions]`."""
         g, T = self.g, x.shape[1]
-        qkv = self.qkv(rms_norm(x, (g.hidden,), self.norm1, 1e-5)).view(1, T, -1, g.head_dim).transpose(1, 2)
+        qkv = self.qkv(rms_norm(x, (g.hidden,), self.norm1, RMS_EPSILON)).view(1, T, -1, g.head_dim).transpose(1, 2)
         q, k, v = qkv.split([g.heads, g.kv_heads, g.kv_heads], dim=1)
         self.keys.index_copy_(2, at, _turned(k, *turn))
         self.values.index_copy_(2, at, v)
         y = scaled_dot_product_attention(_turned(q, *turn), self.keys, self.values, attn_mask=mask, enable_gqa=True)
         x = x + self.o(y.transpose(1, 2).reshape(1, T, -1))
-        gate, up = self.gate_up(rms_norm(x, (g.hidden,), self.norm2, 1e-5)).chunk(2, -1)
+        gate, up = self.gate_up(rms_norm(x, (g.hidden,), self.norm2, RMS_EPSILON)).chunk(2, -1)
         down: Tensor = self.down(silu(gate) * up)
         return x + down
 
@@ -79,19 +92,28 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Llama(nn.Module):
-    """The whole decoder; `scheme` None leaves its linear layers in `dtype`. Embedding and head are never quantized."""
+    """The whole decoder; `scheme` None leaves its linear layers in `dtype`, as the embedding always and the head unless asked."""
+
+    blocks: nn.ModuleList
+    head: nn.Module
+    table: Tensor
+    norm: Tensor
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
 
     def __init__(
-        self, g: Geometry, scheme: QuantScheme | None, positions: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, g: Geometry, scheme: QuantScheme | None, positions: int, dtype: torch.dtype, device: torch.device,
+        quantized_head: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.g = g
         self.register_buffer("table", torch.empty(g.vocabulary, g.hidden, dtype=dtype, device=device).normal_())
         self.blocks = nn.ModuleList(Block(g, scheme, positions, dtype, device) for _ in range(g.layers))
         self.register_buffer("norm", torch.ones(g.hidden, dtype=dtype, device=device))
-        self.head = random_linear(g.vocabulary, g.hidden, None, dtype, device)
+        self.head = random_linear(g.vocabulary, g.hidden, scheme if quantized_head else None, dtype, device)
         half = torch.arange(0, g.head_dim, 2, device=device) / g.head_dim
-        angles = torch.outer(torch.arange(positions, device=device), 500000.0**-half).repeat(1, 2)
+        angles = torch.outer(torch.arange(positions, device=device), ROPE_BASE**-half).repeat(1, 2)
         self.register_buffer("cos", angles.cos().to(dtype))
         self.register_buffer("sin", angles.sin().to(dtype))
         self.register_buffer("positions", torch.arange(positions, device=device))
@@ -103,7 +125,7 @@ class Llama(nn.Module):
         turn = (self.cos[at], self.sin[at])
         for block in self.blocks:
             x = block(x, at, turn, mask)
-        y: Tensor = self.head(rms_norm(x[:, -1], (self.g.hidden,), self.norm, 1e-5))
+        y: Tensor = self.head(rms_norm(x[:, -1], (self.g.hidden,), self.norm, RMS_EPSILON))
         return y
 
 

@@ -17,6 +17,9 @@ _COLOURS = (
     "#b08a2e",
     "#5b8e9e",
     "#7a7a7a",
+    "#d18fb0",
+    "#4aa3df",
+    "#2b2b2b",
 )  # one each, also told apart in grey
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -117,13 +120,28 @@ def bytes_against_perplexity(rows: Sequence[dict[str, Any]], title: str, path: P
     """One point a method and width; down and left is better."""
     figure, axes = _figure(title, "MiB of weights", "perplexity")
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    labelled: list[tuple[str, float, float]] = []
     for i, method in enumerate(methods):
         mine = sorted((row for row in rows if row["method"] == method), key=lambda row: float(row["bytes"]))
         xs, ys = [row["bytes"] / 2**20 for row in mine], [row["perplexity"] for row in mine]
-        axes.plot(xs, ys, color=_COLOURS[i % 7], marker=_MARKERS[i % 7], markersize=6, linewidth=1.1, label=method)
+        axes.plot(
+            xs,
+            ys,
+            color=_COLOURS[i % len(_COLOURS)],
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=6,
+            linewidth=1.1,
+            label=method,
+        )
         for row, x, y in zip(mine, xs, ys, strict=True):
-            if y < max(r["perplexity"] for r in rows if r["label"] == row["label"]):
-                continue  # one label a width, at its highest point: the others stand below it
+            near = [
+                (X, Y)
+                for label, X, Y in labelled
+                if label == row["label"] and abs(X / x - 1) < 0.05 and abs(Y / y - 1) < 0.01
+            ]
+            if near:
+                continue  # two labels on top of each other are none
+            labelled.append((row["label"], x, y))
             axes.annotate(str(row["label"]), (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.margins(0.12)
     axes.legend(frameon=False, fontsize=9)

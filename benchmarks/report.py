@@ -18,6 +18,9 @@ import torch
 from qkernels.errors import ArgumentError
 
 from . import environment, plots, results
+from .peers import CONTROL
+
+OTHER_FORMS = ("quality.json", "llama-cpp.json")  # results that are not kernels beside their peers
 
 
 def page(runs: Sequence[results.Run], quality: Sequence[dict[str, Any]], out: Path) -> Path:
@@ -36,7 +39,7 @@ def page(runs: Sequence[results.Run], quality: Sequence[dict[str, Any]], out: Pa
             stem = re.sub(r"[^a-z0-9]+", "-", f"{number}-{title}".lower()).strip("-")
             roof = plots.roofline(run, rows, f"Roofline: {title}", out / f"{stem}-roofline.png")
             pictures = [f"![roofline]({roof.name})"]
-            if any(r.candidate == plots.CONTROL for r in rows) and len({r.candidate for r in rows}) > 1:
+            if any(r.candidate == CONTROL for r in rows) and len({r.candidate for r in rows}) > 1:
                 speed = plots.speed_up(rows, f"Speed-up: {title}", out / f"{stem}-speed-up.png")
                 pictures.append(f"![speed-up]({speed.name})")
             blocks.append(f"## {title}\n\n" + "\n\n".join(pictures))
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     here = environment.RESULTS / environment.machine_name(device)
-    files = args.results or sorted(path for path in here.glob("*.json") if path.name != "quality.json")
+    files = args.results or sorted(path for path in here.glob("*.json") if path.name not in OTHER_FORMS)
     if not files:
         parser.error(f"no results in {here}; run python -m benchmarks first, or name files")
     quality = read_quality(args.quality) if args.quality else []

@@ -107,6 +107,7 @@ def unlike(
     groups: tuple[int | str, ...],
     zeros: tuple[str, ...] = ("none",),
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
+    act_bits: tuple[int | None, ...] = (None,),
     n_multiple: int = 1,
     k_multiple: int = 1,
 ) -> str | None:
@@ -114,7 +115,7 @@ def unlike(
     scheme = problem.scheme
     if (
         scheme.codebook is not None
-        or scheme.act_bits is not None
+        or scheme.act_bits not in act_bits
         or scheme.bits not in bits
         or scheme.zeros not in zeros
     ):
@@ -132,6 +133,7 @@ from . import (  # noqa: E402  (they need Peer)
     bitsandbytes_nf4,
     gemlite,
     ggml,
+    gptqmodel_cpu,
     gptqmodel_marlin,
     humming,
     torch_dynamic_int8,
@@ -149,8 +151,10 @@ PEERS: tuple[Peer, ...] = (
     torch_dynamic_int8.PEER,
     humming.PEER,
     gptqmodel_marlin.PEER,
+    gptqmodel_cpu.PEER,
     gemlite.PEER,
     bitsandbytes_nf4.PEER,
     torchao_int4.PEER,
-    ggml.PEER,
+    ggml.PEER_Q4_0,
+    ggml.PEER_Q4_K,
 )

@@ -31,7 +31,7 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
         weight.dequantize(dtype).to("cpu"), requires_grad=False, quant_type="nf4", blocksize=block,
         compress_statistics=False, module=layer,
     )  # fmt: skip
-    layer = layer.to(device)
+    layer = layer.to(device).eval()  # in training mode it never packs for the CPU
     means = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().reshape(weight.N, weight.K)
     with torch.no_grad():
         layer(torch.zeros(1, weight.K, dtype=dtype, device=device))
@@ -44,4 +44,4 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared(layer, run, nbytes, weight=means, note="NF4: another 4-bit format")
 
 
-PEER = Peer("bitsandbytes nf4", needs("bitsandbytes", "bitsandbytes"), reason, prepare)
+PEER: Peer = Peer("bitsandbytes nf4", needs("bitsandbytes", "bitsandbytes"), reason, prepare)

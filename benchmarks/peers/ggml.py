@@ -1,31 +1,230 @@
-"""llama.cpp's ggml (through llama-cpp-python): not wired up.
+"""llama.cpp's ggml on the CPU, through ctypes: Q4_0 (4 bits, groups of 32) and Q4_K (4 bits, 6-bit scales, blocks of 256).
 
-Its C interface changes between releases and could not be checked against an installed library, so this names the gap instead of
-guessing. What an adapter needs: quantize the dequantized weight to Q4_0 and Q4_K, a graph of one `ggml_mul_mat` per weight copy
-in the CPU_REPACK buffer type, `weight` read back by `ggml_get_type_traits(type)->to_float`, `activation_bits=8`.
+Both quantize activations to 8 bits. The dequantized weight is quantized again by ggml itself, so its output is compared with what
+its own bytes mean, which are decoded here. The weight lies in the first of the CPU's buffer types that takes it, in ggml's own
+order of choice (AMX or CPU_REPACK before plain rows), as llama.cpp loads it.
+
+The libraries are those of llama-cpp-python, or of the directory QKERNELS_GGML_LIB, say another build of the same sources. A
+process can hold one build only. The names used are those of ggml 0.25 (`ggml.h`, `ggml-alloc.h`, `ggml-backend.h`, `ggml-cpu.h`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import os
+import weakref
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from qkernels.errors import UnsupportedProblem
+from qkernels.kernels.catalogue import Problem
 from qkernels.tensor import QuantTensor
 
-from . import Peer, Prepared, version_of
+from . import Peer, Prepared
+
+F32, Q4_0, Q4_K = 0, 2, 12  # enum ggml_type
+BLOCKS = {Q4_0: (32, 18), Q4_K: (256, 144)}  # weights and bytes of a block
+_CONTEXT_BYTES = 1 << 20  # tensors' and graphs' descriptions only; what they describe is elsewhere
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_new_tensor_2d": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)),
+    "ggml_mul_mat": (ctypes.c_void_p, (ctypes.c_void_p,) * 3),
+    "ggml_new_graph": (ctypes.c_void_p, (ctypes.c_void_p,)),
+    "ggml_build_forward_expand": (None, (ctypes.c_void_p,) * 2),
+    "ggml_get_data": (ctypes.c_void_p, (ctypes.c_void_p,)),
+    "ggml_free": (None, (ctypes.c_void_p,)),
+    "ggml_quantize_chunk": (
+        ctypes.c_size_t,
+        (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *(ctypes.c_int64,) * 3, ctypes.c_void_p),
+    ),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (ctypes.c_void_p, (ctypes.c_void_p,) * 2),
+    "ggml_backend_buffer_free": (None, (ctypes.c_void_p,)),
+    "ggml_backend_buft_name": (ctypes.c_char_p, (ctypes.c_void_p,)),
+    "ggml_backend_tensor_set": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)),
+    "ggml_backend_reg_dev_get": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)),
+    "ggml_backend_reg_get_proc_address": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p)),
+    "ggml_backend_dev_supports_op": (ctypes.c_bool, (ctypes.c_void_p,) * 2),
+    "ggml_backend_dev_buffer_type": (ctypes.c_void_p, (ctypes.c_void_p,)),
+    "ggml_backend_graph_compute": (ctypes.c_int, (ctypes.c_void_p,) * 2),
+    "ggml_backend_cpu_init": (ctypes.c_void_p, ()),
+    "ggml_backend_cpu_reg": (ctypes.c_void_p, ()),
+    "ggml_backend_cpu_set_n_threads": (None, (ctypes.c_void_p, ctypes.c_int)),
+}
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def library_directory() -> Path | None:
+    """Where libggml-cpu lies: QKERNELS_GGML_LIB, or inside the installed llama_cpp."""
+    if given := os.environ.get("QKERNELS_GGML_LIB"):
+        return Path(given)
+    spec = importlib.util.find_spec("llama_cpp")
+    return Path(spec.origin).parent / "lib" if spec and spec.origin else None
+
+
+@lru_cache(1)
+def library() -> dict[str, Any]:
+    """The functions of `_SIGNATURES` and `ggml_init`, by name.
+
+    Raises:
+        OSError: there is no such library, or it does not load.
+        AttributeError: it lacks a function.
+    """
+    directory = library_directory()
+    if directory is None:
+        raise OSError("llama-cpp-python is not installed and QKERNELS_GGML_LIB is not set")
+    base, cpu = (
+        ctypes.CDLL(str(directory / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL) for name in ("ggml-base", "ggml-cpu")
+    )
+    found: dict[str, Any] = {}
+    for name, (result, arguments) in _SIGNATURES.items():
+        found[name] = getattr(cpu if name.startswith("ggml_backend_cpu") else base, name)
+        found[name].restype, found[name].argtypes = result, arguments
+    found["ggml_init"] = base.ggml_init
+    base.ggml_init.restype, base.ggml_init.argtypes = ctypes.c_void_p, (_InitParams,)
+    return found
+
+
+@lru_cache(1)
+def _backend() -> int:
+    backend: int = library()["ggml_backend_cpu_init"]()
+    return backend
+
+
+def _buffer_types() -> list[int]:
+    """The CPU's buffer types, special ones first."""
+    g = library()
+    registry = g["ggml_backend_cpu_reg"]()
+    device = g["ggml_backend_reg_dev_get"](registry, 0)
+    address = g["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts")
+    extra = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device) if address else None
+    found: list[int] = []
+    while extra and extra[len(found)]:
+        found.append(int(extra[len(found)]))
+    return [*found, g["ggml_backend_dev_buffer_type"](device)]
+
+
+def _context() -> int:
+    context: int = library()["ggml_init"](_InitParams(_CONTEXT_BYTES, None, True))
+    return context
+
+
+class Weight:
+    """A weight in ggml's hands, with one graph for each number of tokens that was asked for. Copying it packs it again."""
+
+    def __init__(self, kind: int, rows: Tensor, N: int, K: int) -> None:
+        g = library()
+        self.kind, self.rows, self.N, self.K = kind, rows, N, K
+        self.graphs: dict[int, tuple[int, Tensor, Tensor]] = {}
+        for buffer_type in _buffer_types():
+            context = _context()
+            self.tensor = g["ggml_new_tensor_2d"](context, kind, K, N)
+            buffer = g["ggml_backend_alloc_ctx_tensors_from_buft"](context, buffer_type)
+            probe = g["ggml_mul_mat"](context, self.tensor, g["ggml_new_tensor_2d"](context, F32, K, 1))
+            device = g["ggml_backend_reg_dev_get"](g["ggml_backend_cpu_reg"](), 0)
+            if buffer and g["ggml_backend_dev_supports_op"](device, probe):
+                weakref.finalize(self, _free, context, buffer)
+                self.where = g["ggml_backend_buft_name"](buffer_type).decode()
+                g["ggml_backend_tensor_set"](self.tensor, rows.data_ptr(), 0, rows.numel())
+                return
+            _free(context, buffer)
+        raise UnsupportedProblem(f"no buffer type of ggml's CPU backend takes type {kind} with N={N} K={K}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
+        return Weight(self.kind, self.rows, self.N, self.K)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x `[M, K]` -> y `[M, N]` in fp32, valid until the next call with the same M."""
+        if x.shape[0] not in self.graphs:
+            self.graphs[x.shape[0]] = self._graph(x.shape[0])
+        graph, inputs, outputs = self.graphs[x.shape[0]]
+        inputs.copy_(x)
+        g = library()
+        g["ggml_backend_cpu_set_n_threads"](_backend(), torch.get_num_threads())
+        if status := g["ggml_backend_graph_compute"](_backend(), graph):
+            raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
+        return outputs
+
+    def _graph(self, M: int) -> tuple[int, Tensor, Tensor]:
+        g, context = library(), _context()
+        x = g["ggml_new_tensor_2d"](context, F32, self.K, M)
+        y = g["ggml_mul_mat"](context, self.tensor, x)
+        graph = g["ggml_new_graph"](context)
+        g["ggml_build_forward_expand"](graph, y)
+        buffer = g["ggml_backend_alloc_ctx_tensors_from_buft"](context, _buffer_types()[-1])
+        weakref.finalize(self, _free, context, buffer)
+        return graph, _view(g["ggml_get_data"](x), M, self.K), _view(g["ggml_get_data"](y), M, self.N)
+
+
+def _free(context: int, buffer: int | None) -> None:
+    if buffer:
+        library()["ggml_backend_buffer_free"](buffer)
+    library()["ggml_free"](context)
+
+
+def _view(address: int, rows: int, columns: int) -> Tensor:
+    memory = (ctypes.c_float * (rows * columns)).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.float32).view(rows, columns)
+
+
+def meaning(kind: int, rows: Tensor, N: int, K: int) -> Tensor:
+    """fp32 `[N, K]` of Q4_0 or Q4_K bytes (`block_q4_0`, `block_q4_K` in ggml-common.h)."""
+    blocks = rows.view(-1, BLOCKS[kind][1])
+    if kind == Q4_0:  # a scale; the low nibbles of 16 bytes, then the high ones, each less 8
+        scale, nibbles = blocks[:, :2].contiguous().view(torch.float16).float(), blocks[:, 2:]
+        return (scale * (torch.cat([nibbles & 15, nibbles >> 4], 1).float() - 8)).view(N, K)
+    # two scales, 8 pairs of 6 bits in 12 bytes, then four times 32 bytes whose low nibbles come before their high ones
+    scale, least = blocks[:, :4].contiguous().view(torch.float16).float().split(1, 1)
+    low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    factors = torch.cat([low & 63, (high & 15) | (low >> 6) << 4], 1).float() * scale
+    minima = torch.cat([middle & 63, (high >> 4) | (middle >> 6) << 4], 1).float() * least
+    nibbles = blocks[:, 16:].view(-1, 4, 32)
+    codes = torch.stack([nibbles & 15, nibbles >> 4], 2).float().view(-1, 8, 32)
+    values: Tensor = codes * factors[:, :, None] - minima[:, :, None]
+    return values.view(N, K)
 
 
 def available(device: torch.device) -> str | None:
-    version = version_of("llama-cpp-python")
-    return (
-        "not installed (pip install llama-cpp-python)"
-        if version is None
-        else f"{version} is installed, but there is no adapter"
-    )
+    if device.type != "cpu":
+        return "is compared on cpu only"
+    if library_directory() is None:
+        return "not installed (pip install llama-cpp-python, or QKERNELS_GGML_LIB)"
+    try:
+        library()
+    except (OSError, AttributeError) as error:
+        return f"failed: {type(error).__name__}: {error}"[:200]
+    return None
 
 
-def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Prepared:
-    raise UnsupportedProblem("there is no adapter for ggml")
+def reason(kind: int, problem: Problem) -> str | None:
+    scheme, length = problem.scheme, BLOCKS[kind][0]
+    if scheme.bits != 4 or scheme.codebook is not None or scheme.group_size not in (32, 64, 128, 256):
+        return f"is set against 4 bits in groups of 32 to 256, got {scheme}"
+    return f"takes K % {length} == 0, got K={problem.K}" if problem.K % length else None
 
 
-PEER = Peer("ggml", available, lambda problem: None, prepare, status="no adapter")
+def _run(weight: Weight, x: Tensor) -> Tensor:
+    return weight.multiply(x)
+
+
+def prepare(kind: int, weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Prepared:
+    length, nbytes = BLOCKS[kind]
+    rows = torch.zeros(weight.N * weight.K // length * nbytes, dtype=torch.uint8)
+    full = weight.dequantize(torch.float32).contiguous()
+    library()["ggml_quantize_chunk"](kind, full.data_ptr(), rows.data_ptr(), 0, weight.N, weight.K, None)
+    made = Weight(kind, rows, weight.N, weight.K)
+    note = f"another format, {made.where}; quantizes activations to 8 bits"
+    return Prepared(
+        made, _run, rows.numel(), weight=meaning(kind, rows, weight.N, weight.K), activation_bits=8,
+        note=note,
+    )  # fmt: skip
+
+
+PEER_Q4_0: Peer = Peer("ggml q4_0", available, partial(reason, Q4_0), partial(prepare, Q4_0))
+PEER_Q4_K: Peer = Peer("ggml q4_k", available, partial(reason, Q4_K), partial(prepare, Q4_K))

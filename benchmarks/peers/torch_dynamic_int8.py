@@ -23,7 +23,8 @@ def available(device: torch.device) -> str | None:
 
 
 def reason(problem: Problem) -> str | None:
-    return unlike(problem, bits=(8,), groups=("channel",), dtypes=(torch.bfloat16, torch.float16, torch.float32))
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return unlike(problem, bits=(8,), groups=("channel",), dtypes=dtypes, act_bits=(None, 8))
 
 
 def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Prepared:
@@ -42,4 +43,4 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared(packed, run, nbytes, activation_bits=8, note="quantizes activations to 8 bits")
 
 
-PEER = Peer("torch dynamic int8", available, reason, prepare)
+PEER: Peer = Peer("torch dynamic int8", available, reason, prepare)

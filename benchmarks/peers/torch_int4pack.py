@@ -45,4 +45,4 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared((packed, pairs), run, bytes_of(packed, pairs))
 
 
-PEER = Peer("torch int4pack", lambda device: None, reason, prepare)
+PEER: Peer = Peer("torch int4pack", lambda device: None, reason, prepare)

@@ -26,4 +26,4 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared((codes, scales), run, bytes_of(codes, scales))
 
 
-PEER = Peer("torch int8pack", lambda device: None, reason, prepare)
+PEER: Peer = Peer("torch int8pack", lambda device: None, reason, prepare)

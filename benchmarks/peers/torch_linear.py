@@ -15,4 +15,4 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared(full, lambda w, x: linear(x, w), bytes_of(full), note="unquantized")
 
 
-PEER = Peer("torch linear", lambda device: None, lambda problem: None, prepare)
+PEER: Peer = Peer("torch linear", lambda device: None, lambda problem: None, prepare)

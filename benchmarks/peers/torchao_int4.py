@@ -46,4 +46,4 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     return Prepared(layer, run, nbytes, weight=means, note="rounds the weight itself")
 
 
-PEER = Peer("torchao int4", needs("torchao", "torchao"), reason, prepare)
+PEER: Peer = Peer("torchao int4", needs("torchao", "torchao"), reason, prepare)

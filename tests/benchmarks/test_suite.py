@@ -17,6 +17,7 @@ from benchmarks import (
     gpu_check,
     gpu_properties,
     guard,
+    guard_cuda,
     kernels,
     models,
     quality,
@@ -67,7 +68,7 @@ def test_markdown_names_every_missing_peer_and_a_noisy_machine(small_run: result
     )
     shown = results.to_markdown(noisy)
     assert "not quiet" in shown
-    for name in ("humming", "marlin (gptqmodel)", "gemlite", "ggml"):
+    for name in ("humming", "marlin (gptqmodel)", "gemlite", "ggml q4_0", "ggml q4_k"):
         assert f"* {name}: " in shown
     assert "roofs measured in this run" in shown
     assert "torch linear" in results.to_csv(small_run.rows)
@@ -200,6 +201,49 @@ def test_the_guard_knows_compilers_and_lost_figures() -> None:
         in guard.regressions(committed, {**fine, "instructions per weight": {"a": 1.2}}, "g++ 12")[0]
     )
     assert "no longer measured" in guard.regressions(committed, {"spills": {"avx2": 1.0}}, "g++ 12")[0]
+
+
+@pytest.mark.slow
+def test_cuda_figures_have_not_risen() -> None:
+    if lacking := guard_cuda.missing():
+        pytest.skip(f"SKIPPED: no {', no '.join(lacking)}")
+    figures, mixes = guard_cuda.measure()
+    committed = guard.committed()["cuda"]
+    assert guard.regressions(committed, figures, guard_cuda.compiler()) == []
+    assert all(mix["tensor core"] for mix in mixes.values())
+    # Negative control: a tenth more registers and one spilled register are over the bound.
+    kernel = next(iter(figures["cuda registers"]))
+    worse = {
+        **figures,
+        "cuda registers": {**figures["cuda registers"], kernel: committed["figures"]["cuda registers"][kernel] * 1.1},
+    }
+    worse["cuda spill bytes"] = {**figures["cuda spill bytes"], kernel: 8.0}
+    assert len(guard.regressions(committed, worse, committed["compiler"])) == 2
+
+
+SASS = """
+.L_x_1:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_2:
+        /*0010*/                   LDS.128 R4, [R2] ;
+        /*0020*/              @!P0 HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+        /*0040*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   BRA `(.L_x_3) ;
+.L_x_3:
+        /*0070*/                   EXIT ;
+.L_x_4:
+        /*0080*/                   BRA `(.L_x_4);
+"""
+
+
+def test_the_inner_loop_is_found_in_sass() -> None:
+    lines = SASS.splitlines()
+    assert guard_cuda.loops(lines) == [(1, 3), (0, 5), (8, 8)]
+    assert guard_cuda.inner_loop(lines) == ["LDS", "HMMA", "BRA"]
+    assert guard_cuda.mix(guard_cuda.inner_loop(lines)) == {"other": 1, "shared": 1, "tensor core": 1}
+    assert guard_cuda.inner_loop(["        /*0000*/                   EXIT ;"]) == []
 
 
 def test_micro_benchmarks_run() -> None:

@@ -1,0 +1,226 @@
+"""A whole model against llama.cpp: the same random weights, prompt and decode in tokens a second, interleaved in one run.
+
+    python -m benchmarks.llama_cpp [--size 1b] [--prompt 128] [--new-tokens 32] [--rounds 9]
+
+The model is `llama.py` with random 4-bit codes in groups of 32, head included, and llama.cpp reads the same codes and scales as a
+Q4_0 file (`gguf_file.py`). Logits of the prompt are compared first. llama.cpp always quantizes activations to 8 bits; ours does
+so in the w4a8 mode only. Needs llama-cpp-python; without it this says so and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels.errors import QKernelsError
+from qkernels.markdown import table as markdown_table
+from qkernels.scheme import QuantScheme
+
+from . import environment, gguf_file
+from .llama import SIZES, Llama
+from .statistics import median_interval, ratio_interval
+
+SCHEMES = ("w4a16_g32", "w4a8_g32")
+VOCABULARY = 32000  # of the 1B model: its own 128256 would make embedding and head a third of all weights
+# Relative error of the logits. A layer with 8-bit activations is off by up to 6e-3; with them measured 8e-3 to 9e-3 after 4 and 8
+# layers, and 3.1e-2 to 3.9e-2 where q and k are rotated wrongly, the smallest mistake that a test makes on purpose.
+SAME = 0.02
+
+
+class LlamaCpp:
+    """llama.cpp with one GGUF file, through llama-cpp-python's low-level functions."""
+
+    def __init__(self, path: Path, positions: int, threads: int) -> None:
+        self.c: Any = importlib.import_module("llama_cpp")
+        self.c.llama_backend_init()
+        model_params = self.c.llama_model_default_params()
+        self.model = self.c.llama_model_load_from_file(str(path).encode(), model_params)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp does not load {path}")
+        params = self.c.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = positions, positions, min(positions, 512)
+        params.n_threads = params.n_threads_batch = threads
+        self.context = self.c.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise RuntimeError("llama.cpp makes no context")
+
+    def reset(self) -> None:
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), False)
+
+    def logits(self, tokens: Sequence[int], vocabulary: int) -> Tensor:
+        """Logits `[vocabulary]` after these tokens, which follow those seen since `reset`."""
+        array = (self.c.llama_token * len(tokens))(*tokens)
+        status = self.c.llama_decode(self.context, self.c.llama_batch_get_one(array, len(tokens)))
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        pointer = self.c.llama_get_logits_ith(self.context, -1)
+        memory = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * vocabulary)).contents
+        return torch.frombuffer(memory, dtype=torch.float32)
+
+    def close(self) -> None:
+        self.c.llama_free(self.context)
+        self.c.llama_model_free(self.model)
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """Tokens a second, medians; `*_ratio` [median, low, high]: llama.cpp's time over ours, paired by round."""
+
+    candidate: str
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    logit_error: float
+    prefill_ratio: list[float]
+    decode_ratio: list[float]
+
+
+def timed(
+    logits: Callable[[list[int], int], Tensor], prompt: list[int], new_tokens: int
+) -> tuple[float, float, Tensor]:
+    """(seconds of the prompt, seconds of a new token, logits of the prompt). `logits(tokens, first position)`."""
+    start = time.perf_counter()
+    answer = logits(prompt, 0)
+    last = int(answer.argmax())
+    middle = time.perf_counter()
+    first = answer.clone()
+    begin = time.perf_counter()
+    for i in range(new_tokens):
+        last = int(logits([last], len(prompt) + i).argmax())
+    return middle - start, (time.perf_counter() - begin) / new_tokens, first
+
+
+def our_logits(model: Llama) -> Callable[[list[int], int], Tensor]:
+    def logits(tokens: list[int], at: int) -> Tensor:
+        places = torch.arange(at, at + len(tokens))
+        y: Tensor = model(torch.tensor([tokens]), places)[0]
+        return y
+
+    return logits
+
+
+def compare(size: str, prompt: int, new_tokens: int, rounds: int, threads: int) -> tuple[list[SpeedRow], list[str]]:
+    """Rows (llama.cpp first), and why a mode of ours has none."""
+    g = dataclasses.replace(SIZES[size], vocabulary=min(SIZES[size].vocabulary, VOCABULARY))
+    positions = -(-(prompt + new_tokens) // 256) * 256  # llama.cpp rounds its context up to this
+    device, models, reasons = torch.device("cpu"), {}, []
+    with torch.inference_mode():
+        for scheme in SCHEMES:
+            torch.manual_seed(0)  # the same codes for each
+            try:
+                made = Llama(g, QuantScheme.parse(scheme), positions, torch.bfloat16, device, quantized_head=True)
+                models[f"qkernels {scheme}"] = made
+            except QKernelsError as error:
+                reasons.append(f"{scheme}: {str(error).splitlines()[0]}")
+        tokens = torch.randint(0, g.vocabulary, (prompt,)).tolist()
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "model.gguf"
+            gguf_file.write(next(iter(models.values())), path)
+            peer = LlamaCpp(path, positions, threads)
+
+            def theirs() -> tuple[float, float, Tensor]:
+                peer.reset()
+                return timed(lambda ids, _: peer.logits(ids, g.vocabulary), tokens, new_tokens)
+
+            runs: dict[str, Callable[[], tuple[float, float, Tensor]]] = {"llama.cpp Q4_0": theirs}
+            for name, model in models.items():
+                runs[name] = lambda model=model: timed(our_logits(model), tokens, new_tokens)  # type: ignore[misc]
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+            logits: dict[str, Tensor] = {}
+            for i in range(rounds + 1):  # the first warms up and is compared
+                names = list(runs)
+                for name in names[i % len(names) :] + names[: i % len(names)]:
+                    first, each, answer = runs[name]()
+                    if i == 0:
+                        logits[name] = answer.float()
+                    else:
+                        times[name].append((first, each))
+                if i == 0:
+                    check(logits)
+            peer.close()
+    return _rows(times, logits, prompt), reasons
+
+
+def check(logits: dict[str, Tensor]) -> None:
+    """Raises RuntimeError unless all logits are those of the first, within `SAME`."""
+    names = list(logits)
+    for name in names[1:]:
+        error = logit_error(logits[names[0]], logits[name])
+        if not error < SAME:
+            raise RuntimeError(f"no match, no number: the logits of {name} are off those of {names[0]} by {error:.4f}")
+
+
+def logit_error(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |a|."""
+    return float((a - b).norm() / a.norm())
+
+
+def _rows(times: dict[str, list[tuple[float, float]]], logits: dict[str, Tensor], prompt: int) -> list[SpeedRow]:
+    names, rows = list(times), []
+    base = times[names[0]]
+    for name in names:
+        prefill, decode = zip(*times[name], strict=True)
+        ratios = [ratio_interval([t[i] for t in base], [t[i] for t in times[name]]) for i in (0, 1)]
+        error = logit_error(logits[names[0]], logits[name])
+        rows.append(
+            SpeedRow(
+                name, prompt / median_interval(prefill).median, 1 / median_interval(decode).median, error,
+                *([r.median, r.low, r.high] for r in ratios),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def to_markdown(rows: Sequence[SpeedRow], reasons: Sequence[str]) -> str:
+    header = ["", "prompt tok/s", "decode tok/s", "logits off by", "prompt: llama.cpp time / ours", "decode"]
+    lines = [
+        [
+            r.candidate, f"{r.prefill_tokens_per_s:.1f}", f"{r.decode_tokens_per_s:.2f}", f"{r.logit_error:.1e}",
+            *("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) for ratio in (r.prefill_ratio, r.decode_ratio)),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return "\n\n".join([markdown_table(header, lines), *(f"* unmeasured: {why}" for why in reasons)]) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.llama_cpp", description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="1b")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/llama-cpp.json")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama.cpp is not here (pip install llama-cpp-python): nothing to compare with", file=sys.stderr)
+        return 0
+    device = torch.device("cpu")
+    where = environment.describe(device)
+    rows, reasons = compare(args.size, args.prompt, args.new_tokens, args.rounds, torch.get_num_threads())
+    text = to_markdown(rows, reasons)
+    out = args.out or environment.RESULTS / environment.machine_name(device) / "llama-cpp.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = {"environment": where, "size": args.size, "prompt": args.prompt, "new_tokens": args.new_tokens,
+             "rows": [asdict(row) for row in rows], "reasons": reasons}  # fmt: skip
+    out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    quiet = "" if where["quiet"]["quiet"] else "\nThis machine was not quiet: ratios hold better than rates.\n"
+    about = f"{args.size}, prompt of {args.prompt}, {args.new_tokens} new tokens, {where['threads']} threads, {where['cpu']}, "
+    out.with_suffix(".md").write_text(f"{text}\n{about}{where['date']}\n{quiet}", encoding="utf-8")
+    print(text + quiet)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
