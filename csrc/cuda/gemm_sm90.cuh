@@ -15,8 +15,8 @@
 // numbers). Predicted, at 128 tokens and g128: 8 wgmma of 64 cycles a group and warpgroup, against 64 FMA and 2 x 36
 // instructions of conversion a lane; the sibling warpgroup covers the drain at a group's end. Unmeasured.
 //
-// Short groups and floating zeros (kShortGroups) take a plain path: 16 columns, wait, scale; and a product with a matrix
-// of ones for the sums of x.
+// Short groups and floating zeros (kShortGroups) take a plain path: 16 columns, wait, scale; and a product with a
+// matrix of ones for the sums of x.
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"
@@ -181,7 +181,7 @@ QK_DEVICE void consume_short(const WgmmaArguments& p, Ring ring, int begin, int 
   using T = typename F::T;
   float sums[kTokens / 2];
   const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
-  auto multiply = [&](const uint32_t(&a)[4], uint64_t x, float scale, float scale8) {
+  auto multiply = [&](const uint32_t (&a)[4], uint64_t x, float scale, float scale8) {
     wgmma_fence();
     wgmma<T>(sums, a, x, false);
     wgmma_commit();
@@ -196,8 +196,7 @@ QK_DEVICE void consume_short(const WgmmaArguments& p, Ring ring, int begin, int 
 #pragma unroll
     for (int s = 0; s < kStepsOf16; ++s) {
       const int group = s * p.format.groups_per_step / kStepsOf16;
-      const RowGroup g =
-          load_group(p.format, codes + F::kStepBytes, group * kStripRows + 8 * (lane >> 2) + 2 * tile);
+      const RowGroup g = load_group(p.format, codes + F::kStepBytes, group * kStripRows + 8 * (lane >> 2) + 2 * tile);
       uint32_t a[4];
       load_fragment<F>(codes, tile, s, lane, Codes<T, F::kWidth>::zeros(g.zero, g.zero8), a);
       multiply(a, x + 2 * s, g.scale, g.scale8);

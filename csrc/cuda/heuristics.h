@@ -28,8 +28,8 @@ struct Card {
   double macs_per_ns;  // mma.sync with fp32 accumulation
   double cublas_macs_per_ns;
   double wgmma_macs_per_ns;  // 0: the card has none
-  int shared_bytes;  // of a multiprocessor, for all of its blocks; a block may have 1 KB less
-  double launch_ns;  // of one more kernel in a stream
+  int shared_bytes;          // of a multiprocessor, for all of its blocks; a block may have 1 KB less
+  double launch_ns;          // of one more kernel in a stream
 };
 
 // Whether gemm_sm90.cu was compiled for sm_90a (setup.py); elsewhere its kernels are traps.
@@ -42,7 +42,7 @@ constexpr bool kHasWgmma = false;
 // A100, RTX 3090, RTX 4090, H200, RTX 5090. mma.sync reaches about 62 % of wgmma on Hopper.
 inline Card card(int sm) {
   if (sm >= 120) return {1790, 6000, 105e3, 105e3, 0, 100 * 1024, 2000};
-  if (sm >= 90) return {4800, 7000, 240e3, 350e3, kHasWgmma ? 390e3 : 0, 228 * 1024, 2000};
+  if (sm >= 90) return {4800, 7000, 240e3, 350e3, kHasWgmma && sm == 90 ? 390e3 : 0, 228 * 1024, 2000};
   if (sm == 89) return {1008, 5000, 82e3, 82e3, 0, 100 * 1024, 2000};
   if (sm == 86) return {936, 3000, 35e3, 35e3, 0, 100 * 1024, 2000};
   return {2039, 4500, 125e3, 125e3, 0, 164 * 1024, 2000};
@@ -89,12 +89,15 @@ inline double fused_ns(const Problem& p, const Config& c) {
   if (shared + 1024 > card.shared_bytes || (wgmma && card.wgmma_macs_per_ns == 0)) return 1e30;
 
   // How many blocks, and how many of them a multiprocessor runs at a time: shared memory, and registers (112 a thread
-  // in decode up to 16 tokens, 176 else).
-  const int block_strips = decode ? c.warps_n : wgmma ? 2 : gemm_strips(c.tokens), block_steps = divide_up(steps, c.splits);
+  // in decode up to 16 tokens, 168 with wgmma, 176 else).
+  const int block_strips = decode  ? c.warps_n
+                           : wgmma ? 2
+                                   : gemm_strips(c.tokens),
+            block_steps = divide_up(steps, c.splits);
   const int64_t blocks = static_cast<int64_t>(divide_up(strips, block_strips)) * divide_up(steps, block_steps) *
                          (decode ? 1 : divide_up(p.M, c.tokens));
   const int warps = decode ? c.warps_n * c.warps_k : wgmma ? 12 : c.tokens == 128 ? 8 : 4;
-  const int by_registers = 65536 / (32 * warps * (decode && c.tokens <= 16 ? 112 : 176));
+  const int by_registers = 65536 / (32 * warps * (decode && c.tokens <= 16 ? 112 : wgmma ? 168 : 176));
   const int by_shared = card.shared_bytes / (shared + 1024);
   const int resident = by_shared < by_registers ? by_shared : by_registers;
   const int64_t busiest = divide_up(blocks, sms);  // blocks of the multiprocessor that has most

@@ -82,8 +82,8 @@ struct Output {
 };
 
 enum class Path : int {
-  kDecode,     // few tokens: weights stream past registers, warps on their own
-  kGemm,       // blocks with a shared pipeline
+  kDecode,      // few tokens: weights stream past registers, warps on their own
+  kGemm,        // blocks with a shared pipeline
   kDequantize,  // dequantize slices of the weight, and torch's mm
   kGemmSm90     // wgmma, on sm_90a
 };

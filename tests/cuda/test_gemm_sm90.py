@@ -122,9 +122,9 @@ def found(flavour: emulator.Flavour, bug: str, schedule: str = "ascending") -> s
     [
         ("WGMMA_NO_WAIT", "wrong"),
         ("WGMMA_SHORT_WAIT", "wrong"),
-        ("WGMMA_WRONG_PHASE", "wrong"),
+        ("WGMMA_WRONG_PHASE", "more arrivals at an mbarrier"),
         ("WGMMA_WRONG_SWIZZLE", "wrong"),
-        ("WGMMA_PRODUCER_DOES_NOT_WAIT", "wrong"),
+        ("WGMMA_PRODUCER_DOES_NOT_WAIT", "more arrivals at an mbarrier"),
         ("WGMMA_NO_FENCE", "wgmma without wgmma.fence"),
         ("WGMMA_NO_PROXY_FENCE", "fence.proxy.async"),
     ],

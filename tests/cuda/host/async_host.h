@@ -6,17 +6,38 @@
 
 #include "ptx_host.h"
 
+#ifdef __SANITIZE_THREAD__
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
+
 namespace qkernels::host {
+
+// While it lives, TSan overlooks the fiber: the emulator's own containers, whose functions QK_UNSEEN does not reach.
+struct Unseen {
+#ifdef __SANITIZE_THREAD__
+  Unseen() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+  ~Unseen() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+#else
+  Unseen() {}
+#endif
+};
 
 // ---- mbarrier ----
 
 QK_UNSEEN inline TransactionBarrier& mbarrier_at(uint32_t address) {
+  const Unseen unseen;
   const auto found = block->mbarriers.find(address);
   if (found == block->mbarriers.end()) fail("no mbarrier at " + std::to_string(address));
   return found->second;
 }
 
 QK_UNSEEN inline void wake(uint32_t address) {
+  const Unseen unseen;
   for (Thread& t : block->threads) {
     if (t.wait == Thread::Wait::kMbarrier && t.barrier == static_cast<int>(address)) t.wait = Thread::Wait::kNothing;
   }
@@ -42,6 +63,7 @@ QK_UNSEEN inline void mbarrier_arrive(uint32_t address, uint32_t bytes) {
 // Bytes one by one: TSan intercepts memcpy, and what lands is not the waiting thread's write. The write that races, if
 // one does, is that of the poison, by the thread that asked.
 QK_UNSEEN inline void land(uint32_t address) {
+  const Unseen unseen;
   TransactionBarrier& b = mbarrier_at(address);
   for (const Copy& copy : b.copies) {
     for (int i = 0; i < 16; ++i) {
@@ -55,8 +77,12 @@ QK_UNSEEN inline void land(uint32_t address) {
 
 QK_UNSEEN inline void mbarrier_wait(uint32_t address, uint32_t parity) {
   TransactionBarrier& b = mbarrier_at(address);
+  const auto on_the_way = [&] {
+    const Unseen unseen;
+    return !b.copies.empty();
+  };
   while ((b.phase.number & 1) == parity) {
-    if (!b.copies.empty()) {
+    if (on_the_way()) {
       land(address);
       continue;
     }
@@ -73,10 +99,11 @@ QK_UNSEEN inline void mbarrier_wait(uint32_t address, uint32_t parity) {
 inline void request_chunk(uint32_t to, const void* from, int bytes, TransactionBarrier& b) {
   unsigned char* const destination = shared_memory(to, 16);
   for (int i = 0; i < 16; i += 4) store(destination + i, kPoisonWord);
+  const Unseen unseen;
   b.copies.push_back({destination, from, bytes, true});
 }
 
-inline TransactionBarrier& barrier_of_copy(uint32_t address) {
+QK_UNSEEN inline TransactionBarrier& barrier_of_copy(uint32_t address) {
   TransactionBarrier& b = mbarrier_at(address);
   if (!b.fenced) fail("a copy through an mbarrier that no fence.proxy.async has shown to it");
   return b;
@@ -127,6 +154,7 @@ inline void copy_tile(uint32_t to, const TensorMap& map, int column, int row, ui
 
 template <class T, int kCount>
 QK_UNSEEN inline void issue_wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  const Unseen unseen;
   Thread& t = *thread;
   if (!t.wgmma_fenced) fail("wgmma without wgmma.fence");
   if (t.accumulators.find(d) == t.accumulators.end()) {
@@ -149,10 +177,10 @@ inline void read_b(uint64_t descriptor, uint32_t n, uint16_t (&values)[16]) {
   }
 }
 
-// One wgmma, the rows of one warp.
-QK_UNSEEN inline void multiply_warp(Thread* lanes, size_t which) {
-  const Wgmma first = lanes[0].wgmmas[which];
-  float a[16][16];
+// One wgmma, the rows of one warp. Only b is memory of the GPU.
+QK_UNSEEN inline void gather_a(const Thread* lanes, size_t which, float (&a)[16][16]) {
+  const Unseen unseen;
+  const Wgmma& first = lanes[0].wgmmas[which];
   for (unsigned l = 0; l < kLanes; ++l) {
     const Wgmma& w = lanes[l].wgmmas[which];
     if (w.b != first.b || w.accumulate != first.accumulate || w.count != first.count) {
@@ -163,41 +191,71 @@ QK_UNSEEN inline void multiply_warp(Thread* lanes, size_t which) {
       a[l / 4 + r % 2 * 8][l % 4 * 2 + r / 2 * 8 + 1] = w.high(w.a[r]);
     }
   }
-  for (unsigned n = 0; n < static_cast<unsigned>(first.count) * 2; ++n) {
-    uint16_t raw[16];
-    read_b(first.b, n, raw);
-    float b[16];
-    for (int k = 0; k < 16; ++k) b[k] = first.low(raw[k]);
-    for (unsigned row = 0; row < 16; ++row) {
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k];
-      Thread& owner = lanes[row % 8 * 4 + n % 8 / 2];
-      float& d = owner.accumulators[owner.wgmmas[which].d][n / 8 * 4 + row / 8 * 2 + n % 2];
-      d = first.accumulate ? d + sum : sum;
-    }
+}
+
+QK_UNSEEN inline void add_column(Thread* lanes, size_t which, unsigned n, const float (&a)[16][16],
+                                 const uint16_t (&b)[16]) {
+  const Unseen unseen;
+  for (unsigned row = 0; row < 16; ++row) {
+    Thread& owner = lanes[row % 8 * 4 + n % 8 / 2];
+    const Wgmma& w = owner.wgmmas[which];
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) sum += a[row][k] * w.low(b[k]);
+    float& d = owner.accumulators[w.d][n / 8 * 4 + row / 8 * 2 + n % 2];
+    d = w.accumulate ? d + sum : sum;
   }
 }
 
-// in[0] of every lane: how many groups may stay under way.
-QK_UNSEEN inline void wgmma_wait_warp(Warp& w) {
-  Thread* const lanes = &block->threads[thread->index / kLanes * kLanes];
-  const std::vector<size_t>& groups = lanes[0].wgmma_groups;
-  if (groups.size() <= w.lane[0].in[0]) return;
-  const size_t done = groups.size() - w.lane[0].in[0], end = groups[done - 1];
-  for (size_t i = 0; i < end; ++i) multiply_warp(lanes, i);
-  for (Thread* t = lanes; t < lanes + kLanes; ++t) {
-    t->wgmmas.erase(t->wgmmas.begin(), t->wgmmas.begin() + static_cast<ptrdiff_t>(end));
-    t->wgmma_groups.erase(t->wgmma_groups.begin(), t->wgmma_groups.begin() + static_cast<ptrdiff_t>(done));
-    for (size_t& group : t->wgmma_groups) group -= end;
-    for (auto it = t->accumulators.begin(); it != t->accumulators.end();) {
-      bool busy = false;
-      for (const Wgmma& left : t->wgmmas) busy |= left.d == it->first;
-      if (!busy) {
-        for (size_t i = 0; i < it->second.size(); ++i) it->first[i] = it->second[i];
-      }
-      it = busy ? std::next(it) : t->accumulators.erase(it);
-    }
+inline Wgmma wgmma_of(const Thread* lanes, size_t which) {
+  const Unseen unseen;
+  return lanes[0].wgmmas[which];
+}
+
+inline void multiply_warp(Thread* lanes, size_t which) {
+  float a[16][16];
+  gather_a(lanes, which, a);
+  const Wgmma first = wgmma_of(lanes, which);
+  for (unsigned n = 0; n < static_cast<unsigned>(first.count) * 2; ++n) {
+    uint16_t b[16];
+    read_b(first.b, n, b);
+    add_column(lanes, which, n, a, b);
   }
+}
+
+// Of every lane: how many groups may stay under way is in[0].
+QK_UNSEEN inline size_t wgmmas_to_finish(const Thread& t, uint32_t pending) {
+  const Unseen unseen;
+  return t.wgmma_groups.size() <= pending ? 0 : t.wgmma_groups[t.wgmma_groups.size() - pending - 1];
+}
+
+QK_UNSEEN inline void finish_wgmmas(Thread& t, size_t end, uint32_t pending) {
+  const Unseen unseen;
+  t.wgmmas.erase(t.wgmmas.begin(), t.wgmmas.begin() + static_cast<ptrdiff_t>(end));
+  t.wgmma_groups.erase(t.wgmma_groups.begin(), t.wgmma_groups.end() - pending);
+  for (size_t& group : t.wgmma_groups) group -= end;
+  for (auto it = t.accumulators.begin(); it != t.accumulators.end();) {
+    bool busy = false;
+    for (const Wgmma& left : t.wgmmas) busy |= left.d == it->first;
+    if (!busy) {
+      for (size_t i = 0; i < it->second.size(); ++i) it->first[i] = it->second[i];
+    }
+    it = busy ? std::next(it) : t.accumulators.erase(it);
+  }
+}
+
+QK_UNSEEN inline Thread* lanes_of_warp() {
+  const Unseen unseen;
+  return &block->threads[thread->index / kLanes * kLanes];
+}
+QK_UNSEEN inline uint32_t operand_of(const Warp& w) { return w.lane[0].in[0]; }
+
+inline void wgmma_wait_warp(Warp& w) {
+  Thread* const lanes = lanes_of_warp();
+  const uint32_t pending = operand_of(w);
+  const size_t end = wgmmas_to_finish(lanes[0], pending);
+  if (end == 0) return;
+  for (size_t i = 0; i < end; ++i) multiply_warp(lanes, i);
+  for (Thread* t = lanes; t < lanes + kLanes; ++t) finish_wgmmas(*t, end, pending);
 }
 
 }  // namespace qkernels::host
@@ -207,11 +265,13 @@ namespace qkernels::cuda {
 using host::TensorMap;
 
 inline void mbarrier_init(uint32_t barrier, int count) {
+  const host::Unseen unseen;
   host::shared_memory(barrier, 8);
   host::TransactionBarrier& b = host::block->mbarriers[barrier];
   b.count = b.left = static_cast<unsigned>(count);
 }
 inline void fence_async_proxy() {
+  const host::Unseen unseen;
   for (auto& [address, b] : host::block->mbarriers) b.fenced = true;
 }
 inline void mbarrier_arrive(uint32_t barrier) { host::mbarrier_arrive(barrier, 0); }
@@ -224,8 +284,12 @@ inline void copy_tile(uint32_t to, const TensorMap* map, int column, int row, ui
   host::copy_tile(to, *map, column, row, barrier);
 }
 
-inline void wgmma_fence() { host::thread->wgmma_fenced = true; }
+inline void wgmma_fence() {
+  const host::Unseen unseen;
+  host::thread->wgmma_fenced = true;
+}
 inline void wgmma_commit() {
+  const host::Unseen unseen;
   host::thread->wgmma_groups.push_back(host::thread->wgmmas.size());
   host::thread->wgmma_fenced = false;  // registers are written between groups: each wants a fence of its own
 }

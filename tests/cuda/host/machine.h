@@ -54,7 +54,7 @@ struct Thread {
   std::vector<Copy> copies;
   std::vector<size_t> groups;  // where in `copies` each committed group ends
   std::vector<Wgmma> wgmmas;
-  std::vector<size_t> wgmma_groups;                    // where in `wgmmas` each committed group ends
+  std::vector<size_t> wgmma_groups;                   // where in `wgmmas` each committed group ends
   std::map<float*, std::vector<float>> accumulators;  // of those that are under way; the kernel's registers are poison
   bool wgmma_fenced = false;
   void* stack_pointer = nullptr;
