@@ -33,7 +33,7 @@ constexpr int kWgmmaStrips = 2, kWgmmaStages = 6;
 constexpr int kWgmmaConsumers = kWgmmaStrips * 128, kWgmmaThreads = kWgmmaConsumers + 128;
 constexpr int kSwizzleBytes = 1024;  // a swizzled tile is aligned to the period of its swizzle
 
-struct alignas(64) WgmmaArguments {
+struct WgmmaArguments {
   TensorMap x;
   Weight weight;
   GroupFormat format;
