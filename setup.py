@@ -56,6 +56,9 @@ def extension():  # type: ignore[no-untyped-def]
     if home is not None:
         cpp_extension.CUDA_HOME = str(home)  # None on a CPU-only torch, even with CUDA_HOME in the environment
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)  # unset and no GPU: torch raises IndexError
+        if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:  # heuristics.h: gemm_sm90.cu is more than traps
+            cxx.append("-DQKERNELS_SM90A")
+            nvcc.append("-DQKERNELS_SM90A")
         sources += cuda_sources
         cxx.append("-DQKERNELS_CUDA")
         options["include_dirs"].append(str(home / "include"))

@@ -27,17 +27,25 @@ struct Card {
   double l2_bytes_per_ns;
   double macs_per_ns;  // mma.sync with fp32 accumulation
   double cublas_macs_per_ns;
-  int shared_bytes;  // of a multiprocessor, for all of its blocks; a block may have 1 KB less
-  double launch_ns;  // of one more kernel in a stream
+  double wgmma_macs_per_ns;  // 0: the card has none
+  int shared_bytes;          // of a multiprocessor, for all of its blocks; a block may have 1 KB less
+  double launch_ns;          // of one more kernel in a stream
 };
+
+// Whether gemm_sm90.cu was compiled for sm_90a (setup.py); elsewhere its kernels are traps.
+#if defined(QKERNELS_SM90A) || defined(QKERNELS_HOST)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
 
 // A100, RTX 3090, RTX 4090, H200, RTX 5090. mma.sync reaches about 62 % of wgmma on Hopper.
 inline Card card(int sm) {
-  if (sm >= 120) return {1790, 6000, 105e3, 105e3, 100 * 1024, 2000};
-  if (sm >= 90) return {4800, 7000, 240e3, 350e3, 228 * 1024, 2000};
-  if (sm == 89) return {1008, 5000, 82e3, 82e3, 100 * 1024, 2000};
-  if (sm == 86) return {936, 3000, 35e3, 35e3, 100 * 1024, 2000};
-  return {2039, 4500, 125e3, 125e3, 164 * 1024, 2000};
+  if (sm >= 120) return {1790, 6000, 105e3, 105e3, 0, 100 * 1024, 2000};
+  if (sm >= 90) return {4800, 7000, 240e3, 350e3, kHasWgmma && sm == 90 ? 390e3 : 0, 228 * 1024, 2000};
+  if (sm == 89) return {1008, 5000, 82e3, 82e3, 0, 100 * 1024, 2000};
+  if (sm == 86) return {936, 3000, 35e3, 35e3, 0, 100 * 1024, 2000};
+  return {2039, 4500, 125e3, 125e3, 0, 164 * 1024, 2000};
 }
 
 constexpr int kMaxDecodeTokens = 32;
@@ -63,22 +71,33 @@ inline int gemm_shared_bytes(const Config& c, int stage, int width) {
   return (width == 4 ? 4 : 3) * static_cast<int>(round_up(gemm_strips(c.tokens) * stage, 128) + c.tokens * 128);
 }
 
+inline int wgmma_stage_bytes(int tokens, int stage) {
+  return static_cast<int>(round_up(tokens * 128 + 2 * stage, 1024));
+}
+// Six stages, a barrier pair each, and what it takes to start at a multiple of 1024.
+inline int wgmma_shared_bytes(int tokens, int stage) { return 1024 + 6 * (wgmma_stage_bytes(tokens, stage) + 16); }
+
 // The model's time for the fused kernels; 1e30 where the card cannot hold a block.
 inline double fused_ns(const Problem& p, const Config& c) {
   const Card card = cuda::card(p.sm);
-  const bool decode = c.path == Path::kDecode;
+  const bool decode = c.path == Path::kDecode, wgmma = c.path == Path::kGemmSm90;
   const int width = p.bits <= 4 ? 4 : 8, stage = step_bytes(width) + p.group_bytes, sms = p.multiprocessors;
   const int strips = divide_up(p.N, kStripRows), steps = p.K > 0 ? divide_up(p.K, kStepColumns) : 1;
-  const int shared = decode ? decode_shared_bytes(c, p.M, stage, steps) : gemm_shared_bytes(c, stage, width);
-  if (shared + 1024 > card.shared_bytes) return 1e30;
+  const int shared = decode  ? decode_shared_bytes(c, p.M, stage, steps)
+                     : wgmma ? wgmma_shared_bytes(c.tokens, stage)
+                             : gemm_shared_bytes(c, stage, width);
+  if (shared + 1024 > card.shared_bytes || (wgmma && card.wgmma_macs_per_ns == 0)) return 1e30;
 
   // How many blocks, and how many of them a multiprocessor runs at a time: shared memory, and registers (112 a thread
-  // in decode up to 16 tokens, 176 else).
-  const int block_strips = decode ? c.warps_n : gemm_strips(c.tokens), block_steps = divide_up(steps, c.splits);
+  // in decode up to 16 tokens, 168 with wgmma, 176 else).
+  const int block_strips = decode  ? c.warps_n
+                           : wgmma ? 2
+                                   : gemm_strips(c.tokens),
+            block_steps = divide_up(steps, c.splits);
   const int64_t blocks = static_cast<int64_t>(divide_up(strips, block_strips)) * divide_up(steps, block_steps) *
                          (decode ? 1 : divide_up(p.M, c.tokens));
-  const int warps = decode ? c.warps_n * c.warps_k : c.tokens == 128 ? 8 : 4;
-  const int by_registers = 65536 / (32 * warps * (decode && c.tokens <= 16 ? 112 : 176));
+  const int warps = decode ? c.warps_n * c.warps_k : wgmma ? 12 : c.tokens == 128 ? 8 : 4;
+  const int by_registers = 65536 / (32 * warps * (decode && c.tokens <= 16 ? 112 : wgmma ? 168 : 176));
   const int by_shared = card.shared_bytes / (shared + 1024);
   const int resident = by_shared < by_registers ? by_shared : by_registers;
   const int64_t busiest = divide_up(blocks, sms);  // blocks of the multiprocessor that has most
@@ -98,7 +117,8 @@ inline double fused_ns(const Problem& p, const Config& c) {
   const double macs = static_cast<double>(busiest) * block_strips * kStripRows * block_steps * kStepColumns * c.tokens;
   const bool doubled = c.half_accumulate && p.sm != 80 && p.sm / 10 != 9;
   const double reached = at_once * warps >= 8 ? kReachedMatrixRate : kReachedByFewWarps;
-  const double matrix_ns = macs / (reached * (doubled ? 2 : 1) * card.macs_per_ns / sms);
+  const double macs_per_ns = wgmma ? card.wgmma_macs_per_ns : (doubled ? 2 : 1) * card.macs_per_ns;
+  const double matrix_ns = macs / (reached * macs_per_ns / sms);
 
   double ns = all_ns > memory_ns ? all_ns : memory_ns;
   if (l2_ns > ns) ns = l2_ns;
@@ -164,6 +184,16 @@ inline Choice best_gemm(const Problem& p, bool half_accumulate) {
   return best;
 }
 
+inline Choice best_wgmma(const Problem& p) {
+  Choice best;
+  for (int tokens = 128; tokens >= 64; tokens /= 2) {
+    for (int splits = 1; splits <= most_splits(p); splits = next_splits(splits)) {
+      best.consider(p, {Path::kGemmSm90, tokens, 0, 0, splits, false});
+    }
+  }
+  return best;
+}
+
 // The way with the least predicted time. `half_accumulate`: the caller allows fp16 accumulation. `decode_only`: the op
 // gemv, which gets another path only where decode cannot hold x.
 inline Config choose(const Problem& p, bool half_accumulate = false, bool decode_only = false) {
@@ -172,6 +202,10 @@ inline Config choose(const Problem& p, bool half_accumulate = false, bool decode
   if (best.ns < 1e30 && (decode_only || p.M <= kDecodeOnly)) return best.config;
   const Choice gemm = best_gemm(p, half_accumulate);
   if (gemm.ns < best.ns) best = gemm;
+  if (p.M > kMaxDecodeTokens && p.K > 0) {
+    const Choice wgmma = best_wgmma(p);
+    if (wgmma.ns < best.ns) best = wgmma;
+  }
   if (p.M > kMaxDecodeTokens) best.consider(p, {Path::kDequantize, 0, 0, 0, 1, false});
   return best.config;
 }
@@ -191,6 +225,8 @@ inline std::string describe(const Config& c) {
   } else if (c.path == Path::kGemm) {
     std::snprintf(text, sizeof text, "gemm_sm80, %d tokens x %d rows a block, %d splits of K%s", c.tokens,
                   c.tokens == 32 ? 256 : 128, c.splits, c.half_accumulate ? ", fp16 accumulation" : "");
+  } else if (c.path == Path::kGemmSm90) {
+    std::snprintf(text, sizeof text, "gemm_sm90, %d tokens x 128 rows a block, %d splits of K", c.tokens, c.splits);
   } else {
     std::snprintf(text, sizeof text, "dequantize + mm");
   }

@@ -3,6 +3,7 @@
 #include "heuristics.h"
 #include "launchers.h"
 #include "side_kernels.cuh"
+#include "tensor_map.h"
 
 namespace qkernels::cuda {
 namespace {
@@ -20,7 +21,8 @@ int64_t partial_bytes(const Call& call, const Config& config) {
 }  // namespace
 
 int64_t staged_bytes(const Call& call, const Config& config) {
-  if (config.path == Path::kDecode || is_aligned(call.x)) return 0;
+  if (config.path == Path::kDecode) return 0;
+  if (config.path == Path::kGemmSm90 ? tma_reads(call.x) : is_aligned(call.x)) return 0;
   return int64_t{2} * call.x.M * call.weight.steps * kStepColumns;
 }
 
@@ -49,10 +51,11 @@ int multiply(const Call& original, const Config& config, void* workspace, void* 
 
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   const bool half = call.type == Type::kHalf;
-  const cudaError_t error = config.path == Path::kDecode ? launch_decode(call, config, s)
-                            : config.path != Path::kGemm ? cudaErrorInvalidValue
-                            : half                       ? launch_gemm_f16(call, config, s)
-                                                         : launch_gemm_bf16(call, config, s);
+  const cudaError_t error = config.path == Path::kDecode     ? launch_decode(call, config, s)
+                            : config.path == Path::kGemmSm90 ? launch_gemm_sm90(call, config, s)
+                            : config.path != Path::kGemm     ? cudaErrorInvalidValue
+                            : half                           ? launch_gemm_f16(call, config, s)
+                                                             : launch_gemm_bf16(call, config, s);
   if (error != cudaSuccess || config.splits == 1) return error;
   const dim3 grid(side_blocks(int64_t{call.out.M} * call.out.N_pad / 2)), block(kSideThreads);
   return half ? launch(reduce<Half>, grid, block, 0, s, call.out, config.splits)

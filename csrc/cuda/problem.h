@@ -82,15 +82,16 @@ struct Output {
 };
 
 enum class Path : int {
-  kDecode,     // few tokens: weights stream past registers, warps on their own
-  kGemm,       // blocks with a shared pipeline
-  kDequantize  // dequantize slices of the weight, and torch's mm
+  kDecode,      // few tokens: weights stream past registers, warps on their own
+  kGemm,        // blocks with a shared pipeline
+  kDequantize,  // dequantize slices of the weight, and torch's mm
+  kGemmSm90     // wgmma, on sm_90a
 };
 
 // How a problem is run: heuristics.h chooses it, the launchers obey it.
 struct Config {
   Path path;
-  int tokens;            // kDecode: 8, 16 or 32 a block, at least M; kGemm: 32, 64 or 128 a block
+  int tokens;            // kDecode: 8, 16 or 32 a block, at least M; kGemm: 32, 64 or 128; kGemmSm90: 64 or 128
   int warps_n, warps_k;  // kDecode: the warps of a block over strips and over K
   int splits;            // of K over blocks
   bool half_accumulate;  // kGemm, 4 bit, fp16: accumulate 64 columns in fp16
@@ -109,7 +110,7 @@ int64_t staged_bytes(const Call& call, const Config& config);
 int64_t workspace_bytes(const Call& call, const Config& config);
 
 // All return a cudaError_t (0: success) and enqueue on `stream` only. `workspace`: at least workspace_bytes, 16-byte
-// aligned. `multiply` runs kDecode and kGemm; M, N > 0 (K may be 0).
+// aligned. `multiply` runs all but kDequantize; M, N > 0 (K may be 0).
 int multiply(const Call& call, const Config& config, void* workspace, void* stream);
 // x gathered, padded with zeros: [M, steps * 64] contiguous.
 int stage_x(const Activations& x, int steps, uint16_t* to, void* stream);

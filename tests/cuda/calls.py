@@ -21,7 +21,7 @@ UNIT = "mma_tile"
 LAYOUT = get_layout("mma_tile")
 DTYPES = (torch.float16, torch.bfloat16)
 TYPES = {None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}  # enum Type of problem.h
-PATHS = {"decode": 0, "gemm": 1, "dequantize": 2}
+PATHS = {"decode": 0, "gemm": 1, "dequantize": 2, "gemm_sm90": 3}
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ def decode(M: int, warps_n: int = 4, splits: int = 1) -> Config:
 
 def gemm(tokens: int, splits: int = 1, half_accumulate: bool = False) -> Config:
     return Config("gemm", tokens, 0, 0, splits, half_accumulate)
+
+
+def gemm_sm90(tokens: int, splits: int = 1) -> Config:
+    return Config("gemm_sm90", tokens, 0, 0, splits)
 
 
 def padded(x: Tensor) -> tuple[Tensor, int]:

@@ -19,6 +19,7 @@ class Mutant:
 
 DECODE = ("decode.cu", "decode.cuh")
 GEMM = ("gemm_sm80_f16.cu", "gemm_sm80.cuh")
+WGMMA = ("gemm_sm90.cu", "gemm_sm90.cuh")
 
 MUTANTS: dict[str, Mutant] = {
     # Scales are copied by some lanes for all, and slots are reused: without the warp's barrier lanes race.
@@ -28,6 +29,22 @@ MUTANTS: dict[str, Mutant] = {
     "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of this slot", "// "),
     "GEMM_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*GEMM, "__syncthreads();  // the exchange lies over stages", "// "),
     "GEMM_NO_ROW_MASK": Mutant(*GEMM, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
+    "WGMMA_NO_WAIT": Mutant(*WGMMA, "      wgmma_wait<0>();\n      wgmma_results", "      wgmma_results"),
+    "WGMMA_SHORT_WAIT": Mutant(*WGMMA, "wgmma_wait<1>();  // the step before", "wgmma_wait<2>();  // "),
+    "WGMMA_NO_FENCE": Mutant(*WGMMA, "wgmma_fence();\n#pragma unroll", "\n#pragma unroll"),
+    "WGMMA_WRONG_PHASE": Mutant(
+        *WGMMA, "mbarrier_wait(at.full(), at.parity);", "mbarrier_wait(at.full(), at.parity ^ 1);"
+    ),
+    "WGMMA_PRODUCER_DOES_NOT_WAIT": Mutant(*WGMMA, "mbarrier_wait(ring.empty(), ring.parity ^ 1);", ""),
+    "WGMMA_WRONG_SWIZZLE": Mutant("gemm_sm90.cu", "ptx_sm90.cuh", "uint64_t{1} << 62", "uint64_t{2} << 62"),
+    "WGMMA_NO_PROXY_FENCE": Mutant(*WGMMA, "    fence_async_proxy();\n", ""),
+    "WGMMA_EARLY_RELEASE": Mutant(
+        *WGMMA,
+        "__syncwarp();  // all lanes have read the stage\n    if (lane == 0) mbarrier_arrive(empty)",
+        "if (lane == 0) mbarrier_arrive(empty)",
+    ),
+    "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kWgmmaConsumers);", ""),
+    "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
 }
 
 

@@ -14,6 +14,7 @@ from .compiled import (
     NVCC,
     REGISTERS,
     SHARED_LIMITS,
+    compile_source,
     compiled_usages,
     device_sources,
     find_nvdisasm,
@@ -106,6 +107,32 @@ def test_products_use_the_instructions_meant(family: str, arch: str) -> None:
         assert re.search(r"^LDSM\.16\.M88\.4", text, re.MULTILINE), name  # ldmatrix.x4
         assert re.search(r"^LDS\.128", text, re.MULTILINE), name  # codes
         assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name  # no local memory
+
+
+(HOPPER,) = (source for source in device_sources("mma_tile") if source.name == "gemm_sm90.cu")
+
+
+@needs_nvdisasm
+def test_hopper_has_wgmma_and_tma() -> None:
+    """A from registers and B through a descriptor; x by tiles, the weight by bulk copies; and the compiler lets them overlap."""
+    kernels = sass(HOPPER, "90a")
+    assert len(kernels) == 16
+    for name, body in kernels.items():
+        text = "\n".join(body)
+        assert re.search(
+            rf"^HGMMA\.64x{'128' if 'ELi128EEE' in name else '64'}x16\.F32.* R\d+, gdesc", text, re.MULTILINE
+        ), name
+        for instruction in (r"UTMALDG\.2D", "UBLKCP", r"SYNCS\.PHASECHK", r"USETMAXREG\.DEALLOC", "USETMAXREG"):
+            assert re.search(rf"^{instruction}", text, re.MULTILINE), (name, instruction)
+        assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name
+    assert "serialized" not in compile_source(HOPPER, "90a", "cubin")[1]
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "90a"])
+def test_other_architectures_trap_instead(arch: str) -> None:
+    for name, body in sass(HOPPER, arch).items():
+        assert any(line.startswith("BPT.TRAP") for line in body), name
 
 
 @needs_nvdisasm

@@ -34,6 +34,8 @@ def shared_bytes(M: int, K: int, config: list[int], bits: int, group_bytes: int)
     if path == 0:
         steps = -(-K // 64)
         return -(-steps // splits) * M * 128 + warps_n * warps_k * max(4 * stage, tokens * 68 * 4)
+    if path == 3:
+        return 1024 + 6 * (-(-(tokens * 128 + 2 * stage) // 1024) * 1024 + 16)
     strips = 4 if tokens == 32 else 2
     return (4 if bits <= 4 else 3) * (-(-strips * stage // 128) * 128 + tokens * 128)
 
@@ -52,14 +54,14 @@ def test_every_choice_can_run(sm: int) -> None:
                 assert shared_bytes(M, K, config, bits, group_bytes) <= SHARED[sm] * 1024, text
                 assert 1 <= splits <= 64
                 assert tokens >= min(M, 32)
-                assert path == 1 or (warps_n * warps_k in (4, 8) and tokens >= M)
+                assert path == 1 or (path == 3 and sm == 90 and M > 32) or (warps_n * warps_k in (4, 8) and tokens >= M)
 
 
 @cards
 def test_paths_by_tokens(sm: int) -> None:
     assert choose(1, 8192, 8192, sm)[0][0] == 0
     assert choose(16, 8192, 8192, sm)[0][0] == 0
-    assert choose(64, 8192, 8192, sm)[0][0] == 1
+    assert choose(64, 8192, 8192, sm)[0][0] == (3 if sm == 90 else 1)
     assert choose(8192, 8192, 8192, sm)[0][0] == 2
     assert choose(32, 8192, 8192, sm, decode_only=1)[0][0] == 0
 

@@ -1,11 +1,12 @@
 // The parts of a multiprocessor that a kernel can tell from each other: threads (a fiber each), warps and their
 // exchange of registers, the barriers of a block, its shared memory.
 //
-// Not here: rounding inside tensor cores, time, bank conflicts (tests/cuda/ptx counts those), clusters, wgmma, TMA.
+// Not here: rounding inside tensor cores, time, bank conflicts (tests/cuda/ptx counts those), clusters.
 #pragma once
 #include <cstdint>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -33,14 +34,29 @@ struct Copy {
   bool valid;
 };
 
+// A wgmma that has been issued: it happens when its group is waited for, and reads its registers only then.
+struct Wgmma {
+  float* d;
+  int count;  // of registers of d
+  const uint32_t* a;
+  uint64_t b;
+  bool accumulate;
+  float (*low)(uint32_t);
+  float (*high)(uint32_t);
+};
+
 struct Thread {
-  enum class Wait : uint8_t { kNothing, kBarrier, kWarp, kDone };
+  enum class Wait : uint8_t { kNothing, kBarrier, kMbarrier, kWarp, kDone };
   Wait wait = Wait::kNothing;
   int barrier = 0;
   unsigned index = 0;
   Dim3 id;
   std::vector<Copy> copies;
   std::vector<size_t> groups;  // where in `copies` each committed group ends
+  std::vector<Wgmma> wgmmas;
+  std::vector<size_t> wgmma_groups;                   // where in `wgmmas` each committed group ends
+  std::map<float*, std::vector<float>> accumulators;  // of those that are under way; the kernel's registers are poison
+  bool wgmma_fenced = false;
   void* stack_pointer = nullptr;
   const char* stack_bottom = nullptr;
   void* tsan_fiber = nullptr;
@@ -78,6 +94,15 @@ struct Barrier {
 
 constexpr int kBarriers = 16;
 
+// An mbarrier. Its copies land when somebody waits for the phase.
+struct TransactionBarrier {
+  unsigned count = 0, left = 0;
+  int64_t bytes = 0;  // announced and not yet there
+  bool fenced = false;
+  std::vector<Copy> copies;  // of 16 bytes each, `bytes` of them from memory and the rest zeros
+  Phase phase;
+};
+
 struct Block {
   Dim3 id, size, grid;
   unsigned char* shared = nullptr;
@@ -86,6 +111,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
+  std::map<uint32_t, TransactionBarrier> mbarriers;
   const std::function<void()>* body = nullptr;
   std::string error;
   // The scheduler's own stack.

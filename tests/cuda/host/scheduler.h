@@ -86,14 +86,16 @@ QK_UNSEEN inline bool step(Thread& t) {
 }
 
 QK_UNSEEN inline std::string where_threads_wait() {
-  unsigned in_barrier = 0, in_warp = 0;
+  unsigned in_barrier = 0, in_mbarrier = 0, in_warp = 0;
   const char* instruction = "";
   for (const Thread& t : block->threads) {
     in_barrier += t.wait == Thread::Wait::kBarrier;
+    in_mbarrier += t.wait == Thread::Wait::kMbarrier;
     in_warp += t.wait == Thread::Wait::kWarp;
     if (t.wait == Thread::Wait::kWarp) instruction = warp_of(t).instruction;
   }
-  return std::to_string(in_barrier) + " threads wait in a barrier, " + std::to_string(in_warp) +
+  return std::to_string(in_barrier) + " threads wait in a barrier, " +
+         (in_mbarrier != 0 ? std::to_string(in_mbarrier) + " in an mbarrier, " : "") + std::to_string(in_warp) +
          " in a warp instruction " + instruction;
 }
 

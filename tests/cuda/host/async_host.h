@@ -1,0 +1,317 @@
+// The twins of csrc/cuda/ptx_sm90.cuh. Asynchronous for real, as late as the manual allows: a copy lands when somebody
+// waits for its mbarrier's phase, a wgmma reads its operands and writes its results when its group is waited for. Until
+// then the destination is poison; in registers, NaN.
+#pragma once
+#include <limits>
+
+#include "ptx_host.h"
+
+#ifdef __SANITIZE_THREAD__
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
+
+namespace qkernels::host {
+
+// While it lives, TSan overlooks the fiber: the emulator's own containers, whose functions QK_UNSEEN does not reach.
+struct Unseen {
+#ifdef __SANITIZE_THREAD__
+  Unseen() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+  ~Unseen() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+#else
+  Unseen() {}
+#endif
+};
+
+// ---- mbarrier ----
+
+QK_UNSEEN inline TransactionBarrier& mbarrier_at(uint32_t address) {
+  const Unseen unseen;
+  const auto found = block->mbarriers.find(address);
+  if (found == block->mbarriers.end()) fail("no mbarrier at " + std::to_string(address));
+  return found->second;
+}
+
+QK_UNSEEN inline void wake(uint32_t address) {
+  const Unseen unseen;
+  for (Thread& t : block->threads) {
+    if (t.wait == Thread::Wait::kMbarrier && t.barrier == static_cast<int>(address)) t.wait = Thread::Wait::kNothing;
+  }
+}
+
+QK_UNSEEN inline void settle(uint32_t address) {
+  TransactionBarrier& b = mbarrier_at(address);
+  if (b.left != 0 || b.bytes != 0) return;
+  b.left = b.count;
+  ++b.phase.number;
+  wake(address);
+}
+
+QK_UNSEEN inline void mbarrier_arrive(uint32_t address, uint32_t bytes) {
+  TransactionBarrier& b = mbarrier_at(address);
+  if (b.left == 0) fail("more arrivals at an mbarrier than it counts");
+  tsan_release(b.phase.current());
+  b.bytes += bytes;
+  --b.left;
+  settle(address);
+}
+
+// Bytes one by one: TSan intercepts memcpy, and what lands is not the waiting thread's write. The write that races, if
+// one does, is that of the poison, by the thread that asked.
+QK_UNSEEN inline void land(uint32_t address) {
+  const Unseen unseen;
+  TransactionBarrier& b = mbarrier_at(address);
+  for (const Copy& copy : b.copies) {
+    for (int i = 0; i < 16; ++i) {
+      copy.to[i] = i < copy.bytes ? static_cast<const volatile unsigned char*>(copy.from)[i] : 0;
+    }
+    b.bytes -= 16;
+  }
+  b.copies.clear();
+  settle(address);
+}
+
+QK_UNSEEN inline void mbarrier_wait(uint32_t address, uint32_t parity) {
+  TransactionBarrier& b = mbarrier_at(address);
+  const auto on_the_way = [&] {
+    const Unseen unseen;
+    return !b.copies.empty();
+  };
+  while ((b.phase.number & 1) == parity) {
+    if (on_the_way()) {
+      land(address);
+      continue;
+    }
+    thread->wait = Thread::Wait::kMbarrier;
+    thread->barrier = static_cast<int>(address);
+    leave();
+  }
+  tsan_acquire(&b.phase.clock[parity]);
+}
+
+// ---- copies ----
+
+// Poisons 16 bytes and notes where they come from.
+inline void request_chunk(uint32_t to, const void* from, int bytes, TransactionBarrier& b) {
+  unsigned char* const destination = shared_memory(to, 16);
+  for (int i = 0; i < 16; i += 4) store(destination + i, kPoisonWord);
+  const Unseen unseen;
+  b.copies.push_back({destination, from, bytes, true});
+}
+
+QK_UNSEEN inline TransactionBarrier& barrier_of_copy(uint32_t address) {
+  TransactionBarrier& b = mbarrier_at(address);
+  if (!b.fenced) fail("a copy through an mbarrier that no fence.proxy.async has shown to it");
+  return b;
+}
+
+inline void requested(uint32_t address, TransactionBarrier& b) {
+  tsan_release(b.phase.current());
+  wake(address);
+}
+
+inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0 || bytes == 0) {
+    fail("misaligned cp.async.bulk");
+  }
+  TransactionBarrier& b = barrier_of_copy(barrier);
+  for (uint32_t i = 0; i < bytes; i += 16) request_chunk(to + i, static_cast<const char*>(from) + i, 16, b);
+  requested(barrier, b);
+}
+
+struct TensorMap {
+  const uint16_t* from = nullptr;
+  int rows = 0, columns = 0;
+  int64_t stride = 0;
+  int tile_rows = 0;
+};
+
+constexpr uint32_t kTileColumns = 64, kTileRowBytes = 128;
+
+// Swizzle of 128 bytes: bits 4 ... 6 of the address are XORed with bits 7 ... 9.
+inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+
+inline void copy_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
+  if (to % 128 != 0) fail("misaligned destination of cp.async.bulk.tensor");
+  TransactionBarrier& b = barrier_of_copy(barrier);
+  for (int r = 0; r < map.tile_rows; ++r) {
+    for (int c = 0; c < static_cast<int>(kTileColumns); c += 8) {
+      const int left = row + r < map.rows ? map.columns - (column + c) : 0;
+      const int valid = left < 0 ? 0 : left > 8 ? 8 : left;
+      const uint16_t* from = valid == 0 ? map.from : map.from + (row + r) * map.stride + column + c;
+      const auto place = to + static_cast<uint32_t>(r) * kTileRowBytes + static_cast<uint32_t>(c) * 2;
+      request_chunk(swizzle_128(place), from, valid * 2, b);
+    }
+  }
+  requested(barrier, b);
+}
+
+// ---- wgmma ----
+
+template <class T, int kCount>
+QK_UNSEEN inline void issue_wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  const Unseen unseen;
+  Thread& t = *thread;
+  if (!t.wgmma_fenced) fail("wgmma without wgmma.fence");
+  if (t.accumulators.find(d) == t.accumulators.end()) {
+    t.accumulators[d] = std::vector<float>(d, d + kCount);
+    for (float& value : d) value = std::numeric_limits<float>::quiet_NaN();
+  }
+  t.wgmmas.push_back({d, kCount, a, b, accumulate, &low<T>, &high<T>});
+}
+
+// Column n of b, 16 of k, where the descriptor says: K-major, without swizzle or with one of 128, 64 or 32 bytes.
+inline void read_b(uint64_t descriptor, uint32_t n, uint16_t (&values)[16]) {
+  const auto field = [&](int at) { return static_cast<uint32_t>(descriptor >> at & 0x3fff) << 4; };
+  const auto start = field(0), leading = field(16), stride = field(32);
+  const auto mode = static_cast<uint32_t>(descriptor >> 62);  // 1: 128 bytes, 2: 64, 3: 32, 0: none
+  const uint32_t row = mode == 0 ? 16 : 256u >> mode, mask = mode == 0 ? 0 : (row / 16 - 1) << 4;
+  for (uint32_t k = 0; k < 16; ++k) {
+    const uint32_t along = mode == 0 ? k / 8 * leading + k % 8 * 2 : k * 2;
+    const uint32_t address = start + n / 8 * stride + n % 8 * row + along;
+    values[k] = load<uint16_t>(shared_memory(address ^ (address >> 3 & mask), 2));
+  }
+}
+
+// One wgmma, the rows of one warp. Only b is memory of the GPU.
+QK_UNSEEN inline void gather_a(const Thread* lanes, size_t which, float (&a)[16][16]) {
+  const Unseen unseen;
+  const Wgmma& first = lanes[0].wgmmas[which];
+  for (unsigned l = 0; l < kLanes; ++l) {
+    const Wgmma& w = lanes[l].wgmmas[which];
+    if (w.b != first.b || w.accumulate != first.accumulate || w.count != first.count) {
+      throw KernelError("lanes disagree on the operands of a wgmma");
+    }
+    for (unsigned r = 0; r < 4; ++r) {
+      a[l / 4 + r % 2 * 8][l % 4 * 2 + r / 2 * 8] = w.low(w.a[r]);
+      a[l / 4 + r % 2 * 8][l % 4 * 2 + r / 2 * 8 + 1] = w.high(w.a[r]);
+    }
+  }
+}
+
+QK_UNSEEN inline void add_column(Thread* lanes, size_t which, unsigned n, const float (&a)[16][16],
+                                 const uint16_t (&b)[16]) {
+  const Unseen unseen;
+  for (unsigned row = 0; row < 16; ++row) {
+    Thread& owner = lanes[row % 8 * 4 + n % 8 / 2];
+    const Wgmma& w = owner.wgmmas[which];
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) sum += a[row][k] * w.low(b[k]);
+    float& d = owner.accumulators[w.d][n / 8 * 4 + row / 8 * 2 + n % 2];
+    d = w.accumulate ? d + sum : sum;
+  }
+}
+
+inline Wgmma wgmma_of(const Thread* lanes, size_t which) {
+  const Unseen unseen;
+  return lanes[0].wgmmas[which];
+}
+
+inline void multiply_warp(Thread* lanes, size_t which) {
+  float a[16][16];
+  gather_a(lanes, which, a);
+  const Wgmma first = wgmma_of(lanes, which);
+  for (unsigned n = 0; n < static_cast<unsigned>(first.count) * 2; ++n) {
+    uint16_t b[16];
+    read_b(first.b, n, b);
+    add_column(lanes, which, n, a, b);
+  }
+}
+
+// Of every lane: how many groups may stay under way is in[0].
+QK_UNSEEN inline size_t wgmmas_to_finish(const Thread& t, uint32_t pending) {
+  const Unseen unseen;
+  return t.wgmma_groups.size() <= pending ? 0 : t.wgmma_groups[t.wgmma_groups.size() - pending - 1];
+}
+
+QK_UNSEEN inline void finish_wgmmas(Thread& t, size_t end, uint32_t pending) {
+  const Unseen unseen;
+  t.wgmmas.erase(t.wgmmas.begin(), t.wgmmas.begin() + static_cast<ptrdiff_t>(end));
+  t.wgmma_groups.erase(t.wgmma_groups.begin(), t.wgmma_groups.end() - pending);
+  for (size_t& group : t.wgmma_groups) group -= end;
+  for (auto it = t.accumulators.begin(); it != t.accumulators.end();) {
+    bool busy = false;
+    for (const Wgmma& left : t.wgmmas) busy |= left.d == it->first;
+    if (!busy) {
+      for (size_t i = 0; i < it->second.size(); ++i) it->first[i] = it->second[i];
+    }
+    it = busy ? std::next(it) : t.accumulators.erase(it);
+  }
+}
+
+QK_UNSEEN inline Thread* lanes_of_warp() {
+  const Unseen unseen;
+  return &block->threads[thread->index / kLanes * kLanes];
+}
+QK_UNSEEN inline uint32_t operand_of(const Warp& w) { return w.lane[0].in[0]; }
+
+inline void wgmma_wait_warp(Warp& w) {
+  Thread* const lanes = lanes_of_warp();
+  const uint32_t pending = operand_of(w);
+  const size_t end = wgmmas_to_finish(lanes[0], pending);
+  if (end == 0) return;
+  for (size_t i = 0; i < end; ++i) multiply_warp(lanes, i);
+  for (Thread* t = lanes; t < lanes + kLanes; ++t) finish_wgmmas(*t, end, pending);
+}
+
+}  // namespace qkernels::host
+
+namespace qkernels::cuda {
+
+using host::TensorMap;
+
+inline void mbarrier_init(uint32_t barrier, int count) {
+  const host::Unseen unseen;
+  host::shared_memory(barrier, 8);
+  host::TransactionBarrier& b = host::block->mbarriers[barrier];
+  b.count = b.left = static_cast<unsigned>(count);
+}
+inline void fence_async_proxy() {
+  const host::Unseen unseen;
+  for (auto& [address, b] : host::block->mbarriers) b.fenced = true;
+}
+inline void mbarrier_arrive(uint32_t barrier) { host::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) { host::mbarrier_arrive(barrier, bytes); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity) { host::mbarrier_wait(barrier, parity); }
+inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  host::copy_bulk(to, from, bytes, barrier);
+}
+inline void copy_tile(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier) {
+  host::copy_tile(to, *map, column, row, barrier);
+}
+
+inline void wgmma_fence() {
+  const host::Unseen unseen;
+  host::thread->wgmma_fenced = true;
+}
+inline void wgmma_commit() {
+  const host::Unseen unseen;
+  host::thread->wgmma_groups.push_back(host::thread->wgmmas.size());
+  host::thread->wgmma_fenced = false;  // registers are written between groups: each wants a fence of its own
+}
+template <int kPending>
+inline void wgmma_wait() {
+  const uint32_t pending[1] = {kPending};
+  host::give(0, pending);
+  host::warp_instruction("wgmma.wait_group", &host::wgmma_wait_warp);
+}
+template <int kCount>
+inline void wgmma_results(float (&)[kCount]) {}
+template <int kCount>
+inline void wgmma_f16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  host::issue_wgmma<host::Fp16>(d, a, b, accumulate);
+}
+template <int kCount>
+inline void wgmma_bf16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  host::issue_wgmma<host::Bf16>(d, a, b, accumulate);
+}
+template <int kRegisters>
+inline void give_registers() {}
+template <int kRegisters>
+inline void take_registers() {}
+
+}  // namespace qkernels::cuda

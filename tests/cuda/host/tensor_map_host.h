@@ -1,0 +1,17 @@
+// The twin of the driver's cuTensorMapEncodeTiled, as csrc/cuda/tensor_map.h calls it: it refuses what the driver does.
+#pragma once
+#include "async_host.h"
+#include "launch_host.h"
+
+namespace qkernels::host {
+
+inline cudaError_t encode_tensor_map(TensorMap* map, const uint16_t* from, int rows, int columns, int64_t stride,
+                                     int tile_rows) {
+  const bool valid = from != nullptr && reinterpret_cast<uintptr_t>(from) % 16 == 0 && rows > 0 && columns > 0 &&
+                     stride % 8 == 0 && stride >= columns && tile_rows > 0 && tile_rows <= 256;
+  if (!valid) return cudaErrorInvalidValue;
+  *map = {from, rows, columns, stride, tile_rows};
+  return cudaSuccess;
+}
+
+}  // namespace qkernels::host

@@ -1,0 +1,142 @@
+"""Hopper's kernel on the emulator: wgmma, TMA and mbarriers happen as late as the manual allows (tests/cuda/host/async_host.h).
+
+Against our reading of the PTX manual; whether hardware agrees is unmeasured.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.cuda import calls, emulator
+from tests.cuda.calls import DTYPES, gemm_sm90, in_room, multiply
+from tests.cuda.emulator import SCHEDULES
+from tests.cuda.test_kernels import ZEROS, bound, check
+from tests.ops.helpers import exact_product, integers
+from tests.strategies import random_weight
+
+pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+DATA_RACE = "WARNING: ThreadSanitizer: data race"
+
+
+@dtypes
+@pytest.mark.parametrize("scheme", ["w4a16_g128_asym", "w8a16_g64"])
+def test_every_edge_of_the_token_tiles(scheme: str, dtype: torch.dtype) -> None:
+    """Odd N, a second strip of 7 rows or none, K that is no multiple of a step."""
+    for M, N in [(1, 71), (8, 129), (33, 1), (63, 71), (64, 64), (65, 130), (127, 71), (128, 128), (129, 40)]:
+        weight = random_weight(scheme, N, 136, exact=True)
+        x, bias = in_room(integers(M, 136, dtype=dtype)), integers(N, dtype=dtype)
+        check(weight, x, gemm_sm90(64 if M <= 64 else 128), bias)
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("group", ["g16", "g32", "g64", "g128", "g192", "channel", "tensor"])
+def test_every_group_and_kind_of_zero(group: str, zeros: str) -> None:
+    """With random act-order and odd K (x is copied), in both types and both widths, over splits of K."""
+    for (bits, dtype), M in zip(itertools.product((4, 8), DTYPES), (5, 20, 3, 12)):
+        weight = random_weight(f"w{bits}a16_{group}{zeros}", 67, 333, seed=bits, act_order=M != 12, exact=True)
+        x = integers(M, 333, dtype=dtype, most=2)
+        check(weight, x, gemm_sm90(64, splits=2 if M != 20 else 1))
+
+
+@dtypes
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_every_dtype_of_scales_zeros_and_bias(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    for zeros, bias_dtype in zip(ZEROS, (None, torch.float16, torch.bfloat16, torch.float32)):
+        weight = random_weight(f"w4a16_g64{zeros}", 40, 136, dtype=scale_dtype, exact=True)
+        bias = None if bias_dtype is None else integers(40, dtype=bias_dtype)
+        check(weight, in_room(integers(2, 136, dtype=dtype)), gemm_sm90(64), bias)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_every_schedule_of_the_threads(tokens: int, schedule: str) -> None:
+    """14 steps: the ring of six goes round twice, groups end at even and at odd steps."""
+    weight = random_weight("w4a16_g192_asym", 130, 896, exact=True)
+    x = in_room(integers(20, 896, dtype=torch.float16, most=2))
+    check(weight, x, gemm_sm90(tokens), None, schedule)
+    check(weight, x, gemm_sm90(tokens, splits=3), None, schedule)
+
+
+def test_strides_that_tma_refuses_are_copied() -> None:
+    """Rows that overlap (expand), columns picked out of more, an unaligned start."""
+    weight = random_weight("w4a16_g64", 40, 96, exact=True)
+    room = integers(10, 3 * 96 + 8, dtype=torch.float16)
+    for view in (room[:1, :96].expand(10, 96), room[:, 1:97], room[:, : 3 * 96 : 3], room[::2, 8:104]):
+        check(weight, view, gemm_sm90(64))
+
+
+def test_no_columns_leave_the_bias() -> None:
+    weight, bias = random_weight("w4a16_g32", 40, 0), integers(40, dtype=torch.float16)
+    x = torch.zeros(3, 0, dtype=torch.float16)
+    assert torch.equal(multiply(weight, x, gemm_sm90(64), bias), bias.expand(3, 40))
+
+
+def test_more_splits_than_steps_add_zeros() -> None:
+    weight = random_weight("w4a16_g64", 40, 320, exact=True)  # 5 steps over 4 splits: the last has none
+    check(weight, in_room(integers(3, 320, dtype=torch.float16)), gemm_sm90(64, splits=4))
+
+
+@dtypes
+@pytest.mark.parametrize("scheme", ["w4a16_g16_asym", "w4a16_g128", "w8a16_g64_fzero"])
+def test_random_inputs_stay_within_the_bound_of_the_group(scheme: str, dtype: torch.dtype) -> None:
+    """A group of g columns stays in the tensor core: 2 u for each of its additions, where `bound` counts 64 columns."""
+    weight = random_weight(scheme, 70, 328, seed=3, dtype=torch.float32)
+    x = torch.randn(20, 328, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = x.double() @ weight.dequantize().double().T
+    error = (multiply(weight, in_room(x), gemm_sm90(64, 3)).double() - exact).abs()
+    more = 2 * 64 * 2.0**-24 * (x.double().abs() @ weight.dequantize().double().abs().T)
+    assert (error <= bound(weight, x, 3, 1) + more).all()
+
+
+# ---- sanitizers and negative controls ----
+
+
+def call_of(M: int = 20, tokens: int = 64) -> tuple[emulator.Call, torch.Tensor]:
+    weight = random_weight("w4a16_g128_asym", 130, 576, exact=True)
+    x = integers(M, 576, dtype=torch.float16, most=2)
+    return calls.multiply_call(weight, x, gemm_sm90(tokens)), exact_product(weight, x)
+
+
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int) -> None:
+    for schedule in ("random", "warp_ahead"):
+        call, expected = call_of(tokens=tokens)
+        done = emulator.replay(calls.UNIT, call, flavour, schedule)
+        assert done.status == 0, done.report[-2000:]
+        assert torch.equal(done.buffers["y"], expected)
+
+
+def found(flavour: emulator.Flavour, bug: str, schedule: str = "ascending") -> str:
+    call, expected = call_of()
+    done = emulator.replay(calls.UNIT, call, flavour, schedule, bug=bug)
+    return done.report if done.status != 0 else "" if torch.equal(done.buffers["y"], expected) else "wrong"
+
+
+@pytest.mark.parametrize(
+    ("bug", "report"),
+    [
+        ("WGMMA_NO_WAIT", "wrong"),
+        ("WGMMA_SHORT_WAIT", "wrong"),
+        ("WGMMA_WRONG_PHASE", "more arrivals at an mbarrier"),
+        ("WGMMA_WRONG_SWIZZLE", "wrong"),
+        ("WGMMA_PRODUCER_DOES_NOT_WAIT", "more arrivals at an mbarrier"),
+        ("WGMMA_NO_FENCE", "wgmma without wgmma.fence"),
+        ("WGMMA_NO_PROXY_FENCE", "fence.proxy.async"),
+    ],
+)
+def test_what_is_asynchronous_is_waited_for(bug: str, report: str) -> None:
+    assert report in found("program", bug)
+
+
+@pytest.mark.parametrize("bug", ["WGMMA_EARLY_RELEASE", "WGMMA_NO_BARRIER_BEFORE_EXCHANGE"])
+def test_a_missing_barrier_is_a_race(bug: str) -> None:
+    assert DATA_RACE in found("tsan", bug)
+
+
+def test_a_missing_mask_is_an_overflow() -> None:
+    assert "heap-buffer-overflow" in found("asan", "WGMMA_NO_ROW_MASK")
