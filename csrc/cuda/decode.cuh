@@ -28,9 +28,9 @@ struct DecodeArguments {
   Output out;
   bool aligned;  // x: 16-byte copies
   int warps_n, warps_k;
-  int steps_per_block;
-  int stage_bytes;  // of one warp: codes, scales, zeros
-  int warp_bytes;   // of one warp: its ring, or its totals afterwards
+  int steps_per_block;  // at most
+  int stage_bytes;      // of one warp: codes, scales, zeros
+  int warp_bytes;       // of one warp: its ring, or its totals afterwards
 };
 
 // Asks for the x tile of `count` steps: [step][token][64 columns], swizzled.
@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(kMaxDecodeWarps * 32, kTokenTiles < 4 ? 2 : 1)
   const int strip = blockIdx.x * p.warps_n + warp % p.warps_n, part = warp / p.warps_n;
   const bool owns = strip < p.weight.strips;
   // The block's columns, and the warp's share of them.
-  const int first = blockIdx.y * p.steps_per_block;
-  const int left = p.weight.steps - first, count = left < p.steps_per_block ? left : p.steps_per_block;
-  const int begin = first + count * part / p.warps_k, end = first + count * (part + 1) / p.warps_k;
+  const Share block = Share::of(p.weight.steps, gridDim.y, blockIdx.y);
+  const Share mine = Share::of(block.end - block.begin, p.warps_k, part);
+  const int first = block.begin, count = block.end - first, begin = first + mine.begin, end = first + mine.end;
   const uint32_t x = shared_address(shared);
   const uint32_t rings = x + p.steps_per_block * p.x.M * kTokenBytes;
   const uint32_t ring = rings + warp * p.warp_bytes;
@@ -105,11 +105,12 @@ __global__ void __launch_bounds__(kMaxDecodeWarps * 32, kTokenTiles < 4 ? 2 : 1)
     for (int step = begin; step < end; ++step) {
       cp_async_wait<kDecodeStages - 2>();
       __syncwarp();  // all lanes' copies of this slot are there, and all lanes are done with the slot before
+      TokenFragments<kTokenTiles> tokens;
+      load_tokens<kTokenTiles>(tokens, x + (step - first) * p.x.M * kTokenBytes, token_offset);
       const int ahead = step + kDecodeStages - 1;
       if (ahead < end) copy_step(ahead, slot == 0 ? kDecodeStages - 1 : slot - 1);
       cp_async_commit();
-      multiply_step<F, kTokenTiles>(totals, p.format, ring + slot * p.stage_bytes,
-                                    x + (step - first) * p.x.M * kTokenBytes, token_offset, lane);
+      multiply_step<F, kTokenTiles>(totals, p.format, ring + slot * p.stage_bytes, tokens, lane);
       slot = slot == kDecodeStages - 1 ? 0 : slot + 1;
     }
   }

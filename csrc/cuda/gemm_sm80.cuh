@@ -32,7 +32,6 @@ struct GemmArguments {
   int64_t x_stride;
   int x_columns;  // a multiple of 8
   Output out;
-  int steps_per_split;
   int strip_bytes;  // of a stage: codes, scales, zeros of one strip
 };
 
@@ -44,8 +43,7 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm(const GemmArgumen
   const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
   // Neighbouring blocks share a strip and differ in tokens: the weight comes from DRAM once, x stays in L2.
   const int m0 = blockIdx.x * kTokens, strip0 = blockIdx.y * kWarpsN, split = blockIdx.z;
-  const int begin = split * p.steps_per_split;
-  const int end = begin + p.steps_per_split < p.weight.steps ? begin + p.steps_per_split : p.weight.steps;
+  const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
 
   // A stage: [strip][codes, scales, zeros], then the x tile, which is aligned to its rows of 128 bytes.
   const int x_place = (kWarpsN * p.strip_bytes + kTokenBytes - 1) / kTokenBytes * kTokenBytes;
@@ -91,12 +89,13 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm(const GemmArgumen
   for (int step = begin; step < end; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // everybody's copies of this slot are there, and everybody is done with the slot before
+    const uint32_t stage = stages + slot * stage_bytes;
+    TokenFragments<kWarpTokenTiles> tokens;
+    load_tokens<kWarpTokenTiles>(tokens, stage + x_place, token_offset);
     const int ahead = step + kStages - 1;
     if (ahead < end) copy_step(ahead, slot == 0 ? kStages - 1 : slot - 1);
     cp_async_commit();
-    const uint32_t stage = stages + slot * stage_bytes;
-    multiply_step<F, kWarpTokenTiles, kHalfAccumulate>(totals, p.format, stage + warp_n * p.strip_bytes,
-                                                       stage + x_place, token_offset, lane);
+    multiply_step<F, kWarpTokenTiles, kHalfAccumulate>(totals, p.format, stage + warp_n * p.strip_bytes, tokens, lane);
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
   cp_async_wait<0>();

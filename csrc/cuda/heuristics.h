@@ -88,16 +88,16 @@ inline double fused_ns(const Problem& p, const Config& c) {
                              : gemm_shared_bytes(c, stage, width);
   if (shared + 1024 > card.shared_bytes || (wgmma && card.wgmma_macs_per_ns == 0)) return 1e30;
 
-  // How many blocks, and how many of them a multiprocessor runs at a time: shared memory, and registers (112 a thread
-  // in decode up to 16 tokens, 168 with wgmma, 176 else).
+  // How many blocks, and how many of them a multiprocessor runs at a time: shared memory, and registers (128 a thread
+  // in decode up to 16 tokens, 168 with wgmma, 200 else).
   const int block_strips = decode  ? c.warps_n
                            : wgmma ? 2
                                    : gemm_strips(c.tokens),
             block_steps = divide_up(steps, c.splits);
-  const int64_t blocks = static_cast<int64_t>(divide_up(strips, block_strips)) * divide_up(steps, block_steps) *
-                         (decode ? 1 : divide_up(p.M, c.tokens));
+  const int64_t blocks =
+      static_cast<int64_t>(divide_up(strips, block_strips)) * c.splits * (decode ? 1 : divide_up(p.M, c.tokens));
   const int warps = decode ? c.warps_n * c.warps_k : wgmma ? 12 : c.tokens == 128 ? 8 : 4;
-  const int by_registers = 65536 / (32 * warps * (decode && c.tokens <= 16 ? 112 : wgmma ? 168 : 176));
+  const int by_registers = 65536 / (32 * warps * (decode && c.tokens <= 16 ? 128 : wgmma ? 168 : 200));
   const int by_shared = card.shared_bytes / (shared + 1024);
   const int resident = by_shared < by_registers ? by_shared : by_registers;
   const int64_t busiest = divide_up(blocks, sms);  // blocks of the multiprocessor that has most
