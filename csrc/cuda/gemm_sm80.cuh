@@ -36,7 +36,7 @@ struct GemmArguments {
 };
 
 template <class F, int kWarpsN, int kWarpsM, bool kHalfAccumulate>
-__global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm(const GemmArguments p) {
+__global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM)) gemm(const GemmArguments p) {
   QK_SHARED(shared);
   constexpr int kThreads = kWarpsN * kWarpsM * 32, kTokens = kWarpsM * kWarpTokens, kStages = gemm_stages(F::kWidth);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
