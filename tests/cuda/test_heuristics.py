@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_decode_keeps_enough_bytes_on_their_way(sm: int) -> None:
             _, tokens, warps_n, warps_k, splits, _ = config
             warps, stage = warps_n * warps_k, (2048 if bits == 4 else 4096) + 128
             shared = shared_bytes(M, K, config, bits, 128) + 1024
-            blocks = -(-(-(-N // 64)) // warps_n) * splits
+            blocks = math.ceil(N / 64 / warps_n) * splits
             resident = min(limit // shared, 65536 // (128 * 32 * warps), -(-blocks // CARDS[sm]))
             assert tokens == 8
             need = 50 if (sm, M, K) == (90, 8, 8192) else needs[sm]
@@ -103,3 +104,10 @@ def test_values_print_themselves() -> None:
     text = choose(1, 8192, 8192, 90)[2]
     assert text.startswith("M=1 N=8192 K=8192, 4 bit, bfloat16, sm90 with 132 multiprocessors: decode, 8 tokens, ")
     assert choose(4096, 64, 64, 90, aligned=0)[2].count("x is copied or gathered") == 1
+
+
+def test_the_log_says_what_the_model_says() -> None:
+    from tests.cuda import kernel_log
+
+    text = kernel_log.LOG.read_text()
+    assert kernel_log.with_table(text) == text, "run `python -m tests.cuda.kernel_log`"
