@@ -92,7 +92,7 @@ def own_method(case: Case) -> Options:
     fields: dict[str, Any] = {"bits": case.bits, "group_size": case.group_size, "symmetric": case.zeros == "none"}
     if case.method == "gptq":
         return GPTQ(**fields, act_order=case.order)  # type: ignore[arg-type]
-    return {"rtn": RTN, "awq": AWQ}[case.method](**fields)
+    return RTN(**fields) if case.method == "rtn" else AWQ(**fields)
 
 
 def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str, str]) -> float:
