@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,13 +27,14 @@ from .layerwise.report import ModuleReport, PlannedModule, QuantPlan, QuantRepor
 from .layerwise.running import LayerInputs, Place, capture_inputs, check_finite, propagate
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
+from .layerwise.work import run_key, work_directory
 from .model_structure import decoder_layers, empty_model, foldable_architecture, head_dim
 from .quantizers import AWQ, GPTQ, RTN, CalibrationFree, Options, SmoothQuant
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
 
 __all__ = ["quantize", "plan", "QuantReport", "QuantPlan"]
 
-Results = dict[str, tuple[Quantized, int]]  # by module name; the number is the bytes of the float weight
+Results = dict[str, ModuleReport]  # by module name
 
 
 def quantize(
@@ -53,6 +53,7 @@ def quantize(
     device: torch.device | str = "cpu",
     on_unsupported: OnUnsupported = "raise",
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> QuantReport:
     """Quantize the linear layers of a causal language model.
@@ -77,6 +78,8 @@ def quantize(
         on_unsupported: for a model in memory, as in `replace_linear`: "raise" before anything is changed where no kernel takes
             a layer, or "reference" to allow the slow one, or "skip" to leave the layer.
         overwrite: `save_to` may be an existing checkpoint.
+        resume: for a directory: go on with what an interrupted run for `save_to` has finished (see `layerwise/work.py`). The
+            result has the same bits as that of one run, on the same machine with as many threads.
         progress: show a progress bar.
 
     Returns:
@@ -120,13 +123,20 @@ def quantize(
     ):
         tokenizer = _tokenizer_of(model_or_dir)
     windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
-    with atomic_directory(save_to, overwrite=overwrite) as target, torch.no_grad():
-        writer = CheckpointWriter(target, source.config, format)
-        directory = DirectoryHost(model, source, writer)
+    key = run_key(source, methods, windows, place.device, _version())
+    with (
+        work_directory(save_to, key, resume) as work,
+        atomic_directory(save_to, overwrite=overwrite) as target,
+        torch.no_grad(),
+    ):
+        directory = DirectoryHost(model, source, work)
         results = _run(directory, method, methods, windows, place, progress)
+        writer = CheckpointWriter(target, source.config, format)
+        directory.copy_to(writer)
         writer.close()
         copy_side_files(source.directory, target)
-    return _report(method, results, skipped, windows, directory.bytes_before, began)
+        report = _report(method, results, skipped, windows, directory.bytes_before, began)
+    return report
 
 
 def plan(
@@ -165,9 +175,7 @@ def _run(
 ) -> Results:
     """Quantize every chosen layer of the host."""
     if windows is None:
-        results = _round_all(host, methods, place, progress)
-        host.finish()
-        return results
+        return _round_all(host, methods, place, progress)
     prefix, layers = decoder_layers(host.model)
     folds = isinstance(method, (AWQ, SmoothQuant))
     architecture = foldable_architecture(host.model, type(method).__name__) if folds else None
@@ -177,10 +185,14 @@ def _run(
         hidden, arguments = capture_inputs(host.model, layers, batches, host.dtype(f"{next(iter(methods))}.weight"))
     for index, batch in enumerate(hidden):
         check_finite(batch, "the embedding", index)
-    results = {}
+    hidden = host.activations() or hidden
+    results: Results = {}
     with tqdm(range(len(layers)), desc=method.name, unit="layer", disable=not progress) as bar:
         for index in bar:
             name = f"{prefix}.{index}"
+            if (reports := host.finished(name)) is not None:
+                results |= {report.name: report for report in reports}
+                continue
             inside = {full.removeprefix(f"{name}."): m for full, m in methods.items() if full.startswith(f"{name}.")}
             stored = {leaf: host.dtype(f"{name}.{leaf}") for leaf, _ in layers[index].named_parameters()}
             inputs = LayerInputs(hidden, arguments[index])
@@ -188,14 +200,16 @@ def _run(
                 done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, architecture, width))
                 propagate(layer, inputs, place, name)
                 weights.update({leaf: result.tensor for leaf, result in done.items()})
+            reports = []
             for leaf, result in done.items():
                 size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
-                results[f"{name}.{leaf}"] = (replace(result, tensor=result.tensor.to("meta")), size)
-            if done:
-                bar.set_postfix(error=f"{max(result.error for result in done.values()):.2%}")
+                reports.append(_module_report(f"{name}.{leaf}", result, size))
+            host.commit(name, reports, hidden)
+            results |= {report.name: report for report in reports}
+            if reports:
+                bar.set_postfix(error=f"{max(report.error for report in reports):.2%}")
     outside = {name: chosen for name, chosen in methods.items() if name not in results}
     results |= _round_all(host, outside, place, progress, "it is not in a decoder layer, and only those are calibrated")
-    host.finish()
     return {name: results[name] for name in methods}
 
 
@@ -205,10 +219,14 @@ def _round_all(
     results: Results = {}
     with tqdm(methods.items(), desc="rounding", unit="linear", disable=not progress or not methods) as bar:
         for name, method in bar:
+            if (finished := host.finished(name)) is not None:
+                results[name] = finished[0]
+                continue
             weight = host.weight(name)
             result = round_to_nearest(weight.to(place.device), with_stored_scales(method, weight.dtype), name, fallback)
             host.keep(name, result.tensor)
-            results[name] = (replace(result, tensor=result.tensor.to("meta")), weight.numel() * weight.element_size())
+            results[name] = _module_report(name, result, weight.numel() * weight.element_size())
+            host.commit(name, [results[name]])
             bar.set_postfix(error=f"{result.error:.2%}")
     return results
 
@@ -293,6 +311,26 @@ def _planned(source: TensorSource, linear: nn.Module, name: str, method: Options
     return PlannedModule(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)
 
 
+def _module_report(name: str, result: Quantized, bytes_before: int) -> ModuleReport:
+    return ModuleReport(
+        name=name,
+        scheme=str(result.tensor.scheme),
+        method=result.method,
+        error=result.error,
+        error_of="output" if result.of_output else "weight",
+        seconds=result.seconds,
+        bytes_before=bytes_before,
+        bytes_after=result.tensor.nbytes,
+        fallback=result.fallback,
+    )
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
 def _report(
     method: Options,
     results: Results,
@@ -301,20 +339,7 @@ def _report(
     bytes_before: int,
     began: float,
 ) -> QuantReport:
-    modules = tuple(
-        ModuleReport(
-            name=name,
-            scheme=str(result.tensor.scheme),
-            method=result.method,
-            error=result.error,
-            error_of="output" if result.of_output else "weight",
-            seconds=result.seconds,
-            bytes_before=size,
-            bytes_after=result.tensor.nbytes,
-            fallback=result.fallback,
-        )
-        for name, (result, size) in results.items()
-    )
+    modules = tuple(results.values())
     saved = sum(module.bytes_before - module.bytes_after for module in modules)
     count, seq_len = windows.shape if windows is not None else (0, 0)
     seconds = time.perf_counter() - began

@@ -83,6 +83,11 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the finished layers of an interrupted run for the same directory",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say layers, sizes, disk and memory needed, and stop")
     return parser
 
@@ -132,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         seq_len=args.seq_len,
         device=torch.device(args.device),
         overwrite=args.overwrite,
+        resume=args.resume,
         **selection,
     )
     print(report.to_markdown())
