@@ -25,7 +25,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointWriter
@@ -138,7 +137,7 @@ def work_directory(target: str | os.PathLike[str], key: Mapping[str, str], resum
         CheckpointError: there are finished layers and not `resume`; or they are of a run with another key; or another run
             is at work.
     """
-    path = _path_of(target)
+    path = work_path(target)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path) as alone:
         if not alone:
@@ -164,7 +163,7 @@ def work_directory(target: str | os.PathLike[str], key: Mapping[str, str], resum
 
 
 def run_key(
-    source: TensorSource, methods: Mapping[str, Options], windows: Tensor | None, device: torch.device, version: str
+    source: TensorSource, methods: Mapping[str, Options], windows: Tensor | None, versions: Mapping[str, str]
 ) -> dict[str, str]:
     """What the bits of a result depend on. Tensors of the source are told by their files' names, sizes and times, for
     hashing a large model takes longer than reading it."""
@@ -176,7 +175,7 @@ def run_key(
         "method": _digest(repr(sorted((name, repr(method)) for name, method in methods.items()))),
         "calibration": hashlib.sha256(tokens).hexdigest() + f" {[] if windows is None else list(windows.shape)}",
         "source": _digest(repr(stamps)),
-        "software": f"qkernels {version}, torch {torch.__version__}, {device}",
+        "software": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
 
@@ -196,7 +195,8 @@ def _check_resumable(work: WorkDirectory, target: str | os.PathLike[str], key: M
         )
 
 
-def _path_of(target: str | os.PathLike[str]) -> Path:
+def work_path(target: str | os.PathLike[str]) -> Path:
+    """Where the work directory of a target is."""
     path = Path(target).expanduser().resolve()
     return path.parent / f".{path.name}.qkernels-work"
 
