@@ -115,8 +115,7 @@ def test_two_gigabytes_within_1200_megabytes(tmp_path: Path) -> None:
     size = sharded(tmp_path / "source", 1024, 2816, 80, 256 * MIB)
     assert size > 2e9
     found = measured(tmp_path / "source", tmp_path / "out", "directory", threads=str(os.cpu_count()))
-    print(
-        f"{size / 1e9:.2f} GB model: the process had at most {found['process'] / 1e9:.3f} GB, {found['peak'] / 1e9:.3f} GB its own"
-    )
+    own, whole = found["peak"] / 1e9, found["process"] / 1e9
+    print(f"{size / 1e9:.2f} GB on disk; the process had at most {whole:.3f} GB, {own:.3f} GB of it the run's own")
     assert found["process"] < 1.2e9
     assert found["peak"] < bound(tmp_path / "source")
