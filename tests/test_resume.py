@@ -25,7 +25,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     child = subprocess.run(
         [sys.executable, "-m", "tests.killed_runs", str(tmp_path)],
-        cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300,
+        cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     runs = json.loads(child.stdout)
