@@ -16,22 +16,29 @@ from torch import Tensor
 
 from qkernels.kernels.catalogue import Problem, arch_of
 from qkernels.scheme import QuantScheme
+from qkernels.tensor import QuantTensor
 
 from .checking import mismatch
 from .kernels import ours, random_weight
 
-SCHEMES = ("w4a16_g128", "w4a16_g64_asym", "w8a16_channel")
-TOKENS = (1, 3, 8, 17, 64, 129, 300)
+# Long and short groups, every kind of zero, both widths.
+SCHEMES = ("w4a16_g128", "w4a16_g64_asym", "w8a16_channel", "w4a16_g16_fzero", "w8a16_g32_offset")
+# Each number of tokens that a decode block can have, and each tile of the GEMM kernels.
+TOKENS = (1, 3, 8, 12, 17, 33, 64, 129, 300)
 Product = Callable[[Tensor], Tensor]
 
 
 def products(
-    N: int, K: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    N: int, K: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, act_order: bool = False
 ) -> list[tuple[str, Product, Tensor]]:
     """(name, x -> y, the weight in fp32) of every kernel and scheme that this device has."""
     found: list[tuple[str, Product, Tensor]] = []
     for scheme in map(QuantScheme.parse, SCHEMES):
         weight = random_weight(N, K, scheme, dtype)
+        if act_order and scheme.group_size != "channel":
+            order = torch.randperm(K, generator=torch.Generator().manual_seed(K))
+            index = (order // scheme.group_length(K)).int().to(weight.device)
+            weight = QuantTensor(weight.codes, weight.scales, weight.zeros, index, weight.scheme)
         for candidate in ours(Problem(N, K, scheme, dtype, arch_of(device)), device):
             if candidate.reason is None and candidate.prepare is not None:
                 made = candidate.prepare(weight)
@@ -40,8 +47,8 @@ def products(
     return found
 
 
-def inputs(M: int, K: int, device: torch.device) -> Tensor:
-    return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(device, torch.bfloat16)
+def inputs(M: int, K: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(device, dtype)
 
 
 def differing(product: Product, x: Tensor, repeats: int) -> int:
@@ -61,14 +68,19 @@ def repeats(device: torch.device, count: int) -> list[str]:
 
 
 def shapes(device: torch.device, count: int) -> list[str]:
-    """Odd sizes; what compute-sanitizer watches."""
+    """Odd sizes, both types, with and without act-order; what compute-sanitizer watches. 0 tokens are taken, too.
+
+    Small layers never need the largest tiles; the last, wide one does.
+    """
     wrong = []
-    for N, K in ((1, 128), (33, 264), (257, 1000), (640, 1536)):
-        for name, product, weight in products(N, K, device):
-            for M in TOKENS:
-                x = inputs(M, K, device)
-                if why := mismatch(product(x), x, weight):
-                    wrong.append(f"{name}, N={N} K={K} M={M}: {why}")
+    for N, K in ((1, 128), (33, 264), (257, 1000), (640, 333), (4096, 512)):
+        for dtype, act_order in ((torch.bfloat16, False), (torch.float16, True)):
+            for name, product, weight in products(N, K, device, dtype, act_order):
+                for M in (0, *TOKENS):
+                    x = inputs(M, K, device, dtype)
+                    y = product(x)
+                    if y.shape != (M, N) or (M and (why := mismatch(y, x, weight))):
+                        wrong.append(f"{name}, N={N} K={K} M={M}: {why if M else 'shape'}")
     return wrong
 
 

@@ -60,10 +60,12 @@ def random_weight(N: int, K: int, scheme: QuantScheme, dtype: torch.dtype, seed:
     codes = torch.randint(0, scheme.max_code + 1, (N, K), generator=generator, dtype=torch.uint8)
     shape = (N, 1 if scheme.group_size in ("channel", "tensor") else scheme.num_groups(K))
     scales = (0.5 + torch.rand(shape, generator=generator)) * 2.0 ** -round(scheme.bits + 0.5 * K.bit_length())
-    zeros = None
-    if scheme.zeros == "int":
-        zeros = torch.randint(0, scheme.max_code + 1, shape, generator=generator, dtype=torch.uint8)
     scales = scales.bfloat16().to(dtype if dtype.itemsize == 2 else torch.bfloat16)
+    zeros = None
+    if not scheme.symmetric:
+        zeros = torch.randint(0, scheme.max_code + 1, shape, generator=generator, dtype=torch.uint8)
+        if scheme.zeros != "int":
+            zeros = zeros.to(scales.dtype) if scheme.zeros == "float" else -zeros * scales
     return QuantTensor(codes, scales, zeros, None, scheme)
 
 

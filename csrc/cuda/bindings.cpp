@@ -190,6 +190,7 @@ Tensor run(const Tensor& x, const Tensor& qweight, const Tensor& scales, const O
   STD_TORCH_CHECK(x.dim() == 2 && (type_of(x) == Type::kHalf || type_of(x) == Type::kBFloat16),
                   "x must be bfloat16 or float16 [M, K]: the CUDA kernels take no float32");
   STD_TORCH_CHECK(x.size(0) <= std::numeric_limits<int32_t>::max() / 2, "x has too many rows: ", x.size(0));
+  STD_TORCH_CHECK(qweight.is_cuda(), "qweight must be on a CUDA device, like x; move it there");
   const int32_t device_index = qweight.get_device_index();
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device_index, "x must be on cuda:", device_index,
                   " like qweight; move one of them");
@@ -261,6 +262,7 @@ Tensor dequantize_mma_tile(const Tensor& qweight, const Tensor& scales, const Op
                            int64_t group_size, bool zeros_are_offsets, ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "dtype must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(qweight.is_cuda(), "qweight must be on a CUDA device; move it there");
   STD_TORCH_CHECK(qweight.dim() == 2, "qweight must be 2-D: stacked experts are not taken here");
   const Weight w =
       checked_weight(qweight, scales, zeros, out_features, in_features, bits, group_size, zeros_are_offsets);
