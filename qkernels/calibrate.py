@@ -6,35 +6,42 @@ Memory stays at one layer plus the activations of the calibration windows.
 
 from __future__ import annotations
 
+import copy
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import CheckpointWriter, save
+from .checkpoint import CheckpointWriter, load
+from .checkpoint.saving import write_model
 from .errors import ArgumentError, CalibrationError
+from .evaluate import compare, perplexity, text_windows, window_length
 from .formats import get_format
 from .kernels.catalogue import OnUnsupported
 from .layerwise.hosts import DirectoryHost, Host, MemoryHost
+from .layerwise.planning import check_disk, plan_of
 from .layerwise.quantizing import LayerJob, Quantized, quantize_layer, round_to_nearest, with_stored_scales
-from .layerwise.report import ModuleReport, PlannedModule, QuantPlan, QuantReport
+from .layerwise.report import ModuleReport, QuantPlan, QuantReport, write_report
 from .layerwise.running import LayerInputs, Place, capture_inputs, check_finite, propagate
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
+from .layerwise.work import run_key, work_directory
 from .model_structure import decoder_layers, empty_model, foldable_architecture, head_dim
-from .quantizers import AWQ, GPTQ, RTN, CalibrationFree, Options, SmoothQuant
+from .quantizers import AWQ, GPTQ, CalibrationFree, Options, SmoothQuant
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
 
 __all__ = ["quantize", "plan", "QuantReport", "QuantPlan"]
 
-Results = dict[str, tuple[Quantized, int]]  # by module name; the number is the bytes of the float weight
+Evaluation = Sequence[str] | Tensor | None
+Results = dict[str, ModuleReport]  # by module name
 
 
 def quantize(
@@ -52,7 +59,9 @@ def quantize(
     seq_len: int = 2048,
     device: torch.device | str = "cpu",
     on_unsupported: OnUnsupported = "raise",
+    evaluation: Evaluation = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> QuantReport:
     """Quantize the linear layers of a causal language model.
@@ -76,7 +85,11 @@ def quantize(
         device: where layers are computed, in fp32.
         on_unsupported: for a model in memory, as in `replace_linear`: "raise" before anything is changed where no kernel takes
             a layer, or "reference" to allow the slow one, or "skip" to leave the layer.
+        evaluation: texts, or token ids `[tokens]`, that the model has not seen: the report then says perplexity, and KL and top-1
+            agreement with the original. For that both models are in memory at the end (of a model in memory, a copy is).
         overwrite: `save_to` may be an existing checkpoint.
+        resume: for a directory: go on with what an interrupted run for `save_to` has finished (see `layerwise/work.py`). The
+            result has the same bits as that of one run, on the same machine with as many threads.
         progress: show a progress bar.
 
     Returns:
@@ -101,32 +114,51 @@ def quantize(
         if save_to is not None:
             _check_format(format, method, methods, skipped)
         windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
+        text = _evaluation_ids(evaluation, tokenizer)
+        original = copy.deepcopy(model) if text is not None else None
         memory = MemoryHost(model, on_unsupported)
         with _evaluating(model), torch.no_grad():
             results = _run(memory, method, methods, windows, place, progress)
+        report = _report(method, results, skipped, windows, memory.bytes_before, began, place)
+        if text is not None and original is not None:
+            report = _evaluated(report, model, original, text, seq_len, progress)
         if save_to is not None:
-            save(model, save_to, format=format, overwrite=overwrite)
-        return _report(method, results, skipped, windows, memory.bytes_before, began)
+            with atomic_directory(save_to, overwrite) as target:
+                write_model(model, target, format)
+                write_report(target, report)
+        return report
     if save_to is None:
         raise ArgumentError(f"quantizing the directory {model_or_dir} needs save_to=, the directory to make")
     source = _float_source(model_or_dir)
     model = empty_model(source, torch.float32)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
     _check_format(format, method, methods, skipped)
-    if (
-        tokenizer is None
-        and isinstance(calibration, (list, tuple))
-        and any(isinstance(item, str) for item in calibration)
-    ):
+    if tokenizer is None and (_has_texts(calibration) or _has_texts(evaluation)):
         tokenizer = _tokenizer_of(model_or_dir)
     windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
-    with atomic_directory(save_to, overwrite=overwrite) as target, torch.no_grad():
-        writer = CheckpointWriter(target, source.config, format)
-        directory = DirectoryHost(model, source, writer)
+    text = _evaluation_ids(evaluation, tokenizer)
+    planned = plan_of(source, model, method, methods, skipped, *(windows.shape if windows is not None else (0, 0)))
+    check_disk(planned, save_to)
+    key = run_key(source, methods, windows, _versions(place))
+    with (
+        work_directory(save_to, key, resume) as work,
+        atomic_directory(save_to, overwrite=overwrite) as target,
+        torch.no_grad(),
+    ):
+        directory = DirectoryHost(model, source, work)
         results = _run(directory, method, methods, windows, place, progress)
+        writer = CheckpointWriter(target, source.config, format)
+        directory.copy_to(writer)
         writer.close()
         copy_side_files(source.directory, target)
-    return _report(method, results, skipped, windows, directory.bytes_before, began)
+        report = _report(method, results, skipped, windows, directory.bytes_before, began, place)
+        if text is not None:
+            quantized, original = (
+                load(path, place.device, on_unsupported="reference") for path in (target, source.directory)
+            )
+            report = _evaluated(report, quantized, original, text, seq_len, progress)
+        write_report(target, report)
+    return report
 
 
 def plan(
@@ -143,21 +175,7 @@ def plan(
     source = _float_source(model_dir)
     model = empty_model(source, torch.float32)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
-    modules = tuple(_planned(source, model.get_submodule(name), name, chosen) for name, chosen in methods.items())
-    before = sum(source.nbytes(name) for name in source.names())
-    after = before - sum(module.bytes_before - module.bytes_after for module in modules)
-    if isinstance(method, CalibrationFree):
-        widest = max(module.shape[0] * module.shape[1] for module in modules)
-        return QuantPlan(method.name, modules, skipped, before, after, 0, 4 * widest)
-    _, layers = decoder_layers(model)
-    config: Any = model.config
-    width = source.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
-    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
-    device_bytes = 4 * (largest + 3 * max(module.shape[1] for module in modules) ** 2)
-    return QuantPlan(
-        method.name, modules, skipped, before, after, samples * _capped(model, seq_len) * width, device_bytes
-    )
+    return plan_of(source, model, method, methods, skipped, samples, _capped(model, seq_len))
 
 
 def _run(
@@ -165,9 +183,7 @@ def _run(
 ) -> Results:
     """Quantize every chosen layer of the host."""
     if windows is None:
-        results = _round_all(host, methods, place, progress)
-        host.finish()
-        return results
+        return _round_all(host, methods, place, progress)
     prefix, layers = decoder_layers(host.model)
     folds = isinstance(method, (AWQ, SmoothQuant))
     architecture = foldable_architecture(host.model, type(method).__name__) if folds else None
@@ -177,10 +193,14 @@ def _run(
         hidden, arguments = capture_inputs(host.model, layers, batches, host.dtype(f"{next(iter(methods))}.weight"))
     for index, batch in enumerate(hidden):
         check_finite(batch, "the embedding", index)
-    results = {}
+    hidden = host.activations() or hidden
+    results: Results = {}
     with tqdm(range(len(layers)), desc=method.name, unit="layer", disable=not progress) as bar:
         for index in bar:
             name = f"{prefix}.{index}"
+            if (reports := host.finished(name)) is not None:
+                results |= {report.name: report for report in reports}
+                continue
             inside = {full.removeprefix(f"{name}."): m for full, m in methods.items() if full.startswith(f"{name}.")}
             stored = {leaf: host.dtype(f"{name}.{leaf}") for leaf, _ in layers[index].named_parameters()}
             inputs = LayerInputs(hidden, arguments[index])
@@ -188,14 +208,16 @@ def _run(
                 done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, architecture, width))
                 propagate(layer, inputs, place, name)
                 weights.update({leaf: result.tensor for leaf, result in done.items()})
+            reports = []
             for leaf, result in done.items():
                 size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
-                results[f"{name}.{leaf}"] = (replace(result, tensor=result.tensor.to("meta")), size)
-            if done:
-                bar.set_postfix(error=f"{max(result.error for result in done.values()):.2%}")
+                reports.append(_module_report(f"{name}.{leaf}", result, size))
+            host.commit(name, reports, hidden)
+            results |= {report.name: report for report in reports}
+            if reports:
+                bar.set_postfix(error=f"{max(report.error for report in reports):.2%}")
     outside = {name: chosen for name, chosen in methods.items() if name not in results}
     results |= _round_all(host, outside, place, progress, "it is not in a decoder layer, and only those are calibrated")
-    host.finish()
     return {name: results[name] for name in methods}
 
 
@@ -205,10 +227,14 @@ def _round_all(
     results: Results = {}
     with tqdm(methods.items(), desc="rounding", unit="linear", disable=not progress or not methods) as bar:
         for name, method in bar:
+            if (finished := host.finished(name)) is not None:
+                results[name] = finished[0]
+                continue
             weight = host.weight(name)
             result = round_to_nearest(weight.to(place.device), with_stored_scales(method, weight.dtype), name, fallback)
             host.keep(name, result.tensor)
-            results[name] = (replace(result, tensor=result.tensor.to("meta")), weight.numel() * weight.element_size())
+            results[name] = _module_report(name, result, weight.numel() * weight.element_size())
+            host.commit(name, [results[name]])
             bar.set_postfix(error=f"{result.error:.2%}")
     return results
 
@@ -285,12 +311,28 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _planned(source: TensorSource, linear: nn.Module, name: str, method: Options) -> PlannedModule:
-    """Sizes without weights: quantizing a meta tensor gives the shapes."""
-    weight = torch.empty(source.shape(f"{name}.weight"), dtype=source.dtype(f"{name}.weight"), device="meta")
-    result = RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
-    nbytes = result.nbytes + (4 * result.K if isinstance(method, GPTQ) and method.act_order == "group" else 0)
-    return PlannedModule(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)
+def _module_report(name: str, result: Quantized, bytes_before: int) -> ModuleReport:
+    return ModuleReport(
+        name=name,
+        scheme=str(result.tensor.scheme),
+        method=result.method,
+        error=result.error,
+        error_of="output" if result.of_output else "weight",
+        seconds=result.seconds,
+        bytes_before=bytes_before,
+        bytes_after=result.tensor.nbytes,
+        fallback=result.fallback,
+    )
+
+
+def _versions(place: Place) -> dict[str, str]:
+    """What computes: software and device."""
+    from . import __version__
+
+    found = {"qkernels": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    with suppress(PackageNotFoundError):  # a model in memory need not be one of transformers'
+        found["transformers"] = version("transformers")
+    return found | {"device": str(place.device)}
 
 
 def _report(
@@ -300,21 +342,9 @@ def _report(
     windows: Tensor | None,
     bytes_before: int,
     began: float,
+    place: Place,
 ) -> QuantReport:
-    modules = tuple(
-        ModuleReport(
-            name=name,
-            scheme=str(result.tensor.scheme),
-            method=result.method,
-            error=result.error,
-            error_of="output" if result.of_output else "weight",
-            seconds=result.seconds,
-            bytes_before=size,
-            bytes_after=result.tensor.nbytes,
-            fallback=result.fallback,
-        )
-        for name, (result, size) in results.items()
-    )
+    modules = tuple(results.values())
     saved = sum(module.bytes_before - module.bytes_after for module in modules)
     count, seq_len = windows.shape if windows is not None else (0, 0)
     seconds = time.perf_counter() - began
@@ -328,4 +358,38 @@ def _report(
         bytes_before,
         bytes_before - saved,
         seconds,
+        repr(method),
+        versions=_versions(place),
     )
+
+
+def _evaluated(
+    report: QuantReport, model: nn.Module, original: nn.Module, text: Tensor, seq_len: int, progress: bool
+) -> QuantReport:
+    """The report with what the model says on a text beside its original."""
+    length = window_length(model, seq_len)
+    surprise = perplexity(model, text, length, progress=progress).to_json()
+    return replace(
+        report, perplexity=surprise, comparison=compare(model, original, text, length, progress=progress).to_json()
+    )
+
+
+def _evaluation_ids(evaluation: Evaluation, tokenizer: Tokenizer | None) -> Tensor | None:
+    """Token ids `[tokens]` of an evaluation text."""
+    if evaluation is None:
+        return None
+    if isinstance(evaluation, Tensor):
+        ids = evaluation
+    elif not _has_texts(evaluation) or not all(isinstance(text, str) for text in evaluation):
+        raise ArgumentError(f"evaluation must be a list of texts or token ids [tokens], got {evaluation!r:.60}")
+    elif tokenizer is None:
+        raise ArgumentError("evaluation texts need a tokenizer: pass tokenizer=, or token ids instead of texts")
+    else:
+        rows = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in evaluation]
+        ids = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    text_windows(ids, 2)  # raises for what is no row of token ids, before the work begins
+    return ids
+
+
+def _has_texts(texts: object) -> bool:
+    return isinstance(texts, (list, tuple)) and any(isinstance(item, str) for item in texts)

@@ -16,6 +16,7 @@ from .errors import CheckpointError
 from .formats import Oddity
 from .formats.directory import QuantizedSource, summary
 from .formats.validation import boolean, first_of
+from .layerwise.report import quality_line
 from .markdown import table
 from .scheme import QuantScheme
 from .tensor import QuantTensor
@@ -75,7 +76,7 @@ class Engine:
 @dataclass(frozen=True)
 class Inspection:
     """A sound checkpoint, described. `method` and `version` are as config.json declares them; `format` is what they mean
-    here, None where nothing is quantized."""
+    here, None where nothing is quantized; `quality` is a line of the report that `quantize` wrote beside it, if it did."""
 
     directory: str
     architecture: str
@@ -87,6 +88,7 @@ class Inspection:
     unquantized: tuple[TensorInfo, ...]
     oddities: tuple[str, ...]
     engines: tuple[Engine, ...]
+    quality: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -125,6 +127,7 @@ class Inspection:
             ["quantized", f"{len(self.layers)} modules, {self.quantized_weights:,} weights"],
             ["size", _size(self.nbytes) + bits],
         ]
+        facts += [["quality", self.quality]] if self.quality is not None else []
         layers = [
             [x.name, f"{x.out_features} x {x.in_features}", x.scheme, x.columns, _size(x.nbytes)] for x in self.layers
         ]
@@ -182,6 +185,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
         unquantized=others,
         oddities=(*summary(oddities), *summary(_gaps(schemes, others))),
         engines=_engines(quantized, layers, schemes),
+        quality=quality_line(source.directory),
     )
 
 

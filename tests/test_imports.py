@@ -21,10 +21,10 @@ STOREYS = (
     ("kernels",),
     ("nn",),
     ("model_structure",),
-    ("checkpoint",),
+    ("checkpoint", "evaluate"),
     ("layerwise",),
     ("calibrate", "inspection"),
-    ("evaluate", "integrations"),
+    ("integrations",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}

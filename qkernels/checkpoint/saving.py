@@ -38,6 +38,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
         ConversionError: the model has no `QuantLinear` or no config; or the format cannot express a weight, naming it.
         CheckpointError: the target exists, or the disk refuses.
     """
+    with atomic_directory(directory, overwrite) as temporary:
+        write_model(model, temporary, format)
+
+
+def write_model(model: nn.Module, directory: Path, format: str) -> None:
+    """`save` into an existing directory (see `atomic_directory`)."""
     chosen = get_format(format)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     model_config: Any = getattr(model, "config", None)
@@ -48,20 +54,19 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
         )
     config = json.loads(model_config.to_json_string()) | {"architectures": [type(model).__name__]}
     origin = str(getattr(model_config, "_name_or_path", "") or "")
-    with atomic_directory(directory, overwrite) as temporary:
-        writer = CheckpointWriter(temporary, config, chosen)
-        for name, layer in layers.items():
-            writer.add_quantized(name, layer.quant_tensor())
-            if layer.bias is not None:
-                writer.add_tensor(f"{name}.bias", layer.bias)
-        for name, tensor in _plain_tensors(model, layers):
-            writer.add_tensor(name, tensor)
-        writer.close()
-        if origin and (Path(origin) / CONFIG).is_file():
-            copy_side_files(origin, temporary)
-        generation: Any = getattr(model, "generation_config", None)
-        if generation is not None and not (temporary / "generation_config.json").exists():
-            generation.save_pretrained(temporary)
+    writer = CheckpointWriter(directory, config, chosen)
+    for name, layer in layers.items():
+        writer.add_quantized(name, layer.quant_tensor())
+        if layer.bias is not None:
+            writer.add_tensor(f"{name}.bias", layer.bias)
+    for name, tensor in _plain_tensors(model, layers):
+        writer.add_tensor(name, tensor)
+    writer.close()
+    if origin and (Path(origin) / CONFIG).is_file():
+        copy_side_files(origin, directory)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None and not (directory / "generation_config.json").exists():
+        generation.save_pretrained(directory)
 
 
 def convert(

@@ -66,6 +66,9 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration", metavar="FILE", help="UTF-8 text like what the model will see (gptq, awq, smoothquant)"
     )
+    parser.add_argument(
+        "--eval-text", metavar="FILE", help="UTF-8 text the model has not seen: the report says perplexity and KL on it"
+    )
     parser.add_argument("--samples", type=positive, default=128, help="calibration windows (default: 128)")
     parser.add_argument(
         "--seq-len", type=positive, default=2048, help="tokens in a window, capped to the model's (default: 2048)"
@@ -83,6 +86,11 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the finished layers of an interrupted run for the same directory",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say layers, sizes, disk and memory needed, and stop")
     return parser
 
@@ -111,6 +119,7 @@ def method_of(args: argparse.Namespace) -> Options:
 
 def run(args: argparse.Namespace) -> int:
     from ..calibrate import plan, quantize
+    from ..layerwise.planning import check_disk
 
     method = method_of(args)
     selection = {
@@ -119,21 +128,26 @@ def run(args: argparse.Namespace) -> int:
         "overrides": dict(args.override),
     }
     if args.dry_run:
-        print(plan(args.model, method, **selection, samples=args.samples, seq_len=args.seq_len).to_markdown())
+        planned = plan(args.model, method, **selection, samples=args.samples, seq_len=args.seq_len)
+        print(planned.to_markdown())
+        check_disk(planned, args.out)
         return 0
     report = quantize(
         args.model,
         method,
         calibration=[read_text(args.calibration)] if args.calibration else None,
-        tokenizer=load_tokenizer(args.model) if args.calibration else None,
+        evaluation=[read_text(args.eval_text)] if args.eval_text else None,
+        tokenizer=load_tokenizer(args.model) if args.calibration or args.eval_text else None,
         save_to=args.out,
         format=args.format,
         samples=args.samples,
         seq_len=args.seq_len,
         device=torch.device(args.device),
         overwrite=args.overwrite,
+        resume=args.resume,
         **selection,
     )
     print(report.to_markdown())
+    print(report.quality())
     print(f"wrote {args.out}")
     return 0

@@ -7,28 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import CheckpointWriter
 from ..kernels.catalogue import OnUnsupported
 from ..model_structure import assign, empty_to_meta
 from ..nn import QuantLinear
 from ..nn.replace import model_bytes, set_module
 from ..storage import TensorSource
 from ..tensor import QuantTensor
+from .report import ModuleReport
 from .running import Place, linear_of
+from .work import WorkDirectory
 
 Weights = dict[str, QuantTensor]
-
-
-class Writer(Protocol):
-    """What a directory host writes to (`checkpoint.CheckpointWriter`)."""
-
-    def add_quantized(self, module: str, weight: QuantTensor) -> None: ...
-
-    def add_tensor(self, name: str, tensor: Tensor) -> None: ...
 
 
 class MemoryHost:
@@ -70,24 +64,33 @@ class MemoryHost:
         packed = QuantLinear.from_quant_tensor(weight.to(device), linear.bias, device, dtype, self._on_unsupported)
         set_module(self.model, name, packed)
 
-    def finish(self) -> None:
+    def finished(self, unit: str) -> list[ModuleReport] | None:
+        """Nothing is finished before the run."""
+        return None
+
+    def activations(self) -> list[Tensor] | None:
+        """Nothing is finished before the run."""
+        return None
+
+    def commit(self, unit: str, modules: list[ModuleReport], hidden: list[Tensor] | None = None) -> None:
         """Nothing is left to do."""
 
 
 class DirectoryHost:
-    """A checkpoint directory, streamed: layers are read when their turn comes, and written as soon as they are quantized.
+    """A checkpoint directory, streamed: layers are read when their turn comes, and kept in the work directory once quantized.
 
     Args:
         model: the directory's model with parameters on meta (`model_structure.empty_model`).
         source: the directory.
-        writer: takes every tensor of the result.
+        work: keeps what is finished, maybe of an earlier run.
     """
 
-    def __init__(self, model: nn.Module, source: TensorSource, writer: Writer) -> None:
+    def __init__(self, model: nn.Module, source: TensorSource, work: WorkDirectory) -> None:
         self.model = model
         self.bytes_before = sum(source.nbytes(name) for name in source.names())
-        self._source, self._writer = source, writer
-        self._written: set[str] = set()
+        self._source, self._work = source, work
+        self._quantized: Weights = {}  # of the unit in hand, as is the next
+        self._plain: dict[str, Tensor] = {}
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the source, which is also that of what is written."""
@@ -111,7 +114,7 @@ class DirectoryHost:
     @contextmanager
     def layer(self, name: str, place: Place) -> Iterator[tuple[nn.Module, Weights]]:
         """For a while, a decoder layer is read and on the compute device. Put its quantized weights into the second value;
-        they are written together with the rest of the layer, which AWQ may have changed."""
+        they are kept together with the rest of the layer, which AWQ may have changed."""
         layer = self.model.get_submodule(name)
         weights: Weights = {}
         assign(layer, {leaf: self._source.read(f"{name}.{leaf}") for leaf, _ in layer.named_parameters()})
@@ -121,25 +124,34 @@ class DirectoryHost:
             for leaf, weight in weights.items():
                 self.keep(f"{name}.{leaf}", weight)
             for leaf, parameter in layer.named_parameters():
-                if f"{name}.{leaf}" not in self._written:
-                    self._write(f"{name}.{leaf}", parameter.data)
+                if leaf.removesuffix(".weight") not in weights:
+                    self._plain[f"{name}.{leaf}"] = parameter.data.cpu()
         finally:
             empty_to_meta(layer)
 
     def keep(self, name: str, weight: QuantTensor) -> None:
-        """Write a quantized weight in the place of a linear layer's."""
-        self._writer.add_quantized(name, weight.to("cpu"))
-        self._written.add(f"{name}.weight")
+        """A quantized weight in the place of a linear layer's, for `commit`."""
+        self._quantized[name] = weight.to("cpu")
 
-    def finish(self) -> None:
-        """Copy every tensor that has not been written yet."""
+    def finished(self, unit: str) -> list[ModuleReport] | None:
+        """The report of a unit that an earlier run finished, or None."""
+        return self._work.finished.get(unit)
+
+    def activations(self) -> list[Tensor] | None:
+        """What the first unfinished decoder layer is fed with; None if that is the first of all."""
+        return self._work.activations()
+
+    def commit(self, unit: str, modules: list[ModuleReport], hidden: list[Tensor] | None = None) -> None:
+        """A decoder layer, or a linear layer outside of one, is finished: put it on the disk, and forget it."""
+        self._work.add(unit, modules, self._quantized, self._plain, hidden)
+        self._quantized, self._plain = {}, {}
+
+    def copy_to(self, writer: CheckpointWriter) -> None:
+        """Write the result: what is finished, then every tensor of the source that it does not stand for."""
+        done = self._work.copy_to(writer)
         for name in self._source.names():
-            if name not in self._written:
-                self._write(name, self._source.read(name))
-
-    def _write(self, name: str, tensor: Tensor) -> None:
-        self._writer.add_tensor(name, tensor.cpu())
-        self._written.add(name)
+            if name not in done:
+                writer.add_tensor(name, self._source.read(name))
 
 
 Host = MemoryHost | DirectoryHost

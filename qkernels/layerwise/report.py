@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from ..markdown import table
+from ..storage import read_json, write_json
 
 MIB = 1 / 2**20
+REPORT_JSON, REPORT_MARKDOWN = "qkernels_report.json", "qkernels_report.md"
+NOT_EVALUATED = "not evaluated: no evaluation text was given (--eval-text, evaluation=)"
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ class QuantReport:
     """The outcome of `quantize`. Every linear layer is in `modules`, or in `skipped` with the reason.
 
     Bytes are those of the whole model's tensors; after quantization with codes at their true width.
+
+    Args:
+        options: the method with all its options.
+        perplexity, comparison: what `evaluate.perplexity` and `evaluate.compare` (with the original) say, as JSON types with
+            their protocol; None without an evaluation text.
+        versions: of the software, and the device.
     """
 
     method: str
@@ -46,6 +57,10 @@ class QuantReport:
     bytes_before: int
     bytes_after: int
     seconds: float
+    options: str = ""
+    perplexity: Mapping[str, Any] | None = None
+    comparison: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -54,7 +69,7 @@ class QuantReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON types."""
-        return {**asdict(self), "modules": [asdict(module) for module in self.modules], "skipped": dict(self.skipped)}
+        return {**asdict(self), "modules": [asdict(module) for module in self.modules]}
 
     def to_markdown(self) -> str:
         """A summary line, then a table with a row per module."""
@@ -72,8 +87,56 @@ class QuantReport:
             f"{self.bytes_before * MIB:.1f} -> {self.bytes_after * MIB:.1f} MiB"
         )
 
+    def quality(self) -> str:
+        """One line: the mean error, and how the model does on the evaluation text."""
+        errors = [module.error for module in self.modules]
+        lost = f"mean layer error {sum(errors) / len(errors):.2%}, largest {max(errors):.2%}"
+        if self.perplexity is None or self.comparison is None:
+            return f"{lost}; {NOT_EVALUATED}"
+        return (
+            f"{lost}; perplexity {self.perplexity['perplexity']:.4f} "
+            f"(original {self.comparison['reference_perplexity']:.4f}), KL {self.comparison['kl']:.3e} nats per token, "
+            f"top-1 agreement {self.comparison['top1_agreement']:.2%}"
+        )
+
     def _rows(self) -> list[list[str]]:
         return [[m.name, m.scheme, m.method, f"{m.error:.2%}", m.error_of, f"{m.seconds:.2f}"] for m in self.modules]
+
+
+def write_report(directory: Path, report: QuantReport) -> None:
+    """The report beside a checkpoint, as JSON and as Markdown."""
+    line = f"{report.method} {report.scheme}: {report.quality()}"
+    write_json(directory / REPORT_JSON, {"quality": line, **report.to_json()})
+    protocol = [] if report.perplexity is None else [f"- protocol: {report.perplexity['protocol']}"]
+    text = [
+        "# How this checkpoint was quantized",
+        "",
+        f"- {report.quality()}",
+        *protocol,
+        f"- method: `{report.options}`",
+        f"- versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+        "",
+        report.to_markdown(),
+        "",
+    ]
+    (directory / REPORT_MARKDOWN).write_text("\n".join(text), encoding="utf-8")
+
+
+def quality_line(directory: Path) -> str | None:
+    """The line of quality in a checkpoint's report; None where there is no report.
+
+    Raises:
+        CheckpointError: there is one that cannot be read, or it has no such line.
+    """
+    path = directory / REPORT_JSON
+    if not path.is_file():
+        return None
+    line = read_json(path).get("quality")
+    if not isinstance(line, str) or not line.isprintable() or len(line) > 500:
+        raise CheckpointError(
+            f"{path} needs quality to be one line of text, got {line!r:.60}; remove the file if it is not yours"
+        )
+    return line
 
 
 @dataclass(frozen=True)
@@ -94,6 +157,7 @@ class QuantPlan:
     Args:
         host_bytes: activations of the calibration windows (on the host).
         device_bytes: the largest decoder layer in fp32 and the statistics of its widest input (on the compute device).
+        disk_bytes: the most that is on the disk at a time, besides the source.
     """
 
     method: str
@@ -103,6 +167,7 @@ class QuantPlan:
     bytes_after: int
     host_bytes: int
     device_bytes: int
+    disk_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON types."""
@@ -124,6 +189,7 @@ class QuantPlan:
             [
                 f"{self.method} would quantize {len(self.modules)} linear layers and leave {len(self.skipped)}",
                 f"- checkpoint: {self.bytes_before * MIB:.1f} -> {self.bytes_after * MIB:.1f} MiB on disk",
+                f"- disk: {self.disk_bytes * MIB:.1f} MiB while it is made: the result, finished layers beside it, activations",
                 f"- memory: {self.device_bytes * MIB:.1f} MiB to compute a layer, "
                 f"{self.host_bytes * MIB:.1f} MiB for activations",
                 "",

@@ -1,6 +1,6 @@
 """Checkpoint directories on disk: lazy validated reading, streamed sharded writing, all or nothing."""
 
-from .atomic import atomic_directory
+from .atomic import atomic_directory, locked
 from .files import CONFIG, INDEX, QUANTIZATION_FILES, SINGLE, copy_side_files, read_json, write_json
 from .source import TensorEntry, TensorSource
 from .writer import ShardWriter
@@ -11,6 +11,7 @@ __all__ = [
     "ShardWriter",
     "atomic_directory",
     "copy_side_files",
+    "locked",
     "read_json",
     "write_json",
     "CONFIG",

@@ -56,6 +56,17 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
 
 
 @contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """For a while, nobody else holds this directory; False where somebody does, in this process or another."""
+    lock = _try_lock(directory)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
 def _as_checkpoint_error(path: Path, errnos: Collection[int] | None = None) -> Iterator[None]:
     """Turn an OSError (of these numbers) into the one clear error about writing `path`."""
     try:

@@ -1,0 +1,79 @@
+"""What a run needs, told from headers alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..model_structure import decoder_layers
+from ..quantizers import GPTQ, RTN, CalibrationFree, Options
+from ..storage import TensorSource
+from ..storage.files import SHARD_BYTES
+from .report import MIB, PlannedModule, QuantPlan
+from .work import work_path
+
+FILE_BYTES = 16 * 1024  # allowed for headers, configs and reports, a linear layer
+
+
+def plan_of(
+    source: TensorSource,
+    model: nn.Module,
+    method: Options,
+    methods: Mapping[str, Options],
+    skipped: Mapping[str, str],
+    samples: int,
+    seq_len: int,
+) -> QuantPlan:
+    """The plan for a directory, its model on meta, and a selection of layers (`selection.select_layers`)."""
+    modules = tuple(_planned(source, name, chosen) for name, chosen in methods.items())
+    before = sum(source.nbytes(name) for name in source.names())
+    after = before - sum(module.bytes_before - module.bytes_after for module in modules)
+    widest = max(module.shape[0] * module.shape[1] for module in modules)
+    activations, device_bytes = 0, 4 * widest
+    if not isinstance(method, CalibrationFree):
+        _, layers = decoder_layers(model)
+        config: Any = model.config
+        activations = samples * seq_len * source.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
+        largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+        # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
+        device_bytes = 4 * (largest + 3 * max(module.shape[1] for module in modules) ** 2)
+    # The result, the finished layers beside it, one shard once more while its header is put before it, and the activations of
+    # two layers while one replaces the other.
+    disk = 2 * after + min(after, SHARD_BYTES) + 2 * activations + FILE_BYTES * len(modules)
+    return QuantPlan(method.name, modules, skipped, before, after, activations, device_bytes, disk)
+
+
+def check_disk(plan: QuantPlan, target: str | os.PathLike[str]) -> None:
+    """Raise where the disk of a target has less room than a run needs, what an interrupted one has written counted as room.
+
+    Raises:
+        CheckpointError: says how much is needed and how much there is.
+    """
+    path = Path(target).expanduser().resolve()
+    existing = next(parent for parent in path.parents if parent.exists())
+    try:
+        free = shutil.disk_usage(existing).free
+        kept = sum(file.stat().st_size for file in work_path(target).rglob("*") if file.is_file())
+    except OSError as error:
+        raise CheckpointError(f"cannot tell how much room {existing} has: {error}") from error
+    if free + kept < plan.disk_bytes:
+        raise CheckpointError(
+            f"{target} needs {plan.disk_bytes * MIB:.0f} MiB of disk while it is made (the result, the finished layers beside "
+            f"it and activations), and {(free + kept) * MIB:.0f} MiB are free; free some, choose another target, or take fewer "
+            f"samples"
+        )
+
+
+def _planned(source: TensorSource, name: str, method: Options) -> PlannedModule:
+    """Sizes without weights: quantizing a meta tensor gives the shapes."""
+    weight = torch.empty(source.shape(f"{name}.weight"), dtype=source.dtype(f"{name}.weight"), device="meta")
+    result = RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
+    nbytes = result.nbytes + (4 * result.K if isinstance(method, GPTQ) and method.act_order == "group" else 0)
+    return PlannedModule(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)
