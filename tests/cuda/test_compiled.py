@@ -109,6 +109,18 @@ def test_products_use_the_instructions_meant(family: str, arch: str) -> None:
         assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name  # no local memory
 
 
+@needs_nvdisasm
+@every_architecture
+def test_int8_products_use_the_instructions_meant(arch: str) -> None:
+    kernels = instructions_of("7gemm_a8I", arch)
+    assert len(kernels) == 12
+    for name, body in kernels.items():
+        text = "\n".join(body)
+        for instruction in (r"IMMA\.16832\.S8\.S8", r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", r"LDSM\.16\.M88\.4"):
+            assert re.search(rf"^{instruction}", text, re.MULTILINE), (name, instruction)
+        assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name
+
+
 (HOPPER,) = (source for source in device_sources("mma_tile") if source.name == "gemm_sm90.cu")
 
 
