@@ -60,19 +60,19 @@ QK_DEVICE void unpack_a8(const uint32_t* q, int shift, uint32_t (&a)[4]) {
 
 using SumsA8 = int32_t[kTilesPerStrip][kTokenTilesA8][4];
 
-// totals += scale * sums, sums = 0. `index`: of row r of tile 0 among the step's scales.
+// totals += scale * sums, sums = 0. `index`: of row r of the lane among the step's scales.
 QK_DEVICE void add_group(Totals<kTokenTilesA8>& totals, SumsA8& sums, const GroupFormat& f, uint32_t scales, int index,
                          int shift) {
+  float scale[2 * kTilesPerStrip];
+  load_eight(f.scale_type, scales, index, scale);
 #pragma unroll
   for (int tile = 0; tile < kTilesPerStrip; ++tile) {
-    float scale, scale8;
-    load_pair(f.scale_type, scales, index + 2 * tile, scale, scale8);
 #pragma unroll
     for (int i = 0; i < kTokenTilesA8; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        totals[tile][i][j] =
-            fmaf(static_cast<float>(sums[tile][i][j] >> shift), j < 2 ? scale : scale8, totals[tile][i][j]);
+        const float sum = static_cast<float>(sums[tile][i][j] >> shift);
+        totals[tile][i][j] = fmaf(sum, scale[2 * tile + j / 2], totals[tile][i][j]);
         sums[tile][i][j] = 0;
       }
     }
