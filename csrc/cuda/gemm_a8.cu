@@ -54,7 +54,6 @@ int multiply_a8(const Call& call, const ConfigA8& config, void* workspace, void*
   p.out.partial = reinterpret_cast<float*>(base + at.partial);
   p.half = call.type == Type::kHalf;
   for (p.shift = 7; w.mid >> (7 - p.shift) > 1;) --p.shift;  // mid is 2^(bits - 1)
-  p.steps_per_split = divide_up(w.steps, config.splits);
   p.strip_bytes = stage_bytes(w);
   const bool groups32 = w.groups_per_step == 2;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);

@@ -33,7 +33,6 @@ struct GemmA8Arguments {
   Output out;
   bool half;  // type of y
   int shift;  // 8 - bits
-  int steps_per_split;
   int strip_bytes;  // of a stage: codes and scales of one strip
 };
 
@@ -87,8 +86,7 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm_a8(const GemmA8Ar
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
   const int m0 = blockIdx.x * kTokens, strip0 = blockIdx.y * kWarpsN, split = blockIdx.z;
-  const int begin = split * p.steps_per_split;
-  const int end = begin + p.steps_per_split < p.weight.steps ? begin + p.steps_per_split : p.weight.steps;
+  const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
 
   // A stage: [strip][codes, scales], then the x tile, whose rows of 128 bytes the swizzle counts on.
   const int x_place = (kWarpsN * p.strip_bytes + 127) / 128 * 128;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,11 +55,12 @@ def expected(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, splits:
     order, groups = weight.k_order(), weight.column_groups()
     stored = torch.arange(weight.K) if order is None else order.long()
     steps = (weight.K + 63) // 64
-    columns = 64 * ((steps + splits - 1) // splits)  # of a split, in the order that is stored
+    each, more = divmod(steps, splits)  # the first parts have one step more
+    bounds = [64 * (each * split + min(split, more)) for split in range(splits + 1)]  # in the order that is stored
     unit = scales.abs().amin()
     assert (scales / unit).frac().abs().sum() == 0
     y, magnitude = torch.zeros(x.shape[0], weight.N), torch.zeros(x.shape[0], weight.N).double()
-    for part in (stored[first : first + columns] for first in range(0, weight.K, columns or 1)):
+    for part in (stored[begin:end] for begin, end in pairwise(bounds)):
         total = torch.zeros_like(magnitude)
         for group in groups[part].unique():
             those = part[groups[part] == group]
