@@ -31,8 +31,8 @@ struct GemmA8Arguments {
   const int8_t* x;  // [M, steps * 64], as quantize_tokens leaves it
   const float* x_scales;
   Output out;
-  bool half;  // type of y
-  int shift;  // 8 - bits
+  bool half;        // type of y
+  int shift;        // 8 - bits
   int strip_bytes;  // of a stage: codes and scales of one strip
 };
 
