@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme, QuantTensor
+from qkernels.layouts import Layout
 from qkernels.tensor import validated_group_index
 
 
@@ -80,3 +81,8 @@ def same_weight(a: QuantTensor, b: QuantTensor) -> bool:
     return a.scheme == b.scheme and all(
         same(getattr(a, name), getattr(b, name)) for name in ("codes", "scales", "zeros", "group_index")
     )
+
+
+def scheme_taken(layout: Layout, *schemes: str) -> str:
+    """The first of the schemes that the layout can hold."""
+    return next(s for s in schemes if not layout.reasons(64, 96, QuantScheme.parse(s)))

@@ -16,7 +16,7 @@ from qkernels.formats import FORMATS, Format, detect
 from qkernels.kernels.catalogue import KERNELS, REFERENCE, KernelSpec, Problem
 from qkernels.layouts import LAYOUTS, Layout, empty_buffers, unpack_checked
 from qkernels.quantizers import QUANTIZERS, RTN
-from tests.strategies import random_weight, same_weight
+from tests.strategies import random_weight, same_weight, scheme_taken
 
 SCHEMES = [
     *(f"w{bits}a16_g32{zeros}" for bits in (2, 3, 4, 8) for zeros in ("", "_asym")),
@@ -59,13 +59,13 @@ def test_layout_round_trip(layout: Layout, scheme: str, N: int, K: int, act_orde
 @layouts
 @pytest.mark.parametrize(("N", "K"), [(0, 64), (64, 0), (0, 0)])
 def test_layout_takes_empty_weights(layout: Layout, N: int, K: int) -> None:
-    weight = random_weight("w4a16_g32_asym", N, K)
+    weight = random_weight(scheme_taken(layout, "w4a16_g32_asym", "w4a8_g32"), N, K)
     assert same_weight(layout.unpack(layout.pack(weight), N, K, weight.scheme), weight)
 
 
 @layouts
 def test_layout_takes_strided_weights_and_experts(layout: Layout) -> None:
-    dense = random_weight("w4a16_g32_asym", 40, 96, experts=(3,))
+    dense = random_weight(scheme_taken(layout, "w4a16_g32_asym", "w4a8_g32"), 40, 96, experts=(3,))
     strided = QuantTensor(
         dense.codes.transpose(1, 2).contiguous().transpose(1, 2), dense.scales.transpose(0, 2).contiguous().transpose(0, 2),
         dense.zeros, None, dense.scheme,
@@ -73,13 +73,14 @@ def test_layout_takes_strided_weights_and_experts(layout: Layout) -> None:
     assert not strided.codes.is_contiguous()
     packed = layout.pack(strided)
     assert same_weight(layout.unpack(packed, 40, 96, dense.scheme), dense)
-    one = layout.pack(QuantTensor(dense.codes[1], dense.scales[1], dense.zeros[1], None, dense.scheme))
+    zeros = None if dense.zeros is None else dense.zeros[1]
+    one = layout.pack(QuantTensor(dense.codes[1], dense.scales[1], zeros, None, dense.scheme))
     assert all(t is None or torch.equal(packed[name][1], t) for name, t in one.items())
 
 
 @layouts
 def test_empty_buffers_are_a_weight_of_zeros(layout: Layout) -> None:
-    scheme = QuantScheme.parse("w4a16_g32_asym")
+    scheme = QuantScheme.parse(scheme_taken(layout, "w4a16_g32_asym", "w4a8_g32"))
     buffers = empty_buffers(layout, 40, 96, scheme, torch.float16, True, "cpu")
     weight = unpack_checked(layout, buffers, 40, 96, scheme)
     assert torch.equal(weight.dequantize(), torch.zeros(40, 96))

@@ -1,5 +1,6 @@
-// The ops of layout mma_tile on torch's stable ABI: last checks, the choice, allocation, launches. No kernel state
-// survives a call: workspaces come from torch's allocator, everything runs on the current stream, nothing waits.
+// The ops of layouts mma_tile and mma_tile_a8 on torch's stable ABI: last checks, the choice, allocation, launches. No
+// kernel state survives a call: workspaces come from torch's allocator, everything runs on the current stream, nothing
+// waits.
 //
 //   QKERNELS_LOG=1             each choice of a kernel is printed once, to stderr
 //   QKERNELS_ACCUMULATE=fp16   4-bit weights and fp16 activations may be summed in fp16, 64 columns at a time: faster
@@ -23,6 +24,7 @@
 #include <string>
 
 #include "../arguments.h"
+#include "a8.h"
 #include "heuristics.h"
 
 namespace qkernels::cuda {
@@ -184,9 +186,11 @@ void dequantize_and_multiply(const Call& call, const Tensor& x, const OptionalTe
 // --- the ops
 // --------------------------------------------------------------------------------------------------------------
 
-Tensor run(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-           const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-           int64_t group_size, bool zeros_are_offsets, bool decode_only) {
+// A call with everything but y, which is allocated on the right device only afterwards. `dense_bias` holds the copy of
+// a bias that is not contiguous.
+Call checked_call(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+                  const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
+                  int64_t group_size, bool zeros_are_offsets, OptionalTensor& dense_bias) {
   STD_TORCH_CHECK(x.dim() == 2 && (type_of(x) == Type::kHalf || type_of(x) == Type::kBFloat16),
                   "x must be bfloat16 or float16 [M, K]: the CUDA kernels take no float32");
   STD_TORCH_CHECK(x.size(0) <= std::numeric_limits<int32_t>::max() / 2, "x has too many rows: ", x.size(0));
@@ -201,7 +205,6 @@ Tensor run(const Tensor& x, const Tensor& qweight, const Tensor& scales, const O
   call.x = {
       static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<int>(x.size(0)), w.K, x.stride(0), x.stride(1),
       checked_order(k_order, w.K, device_index)};
-  OptionalTensor dense_bias;  // holds the copy if there is one
   call.out = {nullptr, nullptr, Type::kNone, call.x.M, w.N, w.strips * kStripRows, nullptr};
   if (bias.has_value()) {
     STD_TORCH_CHECK(is_floating(type_of(*bias)) && has_shape(*bias, {out_features}), "bias must be floating [N] = [",
@@ -210,7 +213,17 @@ Tensor run(const Tensor& x, const Tensor& qweight, const Tensor& scales, const O
     dense_bias = torch::stable::contiguous(*bias);
     call.out.bias = static_cast<const uint8_t*>(dense_bias->const_data_ptr()), call.out.bias_type = type_of(*bias);
   }
+  return call;
+}
 
+Tensor run(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+           const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
+           int64_t group_size, bool zeros_are_offsets, bool decode_only) {
+  OptionalTensor dense_bias;
+  Call call = checked_call(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets,
+                           dense_bias);
+  const Weight& w = call.weight;
+  const int32_t device_index = qweight.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   const Device device = checked_device();
   Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
@@ -257,6 +270,29 @@ Tensor gemv_mma_tile(const Tensor& x, const Tensor& qweight, const Tensor& scale
   return run(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets, true);
 }
 
+Tensor gemm_mma_tile_a8(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+                        const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
+                        int64_t group_size, bool zeros_are_offsets) {
+  STD_TORCH_CHECK(!zeros.has_value(), "gemm_mma_tile_a8 takes symmetric weights: zeros must be None");
+  OptionalTensor dense_bias;
+  Call call = checked_call(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets,
+                           dense_bias);
+  const Weight& w = call.weight;
+  STD_TORCH_CHECK(w.groups_per_step <= 2 && int64_t{w.steps_per_group} * kStepColumns <= kMostGroupColumnsA8,
+                  "gemm_mma_tile_a8 takes groups of 32 to ", kMostGroupColumnsA8,
+                  " columns, got group_size=", group_size, ", K=", w.K);
+  const int32_t device_index = qweight.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  const Device device = checked_device();
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (call.x.M == 0 || w.N == 0) return y;
+  call.out.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  const ConfigA8 config = choose_a8(w, call.x.M, device.multiprocessors);
+  Tensor workspace = torch::stable::new_empty(x, {workspace_a8(call, config).bytes}, ScalarType::Byte);
+  check(multiply_a8(call, config, workspace.mutable_data_ptr(), current_stream(device_index)), "gemm_mma_tile_a8");
+  return y;
+}
+
 Tensor dequantize_mma_tile(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
                            const OptionalTensor& k_order, int64_t out_features, int64_t in_features, int64_t bits,
                            int64_t group_size, bool zeros_are_offsets, ScalarType dtype) {
@@ -283,4 +319,6 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
   m.impl("gemm_mma_tile", TORCH_BOX(&qkernels::cuda::gemm_mma_tile));
   m.impl("gemv_mma_tile", TORCH_BOX(&qkernels::cuda::gemv_mma_tile));
   m.impl("dequantize_mma_tile", TORCH_BOX(&qkernels::cuda::dequantize_mma_tile));
+  m.impl("gemm_mma_tile_a8", TORCH_BOX(&qkernels::cuda::gemm_mma_tile_a8));
+  m.impl("dequantize_mma_tile_a8", TORCH_BOX(&qkernels::cuda::dequantize_mma_tile));  // the same bytes
 }

@@ -1,5 +1,6 @@
 // The launchers of problem.h: a fused product with what may come before (a copy of x) and after it (sums of splits),
 // and the side kernels.
+#include "a8.h"
 #include "heuristics.h"
 #include "launchers.h"
 #include "side_kernels.cuh"
@@ -57,9 +58,14 @@ int multiply(const Call& original, const Config& config, void* workspace, void* 
                             : half                           ? launch_gemm_f16(call, config, s)
                                                              : launch_gemm_bf16(call, config, s);
   if (error != cudaSuccess || config.splits == 1) return error;
-  const dim3 grid(side_blocks(int64_t{call.out.M} * call.out.N_pad / 2)), block(kSideThreads);
-  return half ? launch(reduce<Half>, grid, block, 0, s, call.out, config.splits)
-              : launch(reduce<BFloat16>, grid, block, 0, s, call.out, config.splits);
+  return add_parts(call.out, config.splits, call.type, stream);
+}
+
+int add_parts(const Output& out, int splits, Type type, void* stream) {
+  const dim3 grid(side_blocks(int64_t{out.M} * out.N_pad / 2)), block(kSideThreads);
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  return type == Type::kHalf ? launch(reduce<Half>, grid, block, 0, s, out, splits)
+                             : launch(reduce<BFloat16>, grid, block, 0, s, out, splits);
 }
 
 int dequantize(const Weight& weight, int first, int count, int columns, const int32_t* k_order, Type type, void* to,

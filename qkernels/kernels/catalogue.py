@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -65,12 +66,7 @@ def arch_of(device: torch.device | str) -> str:
 
 
 def _common(problem: Problem) -> list[str]:
-    reasons = []
-    if problem.scheme.act_bits == 8:
-        reasons.append("int8 activations (act_bits=8) are not implemented yet")
-    if problem.experts:
-        reasons.append(f"stacked experts are not implemented yet (got {problem.experts})")
-    return reasons
+    return [f"stacked experts are not implemented yet (got {problem.experts})"] if problem.experts else []
 
 
 def _cpu_tile_a16(problem: Problem) -> list[str]:
@@ -86,7 +82,7 @@ def _cpu_tile_a16(problem: Problem) -> list[str]:
     return reasons + get_layout("cpu_tile_a16").reasons(problem.N, problem.K, problem.scheme)
 
 
-def _cuda_mma_tile(problem: Problem) -> list[str]:
+def _cuda_mma_tile(layout: str, problem: Problem) -> list[str]:
     reasons = _common(problem)
     sm = int(problem.arch[2:]) if problem.arch.startswith("sm") else None
     if problem.arch != "cuda" and sm is None:  # "cuda": a device that this process cannot ask
@@ -100,15 +96,19 @@ def _cuda_mma_tile(problem: Problem) -> list[str]:
         reasons.append("the compiled extension was built without CUDA (no CUDA toolkit, or QKERNELS_CUDA=0)")
     if problem.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"activations must be bfloat16 or float16 (got {problem.dtype})")
-    return reasons + get_layout("mma_tile").reasons(problem.N, problem.K, problem.scheme)
+    return reasons + get_layout(layout).reasons(problem.N, problem.K, problem.scheme)
 
 
 def _reference(problem: Problem) -> list[str]:
-    return _common(problem) + get_layout("reference").reasons(problem.N, problem.K, problem.scheme)
+    reasons = _common(problem)
+    if problem.scheme.act_bits == 8:
+        reasons.append("int8 activations (act_bits=8) are not implemented here")
+    return reasons + get_layout("reference").reasons(problem.N, problem.K, problem.scheme)
 
 
 KERNELS: tuple[KernelSpec, ...] = (
-    KernelSpec("cuda.mma_tile", "mma_tile", "gemm_mma_tile", _cuda_mma_tile),
+    KernelSpec("cuda.mma_tile", "mma_tile", "gemm_mma_tile", partial(_cuda_mma_tile, "mma_tile")),
+    KernelSpec("cuda.mma_tile_a8", "mma_tile_a8", "gemm_mma_tile_a8", partial(_cuda_mma_tile, "mma_tile_a8")),
     KernelSpec("cpu.cpu_tile_a16", "cpu_tile_a16", "gemm_cpu_tile_a16", _cpu_tile_a16),
 )
 REFERENCE = KernelSpec("reference", "reference", "gemm_reference", _reference)

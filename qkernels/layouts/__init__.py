@@ -51,7 +51,7 @@ class Layout:
 from . import canonical, cpu_tile_a16, mma_tile  # noqa: E402  (they need Layout)
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (canonical.LAYOUT, cpu_tile_a16.LAYOUT, mma_tile.LAYOUT)
+    layout.name: layout for layout in (canonical.LAYOUT, cpu_tile_a16.LAYOUT, mma_tile.LAYOUT, mma_tile.LAYOUT_A8)
 }
 
 

@@ -23,6 +23,9 @@ Width 8: two words per 16 columns, bytes a0 a2 a1 a3 and a4 a6 a5 a7.
 
 Scales and zeros of a strip: row 8 j + r is at 8 r + j, so that the eight rows that one lane meets (r + 0, 8, … 56) are next to
 each other: 16 bytes in 16-bit types. `csrc/cuda/layout.h` states the same contract for C++.
+
+`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act_bits=8`), with ops of its own:
+`gemm_mma_tile_a8` quantizes x per token, in the order of columns that these bytes ask of `mma.m16n8k32`.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from . import Buffers, Layout
 ROWS_PER_TILE = 64  # rows of a strip, the first dimension of every buffer
 COLUMNS = 64  # K is padded to a multiple of this
 SHORT_GROUPS = (16, 32)
+MOST_GROUP_COLUMNS_A8 = 131072  # 131072 · 128 · 127 < 2³¹: the int32 sum of a group
 
 
 def code_width(bits: int) -> int:
@@ -72,15 +76,39 @@ def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
     return why
 
 
+def reasons_a8(N: int, K: int, scheme: QuantScheme) -> list[str]:
+    """Why an [N, K] weight of this scheme is none for the kernels with int8 activations."""
+    if scheme.act_bits != 8:
+        return [f"{scheme}: these kernels take int8 activations (act_bits=8) alone"]
+    why = []
+    group = scheme.group_length(K)
+    if scheme.num_groups(K) > 1 and group != 32 and group % COLUMNS:
+        why.append(f"group_size {scheme.group_size} is neither 32 nor a multiple of {COLUMNS}")
+    if -(-min(group, K) // COLUMNS) * COLUMNS > MOST_GROUP_COLUMNS_A8:
+        why.append(
+            f"groups of {min(group, K)} columns: an int32 sum is exact over {MOST_GROUP_COLUMNS_A8} (use group_size)"
+        )
+    return why
+
+
 def pack(qt: QuantTensor) -> dict[str, Tensor | None]:
     """Weight -> buffers, on the weight's device; leading (expert) dimensions stay in front of qweight, scales and zeros.
 
     Raises:
         ConversionError: the scheme has a reason (see `reasons`).
     """
+    return _tiles(qt, LAYOUT)
+
+
+def pack_a8(qt: QuantTensor) -> dict[str, Tensor | None]:
+    """`pack` for layout mma_tile_a8 (see `reasons_a8`): the same bytes."""
+    return _tiles(qt, LAYOUT_A8)
+
+
+def _tiles(qt: QuantTensor, layout: Layout) -> dict[str, Tensor | None]:
     N, K, scheme = qt.N, qt.K, qt.scheme
-    if why := reasons(N, K, scheme):
-        raise ConversionError(f"layout mma_tile cannot hold {scheme} with N={N}, K={K}: {'; '.join(why)}")
+    if why := layout.reasons(N, K, scheme):
+        raise ConversionError(f"layout {layout.name} cannot hold {scheme} with N={N}, K={K}: {'; '.join(why)}")
     k_order = qt.k_order()
     codes = qt.codes if k_order is None else qt.codes[..., k_order.long()]
     codes = pad(codes, (0, -K % COLUMNS, 0, -N % ROWS_PER_TILE))
@@ -145,4 +173,7 @@ def _unpack_groups(values: Tensor, N: int, G: int) -> Tensor:
 
 LAYOUT: Layout = Layout(
     "mma_tile", 1, reasons, pack, unpack, buffer_shapes, ROWS_PER_TILE, gemv_tokens=32, device="cuda", compiled=True
+)
+LAYOUT_A8: Layout = Layout(
+    "mma_tile_a8", 1, reasons_a8, pack_a8, unpack, buffer_shapes, ROWS_PER_TILE, device="cuda", compiled=True
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qkernels import QuantTensor
-from qkernels.layouts import get_layout
+from qkernels.layouts import Layout, get_layout
 from tests.cuda import emulator
 from tests.cuda.emulator import Call
 
@@ -66,8 +66,8 @@ def in_room(x: Tensor) -> Tensor:
     return view.copy_(x)
 
 
-def weight_arguments(weight: QuantTensor) -> tuple[dict[str, Tensor | None], dict[str, int]]:
-    packed = LAYOUT.pack(weight)
+def weight_arguments(weight: QuantTensor, layout: Layout = LAYOUT) -> tuple[dict[str, Tensor | None], dict[str, int]]:
+    packed = layout.pack(weight)
     scales, zeros = packed["scales"], packed["zeros"]
     assert scales is not None
     buffers = {"codes": packed["qweight"], "scales": scales, "zeros": zeros, "k_order": packed["k_order"]}

@@ -19,6 +19,8 @@ class Mutant:
 
 DECODE = ("decode.cu", "decode.cuh")
 GEMM = ("gemm_sm80_f16.cu", "gemm_sm80.cuh")
+A8 = ("gemm_a8.cu", "gemm_a8.cuh")
+QUANTIZE = ("gemm_a8.cu", "quantize_a8.cuh")
 WGMMA = ("gemm_sm90.cu", "gemm_sm90.cuh")
 
 MUTANTS: dict[str, Mutant] = {
@@ -38,6 +40,13 @@ MUTANTS: dict[str, Mutant] = {
         "decode.cu", "copy.cuh", "column = column < 0 ? 0 : column >= a.K ? a.K - 1 : column;", ""
     ),
     "GEMM_NO_ROW_MASK": Mutant(*GEMM, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
+    "A8_NO_BARRIER": Mutant(*A8, "__syncthreads();  // everybody's copies of this slot", "// "),
+    "A8_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*A8, "__syncthreads();  // the exchange lies over stages", "// "),
+    "A8_SHORT_WAIT": Mutant(*A8, "cp_async_wait<kStagesA8 - 2>();", "cp_async_wait<kStagesA8 - 1>();"),
+    "A8_NO_ROW_MASK": Mutant(*A8, "if (m >= p.out.M || n >= p.out.N_pad) continue;", "if (n >= p.out.N_pad) continue;"),
+    "A8_LOST_GROUP": Mutant(*A8, "if (used.left == 1 || step + 1 == end)", "if (step + 1 == end)"),
+    "A8_NO_BARRIER_FOR_THE_MAXIMUM": Mutant(*QUANTIZE, "  __syncthreads();\n", ""),
+    "A8_WRONG_ORDER": Mutant(*QUANTIZE, "const int j = i / 8 + i % 2 * 2;", "const int j = i / 8 * 2 + i % 2;"),
     "WGMMA_NO_WAIT": Mutant(*WGMMA, "      wgmma_wait<0>();\n      wgmma_results", "      wgmma_results"),
     "WGMMA_SHORT_WAIT": Mutant(*WGMMA, "wgmma_wait<1>();  // the step before", "wgmma_wait<2>();  // "),
     "WGMMA_NO_FENCE": Mutant(*WGMMA, "wgmma_fence();\n#pragma unroll", "\n#pragma unroll"),

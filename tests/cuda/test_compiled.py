@@ -109,6 +109,21 @@ def test_products_use_the_instructions_meant(family: str, arch: str) -> None:
         assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name  # no local memory
 
 
+@needs_nvdisasm
+@every_architecture
+def test_int8_products_use_the_instructions_meant(arch: str) -> None:
+    (source,) = (source for source in device_sources("mma_tile") if source.name == "gemm_a8.cu")
+    kernels = {name: body for name, body in sass(source, arch).items() if "7gemm_a8I" in name}
+    assert len(kernels) == 12
+    for usage in usages(compile_source(source, arch, "cubin")[1]):
+        assert (usage.stack, usage.spill_stores, usage.spill_loads) == (0, 0, 0), usage
+    for name, body in kernels.items():
+        text = "\n".join(body)
+        for instruction in (r"IMMA\.16832\.S8\.S8", r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", r"LDSM\.16\.M88\.4"):
+            assert re.search(rf"^{instruction}", text, re.MULTILINE), (name, instruction)
+        assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name
+
+
 (HOPPER,) = (source for source in device_sources("mma_tile") if source.name == "gemm_sm90.cu")
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qkernels.ops  # noqa: F401  (defines the ops)
-from qkernels.errors import ArgumentError, UnsupportedProblem
+from qkernels.errors import ArgumentError, ConversionError, UnsupportedProblem
 from qkernels.kernels import native
 from qkernels.kernels.catalogue import Problem, list_kernels, select
+from qkernels.layouts import get_layout
 from qkernels.scheme import QuantScheme
 from tests.ops.helpers import arguments
 from tests.strategies import random_weight
@@ -17,8 +20,14 @@ from tests.strategies import random_weight
 compiled = pytest.mark.skipif(not native.status().cuda, reason="the extension has no CUDA kernels")
 
 
-def reasons(scheme: str = "w4a16_g128", dtype: torch.dtype = torch.bfloat16, arch: str = "sm90") -> tuple[str, ...]:
-    return dict(list_kernels(Problem(64, 256, QuantScheme.parse(scheme), dtype, arch)).rows)["cuda.mma_tile"]
+def reasons(
+    scheme: str = "w4a16_g128",
+    dtype: torch.dtype = torch.bfloat16,
+    arch: str = "sm90",
+    kernel: str = "cuda.mma_tile",
+    K: int = 256,
+) -> tuple[str, ...]:
+    return dict(list_kernels(Problem(64, K, QuantScheme.parse(scheme), dtype, arch)).rows)[kernel]
 
 
 @compiled
@@ -35,7 +44,7 @@ def test_the_catalogue_prefers_it_on_cuda() -> None:
         ({"arch": "cpu"}, "runs on CUDA devices"),
         ({"dtype": torch.float32}, "activations must be bfloat16 or float16"),
         ({"scheme": "w4a16_g24"}, "neither 16 nor 32 nor a multiple of 64"),
-        ({"scheme": "w4a8_g128"}, "int8 activations"),
+        ({"scheme": "w4a8_g128"}, "8-bit activations: these kernels take bfloat16"),
         ({"scheme": "nf4_g64"}, "codebook 'nf4'"),
     ],
 )
@@ -44,8 +53,43 @@ def test_the_catalogue_says_why_not(problem: dict[str, object], reason: str) -> 
 
 
 @compiled
+@pytest.mark.parametrize("scheme", ["w8a8_channel", "w4a8_g128", "w4a8_g32", "w8a8_tensor"])
+def test_int8_activations_have_a_kernel_of_their_own(scheme: str) -> None:
+    for arch in ("sm80", "sm90", "sm120"):
+        assert select(Problem(70, 200, QuantScheme.parse(scheme), torch.float16, arch)).name == "cuda.mma_tile_a8"
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        ({"scheme": "w4a16_g128"}, "int8 activations .act_bits=8. alone"),
+        ({"scheme": "w4a8_g16"}, "neither 32 nor a multiple of 64"),
+        ({"scheme": "w8a8_channel", "K": 131073}, "groups of 131073 columns: an int32 sum is exact over 131072"),
+        ({"scheme": "w8a8_channel", "dtype": torch.float32}, "activations must be bfloat16 or float16"),
+        ({"scheme": "w8a8_channel", "arch": "cpu"}, "runs on CUDA devices"),
+    ],
+)
+def test_the_catalogue_says_why_not_with_int8_activations(problem: dict[str, object], reason: str) -> None:
+    why = reasons(**problem, kernel="cuda.mma_tile_a8")  # type: ignore[arg-type]
+    assert any(re.search(reason, text) for text in why)
+
+
+def test_the_bytes_of_int8_activations_are_the_same() -> None:
+    for bits, group in ((4, "g32"), (8, "channel")):
+        a16, a8 = (random_weight(f"w{bits}a{act}_{group}", 70, 200, act_order=True) for act in (16, 8))
+        one, other = get_layout("mma_tile").pack(a16), get_layout("mma_tile_a8").pack(a8)
+        for name in ("qweight", "scales", "k_order"):
+            assert (one[name] is None and other[name] is None) or torch.equal(one[name], other[name])  # type: ignore[arg-type]
+        assert get_layout("mma_tile_a8").unpack(other, 70, 200, a8.scheme).scheme == a8.scheme
+    with pytest.raises(ConversionError, match="layout mma_tile_a8 cannot hold w4a16_g32"):
+        get_layout("mma_tile_a8").pack(random_weight("w4a16_g32", 70, 200))
+
+
+@compiled
 def test_kernels_are_registered_for_cuda() -> None:
-    for op in ("gemm_mma_tile", "gemv_mma_tile", "dequantize_mma_tile"):
+    for op in (
+        "gemm_mma_tile", "gemv_mma_tile", "dequantize_mma_tile", "gemm_mma_tile_a8", "dequantize_mma_tile_a8",
+    ):  # fmt: skip
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", "CUDA")
 
 

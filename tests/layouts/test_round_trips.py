@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qkernels import QuantScheme, QuantTensor
 from qkernels.errors import ArgumentError, ConversionError
 from qkernels.layouts import LAYOUTS, Layout, get_layout
-from tests.strategies import random_weight, same_weight, schemes
+from tests.strategies import random_weight, same_weight, scheme_taken, schemes
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -58,16 +58,17 @@ def test_unpack_inverts_pack(
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_strided_codes_and_groups(layout: Layout, bits: int) -> None:
     """Tensors as they come out of a file's transposes and slices."""
-    dense = random_weight(f"w{bits}a16_g32_asym", 40, 96, act_order=True)
-    assert dense.zeros is not None
+    scheme = scheme_taken(layout, f"w{bits}a16_g32_asym", f"w{bits}a8_g32")
+    dense = random_weight(scheme, 40, 96, act_order=True)
     strided = QuantTensor(
         dense.codes.T.contiguous().T,
         torch.stack([dense.scales, dense.scales], -1)[..., 0],
-        dense.zeros.T.contiguous().T,
+        None if dense.zeros is None else dense.zeros.T.contiguous().T,
         torch.stack([dense.group_index, dense.group_index], -1)[:, 1],  # type: ignore[list-item]
         dense.scheme,
     )
-    assert not any(t.is_contiguous() for t in (strided.codes, strided.scales, strided.zeros, strided.group_index))  # type: ignore[union-attr]
+    tensors = (strided.codes, strided.scales, strided.zeros, strided.group_index)
+    assert not any(t.is_contiguous() for t in tensors if t is not None)
     packed, expected = layout.pack(strided), layout.pack(dense)
     assert all(t is None or torch.equal(t, expected[name]) for name, t in packed.items())  # type: ignore[arg-type]
     assert same_weight(layout.unpack(packed, 40, 96, dense.scheme), dense)
@@ -75,7 +76,7 @@ def test_strided_codes_and_groups(layout: Layout, bits: int) -> None:
 
 @layouts
 def test_a_natural_group_index_that_is_spelled_out_survives(layout: Layout) -> None:
-    plain = random_weight("w4a16_g32", 8, 96)
+    plain = random_weight(scheme_taken(layout, "w4a16_g32", "w4a8_g32"), 8, 96)
     weight = QuantTensor(plain.codes, plain.scales, None, torch.arange(96, dtype=torch.int32) // 32, plain.scheme)
     assert same_weight(layout.unpack(layout.pack(weight), 8, 96, weight.scheme), weight)
 

@@ -1,6 +1,7 @@
 // The launchers of csrc/cuda/problem.h, and the choice of heuristics.h, by name.
 #include <cstring>
 
+#include "a8.h"
 #include "call.h"
 #include "heuristics.h"
 #include "launchers.h"
@@ -69,6 +70,32 @@ int run_dequantize(const Named& call) {
                     type_named(call, "type"), call.pointer<void>("to"), nullptr);
 }
 
+ConfigA8 config_a8_of(const Named& call) {
+  return {static_cast<int>(call.integer("tokens")), static_cast<int>(call.integer("splits"))};
+}
+
+int run_multiply_a8(const Named& call) {
+  return multiply_a8(call_of(call), config_a8_of(call), call.pointer<void>("workspace"), nullptr);
+}
+
+int run_workspace_a8(const Named& call) {
+  *call.pointer<int64_t>("bytes") = workspace_a8(call_of(call), config_a8_of(call)).bytes;
+  return 0;
+}
+
+int run_quantize_a8(const Named& call) {
+  return quantize_a8(activations_of(call), type_named(call, "type"), static_cast<int>(call.integer("steps")),
+                     call.pointer<int8_t>("to"), call.pointer<float>("token_scales"), nullptr);
+}
+
+int run_choose_a8(const Named& call) {
+  const ConfigA8 c = choose_a8(weight_of(call), static_cast<int>(call.integer("M")),
+                               static_cast<int>(call.integer("multiprocessors")));
+  const int32_t fields[] = {c.tokens, c.splits};
+  std::memcpy(call.pointer<int32_t>("config"), fields, sizeof fields);
+  return 0;
+}
+
 // config: path, tokens, warps_n, warps_k, splits, half_accumulate; text: both values as they print themselves.
 int run_choose(const Named& call) {
   auto number = [&](const char* name) { return static_cast<int>(call.integer(name)); };
@@ -90,6 +117,8 @@ int run_choose(const Named& call) {
 }
 
 const qkernels::host::Registered kMultiply("multiply", run_multiply), kWorkspace("workspace", run_workspace),
-    kStage("stage", run_stage), kDequantize("dequantize", run_dequantize), kChoose("choose", run_choose);
+    kStage("stage", run_stage), kDequantize("dequantize", run_dequantize), kChoose("choose", run_choose),
+    kMultiplyA8("multiply_a8", run_multiply_a8), kWorkspaceA8("workspace_a8", run_workspace_a8),
+    kQuantizeA8("quantize_a8", run_quantize_a8), kChooseA8("choose_a8", run_choose_a8);
 
 }  // namespace

@@ -1,0 +1,209 @@
+// y = x W^T with int8 activations, on the integer tensor cores (mma.m16n8k32.s8): any M, sm_80 and everything later.
+//
+// The bytes of mma_tile were made for m16n8k16. Of 16 columns, lane 4 r + c has the codes of columns 2 c, 2 c + 1, 2 c
+// + 8 and 2 c + 9 of rows r and r + 8, where m16n8k32 wants four columns in a row, 4 c ... 4 c + 3, of its first and
+// its second 16. A sum does not care for the order of its columns, so x is permuted instead (quantize_a8.cuh), and two
+// steps of 16 columns make one instruction.
+//
+// A code becomes an integer of 8 bits by being moved to the top of its byte and having its sign bit flipped:
+//   (code << (8 - bits)) ^ 0x80 = (code - 2^(bits - 1)) << (8 - bits),
+// which for four codes is a shift and a lop3; the sums are shifted back, exactly. No byte is subtracted from another.
+//
+// Numbers: int32 sums are exact within a group (at most 131072 columns: 131072 * 128 * 127 < 2^31). They are converted
+// to fp32, rounded there beyond 2^24, and one FMA multiplies each by its scale and adds it to the total. Per split, the
+// total is multiplied by the token's scale, rounded; bias is added, rounded; and then comes the type of y.
+//
+// Blocks, tiles and pipeline are those of gemm_sm80.cuh; a token's step is 64 bytes, in four chunks of 16 columns.
+#pragma once
+#include "a8.h"
+#include "copy.cuh"
+#include "output.cuh"
+
+namespace qkernels::cuda {
+
+constexpr int kStagesA8 = 4;
+constexpr int kWarpTokensA8 = 32;
+constexpr int kTokenTilesA8 = kWarpTokensA8 / 8;
+
+struct GemmA8Arguments {
+  Weight weight;
+  GroupFormat format;
+  const int8_t* x;  // [M, steps * 64], as quantize_tokens leaves it
+  const float* x_scales;
+  Output out;
+  bool half;        // type of y
+  int shift;        // 8 - bits
+  int strip_bytes;  // of a stage: codes and scales of one strip
+};
+
+// Two tokens share 128 bytes, all banks: the eight rows that an ldmatrix reads at a time meet each bank once.
+QK_DEVICE uint32_t swizzled_a8(int token, int chunk) {
+  return token * kStepColumns + ((chunk ^ (token >> 1 & 3)) << 4);
+}
+
+// Four codes a register, row r in a[0] and a[2], row r + 8 in a[1] and a[3]; a[2] and a[3] are the second 16 columns.
+template <int kWidth>
+QK_DEVICE void unpack_a8(const uint32_t* q, int shift, uint32_t (&a)[4]) {
+  constexpr int kSign = 0x6a;  // (a & b) ^ c
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (kWidth == 4) {  // at most four bits in a nibble: shift is 4 or more
+      a[2 * half] = lop3<kSign>(q[half] << shift, 0xf0f0f0f0u, 0x80808080u);
+      a[2 * half + 1] = lop3<kSign>(q[half] << (shift - 4), 0xf0f0f0f0u, 0x80808080u);
+    } else {
+      a[2 * half] = (permute_bytes(q[2 * half], q[2 * half + 1], 0x6240) << shift) ^ 0x80808080u;
+      a[2 * half + 1] = (permute_bytes(q[2 * half], q[2 * half + 1], 0x7351) << shift) ^ 0x80808080u;
+    }
+  }
+}
+
+using SumsA8 = int32_t[kTilesPerStrip][kTokenTilesA8][4];
+
+// totals += scale * sums, sums = 0. `index`: of row r of the lane among the step's scales.
+QK_DEVICE void add_group(Totals<kTokenTilesA8>& totals, SumsA8& sums, const GroupFormat& f, uint32_t scales, int index,
+                         int shift) {
+  float scale[2 * kTilesPerStrip];
+  load_eight(f.scale_type, scales, index, scale);
+#pragma unroll
+  for (int tile = 0; tile < kTilesPerStrip; ++tile) {
+#pragma unroll
+    for (int i = 0; i < kTokenTilesA8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float sum = static_cast<float>(sums[tile][i][j] >> shift);
+        totals[tile][i][j] = fmaf(sum, scale[2 * tile + j / 2], totals[tile][i][j]);
+        sums[tile][i][j] = 0;
+      }
+    }
+  }
+}
+
+template <int kWidth, bool kGroups32, int kWarpsN, int kWarpsM>
+__global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm_a8(const GemmA8Arguments p) {
+  QK_SHARED(shared);
+  constexpr int kThreads = kWarpsN * kWarpsM * 32, kTokens = kWarpsM * kWarpTokensA8;
+  constexpr int kCodeBytes = step_bytes(kWidth), kWordsOf16 = kWidth / 4;
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
+  const int m0 = blockIdx.x * kTokens, strip0 = blockIdx.y * kWarpsN, split = blockIdx.z;
+  const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
+
+  // A stage: [strip][codes, scales], then the x tile, whose rows of 128 bytes the swizzle counts on.
+  const int x_place = (kWarpsN * p.strip_bytes + 127) / 128 * 128;
+  const int stage_bytes = x_place + kTokens * kStepColumns;
+  const uint32_t stages = shared_address(shared);
+
+  GroupWalk copied = GroupWalk::at(p.weight, begin), used = copied;
+  auto copy_step = [&](int step, int slot) {
+    const uint32_t to = stages + slot * stage_bytes;
+#pragma unroll
+    for (int s = 0; s < kWarpsN; ++s) {
+      const bool valid = strip0 + s < p.weight.strips;
+      const int64_t place = static_cast<int64_t>(valid ? strip0 + s : 0) * p.weight.steps + step;
+      for (int i = thread * 16; i < kCodeBytes; i += kThreads * 16) {
+        cp_async16_or_zero(to + s * p.strip_bytes + i, p.weight.codes + place * kCodeBytes + i, valid);
+      }
+      copy_groups(p.weight, p.format, strip0 + s, copied.group, to + s * p.strip_bytes + kCodeBytes, thread, kThreads,
+                  valid);
+    }
+    copied.advance(p.weight);
+#pragma unroll
+    for (int i = thread; i < kTokens * 4; i += kThreads) {
+      const int token = i >> 2, chunk = i & 3;
+      const bool valid = m0 + token < p.out.M;
+      const int64_t row = valid ? m0 + token : 0;
+      cp_async16_or_zero(to + x_place + swizzled_a8(token, chunk),
+                         p.x + (row * p.weight.steps + step) * kStepColumns + chunk * 16, valid);
+    }
+  };
+
+  // Lane l asks for row l % 8 of matrix l / 8: 16 columns of eight tokens.
+  uint32_t token_offset[kTokenTilesA8];
+#pragma unroll
+  for (int i = 0; i < kTokenTilesA8; ++i) {
+    token_offset[i] = swizzled_a8(warp_m * kWarpTokensA8 + 8 * i + (lane & 7), lane >> 3);
+  }
+  Totals<kTokenTilesA8> totals = {};
+  SumsA8 sums = {};
+
+#pragma unroll
+  for (int i = 0; i < kStagesA8 - 1; ++i) {
+    if (begin + i < end) copy_step(begin + i, i);
+    cp_async_commit();
+  }
+  int slot = 0;
+  for (int step = begin; step < end; ++step) {
+    cp_async_wait<kStagesA8 - 2>();
+    __syncthreads();  // everybody's copies of this slot are there, and everybody is done with the slot before
+    const int ahead = step + kStagesA8 - 1;
+    if (ahead < end) copy_step(ahead, slot == 0 ? kStagesA8 - 1 : slot - 1);
+    cp_async_commit();
+    const uint32_t codes = stages + slot * stage_bytes + warp_n * p.strip_bytes;
+    const uint32_t x = stages + slot * stage_bytes + x_place;
+
+    uint32_t b[kTokenTilesA8][2][2];
+#pragma unroll
+    for (int i = 0; i < kTokenTilesA8; ++i) {
+      uint32_t m[4];
+      load_matrix_x4(m, x + token_offset[i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) b[i][j / 2][j % 2] = m[j];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int tile = 0; tile < kTilesPerStrip; ++tile) {
+        // Words of 32 columns: half of the lane's 16 bytes in 4 bit, all of them in 8 bit, a row of tiles further.
+        uint32_t q[2 * kWordsOf16];
+        if constexpr (kWidth == 4) {
+          const Words2 v = load_shared8(codes + tile * kTileBytes + lane * 16 + half * 8);
+          q[0] = v.word[0], q[1] = v.word[1];
+        } else {
+          const Words4 v = load_shared16(codes + (half * kTilesPerStrip + tile) * kTileBytes + lane * 16);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) q[j] = v.word[j];
+        }
+        uint32_t a[4];
+        unpack_a8<kWidth>(q, p.shift, a);
+#pragma unroll
+        for (int i = 0; i < kTokenTilesA8; ++i) mma_s8(sums[tile][i], a, b[i][half]);
+      }
+      if constexpr (kGroups32) {
+        add_group(totals, sums, p.format, codes + kCodeBytes, half * kStripRows + 8 * (lane >> 2), p.shift);
+      }
+    }
+    if constexpr (!kGroups32) {
+      if (used.left == 1 || step + 1 == end) {
+        add_group(totals, sums, p.format, codes + kCodeBytes, 8 * (lane >> 2), p.shift);
+      }
+      used.advance(p.weight);
+    }
+    slot = slot == kStagesA8 - 1 ? 0 : slot + 1;
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // the exchange lies over stages that other warps may still read
+
+  const uint32_t exchange = stages + warp * exchange_bytes(8);
+  const int n = (strip0 + warp_n) * kStripRows + 2 * lane;
+#pragma unroll
+  for (int i = 0; i < kTokenTilesA8; ++i) {
+    store_exchange<kTokenTilesA8>(totals, i, exchange, 0, lane);
+    __syncwarp();
+    for (int token = 0; token < 8; ++token) {
+      const int m = m0 + warp_m * kWarpTokensA8 + 8 * i + token;
+      if (m >= p.out.M || n >= p.out.N_pad) continue;
+      const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
+      const float x_scale = bits_to_float(load_global4(p.x_scales + m));
+      const float low = multiply_rounded(bits_to_float(v.word[0]), x_scale);
+      const float high = multiply_rounded(bits_to_float(v.word[1]), x_scale);
+      if (p.half) {
+        store_part<Half>(p.out, split, gridDim.z, m, n, low, high);
+      } else {
+        store_part<BFloat16>(p.out, split, gridDim.z, m, n, low, high);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace qkernels::cuda

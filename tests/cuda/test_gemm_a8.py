@@ -1,0 +1,300 @@
+"""int8 activations on the emulator: the quantization of x bit for bit, and products against 64-bit integers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from qkernels import QuantTensor
+from qkernels.layouts import get_layout
+from tests.cuda import calls, emulator
+from tests.cuda.calls import DTYPES, TYPES, in_room
+from tests.cuda.emulator import SCHEDULES, Call
+from tests.ops.helpers import integers
+from tests.strategies import random_weight
+
+pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+DATA_RACE = "WARNING: ThreadSanitizer: data race"
+
+
+def tokens_for(M: int) -> int:
+    return 32 if M <= 32 else 64 if M <= 64 else 128
+
+
+def multiply_call(
+    weight: QuantTensor, x: Tensor, bias: Tensor | None = None, tokens: int | None = None, splits: int = 1
+) -> Call:
+    """y and workspace, of exactly the size that is asked for, start as NaN."""
+    weight_buffers, weight_integers = calls.weight_arguments(weight, get_layout("mma_tile_a8"))
+    x_buffers, x_integers = calls.x_arguments(x)
+    more = {"type": TYPES[x.dtype], "bias_type": TYPES[None if bias is None else bias.dtype]}
+    shape = {"tokens": tokens or tokens_for(x.shape[0]), "splits": splits}
+    integers = {**weight_integers, **x_integers, **more, **shape}
+    size = torch.zeros(1, dtype=torch.int64)
+    buffers: dict[str, Tensor | None] = {**weight_buffers, **x_buffers, "bias": bias}
+    emulator.run(calls.UNIT, Call("workspace_a8", {**buffers, "bytes": size}, integers))
+    buffers["workspace"] = torch.full((int(size) // 4,), float("nan"))
+    buffers["y"] = torch.full((x.shape[0], weight.N), float("nan"), dtype=x.dtype)
+    return Call("multiply_a8", buffers, integers)
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 `[M, K]` and fp32 `[M, 1]`: the definition, each operation rounded by itself."""
+    scales = x.float().abs().amax(1, keepdim=True) / 127
+    return torch.where(scales > 0, torch.round(x.float() / scales), 0).long(), scales
+
+
+def expected(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, splits: int = 1) -> Tensor:
+    """y where the scaled sums of groups add up without rounding (checked): integers, then fp32 as gemm_a8.cuh says."""
+    q, token_scales = quantized(x)
+    codes, scales = weight.codes.long() - weight.scheme.mid_code, weight.scales.double()
+    order, groups = weight.k_order(), weight.column_groups()
+    stored = torch.arange(weight.K) if order is None else order.long()
+    steps = (weight.K + 63) // 64
+    each, more = divmod(steps, splits)  # the first parts have one step more
+    bounds = [64 * (each * split + min(split, more)) for split in range(splits + 1)]  # in the order that is stored
+    unit = scales.abs().amin()
+    assert (scales / unit).frac().abs().sum() == 0
+    y, magnitude = torch.zeros(x.shape[0], weight.N), torch.zeros(x.shape[0], weight.N).double()
+    for part in (stored[begin:end] for begin, end in pairwise(bounds)):
+        total = torch.zeros_like(magnitude)
+        for group in groups[part].unique():
+            those = part[groups[part] == group]
+            total += (q[:, those] @ codes[:, those].T).double() * scales[:, group]
+            magnitude += (q[:, those].abs() @ codes[:, those].abs().T).double() * scales[:, group].abs()
+        y = y + total.float() * token_scales
+    assert weight.K == 0 or magnitude.max() / unit < 2**24, "the inputs are too large to be exact"
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def check(
+    weight: QuantTensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    tokens: int | None = None,
+    splits: int = 1,
+    schedule: str = "ascending",
+) -> None:
+    call = multiply_call(weight, x, bias, tokens, splits)
+    emulator.run(calls.UNIT, call, schedule)
+    y = call.buffers["y"]
+    assert y is not None
+    wrong = (y != expected(weight, x, bias, splits)).nonzero()
+    assert len(wrong) == 0, f"{len(wrong)} of {y.numel()} differ, the first at [m, n] = {wrong[0].tolist()}"
+
+
+def noise(M: int, K: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("scheme", ["w4a8_g64", "w8a8_channel"])
+def test_every_edge_of_the_token_tiles(scheme: str, dtype: torch.dtype) -> None:
+    """Odd N, a short last strip, K that is no multiple of a step."""
+    weight = random_weight(scheme, 71, 136, exact=True)
+    for M in (1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 129):
+        check(weight, in_room(noise(M, 136, dtype)), integers(71, dtype=dtype))
+
+
+@pytest.mark.parametrize("group", ["g32", "g64", "g128", "g192", "channel", "tensor"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 7, 8])
+def test_every_group_and_width(bits: int, group: str) -> None:
+    """With random act-order and odd K (x is gathered), in both types, over splits of K."""
+    for dtype, N, splits in zip(DTYPES, (67, 130), (2, 1)):
+        weight = random_weight(f"w{bits}a8_{group}", N, 333, seed=bits, act_order=splits == 2, exact=True)
+        check(weight, noise(5, 333, dtype), splits=splits)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("tokens", [32, 64, 128])
+def test_every_schedule_of_the_threads(tokens: int, schedule: str) -> None:
+    """Nine steps: the ring of four goes round twice; groups of three steps end inside and at its end."""
+    weight = random_weight("w4a8_g192", 130, 576, exact=True)
+    check(weight, in_room(noise(20, 576, torch.float16)), None, tokens, 2, schedule)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_every_dtype_of_scales_and_bias(scale_dtype: torch.dtype) -> None:
+    for dtype, bias_dtype in zip((*DTYPES, torch.float16), (torch.float16, torch.bfloat16, torch.float32)):
+        weight = random_weight("w8a8_g32", 40, 136, dtype=scale_dtype, exact=True)
+        check(weight, in_room(noise(2, 136, dtype)), integers(40, dtype=bias_dtype))
+
+
+def test_the_largest_codes_and_tokens_do_not_overflow() -> None:
+    """-128 * ±127 in every column: the sum is 2^24 * 127 / 8, which int32 holds and fp32 as well."""
+    weight = random_weight("w8a8_channel", 64, 2048, exact=True)
+    weight.codes.zero_()
+    x = torch.ones(2, 2048, dtype=torch.float16)
+    x[1] = -1
+    q, scales = quantized(x)
+    assert q.abs().min() == 127
+    call = multiply_call(weight, x)
+    emulator.run(calls.UNIT, call)
+    sums = (q * -128).sum(1, keepdim=True)  # below 2^31, with 7 trailing zeros
+    y = (sums.double() * weight.scales.double().T).float() * scales
+    assert torch.equal(call.buffers["y"], y.half())  # type: ignore[arg-type]
+
+
+def test_no_columns_leave_the_bias() -> None:
+    weight, bias = random_weight("w4a8_g32", 40, 0), integers(40, dtype=torch.float16)
+    call = multiply_call(weight, torch.zeros(3, 0, dtype=torch.float16), bias)
+    emulator.run(calls.UNIT, call)
+    assert torch.equal(call.buffers["y"], bias.expand(3, 40))  # type: ignore[arg-type]
+
+
+@dtypes
+@pytest.mark.parametrize("scheme", ["w4a8_g32", "w8a8_channel", "w4a8_g128"])
+def test_random_scales_stay_within_the_bound(scheme: str, dtype: torch.dtype) -> None:
+    """Beside the exact integers: u = 2^-24 for each group's FMA and for a sum past 2^24, two for the token's scale and
+    the bias, and the output is rounded once."""
+    weight = random_weight(scheme, 70, 328, seed=3, dtype=torch.float32)
+    x = noise(20, 328, dtype)
+    q, token_scales = quantized(x)
+    exact = (q.double() @ weight.dequantize().double().T) * token_scales.double()
+    terms = (q.double().abs() @ weight.dequantize().double().abs().T) * token_scales.double()
+    call = multiply_call(weight, in_room(x))
+    emulator.run(calls.UNIT, call)
+    error = (weight.scales.shape[1] + 5) * 2.0**-24 * terms  # two of them: dequantize() above rounds as well
+    error += torch.finfo(dtype).eps / 2 * (exact.abs() + error) + 2.0**-25
+    y = call.buffers["y"]
+    assert y is not None
+    assert ((y.double() - exact).abs() <= error).all()
+
+
+# --- the quantization of x -----------------------------------------------------------------------------------------------
+
+
+def quantize(x: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q int8 [M, K_pad] as it is stored, and the scales."""
+    buffers, integers = calls.x_arguments(x)
+    steps = -(-x.shape[1] // 64)
+    to = torch.full((x.shape[0], steps * 64), 77, dtype=torch.int8)
+    scales = torch.full((x.shape[0],), float("nan"))
+    more = {"type": TYPES[x.dtype], "steps": steps}
+    buffers = {**buffers, "k_order": order, "to": to, "token_scales": scales}
+    emulator.run(calls.UNIT, Call("quantize_a8", buffers, {**integers, **more}))
+    return to, scales
+
+
+def in_fragment_order(q: Tensor) -> Tensor:
+    """Of each 16 columns, position 4 c + j holds column 2 c + {0, 8, 1, 9}[j]; zeros past K."""
+    columns = torch.tensor([2 * c + j for c in range(4) for j in (0, 8, 1, 9)])
+    padded = torch.nn.functional.pad(q, (0, -q.shape[1] % 64))
+    return padded.reshape(len(q), -1, 16)[..., columns].reshape(len(q), -1).to(torch.int8)
+
+
+@dtypes
+def test_quantization_is_the_definition_bit_for_bit(dtype: torch.dtype) -> None:
+    """Aligned, odd and strided rows, more columns than a block has threads for; loud, tiny and equal values, ties."""
+    smallest = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}[dtype]
+    for x in (
+        in_room(noise(3, 200, dtype)),
+        noise(2, 77, dtype),
+        noise(4500, 2, dtype).T,
+        torch.arange(-127, 128).div(2).to(dtype).expand(2, -1).contiguous(),  # scale 1/2
+        torch.cat([torch.tensor([127.0]), torch.arange(126) + 0.5]).to(dtype)[
+            None
+        ],  # scale 1: every other one is a tie
+        torch.tensor([[smallest, -smallest, 0.0], [3 * smallest, smallest, 0.0], [0.0, 0.0, -0.0]]).to(dtype),
+        torch.finfo(dtype).max * torch.tensor([[1.0, -1.0, 0.5]]).to(dtype),
+    ):
+        q, scales = quantized(x)
+        stored, got = quantize(x)
+        assert torch.equal(got, scales[:, 0])
+        assert torch.equal(stored, in_fragment_order(q))
+
+
+def test_tokens_are_gathered_in_the_stored_order_and_never_outside() -> None:
+    x = noise(3, 100, torch.bfloat16)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1)).int()
+    assert torch.equal(quantize(x, order)[0], in_fragment_order(quantized(x)[0][:, order.long()]))
+    wild, clamped = order.clone(), order.clone()
+    wild[:3] = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    clamped[:3] = torch.tensor([0, 99, 0], dtype=torch.int32)
+    assert torch.equal(quantize(x, wild)[0], quantize(x, clamped)[0])
+
+
+@dtypes
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_not_hidden(value: float, dtype: torch.dtype) -> None:
+    """Its token becomes NaN, and no other does."""
+    weight, x = random_weight("w8a8_channel", 40, 136), noise(3, 136, dtype)
+    healthy, sick = multiply_call(weight, x), x.clone()
+    sick[1, 70] = value
+    call = multiply_call(weight, sick)
+    for one in (healthy, call):
+        emulator.run(calls.UNIT, one)
+    y, right = call.buffers["y"], healthy.buffers["y"]
+    assert y is not None
+    assert right is not None
+    assert y[1].isnan().all()
+    assert torch.equal(y[::2], right[::2])
+
+
+# --- the choice, and what is refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "tokens", "splits"),
+    [
+        (1, 4096, 4096, 32, 8),
+        (1, 4096, 448, 32, 1),
+        (64, 4096, 4096, 64, 4),
+        (65, 64, 4096, 128, 8),
+        (4096, 4096, 4096, 128, 1),
+    ],
+)
+def test_the_choice_fills_the_card(M: int, N: int, K: int, tokens: int, splits: int) -> None:
+    """132 multiprocessors: blocks of 4 (32 tokens) or 2 strips."""
+    config = torch.zeros(2, dtype=torch.int32)
+    weight = {"N": N, "K": K, "bits": 4, "group": 64, "scale_type": 3, "zero_type": 0, "zeros_are_offsets": 0}
+    emulator.run(calls.UNIT, Call("choose_a8", {"config": config}, {**weight, "M": M, "multiprocessors": 132}))
+    assert config.tolist() == [tokens, splits]
+
+
+@pytest.mark.parametrize("wrong", [{"zero_type": 1}, {"group": 16}, {"splits": 0}, {"tokens": 96}])
+def test_what_it_cannot_do_is_an_error(wrong: dict[str, int]) -> None:
+    call = multiply_call(random_weight("w4a8_g32", 64, 128), torch.zeros(1, 128, dtype=torch.float16))
+    with pytest.raises(RuntimeError, match="multiply_a8 returned error"):
+        emulator.run(calls.UNIT, Call(call.launcher, call.buffers, {**call.integers, **wrong}))
+
+
+# --- sanitizers and negative controls ------------------------------------------------------------------------------------
+
+
+def sanitized(tokens: int = 64, splits: int = 1) -> tuple[Call, Tensor]:
+    """Nine steps: the last one's stage is the first of the ring, where the exchange lies."""
+    weight = random_weight("w4a8_g64", 70, 576, act_order=tokens == 32, exact=True)
+    x = noise(17, 576, torch.float16)
+    return multiply_call(weight, x, None, tokens, splits), expected(weight, x, None, splits)
+
+
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize(("tokens", "splits"), [(32, 2), (64, 1), (128, 1)])
+def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int, splits: int) -> None:
+    for schedule in ("random", "warp_ahead"):
+        call, y = sanitized(tokens, splits)
+        done = emulator.replay(calls.UNIT, call, flavour, schedule)
+        assert done.status == 0, done.report[-2000:]
+        assert torch.equal(done.buffers["y"], y)
+
+
+@pytest.mark.parametrize("bug", ["A8_NO_BARRIER", "A8_NO_BARRIER_BEFORE_EXCHANGE", "A8_NO_BARRIER_FOR_THE_MAXIMUM"])
+def test_a_missing_barrier_is_a_race(bug: str) -> None:
+    assert DATA_RACE in emulator.replay(calls.UNIT, sanitized()[0], "tsan", bug=bug).report
+
+
+def test_a_missing_mask_is_an_overflow() -> None:
+    assert "heap-buffer-overflow" in emulator.replay(calls.UNIT, sanitized()[0], "asan", bug="A8_NO_ROW_MASK").report
+
+
+@pytest.mark.parametrize("bug", ["A8_SHORT_WAIT", "A8_LOST_GROUP", "A8_WRONG_ORDER"])
+def test_wrong_values_are_noticed(bug: str) -> None:
+    call, y = sanitized()
+    done = emulator.replay(calls.UNIT, call, bug=bug)
+    assert done.status == 0
+    assert not torch.equal(done.buffers["y"], y)
