@@ -58,16 +58,17 @@ def test_unpack_inverts_pack(
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_strided_codes_and_groups(layout: Layout, bits: int) -> None:
     """Tensors as they come out of a file's transposes and slices."""
-    dense = random_weight(f"w{bits}a16_g32_asym", 40, 96, act_order=True)
-    assert dense.zeros is not None
+    act8 = layout.name == "cpu_tile_a8"  # holds no other scheme
+    dense = random_weight(f"w{bits}a8_g32" if act8 else f"w{bits}a16_g32_asym", 40, 96, act_order=True)
     strided = QuantTensor(
         dense.codes.T.contiguous().T,
         torch.stack([dense.scales, dense.scales], -1)[..., 0],
-        dense.zeros.T.contiguous().T,
+        None if dense.zeros is None else dense.zeros.T.contiguous().T,
         torch.stack([dense.group_index, dense.group_index], -1)[:, 1],  # type: ignore[list-item]
         dense.scheme,
     )
-    assert not any(t.is_contiguous() for t in (strided.codes, strided.scales, strided.zeros, strided.group_index))  # type: ignore[union-attr]
+    tensors = (strided.codes, strided.scales, strided.zeros, strided.group_index)
+    assert not any(t.is_contiguous() for t in tensors if t is not None)
     packed, expected = layout.pack(strided), layout.pack(dense)
     assert all(t is None or torch.equal(t, expected[name]) for name, t in packed.items())  # type: ignore[arg-type]
     assert same_weight(layout.unpack(packed, 40, 96, dense.scheme), dense)
@@ -75,13 +76,13 @@ def test_strided_codes_and_groups(layout: Layout, bits: int) -> None:
 
 @layouts
 def test_a_natural_group_index_that_is_spelled_out_survives(layout: Layout) -> None:
-    plain = random_weight("w4a16_g32", 8, 96)
+    plain = random_weight("w4a8_g32" if layout.name == "cpu_tile_a8" else "w4a16_g32", 8, 96)
     weight = QuantTensor(plain.codes, plain.scales, None, torch.arange(96, dtype=torch.int32) // 32, plain.scheme)
     assert same_weight(layout.unpack(layout.pack(weight), 8, 96, weight.scheme), weight)
 
 
 def test_unknown_layouts_are_named() -> None:
-    with pytest.raises(ArgumentError, match=r"must be one of reference, cpu_tile_a16.*got 'mma'"):
+    with pytest.raises(ArgumentError, match=r"must be one of reference, reference_a8, cpu_tile_a16.*got 'mma'"):
         get_layout("mma")
 
 
@@ -111,6 +112,21 @@ def test_the_bytes_are_those_of_the_contract(bits: int) -> None:
         for k in range(48):
             expected = int(weight.codes[row, order[k]]) if row < 37 and k < 44 else 0
             assert code_by_contract(qweight, bits, row, k) == expected, (row, k)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_bytes_for_int8_activations_are_those_of_the_contract(bits: int) -> None:
+    """Byte j of a lane: codes j and 4 + j of an octet, or code j of a quad."""
+    weight = random_weight(f"w{bits}a8_g8", 37, 44, act_order=True)
+    order, qweight = weight.k_order(), get_layout("cpu_tile_a8").pack(weight)["qweight"]
+    assert order is not None
+    assert qweight is not None
+    for row in (0, 1, 31, 32, 36, 37, 63):
+        for k in range(48):
+            lane, i = divmod(k, 8 if bits <= 4 else 4)
+            byte = int(qweight[row // 32, (lane * 32 + row % 32) * 4 + i % 4])
+            code = byte >> (4 * (i // 4)) & 15 if bits <= 4 else byte
+            assert code == (int(weight.codes[row, order[k]]) if row < 37 and k < 44 else 0), (row, k)
 
 
 def test_columns_are_sorted_by_group_and_padding_is_zero() -> None:
