@@ -4,6 +4,18 @@
 
 namespace qkernels::cuda {
 
+// Part `part` of `parts` of a number of steps, which differ by one step at most: no block is left over with a short
+// rest, or with nothing. The same split for the same numbers, so that sums have the same order in every call.
+struct Share {
+  int begin, end;
+
+  static QK_DEVICE Share of(int steps, int parts, int part) {
+    const int each = steps / parts, more = steps % parts;
+    const int begin = part * each + (part < more ? part : more);
+    return {begin, begin + each + (part < more ? 1 : 0)};
+  }
+};
+
 // Which groups a step of 64 columns needs, followed from step to step without a division.
 struct GroupWalk {
   int group, left;  // first group of the step, steps until it ends

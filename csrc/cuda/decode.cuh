@@ -1,11 +1,11 @@
 // Decode: y = x W^T for up to 32 tokens. Every byte of the weight is used once, so the kernel is a stream: its floor is
 // bytes / bandwidth, and what it must do is to keep enough of them on the way.
 //
-// A block is 8 (or 4) warps, warps_n * warps_k. Each warp owns one strip of 64 rows and a contiguous range of its
+// A block is 4, 8 or 16 warps, warps_n * warps_k. Each warp owns one strip of 64 rows and a contiguous range of its
 // columns, and runs alone: it asks for its own bytes (cp.async, each lane 16 bytes of each base tile) kStages - 1 steps
-// ahead into its own ring in shared memory, and waits for nobody. 8 warps * 3 steps * 2 KB = 48 KB under way per block
-// in 4 bit; two blocks a multiprocessor make 96 KB, where an H200 needs about 36 KB (4.8 TB/s * 1 us / 132) and an RTX
-// card 10 KB.
+// ahead into its own ring in shared memory, and waits for nobody. 16 warps * 3 steps * 2 KB = 96 KB under way per
+// block in 4 bit, where an H200 wants 64 KB a multiprocessor (36 KB are 4.8 TB/s * 1 us / 132; latency grows under
+// load) and an RTX card 10 KB.
 //
 // x is staged once per block, only its valid rows, and serves warps_n strips: 8 strips at M = 8 read 6 % as many bytes
 // of x as of codes. It is gathered here, so act-order costs no launch. Scales and zeros ride in the same ring.
@@ -18,7 +18,6 @@
 
 namespace qkernels::cuda {
 
-constexpr int kMaxDecodeWarps = 8;
 constexpr int kDecodeStages = 4;
 
 struct DecodeArguments {
@@ -28,9 +27,9 @@ struct DecodeArguments {
   Output out;
   bool aligned;  // x: 16-byte copies
   int warps_n, warps_k;
-  int steps_per_block;
-  int stage_bytes;  // of one warp: codes, scales, zeros
-  int warp_bytes;   // of one warp: its ring, or its totals afterwards
+  int steps_per_block;  // at most
+  int stage_bytes;      // of one warp: codes, scales, zeros
+  int warp_bytes;       // of one warp: its ring, or its totals afterwards
 };
 
 // Asks for the x tile of `count` steps: [step][token][64 columns], swizzled.
@@ -51,15 +50,15 @@ QK_DEVICE void stage_tokens(const DecodeArguments& p, uint32_t to, int first_ste
 }
 
 template <class F, int kTokenTiles>
-__global__ void __launch_bounds__(kMaxDecodeWarps * 32, kTokenTiles < 4 ? 2 : 1) decode(const DecodeArguments p) {
+__global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decode(const DecodeArguments p) {
   QK_SHARED(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int strip = blockIdx.x * p.warps_n + warp % p.warps_n, part = warp / p.warps_n;
   const bool owns = strip < p.weight.strips;
   // The block's columns, and the warp's share of them.
-  const int first = blockIdx.y * p.steps_per_block;
-  const int left = p.weight.steps - first, count = left < p.steps_per_block ? left : p.steps_per_block;
-  const int begin = first + count * part / p.warps_k, end = first + count * (part + 1) / p.warps_k;
+  const Share block = Share::of(p.weight.steps, gridDim.y, blockIdx.y);
+  const Share mine = Share::of(block.end - block.begin, p.warps_k, part);
+  const int first = block.begin, count = block.end - first, begin = first + mine.begin, end = first + mine.end;
   const uint32_t x = shared_address(shared);
   const uint32_t rings = x + p.steps_per_block * p.x.M * kTokenBytes;
   const uint32_t ring = rings + warp * p.warp_bytes;
@@ -105,11 +104,12 @@ __global__ void __launch_bounds__(kMaxDecodeWarps * 32, kTokenTiles < 4 ? 2 : 1)
     for (int step = begin; step < end; ++step) {
       cp_async_wait<kDecodeStages - 2>();
       __syncwarp();  // all lanes' copies of this slot are there, and all lanes are done with the slot before
+      TokenFragments<kTokenTiles> tokens;
+      load_tokens<kTokenTiles>(tokens, x + (step - first) * p.x.M * kTokenBytes, token_offset);
       const int ahead = step + kDecodeStages - 1;
       if (ahead < end) copy_step(ahead, slot == 0 ? kDecodeStages - 1 : slot - 1);
       cp_async_commit();
-      multiply_step<F, kTokenTiles>(totals, p.format, ring + slot * p.stage_bytes,
-                                    x + (step - first) * p.x.M * kTokenBytes, token_offset, lane);
+      multiply_step<F, kTokenTiles>(totals, p.format, ring + slot * p.stage_bytes, tokens, lane);
       slot = slot == kDecodeStages - 1 ? 0 : slot + 1;
     }
   }

@@ -3,7 +3,7 @@
 // A block computes kWarpsN strips (64 rows each) for kWarpsM * 32 tokens; each warp 64 x 32, so that one conversion of
 // a weight fragment (9 instructions in 4 bit) feeds 4 mma, which take the tensor cores of an A100 8 cycles each:
 // conversion hides behind them. 64 x 32 is what two fp32 accumulators of a group's sum and of the total leave room for:
-// about 150 registers.
+// 160 to 200 registers, two blocks of four warps a multiprocessor or one of eight.
 //
 //   tokens  strips  warps  shared memory a stage, 4 bit, groups of 64 and more in 16-bit scales
 //   32      4       4      8.5 KB + 4 KB
@@ -32,20 +32,18 @@ struct GemmArguments {
   int64_t x_stride;
   int x_columns;  // a multiple of 8
   Output out;
-  int steps_per_split;
   int strip_bytes;  // of a stage: codes, scales, zeros of one strip
 };
 
 template <class F, int kWarpsN, int kWarpsM, bool kHalfAccumulate>
-__global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm(const GemmArguments p) {
+__global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM)) gemm(const GemmArguments p) {
   QK_SHARED(shared);
   constexpr int kThreads = kWarpsN * kWarpsM * 32, kTokens = kWarpsM * kWarpTokens, kStages = gemm_stages(F::kWidth);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
   // Neighbouring blocks share a strip and differ in tokens: the weight comes from DRAM once, x stays in L2.
   const int m0 = blockIdx.x * kTokens, strip0 = blockIdx.y * kWarpsN, split = blockIdx.z;
-  const int begin = split * p.steps_per_split;
-  const int end = begin + p.steps_per_split < p.weight.steps ? begin + p.steps_per_split : p.weight.steps;
+  const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
 
   // A stage: [strip][codes, scales, zeros], then the x tile, which is aligned to its rows of 128 bytes.
   const int x_place = (kWarpsN * p.strip_bytes + kTokenBytes - 1) / kTokenBytes * kTokenBytes;
@@ -91,12 +89,13 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm(const GemmArgumen
   for (int step = begin; step < end; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // everybody's copies of this slot are there, and everybody is done with the slot before
+    const uint32_t stage = stages + slot * stage_bytes;
+    TokenFragments<kWarpTokenTiles> tokens;
+    load_tokens<kWarpTokenTiles>(tokens, stage + x_place, token_offset);
     const int ahead = step + kStages - 1;
     if (ahead < end) copy_step(ahead, slot == 0 ? kStages - 1 : slot - 1);
     cp_async_commit();
-    const uint32_t stage = stages + slot * stage_bytes;
-    multiply_step<F, kWarpTokenTiles, kHalfAccumulate>(totals, p.format, stage + warp_n * p.strip_bytes,
-                                                       stage + x_place, token_offset, lane);
+    multiply_step<F, kWarpTokenTiles, kHalfAccumulate>(totals, p.format, stage + warp_n * p.strip_bytes, tokens, lane);
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
   cp_async_wait<0>();

@@ -30,7 +30,6 @@ cudaError_t launch_gemm_sm90(const Call& call, const Config& c, cudaStream_t str
   if (!tma_reads(call.x) || c.splits < 1 || (c.tokens != 64 && c.tokens != 128)) return cudaErrorInvalidValue;
   WgmmaArguments p{};
   p.weight = call.weight, p.format = group_format(call.weight), p.out = call.out;
-  p.steps_per_split = divide_up(call.weight.steps, c.splits);
   p.strip_bytes = stage_bytes(call.weight), p.stage_bytes = wgmma_stage_bytes(c.tokens, p.strip_bytes);
   if (call.x.K > 0) {
     const Activations& x = call.x;

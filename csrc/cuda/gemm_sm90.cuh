@@ -38,7 +38,6 @@ struct WgmmaArguments {
   Weight weight;
   GroupFormat format;
   Output out;
-  int steps_per_split;
   int strip_bytes;  // of a stage: codes, scales, zeros of one strip
   int stage_bytes;
 };
@@ -214,8 +213,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) gemm_wgmma(const __grid_cons
 #ifdef QK_WGMMA
   QK_SHARED(shared);
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, tile = warp % 4, lane = threadIdx.x % 32;
-  const int split = blockIdx.z, begin = split * p.steps_per_split;
-  const int end = begin + p.steps_per_split < p.weight.steps ? begin + p.steps_per_split : p.weight.steps;
+  const int split = blockIdx.z;
+  const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
   const uint32_t slots = (shared_address(shared) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   const Ring ring{slots, slots + kWgmmaStages * p.stage_bytes, p.stage_bytes};
 

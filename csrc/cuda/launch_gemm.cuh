@@ -40,7 +40,6 @@ cudaError_t launch_gemm(const Call& call, const Config& c, cudaStream_t stream) 
   GemmArguments p{};
   p.weight = call.weight, p.format = group_format(call.weight), p.out = call.out;
   p.x = call.x.x, p.x_stride = call.x.row_stride, p.x_columns = call.x.K;
-  p.steps_per_split = divide_up(call.weight.steps, c.splits);
   p.strip_bytes = stage_bytes(call.weight);
   const bool short_groups = p.weight.groups_per_step > 1;
   if (p.weight.width == 4) {

@@ -68,12 +68,36 @@ QK_DEVICE void load_pair(Type type, uint32_t base, int index, float& low, float&
   }
 }
 
+// Eight of them: a lane's rows of a whole strip.
+QK_DEVICE void load_eight(Type type, uint32_t base, int index, float (&value)[8]) {
+  const Words4 v = load_shared16(base + index * size_of(type));
+  if (type == Type::kFloat) {
+    const Words4 w = load_shared16(base + index * 4 + 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = bits_to_float(v.word[i]), value[4 + i] = bits_to_float(w.word[i]);
+  } else if (type == Type::kHalf) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) value[i] = f16_to_float(static_cast<uint16_t>(v.word[i / 2] >> (i % 2 * 16)));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      value[i] = bits_to_float(i % 2 ? v.word[i / 2] & 0xffff0000u : v.word[i / 2] << 16);
+    }
+  }
+}
+
 // Scale, zero and rest of a lane's rows r and r + 8.
 struct RowGroup {
   float scale, scale8;
   float rest, rest8;  // only with floating zeros
   uint32_t zero, zero8;
 };
+
+// What a floating zero point or offset adds to (code - mid) * scale.
+QK_DEVICE float rest_of(const GroupFormat& f, float scale, float zero) {
+  const float mid = static_cast<float>(f.mid);
+  return f.zeros_are_offsets ? fmaf(mid, scale, zero) : (mid - zero) * scale;
+}
 
 // `index`: of row r among the values of the step (group_place in layout.h; row r + 8 is next to it).
 QK_DEVICE RowGroup load_group(const GroupFormat& f, uint32_t scales, int index) {
@@ -88,11 +112,38 @@ QK_DEVICE RowGroup load_group(const GroupFormat& f, uint32_t scales, int index) 
   } else if (f.zero_type != Type::kNone) {
     float zero, zero8;
     load_pair(f.zero_type, zeros, index, zero, zero8);
-    const float mid = static_cast<float>(f.mid);
-    g.rest = f.zeros_are_offsets ? fmaf(mid, g.scale, zero) : (mid - zero) * g.scale;
-    g.rest8 = f.zeros_are_offsets ? fmaf(mid, g.scale8, zero8) : (mid - zero8) * g.scale8;
+    g.rest = rest_of(f, g.scale, zero), g.rest8 = rest_of(f, g.scale8, zero8);
   }
   return g;
+}
+
+// The same for a lane's eight rows of a strip, which lie next to each other: one load and one branch on the type where
+// tile by tile would take four of each, in the middle of the mma.
+QK_DEVICE void load_groups(const GroupFormat& f, uint32_t scales, int r, RowGroup (&g)[kTilesPerStrip]) {
+  float scale[8];
+  load_eight(f.scale_type, scales, 8 * r, scale);
+#pragma unroll
+  for (int tile = 0; tile < kTilesPerStrip; ++tile) {
+    const uint32_t mid = f.mid;
+    g[tile] = {scale[2 * tile], scale[2 * tile + 1], 0.0f, 0.0f, mid, mid};
+  }
+  const uint32_t zeros = scales + f.scale_bytes;
+  if (f.zero_type == Type::kUInt8) {
+    const Words2 v = load_shared8(zeros + 8 * r);
+#pragma unroll
+    for (int tile = 0; tile < kTilesPerStrip; ++tile) {
+      const uint32_t pair = v.word[tile / 2] >> (tile % 2 * 16);
+      g[tile].zero = pair & 0xff, g[tile].zero8 = pair >> 8 & 0xff;
+    }
+  } else if (f.zero_type != Type::kNone) {
+    float zero[8];
+    load_eight(f.zero_type, zeros, 8 * r, zero);
+#pragma unroll
+    for (int tile = 0; tile < kTilesPerStrip; ++tile) {
+      g[tile].rest = rest_of(f, g[tile].scale, zero[2 * tile]);
+      g[tile].rest8 = rest_of(f, g[tile].scale8, zero[2 * tile + 1]);
+    }
+  }
 }
 
 QK_DEVICE bool has_rest(const GroupFormat& f) { return f.zero_type != Type::kNone && f.zero_type != Type::kUInt8; }
@@ -120,21 +171,17 @@ struct PartialSums<Half, kTokenTiles, true> {
 template <int kTokenTiles>
 using Totals = float[kTilesPerStrip][kTokenTiles][4];
 
-// totals += 64 rows x 64 columns of the weight times x.
-//   codes   shared address of the strip's codes for these columns; its scales and zeros follow
+// B operands of 64 columns: [n8 tile][16 columns][register].
+template <int kTokenTiles>
+using TokenFragments = uint32_t[kTokenTiles][kStepsOf16][2];
+
+// They are asked for before the copies of a later step are, so that their latency passes while those are issued.
 //   x       shared address of the x tile: for each n8 tile and each lane, `token_offset` is where the row starts that
 //           ldmatrix asks this lane for (token 8 i + lane % 8, or a stand-in where there are fewer tokens)
-template <class F, int kTokenTiles, bool kHalfAccumulate = false>
-QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& format, uint32_t codes, uint32_t x,
-                             const uint32_t (&token_offset)[kTokenTiles], int lane) {
-  using T = typename F::T;
-  constexpr int kWordsOf16 = F::kWidth / 4;  // words of codes per lane for 16 columns
-  const int r = lane >> 2;
-  const uint32_t scales = codes + F::kStepBytes;
-
-  // B operands: ldmatrix x4 brings 32 columns of 8 tokens, four 8 x 8 matrices. Lane l asks for row l % 8 of matrix l /
-  // 8; the swizzle of the row's start is in token_offset, that of the chunk is (chunk ^ token % 8) << 4.
-  uint32_t b[kTokenTiles][kStepsOf16][2];
+// ldmatrix x4 brings 32 columns of 8 tokens, four 8 x 8 matrices. Lane l asks for row l % 8 of matrix l / 8; the
+// swizzle of the row's start is in token_offset, that of the chunk is (chunk ^ token % 8) << 4.
+template <int kTokenTiles>
+QK_DEVICE void load_tokens(TokenFragments<kTokenTiles>& b, uint32_t x, const uint32_t (&token_offset)[kTokenTiles]) {
 #pragma unroll
   for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
@@ -145,6 +192,38 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
       for (int j = 0; j < 4; ++j) b[i][2 * half + j / 2][j % 2] = m[j];
     }
   }
+}
+
+// A lane's codes of one 16-row tile and 64 columns: 16 bytes hold four steps of 16 columns in 4 bit, two in 8 bit,
+// whose other two are a row of tiles further.
+template <int kWidth>
+using LaneCodes = uint32_t[kStepsOf16][kWidth / 4];
+
+template <int kWidth>
+QK_DEVICE void load_codes(LaneCodes<kWidth>& q, uint32_t codes, int tile, int lane) {
+  constexpr int kWordsOf16 = kWidth / 4;
+#pragma unroll
+  for (int part = 0; part < kWordsOf16; ++part) {
+    const Words4 v = load_shared16(codes + (part * kTilesPerStrip + tile) * kTileBytes + lane * 16);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) q[(4 * part + j) / kWordsOf16][j % kWordsOf16] = v.word[j];
+  }
+}
+
+// totals += 64 rows x 64 columns of the weight times x. `codes`: shared address of the strip's codes for these columns;
+// its scales and zeros follow.
+template <class F, int kTokenTiles, bool kHalfAccumulate = false>
+QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& format, uint32_t codes,
+                             const TokenFragments<kTokenTiles>& b, int lane) {
+  using T = typename F::T;
+  const int r = lane >> 2;
+  const uint32_t scales = codes + F::kStepBytes;
+
+  // The codes of a tile are loaded while those of the tile before are multiplied.
+  LaneCodes<F::kWidth> ring[2];
+  load_codes<F::kWidth>(ring[0], codes, 0, lane);
+  [[maybe_unused]] RowGroup groups[kTilesPerStrip];
+  if constexpr (!F::kShortGroups) load_groups(format, scales, r, groups);
 
   const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
   [[maybe_unused]] float x_sums[kTokenTiles][4] = {};
@@ -160,17 +239,11 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
 
 #pragma unroll
   for (int tile = 0; tile < kTilesPerStrip; ++tile) {
-    // The lane's 16 bytes: four steps of 16 columns in 4 bit, two in 8 bit, whose other two are a row of tiles further.
-    uint32_t q[kStepsOf16][kWordsOf16];
-#pragma unroll
-    for (int part = 0; part < kWordsOf16; ++part) {
-      const Words4 v = load_shared16(codes + (part * kTilesPerStrip + tile) * kTileBytes + lane * 16);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) q[(4 * part + j) / kWordsOf16][j % kWordsOf16] = v.word[j];
-    }
+    if (tile + 1 < kTilesPerStrip) load_codes<F::kWidth>(ring[(tile + 1) % 2], codes, tile + 1, lane);
+    const LaneCodes<F::kWidth>& q = ring[tile % 2];
 
     if constexpr (!F::kShortGroups) {
-      const RowGroup g = load_group(format, scales, 8 * r + 2 * tile);
+      const RowGroup& g = groups[tile];
       const Zeros z = Codes<T, F::kWidth>::zeros(g.zero, g.zero8);
       PartialSums<T, kTokenTiles, kHalfAccumulate> part;
 #pragma unroll
