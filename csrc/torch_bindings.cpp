@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "arguments.h"
@@ -25,12 +26,14 @@ void parallel_for(int64_t n, void* context, cpu::Body body) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-Tensor gemm_cpu_tile_a16(const Tensor& x, const Tensor& qweight, const Tensor& scales,
-                         const std::optional<Tensor>& zeros, const std::optional<Tensor>& k_order,
-                         const std::optional<Tensor>& bias, int64_t out_features, int64_t bits, int64_t group_size,
-                         bool zeros_are_offsets) {
+// Both layouts have the same buffers; kInt8: cpu_tile_a8.
+template <bool kInt8>
+Tensor gemm_cpu_tile(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
+                     const std::optional<Tensor>& k_order, const std::optional<Tensor>& bias, int64_t out_features,
+                     int64_t bits, int64_t group_size, bool zeros_are_offsets) {
   const cpu::Choice choice = cpu::current();
   STD_TORCH_CHECK(choice.kernels != nullptr, choice.error);
+  const cpu::Kernels& kernels = kInt8 ? cpu::int8_kernels(*choice.kernels) : *choice.kernels;
   STD_TORCH_CHECK(x.dim() == 2 && is_floating(type_of(x)), "x must be float32, bfloat16 or float16 [M, K]");
   STD_TORCH_CHECK(2 <= bits && bits <= 8 && group_size >= 1 && out_features >= 0,
                   "bits must be 2 to 8, group_size positive and out_features not negative, got bits=", bits,
@@ -54,6 +57,11 @@ Tensor gemm_cpu_tile_a16(const Tensor& x, const Tensor& qweight, const Tensor& s
   p.x_row_stride = x.stride(0), p.x_column_stride = x.stride(1);
   p.qweight = static_cast<const uint8_t*>(qweight.const_data_ptr());
   p.scales = scales.const_data_ptr(), p.scale_type = type_of(scales);
+  p.int8_activations = kInt8;
+  STD_TORCH_CHECK(!kInt8 || !zeros.has_value(), "zeros must be None with int8 activations");
+  constexpr int64_t kLongestGroup = int64_t{1} << 17;  // 2^17 products of at most 127 * 128 fit an int32 sum
+  STD_TORCH_CHECK(!kInt8 || std::min(p.K, group_size) <= kLongestGroup,
+                  "groups must be at most 131072 long with int8 activations, got ", group_size, " of K=", p.K);
   p.zeros_are_offsets = zeros_are_offsets;
   if (zeros.has_value()) {
     const Type type = type_of(*zeros);
@@ -80,29 +88,32 @@ Tensor gemm_cpu_tile_a16(const Tensor& x, const Tensor& qweight, const Tensor& s
   p.y = y.mutable_data_ptr();
   // From torch's allocator, which caches; gone when this call returns.
   std::optional<Tensor> workspace;
-  if (const int64_t bytes = cpu::workspace_bytes(p, *choice.kernels)) {
+  if (const int64_t bytes = cpu::workspace_bytes(p, kernels)) {
     workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   }
-  cpu::gemm(p, *choice.kernels, workspace.has_value() ? workspace->mutable_data_ptr() : nullptr,
+  cpu::gemm(p, kernels, workspace.has_value() ? workspace->mutable_data_ptr() : nullptr,
             torch::stable::get_num_threads(), parallel_for);
   return y;
 }
 
-Tensor gemv_cpu_tile_a16(const Tensor& x, const Tensor& qweight, const Tensor& scales,
-                         const std::optional<Tensor>& zeros, const std::optional<Tensor>& k_order,
-                         const std::optional<Tensor>& bias, int64_t out_features, int64_t bits, int64_t group_size,
-                         bool zeros_are_offsets) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= cpu::kDecodeRows, "gemv_cpu_tile_a16 takes M <= ", cpu::kDecodeRows,
-                  " rows of x; call gemm_cpu_tile_a16");
-  return gemm_cpu_tile_a16(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets);
+template <bool kInt8>
+Tensor gemv_cpu_tile(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
+                     const std::optional<Tensor>& k_order, const std::optional<Tensor>& bias, int64_t out_features,
+                     int64_t bits, int64_t group_size, bool zeros_are_offsets) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= cpu::kDecodeRows, "gemv takes M <= ", cpu::kDecodeRows,
+                  " rows of x; call gemm");
+  return gemm_cpu_tile<kInt8>(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size,
+                              zeros_are_offsets);
 }
 
 }  // namespace
 }  // namespace qkernels
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
-  m.impl("gemm_cpu_tile_a16", TORCH_BOX(&qkernels::gemm_cpu_tile_a16));
-  m.impl("gemv_cpu_tile_a16", TORCH_BOX(&qkernels::gemv_cpu_tile_a16));
+  m.impl("gemm_cpu_tile_a16", TORCH_BOX(&qkernels::gemm_cpu_tile<false>));
+  m.impl("gemv_cpu_tile_a16", TORCH_BOX(&qkernels::gemv_cpu_tile<false>));
+  m.impl("gemm_cpu_tile_a8", TORCH_BOX(&qkernels::gemm_cpu_tile<true>));
+  m.impl("gemv_cpu_tile_a8", TORCH_BOX(&qkernels::gemv_cpu_tile<true>));
 }
 
 // For qkernels/kernels/native.py, through ctypes.

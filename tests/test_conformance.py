@@ -13,7 +13,7 @@ from torch.library import opcheck
 from qkernels import QuantScheme, QuantTensor
 from qkernels.errors import ConversionError, QKernelsError
 from qkernels.formats import FORMATS, Format, detect
-from qkernels.kernels.catalogue import KERNELS, REFERENCE, KernelSpec, Problem
+from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
 from qkernels.layouts import LAYOUTS, Layout, empty_buffers, unpack_checked
 from qkernels.quantizers import QUANTIZERS, RTN
 from tests.strategies import random_weight, same_weight, scheme_taken
@@ -21,7 +21,7 @@ from tests.strategies import random_weight, same_weight, scheme_taken
 SCHEMES = [
     *(f"w{bits}a16_g32{zeros}" for bits in (2, 3, 4, 8) for zeros in ("", "_asym")),
     "w4a16_g16_asym", "w4a16_g64_fzero", "w4a16_g128_offset", "w4a16_channel", "w8a16_tensor", "w5a16_g32", "nf4_g64",
-    "w4a8_g128",
+    "w4a8_g128", "w4a8_g32", "w8a8_channel", "w6a8_g16",
 ]  # fmt: skip
 SHAPES = [(32, 64), (33, 75), (1, 1), (70, 200)]
 weights = pytest.mark.parametrize(("N", "K"), SHAPES)
@@ -29,7 +29,12 @@ schemes = pytest.mark.parametrize("scheme", SCHEMES)
 act_orders = pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
-kernels = pytest.mark.parametrize("kernel", [*KERNELS, REFERENCE], ids=lambda kernel: kernel.name)
+kernels = pytest.mark.parametrize("kernel", [*KERNELS, *REFERENCES], ids=lambda kernel: kernel.name)
+
+
+def scheme_for(layout: str, zeros: str = "_asym") -> str:
+    """A scheme that the layout holds: those with int8 activations hold no other."""
+    return "w4a8_g32" if layout.endswith("_a8") else f"w4a16_g32{zeros}"
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------------
@@ -68,7 +73,7 @@ def test_layout_takes_strided_weights_and_experts(layout: Layout) -> None:
     dense = random_weight(scheme_taken(layout, "w4a16_g32_asym", "w4a8_g32"), 40, 96, experts=(3,))
     strided = QuantTensor(
         dense.codes.transpose(1, 2).contiguous().transpose(1, 2), dense.scales.transpose(0, 2).contiguous().transpose(0, 2),
-        dense.zeros, None, dense.scheme,
+        zeros, None, dense.scheme,
     )  # fmt: skip
     assert not strided.codes.is_contiguous()
     packed = layout.pack(strided)
@@ -178,12 +183,14 @@ def test_kernel_is_exact_where_bits_are_exact(
         x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
         if weight.scheme.codebook is not None:  # its entries are no short fractions: a sum of one product is exact
             x, bias = 2 * torch.eye(K, dtype=dtype)[:M], torch.zeros(N, dtype=dtype)
+        if weight.scheme.act_bits == 8:  # max |x| / 127 = 1 for every token: quantized to themselves
+            x[:, 5] = 127
         expected = (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
         assert torch.equal(op(*arguments(kernel, weight, x, bias)), expected), M
 
 
 @kernels
-@pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a16_g32_asym"])
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a16_g32_asym", "w4a8_g32"])
 def test_kernel_passes_opcheck(kernel: KernelSpec, scheme: str) -> None:
     weight = random_weight(scheme, 40, 96, act_order=True, exact=True)
     skip_unless_it_runs(kernel, Problem(40, 96, weight.scheme, torch.float32))
@@ -194,7 +201,7 @@ def test_kernel_passes_opcheck(kernel: KernelSpec, scheme: str) -> None:
 
 @kernels
 def test_kernel_compiles_into_one_graph_with_dynamic_tokens(kernel: KernelSpec) -> None:
-    weight = random_weight("w4a16_g32_asym", 40, 96, exact=True)
+    weight = random_weight(scheme_for(kernel.layout), 40, 96, exact=True)
     skip_unless_it_runs(kernel, Problem(40, 96, weight.scheme, torch.float32))
     op = getattr(torch.ops.qkernels, kernel.op)
 
@@ -211,7 +218,7 @@ def test_kernel_compiles_into_one_graph_with_dynamic_tokens(kernel: KernelSpec) 
 @kernels
 def test_a_wrong_weight_is_noticed(kernel: KernelSpec) -> None:
     """Negative control of the exactness test: one code off by one, in one place, must show."""
-    weight = random_weight("w4a16_g32", 40, 96, exact=True)
+    weight = random_weight(scheme_for(kernel.layout, zeros=""), 40, 96, exact=True)
     skip_unless_it_runs(kernel, Problem(40, 96, weight.scheme, torch.float32))
     wrong = weight.codes.clone()
     wrong[39, 95] ^= 1

@@ -18,7 +18,7 @@ import qkernels
 from qkernels import markdown
 from qkernels.cli.main import parser
 from qkernels.kernels import native
-from qkernels.kernels.catalogue import KERNELS, REFERENCE, KernelSpec, Problem
+from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def takes(kernel: KernelSpec, schemes: tuple[str, ...], dtype: torch.dtype) -> b
 
 
 def support_matrix() -> str:
-    kernels = [*KERNELS, REFERENCE]
+    kernels = [*KERNELS, *REFERENCES]
     rows = []
     for feature, schemes in FEATURES.items():
         cells = []

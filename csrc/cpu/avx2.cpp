@@ -7,6 +7,7 @@ QK_TARGET_BEGIN("avx2,fma,f16c")
 
 #include <immintrin.h>
 
+#include "avx2_vectors.h"
 #include "kernels.h"
 #include "tile_gemm.h"
 
@@ -15,39 +16,19 @@ namespace {
 
 using Lanes = uint32_t __attribute__((vector_size(32)));  // so that `>> n` takes any n and still becomes an immediate
 
-struct Avx2 {
+struct Avx2 : Avx2Sums {
   using X = float;
-  using Sum = __m256;
   using Weight = __m256;
   using Input = __m256;
-  static constexpr int kRows = 8, kStep = 1;
+  static constexpr int kStep = 1;
   // 16 registers: 6 rows x 2 vectors of sums, 2 of weights, 1 of x.
   static constexpr int kTokens = 6, kHalf = 2;
   static constexpr int kDecodeVectors[kDecodeRows] = {8, 4, 2, 2, 2, 2, 1, 1};
 
-  static QK_INLINE Sum zero() { return _mm256_setzero_ps(); }
-  static QK_INLINE Sum set1(float f) { return _mm256_set1_ps(f); }
-  static QK_INLINE Sum load(const float* p) { return _mm256_loadu_ps(p); }
-  static QK_INLINE void store(float* p, Sum v) { _mm256_storeu_ps(p, v); }
-  static QK_INLINE Sum sub(Sum a, Sum b) { return _mm256_sub_ps(a, b); }
-  static QK_INLINE Sum mul(Sum a, Sum b) { return _mm256_mul_ps(a, b); }
-  static QK_INLINE Sum fma(Sum a, Sum b, Sum c) { return _mm256_fmadd_ps(a, b, c); }
   static QK_INLINE Input broadcast(const X* x) { return _mm256_broadcast_ss(x); }
   static QK_INLINE Sum multiply_add(Sum sum, Weight w, Input x) { return _mm256_fmadd_ps(w, x, sum); }
   static QK_INLINE Weight load_weight(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
   static QK_INLINE void store_weight(uint8_t* p, Weight w) { _mm256_storeu_ps(reinterpret_cast<float*>(p), w); }
-
-  // 8 consecutive values as fp32
-  static QK_INLINE Sum widen(Type type, const void* base, int64_t i) {
-    if (type == Type::kFloat) return load(static_cast<const float*>(base) + i);
-    if (type == Type::kUInt8) {
-      const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(base) + i);
-      return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes)));
-    }
-    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(base) + i));
-    if (type == Type::kHalf) return _mm256_cvtph_ps(words);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
-  }
 };
 
 // code - zero for any scheme; the zero is 2^(bits-1) where no integer zero points are given

@@ -82,6 +82,14 @@ Choice current() {
   return {first.kernels, first.kernels == nullptr ? first.error.c_str() : nullptr};
 }
 
+const Kernels& int8_kernels(const Kernels& kernels) {
+#if defined(__x86_64__)
+  static const bool vnni = __builtin_cpu_supports("avx512vnni");
+  if (&kernels != &kScalar) return vnni && &kernels != &kAvx2 ? kAvx512Vnni : kAvx2Int8;
+#endif
+  return kScalarInt8;
+}
+
 const char* available() { return table().names.c_str(); }
 
 const char* choose(const char* isa) {

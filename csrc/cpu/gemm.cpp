@@ -13,7 +13,7 @@ Type operand_type(const Problem& p, const Kernels& kernels) {
 
 // x is read in place where there are few rows and they already are what a kernel wants.
 bool copies_x(const Problem& p, const Kernels& kernels) {
-  return p.M > kPairRows || p.k_order != nullptr || p.K != p.K_pad || p.x_column_stride != 1 ||
+  return p.int8_activations || p.M > kPairRows || p.k_order != nullptr || p.K != p.K_pad || p.x_column_stride != 1 ||
          p.x_type != operand_type(p, kernels);
 }
 
@@ -25,7 +25,12 @@ int64_t block_width(const Problem& p) {
 
 bool wants_sums(const Problem& p) { return p.zero_type != Type::kNone && p.zero_type != Type::kUInt8; }
 
+// Bytes from one row of int8 activations to the next: whole cache lines, and not the multiple of 4096 at which rows
+// would share L1 sets.
+int64_t int8_row_bytes(const Problem& p) { return (p.K_pad / 64 + 1) * 64 + (p.K_pad / 64 % 2 == 1 ? 64 : 0); }
+
 int64_t staged_bytes(const Problem& p, const Kernels& kernels) {
+  if (p.int8_activations) return p.M * int8_row_bytes(p);
   if (!copies_x(p, kernels)) return 0;
   const int64_t blocks = (p.K_pad + block_width(p) - 1) / block_width(p);
   return blocks * p.M * block_width(p) * (operand_type(p, kernels) == Type::kFloat ? 4 : 2);
@@ -70,13 +75,18 @@ void multiply_units(void* context, int64_t begin, int64_t end) {
 }  // namespace
 
 int64_t workspace_bytes(const Problem& p, const Kernels& kernels) {
-  return staged_bytes(p, kernels) + (wants_sums(p) ? p.M * p.G * 4 : 0);
+  return staged_bytes(p, kernels) + (wants_sums(p) || p.int8_activations ? p.M * p.G * 4 : 0) +
+         (p.int8_activations ? p.M * 4 : 0);
 }
 
 void gemm(Problem p, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for) {
   if (p.M == 0 || p.N == 0) return;
   const bool copies = copies_x(p, kernels), sums = wants_sums(p);
-  if (copies) {
+  if (p.int8_activations) {
+    p.staged = {workspace, p.K_pad + 1, 0, int8_row_bytes(p)};
+    p.x_sums = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + staged_bytes(p, kernels));
+    p.x_scales = reinterpret_cast<float*>(p.x_sums + p.M * p.G);
+  } else if (copies) {
     p.staged = {workspace, block_width(p), p.M * block_width(p), block_width(p)};
   } else {
     p.staged = {p.x, p.K_pad + 1, 0, p.x_row_stride};

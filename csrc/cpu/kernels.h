@@ -12,6 +12,9 @@
 //     8 bit, an octet is two quads of 128 bytes: one lane a row, code k of the quad in bits 16 * (k & 1) + 8 * (k >> 1)
 //     ...
 //   scales, zeros [tiles][G][32]             group g holds stored columns g * group ... min(K, (g + 1) * group) - 1
+// Layout cpu_tile_a8 (qkernels/layouts/cpu_tile_a8.py), for x quantized to int8: the same, but for the lanes:
+//     4 bit, byte j of an octet's lane has code j of the octet in its low nibble and code 4 + j in its high one
+//     8 bit, byte j of a quad's lane has code j of the quad
 // Rows past N have code 0 and scale 0; columns past K have code 0 and meet x = 0. With more than one group, `group` is
 // a multiple of 8, so that every octet lies in one group.
 #pragma once
@@ -62,7 +65,11 @@ struct Problem {
     const void* data;
     int64_t width, block_stride, row_stride;
   } staged;
-  float* sums;  // [M, G] sums of x over each group, in fp32; null unless zeros are floating
+  // Layout cpu_tile_a8: `staged` is int8 [M, row_stride], and these are what `quantize_row` (rows_int8.h) adds to it.
+  bool int8_activations;
+  float* x_scales;  // [M]
+  int32_t* x_sums;  // [M, G] sums of the codes of x over each group
+  float* sums;      // [M, G] sums of x over each group, in fp32; null unless zeros are floating
 };
 
 static inline int64_t staged_at(const Problem& p, int64_t m, int64_t k) {
@@ -85,7 +92,10 @@ struct Kernels {
 };
 
 extern const Kernels kScalar;
+extern const Kernels kScalarInt8;
 #if defined(__x86_64__)
+extern const Kernels kAvx2Int8;    // AVX2, FMA, F16C
+extern const Kernels kAvx512Vnni;  // AVX-512 F, BW, VL, DQ, VNNI
 extern const Kernels kAvx2;        // AVX2, FMA, F16C
 extern const Kernels kAvx512;      // AVX-512 F, BW, VL, DQ
 extern const Kernels kAvx512Bf16;  // the same with AVX512_BF16
@@ -97,6 +107,8 @@ struct Choice {
   const char* error;       // null, or what is wrong with QKERNELS_ISA
 };
 Choice current();
+// The kernels with int8 activations that go with them: AVX-512 without VNNI has those of AVX2.
+const Kernels& int8_kernels(const Kernels& kernels);
 const char* available();              // the names that this CPU can run, plainest first, separated by spaces
 const char* choose(const char* isa);  // replaces the choice; null, or why not
 

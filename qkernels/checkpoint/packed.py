@@ -23,7 +23,7 @@ from ..errors import CheckpointError, ConversionError
 from ..formats import FORMATS, Config, Format, Oddity, native
 from ..formats.directory import QuantizedSource
 from ..formats.validation import naming
-from ..kernels.catalogue import REFERENCE, Problem, arch_of, select
+from ..kernels.catalogue import REFERENCES, Problem, arch_of, select
 from ..layouts import LAYOUTS, Layout, unpack_checked
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
@@ -89,7 +89,7 @@ def packed_format(layout: Layout) -> Format:
 def register() -> None:
     """Make every layout that a kernel reads known as a format."""
     for layout in LAYOUTS.values():
-        if layout.name != REFERENCE.layout:  # one byte a code: nobody's kernel is faster for it
+        if layout.name not in (spec.layout for spec in REFERENCES):  # one byte a code: nobody's kernel is faster for it
             FORMATS.setdefault(layout.name, packed_format(layout))
 
 

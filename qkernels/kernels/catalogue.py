@@ -69,7 +69,7 @@ def _common(problem: Problem) -> list[str]:
     return [f"stacked experts are not implemented yet (got {problem.experts})"] if problem.experts else []
 
 
-def _cpu_tile_a16(problem: Problem) -> list[str]:
+def _cpu_tile(layout: str, problem: Problem) -> list[str]:
     reasons = _common(problem)
     # A meta layer takes the layout of the CPU: it is where it will be filled first.
     if problem.arch not in ("cpu", "meta"):
@@ -79,7 +79,7 @@ def _cpu_tile_a16(problem: Problem) -> list[str]:
         reasons.append(f"the compiled extension is not loaded: {status.error}")
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"activations must be float32, bfloat16 or float16 (got {problem.dtype})")
-    return reasons + get_layout("cpu_tile_a16").reasons(problem.N, problem.K, problem.scheme)
+    return reasons + get_layout(layout).reasons(problem.N, problem.K, problem.scheme)
 
 
 def _cuda_mma_tile(layout: str, problem: Problem) -> list[str]:
@@ -100,18 +100,25 @@ def _cuda_mma_tile(layout: str, problem: Problem) -> list[str]:
 
 
 def _reference(problem: Problem) -> list[str]:
-    reasons = _common(problem)
-    if problem.scheme.act_bits == 8:
-        reasons.append("int8 activations (act_bits=8) are not implemented here")
-    return reasons + get_layout("reference").reasons(problem.N, problem.K, problem.scheme)
+    act8 = ["int8 activations (act_bits=8): reference_a8 has them"] if problem.scheme.act_bits == 8 else []
+    return _common(problem) + act8
+
+
+def _reference_a8(problem: Problem) -> list[str]:
+    act16 = ["16-bit activations: reference has them"] if problem.scheme.act_bits is None else []
+    return _common(problem) + act16
 
 
 KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("cuda.mma_tile", "mma_tile", "gemm_mma_tile", partial(_cuda_mma_tile, "mma_tile")),
     KernelSpec("cuda.mma_tile_a8", "mma_tile_a8", "gemm_mma_tile_a8", partial(_cuda_mma_tile, "mma_tile_a8")),
-    KernelSpec("cpu.cpu_tile_a16", "cpu_tile_a16", "gemm_cpu_tile_a16", _cpu_tile_a16),
+    KernelSpec("cpu.cpu_tile_a16", "cpu_tile_a16", "gemm_cpu_tile_a16", partial(_cpu_tile, "cpu_tile_a16")),
+    KernelSpec("cpu.cpu_tile_a8", "cpu_tile_a8", "gemm_cpu_tile_a8", partial(_cpu_tile, "cpu_tile_a8")),
 )
-REFERENCE = KernelSpec("reference", "reference", "gemm_reference", _reference)
+REFERENCES: tuple[KernelSpec, ...] = (
+    KernelSpec("reference", "reference", "gemm_reference", _reference),
+    KernelSpec("reference_a8", "reference_a8", "gemm_reference_a8", _reference_a8),
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class KernelTable:
         width = max(len(name) for name, _ in self.rows)
         lines = []
         for name, reasons in self.rows:
-            shown = reasons or (_REFERENCE_HINT if name == REFERENCE.name else "available",)
+            shown = reasons or (_REFERENCE_HINT if name in (spec.name for spec in REFERENCES) else "available",)
             lines += [f"  {name if i == 0 else '':<{width}}  {reason}" for i, reason in enumerate(shown)]
         return "\n".join(lines)
 
@@ -135,7 +142,7 @@ _REFERENCE_HINT = 'available: on_unsupported="reference" (slow)'
 
 def list_kernels(problem: Problem) -> KernelTable:
     """Every kernel and why it cannot run `problem` (empty: it can). Print the result for the table."""
-    return KernelTable(problem, tuple((spec.name, tuple(spec.reasons(problem))) for spec in (*KERNELS, REFERENCE)))
+    return KernelTable(problem, tuple((spec.name, tuple(spec.reasons(problem))) for spec in (*KERNELS, *REFERENCES)))
 
 
 def select(problem: Problem, on_unsupported: OnUnsupported = "raise") -> KernelSpec:
@@ -152,7 +159,7 @@ def select(problem: Problem, on_unsupported: OnUnsupported = "raise") -> KernelS
         raise ArgumentError(
             f"on_unsupported must be one of {', '.join(get_args(OnUnsupported))}, got {on_unsupported!r}"
         )
-    for spec in KERNELS if on_unsupported != "reference" else (*KERNELS, REFERENCE):
+    for spec in KERNELS if on_unsupported != "reference" else (*KERNELS, *REFERENCES):
         if not spec.reasons(problem):
             return spec
     raise UnsupportedProblem(f"no kernel for {problem}\n{list_kernels(problem)}")

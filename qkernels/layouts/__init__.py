@@ -48,10 +48,18 @@ class Layout:
     compiled: bool = False
 
 
-from . import canonical, cpu_tile_a16, mma_tile  # noqa: E402  (they need Layout)
+from . import canonical, cpu_tile_a8, cpu_tile_a16, mma_tile  # noqa: E402  (they need Layout)
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (canonical.LAYOUT, cpu_tile_a16.LAYOUT, mma_tile.LAYOUT, mma_tile.LAYOUT_A8)
+    layout.name: layout
+    for layout in (
+        canonical.LAYOUT,
+        canonical.LAYOUT_A8,
+        cpu_tile_a16.LAYOUT,
+        cpu_tile_a8.LAYOUT,
+        mma_tile.LAYOUT,
+        mma_tile.LAYOUT_A8,
+    )
 }
 
 

@@ -1,4 +1,5 @@
-"""The canonical form as a layout: a `QuantTensor`'s own tensors, one byte a code. It serves `gemm_reference`, on any device.
+"""The canonical form as a layout: a `QuantTensor`'s own tensors, one byte a code. It serves `gemm_reference`, on any device;
+as layout reference_a8 the same tensors serve `gemm_reference_a8`, which quantizes activations to int8.
 
 qweight  uint8 [..., N, K]    codes
 scales   [..., N, G]          source dtype
@@ -7,6 +8,8 @@ k_order  int32 [K]            the columns sorted by group, or None; the codes th
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,3 +52,4 @@ def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor
 
 
 LAYOUT: Layout = Layout("reference", 1, reasons, pack, unpack, buffer_shapes, rows_per_tile=1)
+LAYOUT_A8: Layout = replace(LAYOUT, name="reference_a8")

@@ -18,6 +18,8 @@ they are written below: the lowest bit of k picks the word. `csrc/cpu/kernels.h`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -64,41 +66,64 @@ def pack(qt: QuantTensor) -> dict[str, Tensor | None]:
     N, K, scheme = qt.N, qt.K, qt.scheme
     if why := reasons(N, K, scheme):
         raise ConversionError(f"layout cpu_tile_a16 cannot hold {scheme} with N={N}, K={K}: {'; '.join(why)}")
+    return pack_tiles(qt, _lanes)
+
+
+def pack_tiles(qt: QuantTensor, lanes_of: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor | None]:
+    """`pack`, with the order of the codes inside a lane left to `lanes_of`: (codes [..., rows, octets, 8], width) -> bytes
+    [..., rows, lanes of a row, 4]."""
     k_order = qt.k_order()
     codes = qt.codes if k_order is None else qt.codes[..., k_order.long()]
-    codes = pad(codes, (0, -K % COLUMNS, 0, -N % ROWS_PER_TILE))
-    lead, octets, tiles = codes.shape[:-2], codes.shape[-1] // 8, codes.shape[-2] // ROWS_PER_TILE
-    if code_width(scheme.bits) == 4:  # k = 4 i + 2 h + e is nibble h of byte 2 e + i
-        i_h_e = codes.reshape(*lead, tiles, ROWS_PER_TILE, octets, 2, 2, 2)
-        lanes = (i_h_e[..., 0, :] | (i_h_e[..., 1, :] << 4)).transpose(-1, -2)
-    else:  # k = 2 h + e is byte 2 e + h
-        lanes = codes.reshape(*lead, tiles, ROWS_PER_TILE, octets * 2, 2, 2).transpose(-1, -2)
-    qweight = lanes.movedim(-4, -3).reshape(*lead, tiles, octets * 4 * code_width(scheme.bits) * 8)
+    codes = pad(codes, (0, -qt.K % COLUMNS, 0, -qt.N % ROWS_PER_TILE))
+    lead, octets, tiles = codes.shape[:-2], codes.shape[-1] // COLUMNS, codes.shape[-2] // ROWS_PER_TILE
+    width = code_width(qt.scheme.bits)
+    lanes = lanes_of(codes.reshape(*lead, tiles, ROWS_PER_TILE, octets, COLUMNS), width)
     return {
-        "qweight": qweight.contiguous(),
+        "qweight": lanes.movedim(-3, -2).reshape(*lead, tiles, octets * 4 * width * 8).contiguous(),
         "scales": _pack_groups(qt.scales),
         "zeros": None if qt.zeros is None else _pack_groups(qt.zeros),
         "k_order": k_order,
     }
 
 
+def _lanes(codes: Tensor, width: int) -> Tensor:
+    *lead, octets, _ = codes.shape
+    if width == 4:  # k = 4 i + 2 h + e is nibble h of byte 2 e + i
+        i_h_e = codes.reshape(*lead, octets, 2, 2, 2)
+        return (i_h_e[..., 0, :] | (i_h_e[..., 1, :] << 4)).transpose(-1, -2).reshape(*lead, octets, 4)
+    # k = 2 h + e is byte 2 e + h
+    return codes.reshape(*lead, octets * 2, 2, 2).transpose(-1, -2).reshape(*lead, octets * 2, 4)
+
+
 def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor:
     """The weight that was packed, bit for bit. Buffers from outside go through `layouts.unpack_checked`."""
+    return unpack_tiles(buffers, N, K, scheme, _codes)
+
+
+def unpack_tiles(
+    buffers: Buffers, N: int, K: int, scheme: QuantScheme, codes_of: Callable[[Tensor, int], Tensor]
+) -> QuantTensor:
+    """`unpack` with the inverse of `pack_tiles`' `lanes_of`: (bytes [..., rows, lanes, 4], width) -> the
+    codes of each lane, in the order of k."""
     qweight, scales, zeros, k_order = (buffers[name] for name in ("qweight", "scales", "zeros", "k_order"))
     assert qweight is not None
     assert scales is not None
-    lead, tiles, octets = qweight.shape[:-2], qweight.shape[-2], -(-K // COLUMNS)
-    if code_width(scheme.bits) == 4:
-        i_e = qweight.reshape(*lead, tiles, octets, ROWS_PER_TILE, 2, 2).movedim(-3, -4).transpose(-1, -2)
-        columns = torch.stack([i_e & 15, i_e >> 4], dim=-2)
-    else:
-        columns = qweight.reshape(*lead, tiles, octets * 2, ROWS_PER_TILE, 2, 2).movedim(-3, -4).transpose(-1, -2)
-    codes = columns.reshape(*lead, tiles * ROWS_PER_TILE, octets * COLUMNS)[..., :N, :K]
+    *lead, tiles, _ = qweight.shape
+    width, octets = code_width(scheme.bits), -(-K // COLUMNS)
+    lanes = qweight.reshape(*lead, tiles, octets * width // 4, ROWS_PER_TILE, 4).movedim(-2, -3)
+    codes = codes_of(lanes, width).reshape(*lead, tiles * ROWS_PER_TILE, octets * COLUMNS)[..., :N, :K]
     if k_order is not None:
         codes = torch.empty_like(codes, memory_format=torch.contiguous_format).index_copy_(-1, k_order.long(), codes)
     group_index = group_index_of(k_order, K, scheme)
     true_zeros = None if zeros is None else _unpack_groups(zeros, N)
     return QuantTensor(codes.contiguous(), _unpack_groups(scales, N), true_zeros, group_index, scheme)
+
+
+def _codes(lanes: Tensor, width: int) -> Tensor:
+    byte_pairs = lanes.reshape(*lanes.shape[:-1], 2, 2).transpose(-1, -2)
+    if width == 4:
+        byte_pairs = torch.stack([byte_pairs & 15, byte_pairs >> 4], dim=-2)
+    return byte_pairs
 
 
 def _pack_groups(values: Tensor) -> Tensor:

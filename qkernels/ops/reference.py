@@ -26,6 +26,48 @@ def gemm(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 activations, one scale a token: codes = round(x / max |x| * 127), ties to even, in fp32.
+
+    Args:
+        x: floating `[M, K]`.
+
+    Returns:
+        codes int8 `[M, K]` from -127 to 127, and scales fp32 `[M, 1]` = max |x| / 127. A row of zeros has codes and scale 0;
+        a row with a NaN or an infinity has codes 0 and scale NaN, which makes its row of the product NaN.
+    """
+    x = x.float()
+    largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
+    usable = largest.isfinite() & (largest > 0)
+    # Divided first: 127 / max |x| would overflow where max |x| is below 2^-121.
+    codes = torch.where(usable, x / torch.where(usable, largest, 1) * 127, 0).round()
+    return codes.to(torch.int8), torch.where(largest.isfinite(), largest / 127, torch.nan)
+
+
+def gemm_a8(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor:
+    """`gemm` with int8 activations (`quantize_rows`): exact integer sums over each group, then
+    `y = (sum over groups of sum_g * scale_g) * x_scale + bias` in fp32, rounded once to x's dtype.
+
+    Args:
+        x: floating `[M, K]`.
+        weight: `[N, K]`, symmetric.
+        bias: None or floating `[N]`.
+    """
+    codes, x_scales = quantize_rows(x)
+    groups, length = weight.scheme.num_groups(weight.K), weight.scheme.group_length(weight.K)
+    order = weight.k_order()
+    values = weight.codes.double() - weight.scheme.mid_code  # float64 holds the sums exactly, and has a fast product
+    integers = codes.double()
+    if order is not None:
+        values, integers = values[:, order.long()], integers[:, order.long()]
+    y = x.new_zeros(x.shape[0], weight.N, dtype=torch.float32)
+    for g in range(groups):
+        part = slice(g * length, (g + 1) * length)
+        y = y + (integers[:, part] @ values[:, part].T).float() * weight.scales[:, g].float()
+    y = y * x_scales
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
 def scheme_of(zeros: Tensor | None, bits: int, group_size: int, zeros_are_offsets: bool) -> QuantScheme:
     """The scheme that an op's arguments spell out. "channel" and "tensor" come back as one group of K, which means the same.
 
@@ -61,6 +103,21 @@ def gemm_op(
     scheme = scheme_of(zeros, bits, group_size, zeros_are_offsets)
     zeros = None if scheme.codebook is not None else zeros
     return gemm(x, QuantTensor(qweight, scales, zeros, group_index_of(k_order, x.shape[1], scheme), scheme), bias)
+
+
+def gemm_a8_op(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None, bias: Tensor | None,
+    out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
+) -> Tensor:  # fmt: skip
+    """The op `gemm_reference_a8`; arguments as in `schema`.
+
+    Raises:
+        ArgumentError: zeros are given: int8 activations need symmetric weights.
+    """
+    if zeros is not None:
+        raise ArgumentError(f"zeros must be None with int8 activations, got {list(zeros.shape)}; use gemm_reference")
+    scheme = QuantScheme(bits, group_size, act_bits=8)
+    return gemm_a8(x, QuantTensor(qweight, scales, None, group_index_of(k_order, x.shape[1], scheme), scheme), bias)
 
 
 def dequantize_op(

@@ -7,6 +7,7 @@
 C++ and Triton only implement these; an install without the compiled extension has the same ops, which then say why they
 cannot run. Shapes: x `[M, K]`, result `[M, N]` in x's dtype; the buffers are those of the layout, for one 2-D weight.
 `group_size` is `QuantScheme.group_length(K)`. Gradients flow to x and bias; weights are frozen.
+Where a layout's kernels quantize x to int8 (`_a8`), the gradient is that of the same product without it (straight-through).
 """
 
 from __future__ import annotations
@@ -218,6 +219,7 @@ def _define_all() -> None:
         _define(op, DEQUANTIZE, partial(_fake_dequantize, layout))
         LIBRARY.impl(op, partial(reference.dequantize_op, layout), "CompositeExplicitAutograd")
     LIBRARY.impl("gemm_reference", reference.gemm_op, "CompositeExplicitAutograd")
+    LIBRARY.impl("gemm_reference_a8", reference.gemm_a8_op, "CompositeExplicitAutograd")
     native.load()
     for value in LAYOUTS.values():
         for op in _ops_of(value):

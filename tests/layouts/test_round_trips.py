@@ -82,7 +82,7 @@ def test_a_natural_group_index_that_is_spelled_out_survives(layout: Layout) -> N
 
 
 def test_unknown_layouts_are_named() -> None:
-    with pytest.raises(ArgumentError, match=r"must be one of reference, cpu_tile_a16.*got 'mma'"):
+    with pytest.raises(ArgumentError, match=r"must be one of reference, reference_a8, cpu_tile_a16.*got 'mma'"):
         get_layout("mma")
 
 
@@ -112,6 +112,21 @@ def test_the_bytes_are_those_of_the_contract(bits: int) -> None:
         for k in range(48):
             expected = int(weight.codes[row, order[k]]) if row < 37 and k < 44 else 0
             assert code_by_contract(qweight, bits, row, k) == expected, (row, k)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_bytes_for_int8_activations_are_those_of_the_contract(bits: int) -> None:
+    """Byte j of a lane: codes j and 4 + j of an octet, or code j of a quad."""
+    weight = random_weight(f"w{bits}a8_g8", 37, 44, act_order=True)
+    order, qweight = weight.k_order(), get_layout("cpu_tile_a8").pack(weight)["qweight"]
+    assert order is not None
+    assert qweight is not None
+    for row in (0, 1, 31, 32, 36, 37, 63):
+        for k in range(48):
+            lane, i = divmod(k, 8 if bits <= 4 else 4)
+            byte = int(qweight[row // 32, (lane * 32 + row % 32) * 4 + i % 4])
+            code = byte >> (4 * (i // 4)) & 15 if bits <= 4 else byte
+            assert code == (int(weight.codes[row, order[k]]) if row < 37 and k < 44 else 0), (row, k)
 
 
 def test_columns_are_sorted_by_group_and_padding_is_zero() -> None:

@@ -132,7 +132,7 @@ def reference_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = catalogue.select
 
     def select(problem: catalogue.Problem, on_unsupported: str = "raise") -> catalogue.KernelSpec:
-        return catalogue.REFERENCE if problem.arch == "meta" else chosen(problem, on_unsupported)
+        return catalogue.REFERENCES[0] if problem.arch == "meta" else chosen(problem, on_unsupported)
 
     monkeypatch.setattr("qkernels.nn.linear.select", select)
 

@@ -4,6 +4,7 @@
 //
 //   edge_shapes ISA          exit code 77 if this CPU lacks it
 //   edge_shapes ISA short    qweight one byte too small: must be caught
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -72,8 +73,16 @@ struct Shape {
   int64_t M, N, K, group;
   int bits;
   Type x, scale, zero, bias;
-  bool offsets, ordered, strided;
+  bool offsets, ordered, strided, int8;
 };
+
+// x of one token as the kernels with int8 activations see it
+void quantize(std::vector<double>& x) {
+  float largest = 0;
+  for (const double v : x) largest = std::max(largest, static_cast<float>(std::abs(v)));
+  if (largest == 0) return;
+  for (double& v : x) v = std::rint(static_cast<float>(v) / largest * 127.0f) * (largest / 127.0f);
+}
 
 // The number of wrong entries of y.
 int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
@@ -91,7 +100,8 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   for (int64_t n = 0; n < s.N; ++n) {
     for (int64_t k = 0; k < s.K; ++k) {
       const int code = codes[n * s.K + k] = random_below(1 << s.bits);
-      const int64_t lane = k / per_lane, i = k % per_lane, bit = 16 * (i & 1) + width * (i >> 1);
+      const int64_t lane = k / per_lane, i = k % per_lane;
+      const int64_t bit = s.int8 ? 8 * (i & 3) + 4 * (i >> 2) : 16 * (i & 1) + width * (i >> 1);
       const int64_t at = (lane * cpu::kTileRows + n % cpu::kTileRows) * cpu::kLaneBytes + bit / 8;
       if (!short_of_a_byte) qweight[n / cpu::kTileRows * p.tile_bytes + at] |= static_cast<uint8_t>(code << bit % 8);
     }
@@ -109,6 +119,7 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   if (s.zero != Type::kNone) p.zeros = zeros.memory, p.zero_type = s.zero, p.zeros_are_offsets = s.offsets;
   if (s.bias != Type::kNone) p.bias = bias.memory, p.bias_type = s.bias;
   p.k_order = s.ordered ? order.data() : nullptr;
+  p.int8_activations = s.int8;
   p.y = std::malloc(bytes_of(s.x) * s.M * s.N);
   void* workspace = std::malloc(cpu::workspace_bytes(p, kernels));
   std::memset(workspace, 0xff, cpu::workspace_bytes(p, kernels));
@@ -117,16 +128,23 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   int wrong = 0;
   const double rounding = s.x == Type::kFloat ? 0 : s.x == Type::kHalf ? 1.0 / 2048 : 1.0 / 256;
   for (int64_t m = 0; m < s.M; ++m) {
+    std::vector<double> token(static_cast<size_t>(s.K));
+    for (int64_t k = 0; k < s.K; ++k) token[k] = x.values[m * row + k * step];
+    if (s.int8) quantize(token);
     for (int64_t n = 0; n < s.N; ++n) {
+      double magnitude = 0;
       double y = s.bias == Type::kNone ? 0 : bias.values[n];
       for (int64_t k = 0; k < s.K; ++k) {
         const int64_t at = (n / cpu::kTileRows * p.G + k / s.group) * cpu::kTileRows + n % cpu::kTileRows;
         const double zero = s.zero == Type::kNone ? 1 << (s.bits - 1) : zeros.values[at], code = codes[n * s.K + k];
         const double w = s.offsets ? code * scales.values[at] + zero : (code - zero) * scales.values[at];
         const int64_t column = order[k] < 0 ? 0 : order[k] >= s.K ? s.K - 1 : order[k];
-        y += w * x.values[m * row + column * step];
+        y += w * token[column];
+        magnitude += std::abs(w * token[column]);
       }
-      wrong += !(std::abs(read(s.x, p.y, m * s.N + n) - y) <= rounding * std::abs(y));
+      // Exact but for the output's rounding; with int8 activations, each group and the token's scale round in fp32 too.
+      const double scaled = s.int8 ? std::ldexp(static_cast<double>(p.G + 4) * (magnitude + std::abs(y)), -24) : 0;
+      wrong += !(std::abs(read(s.x, p.y, m * s.N + n) - y) <= scaled + rounding * (std::abs(y) + scaled));
     }
   }
   std::free(workspace), std::free(p.y), std::free(qweight);
@@ -138,6 +156,7 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
 int main(int argc, char** argv) {
   if (argc < 2 || cpu::choose(argv[1]) != nullptr) return 77;
   const cpu::Kernels& kernels = *cpu::current().kernels;
+  const cpu::Kernels& int8 = cpu::int8_kernels(kernels);
   const bool short_of_a_byte = argc > 2 && std::strcmp(argv[2], "short") == 0;
   const Type floats[] = {Type::kFloat, Type::kHalf, Type::kBFloat16};
   int cases = 0, wrong = 0;
@@ -151,8 +170,11 @@ int main(int argc, char** argv) {
           const Type zero_type = zero == 0 ? Type::kNone : zero == 1 ? Type::kUInt8 : floats[cases % 3];
           const Type bias_type = cases % 4 == 3 ? Type::kNone : floats[cases % 4];
           wrong += run({M, N, K, group[cases % 7], bits[cases % 5], floats[cases % 13 % 3], floats[cases % 17 % 3],
-                        zero_type, bias_type, zero == 3, cases % 2 == 1, cases % 19 % 3 == 0},
+                        zero_type, bias_type, zero == 3, cases % 2 == 1, cases % 19 % 3 == 0, false},
                        kernels, short_of_a_byte);
+          wrong += run({M, N, K, group[cases % 7], bits[cases % 5], floats[cases % 13 % 3], floats[cases % 17 % 3],
+                        Type::kNone, bias_type, false, cases % 2 == 1, cases % 19 % 3 == 0, true},
+                       int8, short_of_a_byte);
         }
       }
     }

@@ -15,7 +15,7 @@ from torch.library import Library, opcheck, register_fake
 from qkernels import QuantScheme, QuantTensor, ops
 from qkernels.errors import ArgumentError
 from qkernels.kernels import native
-from qkernels.kernels.catalogue import KERNELS, REFERENCE, Problem
+from qkernels.kernels.catalogue import KERNELS, REFERENCES, Problem
 from qkernels.layouts import get_layout
 from qkernels.ops import schema
 from tests.ops.helpers import DTYPES, arguments, integers
@@ -24,7 +24,7 @@ from tests.strategies import random_weight
 N, K = 40, 96
 # The layouts whose kernels run on this machine's CPU; tests/cuda has the others.
 SMALL = Problem(64, 64, QuantScheme.parse("w4a16_g32"), torch.float32)
-NAMES = [kernel.layout for kernel in (REFERENCE, *KERNELS) if not kernel.reasons(SMALL)]
+NAMES = [kernel.layout for kernel in (*REFERENCES, *KERNELS) if not kernel.reasons(SMALL)]
 layouts = pytest.mark.parametrize("layout", NAMES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 compiled = pytest.mark.skipif(not native.status().isas, reason=f"no compiled extension: {native.status().error}")

@@ -57,7 +57,7 @@ def test_edge_shapes_under_the_sanitizers(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni"])
 def test_no_inline_function_leaks_out_of_an_instruction_set(name: str, tmp_path: Path) -> None:
     """A weak symbol compiled for AVX-512 could be the one that the linker keeps, and crash an older CPU."""
     out = tmp_path / "code.o"

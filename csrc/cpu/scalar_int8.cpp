@@ -1,0 +1,56 @@
+// Products with int8 activations in plain C++: for CPUs without AVX2, and the oracle of the other instruction sets.
+#include "kernels.h"
+#include "rows.h"
+#include "rows_int8.h"
+
+namespace qkernels::cpu {
+namespace {
+
+int code(const Problem& p, int64_t tile, int row, int64_t k) {
+  const uint8_t* bytes = p.qweight + tile * p.tile_bytes;
+  if (p.bits <= 4) return bytes[(k / 8 * kTileRows + row) * kLaneBytes + k % 4] >> (k % 8 < 4 ? 0 : 4) & 15;
+  return bytes[(k / 4 * kTileRows + row) * kLaneBytes + k % 4];
+}
+
+void multiply_tile(const Problem& p, int64_t tile, int64_t m0, int64_t m1) {
+  const int mid = 1 << (p.bits - 1);
+  float total[kBlockRows][kTileRows] = {};
+  int32_t weight[kRun][kTileRows];
+  int32_t sums[kBlockRows][kTileRows];
+  for (int64_t g = 0; g < p.G; ++g) {
+    std::memset(sums, 0, sizeof sums);
+    const int64_t end = p.K < (g + 1) * p.group ? p.K : (g + 1) * p.group;
+    for (int64_t first = g * p.group; first < end; first += kRun) {
+      const int64_t n = end - first < kRun ? end - first : kRun;
+      for (int64_t k = 0; k < n; ++k) {
+        for (int r = 0; r < kTileRows; ++r) weight[k][r] = code(p, tile, r, first + k) - mid;
+      }
+      for (int64_t m = m0; m < m1; ++m) {
+        const int8_t* x = static_cast<const int8_t*>(p.staged.data) + m * p.staged.row_stride + first;
+        for (int64_t k = 0; k < n; ++k) {
+          for (int r = 0; r < kTileRows; ++r) sums[m - m0][r] += weight[k][r] * x[k];
+        }
+      }
+    }
+    for (int r = 0; r < kTileRows; ++r) {
+      const float scale = load(p.scale_type, p.scales, (tile * p.G + g) * kTileRows + r);
+      for (int64_t m = m0; m < m1; ++m) total[m - m0][r] += static_cast<float>(sums[m - m0][r]) * scale;
+    }
+  }
+  float bias[kTileRows];
+  load_bias(p, tile * kTileRows, kTileRows, bias);
+  for (int64_t m = m0; m < m1; ++m) {
+    for (int r = 0; r < kTileRows; ++r) total[m - m0][r] *= p.x_scales[m];
+    store_row(p, m, tile * kTileRows, kTileRows, total[m - m0], bias);
+  }
+}
+
+void multiply(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  for (int t = 0; t < tiles; ++t) multiply_tile(p, tile + t, m0, m1);
+}
+
+}  // namespace
+
+const Kernels kScalarInt8 = {"scalar", Type::kFloat, stage_int8, multiply};
+
+}  // namespace qkernels::cpu

@@ -1,0 +1,116 @@
+// The loops that the vector instruction sets share for int8 activations, as a template over the vectors V:
+//   kRows, Sum, widen, zero, set1, mul, fma, store   as in tile_gemm.h
+//   Integers      int32 sums, or the bytes of one lane of codes a row, or four codes of x in every lane
+//   kTokens       rows of x a block takes: as many as there are registers for
+//   kPairTokens   up to this many rows of x, two tiles are worked on at once, so that more sums are in flight
+//   kByteBias     what `dot_bytes` subtracts from each 8-bit code
+//   dot_nibbles(sum, lanes, x0, x1)  low nibbles times x0 and high ones times x1
+//   dot_bytes(sum, lanes, x)         (bytes - kByteBias) times x
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "rows_int8.h"
+#include "tile_gemm.h"
+
+namespace qkernels::cpu {
+namespace {
+
+// Sums start at what the products leave out: (kByteBias - mid) * (sum of x over the group), so that zero points cost
+// nothing. Integer sums may wrap on the way; the true sum fits (layouts/cpu_tile_a8.py bounds the group).
+template <class V, bool kBytes, int kVectors, int kTokens>
+void multiply_int8_rows(const Problem& p, int64_t tile, int64_t m0) {
+  using Sum = typename V::Sum;
+  using Integers = typename V::Integers;
+  constexpr int kPerTile = kTileRows / V::kRows, kQuadBytes = kTileRows * kLaneBytes;
+  constexpr int kOctetBytes = kBytes ? 2 * kQuadBytes : kQuadBytes;
+  const int32_t start = (kBytes ? V::kByteBias : 0) - (1 << (p.bits - 1));
+  const uint8_t* vectors[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    vectors[v] = p.qweight + (tile + v / kPerTile) * p.tile_bytes + v % kPerTile * V::kRows * kLaneBytes;
+  }
+  const int8_t* rows = static_cast<const int8_t*>(p.staged.data) + m0 * p.staged.row_stride;
+  Sum total[kTokens][kVectors];
+  for (auto& of_token : total)
+    for (Sum& sum : of_token) sum = V::zero();
+  for (int64_t g = 0; g < p.G; ++g) {
+    const Group group = group_of(p, g);
+    Integers acc[kTokens][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kTokens; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::integers(start * p.x_sums[(m0 + r) * p.G + g]);
+    }
+    for (int64_t o = group.first / kOctet; o < group.first / kOctet + group.octets; ++o) {
+      const int8_t* x = rows + o * kOctet;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const uint8_t* codes = vectors[v] + o * kOctetBytes;
+        // One run of 4-bit codes ahead: see prefetch_codes in tile_gemm.h
+        if (v * V::kRows * kLaneBytes % 64 == 0) __builtin_prefetch(codes + 2048);
+        if constexpr (kBytes) {
+          if (v * V::kRows * kLaneBytes % 64 == 0) __builtin_prefetch(codes + kQuadBytes + 2048);
+          const Integers first = V::lanes_at(codes), second = V::lanes_at(codes + kQuadBytes);
+#pragma GCC unroll 8
+          for (int r = 0; r < kTokens; ++r) {
+            acc[r][v] = V::dot_bytes(acc[r][v], first, V::quad(x + r * p.staged.row_stride));
+            acc[r][v] = V::dot_bytes(acc[r][v], second, V::quad(x + r * p.staged.row_stride + 4));
+          }
+        } else {
+          const Integers lanes = V::lanes_at(codes);
+#pragma GCC unroll 8
+          for (int r = 0; r < kTokens; ++r) {
+            const int8_t* octet = x + r * p.staged.row_stride;
+            acc[r][v] = V::dot_nibbles(acc[r][v], lanes, V::quad(octet), V::quad(octet + 4));
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = ((tile + v / kPerTile) * p.G + g) * kTileRows + v % kPerTile * V::kRows;
+      const Sum scale = V::widen(p.scale_type, p.scales, at);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTokens; ++r) total[r][v] = V::fma(V::to_sum(acc[r][v]), scale, total[r][v]);
+    }
+  }
+  constexpr int kCount = kVectors * V::kRows;
+  float bias[kCount], sum[kCount];
+  load_bias(p, tile * kTileRows, kCount, bias);
+  for (int r = 0; r < kTokens; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      V::store(sum + v * V::kRows, V::mul(total[r][v], V::set1(p.x_scales[m0 + r])));
+    }
+    store_row(p, m0 + r, tile * kTileRows, kCount, sum, bias);
+  }
+}
+
+// At most kTokens rows of x
+template <class V, bool kBytes, int kVectors, int kTokens>
+void multiply_int8_last(const Problem& p, int64_t tile, int64_t m0, int64_t tokens) {
+  if (tokens == kTokens) return multiply_int8_rows<V, kBytes, kVectors, kTokens>(p, tile, m0);
+  if constexpr (kTokens > 1) multiply_int8_last<V, kBytes, kVectors, kTokens - 1>(p, tile, m0, tokens);
+}
+
+template <class V, bool kBytes>
+void multiply_int8_tiles(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  constexpr int kPerTile = kTileRows / V::kRows;
+  if (tiles == 2 && m1 - m0 <= V::kPairTokens) {
+    return multiply_int8_last<V, kBytes, 2 * kPerTile, V::kPairTokens>(p, tile, m0, m1 - m0);
+  }
+  for (int t = 0; t < tiles; ++t) {
+    for (int64_t m = m0; m < m1; m += V::kTokens) {
+      multiply_int8_last<V, kBytes, kPerTile, V::kTokens>(p, tile + t, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
+    }
+  }
+}
+
+template <class V>
+void multiply_int8(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (p.bits > 4) return multiply_int8_tiles<V, true>(p, tile, tiles, m0, m1);
+  return multiply_int8_tiles<V, false>(p, tile, tiles, m0, m1);
+}
+
+}  // namespace
+}  // namespace qkernels::cpu

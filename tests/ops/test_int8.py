@@ -1,0 +1,158 @@
+"""int8 activations (cpu_tile_a8): on every instruction set, against `reference.gemm_a8` and against exact integers.
+
+Bound of `test_floating_scales`: both sides have the same integers. Each group's product (1 rounding, or none where it is fused)
+and each addition round by at most u = 2^-24 of the sum of magnitudes S; so do the int32 sum's conversion (none below 2^24), the
+token's scale and the bias: at most G + 4 roundings on either side, and the output's own half unit.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qkernels import QuantScheme, QuantTensor
+from qkernels.errors import ArgumentError, ConversionError
+from qkernels.layouts import get_layout
+from qkernels.ops import reference
+from tests.ops.helpers import DTYPES, arguments, integers
+from tests.strategies import random_weight
+
+LAYOUT = "cpu_tile_a8"
+TOKENS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 63, 64, 65, 130]  # both sides of every block of rows
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def multiply(weight: QuantTensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    result = torch.ops.qkernels.gemm_cpu_tile_a8(*arguments(weight, x, bias, LAYOUT))
+    assert isinstance(result, Tensor)
+    return result
+
+
+def whole_tokens(M: int, K: int, dtype: torch.dtype = torch.float32, most: int = 127) -> Tensor:
+    """Whole numbers with max |x| = 127 in every row: int8 holds them as they are."""
+    x = integers(M, K, dtype=dtype, most=most)
+    x[:, K // 2] = 127
+    return x
+
+
+@pytest.mark.parametrize("scheme", ["w4a8_g32", "w4a8_channel", "w3a8_g8", "w8a8_channel", "w8a8_g64", "w5a8_g16"])
+@pytest.mark.parametrize(("N", "K"), [(70, 200), (1, 1), (33, 75), (96, 256)])
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
+def test_integers_are_exact(isa: str, poisoned_memory: None, scheme: str, N: int, K: int, act_order: bool) -> None:
+    weight = random_weight(scheme, N, K, act_order=act_order, exact=True)
+    for M in TOKENS:
+        x, bias = whole_tokens(M, K, most=3), integers(N)
+        expected = (x.double() @ weight.dequantize().double().T + bias.double()).float()
+        assert torch.equal(multiply(weight, x, bias), expected), M
+        assert torch.equal(reference.gemm_a8(x, weight, bias), expected), M
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("code", ["lowest", "highest"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_extreme_codes_do_not_saturate(isa: str, bits: int, code: str, sign: int) -> None:
+    """Every product as large as it gets: where int16 sums would saturate, they would here."""
+    N, K = 40, 512
+    scheme = QuantScheme(bits, "channel", act_bits=8)
+    codes = torch.full((N, K), 0 if code == "lowest" else scheme.max_code, dtype=torch.uint8)
+    weight = QuantTensor(codes, torch.ones(N, 1), None, None, scheme)
+    for M in (1, 3, 7):
+        assert torch.equal(multiply(weight, torch.full((M, K), 127.0 * sign)), torch.full(
+            (M, N), 127.0 * sign * K * (int(codes[0, 0]) - scheme.mid_code)
+        ))  # fmt: skip
+
+
+@dtypes
+@pytest.mark.parametrize("scheme", ["w4a8_g32", "w4a8_g128", "w8a8_channel"])
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
+def test_floating_scales(isa: str, dtype: torch.dtype, scheme: str, act_order: bool) -> None:
+    N, K = 70, 296
+    weight = random_weight(scheme, N, K, act_order=act_order)
+    for M in (1, 4, 9, 66):
+        x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
+        codes, scales = reference.quantize_rows(x)
+        quantized = codes.double() * scales.double()
+        exact = quantized @ weight.dequantize().double().T
+        magnitude = quantized.abs() @ weight.dequantize().double().abs().T
+        bound = (
+            (weight.scheme.num_groups(K) + 4) * 2**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs() + 1e-30
+        )
+        for y in (multiply(weight, x), reference.gemm_a8(x, weight)):
+            limit = bound + torch.finfo(dtype).eps * bound  # the half unit of the computed value, not of the exact one
+            assert ((y.double() - exact).abs() <= limit + _subnormal(dtype)).all(), M
+        wrong = QuantTensor(weight.codes ^ 1, weight.scales, None, weight.group_index, weight.scheme)
+        assert not ((multiply(wrong, x).double() - exact).abs() <= bound).all()
+
+
+def _subnormal(dtype: torch.dtype) -> float:
+    """Half of the smallest subnormal: the output's rounding below the normal range."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+
+
+@dtypes
+def test_ties_and_tiny_tokens_are_quantized_as_the_reference_does(isa: str, dtype: torch.dtype) -> None:
+    """x = max/127 * (n + 1/2) lies on a tie; a unit weight shows the codes themselves."""
+    K = 64
+    weight = QuantTensor(
+        torch.full((K, K), 8, dtype=torch.uint8) + torch.eye(K, dtype=torch.uint8), torch.ones(K, 1), None, None,
+        QuantScheme(4, "channel", act_bits=8),
+    )  # fmt: skip
+    ties = torch.arange(K).to(dtype) - 31.5
+    ties[0] = 127
+    rows = [
+        ties,
+        -ties,
+        torch.randn(K, generator=torch.Generator().manual_seed(0)).to(dtype),
+        torch.zeros(K, dtype=dtype),
+    ]
+    if dtype != torch.float16:  # below 2^-121, where 127 / max |x| would be infinite
+        rows.append(ties * 2.0**-130)
+    x = torch.stack(rows)
+    codes, scales = reference.quantize_rows(x)
+    assert codes[0, 1:5].tolist() == [-30, -30, -28, -28]
+    assert torch.equal(multiply(weight, x), (codes.float() * scales).to(dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_token_with_no_scale_is_nan_and_leaves_the_others_alone(isa: str, dtype: torch.dtype, value: float) -> None:
+    weight = random_weight("w4a8_g32", 40, 96, exact=True)
+    x = whole_tokens(7, 96, dtype, most=3)
+    expected = multiply(weight, x)
+    x[3, 95] = value
+    expected[3] = torch.nan
+    for y in (multiply(weight, x), reference.gemm_a8(x, weight)):
+        assert torch.equal(y.nan_to_num(777.0), expected.nan_to_num(777.0))
+
+
+def test_rows_do_not_depend_on_their_number(isa: str) -> None:
+    weight = random_weight("w4a8_g32", 70, 200)
+    x = torch.randn(130, 200, generator=torch.Generator().manual_seed(2))
+    whole = multiply(weight, x)
+    for M in TOKENS:
+        assert torch.equal(multiply(weight, x[:M]), whole[:M]), M
+
+
+def test_strides_and_empty_shapes(isa: str) -> None:
+    weight = random_weight("w8a8_g32", 40, 96, act_order=True)
+    x = torch.randn(96, 9, generator=torch.Generator().manual_seed(3)).T
+    assert torch.equal(multiply(weight, x), multiply(weight, x.contiguous()))
+    assert multiply(random_weight("w4a8_g32", 0, 96), x).shape == (9, 0)
+    assert torch.equal(multiply(random_weight("w4a8_g32", 40, 0), x[:, :0], integers(40)), integers(40).expand(9, 40))
+
+
+def test_what_it_refuses() -> None:
+    layout = get_layout(LAYOUT)
+    for scheme, K, why in [
+        ("w4a16_g32", 64, "16-bit activations"),
+        ("w4a8_g12", 64, "group_size 12 is not a multiple of 8"),
+        ("w4a8_channel", (1 << 17) + 8, "could overflow an int32 sum"),
+    ]:
+        assert why in layout.reasons(8, K, QuantScheme.parse(scheme))[0]
+    with pytest.raises(ConversionError, match="16-bit activations"):
+        layout.pack(random_weight("w4a16_g32", 8, 64))
+    x, *buffers = arguments(random_weight("w4a8_g32", 40, 96), torch.ones(2, 96), None, LAYOUT)
+    zeros = torch.zeros(2, 3, 32)
+    with pytest.raises((RuntimeError, ArgumentError), match="zeros must be None with int8 activations"):
+        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], zeros, *buffers[3:])
