@@ -48,10 +48,10 @@ class Layout:
     compiled: bool = False
 
 
-from . import canonical, cpu_tile_a16, mma_tile  # noqa: E402  (they need Layout)
+from . import canonical, cpu_tile_a16, kpack, mma_tile  # noqa: E402  (they need Layout)
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (canonical.LAYOUT, cpu_tile_a16.LAYOUT, mma_tile.LAYOUT)
+    layout.name: layout for layout in (canonical.LAYOUT, cpu_tile_a16.LAYOUT, mma_tile.LAYOUT, kpack.LAYOUT)
 }
 
 
