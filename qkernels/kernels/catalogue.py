@@ -15,7 +15,7 @@ import torch
 from ..errors import ArgumentError, UnsupportedProblem
 from ..layouts import get_layout
 from ..scheme import QuantScheme
-from . import native
+from . import native, triton
 
 OnUnsupported = Literal["raise", "skip", "reference"]
 
@@ -86,13 +86,17 @@ def _cpu_tile_a16(problem: Problem) -> list[str]:
     return reasons + get_layout("cpu_tile_a16").reasons(problem.N, problem.K, problem.scheme)
 
 
+def _needs_sm80(arch: str) -> list[str]:
+    sm = int(arch[2:]) if arch.startswith("sm") else None
+    if arch != "cuda" and sm is None:  # "cuda": a device that this process cannot ask
+        return [f"runs on CUDA devices (got {arch})"]
+    if sm is not None and sm < 80:
+        return [f"needs compute capability 8.0 (A100, RTX 30) or later (got {arch})"]
+    return []
+
+
 def _cuda_mma_tile(problem: Problem) -> list[str]:
-    reasons = _common(problem)
-    sm = int(problem.arch[2:]) if problem.arch.startswith("sm") else None
-    if problem.arch != "cuda" and sm is None:  # "cuda": a device that this process cannot ask
-        reasons.append(f"runs on CUDA devices (got {problem.arch})")
-    elif sm is not None and sm < 80:
-        reasons.append(f"needs compute capability 8.0 (A100, RTX 30) or later (got {problem.arch})")
+    reasons = _common(problem) + _needs_sm80(problem.arch)
     status = native.status()
     if not status.loaded:
         reasons.append(f"the compiled extension is not loaded: {status.error}")
@@ -103,12 +107,22 @@ def _cuda_mma_tile(problem: Problem) -> list[str]:
     return reasons + get_layout("mma_tile").reasons(problem.N, problem.K, problem.scheme)
 
 
+def _triton_kpack(problem: Problem) -> list[str]:
+    reasons = _common(problem) + _needs_sm80(problem.arch)
+    if why := triton.missing():
+        reasons.append(why)
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"activations must be bfloat16 or float16 (got {problem.dtype})")
+    return reasons + get_layout("kpack").reasons(problem.N, problem.K, problem.scheme)
+
+
 def _reference(problem: Problem) -> list[str]:
     return _common(problem) + get_layout("reference").reasons(problem.N, problem.K, problem.scheme)
 
 
 KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("cuda.mma_tile", "mma_tile", "gemm_mma_tile", _cuda_mma_tile),
+    KernelSpec("triton.kpack", "kpack", "gemm_kpack", _triton_kpack),
     KernelSpec("cpu.cpu_tile_a16", "cpu_tile_a16", "gemm_cpu_tile_a16", _cpu_tile_a16),
 )
 REFERENCE = KernelSpec("reference", "reference", "gemm_reference", _reference)
