@@ -30,11 +30,13 @@ def missing() -> str | None:
 
 
 def _gemm(*args: Any) -> Tensor:
-    return _launcher().gemm(*args)
+    out: Tensor = _launcher().gemm(*args)
+    return out
 
 
 def _dequantize(*args: Any) -> Tensor:
-    return _launcher().dequantize(*args)
+    out: Tensor = _launcher().dequantize(*args)
+    return out
 
 
 def _launcher() -> Any:

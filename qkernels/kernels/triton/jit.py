@@ -5,6 +5,8 @@ to a workspace [splits, M, N], which `reduce_parts` adds in order: the result do
 Weights are dequantized in fp32, `(code - zero) * scale`; `gemm` rounds them to x's dtype for the tensor cores, `gemv` does not.
 """
 
+# Triton reads parameters' annotations as its own, and has no name for a pointer.
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -38,12 +40,10 @@ def _weights(
         weights = tl.load(zeros + codes.to(tl.int32)) * scale
     elif ZEROS == SYMMETRIC:
         weights = (codes.to(tl.float32) - MID) * scale
+    elif ZEROS == OFFSETS:
+        weights = codes.to(tl.float32) * scale + tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
     else:
-        zero = tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
-        if ZEROS == OFFSETS:
-            weights = codes.to(tl.float32) * scale + zero
-        else:
-            weights = (codes.to(tl.float32) - zero) * scale
+        weights = (codes.to(tl.float32) - tl.load(zeros + at, mask=mask, other=0).to(tl.float32)) * scale
     return weights
 
 

@@ -79,6 +79,6 @@ def choose(card: str, M: int, N: int, K: int) -> Config:
 
 
 def _entry(row: dict[str, int | str]) -> Entry:
-    shape = [int(row[name]) for name in ("M", "N", "K")]
+    M, N, K = (int(row[name]) for name in ("M", "N", "K"))
     numbers = [int(row[n]) for n in ("block_m", "block_n", "block_k", "programs_per_sm", "num_warps", "num_stages")]
-    return Entry(*shape, Config(str(row["kernel"]), *numbers))
+    return Entry(M, N, K, Config(str(row["kernel"]), *numbers))
