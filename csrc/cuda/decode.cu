@@ -36,7 +36,7 @@ cudaError_t launch_format(const DecodeArguments& p, int tokens, dim3 grid, size_
 
 cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t stream) {
   const int warps = config.warps_n * config.warps_k;
-  if (warps < 1 || warps > kMaxDecodeWarps || call.x.M > config.tokens || config.splits < 1) {
+  if (warps < 1 || warps > most_decode_warps(config.tokens) || call.x.M > config.tokens || config.splits < 1) {
     return cudaErrorInvalidValue;
   }
   DecodeArguments p{};

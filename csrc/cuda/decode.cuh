@@ -1,11 +1,11 @@
 // Decode: y = x W^T for up to 32 tokens. Every byte of the weight is used once, so the kernel is a stream: its floor is
 // bytes / bandwidth, and what it must do is to keep enough of them on the way.
 //
-// A block is 8 (or 4) warps, warps_n * warps_k. Each warp owns one strip of 64 rows and a contiguous range of its
+// A block is 4, 8 or 16 warps, warps_n * warps_k. Each warp owns one strip of 64 rows and a contiguous range of its
 // columns, and runs alone: it asks for its own bytes (cp.async, each lane 16 bytes of each base tile) kStages - 1 steps
-// ahead into its own ring in shared memory, and waits for nobody. 8 warps * 3 steps * 2 KB = 48 KB under way per block
-// in 4 bit; two blocks a multiprocessor make 96 KB, where an H200 needs about 36 KB (4.8 TB/s * 1 us / 132) and an RTX
-// card 10 KB.
+// ahead into its own ring in shared memory, and waits for nobody. 16 warps * 3 steps * 2 KB = 96 KB under way per
+// block in 4 bit, where an H200 wants 64 KB a multiprocessor (36 KB are 4.8 TB/s * 1 us / 132; latency grows under
+// load) and an RTX card 10 KB.
 //
 // x is staged once per block, only its valid rows, and serves warps_n strips: 8 strips at M = 8 read 6 % as many bytes
 // of x as of codes. It is gathered here, so act-order costs no launch. Scales and zeros ride in the same ring.
@@ -18,7 +18,6 @@
 
 namespace qkernels::cuda {
 
-constexpr int kMaxDecodeWarps = 8;
 constexpr int kDecodeStages = 4;
 
 struct DecodeArguments {
@@ -51,7 +50,7 @@ QK_DEVICE void stage_tokens(const DecodeArguments& p, uint32_t to, int first_ste
 }
 
 template <class F, int kTokenTiles>
-__global__ void __launch_bounds__(kMaxDecodeWarps * 32, kTokenTiles < 4 ? 2 : 1) decode(const DecodeArguments p) {
+__global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decode(const DecodeArguments p) {
   QK_SHARED(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int strip = blockIdx.x * p.warps_n + warp % p.warps_n, part = warp / p.warps_n;

@@ -3,7 +3,7 @@
 // A block computes kWarpsN strips (64 rows each) for kWarpsM * 32 tokens; each warp 64 x 32, so that one conversion of
 // a weight fragment (9 instructions in 4 bit) feeds 4 mma, which take the tensor cores of an A100 8 cycles each:
 // conversion hides behind them. 64 x 32 is what two fp32 accumulators of a group's sum and of the total leave room for:
-// about 150 registers.
+// 160 to 200 registers, two blocks of four warps a multiprocessor or one of eight.
 //
 //   tokens  strips  warps  shared memory a stage, 4 bit, groups of 64 and more in 16-bit scales
 //   32      4       4      8.5 KB + 4 KB

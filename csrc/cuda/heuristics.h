@@ -30,6 +30,7 @@ struct Card {
   double wgmma_macs_per_ns;  // 0: the card has none
   int shared_bytes;          // of a multiprocessor, for all of its blocks; a block may have 1 KB less
   double launch_ns;          // of one more kernel in a stream
+  double latency_ns;         // of memory under load
 };
 
 // Whether gemm_sm90.cu was compiled for sm_90a (setup.py); elsewhere its kernels are traps.
@@ -39,19 +40,19 @@ constexpr bool kHasWgmma = true;
 constexpr bool kHasWgmma = false;
 #endif
 
-// A100, RTX 3090, RTX 4090, H200, RTX 5090. mma.sync reaches about 62 % of wgmma on Hopper.
+// A100, RTX 3090, RTX 4090, H200, RTX 5090. mma.sync reaches about 62 % of wgmma on Hopper, whose latency is such that
+// 64 KB under way draw a multiprocessor's share of the bandwidth.
 inline Card card(int sm) {
-  if (sm >= 120) return {1790, 6000, 105e3, 105e3, 0, 100 * 1024, 2000};
-  if (sm >= 90) return {4800, 7000, 240e3, 350e3, kHasWgmma && sm == 90 ? 390e3 : 0, 228 * 1024, 2000};
-  if (sm == 89) return {1008, 5000, 82e3, 82e3, 0, 100 * 1024, 2000};
-  if (sm == 86) return {936, 3000, 35e3, 35e3, 0, 100 * 1024, 2000};
-  return {2039, 4500, 125e3, 125e3, 0, 164 * 1024, 2000};
+  if (sm >= 120) return {1790, 6000, 105e3, 105e3, 0, 100 * 1024, 2000, 1000};
+  if (sm >= 90) return {4800, 7000, 240e3, 350e3, kHasWgmma && sm == 90 ? 390e3 : 0, 228 * 1024, 2000, 1800};
+  if (sm == 89) return {1008, 5000, 82e3, 82e3, 0, 100 * 1024, 2000, 1000};
+  if (sm == 86) return {936, 3000, 35e3, 35e3, 0, 100 * 1024, 2000, 1000};
+  return {2039, 4500, 125e3, 125e3, 0, 164 * 1024, 2000, 1000};
 }
 
 constexpr int kMaxDecodeTokens = 32;
 constexpr int kDecodeOnly = 16;          // up to here, gemm is only for what decode cannot hold
 constexpr double kBlockStart_ns = 1500;  // a block's pipeline fills, its sums meet: once per wave
-constexpr double kLatency_ns = 1000;     // of memory under load
 constexpr double kReachedBandwidth = 0.9, kReachedCublas = 0.9;
 // Two warps on a scheduler convert and multiply in turns; one alone waits for itself.
 constexpr double kReachedMatrixRate = 0.8, kReachedByFewWarps = 0.5;
@@ -108,7 +109,7 @@ inline double fused_ns(const Problem& p, const Config& c) {
   const double x = block_steps * 128.0 * (decode ? p.M : c.tokens);
   const int64_t at_once = busiest < resident ? busiest : resident;
   const double on_the_way = at_once * 3.0 * (decode ? warps * stage : block_strips * stage + c.tokens * 128.0);
-  const double rate = on_the_way / kLatency_ns < 2 * share ? on_the_way / kLatency_ns : 2 * share;
+  const double flow = on_the_way / card.latency_ns, rate = flow < 2 * share ? flow : 2 * share;
   const double all_ns = static_cast<double>(strips) * steps * stage / (kReachedBandwidth * card.bytes_per_ns);
   const double memory_ns = decode ? busiest * codes / rate : 0.0;
   const double l2_ns = busiest * (codes + x) / (card.l2_bytes_per_ns / sms);
@@ -163,7 +164,7 @@ inline int most_splits(const Problem& p) {
 inline Choice best_decode(const Problem& p) {
   Choice best;
   const int tokens = p.M <= 8 ? 8 : p.M <= 16 ? 16 : 32;
-  for (int warps = 4; warps <= 8; warps *= 2) {
+  for (int warps = 4; warps <= most_decode_warps(tokens); warps *= 2) {
     for (int warps_n = 1; warps_n <= warps; warps_n *= 2) {
       for (int splits = 1; splits <= most_splits(p); splits = next_splits(splits)) {
         best.consider(p, {Path::kDecode, tokens, warps_n, warps / warps_n, splits, false});

@@ -97,6 +97,9 @@ struct Config {
   bool half_accumulate;  // kGemm, 4 bit, fp16: accumulate 64 columns in fp16
 };
 
+// Warps of a decode block: 128 registers a thread up to 16 tokens, 255 for 32.
+QK_CONSTEXPR int most_decode_warps(int tokens) { return tokens <= 16 ? 16 : 8; }
+
 // A call of the fused kernels.
 struct Call {
   Weight weight;

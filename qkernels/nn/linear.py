@@ -15,7 +15,7 @@ from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
 from ..layouts import empty_buffers, get_layout, unpack_checked
 from ..quantizers import RTN
 from ..scheme import QuantScheme
-from ..tensor import QuantTensor
+from ..tensor import FLOAT_DTYPES, QuantTensor
 
 BUFFERS = ("qweight", "scales", "zeros", "k_order")
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -74,6 +74,9 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme = QuantScheme.parse(scheme)
+        # What the ops are told beside the buffers.
+        offsets = self.scheme.zeros == "offset"
+        self._numbers = (out_features, self.scheme.bits, self.scheme.group_length(in_features), offsets)
         self.on_unsupported: OnUnsupported = on_unsupported
         device = torch.device(device) if device is not None else torch.get_default_device()
         dtype = dtype or torch.get_default_dtype()
@@ -158,12 +161,17 @@ class QuantLinear(nn.Module):
         device_type = x.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
-        rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-        y = ops.gemm(
-            self.layout, rows, self.qweight, self.scales, self.zeros, self.k_order, self.bias,
-            in_features=self.in_features, out_features=self.out_features, scheme=self.scheme,
-        )  # fmt: skip
-        return y.reshape(*x.shape[:-1], self.out_features)
+        rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+        qweight = self.qweight  # a module looks its buffers up in Python, 0.4 us each
+        buffers = (qweight, self.scales, self.zeros, self.k_order, self.bias)
+        if rows.shape[1] == self.in_features and rows.dtype in FLOAT_DTYPES and rows.device == qweight.device:
+            y = ops.call(f"gemm_{self.layout}", rows, *buffers, *self._numbers)
+        else:  # says what is wrong
+            y = ops.gemm(
+                self.layout, rows, *buffers,
+                in_features=self.in_features, out_features=self.out_features, scheme=self.scheme,
+            )  # fmt: skip
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
     def quant_tensor(self) -> QuantTensor:
         """The weight in canonical form, bit for bit what was packed."""

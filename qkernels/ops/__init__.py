@@ -113,7 +113,20 @@ def _run(
     group_size, offsets = scheme.group_length(in_features), scheme.zeros == "offset"
     args = (x, qweight, scales, zeros, k_order, bias, out_features, scheme.bits, group_size, offsets)
     schema.check_gemm(layout, *args, max_tokens=max_tokens)
-    op = _OPS[f"{kind}_{layout}"]
+    return call(f"{kind}_{layout}", *args)
+
+
+def call(
+    name: str, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
+    bias: Tensor | None, out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
+) -> Tensor:  # fmt: skip
+    """The op `name` on arguments that were checked before: in `gemm` and `gemv`, or when a `QuantLinear` was packed or loaded.
+
+    The checks of `gemm` take 4 us a call in Python, as long as the op of a small decode step; the compiled ops check
+    their arguments in any case, in fewer words.
+    """
+    op = _OPS[name]
+    args = (x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets)
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_gradient or torch.compiler.is_compiling():
         return op(*args)

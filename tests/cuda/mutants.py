@@ -28,6 +28,15 @@ MUTANTS: dict[str, Mutant] = {
     "DECODE_NO_WAIT_FOR_X": Mutant(*DECODE, "cp_async_wait<kDecodeStages - 1>();", "cp_async_wait<kDecodeStages>();"),
     "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of this slot", "// "),
     "GEMM_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*GEMM, "__syncthreads();  // the exchange lies over stages", "// "),
+    # The slot after the one that is being read, instead of the one before: three steps too early.
+    "GEMM_COPIES_TOO_EARLY": Mutant(
+        *GEMM,
+        "if (ahead < end) copy_step(ahead, slot == 0 ? kStages - 1 : slot - 1);",
+        "if (ahead < end) copy_step(ahead, slot);",
+    ),
+    "DECODE_NO_CLAMP": Mutant(
+        "decode.cu", "copy.cuh", "column = column < 0 ? 0 : column >= a.K ? a.K - 1 : column;", ""
+    ),
     "GEMM_NO_ROW_MASK": Mutant(*GEMM, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
     "WGMMA_NO_WAIT": Mutant(*WGMMA, "      wgmma_wait<0>();\n      wgmma_results", "      wgmma_results"),
     "WGMMA_SHORT_WAIT": Mutant(*WGMMA, "wgmma_wait<1>();  // the step before", "wgmma_wait<2>();  // "),

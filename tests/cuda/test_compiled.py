@@ -35,7 +35,7 @@ MULTIPROCESSORS = {"80": 108, "86": 82, "89": 128, "90a": 132, "120": 170}  # A1
 @every_architecture
 def test_no_kernel_spills(arch: str) -> None:
     kernels = compiled_usages("mma_tile", arch)
-    assert len(kernels) > 40
+    assert 40 < len(kernels) <= 96  # what a build of six minutes has room for
     for kernel in kernels.values():
         assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel
         assert kernel.static_shared == 0, kernel

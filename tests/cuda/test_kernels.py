@@ -84,7 +84,7 @@ def test_every_pair_of_code_and_zero(bits: int, dtype: torch.dtype) -> None:
         assert torch.equal(multiply(weight, x, config).int(), expected.int())
 
 
-@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("warps", [4, 8, 16])
 def test_every_arrangement_of_the_warps(warps: int) -> None:
     weight = random_weight("w4a16_g64_asym", 300, 448, exact=True)  # 5 strips, 7 steps: some warps have nothing to do
     x = in_room(integers(3, 448, dtype=torch.float16))

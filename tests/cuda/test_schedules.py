@@ -74,5 +74,21 @@ def test_a_missing_mask_is_an_overflow() -> None:
     assert "heap-buffer-overflow" in found(GEMM, "asan", "GEMM_NO_ROW_MASK")
 
 
+def test_copies_that_come_too_early_are_a_race() -> None:
+    assert DATA_RACE in found(GEMM, "tsan", "GEMM_COPIES_TOO_EARLY")
+
+
+def test_without_the_clamp_an_order_from_outside_reads_outside() -> None:
+    case = Case("w4a16_g32", 3, 40, 96, CASES[0].config, ordered=True)
+    for bug, status in ((None, 0), ("DECODE_NO_CLAMP", 1)):
+        call, _ = case.call()
+        order = call.buffers["k_order"]
+        assert order is not None
+        order[5] = 1 << 20
+        done = replay("mma_tile", call, "asan", bug=bug)
+        assert (done.status != 0) == bool(status), done.report
+        assert ("AddressSanitizer" in done.report) == bool(status)
+
+
 def test_without_a_barrier_a_warp_that_runs_ahead_spoils_the_numbers() -> None:
     assert found(GEMM, "program", "GEMM_NO_BARRIER", "warp_ahead") == "wrong"
