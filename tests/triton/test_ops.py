@@ -80,7 +80,7 @@ def test_traces_into_one_graph_for_any_number_of_tokens() -> None:
     def call_packed(x: torch.Tensor) -> torch.Tensor:
         return torch.ops.qkernels.gemm_kpack(x, *buffers, None, 40, 4, 32, False)
 
-    for M in (2, 5, 64):
+    for M in (7, 5, 64):  # the first is no size of a buffer, which torch would take for the same symbol
         assert compiled(torch.zeros(M, 96, device="meta")).shape == (M, 40)
     assert len(graphs) == 1
     torch._dynamo.reset()
