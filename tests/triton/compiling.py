@@ -50,7 +50,7 @@ def variant(scheme: QuantScheme, K: int, dtype: str, config: Config, *, ordered:
     columns = block_bytes * halves
     kernel = jit.gemv if config.kernel == "gemv" else jit.gemm
     constants = {
-        "MID": float(scheme.mid_code),
+        "MID": scheme.mid_code,
         "ZEROS": 3 if scheme.codebook else _ZEROS[scheme.zeros],
         "UNIFORM": scheme.num_groups(K) == 1 or scheme.group_length(K) % columns == 0,
         "HALVES": halves,

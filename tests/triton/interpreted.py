@@ -153,6 +153,18 @@ def test_empty_weights() -> None:
         assert torch.equal(product(torch.zeros(2, K).half(), weight, bias), bias.expand(2, N))
 
 
+@configs
+def test_a_column_order_from_outside_reads_nothing_past_the_end(config: Config) -> None:
+    weight = random_weight("w4a16_g32", 40, 4096, act_order=True)
+    qweight, scales, zeros, k_order = buffers(weight)
+    assert k_order is not None
+    k_order[0], k_order[1] = 2**31 - 1, -(2**31)
+    x = guarded(torch.ones(1, 4096, dtype=torch.float16))
+    y = launch.gemm(x, qweight, scales, zeros, k_order, None, 40, *numbers(weight), config=config)
+    assert torch.isfinite(y).all()
+    launch.dequantize(qweight, scales, zeros, k_order, 40, 4096, *numbers(weight), torch.float16)
+
+
 # --- controls: each of the checks above can fail ------------------------------------------------------------------------------
 
 

@@ -20,6 +20,12 @@ TABLE = tl.constexpr(3)
 
 
 @triton.jit
+def _column(k_order, columns, known, K):
+    """Where stored columns belong; clamped, since the order may come from a file."""
+    return tl.minimum(tl.maximum(tl.load(k_order + columns, mask=known, other=0), 0), K - 1)
+
+
+@triton.jit
 def _weights(
     codes, scales, zeros, rows, row_mask, columns, first_column, K, G, group_size,
     MID: tl.constexpr, ZEROS: tl.constexpr, UNIFORM: tl.constexpr,
@@ -37,7 +43,7 @@ def _weights(
         mask = row_mask[:, None] & (columns < K)[None, :]
     scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
     if ZEROS == TABLE:
-        weights = tl.load(zeros + codes.to(tl.int32)) * scale
+        weights = tl.load(zeros + (codes.to(tl.int32) & (2 * MID - 1))) * scale  # a code beyond the table wraps
     elif ZEROS == SYMMETRIC:
         weights = (codes.to(tl.float32) - MID) * scale
     elif ZEROS == OFFSETS:
@@ -79,7 +85,7 @@ def gemv(
             known = (columns < K) & (at < last)
             source = columns
             if ORDERED:
-                source = tl.load(k_order + columns, mask=known, other=0)
+                source = _column(k_order, columns, known, K)
             values = tl.load(x_row + source, mask=known, other=0.0).to(tl.float32)
             weights = _weights(
                 codes, scales, zeros, rows, row_mask, columns, start * HALVES + 32 * half, K, G, group_size,
@@ -130,7 +136,7 @@ def gemm(
             known = (columns < K) & (at < last)
             source = columns
             if ORDERED:
-                source = tl.load(k_order + columns, mask=known, other=0)
+                source = _column(k_order, columns, known, K)
             values = tl.load(x_rows + source[None, :], mask=token_mask[:, None] & known[None, :], other=0.0)
             weights = _weights(
                 codes, scales, zeros, rows, row_mask, columns, start * HALVES + 32 * half, K, G, group_size,
@@ -184,7 +190,7 @@ def dequantize(
         known = columns < K
         target = columns
         if ORDERED:
-            target = tl.load(k_order + columns, mask=known, other=0)
+            target = _column(k_order, columns, known, K)
         weights = _weights(codes, scales, zeros, rows, row_mask, columns, 0, K, G, group_size, MID, ZEROS, False)
         where = out + rows.to(tl.int64)[:, None] * K + target[None, :]
         tl.store(where, weights.to(out.dtype.element_ty), mask=row_mask[:, None] & known[None, :])

@@ -98,7 +98,7 @@ def zero_kind(zeros: Tensor | None, zeros_are_offsets: bool) -> int:
 
 def _constants(zeros: Tensor | None, k_order: Tensor | None, bits: int, zeros_are_offsets: bool) -> dict[str, Any]:
     return {
-        "MID": float(1 << (bits - 1)),
+        "MID": 1 << (bits - 1),
         "ZEROS": zero_kind(zeros, zeros_are_offsets),
         "HALVES": 8 // kpack.code_width(bits),
         "ORDERED": k_order is not None,
