@@ -1,5 +1,6 @@
 # make demo        quantize the bundled model, compare, plot      (about 5 minutes after installation)
 # make test        lint, types, formats, all tests               (needs no GPU)
+# make test-full   the same, and every Triton configuration and format compiled for every card
 # make bench       the full benchmark set on this machine, and its page  (hours; `qkernels bench` is the quick one)
 # make gpu-check   all checks and measurements that need a GPU, in parts (takes the environment as it is)
 #
@@ -30,15 +31,18 @@ DEMO_EXTENSION := $(if $(wildcard $(EXTENSION)),$(EXTENSION),build/extension-dem
 build/extension-demo.stamp: export QKERNELS_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
 
 
-.PHONY: help demo test bench gpu-check lint format clean
+.PHONY: help demo test test-full bench gpu-check lint format clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 10
 
 demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo
 
 test: lint $(EXTENSION)
 	$(PY) -m pytest -n $(JOBS) -q
+
+test-full: export QKERNELS_TEST_FULL = 1
+test-full: test
 
 bench: $(EXTENSION)
 	$(PY) -m benchmarks

@@ -73,7 +73,7 @@ def test_layout_takes_strided_weights_and_experts(layout: Layout) -> None:
     dense = random_weight(scheme_taken(layout, "w4a16_g32_asym", "w4a8_g32"), 40, 96, experts=(3,))
     strided = QuantTensor(
         dense.codes.transpose(1, 2).contiguous().transpose(1, 2), dense.scales.transpose(0, 2).contiguous().transpose(0, 2),
-        zeros, None, dense.scheme,
+        dense.zeros, None, dense.scheme,
     )  # fmt: skip
     assert not strided.codes.is_contiguous()
     packed = layout.pack(strided)

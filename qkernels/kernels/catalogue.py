@@ -16,7 +16,7 @@ import torch
 from ..errors import ArgumentError, UnsupportedProblem
 from ..layouts import get_layout
 from ..scheme import QuantScheme
-from . import native
+from . import native, triton
 
 OnUnsupported = Literal["raise", "skip", "reference"]
 
@@ -82,13 +82,17 @@ def _cpu_tile(layout: str, problem: Problem) -> list[str]:
     return reasons + get_layout(layout).reasons(problem.N, problem.K, problem.scheme)
 
 
+def _needs_sm80(arch: str) -> list[str]:
+    sm = int(arch[2:]) if arch.startswith("sm") else None
+    if arch != "cuda" and sm is None:  # "cuda": a device that this process cannot ask
+        return [f"runs on CUDA devices (got {arch})"]
+    if sm is not None and sm < 80:
+        return [f"needs compute capability 8.0 (A100, RTX 30) or later (got {arch})"]
+    return []
+
+
 def _cuda_mma_tile(layout: str, problem: Problem) -> list[str]:
-    reasons = _common(problem)
-    sm = int(problem.arch[2:]) if problem.arch.startswith("sm") else None
-    if problem.arch != "cuda" and sm is None:  # "cuda": a device that this process cannot ask
-        reasons.append(f"runs on CUDA devices (got {problem.arch})")
-    elif sm is not None and sm < 80:
-        reasons.append(f"needs compute capability 8.0 (A100, RTX 30) or later (got {problem.arch})")
+    reasons = _common(problem) + _needs_sm80(problem.arch)
     status = native.status()
     if not status.loaded:
         reasons.append(f"the compiled extension is not loaded: {status.error}")
@@ -97,6 +101,15 @@ def _cuda_mma_tile(layout: str, problem: Problem) -> list[str]:
     if problem.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"activations must be bfloat16 or float16 (got {problem.dtype})")
     return reasons + get_layout(layout).reasons(problem.N, problem.K, problem.scheme)
+
+
+def _triton_kpack(problem: Problem) -> list[str]:
+    reasons = _common(problem) + _needs_sm80(problem.arch)
+    if why := triton.missing():
+        reasons.append(why)
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"activations must be bfloat16 or float16 (got {problem.dtype})")
+    return reasons + get_layout("kpack").reasons(problem.N, problem.K, problem.scheme)
 
 
 def _reference(problem: Problem) -> list[str]:
@@ -112,6 +125,7 @@ def _reference_a8(problem: Problem) -> list[str]:
 KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("cuda.mma_tile", "mma_tile", "gemm_mma_tile", partial(_cuda_mma_tile, "mma_tile")),
     KernelSpec("cuda.mma_tile_a8", "mma_tile_a8", "gemm_mma_tile_a8", partial(_cuda_mma_tile, "mma_tile_a8")),
+    KernelSpec("triton.kpack", "kpack", "gemm_kpack", _triton_kpack),
     KernelSpec("cpu.cpu_tile_a16", "cpu_tile_a16", "gemm_cpu_tile_a16", partial(_cpu_tile, "cpu_tile_a16")),
     KernelSpec("cpu.cpu_tile_a8", "cpu_tile_a8", "gemm_cpu_tile_a8", partial(_cpu_tile, "cpu_tile_a8")),
 )

@@ -48,7 +48,7 @@ class Layout:
     compiled: bool = False
 
 
-from . import canonical, cpu_tile_a8, cpu_tile_a16, mma_tile  # noqa: E402  (they need Layout)
+from . import canonical, cpu_tile_a8, cpu_tile_a16, kpack, mma_tile  # noqa: E402  (they need Layout)
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
@@ -59,6 +59,7 @@ LAYOUTS: dict[str, Layout] = {
         cpu_tile_a8.LAYOUT,
         mma_tile.LAYOUT,
         mma_tile.LAYOUT_A8,
+        kpack.LAYOUT,
     )
 }
 

@@ -34,6 +34,7 @@ DEQUANTIZE = (
     "(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, int out_features, int in_features, int bits, "
     "int group_size, bool zeros_are_offsets, ScalarType dtype) -> Tensor"
 )
+TABLE_LAYOUTS = ("reference", "kpack")  # whose ops take a codebook's table in the place of zeros
 _SLICE_BYTES = 64 << 20  # a gradient dequantizes at most this much of the weight at a time
 
 LIBRARY = Library("qkernels", "DEF")  # the ops live as long as this object
@@ -109,9 +110,9 @@ def check_weight(
 
 
 def _is_table(layout: str, zeros: Tensor, bits: int, zeros_are_offsets: bool) -> bool:
-    """Whether `zeros` is a codebook's table, which the reference op takes in their place; which one, its values say."""
+    """Whether `zeros` is a codebook's table, which some layouts take in their place; which one, its values say."""
     shaped = zeros.dtype == torch.float32 and zeros.dim() == 1 and zeros.shape[0] == 1 << bits
-    return layout == "reference" and shaped and not zeros_are_offsets
+    return layout in TABLE_LAYOUTS and shaped and not zeros_are_offsets
 
 
 def _describe(t: Tensor) -> str:

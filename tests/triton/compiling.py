@@ -1,0 +1,108 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads registers, spills and shared memory off the result.
+
+Never in a process with TRITON_INTERPRET=1: Triton reads that when a kernel is decorated.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qkernels import QuantScheme
+from qkernels.kernels.triton import jit
+from qkernels.kernels.triton.table import Config
+
+# The most shared memory one block may have, bytes: CUDA C++ Programming Guide, table "Technical specifications per compute
+# capability", less the 1 KB that the system keeps where it is counted in.
+SHARED_MEMORY = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448, "sm120": 101376}
+# Arguments that the launcher passes with a value or an address divisible by 16, in shapes that models have.
+DIVISIBLE = (
+    "x", "qweight", "scales", "zeros", "k_order", "bias", "out", "parts", "N", "K", "group_size", "x_stride", "row_bytes",
+    "bytes_per_split",
+)  # fmt: skip
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_ZEROS = {"none": 0, "int": 1, "float": 1, "offset": 2}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one compiled kernel needs."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    ptx: str
+
+
+def variant(scheme: QuantScheme, K: int, dtype: str, config: Config, *, ordered: bool, bias: bool, split: bool) -> Any:
+    """Kernel, signature and constants of one call, as `launch.gemm` makes them."""
+    halves = 2 if scheme.bits <= 4 else 1
+    block_bytes = config.block_bytes(halves, scheme.num_groups(K), scheme.group_length(K))
+    columns = block_bytes * halves
+    kernel = jit.gemv if config.kernel == "gemv" else jit.gemm
+    constants = {
+        "MID": scheme.mid_code,
+        "ZEROS": 3 if scheme.codebook else _ZEROS[scheme.zeros],
+        "UNIFORM": scheme.num_groups(K) == 1 or scheme.group_length(K) % columns == 0,
+        "HALVES": halves,
+        "ORDERED": ordered,
+        "BIAS": bias,
+        "SPLIT": split,
+        "BLOCK_N": config.block_n,
+        "BLOCK_BYTES": block_bytes,
+    }
+    if config.kernel == "gemm":
+        constants["BLOCK_M"] = config.block_m
+    types = pointers(scheme, dtype, ordered=ordered)
+    types |= {"bias": f"*{dtype}" if bias else None, "out": "*fp32" if split else f"*{dtype}"}
+    return kernel, types, constants
+
+
+def pointers(scheme: QuantScheme, dtype: str, *, ordered: bool) -> dict[str, str | None]:
+    """Types of the buffers."""
+    zeros = {"none": None, "int": "*u8"}.get(scheme.zeros, f"*{dtype}")
+    return {
+        "x": f"*{dtype}",
+        "qweight": "*u8",
+        "scales": f"*{dtype}",
+        "zeros": "*fp32" if scheme.codebook else zeros,
+        "k_order": "*i32" if ordered else None,
+    }
+
+
+def compile_for(
+    sm: str, kernel: Any, types: dict[str, str | None], constants: dict[str, Any], **options: Any
+) -> Machine:
+    """Compile for "sm80" …; absent pointers (None) become constants, numbers are int32."""
+    names = list(kernel.arg_names)
+    fixed = constants | {name: None for name, kind in types.items() if kind is None}
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in fixed.items() if name in names},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in DIVISIBLE
+            if name in names and signature[name] != "constexpr"
+        },
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(sm[2:]), 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack, local = map(int, found.groups())
+    return Machine(registers, stack, local, compiled.metadata.shared, compiled.asm["ptx"])

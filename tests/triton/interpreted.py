@@ -1,0 +1,210 @@
+"""Checks of every Triton kernel and format in Triton's interpreter. `test_interpreted.py` runs this file in a process of its own.
+
+Buffers end at guard pages: an access past an end kills the process. Workspaces and results start as NaN.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qkernels import QuantScheme, QuantTensor
+from qkernels.kernels.triton import launch
+from qkernels.kernels.triton.table import Config
+from qkernels.layouts import LAYOUTS
+from tests.strategies import random_weight
+
+from .interpreter import guarded, repair_bfloat16
+
+repair_bfloat16()
+
+SCHEMES = [
+    "w2a16_g32", "w3a16_g24_asym", "w4a16_g32", "w4a16_g16_asym", "w4a16_g64", "w4a16_g64_fzero", "w4a16_g128_offset",
+    "w4a16_channel", "w5a16_g32", "w8a16_g32_asym", "w8a16_g64", "w8a16_tensor", "nf4_g64", "fp4_g32",
+]  # fmt: skip
+DTYPES = [torch.float16, torch.bfloat16]
+GEMV = Config("gemv", 1, 16, 64, 2, 4, 2)
+GEMM = Config("gemm", 16, 32, 64, 2, 4, 2)
+schemes = pytest.mark.parametrize("scheme", SCHEMES)
+act_orders = pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+configs = pytest.mark.parametrize("config", [GEMV, GEMM], ids=["gemv", "gemm"])
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`new_empty` ends at a guard page and holds NaN: whatever a kernel leaves out shows."""
+
+    plain = Tensor.new_empty
+
+    def new_empty(t: Tensor, shape: Any, dtype: torch.dtype | None = None, **others: Any) -> Tensor:
+        if others or shape == 0:  # the interpreter's own, for its view of a buffer
+            return plain(t, shape, dtype=dtype, **others)
+        return guarded(torch.full(shape, float("nan"), dtype=dtype or t.dtype))
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+
+
+def buffers(weight: QuantTensor) -> tuple[Tensor | None, ...]:
+    packed = LAYOUTS["kpack"].pack(weight)
+    return tuple(
+        None if t is None else guarded(t) for t in (packed[n] for n in ("qweight", "scales", "zeros", "k_order"))
+    )
+
+
+def numbers(weight: QuantTensor) -> tuple[int, int, bool]:
+    return weight.scheme.bits, weight.scheme.group_length(weight.K), weight.scheme.zeros == "offset"
+
+
+def product(x: Tensor, weight: QuantTensor, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+    bias = None if bias is None else guarded(bias)
+    return launch.gemm(guarded(x), *buffers(weight), bias, weight.N, *numbers(weight), config=config)
+
+
+def integers(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@schemes
+@act_orders
+@dtypes
+def test_dequantize_is_bit_identical(scheme: str, act_order: bool, dtype: torch.dtype) -> None:
+    for N, K in ((70, 200), (1, 1), (64, 65)):
+        weight = random_weight(scheme, N, K, act_order=act_order)
+        made = launch.dequantize(*buffers(weight), N, K, *numbers(weight), dtype)
+        assert torch.equal(made, weight.dequantize(dtype))
+
+
+def test_dequantize_takes_experts_and_fp32() -> None:
+    weight = random_weight("w4a16_g32_asym", 40, 96, experts=(3,))
+    made = launch.dequantize(*buffers(weight), 40, 96, *numbers(weight), torch.float32)
+    assert torch.equal(made, weight.dequantize())
+
+
+@schemes
+@act_orders
+@dtypes
+@configs
+def test_product_is_exact_where_bits_are_exact(
+    scheme: str, act_order: bool, dtype: torch.dtype, config: Config
+) -> None:
+    """Integers and power-of-two scales: the only rounding left is that of the result."""
+    N, K, M = 70, 200, 3
+    weight = random_weight(scheme, N, K, act_order=act_order, exact=True)
+    x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
+    if (
+        weight.scheme.codebook is not None
+    ):  # its entries are no short fractions: one product a sum, of the rounded entry
+        x, bias = torch.eye(K, dtype=dtype)[:M], torch.zeros(N, dtype=dtype)
+    expected = (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
+    assert torch.equal(product(x, weight, bias, config), expected)
+
+
+@dtypes
+@configs
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (70, 200), (130, 63)])
+def test_random_weights_within_the_rounding(dtype: torch.dtype, config: Config, N: int, K: int) -> None:
+    """Bound: a weight is rounded once (u), K fp32 additions (K 2^-24, generously doubled for the split), the result once (u)."""
+    weight = random_weight("w4a16_g32_asym", N, K)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+    W = weight.dequantize().double()
+    exact, size = x.double() @ W.T, x.double().abs() @ W.abs().T
+    u = torch.finfo(dtype).eps / 2
+    error = (product(x, weight, None, config).double() - exact).abs()
+    assert (error <= (u + 2 * K * 2**-24) * size * (1 + u) + u * exact.abs() + torch.finfo(dtype).tiny).all()
+
+
+@pytest.mark.parametrize("M", [0, 1, 2, 8, 9, 15, 16, 17, 33, 65])
+def test_any_number_of_tokens_with_the_shipped_table(M: int) -> None:
+    weight = random_weight("w4a16_g64_asym", 70, 200, exact=True)
+    x, bias = integers(M, 200, dtype=torch.float16), integers(70, dtype=torch.float16)
+    expected = (x.double() @ weight.dequantize().double().T + bias.double()).half()
+    assert torch.equal(product(x, weight, bias), expected)
+
+
+@configs
+@pytest.mark.parametrize("programs_per_sm", [0, 1, 64])
+def test_splits_add_up(config: Config, programs_per_sm: int) -> None:
+    weight = random_weight("w8a16_g32_asym", 70, 200, exact=True)
+    x = integers(17, 200, dtype=torch.bfloat16)
+    expected = (x.double() @ weight.dequantize().double().T).bfloat16()
+    assert torch.equal(product(x, weight, None, replace(config, programs_per_sm=programs_per_sm)), expected)
+
+
+def test_strided_x_and_other_dtypes_of_scales_and_bias() -> None:
+    weight = random_weight("w4a16_g32", 40, 96, exact=True)
+    wide = QuantTensor(weight.codes, weight.scales.float(), None, None, weight.scheme)
+    x, bias = integers(96, 4, dtype=torch.float16).T, integers(40, dtype=torch.float32)
+    made = launch.gemm(x, *buffers(wide), guarded(bias), 40, *numbers(wide))
+    assert torch.equal(made, (x.double() @ weight.dequantize().double().T + bias.double()).half())
+
+
+def test_empty_weights() -> None:
+    for N, K in ((0, 64), (5, 0)):
+        weight = random_weight("w4a16_g32_asym", N, K)
+        bias = integers(N, dtype=torch.float16)
+        assert torch.equal(product(torch.zeros(2, K).half(), weight, bias), bias.expand(2, N))
+
+
+@configs
+def test_a_column_order_from_outside_reads_nothing_past_the_end(config: Config) -> None:
+    weight = random_weight("w4a16_g32", 40, 4096, act_order=True)
+    qweight, scales, zeros, k_order = buffers(weight)
+    assert k_order is not None
+    k_order[0], k_order[1] = 2**31 - 1, -(2**31)
+    x = guarded(torch.ones(1, 4096, dtype=torch.float16))
+    y = launch.gemm(x, qweight, scales, zeros, k_order, None, 40, *numbers(weight), config=config)
+    assert torch.isfinite(y).all()
+    launch.dequantize(qweight, scales, zeros, k_order, 40, 4096, *numbers(weight), torch.float16)
+
+
+# --- controls: each of the checks above can fail ------------------------------------------------------------------------------
+
+
+@configs
+def test_a_wrong_code_is_noticed(config: Config) -> None:
+    weight = random_weight("w4a16_g32", 40, 96, exact=True)
+    wrong = weight.codes.clone()
+    wrong[39, 95] ^= 1
+    off = QuantTensor(wrong, weight.scales, None, None, weight.scheme)
+    x = torch.ones(1, 96, dtype=torch.float16)
+    assert not torch.equal(product(x, off, None, config), product(x, weight, None, config))
+
+
+def test_a_read_past_the_end_kills_the_process() -> None:
+    """A buffer one strip short, in a child that has to die by SIGSEGV."""
+    weight = random_weight("w4a16_channel", 128, 4096)
+    qweight, scales, zeros, k_order = buffers(weight)
+    assert qweight is not None
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()  # the parent's log shows no trace of a death that is meant
+        signal.alarm(60)
+        launch.gemm(
+            torch.ones(1, 4096).half(),
+            guarded(qweight[:1]),
+            scales,
+            zeros,
+            k_order,
+            None,
+            128,
+            *numbers(weight),
+            config=GEMV,
+        )
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGSEGV
+
+
+def test_scheme_names_cover_every_kind_of_zero_and_codebook() -> None:
+    parsed = [QuantScheme.parse(scheme) for scheme in SCHEMES]
+    assert {scheme.zeros for scheme in parsed} == {"none", "int", "float", "offset"}
+    assert {scheme.codebook for scheme in parsed} == {None, "nf4", "fp4"}

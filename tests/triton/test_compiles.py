@@ -1,0 +1,84 @@
+"""The shipped configurations, compiled for every card they are for: no spills, and shared memory that the card has."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from qkernels import QuantScheme
+from qkernels.kernels.triton import jit
+from qkernels.kernels.triton.table import Config, read
+
+from .compiling import SHARED_MEMORY, Machine, compile_for, pointers, variant
+
+# Cards of the table, and those that "default" may meet: the ones with the least shared memory and the oldest.
+CARDS = [(card, sm) for card in read() for sm in ([card] if card in SHARED_MEMORY else ["sm80", "sm120"])]
+SHIPPED = [
+    pytest.param(sm, config, id=f"{card}-{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
+    for card, sm in CARDS
+    for config in dict.fromkeys(entry.config for entry in read()[card])
+]
+# `make test-full` compiles every format for every card; `make test` for the one with the oldest compiler rules.
+FORMAT_RUNS = [
+    pytest.param(sm, config, id=f"{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
+    for sm in (SHARED_MEMORY if os.environ.get("QKERNELS_TEST_FULL") else ["sm80"])
+    for config in dict.fromkeys(entry.config for entry in read()[sm])
+]
+SCHEMES = ["w4a16_g32_asym", "w4a16_g128_fzero", "w4a16_g64_offset", "w8a16_g128", "w8a16_g32_asym", "nf4_g64"]
+K = 4096
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(sm: str, config: Config, scheme: str, dtype: str, *, ordered: bool = False) -> Machine:
+    """One call of the launcher: split where the configuration splits, with bias where it does not."""
+    split = config.programs_per_sm > 0
+    call = variant(QuantScheme.parse(scheme), K, dtype, config, ordered=ordered, bias=not split, split=split)
+    return compile_for(sm, *call, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def check(machine: Machine, sm: str) -> None:
+    assert machine.stack == machine.local == 0, f"spills: {machine.registers} registers, {machine.stack} bytes of stack"
+    assert machine.shared <= SHARED_MEMORY[sm]
+
+
+@pytest.mark.parametrize(("sm", "config"), SHIPPED)
+def test_shipped_configuration(sm: str, config: Config) -> None:
+    machine = compiled(sm, config, "w4a16_g128", "fp16")
+    check(machine, sm)
+    assert ("mma" in machine.ptx) == (config.kernel == "gemm"), "tensor cores where they are meant, and only there"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("sm", "config"), FORMAT_RUNS)
+def test_every_format(sm: str, config: Config, scheme: str) -> None:
+    check(compiled(sm, config, scheme, "bf16", ordered=True), sm)
+
+
+@pytest.mark.parametrize("sm", SHARED_MEMORY)
+def test_reduction_and_dequantize(sm: str) -> None:
+    check(
+        compile_for(
+            sm, jit.reduce_parts, {"parts": "*fp32", "bias": "*fp16", "out": "*fp16"}, {"BIAS": True, "BLOCK": 1024}
+        ),
+        sm,
+    )
+    types = pointers(QuantScheme.parse("w4a16_g128_asym"), "fp16", ordered=True) | {"out": "*fp16"}
+    constants = {"MID": 8, "ZEROS": 1, "HALVES": 2, "ORDERED": True, "BLOCK_N": 16, "BLOCK_BYTES": 64}
+    check(compile_for(sm, jit.dequantize, types, constants, enable_fp_fusion=False), sm)
+
+
+def test_a_tile_that_no_card_holds_is_noticed() -> None:
+    """Control: Triton compiles it without a word, and both checks see it."""
+    config = next(entry.config for entry in read()["sm80"] if entry.M > 1000)
+    machine = compiled("sm80", replace(config, block_m=256, block_n=256, num_warps=4), "w4a16_g128", "fp16")
+    with pytest.raises(AssertionError):
+        check(machine, "sm80")

@@ -1,0 +1,26 @@
+"""Runs `interpreted.py` with TRITON_INTERPRET=1, which Triton reads once per process, and so in one of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+
+
+def test_every_kernel_and_format_in_the_interpreter() -> None:
+    file = Path(__file__).with_name("interpreted.py")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=env, cwd=file.parents[2], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 150, run.stdout

@@ -1,0 +1,110 @@
+"""The ops on layout kpack as the rest of the package meets them: catalogue, table, fakes, gradients. No Triton needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from qkernels import QuantScheme, ops
+from qkernels.errors import ArgumentError, UnsupportedProblem
+from qkernels.kernels import triton as triton_kernels
+from qkernels.kernels.catalogue import Problem, list_kernels
+from qkernels.kernels.triton.table import Config, choose, read
+from qkernels.layouts import LAYOUTS
+from tests.strategies import random_weight
+
+
+def call(scheme: str, x: torch.Tensor, *, device: str = "cpu", op: Any = ops.gemm) -> torch.Tensor:
+    weight = random_weight(scheme, 40, 96)
+    packed = LAYOUTS["kpack"].pack(weight)
+    buffers = [None if t is None else t.to(device) for t in packed.values()]
+    return op("kpack", x, *buffers, in_features=96, out_features=40, scheme=weight.scheme)
+
+
+def reasons(scheme: str = "w4a16_g128", dtype: torch.dtype = torch.bfloat16, arch: str = "sm90") -> str:
+    rows = dict(list_kernels(Problem(64, 256, QuantScheme.parse(scheme), dtype, arch)).rows)
+    return "; ".join(rows["triton.kpack"])
+
+
+def test_the_catalogue_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernels, "missing", lambda: None)
+    for scheme in ("w4a16_g128", "w3a16_g24_asym", "nf4_g64", "w8a16_channel"):
+        assert not reasons(scheme)
+    assert "8.0" in reasons(arch="sm75")
+    assert "runs on CUDA devices" in reasons(arch="cpu")
+    assert "bfloat16 or float16" in reasons(dtype=torch.float32)
+    assert "int8 activations" in reasons("w4a8_g128")
+    monkeypatch.setattr(triton_kernels, "missing", lambda: "Triton is not installed (pip install triton)")
+    assert "not installed" in reasons()
+
+
+def test_too_old_a_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernels, "version", lambda _: "3.1.0")
+    triton_kernels.missing.cache_clear()
+    try:
+        assert "3.1.0" in (triton_kernels.missing() or "")
+    finally:
+        triton_kernels.missing.cache_clear()
+
+
+def test_cpu_tensors_and_many_tokens_are_refused() -> None:
+    with pytest.raises(UnsupportedProblem, match="runs on CUDA devices"):
+        call("w4a16_g32", torch.zeros(1, 96))
+    with pytest.raises(ArgumentError, match="M <= 8"):
+        call("w4a16_g32", torch.zeros(9, 96), op=ops.gemv)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "nf4_g64"])
+def test_fakes_have_the_shape_and_dtype(scheme: str) -> None:
+    y = call(scheme, torch.zeros(7, 96, dtype=torch.float16, device="meta"), device="meta")
+    assert (y.shape, y.dtype) == ((7, 40), torch.float16)
+
+
+def test_traces_into_one_graph_for_any_number_of_tokens() -> None:
+    """On the meta device, where the fake runs: one compilation serves every M."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: call_packed(x * 2) + 1, fullgraph=True, dynamic=True, backend=backend)
+    weight = random_weight("w4a16_g32", 40, 96).to("meta")
+    buffers = tuple(LAYOUTS["kpack"].pack(weight).values())
+
+    def call_packed(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.qkernels.gemm_kpack(x, *buffers, None, 40, 4, 32, False)
+
+    for M in (7, 5, 64):  # the first is no size of a buffer, which torch would take for the same symbol
+        assert compiled(torch.zeros(M, 96, device="meta")).shape == (M, 40)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_table_takes_the_nearest_shape_and_any_card() -> None:
+    assert choose("sm90", 1, 4096, 4096).kernel == "gemv"
+    assert choose("sm90", 8, 4096, 4096).kernel == "gemm"
+    assert choose("sm90", 5000, 4096, 4096) == next(e.config for e in read()["sm90"] if e.M == 2048)
+    assert choose("sm103", 64, 4096, 4096) == choose("default", 64, 4096, 4096)
+    assert {"default", "sm80", "sm86", "sm89", "sm90", "sm120"} == set(read())
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 24, 96])
+def test_steps_stay_inside_a_group_where_they_can(halves: int, group_size: int) -> None:
+    config = Config("gemm", 16, 64, 256, 4, 4, 2)
+    length = config.block_bytes(halves, 8, group_size)
+    assert length >= 32
+    assert group_size % (length * halves) == 0 or length == 32
+    part = config.bytes_per_split(1, 4096, 2048, length, 132)
+    assert part % length == 0
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, qkernels.kernels.triton; assert 'triton' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
