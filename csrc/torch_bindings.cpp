@@ -100,8 +100,8 @@ template <bool kInt8>
 Tensor gemv_cpu_tile(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
                      const std::optional<Tensor>& k_order, const std::optional<Tensor>& bias, int64_t out_features,
                      int64_t bits, int64_t group_size, bool zeros_are_offsets) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= cpu::kDecodeRows, "gemv takes M <= ", cpu::kDecodeRows,
-                  " rows of x; call gemm");
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= cpu::kDecodeRows, kInt8 ? "gemv_cpu_tile_a8" : "gemv_cpu_tile_a16",
+                  " takes M <= ", cpu::kDecodeRows, " rows of x; call gemm");
   return gemm_cpu_tile<kInt8>(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size,
                               zeros_are_offsets);
 }

@@ -24,7 +24,9 @@ from qkernels.storage import TensorSource, atomic_directory, read_json
 from tests.checkpoints import edit_json, file_bytes, logits, plain_checkpoint, rewritten, small_llama
 from tests.strategies import random_weight, same_weight
 
-NAMES = [name for name in FORMATS if name != "cpu_tile_a8"]  # holds int8-activation schemes alone; the models here have none
+NAMES = [
+    name for name in FORMATS if name != "cpu_tile_a8"
+]  # holds int8-activation schemes alone; the models here have none
 Q = "model.layers.0.self_attn.q_proj"
 
 
