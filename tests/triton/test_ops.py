@@ -37,7 +37,7 @@ def test_the_catalogue_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "8.0" in reasons(arch="sm75")
     assert "runs on CUDA devices" in reasons(arch="cpu")
     assert "bfloat16 or float16" in reasons(dtype=torch.float32)
-    assert "int8 activations" in reasons("w4a8_g128")
+    assert "8-bit activations" in reasons("w4a8_g128")
     monkeypatch.setattr(triton_kernels, "missing", lambda: "Triton is not installed (pip install triton)")
     assert "not installed" in reasons()
 
