@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qkernels.formats import FORMATS, Format
 from qkernels.storage import ShardWriter, TensorSource, read_json, write_json
 
+# Formats that hold weights with 16-bit activations, as the models here are: a layout for int8 activations holds no others.
+A16_FORMATS: dict[str, Format] = {name: fmt for name, fmt in FORMATS.items() if not name.endswith("_a8")}
 IDS = torch.arange(12)[None] * 7 % 64
 
 

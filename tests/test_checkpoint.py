@@ -21,12 +21,10 @@ from qkernels.formats import FORMATS
 from qkernels.formats.directory import QuantizedSource
 from qkernels.model_structure import _parameters_on_meta, empty_model
 from qkernels.storage import TensorSource, atomic_directory, read_json
-from tests.checkpoints import edit_json, file_bytes, logits, plain_checkpoint, rewritten, small_llama
+from tests.checkpoints import A16_FORMATS, edit_json, file_bytes, logits, plain_checkpoint, rewritten, small_llama
 from tests.strategies import random_weight, same_weight
 
-NAMES = [
-    name for name in FORMATS if name != "cpu_tile_a8"
-]  # holds int8-activation schemes alone; the models here have none
+NAMES = list(A16_FORMATS)
 Q = "model.layers.0.self_attn.q_proj"
 
 

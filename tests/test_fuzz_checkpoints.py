@@ -73,7 +73,9 @@ likely = st.fixed_dictionaries(
 changes = st.dictionaries(st.sampled_from(KEYS), junk, max_size=2)
 configs = st.one_of(likely, st.builds(dict.__or__, likely, changes), junk)
 BASES: dict[str, dict[str, Any]] = {
-    name: f.config_of(QuantScheme(4, 16), {"m": QuantScheme(4, 16)}) for name, f in FORMATS.items()
+    name: f.config_of(scheme, {"m": scheme})
+    for name, f in FORMATS.items()
+    for scheme in [QuantScheme(4, 32, act_bits=8 if name.endswith("_a8") else None)]
 }
 PACKED = json.dumps(BASES["compressed-tensors"])
 BASES |= {

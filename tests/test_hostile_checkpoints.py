@@ -13,8 +13,8 @@ import torch
 from qkernels import QuantScheme, inspect
 from qkernels.checkpoint import CheckpointWriter
 from qkernels.errors import CheckpointError
-from qkernels.formats import FORMATS
 from qkernels.storage import TensorSource, read_json, write_json
+from tests.checkpoints import A16_FORMATS
 from tests.strategies import random_weight
 
 JUNK: list[Any] = [
@@ -23,7 +23,7 @@ JUNK: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=A16_FORMATS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     writer = CheckpointWriter(tmp_path, {"model_type": "llama"}, request.param)
     writer.add_quantized("layers.0.a", random_weight("w4a16_g32_asym", 16, 64, act_order=request.param != "awq"))

@@ -12,9 +12,8 @@ import torch
 from qkernels import QuantScheme, inspect, load, replace_linear, save
 from qkernels.checkpoint import CheckpointWriter
 from qkernels.errors import CheckpointError
-from qkernels.formats import FORMATS
 from qkernels.inspection import Engine, Inspection
-from tests.checkpoints import edit_json, plain_checkpoint, rewritten
+from tests.checkpoints import A16_FORMATS, edit_json, plain_checkpoint, rewritten
 from tests.strategies import random_weight
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -25,9 +24,9 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("c")
     model = load(plain_checkpoint(root / "plain"))
     replace_linear(model, "w4a16_g32")
-    for name in FORMATS:
+    for name in A16_FORMATS:
         save(model, root / name, name)
-    return {name: root / name for name in ("plain", *FORMATS)}
+    return {name: root / name for name in ("plain", *A16_FORMATS)}
 
 
 def engine(found: Inspection, name: str) -> Engine:
@@ -44,7 +43,7 @@ def written(directory: Path, format: str, act_order: bool = False, **schemes: st
     return directory
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", A16_FORMATS)
 def test_a_sound_checkpoint(quantized: dict[str, Path], name: str) -> None:
     found = inspect(quantized[name])
     assert (found.format, found.architecture) == (name, "LlamaForCausalLM")
@@ -72,7 +71,7 @@ def test_a_plain_checkpoint(quantized: dict[str, Path]) -> None:
     assert "0 modules" in found.to_markdown()
 
 
-@pytest.mark.parametrize("name", ["plain", *FORMATS])
+@pytest.mark.parametrize("name", ["plain", *A16_FORMATS])
 def test_json_and_markdown_hold_everything(quantized: dict[str, Path], name: str) -> None:
     found = inspect(quantized[name])
     values: dict[str, Any] = json.loads(found.to_json())

@@ -11,9 +11,11 @@ from qkernels import QuantScheme, QuantTensor
 from qkernels.errors import ArgumentError, CheckpointError, ConversionError
 from qkernels.formats import FORMATS, READ_ONLY, Format, detect, get_format
 from qkernels.tensor import validated_group_index
+from tests.checkpoints import A16_FORMATS
 from tests.strategies import random_weight, same_weight, schemes
 
 ALL = pytest.mark.parametrize("chosen", FORMATS.values(), ids=FORMATS)
+A16 = pytest.mark.parametrize("chosen", A16_FORMATS.values(), ids=A16_FORMATS)
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 
 
@@ -74,7 +76,7 @@ def test_config_of_and_write_refuse_the_same_schemes(chosen: Format, scheme: Qua
     assert refused(lambda: chosen.config_of(scheme, {})) == refused(lambda: chosen.write(weight))
 
 
-@ALL
+@A16
 def test_negative_and_zero_scales(chosen: Format) -> None:
     weight = random_weight("w4a16_g32_asym", 16, 64)
     scales = weight.scales * torch.tensor([1.0, -1.0], dtype=torch.float16)
@@ -83,7 +85,7 @@ def test_negative_and_zero_scales(chosen: Format) -> None:
     assert same_weight(parsed(chosen, weight), weight)
 
 
-@ALL
+@A16
 def test_extreme_codes_and_zeros(chosen: Format) -> None:
     for code, zero in ((0, 0), (15, 15), (0, 15), (15, 0)):
         weight = QuantTensor(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import UnsupportedProblem
 from ...ops.schema import LIBRARY
 
-OLDEST = (3, 6)  # of the versions that the tests ran with
+OLDEST = (3, 6)  # compiles these kernels (tests/triton/README.md says which versions were tried)
 
 
 @lru_cache(maxsize=1)
