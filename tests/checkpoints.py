@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qkernels import inspect
+from qkernels.errors import CheckpointError
 from qkernels.formats import FORMATS, Format
 from qkernels.storage import ShardWriter, TensorSource, read_json, write_json
 
@@ -64,3 +66,14 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def file_bytes(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def sound_or_refused(directory: Path) -> bool:
+    """Whether `inspect` takes the checkpoint. A refusal is a `CheckpointError`; anything else that it raises goes on."""
+    try:
+        found = inspect(directory)
+    except CheckpointError:
+        return False
+    found.to_json()
+    found.to_markdown()
+    return True

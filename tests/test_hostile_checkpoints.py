@@ -12,9 +12,8 @@ import torch
 
 from qkernels import QuantScheme, inspect
 from qkernels.checkpoint import CheckpointWriter
-from qkernels.errors import CheckpointError
 from qkernels.storage import TensorSource, read_json, write_json
-from tests.checkpoints import A16_FORMATS
+from tests.checkpoints import A16_FORMATS, sound_or_refused
 from tests.strategies import random_weight
 
 JUNK: list[Any] = [
@@ -32,16 +31,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     writer.close()
     inspect(tmp_path)
     return tmp_path
-
-
-def sound_or_refused(directory: Path) -> bool:
-    try:
-        found = inspect(directory)
-    except CheckpointError:
-        return False
-    found.to_json()
-    found.to_markdown()
-    return True
 
 
 def test_every_field_of_the_config_replaced_by_junk(checkpoint: Path) -> None:
