@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernels, quick, roofs, shapes, timing
+from benchmarks import environment, kernels, quick, roofs, shapes, timing
 from benchmarks.checking import checked_rows, mismatch
 from benchmarks.comparison import compare, to_markdown
 from benchmarks.peers import CONTROL, PEERS, Peer, Prepared, torch_int4pack, torch_linear
@@ -138,6 +141,67 @@ def test_weights_rotate_over_four_caches() -> None:
     for _ in range(7):
         sample()
     assert used == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_memory_is_read_from_a_buffer_far_beyond_the_caches() -> None:
+    """Four reported caches are no memory: a virtual machine's cores may lie on chiplets with a cache each."""
+    assert roofs.buffer_bytes(32 << 20, 16 << 30) == 1 << 30
+    assert roofs.buffer_bytes(256 << 20, 64 << 30) == 4 << 30
+    assert roofs.buffer_bytes(32 << 20, 1 << 30) == 256 << 20  # a small machine
+    read: list[tuple[int, int]] = []
+
+    class Noted:
+        def prepare(self, calls):  # type: ignore[no-untyped-def]
+            read.extend((call.__self__.data_ptr(), call.__self__.nbytes) for call in calls)
+            return lambda: 0.25
+
+    available = 64 << 20  # of the buffer: a quarter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "available_bytes", lambda device: available)
+        sample = roofs.read_sampler(CPU, 1 << 20, Noted())
+    assert [b - a for (a, _), (b, _) in pairwise(read)] == [nbytes for _, nbytes in read[:-1]]  # each byte once
+    assert sum(nbytes for _, nbytes in read) == available // 4
+    assert sample() == pytest.approx(0.25 / (available // 4 / roofs.PIECES))
+
+
+def test_the_share_of_the_memory_is_taken_within_rounds() -> None:
+    """Memory that halves its rate for the last 6 of 16 rounds, and a kernel at 80 % of it: the share stays 80 %."""
+    moved = 64 * 256 * 2 + (64 + 256) * 2
+
+    def nanoseconds_a_byte() -> Iterator[float]:
+        return iter([1.0] * 10 + [2.0] * 6)
+
+    class Bound:
+        def prepare(self, calls):  # type: ignore[no-untyped-def]
+            rate = nanoseconds_a_byte()
+            return lambda: next(rate) * 1e-9 * moved / 0.8
+
+    memory = nanoseconds_a_byte()
+    who = [c for c in kernels.candidates(PROBLEM, CPU, [torch_linear.PEER]) if not c.ours]
+    (row,) = kernels.measure_case(
+        replace(CASE, tokens=(1,)), CPU, LIMITS, who, rounds=16, clock=Bound(), cache=1 << 16,
+        read=lambda: next(memory) * 1e-9,
+    )  # fmt: skip
+    assert row.read_percent == pytest.approx([80, 80, 80])
+    assert row.us_high == pytest.approx(2 * row.us)  # type: ignore[operator]  # what an unpaired share would rest on
+
+
+def test_a_last_level_cache_in_every_chiplet_counts(tmp_path: Path) -> None:
+    for cpu in range(4):
+        for index, (level, kind, size, shared) in enumerate(
+            [
+                (1, "Data", "48K", cpu),
+                (1, "Instruction", "32K", cpu),
+                (2, "Unified", "1M", cpu),
+                (3, "Unified", "32M", cpu // 2),
+            ]
+        ):
+            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, value in [("level", level), ("type", kind), ("size", size), ("shared_cpu_list", shared)]:
+                (folder / name).write_text(f"{value}\n")
+    assert environment.cpu_caches(tmp_path) == {"L1d": 48 << 10, "L2": 1 << 20, "L3": 64 << 20}
+    assert environment.cpu_caches(tmp_path / "cpu0") == {}
 
 
 def test_copies_share_no_memory() -> None:
