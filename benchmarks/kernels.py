@@ -272,7 +272,7 @@ def run_cases(
     limits = roofs.measure(device, cache, 2.0 if seconds is not None else 6.0)
     status = {peer.name: peer.status for peer in peers if peer.status}
     host = host_times(device)
-    read = roofs.read_sampler(device, cache)
+    memory = roofs.read_sampler(device, cache)
     rows: list[Row] = []
 
     def so_far(drift: float | None) -> Run:
