@@ -285,7 +285,7 @@ def run_cases(
     for case in cases:
         problem = Problem(case.layer.N, case.layer.K, case.scheme, case.dtype, arch_of(device))
         rows += measure_case(
-            case, device, limits, candidates(problem, device, peers), rounds, seconds, cache=cache, read=read
+            case, device, limits, candidates(problem, device, peers), rounds, seconds, cache=cache, read=memory
         )
         if progress is not None:
             progress(so_far(None))
