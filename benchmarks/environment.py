@@ -66,12 +66,15 @@ def machine_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of the source tree, with "+changes" where files differ from it; "unknown" outside a repository."""
+    """The commit of the source tree, "+changes" where files other than results differ; "unknown" outside a repository."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return f"{head}+changes" if _git("status", "--porcelain", "--untracked-files=no") else head
+        return f"{head}+changes" if _git(*_CHANGES) else head
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+_CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
 
 
 def _git(*arguments: str) -> str:

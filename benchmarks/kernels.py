@@ -215,6 +215,10 @@ def _filled(
     moved = weight_bytes + (row.M * row.K + row.M * row.N) * itemsize
     operations = 2.0 * row.M * row.N * row.K
     share = None if read is None else ratio_interval(read, seconds)
+    computing = operations / (limits.best_tflops * 1e12)
+    floors = (
+        [max(moved * r, computing) for r in read] if read else [limits.floor_seconds(moved, operations)] * len(seconds)
+    )
     return replace(
         row,
         read_percent=None if share is None else [100 * moved * x for x in (share.median, share.low, share.high)],
@@ -223,7 +227,7 @@ def _filled(
         us_high=interval.high * 1e6,
         gbs=moved / interval.median / 1e9,
         tflops=operations / interval.median / 1e12,
-        roof_percent=100 * limits.floor_seconds(moved, operations) / interval.median,
+        roof_percent=100 * ratio_interval(floors, seconds).median,
         samples_us=[float(f"{s * 1e6:.5g}") for s in seconds],
     )
 

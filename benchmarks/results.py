@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ class Row:
         us, us_low, us_high: median time of a call in microseconds, with its 99 % confidence interval.
         gbs: weight bytes with scales and zero points, plus x and y, in 1e9 a second.
         tflops: 2 M N K in 1e12 a second.
-        roof_percent: the least time that the measured roofs allow over the time taken.
+        roof_percent: the least time that the roofs allow over the time taken: memory as it was read in the same rounds, and the
+            run's matrix rate.
         read_percent: [median, low, high] of the row's GB/s over the memory's, which was read in the same rounds.
         ratios: peer -> [median, low, high] of its time over ours, paired by round; above 1, ours is faster.
         cold_bytes: what the weight copies are worth together; below 4 caches the time is not that of a cold weight.
@@ -104,6 +105,14 @@ def write(run: Run, path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(to_json(run), encoding="utf-8")
     partial.replace(path)
+
+
+def merged(old: Run, new: Run) -> Run:
+    """Rows of both; place, roofs and host times of the newer. Who has a number in one of them is not absent."""
+    rows = [*old.rows, *new.rows]
+    present = {row.candidate for row in rows}
+    absent = {name: why for name, why in (old.absent | new.absent).items() if name not in present}
+    return replace(new, rows=rows, absent=absent)
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ ROWS, ROUNDS = 128, 25
 def product(layout: str, scheme: QuantScheme, N: int, x: Tensor) -> Callable[[], Tensor]:
     """y of a random weight of N rows, waited for."""
     weight = random_weight(N, x.shape[1], scheme, torch.bfloat16)
-    buffers = {n: None if t is None else t.to(DEVICE) for n, t in get_layout(layout).pack(weight).items()}
+    buffers: dict[str, Any] = {
+        n: None if t is None else t.to(DEVICE) for n, t in get_layout(layout).pack(weight).items()
+    }
     call = partial(ops.gemm, layout, x, **buffers, in_features=x.shape[1], out_features=N, scheme=scheme)
     return synchronized(call)  # type: ignore[no-any-return]
 

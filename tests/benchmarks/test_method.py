@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import environment, kernels, quick, roofs, shapes, timing
+from benchmarks import __main__ as full_set
+from benchmarks import environment, kernels, quick, results, roofs, shapes, timing
 from benchmarks.checking import checked_rows, mismatch
 from benchmarks.comparison import compare, to_markdown
 from benchmarks.peers import CONTROL, PEERS, Peer, Prepared, torch_int4pack, torch_linear
@@ -126,6 +127,43 @@ def test_the_full_set_has_every_model_and_both_ends_of_m() -> None:
     assert {case.layer.model for case in cases} >= {"llama-3-8b", "llama-3-70b-tp8", "qwen3-32b", "mixtral-8x7b"}
     assert cases[0].tokens[0] == 1
     assert cases[0].tokens[-1] == 8192
+    assert {case.scheme.act_bits for case in cases} == {None, 8}
+    on_a_cpu = quick.full_cases(CPU)
+    assert len(on_a_cpu) < len(cases) / 2
+    assert len(quick.full_cases(CPU, models=("llama-3-70b",))) == 3 * 4 * len(quick.FULL_SCHEMES)  # 1, 2 and 8 shards
+
+
+def test_a_stopped_full_set_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the second of three cases: the file has the first, the next run measures the other two, a third one nothing."""
+    cases = [replace(CASE, layer=shapes.Layer("test", name, 64, 256)) for name in "abc"]
+    taken: list[str] = []
+
+    def run_cases(cases, device, rounds, seconds, progress):  # type: ignore[no-untyped-def]
+        rows: list[Row] = []
+        for case in cases:
+            if case.layer.name == "b" and not taken.count("b"):
+                taken.append("b")
+                raise KeyboardInterrupt
+            taken.append(case.layer.name)
+            blank = Row("test", case.layer.name, 64, 256, 1, str(case.scheme), "bfloat16", "qkernels k", True, us=1.0)
+            rows += [replace(blank, M=M) for M in case.tokens]
+            now = Run(environment.describe(CPU), LIMITS.to_json(), list(rows), {"peer": "not installed"})
+            progress(now)
+        return now
+
+    monkeypatch.setattr(full_set, "full_cases", lambda *_, **__: cases)
+    monkeypatch.setattr(full_set, "run_cases", run_cases)
+    out = tmp_path / "kernels.json"
+    with pytest.raises(KeyboardInterrupt):
+        full_set.main(["--out", str(out)])
+    assert [row.layer for row in results.read(out).rows] == ["a", "a"]
+    full_set.main(["--out", str(out)])
+    full_set.main(["--out", str(out)])
+    assert taken == ["a", "b", "b", "c"]
+    assert [row.layer for row in results.read(out).rows] == ["a", "a", "b", "b", "c", "c"]
+    monkeypatch.setattr(environment, "commit", lambda: "another")
+    full_set.main(["--out", str(out)])
+    assert taken[4:] == ["a", "b", "c"]
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------------
