@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="of sampling per layer and scheme, at least 8 rounds (default: 8 on a CPU, 60 on CUDA)",
+        help="of sampling per layer and scheme, at least 8 rounds (default: 5 on a CPU, 60 on CUDA)",
     )
     parser.add_argument("--out", type=Path, help="file (default: benchmarks/results/<machine>/kernels.json)")
     args = parser.parse_args(argv)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
 
-    seconds = args.seconds or (60.0 if device.type == "cuda" else 8.0)
+    seconds = args.seconds or (60.0 if device.type == "cuda" else 5.0)
     whole = joined(run_cases(missing, device, args.rounds, seconds, progress=progress))
     results.write(whole, out)
     print(results.to_markdown(whole))

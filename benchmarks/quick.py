@@ -26,7 +26,7 @@ def quick_cases(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> li
 def full_cases(
     device: torch.device, dtype: torch.dtype = torch.bfloat16, models: tuple[str, ...] | None = None
 ) -> list[Case]:
-    """Every layer of `shapes.FULL_SET`, M to 8192; on a CPU of `shapes.CPU_SET`, M to 512, unless `models` are named."""
+    """Every layer of `shapes.FULL_SET`, M to 8192; on a CPU of `shapes.CPU_SET`, M to 256, unless `models` are named."""
     tokens, usual = (TOKENS, FULL_SET) if device.type == "cuda" else (CPU_TOKENS, CPU_SET)
     chosen = usual if models is None else [entry for entry in FULL_SET if entry[0] in models]
     layers = [layer for model, shards in chosen for layer in layers_of(model, shards)]
