@@ -281,6 +281,22 @@ def test_a_right_output_matches_and_small_errors_do_not_pass() -> None:
     assert one is not None
 
 
+def test_the_bound_for_int8_activations_tells_wrong_from_quantized() -> None:
+    """What our kernels and the coarsest peer make of x passes; a wrong row, a scale off by a tenth and 4-bit codes do not."""
+    weight = kernels.random_weight(256, 512, SCHEME, torch.bfloat16).dequantize(torch.float32)
+    x = torch.randn(9, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def product(largest: Tensor, steps: int) -> Tensor:
+        codes = (x.double() / largest * steps).round()
+        return (codes * largest / steps @ weight.double().T).bfloat16()
+
+    by_row, whole = x.double().abs().amax(1, keepdim=True), x.double().abs().max()
+    assert mismatch(product(by_row, 127), x, weight, 8) is None
+    assert mismatch(product(whole, 64), x, weight, 8) is None  # per tensor, one bit in reserve
+    for wrong in (product(by_row, 127).roll(1, 1), product(by_row, 127) * 1.1, product(by_row, 7)):
+        assert "does not match" in str(mismatch(wrong, x, weight, 8))
+
+
 def test_rows_at_both_ends_are_compared() -> None:
     rows = checked_rows(8192).tolist()
     assert rows[:16] == list(range(16))
