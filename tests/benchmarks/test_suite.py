@@ -110,10 +110,10 @@ def test_parts_write_their_outcome_as_they_go_and_are_not_repeated(tmp_path: Pat
 
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
     parts = [
-        gpu_check.Part("good", python(count + "; print('seen')")),
-        gpu_check.Part("bad", python("raise SystemExit(3)")),
-        gpu_check.Part("slow", python("import time; time.sleep(60)"), limit=1),
-        gpu_check.Part("tool", python("0"), needs="no-such-sanitizer"),
+        gpu_check.Part("good", python(count + "; print('seen')"), 1),
+        gpu_check.Part("bad", python("raise SystemExit(3)"), 1),
+        gpu_check.Part("slow", python("import time; time.sleep(60)"), 60, limit=1),
+        gpu_check.Part("tool", python("0"), 1, needs="no-such-sanitizer"),
     ]
     found = {o.part: o.verdict for o in gpu_check.run_all(parts, tmp_path, "abc")}
     assert found == {"good": "passed", "bad": "failed", "slow": "out of time", "tool": "left out"}
@@ -132,6 +132,33 @@ def test_every_part_is_under_ten_minutes_and_can_be_started() -> None:
         assert part.limit < 600
         if "-m" in part.command and (module := part.command[part.command.index("-m") + 1]).startswith("benchmarks"):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module / "__main__.py").exists()
+
+
+def test_a_dry_run_lists_every_part_and_all_could_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--dry-run"]) == 0
+    told = capsys.readouterr().out
+    for part in gpu_check.parts(environment.RESULTS / "GPU" / "gpu-check"):
+        assert part.predicted < part.limit
+        assert re.search(
+            rf"^{part.name} +{part.predicted} s of {part.limit}  (can start|would be left out)", told, re.MULTILINE
+        )
+    assert "Nothing was run on a GPU." in told
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (("-m", "benchmarks.no_such_module"), "does not import"),
+        (("no_such_setup.py", "build"), "is not there"),
+        (("-m", "pytest", "-q", "-m", "gpu", "tests/test_imports.py"), "collects no test"),
+        (("-m", "pytest", "-q", "tests/no_such_test.py"), "collects no test"),
+    ],
+)
+def test_a_dry_run_fails_where_a_part_could_not_start(
+    command: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_check.dry_run([gpu_check.Part("broken", (sys.executable, *command), 1)]) == 1
+    assert re.search(f"broken .*CANNOT START: .*{why}", capsys.readouterr().out)
 
 
 def test_other_bits_are_noticed() -> None:
