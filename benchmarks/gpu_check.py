@@ -5,7 +5,8 @@
     python -m benchmarks.gpu_check --dry-run     what would run and for how long, and whether it could start; needs no GPU
 
 Every part writes its log and verdict under `benchmarks/results/<gpu>/gpu-check/` as it goes, so that a stop loses nothing and
-the next start goes on. Nothing is installed or downloaded; where nvcc is, the extension is built in place.
+the next start goes on. At the end `benchmarks/results/<gpu>/<date>-<commit>.json` has all rows of the kernel benchmarks, and
+the .md beside it the verdicts and tables. Nothing is installed or downloaded; where nvcc is, the extension is built in place.
 Without a GPU it says so and exits with 2. None of this has met a GPU so far.
 """
 
@@ -20,12 +21,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import torch
 
-from . import environment
+from qkernels.markdown import table
+
+from . import environment, results
 from .shapes import GEOMETRIES
 
 LIMIT_SECONDS = 570
@@ -188,6 +192,23 @@ def run_all(chosen: Sequence[Part], out: Path, commit: str, again: bool = False)
     return outcomes
 
 
+def summarize(outcomes: Sequence[Outcome], out: Path, commit: str, day: date) -> Path:
+    """Join what the kernel benchmarks under `out` measured at this commit, and write it with all verdicts beside `out`; returns
+    the Markdown. Percentages of a roof are each of the roof that its own run measured."""
+    runs = [results.read(path) for model in GEOMETRIES if (path := out / f"{model}.json").exists()]
+    runs = [run for run in runs if run.environment.get("commit") == commit]
+    to = out.parent / f"{day.isoformat()}-{commit}.md"
+    lines = [[o.part, o.verdict, f"{o.seconds:.0f}", o.found] for o in outcomes]
+    text = f"# {out.parent.name}, {commit}\n\n{table(['part', 'verdict', 's', 'found'], lines)}\n"
+    if runs:
+        absent = {name: why for run in runs for name, why in run.absent.items()}
+        joined = replace(runs[0], rows=[row for run in runs for row in run.rows], absent=absent)
+        results.write(joined, to.with_suffix(".json"))
+        text += f"\n{results.to_markdown(joined)}"
+    to.write_text(text, encoding="utf-8")
+    return to
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", help="only these")
@@ -211,7 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "gpu-check needs a GPU: this torch sees none (see qkernels doctor). Nothing was checked.", file=sys.stderr
         )
         return NO_GPU
-    outcomes = run_all(chosen, out, environment.commit(), args.again)
+    commit = environment.commit()
+    outcomes = run_all(chosen, out, commit, args.again)
+    print(f"written: {summarize(outcomes, out, commit, date.today())}", file=sys.stderr)
     print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     return 0 if all(outcome.verdict in ("passed", "left out") for outcome in outcomes) else 1
 
