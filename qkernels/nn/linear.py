@@ -16,6 +16,7 @@ from ..layouts import empty_buffers, get_layout, unpack_checked
 from ..quantizers import RTN
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
+from .huge_pages import on_huge_pages
 
 BUFFERS = ("qweight", "scales", "zeros", "k_order")
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -203,7 +204,7 @@ class QuantLinear(nn.Module):
 
     def _pack(self, weight: QuantTensor, device: torch.device) -> None:
         packed = get_layout(self.layout).pack(weight)
-        self._set_buffers({name: None if t is None else t.to(device) for name, t in packed.items()})
+        self._set_buffers({name: None if t is None else on_huge_pages(t.to(device)) for name, t in packed.items()})
 
     def _empty(self, scale_dtype: torch.dtype, ordered: bool, device: torch.device) -> dict[str, Tensor | None]:
         layout = get_layout(self.layout)
@@ -281,7 +282,8 @@ class QuantLinear(nn.Module):
             return
         device = self.qweight.device
         if packing.layout == self.layout:
-            self._set_buffers({name: None if t is None else t.detach().to(device).clone() for name, t in given.items()})
+            own_copy = {name: None if t is None else t.detach().to(device).clone() for name, t in given.items()}
+            self._set_buffers({name: None if t is None else on_huge_pages(t) for name, t in own_copy.items()})
         else:
             self._pack(weight.to(device), device)
         if bias is not None and self.bias is not None:
