@@ -17,6 +17,7 @@ from qkernels import ops
 from qkernels.errors import QKernelsError
 from qkernels.kernels.catalogue import KERNELS, Problem, arch_of
 from qkernels.layouts import get_layout
+from qkernels.nn.huge_pages import on_huge_pages
 from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
 
@@ -73,7 +74,8 @@ def ours(problem: Problem, device: torch.device) -> list[Candidate]:
     """Every kernel of the catalogue that could be meant for this device."""
 
     def prepare(layout: str, weight: QuantTensor) -> Prepared:
-        buffers = {n: None if t is None else t.to(device) for n, t in get_layout(layout).pack(weight).items()}
+        packed = get_layout(layout).pack(weight)  # placed as QuantLinear does it
+        buffers = {n: None if t is None else on_huge_pages(t.to(device)) for n, t in packed.items()}
         call = partial(ops.gemm, layout, in_features=weight.K, out_features=weight.N, scheme=weight.scheme)
         return Prepared(
             buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()), activation_bits=weight.scheme.act_bits

@@ -21,6 +21,7 @@ from benchmarks.results import Row, Run
 from benchmarks.statistics import median_interval, ratio_interval, verdict
 from qkernels.errors import ArgumentError
 from qkernels.kernels.catalogue import Problem
+from qkernels.nn.huge_pages import HUGE_PAGE, begins_huge_page, on_huge_pages
 from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
 
@@ -248,6 +249,12 @@ def test_copies_share_no_memory() -> None:
     copied["a"].fill_(7)
     assert original["a"].sum() == 0
     assert copied["b"][0].data_ptr() != original["b"][0].data_ptr()
+
+
+def test_copies_lie_on_pages_of_the_same_size() -> None:
+    plain = torch.zeros(HUGE_PAGE, dtype=torch.uint8)
+    assert not begins_huge_page(timing.copy_tensors(plain))
+    assert begins_huge_page(timing.copy_tensors(on_huge_pages(plain)))
 
 
 def test_rounds_are_interleaved_and_turn() -> None:
