@@ -118,6 +118,24 @@ def test_product_is_exact_where_bits_are_exact(kernels: Any, scheme: str, dtype:
     assert races(made) == set()
 
 
+@configs
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 64), (1, 64, 1), (2, 1, 1), (16, 16, 16), (3, 33, 49), (2, 15, 201)],
+    ids="{0[0]}x{0[1]}x{0[2]}".format,
+)
+def test_odd_shapes(kernels: Any, shape: tuple[int, int, int], config: Config) -> None:
+    """Triton compiles a number 1 into the code, and numbers and addresses that are multiples of 16 apart from others."""
+    made, (M, N, K) = kernels(), shape
+    for scheme in ("w4a16_g24_asym", "w8a16_channel"):
+        weight, x, bias, expected = problem(scheme, M, N, K, torch.bfloat16)
+        unaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(M, K)
+        for given in (x, unaligned):
+            assert torch.equal(product(weight, given, bias, config), expected)
+        assert torch.equal(dequantized(weight, torch.bfloat16), weight.dequantize(torch.bfloat16))
+    assert races(made) == set()
+
+
 @schemes
 @dtypes
 def test_dequantize_is_bit_identical(kernels: Any, scheme: str, dtype: torch.dtype) -> None:
