@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qkernels import QuantLinear, load, replace_linear
 from qkernels.nn import fuse_linear, unfuse_linear
 from qkernels.nn.fused import DECODE_TOKENS, FusedGroup
+from tests.nn.test_linear import COPIES, torch_ops_of
 from tests.strategies import random_weight, same_weight
 
 transformers = pytest.importorskip("transformers")
@@ -198,6 +199,14 @@ def test_parts_are_what_the_layers_give(picked: list[int], tokens: int, weight: 
         assert y.is_contiguous()
         assert same_weight(f.quant_tensor(), a.quant_tensor())
     assert len(picked) == (0 if tokens > DECODE_TOKENS else 3)
+
+
+@torch.no_grad()
+def test_three_layers_are_one_product() -> None:
+    layers, x = group_of(), token()
+    ops = torch_ops_of(lambda: [layer(x) for layer in layers])
+    assert ops["qkernels::gemm_cpu_tile_a16"] == ops["aten::empty"] == 1
+    assert not COPIES & ops.keys()
 
 
 def other_input_between(q: QuantLinear, k: QuantLinear, x: Tensor) -> Tensor:
