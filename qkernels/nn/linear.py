@@ -180,7 +180,7 @@ class QuantLinear(nn.Module):
                 self.layout, rows, *buffers,
                 in_features=self.in_features, out_features=self.out_features, scheme=self.scheme,
             )  # fmt: skip
-        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def quant_tensor(self) -> QuantTensor:
         """The weight in canonical form, bit for bit what was packed."""
