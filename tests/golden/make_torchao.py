@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from mslk.quantize.shuffle import int4_row_quantize_zp
 from safetensors import safe_open
 from store import store
-from mslk.quantize.shuffle import int4_row_quantize_zp
 from torchao.quantization import (
     Int4WeightOnlyConfig,
     Int8WeightOnlyConfig,
