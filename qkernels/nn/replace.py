@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
+from ..model_structure import is_conv1d
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
+from .fused import FuseReport, fuse_linear
 from .linear import BUFFERS, QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class ReplaceReport:
     skipped: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    fusing: FuseReport | None = None
 
     def __str__(self) -> str:
         schemes = sorted({str(r.scheme) for r in self.replaced.values()})
@@ -45,7 +48,8 @@ class ReplaceReport:
             f"replaced {len(self.replaced)} linear layers ({', '.join(schemes) or 'none'}), skipped {len(self.skipped)}; "
             f"model {self.bytes_before * mib:.1f} -> {self.bytes_after * mib:.1f} MiB"
         ]
-        return "\n".join(lines + [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()])
+        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines if self.fusing is None else [*lines, str(self.fusing)])
 
 
 def replace_linear(
@@ -54,6 +58,7 @@ def replace_linear(
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str = ("lm_head",),
     overrides: Mapping[str, QuantScheme | str] | None = None,
+    fuse: bool = False,
     on_unsupported: OnUnsupported = "raise",
     progress: bool = True,
 ) -> ReplaceReport:
@@ -68,12 +73,14 @@ def replace_linear(
         include: only layers that match one of these patterns; None means all.
         exclude: never layers that match one of these.
         overrides: pattern -> scheme; the first match wins.
+        fuse: let q, k, v and gate, up share one packed matrix where the architecture is known and a kernel allows it, with the
+            same results and state dict (see `fuse_linear`); the report's `fusing` says where, and why not elsewhere.
         on_unsupported: "raise" before anything is changed; "skip" leaves the layer as it is, with the reason in the report;
             "reference" runs it on the slow plain-PyTorch kernel.
         progress: show a progress bar if it takes more than two seconds.
 
     Returns:
-        The report: `.replaced`, `.skipped[name] = reason`, `.bytes_before`, `.bytes_after` of the whole model.
+        The report: `.replaced`, `.skipped[name] = reason`, `.bytes_before`, `.bytes_after` of the whole model, `.fusing`.
 
     Raises:
         SchemeError: a scheme cannot be parsed.
@@ -97,6 +104,7 @@ def replace_linear(
     if not report.replaced:
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")
     report.bytes_after = model_bytes(model)
+    report.fusing = fuse_linear(model) if fuse else None
     logger.info("%s", report)
     return report
 
@@ -144,12 +152,6 @@ def as_linear(module: nn.Module) -> nn.Linear | None:
     linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
     linear.bias = module.bias  # type: ignore[assignment]
     return linear
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, told by name and shape, for transformers need not be installed."""
-    weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def linear_names(model: nn.Module) -> list[str]:
