@@ -1,7 +1,7 @@
 # make demo        quantize the bundled model, compare, plot      (about 5 minutes after installation)
 # make test        lint, types, formats, all tests               (needs no GPU)
 # make test-full   the same, and every Triton configuration and format compiled for every card
-# make bench       the full benchmark set on this machine, and its page  (hours; `qkernels bench` is the quick one)
+# make bench       the full benchmark set on this machine, and its page  (10 minutes on a CPU; `qkernels bench`: half a minute)
 # make gpu-check   all checks and measurements that need a GPU, in parts (takes the environment as it is);
 #                  DRY=--dry-run lists them, and proves that each could start, without a GPU
 #

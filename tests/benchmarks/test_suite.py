@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -94,6 +96,31 @@ def test_bench_refuses_before_it_measures(tmp_path: Path, capsys: pytest.Capture
     if not torch.cuda.is_available():
         assert main(["bench", "--device", "cuda:0"]) == 1
         assert "this torch sees no GPU" in capsys.readouterr().err
+
+
+def test_bench_of_an_installed_package_says_where_the_suite_is(tmp_path: Path) -> None:
+    """The package as a wheel lays it out, without benchmarks/ beside it: refused away from a clone, found inside one."""
+    shutil.copytree(ROOT / "qkernels", tmp_path / "site" / "qkernels", ignore=shutil.ignore_patterns("__pycache__"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    command = [
+        sys.executable,
+        "-c",
+        "from qkernels.cli.main import main; exit(main())",
+        "bench",
+        "--compare",
+        "no-such.json",
+    ]  # ends before it measures
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
+    outside, inside = (
+        subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        for place in (empty, ROOT)
+    )
+    assert outside.returncode == 1
+    assert f"no benchmarks/ beside {tmp_path / 'site' / 'qkernels'} or in {empty}" in outside.stderr
+    assert "run this in a clone of the repository" in outside.stderr
+    assert "Traceback" not in outside.stderr
+    assert "no-such.json" in inside.stderr
 
 
 # --- gpu-check -------------------------------------------------------------------------------------------------------------
@@ -242,6 +269,10 @@ def test_the_guard_knows_compilers_and_lost_figures() -> None:
         in guard.regressions(committed, {**fine, "instructions per weight": {"a": 1.2}}, "g++ 12")[0]
     )
     assert "no longer measured" in guard.regressions(committed, {"spills": {"avx2": 1.0}}, "g++ 12")[0]
+    added = {**fine, "spills": {"avx2": 100.0, "new": 0.0}}
+    assert guard.regressions(committed, added, "g++ 12") == [
+        "spills, new: not committed; python -m benchmarks.guard --update"
+    ]
 
 
 @pytest.mark.slow
@@ -288,8 +319,6 @@ def test_the_inner_loop_is_found_in_sass() -> None:
 
 
 def test_micro_benchmarks_run() -> None:
-    import os
-
     command = [
         sys.executable,
         "-m",
