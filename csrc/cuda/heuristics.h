@@ -41,10 +41,11 @@ constexpr bool kHasWgmma = false;
 #endif
 
 // A100, RTX 3090, RTX 4090, H200, RTX 5090. mma.sync reaches about 62 % of wgmma on Hopper, whose latency is such that
-// 64 KB under way draw a multiprocessor's share of the bandwidth.
+// 64 KB on their way draw a multiprocessor's share of the bandwidth.
 inline Card card(int sm) {
   if (sm >= 120) return {1790, 6000, 105e3, 105e3, 0, 100 * 1024, 2000, 1000};
-  if (sm >= 90) return {4800, 7000, 240e3, 350e3, kHasWgmma && sm == 90 ? 390e3 : 0, 228 * 1024, 2000, 1800};
+  if (sm >= 90)
+    return {4800, 7000, 240e3, 350e3, kHasWgmma && sm == 90 ? 390e3 : 0, 228 * 1024, 2000, 65536 * 132 / 4800.0};
   if (sm == 89) return {1008, 5000, 82e3, 82e3, 0, 100 * 1024, 2000, 1000};
   if (sm == 86) return {936, 3000, 35e3, 35e3, 0, 100 * 1024, 2000, 1000};
   return {2039, 4500, 125e3, 125e3, 0, 164 * 1024, 2000, 1000};
@@ -60,12 +61,12 @@ constexpr double kReachedMatrixRate = 0.8, kReachedByFewWarps = 0.5;
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Shared memory of a block, which is also what the launchers ask for. `stage`: bytes of one strip in one step.
-inline int decode_warp_bytes(int tokens, int stage) {  // its ring of four, or its totals afterwards
-  const int ring = 4 * stage, totals = tokens * (kStripRows + 4) * 4;
+inline int decode_warp_bytes(int tokens, int stage, int width) {  // its ring, or its totals afterwards
+  const int ring = decode_stages(tokens, width) * stage, totals = tokens * (kStripRows + 4) * 4;
   return ring > totals ? ring : totals;
 }
-inline int decode_shared_bytes(const Config& c, int M, int stage, int steps) {
-  return divide_up(steps, c.splits) * M * 128 + c.warps_n * c.warps_k * decode_warp_bytes(c.tokens, stage);
+inline int decode_shared_bytes(const Config& c, int M, int stage, int width, int steps) {
+  return divide_up(steps, c.splits) * M * 128 + c.warps_n * c.warps_k * decode_warp_bytes(c.tokens, stage, width);
 }
 inline int gemm_strips(int tokens) { return tokens == 32 ? 4 : 2; }
 inline int gemm_shared_bytes(const Config& c, int stage, int width) {
@@ -78,53 +79,88 @@ inline int wgmma_stage_bytes(int tokens, int stage) {
 // Six stages, a barrier pair each, and what it takes to start at a multiple of 1024.
 inline int wgmma_shared_bytes(int tokens, int stage) { return 1024 + 6 * (wgmma_stage_bytes(tokens, stage) + 16); }
 
-// The model's time for the fused kernels; 1e30 where the card cannot hold a block.
-inline double fused_ns(const Problem& p, const Config& c) {
+// The blocks of a fused kernel, and how they meet the card.
+struct Blocks {
+  int strips, steps, warps;  // of one block
+  int stage;                 // bytes of one strip in one step
+  int resident;              // how many a multiprocessor holds at a time; 0: not one
+  int64_t busiest;           // how many the multiprocessor runs that has most
+  int64_t at_once() const { return busiest < resident ? busiest : resident; }
+  double codes() const { return static_cast<double>(strips) * steps * stage; }  // bytes, with scales and zeros
+};
+
+inline Blocks blocks_of(const Problem& p, const Config& c) {
   const Card card = cuda::card(p.sm);
   const bool decode = c.path == Path::kDecode, wgmma = c.path == Path::kGemmSm90;
-  const int width = p.bits <= 4 ? 4 : 8, stage = step_bytes(width) + p.group_bytes, sms = p.multiprocessors;
-  const int strips = divide_up(p.N, kStripRows), steps = p.K > 0 ? divide_up(p.K, kStepColumns) : 1;
-  const int shared = decode  ? decode_shared_bytes(c, p.M, stage, steps)
-                     : wgmma ? wgmma_shared_bytes(c.tokens, stage)
-                             : gemm_shared_bytes(c, stage, width);
-  if (shared + 1024 > card.shared_bytes || (wgmma && card.wgmma_macs_per_ns == 0)) return 1e30;
+  const int width = p.bits <= 4 ? 4 : 8, steps = p.K > 0 ? divide_up(p.K, kStepColumns) : 1;
+  Blocks b{};
+  b.stage = step_bytes(width) + p.group_bytes;
+  b.strips = decode ? c.warps_n : wgmma ? 2 : gemm_strips(c.tokens);
+  b.steps = divide_up(steps, c.splits);
+  b.warps = decode ? c.warps_n * c.warps_k : wgmma ? 12 : c.tokens == 128 ? 8 : 4;
+  const int64_t along_n = divide_up(divide_up(p.N, kStripRows), b.strips), along_m = divide_up(p.M, c.tokens);
+  b.busiest = divide_up(along_n * c.splits * (decode ? 1 : along_m), p.multiprocessors);
+  if (wgmma && card.wgmma_macs_per_ns == 0) return b;
 
-  // How many blocks, and how many of them a multiprocessor runs at a time: shared memory, and registers (128 a thread
-  // in decode up to 16 tokens, 168 with wgmma, 200 else).
-  const int block_strips = decode  ? c.warps_n
-                           : wgmma ? 2
-                                   : gemm_strips(c.tokens),
-            block_steps = divide_up(steps, c.splits);
-  const int64_t blocks =
-      static_cast<int64_t>(divide_up(strips, block_strips)) * c.splits * (decode ? 1 : divide_up(p.M, c.tokens));
-  const int warps = decode ? c.warps_n * c.warps_k : wgmma ? 12 : c.tokens == 128 ? 8 : 4;
-  const int by_registers = 65536 / (32 * warps * (decode && c.tokens <= 16 ? 128 : wgmma ? 168 : 200));
+  // Shared memory, and registers: 128 a thread in decode up to 16 tokens, 168 with wgmma, 240 else.
+  const int shared = decode  ? decode_shared_bytes(c, p.M, b.stage, width, steps)
+                     : wgmma ? wgmma_shared_bytes(c.tokens, b.stage)
+                             : gemm_shared_bytes(c, b.stage, width);
+  const int by_registers = 65536 / (32 * b.warps * (decode && c.tokens <= 16 ? 128 : wgmma ? 168 : 240));
   const int by_shared = card.shared_bytes / (shared + 1024);
-  const int resident = by_shared < by_registers ? by_shared : by_registers;
-  const int64_t busiest = divide_up(blocks, sms);  // blocks of the multiprocessor that has most
+  b.resident = by_shared < by_registers ? by_shared : by_registers;
+  return b;
+}
 
-  // Its bytes. It may draw twice its share of the bandwidth while others idle, and no more than what is on its way
-  // (three stages of each warp, or of each block) within one latency.
-  const double share = card.bytes_per_ns / sms, codes = static_cast<double>(block_strips) * block_steps * stage;
-  const double x = block_steps * 128.0 * (decode ? p.M : c.tokens);
-  const int64_t at_once = busiest < resident ? busiest : resident;
-  const double on_the_way = at_once * 3.0 * (decode ? warps * stage : block_strips * stage + c.tokens * 128.0);
-  const double flow = on_the_way / card.latency_ns, rate = flow < 2 * share ? flow : 2 * share;
-  const double all_ns = static_cast<double>(strips) * steps * stage / (kReachedBandwidth * card.bytes_per_ns);
-  const double memory_ns = decode ? busiest * codes / rate : 0.0;
-  const double l2_ns = busiest * (codes + x) / (card.l2_bytes_per_ns / sms);
+// Bytes that a busy multiprocessor has asked for and not got: all stages but one of each warp, or of each block, unless
+// its part of K is shorter. gemm has x on its way too.
+inline double bytes_on_their_way(const Problem& p, const Config& c, const Blocks& b) {
+  const int width = p.bits <= 4 ? 4 : 8;
+  if (c.path == Path::kDecode) {
+    const int ahead = decode_stages(c.tokens, width) - 1, steps = divide_up(b.steps, c.warps_k);
+    return static_cast<double>(b.at_once()) * b.warps * (steps < ahead ? steps : ahead) * b.stage;
+  }
+  const int ahead = c.path == Path::kGemmSm90 ? 5 : width == 4 ? 3 : 2;
+  return static_cast<double>(b.at_once()) * ahead * (b.strips * b.stage + c.tokens * 128.0);
+}
+
+// What a multiprocessor must have on its way to draw its share of the bandwidth: bandwidth times latency, or its share
+// of a weight that is smaller than that.
+inline double wanted_bytes(const Problem& p, const Blocks& b) {
+  const Card card = cuda::card(p.sm);
+  const double flow = card.bytes_per_ns * card.latency_ns;
+  const double weight = static_cast<double>(divide_up(p.N, kStripRows)) * divide_up(p.K, kStepColumns) * b.stage;
+  return (flow < weight ? flow : weight) / p.multiprocessors;
+}
+
+// The model's time for the fused kernels; 1e30 where the card cannot hold a block.
+inline double fused_ns(const Problem& p, const Config& c, const Blocks& b) {
+  const Card card = cuda::card(p.sm);
+  const bool decode = c.path == Path::kDecode, wgmma = c.path == Path::kGemmSm90;
+  const int strips = divide_up(p.N, kStripRows), steps = p.K > 0 ? divide_up(p.K, kStepColumns) : 1;
+  const int sms = p.multiprocessors;
+  if (b.resident == 0) return 1e30;
+
+  // The busiest multiprocessor's bytes. It may draw twice its share of the bandwidth while others idle, and no more
+  // than what is on its way within one latency.
+  const double share = card.bytes_per_ns / sms, codes = b.codes();
+  const double x = b.steps * 128.0 * (decode ? p.M : c.tokens);
+  const double flow = bytes_on_their_way(p, c, b) / card.latency_ns, rate = flow < 2 * share ? flow : 2 * share;
+  const double all_ns = static_cast<double>(strips) * steps * b.stage / (kReachedBandwidth * card.bytes_per_ns);
+  const double memory_ns = decode ? b.busiest * codes / rate : 0.0;
+  const double l2_ns = b.busiest * (codes + x) / (card.l2_bytes_per_ns / sms);
 
   // Its matrix operations. fp16 accumulation is worth twice the rate on GeForce cards, nothing on A100 and H200.
-  const double macs = static_cast<double>(busiest) * block_strips * kStripRows * block_steps * kStepColumns * c.tokens;
+  const double macs = static_cast<double>(b.busiest) * b.strips * kStripRows * b.steps * kStepColumns * c.tokens;
   const bool doubled = c.half_accumulate && p.sm != 80 && p.sm / 10 != 9;
-  const double reached = at_once * warps >= 8 ? kReachedMatrixRate : kReachedByFewWarps;
+  const double reached = b.at_once() * b.warps >= 8 ? kReachedMatrixRate : kReachedByFewWarps;
   const double macs_per_ns = wgmma ? card.wgmma_macs_per_ns : (doubled ? 2 : 1) * card.macs_per_ns;
   const double matrix_ns = macs / (reached * macs_per_ns / sms);
 
   double ns = all_ns > memory_ns ? all_ns : memory_ns;
   if (l2_ns > ns) ns = l2_ns;
   if (matrix_ns > ns) ns = matrix_ns;
-  ns += divide_up(busiest, resident) * kBlockStart_ns;
+  ns += divide_up(b.busiest, b.resident) * kBlockStart_ns;
   if (!decode && !p.aligned) ns += card.launch_ns + 4.0 * p.M * p.K / card.l2_bytes_per_ns;
   if (c.splits > 1) ns += card.launch_ns + 8.0 * c.splits * p.M * strips * kStripRows / card.l2_bytes_per_ns;
   return ns;
@@ -141,16 +177,16 @@ inline double dequantize_ns(const Problem& p) {
 }
 
 inline double predicted_ns(const Problem& p, const Config& c) {
-  return c.path == Path::kDequantize ? dequantize_ns(p) : fused_ns(p, c);
+  return c.path == Path::kDequantize ? dequantize_ns(p) : fused_ns(p, c, blocks_of(p, c));
 }
 
 struct Choice {
   Config config{};
   double ns = 1e30;
-  void consider(const Problem& p, const Config& c) {
-    const double t = predicted_ns(p, c);
-    if (t < ns) config = c, ns = t;
+  void consider(const Config& c, double predicted) {
+    if (predicted < ns) config = c, ns = predicted;
   }
+  void consider(const Problem& p, const Config& c) { consider(c, predicted_ns(p, c)); }
 };
 
 // 1, 2, 3, 4, 6, 8, 12, 16, 24 ... 64: how finely K may be split.
@@ -161,17 +197,21 @@ inline int most_splits(const Problem& p) {
   return p.K > 64 * kStepColumns ? 64 : p.K > kStepColumns ? divide_up(p.K, kStepColumns) : 1;
 }
 
+// The fastest of those that are not starved; where all are, the fastest. So the choice does not hang on the guess of
+// how much a little less on the way costs.
 inline Choice best_decode(const Problem& p) {
-  Choice best;
+  Choice fed, starved;
   const int tokens = p.M <= 8 ? 8 : p.M <= 16 ? 16 : 32;
   for (int warps = 4; warps <= most_decode_warps(tokens); warps *= 2) {
     for (int warps_n = 1; warps_n <= warps; warps_n *= 2) {
       for (int splits = 1; splits <= most_splits(p); splits = next_splits(splits)) {
-        best.consider(p, {Path::kDecode, tokens, warps_n, warps / warps_n, splits, false});
+        const Config c{Path::kDecode, tokens, warps_n, warps / warps_n, splits, false};
+        const Blocks b = blocks_of(p, c);
+        (bytes_on_their_way(p, c, b) < wanted_bytes(p, b) ? starved : fed).consider(c, fused_ns(p, c, b));
       }
     }
   }
-  return best;
+  return fed.ns < 1e30 ? fed : starved;
 }
 
 inline Choice best_gemm(const Problem& p, bool half_accumulate) {
@@ -209,6 +249,29 @@ inline Config choose(const Problem& p, bool half_accumulate = false, bool decode
   }
   if (p.M > kMaxDecodeTokens) best.consider(p, {Path::kDequantize, 0, 0, 0, 1, false});
   return best.config;
+}
+
+inline bool operator==(const Problem& a, const Problem& b) {
+  return a.M == b.M && a.N == b.N && a.K == b.K && a.bits == b.bits && a.group_bytes == b.group_bytes &&
+         a.half == b.half && a.aligned == b.aligned && a.sm == b.sm && a.multiprocessors == b.multiprocessors;
+}
+
+// `choose`, which weighs some 200 configurations (2 us), from a table of what this thread has asked before. A model has
+// ten shapes and a few M at a time.
+inline Config remembered_choice(const Problem& p, bool half_accumulate = false, bool decode_only = false) {
+  struct Entry {
+    Problem problem;
+    bool half_accumulate, decode_only;
+    Config config;
+  };
+  constexpr unsigned kEntries = 256;
+  thread_local Entry entries[kEntries] = {};  // sm 0: none
+  const unsigned hash = (static_cast<unsigned>(p.M) * 31 + p.N) * 2654435761u ^ static_cast<unsigned>(p.K) * 40503u;
+  Entry& e = entries[(hash >> 16 ^ hash) % kEntries];
+  if (!(e.problem == p && e.half_accumulate == half_accumulate && e.decode_only == decode_only)) {
+    e = {p, half_accumulate, decode_only, choose(p, half_accumulate, decode_only)};
+  }
+  return e.config;
 }
 
 inline std::string describe(const Problem& p) {

@@ -100,6 +100,10 @@ struct Config {
 // Warps of a decode block: 128 registers a thread up to 16 tokens, 255 for 32.
 QK_CONSTEXPR int most_decode_warps(int tokens) { return tokens <= 16 ? 16 : 8; }
 
+// Steps in the ring of a decode warp. With 8 warps of 2 KB steps (32 tokens, 4 bit) five, so that 64 KB are on their
+// way.
+QK_CONSTEXPR int decode_stages(int tokens, int width) { return tokens == 32 && width == 4 ? 5 : 4; }
+
 // A call of the fused kernels.
 struct Call {
   Weight weight;
