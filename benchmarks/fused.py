@@ -42,7 +42,8 @@ def random_llama(size: str, scheme: QuantScheme) -> Any:
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            set_module(model, name, random_linear(*module.weight.shape, scheme, torch.bfloat16, torch.device("cpu")))
+            N, K = module.weight.shape
+            set_module(model, name, random_linear(N, K, scheme, torch.bfloat16, torch.device("cpu")))
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         values = torch.randn(parameter.shape) if parameter.dim() == 2 else torch.ones(parameter.shape)

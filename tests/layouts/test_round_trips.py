@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from itertools import pairwise
 
 import pytest
@@ -167,20 +165,3 @@ def test_a_single_group_may_have_any_length(scheme: str) -> None:
     assert TILES.reasons(32, 11, QuantScheme.parse(scheme)) == []
     weight = random_weight(scheme, 5, 11)
     assert same_weight(TILES.unpack(TILES.pack(weight), 5, 11, weight.scheme), weight)
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_packing_is_shared_by_threads() -> None:
-    """Processor time of the calling thread, which other load on the machine leaves alone. Measured: 0.6 (2 cores)."""
-    weight = random_weight("w4a16_g128", 2048, 4096)
-    least = {1: float("inf"), 2: float("inf")}
-    before = torch.get_num_threads()
-    try:
-        for threads in [1, 2] * 5:
-            torch.set_num_threads(threads)
-            start = time.thread_time()
-            get_layout("cpu_tile_a16").pack(weight)
-            least[threads] = min(least[threads], time.thread_time() - start)
-    finally:
-        torch.set_num_threads(before)
-    assert least[2] < 0.8 * least[1]
