@@ -6,14 +6,14 @@
 // K), codes, scales and zeros by bulk copies. mbarriers `full` and `empty` of each stage are all that joins the two.
 //
 //   tokens  shared memory a stage, 4 bit, g128   registers of a lane: totals + sums of the group + fragments
-//   64      8 KB + 4.3 KB                        32 + 32 + 2 x 16
-//   128     16 KB + 4.3 KB                       64 + 64 + 2 x 16
+//   64      8 KB + 4.3 KB                        32 + 32 + 16
+//   128     16 KB + 4.3 KB                       64 + 64 + 16
 //
-// Fragments of step k + 1 are converted while the four wgmma of step k are in flight, into the other half of a double
-// buffer; the wait for step k - 1 comes after step k is issued, so within a group the tensor cores do not drain. Sums
-// over a group stay in the tensor core's accumulators; scale and total meet in fp32 once a group (multiply.cuh has the
-// numbers). Predicted, at 128 tokens and g128: 8 wgmma of 64 cycles a group and warpgroup, against 64 FMA and 2 x 36
-// instructions of conversion a lane; the sibling warpgroup covers the drain at a group's end. Unmeasured.
+// A fragment is converted while two wgmma are in flight (consume, below), so within a group the tensor cores do not
+// drain. Sums over a group stay in the tensor core's accumulators; scale and total meet in fp32 once a group
+// (multiply.cuh has the numbers). Predicted, at 128 tokens and g128: 8 wgmma of 64 cycles a group and warpgroup,
+// against 64 FMA and 2 x 36 instructions of conversion a lane; the sibling warpgroup covers the drain at a group's end.
+// Unmeasured.
 //
 // Short groups and floating zeros (kShortGroups) take a plain path: 16 columns, wait, scale; and a product with a
 // matrix of ones for the sums of x.
@@ -118,58 +118,66 @@ QK_DEVICE void add_scaled(float (&totals)[kCount], const float (&sums)[kCount], 
   for (int i = 0; i < kCount; ++i) totals[i] = fmaf(sums[i], i % 4 < 2 ? scale : scale8, totals[i]);
 }
 
-// Groups of 64 columns and more, integer zeros.
+// Groups of 64 columns and more, integer zeros. Fragment s of a step is converted when two more are behind it: while
+// the wgmma of the two before it are in flight, and into the registers of the one that the wait has just seen finished.
+// The loop over the steps of a group touches no sums but through wgmma, and the loop over the groups begins and ends
+// with none in flight: where sums in flight met sums at rest in one branch, ptxas put a wait of its own (C7517).
 template <class F, int kTokens>
 QK_DEVICE void consume(const WgmmaArguments& p, Ring ring, int begin, int end, int strip, int tile, int lane,
                        float (&totals)[kTokens / 2]) {
   using T = typename F::T;
-  using Fragments = uint32_t[kStepsOf16][4];
   if (begin >= end) return;
   GroupWalk walk = GroupWalk::at(p.weight, begin);
   float sums[kTokens / 2];
-  RowGroup next;  // of the step whose fragments were converted last
-  auto convert = [&](const Ring& at, Fragments& a) {
+  uint32_t a[kStepsOf16][4];
+  LaneCodes<F::kWidth> q;  // of the step that is being converted
+  RowGroup group;
+  Zeros zeros;
+  auto open = [&](const Ring& at) {
     mbarrier_wait(at.full(), at.parity);
     const uint32_t codes = at.stage() + kTokens * kTokenBytes + strip * p.strip_bytes;
-    next = load_group(p.format, codes + F::kStepBytes, 8 * (lane >> 2) + 2 * tile);
-    const Zeros z = Codes<T, F::kWidth>::zeros(next.zero, next.zero8);
-#pragma unroll
-    for (int s = 0; s < kStepsOf16; ++s) load_fragment<F>(codes, tile, s, lane, z, a[s]);
+    load_codes<F::kWidth>(q, codes, tile, lane);
+    group = load_group(p.format, codes + F::kStepBytes, 8 * (lane >> 2) + 2 * tile);
+    zeros = Codes<T, F::kWidth>::zeros(group.zero, group.zero8);
   };
-  bool opens = true;    // the step is the first of its group in this block
-  uint32_t before = 0;  // barrier of the step that is still in flight, or 0
-  auto release = [&](uint32_t empty) {
+  auto convert = [&](int s) { Codes<T, F::kWidth>::unpack(q[s], zeros, a[s]); };
+
+  open(ring);
+  convert(0), convert(1);
+  uint32_t before = 0;  // barrier of the step before, whose last wgmma may be in flight; or 0
+  auto release = [&] {
     __syncwarp();  // all lanes have read the stage
-    if (lane == 0) mbarrier_arrive(empty);
+    if (lane == 0 && before != 0) mbarrier_arrive(before);
   };
-  auto multiply = [&](int step, Fragments& a, Fragments& ahead) {
-    const uint64_t x = wgmma_descriptor(ring.stage());
-    wgmma_fence();
+  for (int step = begin; step < end;) {
+    const int last = step + walk.left < end ? step + walk.left : end;
+    const float scale = group.scale, scale8 = group.scale8;
+    bool opens = true;
+    for (; step < last; ++step) {
+      const uint64_t x = wgmma_descriptor(ring.stage());
+      const uint32_t empty = ring.empty();
+      ring.advance();
 #pragma unroll
-    for (int s = 0; s < kStepsOf16; ++s) wgmma<T>(sums, a[s], x + 2 * s, !opens || s > 0);  // 32 bytes of k a time
-    wgmma_commit();
-    const uint32_t empty = ring.empty();
-    const float scale = next.scale, scale8 = next.scale8;
-    wgmma_wait<1>();  // the step before: its stage is free, and its fragments are
-    if (before != 0) release(before);
-    ring.advance();
-    if (step + 1 < end) convert(ring, ahead);
-    opens = walk.left == 1 || step + 1 == end;
-    walk.advance(p.weight);
-    before = empty;
-    if (opens) {
-      wgmma_wait<0>();
-      wgmma_results(sums);
-      add_scaled(totals, sums, scale, scale8);
-      release(before);
-      before = 0;
+      for (int s = 0; s < kStepsOf16; ++s) {
+        wgmma_fence();
+        wgmma<T>(sums, a[s], x + 2 * s, !opens || s > 0);  // 32 bytes of k a time
+        wgmma_commit();
+        wgmma_wait<2>();  // the one before the last: its fragment is free
+        if (s == 1) release();
+        if (s < 2) {
+          convert(s + 2);
+        } else if (step + 1 < end) {
+          if (s == 2) open(ring);
+          convert(s - 2);
+        }
+      }
+      opens = false;
+      before = empty;
     }
-  };
-  Fragments even, odd;
-  convert(ring, even);
-  for (int step = begin; step < end; step += 2) {
-    multiply(step, even, odd);
-    if (step + 1 < end) multiply(step + 1, odd, even);
+    walk.left = p.weight.steps_per_group;
+    wgmma_wait<0>();
+    wgmma_results(sums);
+    add_scaled(totals, sums, scale, scale8);
   }
 }
 
