@@ -143,7 +143,7 @@ QK_DEVICE void consume(const WgmmaArguments& p, Ring ring, int begin, int end, i
     if (lane == 0) mbarrier_arrive(empty);
   };
   auto multiply = [&](int step, Fragments& a, Fragments& ahead) {
-    const uint64_t x = wgmma_descriptor(ring.stage());
+    const uint64_t x = wgmma_descriptor<kTokenBytes>(ring.stage());
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < kStepsOf16; ++s) wgmma<T>(sums, a[s], x + 2 * s, !opens || s > 0);  // 32 bytes of k a time
@@ -191,7 +191,7 @@ QK_DEVICE void consume_short(const WgmmaArguments& p, Ring ring, int begin, int 
   for (int step = begin; step < end; ++step) {
     mbarrier_wait(ring.full(), ring.parity);
     const uint32_t codes = ring.stage() + kTokens * kTokenBytes + strip * p.strip_bytes;
-    const uint64_t x = wgmma_descriptor(ring.stage());
+    const uint64_t x = wgmma_descriptor<kTokenBytes>(ring.stage());
 #pragma unroll
     for (int s = 0; s < kStepsOf16; ++s) {
       const int group = s * p.format.groups_per_step / kStepsOf16;
