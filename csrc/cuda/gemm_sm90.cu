@@ -33,7 +33,7 @@ cudaError_t launch_gemm_sm90(const Call& call, const Config& c, cudaStream_t str
   p.strip_bytes = stage_bytes(call.weight), p.stage_bytes = wgmma_stage_bytes(c.tokens, p.strip_bytes);
   if (call.x.K > 0) {
     const Activations& x = call.x;
-    const cudaError_t error = encode_tensor_map(&p.x, x.x, x.M, x.K, x.row_stride, c.tokens);
+    const cudaError_t error = encode_tensor_map(&p.x, x.x, x.M, x.K, x.row_stride, c.tokens, kStepColumns);
     if (error != cudaSuccess) return error;
   }
   if (call.type == Type::kHalf) {

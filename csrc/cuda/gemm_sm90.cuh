@@ -154,7 +154,7 @@ QK_DEVICE void consume(const WgmmaArguments& p, Ring ring, int begin, int end, i
     const float scale = group.scale, scale8 = group.scale8;
     bool opens = true;
     for (; step < last; ++step) {
-      const uint64_t x = wgmma_descriptor(ring.stage());
+      const uint64_t x = wgmma_descriptor<kTokenBytes>(ring.stage());
       const uint32_t empty = ring.empty();
       ring.advance();
 #pragma unroll
@@ -199,7 +199,7 @@ QK_DEVICE void consume_short(const WgmmaArguments& p, Ring ring, int begin, int 
   for (int step = begin; step < end; ++step) {
     mbarrier_wait(ring.full(), ring.parity);
     const uint32_t codes = ring.stage() + kTokens * kTokenBytes + strip * p.strip_bytes;
-    const uint64_t x = wgmma_descriptor(ring.stage());
+    const uint64_t x = wgmma_descriptor<kTokenBytes>(ring.stage());
 #pragma unroll
     for (int s = 0; s < kStepsOf16; ++s) {
       const int group = s * p.format.groups_per_step / kStepsOf16;

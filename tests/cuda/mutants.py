@@ -60,7 +60,9 @@ MUTANTS: dict[str, Mutant] = {
         *WGMMA, "mbarrier_wait(at.full(), at.parity);", "mbarrier_wait(at.full(), at.parity ^ 1);"
     ),
     "WGMMA_PRODUCER_DOES_NOT_WAIT": Mutant(*WGMMA, "mbarrier_wait(ring.empty(), ring.parity ^ 1);", ""),
-    "WGMMA_WRONG_SWIZZLE": Mutant("gemm_sm90.cu", "ptx_sm90.cuh", "uint64_t{1} << 62", "uint64_t{2} << 62"),
+    "WGMMA_WRONG_SWIZZLE": Mutant(
+        "gemm_sm90.cu", "ptx_sm90.cuh", "uint64_t{128 / kRowBytes} << 62", "uint64_t{2} << 62"
+    ),
     "WGMMA_NO_PROXY_FENCE": Mutant(*WGMMA, "    fence_async_proxy();\n", ""),
     "WGMMA_EARLY_RELEASE": Mutant(
         *WGMMA,

@@ -34,15 +34,16 @@ struct Copy {
   bool valid;
 };
 
+struct Thread;
+
 // A wgmma that has been issued: it happens when its group is waited for, and reads its registers only then.
 struct Wgmma {
-  float* d;
-  int count;  // of registers of d
+  void* d;
+  int count;  // of registers of d, 32 bits each
   const uint32_t* a;
   uint64_t b;
   bool accumulate;
-  float (*low)(uint32_t);
-  float (*high)(uint32_t);
+  void (*multiply)(Thread* lanes, size_t which);  // of a warp
 };
 
 struct Thread {
@@ -54,8 +55,8 @@ struct Thread {
   std::vector<Copy> copies;
   std::vector<size_t> groups;  // where in `copies` each committed group ends
   std::vector<Wgmma> wgmmas;
-  std::vector<size_t> wgmma_groups;                   // where in `wgmmas` each committed group ends
-  std::map<float*, std::vector<float>> accumulators;  // of those that are under way; the kernel's registers are poison
+  std::vector<size_t> wgmma_groups;                     // where in `wgmmas` each committed group ends
+  std::map<void*, std::vector<uint32_t>> accumulators;  // of those under way; the kernel's registers are poison
   bool wgmma_fenced = false;
   void* stack_pointer = nullptr;
   const char* stack_bottom = nullptr;
