@@ -57,6 +57,7 @@ inline Card card(int sm) {
 constexpr int kMaxDecodeTokens = 32;
 constexpr int kDecodeOnly = 16;          // up to here, gemm is only for what decode cannot hold
 constexpr double kBlockStart_ns = 1500;  // a block's pipeline fills, its sums meet: once per wave
+constexpr double kClusterBarriers_ns = 1000, kClusterBytesPerNs = 25;  // of a multiprocessor
 constexpr double kReachedBandwidth = 0.9, kReachedCublas = 0.9;
 // Two warps on a scheduler convert and multiply in turns; one alone waits for itself.
 constexpr double kReachedMatrixRate = 0.8, kReachedByFewWarps = 0.5;
@@ -112,7 +113,10 @@ inline Blocks blocks_of(const Problem& p, const Config& c) {
   b.steps = divide_up(steps, c.splits);
   b.warps = decode ? c.warps_n * c.warps_k : wgmma ? 4 * b.strips : c.tokens == 128 ? 8 : 4;
   const int64_t along_n = divide_up(divide_up(p.N, kStripRows), b.strips), along_m = divide_up(p.M, c.tokens);
-  b.busiest = divide_up(along_n * c.splits * (decode ? 1 : along_m), p.multiprocessors);
+  // Clusters of 4 and 8 leave multiprocessors over in a part of the card that has 16 or 18 of them.
+  const int left_over = !adds_in_cluster(c) || c.splits == 2 ? 0 : c.splits == 4 ? 33 : 11;
+  const int usable = p.multiprocessors - (left_over == 0 ? 0 : divide_up(p.multiprocessors, left_over));
+  b.busiest = divide_up(along_n * c.splits * (decode ? 1 : along_m), usable);
   if (wgmma) {  // whose ring is as deep as its blocks leave room for
     const bool fits = card.wgmma_macs_per_ns != 0 && wgmma_stages(c.tokens, b.stage) >= kLeastWgmmaStages;
     b.resident = fits ? wgmma_blocks(c.tokens) : 0;
@@ -207,6 +211,10 @@ inline double fused_ns(const Problem& p, const Config& c, const Blocks& b) {
   if (issue_ns > ns) ns = issue_ns;
   ns += divide_up(b.busiest, b.resident) * kBlockStart_ns;
   if (!decode && !p.aligned) ns += card.launch_ns + 4.0 * p.M * p.K / card.l2_bytes_per_ns;
+  if (adds_in_cluster(c)) {
+    const double peers = (c.splits - 1.0) / c.splits * b.strips * kStripRows * c.tokens * 4;  // bytes of other blocks
+    return ns + kClusterBarriers_ns + peers / kClusterBytesPerNs;
+  }
   if (c.splits > 1) ns += card.launch_ns + 8.0 * c.splits * p.M * strips * kStripRows / card.l2_bytes_per_ns;
   return ns;
 }

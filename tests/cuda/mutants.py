@@ -68,6 +68,9 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kConsumers);", ""),
     "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
+    "WGMMA_NO_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // all blocks' totals", "// "),
+    "WGMMA_NO_LAST_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // nobody", "// "),
+    "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M) store_y", "store_y"),
 }
 
 
