@@ -8,7 +8,7 @@
 //
 //   rows x tokens   stage, 4 bit, g128   stages   registers of a lane: totals + sums of the group + fragments
 //   64 x 16         2 KB + 2.1 KB        16       8 + 8 + 16
-//   64 x 32         4 KB + 2.1 KB        16       16 + 16 + 16
+//   64 x 32         4 KB + 2.1 KB        15       16 + 16 + 16
 //   128 x 64        8 KB + 4.3 KB        16       32 + 32 + 16
 //   128 x 128       16 KB + 4.3 KB       10       64 + 64 + 16
 //   128 x 256       32 KB + 4.3 KB       6        128 + 0 + 16

@@ -113,9 +113,10 @@ inline Blocks blocks_of(const Problem& p, const Config& c) {
   b.steps = divide_up(steps, c.splits);
   b.warps = decode ? c.warps_n * c.warps_k : wgmma ? 4 * b.strips : c.tokens == 128 ? 8 : 4;
   const int64_t along_n = divide_up(divide_up(p.N, kStripRows), b.strips), along_m = divide_up(p.M, c.tokens);
-  // Clusters of 4 and 8 leave multiprocessors over in a part of the card that has 16 or 18 of them.
-  const int left_over = !adds_in_cluster(c) || c.splits == 2 ? 0 : c.splits == 4 ? 33 : 11;
-  const int usable = p.multiprocessors - (left_over == 0 ? 0 : divide_up(p.multiprocessors, left_over));
+  // Clusters of more than two leave multiprocessors over in a part of the card that has 16 or 18 of them (guesses).
+  const int one_in = c.splits == 8 ? 11 : 33;
+  const bool left_over = adds_in_cluster(c) && c.splits > 2;
+  const int usable = p.multiprocessors - (left_over ? divide_up(p.multiprocessors, one_in) : 0);
   b.busiest = divide_up(along_n * c.splits * (decode ? 1 : along_m), usable);
   if (wgmma) {  // whose ring is as deep as its blocks leave room for
     const bool fits = card.wgmma_macs_per_ns != 0 && wgmma_stages(c.tokens, b.stage) >= kLeastWgmmaStages;
@@ -296,7 +297,7 @@ inline Config choose(const Problem& p, bool half_accumulate = false, bool decode
   if (best.ns < 1e30 && (decode_only || p.M <= kDecodeOnly)) return best.config;
   const Choice gemm = best_gemm(p, half_accumulate);
   if (gemm.ns < best.ns) best = gemm;
-  if (p.K > 0) {
+  if (p.M > kMaxDecodeTokens && p.K > 0) {  // below, its rings would hold a little less than wanted_bytes
     const Choice wgmma = best_wgmma(p);
     if (wgmma.ns < best.ns) best = wgmma;
   }

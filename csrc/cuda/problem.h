@@ -110,7 +110,7 @@ inline bool sums_cannot_be_scaled(const Weight& w) { return w.groups_per_step > 
 
 // Whether the parts of K are added within a cluster, through its blocks' shared memory, and not in a workspace.
 inline bool adds_in_cluster(const Config& c) {
-  return c.path == Path::kGemmSm90 && (c.splits == 2 || c.splits == 4 || c.splits == 8);
+  return c.path == Path::kGemmSm90 && ((c.splits > 1 && c.splits <= 4) || c.splits == 8);
 }
 
 // Warps of a decode block: 128 registers a thread up to 16 tokens, 255 for 32.
