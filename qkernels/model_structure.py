@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import ArgumentError, CheckpointError
@@ -139,6 +139,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         layers="gpt_neox.layers",
         embeddings="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
+    ),
+    Architecture(  # q, k, v in one matrix, GELU between c_fc and c_proj
+        model_types=("gpt2",),
+        folds=(Fold("ln_1", ("attn.c_attn",), "attn"), Fold("ln_2", ("mlp.c_fc",), "mlp")),
+        layers="transformer.h",
+        embeddings="transformer.wte",
+        final_norm="transformer.ln_f",
     ),
 )
 
@@ -285,4 +292,11 @@ def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
 
 
 def _identical_blocks(blocks: nn.ModuleList) -> bool:
-    return len({type(block) for block in blocks}) == 1 and any(isinstance(m, nn.Linear) for m in blocks[0].modules())
+    linear = any(isinstance(module, nn.Linear) or is_conv1d(module) for module in blocks[0].modules())
+    return len({type(block) for block in blocks}) == 1 and linear
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, told by name and shape, for transformers need not be installed."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
