@@ -22,6 +22,7 @@ GEMM = ("gemm_sm80_f16.cu", "gemm_sm80.cuh")
 A8 = ("gemm_a8.cu", "gemm_a8.cuh")
 QUANTIZE = ("gemm_a8.cu", "quantize_a8.cuh")
 WGMMA = ("gemm_sm90.cu", "gemm_sm90.cuh")
+IGMMA = ("gemm_a8_sm90.cu", "gemm_a8_sm90.cuh")
 
 MUTANTS: dict[str, Mutant] = {
     # Scales are copied by some lanes for all, and slots are reused: without the warp's barrier lanes race.
@@ -65,6 +66,22 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kWgmmaConsumers);", ""),
     "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
+    "IGMMA_NO_WAIT": Mutant(*IGMMA, "    wgmma_wait<0>();\n    wgmma_results(sums);\n    release", "    release"),
+    "IGMMA_SHORT_WAIT": Mutant(*IGMMA, "wgmma_wait<1>();  // the first fragment", "wgmma_wait<2>();  // "),
+    "IGMMA_NO_FENCE": Mutant(*IGMMA, "    wgmma_fence();\n", ""),
+    "IGMMA_WRONG_PHASE": Mutant(
+        *IGMMA, "mbarrier_wait(ring.full(), ring.parity);", "mbarrier_wait(ring.full(), ring.parity ^ 1);"
+    ),
+    "IGMMA_PRODUCER_DOES_NOT_WAIT": Mutant(*IGMMA, "mbarrier_wait(ring.empty(), ring.parity ^ 1);", ""),
+    "IGMMA_WRONG_SWIZZLE": Mutant(
+        "gemm_a8_sm90.cu", "ptx_sm90.cuh", "uint64_t{128 / kRowBytes} << 62", "uint64_t{1} << 62"
+    ),
+    "IGMMA_NO_PROXY_FENCE": Mutant(*IGMMA, "    fence_async_proxy();\n", ""),
+    # One step after its group has ended, the slot holds what another group or nobody wrote.
+    "IGMMA_SCALES_TOO_LATE": Mutant(*IGMMA, "walk.left == 1 || step + 1 == end ?", "step + 1 == end ?"),
+    "IGMMA_EARLY_RELEASE": Mutant(*IGMMA, "__syncwarp();  // all lanes have read the stage\n", "\n"),
+    "IGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*IGMMA, "named_barrier_sync(1, kWgmmaConsumers);", ""),
+    "IGMMA_NO_ROW_MASK": Mutant(*IGMMA, "m < p.out.M && n < p.out.N_pad) {", "n < p.out.N_pad) {"),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from qkernels import QuantTensor
 from qkernels.layouts import get_layout
 from tests.cuda import calls, emulator
-from tests.cuda.calls import DTYPES, TYPES, in_room
+from tests.cuda.calls import DTYPES, PATHS, TYPES, in_room
 from tests.cuda.emulator import SCHEDULES, Call
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
@@ -26,13 +26,18 @@ def tokens_for(M: int) -> int:
 
 
 def multiply_call(
-    weight: QuantTensor, x: Tensor, bias: Tensor | None = None, tokens: int | None = None, splits: int = 1
+    weight: QuantTensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    tokens: int | None = None,
+    splits: int = 1,
+    path: str = "gemm",
 ) -> Call:
     """y and workspace, of exactly the size that is asked for, start as NaN."""
     weight_buffers, weight_integers = calls.weight_arguments(weight, get_layout("mma_tile_a8"))
     x_buffers, x_integers = calls.x_arguments(x)
     more = {"type": TYPES[x.dtype], "bias_type": TYPES[None if bias is None else bias.dtype]}
-    shape = {"tokens": tokens or tokens_for(x.shape[0]), "splits": splits}
+    shape = {"path": PATHS[path], "tokens": tokens or tokens_for(x.shape[0]), "splits": splits}
     integers = {**weight_integers, **x_integers, **more, **shape}
     size = torch.zeros(1, dtype=torch.int64)
     buffers: dict[str, Tensor | None] = {**weight_buffers, **x_buffers, "bias": bias}
@@ -78,8 +83,9 @@ def check(
     tokens: int | None = None,
     splits: int = 1,
     schedule: str = "ascending",
+    path: str = "gemm",
 ) -> None:
-    call = multiply_call(weight, x, bias, tokens, splits)
+    call = multiply_call(weight, x, bias, tokens, splits, path)
     emulator.run(calls.UNIT, call, schedule)
     y = call.buffers["y"]
     assert y is not None
