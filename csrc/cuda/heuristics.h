@@ -40,11 +40,13 @@ constexpr bool kHasWgmma = true;
 constexpr bool kHasWgmma = false;
 #endif
 
+constexpr int kHopperShared = 228 * 1024;
+
 // A100, RTX 3090, RTX 4090, H200, RTX 5090. mma.sync reaches about 62 % of wgmma on Hopper, whose latency is such that
 // 64 KB under way draw a multiprocessor's share of the bandwidth.
 inline Card card(int sm) {
   if (sm >= 120) return {1790, 6000, 105e3, 105e3, 0, 100 * 1024, 2000, 1000};
-  if (sm >= 90) return {4800, 7000, 240e3, 350e3, kHasWgmma && sm == 90 ? 390e3 : 0, 228 * 1024, 2000, 1800};
+  if (sm >= 90) return {4800, 7000, 240e3, 350e3, kHasWgmma && sm == 90 ? 390e3 : 0, kHopperShared, 2000, 1800};
   if (sm == 89) return {1008, 5000, 82e3, 82e3, 0, 100 * 1024, 2000, 1000};
   if (sm == 86) return {936, 3000, 35e3, 35e3, 0, 100 * 1024, 2000, 1000};
   return {2039, 4500, 125e3, 125e3, 0, 164 * 1024, 2000, 1000};
@@ -73,10 +75,19 @@ inline int gemm_shared_bytes(const Config& c, int stage, int width) {
 }
 
 inline int wgmma_stage_bytes(int tokens, int stage) {
-  return static_cast<int>(round_up(tokens * 128 + 2 * stage, 1024));
+  return static_cast<int>(round_up(tokens * 128 + wgmma_strips(tokens) * stage, 1024));
 }
-// Six stages, a barrier pair each, and what it takes to start at a multiple of 1024.
-inline int wgmma_shared_bytes(int tokens, int stage) { return 1024 + 6 * (wgmma_stage_bytes(tokens, stage) + 16); }
+// As many stages, with a barrier pair each, as fit beside what it takes to start at a multiple of 1024; 16 hold 64 KB
+// of 4-bit codes.
+inline int wgmma_stages(int tokens, int stage) {
+  const int room = kHopperShared / wgmma_blocks(tokens) - 1024, one = wgmma_stage_bytes(tokens, stage) + 16;
+  return room > 1024 + 16 * one ? 16 : (room - 1024) / one;
+}
+inline int wgmma_shared_bytes(int tokens, int stage) {
+  const int ring = wgmma_stages(tokens, stage) * (wgmma_stage_bytes(tokens, stage) + 16);
+  const int exchange = wgmma_strips(tokens) * tokens * (kStripRows + 4) * 4;  // of the totals, over the ring
+  return 1024 + (ring > exchange ? ring : exchange);
+}
 
 // The model's time for the fused kernels; 1e30 where the card cannot hold a block.
 inline double fused_ns(const Problem& p, const Config& c) {

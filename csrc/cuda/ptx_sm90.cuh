@@ -80,7 +80,13 @@ QK_DEVICE void wgmma_results(int32_t (&d)[kCount]) {
 }
 
 // The instruction's text names every register, and C++ has no loop over operands: these are the names of d, of a, of b
-// and of what p is set from, for 32, 64 and 128 registers of d.
+// and of what p is set from, for 8, 16, 32, 64 and 128 registers of d.
+#define QK_D_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define QK_A_8 "{%8,%9,%10,%11}, %12"
+#define QK_P_8 "%13"
+#define QK_D_16 QK_D_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define QK_A_16 "{%16,%17,%18,%19}, %20"
+#define QK_P_16 "%21"
 #define QK_D_32                                            \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -104,6 +110,7 @@ QK_DEVICE void wgmma_results(int32_t (&d)[kCount]) {
 #define QK_P_128 "%133"
 #define QK_OPERANDS_8(c, i) \
   c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
+#define QK_OPERANDS_16(c, i) QK_OPERANDS_8(c, i), QK_OPERANDS_8(c, i + 8)
 #define QK_OPERANDS_32(c, i) \
   QK_OPERANDS_8(c, i), QK_OPERANDS_8(c, i + 8), QK_OPERANDS_8(c, i + 16), QK_OPERANDS_8(c, i + 24)
 #define QK_OPERANDS_64(c, i) QK_OPERANDS_32(c, i), QK_OPERANDS_32(c, i + 32)
@@ -118,10 +125,16 @@ QK_DEVICE void wgmma_results(int32_t (&d)[kCount]) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))               \
                  : "memory");                                                                                          \
   }
+QK_WGMMA(wgmma_f16, float, "+f", 8, "m64n16k16.f32.f16.f16", ", 1, 1, 0")
+QK_WGMMA(wgmma_f16, float, "+f", 16, "m64n32k16.f32.f16.f16", ", 1, 1, 0")
 QK_WGMMA(wgmma_f16, float, "+f", 32, "m64n64k16.f32.f16.f16", ", 1, 1, 0")
 QK_WGMMA(wgmma_f16, float, "+f", 64, "m64n128k16.f32.f16.f16", ", 1, 1, 0")
+QK_WGMMA(wgmma_f16, float, "+f", 128, "m64n256k16.f32.f16.f16", ", 1, 1, 0")
+QK_WGMMA(wgmma_bf16, float, "+f", 8, "m64n16k16.f32.bf16.bf16", ", 1, 1, 0")
+QK_WGMMA(wgmma_bf16, float, "+f", 16, "m64n32k16.f32.bf16.bf16", ", 1, 1, 0")
 QK_WGMMA(wgmma_bf16, float, "+f", 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 0")
 QK_WGMMA(wgmma_bf16, float, "+f", 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 0")
+QK_WGMMA(wgmma_bf16, float, "+f", 128, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0")
 QK_WGMMA(wgmma_s8, int32_t, "+r", 32, "m64n64k32.s32.s8.s8", "")
 QK_WGMMA(wgmma_s8, int32_t, "+r", 64, "m64n128k32.s32.s8.s8", "")
 QK_WGMMA(wgmma_s8, int32_t, "+r", 128, "m64n256k32.s32.s8.s8", "")

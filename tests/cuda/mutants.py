@@ -48,11 +48,14 @@ MUTANTS: dict[str, Mutant] = {
     "A8_LOST_GROUP": Mutant(*A8, "if (used.left == 1 || step + 1 == end)", "if (step + 1 == end)"),
     "A8_NO_BARRIER_FOR_THE_MAXIMUM": Mutant(*QUANTIZE, "  __syncthreads();\n", ""),
     "A8_WRONG_ORDER": Mutant(*QUANTIZE, "const int j = i / 8 + i % 2 * 2;", "const int j = i / 8 * 2 + i % 2;"),
-    "WGMMA_NO_WAIT": Mutant(*WGMMA, "      wgmma_wait<0>();\n      wgmma_results", "      wgmma_results"),
-    "WGMMA_SHORT_WAIT": Mutant(*WGMMA, "wgmma_wait<1>();  // the step before", "wgmma_wait<2>();  // "),
-    "WGMMA_NO_FENCE": Mutant(*WGMMA, "wgmma_fence();\n#pragma unroll", "\n#pragma unroll"),
+    "WGMMA_NO_WAIT": Mutant(*WGMMA, "      wgmma_wait<0>();\n      wgmma_results(sums)", "      wgmma_results(sums)"),
+    "WGMMA_SCALED_NO_WAIT": Mutant(*WGMMA, "wgmma_wait<0>();\n    wgmma_results(totals)", "wgmma_results(totals)"),
+    "WGMMA_SHORT_WAIT": Mutant(*WGMMA, "wgmma_wait<2>();  // the one before", "wgmma_wait<3>();  // "),
+    # Right, and slow: the tensor cores are empty whenever a fragment is ready.
+    "WGMMA_SERIAL": Mutant(*WGMMA, "wgmma_wait<2>();  // the one before", "wgmma_wait<0>();  // "),
+    "WGMMA_NO_FENCE": Mutant(*WGMMA, "wgmma_fence();\n      wgmma", "\n      wgmma"),
     "WGMMA_WRONG_PHASE": Mutant(
-        *WGMMA, "mbarrier_wait(at.full(), at.parity);", "mbarrier_wait(at.full(), at.parity ^ 1);"
+        *WGMMA, "mbarrier_wait(ring.full(), ring.parity);", "mbarrier_wait(ring.full(), ring.parity ^ 1);"
     ),
     "WGMMA_PRODUCER_DOES_NOT_WAIT": Mutant(*WGMMA, "mbarrier_wait(ring.empty(), ring.parity ^ 1);", ""),
     "WGMMA_WRONG_SWIZZLE": Mutant(
@@ -61,10 +64,10 @@ MUTANTS: dict[str, Mutant] = {
     "WGMMA_NO_PROXY_FENCE": Mutant(*WGMMA, "    fence_async_proxy();\n", ""),
     "WGMMA_EARLY_RELEASE": Mutant(
         *WGMMA,
-        "__syncwarp();  // all lanes have read the stage\n    if (lane == 0) mbarrier_arrive(empty)",
-        "if (lane == 0) mbarrier_arrive(empty)",
+        "__syncwarp();  // all lanes have read the stage\n    if (lane == 0 && before",
+        "if (lane == 0 && before",
     ),
-    "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kWgmmaConsumers);", ""),
+    "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kConsumers);", ""),
     "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
     "IGMMA_NO_WAIT": Mutant(*IGMMA, "    wgmma_wait<0>();\n    wgmma_results(sums);\n    release", "    release"),
     "IGMMA_SHORT_WAIT": Mutant(*IGMMA, "wgmma_wait<1>();  // the first fragment", "wgmma_wait<2>();  // "),
