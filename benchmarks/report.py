@@ -20,7 +20,11 @@ from qkernels.errors import ArgumentError
 from . import environment, plots, results
 from .peers import CONTROL
 
-OTHER_FORMS = ("quality.json", "llama-cpp.json")  # results that are not kernels beside their peers
+OTHER_FORMS = (
+    "quality.json",
+    "quality-dequantized.json",
+    "llama-cpp.json",
+)  # results that are not kernels beside their peers
 
 
 def page(runs: Sequence[results.Run], quality: Sequence[dict[str, Any]], out: Path) -> Path:

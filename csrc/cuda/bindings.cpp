@@ -25,7 +25,7 @@
 
 #include "../arguments.h"
 #include "a8.h"
-#include "heuristics.h"
+#include "heuristics_a8.h"
 
 namespace qkernels::cuda {
 namespace {
@@ -287,7 +287,7 @@ Tensor gemm_mma_tile_a8(const Tensor& x, const Tensor& qweight, const Tensor& sc
   Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
   if (call.x.M == 0 || w.N == 0) return y;
   call.out.y = static_cast<uint16_t*>(y.mutable_data_ptr());
-  const ConfigA8 config = choose_a8(w, call.x.M, device.multiprocessors);
+  const ConfigA8 config = choose_a8(w, call.x.M, device);
   Tensor workspace = torch::stable::new_empty(x, {workspace_a8(call, config).bytes}, ScalarType::Byte);
   check(multiply_a8(call, config, workspace.mutable_data_ptr(), current_stream(device_index)), "gemm_mma_tile_a8");
   return y;

@@ -9,8 +9,8 @@ namespace {
 
 template <int kWidth, bool kGroups32, int kTokens>
 cudaError_t launch_tile(const WgmmaA8Arguments& p, int splits, cudaStream_t stream) {
-  const dim3 grid(divide_up(p.gemm.out.M, kTokens), divide_up(p.gemm.weight.strips, kWgmmaStrips), splits);
-  return launch(gemm_a8_wgmma<kWidth, kGroups32, kTokens>, grid, dim3(kWgmmaThreads),
+  const dim3 grid(divide_up(p.gemm.out.M, kTokens), divide_up(p.gemm.weight.strips, kStripsA8), splits);
+  return launch(gemm_a8_wgmma<kWidth, kGroups32, kTokens>, grid, dim3(kConsumersA8 + 128),
                 wgmma_a8_shared_bytes(kTokens, p.gemm.strip_bytes), stream, p);
 }
 
@@ -36,6 +36,7 @@ cudaError_t launch_width(const WgmmaA8Arguments& p, const ConfigA8& c, cudaStrea
 cudaError_t launch_gemm_a8_sm90(const GemmA8Arguments& gemm, const ConfigA8& c, cudaStream_t stream) {
   WgmmaA8Arguments p{};
   p.gemm = gemm, p.stage_bytes = wgmma_a8_stage_bytes(c.tokens, gemm.strip_bytes);
+  p.stages = wgmma_a8_stages(c.tokens, gemm.strip_bytes);
   if (const int words = gemm.weight.steps * kStepColumns / 2) {
     const uint16_t* x = reinterpret_cast<const uint16_t*>(gemm.x);
     const cudaError_t error = encode_tensor_map(&p.x, x, gemm.out.M, words, words, c.tokens, kStepColumns / 2);

@@ -1,11 +1,12 @@
 // y = x W^T with int8 activations on Hopper's wgmma (m64nNk32.s32.s8.s8): sm_90a alone. multiply_a8.cuh has the
 // operands and the numbers, gemm_sm90.cuh the ring of stages and the division into warpgroups: two strips a block, one
-// a consumer warpgroup, weights in registers, and a producer that keeps six steps of 64 columns on their way by TMA.
+// a consumer warpgroup, weights in registers, and a producer that keeps a ring of steps of 64 columns on their way by
+// TMA.
 //
-//   tokens  groups        a stage, W8A8  W4A8    registers of a lane: totals + sums + fragments
-//   64      32 and longer 12 KB          8 KB    32 + 32 + 8
-//   128     32 and longer 16 KB          12 KB   64 + 64 + 8
-//   256     one in K      24 KB          20 KB   sums 128 + 8: int32 all the way, scaled once
+//   tokens  groups         stage, W8A8  W4A8       registers of a lane: totals + sums + fragments
+//   64      32 and longer  12 KB x 16   8 KB x 16  32 + 32 + 8
+//   128     32 and longer  16 KB x 12   12 x 16    64 + 64 + 8
+//   256     one in K       24 KB x 8    20 x 10    128 + 8: int32 all the way, scaled once
 //
 // A token's step is a row of 64 bytes, swizzled within 64, so that steps and groups are those of the other kernels; a
 // core matrix's eight rows of 16 bytes meet every bank once, as they do in rows of 128. Scales come with the last step
@@ -21,12 +22,12 @@
 
 namespace qkernels::cuda {
 
-constexpr int kTokenBytesA8 = kStepColumns;
+constexpr int kTokenBytesA8 = kStepColumns, kStripsA8 = 2, kConsumersA8 = kStripsA8 * 128;
 
 struct WgmmaA8Arguments {
   TensorMap x;  // as 16-bit values: [M, steps * 32], tiles of 32
   GemmA8Arguments gemm;
-  int stage_bytes;
+  int stage_bytes, stages;
 };
 
 #ifdef QK_WGMMA
@@ -40,11 +41,11 @@ QK_DEVICE void produce_a8(const WgmmaA8Arguments& args, Ring ring, int begin, in
     const int scale_bytes = walk.left == 1 || step + 1 == end ? p.format.scale_bytes : 0;
     mbarrier_wait(ring.empty(), ring.parity ^ 1);
     const uint32_t full = ring.full();
-    mbarrier_arrive_expect(full, kTokens * kTokenBytesA8 + kWgmmaStrips * (step_bytes(kWidth) + scale_bytes));
+    mbarrier_arrive_expect(full, kTokens * kTokenBytesA8 + kStripsA8 * (step_bytes(kWidth) + scale_bytes));
     copy_tile(ring.stage(), &args.x, step * kStepColumns / 2, blockIdx.x * kTokens, full);
 #pragma unroll
-    for (int s = 0; s < kWgmmaStrips; ++s) {
-      const int wanted = blockIdx.y * kWgmmaStrips + s;
+    for (int s = 0; s < kStripsA8; ++s) {
+      const int wanted = blockIdx.y * kStripsA8 + s;
       const int strip = wanted < w.strips ? wanted : w.strips - 1;  // past N: any strip, whose rows are not stored
       const uint32_t to = ring.stage() + kTokens * kTokenBytesA8 + s * p.strip_bytes;
       const int64_t place = static_cast<int64_t>(strip) * w.steps + step;
@@ -141,7 +142,7 @@ QK_DEVICE void consume_a8(const GemmA8Arguments& p, Ring ring, int begin, int en
 #endif
 
 template <int kWidth, bool kGroups32, int kTokens>
-__global__ void __launch_bounds__(kWgmmaThreads, 1) gemm_a8_wgmma(const __grid_constant__ WgmmaA8Arguments args) {
+__global__ void __launch_bounds__(kConsumersA8 + 128, 1) gemm_a8_wgmma(const __grid_constant__ WgmmaA8Arguments args) {
 #ifdef QK_WGMMA
   QK_SHARED(shared);
   const GemmA8Arguments& p = args.gemm;
@@ -149,21 +150,21 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) gemm_a8_wgmma(const __grid_c
   const int split = blockIdx.z;
   const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
   const uint32_t barriers = shared_address(shared);
-  const uint32_t slots = (barriers + kWgmmaStages * 16 + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
-  const Ring ring{slots, barriers, args.stage_bytes};
+  const uint32_t slots = (barriers + args.stages * 16 + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+  const Ring ring{slots, barriers, args.stage_bytes, args.stages};
 
   if (threadIdx.x == 0) {
     for (Ring r = ring; r.parity == 0; r.advance()) {
       mbarrier_init(r.full(), 1);
-      mbarrier_init(r.empty(), kWgmmaConsumers / 32);
+      mbarrier_init(r.empty(), kConsumersA8 / 32);
     }
     fence_async_proxy();
   }
   __syncthreads();
 
-  if (warpgroup == kWgmmaStrips) {
+  if (warpgroup == kStripsA8) {
     give_registers<24>();
-    if (threadIdx.x == kWgmmaConsumers) produce_a8<kWidth, kTokens>(args, ring, begin, end);
+    if (threadIdx.x == kConsumersA8) produce_a8<kWidth, kTokens>(args, ring, begin, end);
     return;
   }
   take_registers<240>();
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) gemm_a8_wgmma(const __grid_c
   consume_a8<kWidth, kGroups32, kTokens == 256, kTokens>(p, ring, begin, end, warpgroup, tile, lane, totals);
 
   // Totals are turned around over the stages, once nobody reads those: [token][64 rows] of each warpgroup.
-  named_barrier_sync(1, kWgmmaConsumers);  // both warpgroups are done with the stages
+  named_barrier_sync(1, kConsumersA8);  // both warpgroups are done with the stages
   const uint32_t exchange = slots + warpgroup * exchange_bytes(kTokens);
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) {
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) gemm_a8_wgmma(const __grid_c
     store_shared4(exchange + (token * kExchangeRow + row) * 4, float_to_bits(totals[i]));
   }
   named_barrier_sync(2 + warpgroup, 128);  // the four warps' rows are there
-  const int n = (blockIdx.y * kWgmmaStrips + warpgroup) * kStripRows + 2 * lane;
+  const int n = (blockIdx.y * kStripsA8 + warpgroup) * kStripRows + 2 * lane;
 #pragma unroll 1
   for (int first = 0; first < kTokens; first += 128) {  // a warp's 32 tokens of these have their scales in its lanes
     const int mine = blockIdx.x * kTokens + first + 4 * lane + tile;
