@@ -239,7 +239,9 @@ Tensor run(const Tensor& x, const Tensor& qweight, const Tensor& scales, const O
                         call.type == Type::kHalf,
                         is_aligned(call.x),
                         device.sm,
-                        device.multiprocessors};
+                        device.multiprocessors,
+                        w.groups_per_step > 1,
+                        is_floating(w.zero_type)};
   const Config config = choose(problem, half_accumulate(), decode_only);
   if (logs()) log_once(problem, config);
   void* stream = current_stream(device_index);

@@ -45,8 +45,8 @@ cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t s
   p.warps_n = config.warps_n, p.warps_k = config.warps_k;
   p.steps_per_block = divide_up(call.weight.steps, config.splits);
   p.stage_bytes = stage_bytes(call.weight);
-  p.warp_bytes = decode_warp_bytes(config.tokens, p.stage_bytes);
-  const int shared = decode_shared_bytes(config, call.x.M, p.stage_bytes, call.weight.steps);
+  p.warp_bytes = decode_warp_bytes(config.tokens, p.stage_bytes, call.weight.width);
+  const int shared = decode_shared_bytes(config, call.x.M, p.stage_bytes, call.weight.width, call.weight.steps);
   const dim3 grid(divide_up(call.weight.strips, config.warps_n), config.splits);
   return call.type == Type::kHalf ? launch_format<Half>(p, config.tokens, grid, shared, stream)
                                   : launch_format<BFloat16>(p, config.tokens, grid, shared, stream);

@@ -18,8 +18,6 @@
 
 namespace qkernels::cuda {
 
-constexpr int kDecodeStages = 4;
-
 struct DecodeArguments {
   Weight weight;
   GroupFormat format;
@@ -52,6 +50,7 @@ QK_DEVICE void stage_tokens(const DecodeArguments& p, uint32_t to, int first_ste
 template <class F, int kTokenTiles>
 __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decode(const DecodeArguments p) {
   QK_SHARED(shared);
+  constexpr int kStages = decode_stages(8 * kTokenTiles, F::kWidth);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int strip = blockIdx.x * p.warps_n + warp % p.warps_n, part = warp / p.warps_n;
   const bool owns = strip < p.weight.strips;
@@ -82,11 +81,11 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decod
     walk.advance(p.weight);
   };
 #pragma unroll
-  for (int i = 0; i < kDecodeStages - 1; ++i) {
+  for (int i = 0; i < kStages - 1; ++i) {
     if (owns && begin + i < end) copy_step(begin + i, i);
     cp_async_commit();
   }
-  cp_async_wait<kDecodeStages - 1>();  // x, the oldest group
+  cp_async_wait<kStages - 1>();  // x, the oldest group
   __syncthreads();
 
   // ldmatrix wants eight rows where there may be fewer tokens: the last one stands in. Its products land in columns of
@@ -102,15 +101,15 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decod
   if (owns) {
     int slot = 0;
     for (int step = begin; step < end; ++step) {
-      cp_async_wait<kDecodeStages - 2>();
+      cp_async_wait<kStages - 2>();
       __syncwarp();  // all lanes' copies of this slot are there, and all lanes are done with the slot before
       TokenFragments<kTokenTiles> tokens;
       load_tokens<kTokenTiles>(tokens, x + (step - first) * p.x.M * kTokenBytes, token_offset);
-      const int ahead = step + kDecodeStages - 1;
-      if (ahead < end) copy_step(ahead, slot == 0 ? kDecodeStages - 1 : slot - 1);
+      const int ahead = step + kStages - 1;
+      if (ahead < end) copy_step(ahead, slot == 0 ? kStages - 1 : slot - 1);
       cp_async_commit();
       multiply_step<F, kTokenTiles>(totals, p.format, ring + slot * p.stage_bytes, tokens, lane);
-      slot = slot == kDecodeStages - 1 ? 0 : slot + 1;
+      slot = slot == kStages - 1 ? 0 : slot + 1;
     }
   }
   cp_async_wait<0>();

@@ -32,8 +32,9 @@ cudaError_t launch_tokens(const WgmmaArguments& p, const Config& c, cudaStream_t
 
 template <class T, int kWidth>
 cudaError_t launch_width(const WgmmaArguments& p, const Config& c, cudaStream_t stream) {
-  return c.tokens == 256 || sums_cannot_be_scaled(p.weight) ? launch_tokens<WgmmaFormat<T, kWidth, true>>(p, c, stream)
-                                                            : launch_tokens<WgmmaFormat<T, kWidth, false>>(p, c, stream);
+  return c.tokens == 256 || sums_cannot_be_scaled(p.weight)
+             ? launch_tokens<WgmmaFormat<T, kWidth, true>>(p, c, stream)
+             : launch_tokens<WgmmaFormat<T, kWidth, false>>(p, c, stream);
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 // y = x W^T for many tokens, on Hopper's wgmma: sm_90a alone.
 //
-// A block computes one strip (64 rows) for up to 32 tokens, two for more: one warpgroup a strip, whose four warps hold a
-// strip's four tiles of mma_tile as the A operand, in registers; x is B, in shared memory. A last warpgroup is the
+// A block computes one strip (64 rows) for up to 32 tokens, two for more: one warpgroup a strip, whose four warps hold
+// a strip's four tiles of mma_tile as the A operand, in registers; x is B, in shared memory. A last warpgroup is the
 // producer: one of its threads keeps a ring of steps of 64 columns on their way, x by TMA tiles (swizzled, zeros past M
-// and K), codes, scales and zeros by bulk copies. mbarriers `full` and `empty` of each stage are all that joins the two.
+// and K), codes, scales and zeros by bulk copies. mbarriers `full` and `empty` of each stage are all that joins the
+// two.
 //
 //   rows x tokens   stage, 4 bit, g128   stages   registers of a lane: totals + sums of the group + fragments
 //   64 x 16         2 KB + 2.1 KB        16       8 + 8 + 16
@@ -212,7 +213,8 @@ QK_DEVICE void consume(Consumer<F, kTokens> consumer, int begin, int end, float 
 #endif
 
 template <class F, int kTokens>
-__global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens)) gemm_wgmma(const __grid_constant__ WgmmaArguments p) {
+__global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
+    gemm_wgmma(const __grid_constant__ WgmmaArguments p) {
 #ifdef QK_WGMMA
   QK_SHARED(shared);
   constexpr int kStrips = wgmma_strips(kTokens), kConsumers = kStrips * 128;

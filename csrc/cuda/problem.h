@@ -12,6 +12,8 @@ QK_CONSTEXPR int size_of(Type type) {
   return type == Type::kNone ? 0 : type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2;
 }
 
+QK_CONSTEXPR bool is_floating(Type type) { return type != Type::kNone && type != Type::kUInt8; }
+
 // The weight in layout mma_tile (layout.h), as kernels take it.
 struct Weight {
   const uint8_t* codes;  // 16-byte aligned, like scales and zeros
@@ -104,12 +106,14 @@ QK_CONSTEXPR int wgmma_threads(int tokens) { return (wgmma_strips(tokens) + 1) *
 QK_CONSTEXPR int wgmma_blocks(int tokens) { return tokens <= 32 ? 2 : 1; }
 
 // Whether a group's scale cannot wait for the group's sum in gemm_sm90, so that it scales the fragments.
-inline bool sums_cannot_be_scaled(const Weight& w) {
-  return w.groups_per_step > 1 || (w.zero_type != Type::kNone && w.zero_type != Type::kUInt8);
-}
+inline bool sums_cannot_be_scaled(const Weight& w) { return w.groups_per_step > 1 || is_floating(w.zero_type); }
 
 // Warps of a decode block: 128 registers a thread up to 16 tokens, 255 for 32.
 QK_CONSTEXPR int most_decode_warps(int tokens) { return tokens <= 16 ? 16 : 8; }
+
+// Steps in the ring of a decode warp. With 8 warps of 2 KB steps (32 tokens, 4 bit) five, so that 64 KB are on their
+// way.
+QK_CONSTEXPR int decode_stages(int tokens, int width) { return tokens == 32 && width == 4 ? 5 : 4; }
 
 // A call of the fused kernels.
 struct Call {

@@ -27,8 +27,8 @@ IGMMA = ("gemm_a8_sm90.cu", "gemm_a8_sm90.cuh")
 MUTANTS: dict[str, Mutant] = {
     # Scales are copied by some lanes for all, and slots are reused: without the warp's barrier lanes race.
     "DECODE_NO_WARP_BARRIER": Mutant(*DECODE, "__syncwarp();  // all lanes' copies of this slot", "// "),
-    "DECODE_SHORT_WAIT": Mutant(*DECODE, "cp_async_wait<kDecodeStages - 2>();", "cp_async_wait<kDecodeStages - 1>();"),
-    "DECODE_NO_WAIT_FOR_X": Mutant(*DECODE, "cp_async_wait<kDecodeStages - 1>();", "cp_async_wait<kDecodeStages>();"),
+    "DECODE_SHORT_WAIT": Mutant(*DECODE, "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
+    "DECODE_NO_WAIT_FOR_X": Mutant(*DECODE, "cp_async_wait<kStages - 1>();", "cp_async_wait<kStages>();"),
     "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of this slot", "// "),
     "GEMM_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*GEMM, "__syncthreads();  // the exchange lies over stages", "// "),
     # The slot after the one that is being read, instead of the one before: three steps too early.

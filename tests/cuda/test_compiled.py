@@ -51,6 +51,8 @@ def chosen(arch: str, M: int, N: int, K: int, bits: int, half: bool) -> list[Lau
     )
     card = {
         "group_bytes": 128,
+        "short_groups": 0,
+        "float_zeros": 0,
         "half": int(half),
         "aligned": 1,
         "sm": int(arch.rstrip("a")),
@@ -129,7 +131,7 @@ def test_int8_products_use_the_instructions_meant(arch: str) -> None:
 
 @needs_nvdisasm
 def test_hopper_has_wgmma_and_tma() -> None:
-    """A from registers and B through a descriptor; x by tiles, the weight by bulk copies; that they overlap is in test_compiled_sm90.py."""
+    """A from registers and B through a descriptor; x by tiles, the weight by bulk copies (overlap: test_compiled_sm90.py)."""
     kernels = sass(HOPPER, "90a")
     assert len(kernels) == 36
     for name, body in kernels.items():

@@ -92,6 +92,18 @@ def test_every_arrangement_of_the_warps(warps: int) -> None:
         check(weight, x, Config("decode", 8, warps_n, warps // warps_n, splits))
 
 
+@pytest.mark.parametrize("scheme", ["w4a16_g64_asym", "w8a16_g64"])
+def test_decode_rings_come_round(scheme: str) -> None:
+    """13 steps a warp, more than twice its ring: of four, or of five with 32 tokens and 4 bit."""
+    weight = random_weight(scheme, 70, 13 * 64, exact=True)
+    for M in (3, 12, 20):
+        check(
+            weight,
+            in_room(integers(M, 13 * 64, dtype=torch.float16, most=2)),
+            Config("decode", 8 * -(-M // 8) if M < 17 else 32, 4, 1),
+        )
+
+
 @pytest.mark.parametrize(
     "config", [decode(8, 2), decode(20, 4, 2), gemm(32), gemm(64), gemm(128, 2), gemm(64, 1, True)], ids=str
 )

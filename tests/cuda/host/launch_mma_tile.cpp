@@ -100,19 +100,31 @@ int run_choose_a8(const Named& call) {
   return 0;
 }
 
+Problem problem_of(const Named& call) {
+  auto number = [&](const char* name) { return static_cast<int>(call.integer(name)); };
+  return {number("M"),
+          number("N"),
+          number("K"),
+          number("bits"),
+          number("group_bytes"),
+          number("half") != 0,
+          number("aligned") != 0,
+          number("sm"),
+          number("multiprocessors"),
+          number("short_groups") != 0,
+          number("float_zeros") != 0};
+}
+
+// ns: of a configuration that is given.
+int run_predict(const Named& call) {
+  *call.pointer<double>("ns") = predicted_ns(problem_of(call), config_of(call));
+  return 0;
+}
+
 // config: path, tokens, warps_n, warps_k, splits, half_accumulate; text: both values as they print themselves.
 int run_choose(const Named& call) {
-  auto number = [&](const char* name) { return static_cast<int>(call.integer(name)); };
-  const Problem p{number("M"),
-                  number("N"),
-                  number("K"),
-                  number("bits"),
-                  number("group_bytes"),
-                  number("half") != 0,
-                  number("aligned") != 0,
-                  number("sm"),
-                  number("multiprocessors")};
-  const Config c = choose(p, number("half_accumulate") != 0, number("decode_only") != 0);
+  const Problem p = problem_of(call);
+  const Config c = choose(p, call.integer("half_accumulate") != 0, call.integer("decode_only") != 0);
   const int32_t fields[] = {static_cast<int>(c.path), c.tokens, c.warps_n, c.warps_k, c.splits, c.half_accumulate};
   std::memcpy(call.pointer<int32_t>("config"), fields, sizeof fields);
   *call.pointer<double>("ns") = predicted_ns(p, c);
@@ -122,7 +134,8 @@ int run_choose(const Named& call) {
 
 const qkernels::host::Registered kMultiply("multiply", run_multiply), kWorkspace("workspace", run_workspace),
     kStage("stage", run_stage), kDequantize("dequantize", run_dequantize), kChoose("choose", run_choose),
-    kMultiplyA8("multiply_a8", run_multiply_a8), kWorkspaceA8("workspace_a8", run_workspace_a8),
-    kQuantizeA8("quantize_a8", run_quantize_a8), kChooseA8("choose_a8", run_choose_a8);
+    kPredict("predict", run_predict), kMultiplyA8("multiply_a8", run_multiply_a8),
+    kWorkspaceA8("workspace_a8", run_workspace_a8), kQuantizeA8("quantize_a8", run_quantize_a8),
+    kChooseA8("choose_a8", run_choose_a8);
 
 }  // namespace
