@@ -1,8 +1,9 @@
 # make demo        quantize the bundled model, compare, plot      (about 5 minutes after installation)
 # make test        lint, types, formats, all tests               (needs no GPU)
 # make test-full   the same, and every Triton configuration and format compiled for every card
-# make bench       the full benchmark set on this machine, and its page  (hours; `qkernels bench` is the quick one)
-# make gpu-check   all checks and measurements that need a GPU, in parts (takes the environment as it is)
+# make bench       the full benchmark set on this machine, and its page  (10 minutes on a CPU; `qkernels bench`: half a minute)
+# make gpu-check   all checks and measurements that need a GPU, in parts (takes the environment as it is);
+#                  DRY=--dry-run lists them, and proves that each could start, without a GPU
 #
 #   TORCH=2.11.0       another torch version than the pinned one
 #   ENV=active         use the Python environment that is active, with the torch it has, instead of a .venv of our own
@@ -33,7 +34,7 @@ build/extension-demo.stamp: export QKERNELS_CUDA ?= $(shell nvidia-smi >/dev/nul
 
 .PHONY: help demo test test-full bench gpu-check lint format clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 11
 
 demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo
@@ -50,7 +51,7 @@ bench: $(EXTENSION)
 
 # No prerequisite on purpose: it takes the environment that is there, builds and downloads nothing.
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_check
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_check $(DRY)
 
 lint: $(READY)
 	$(PY) -m ruff check .

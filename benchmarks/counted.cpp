@@ -1,6 +1,6 @@
 // One matrix product of the CPU kernels, so many times over, without torch and on one thread: for benchmarks/guard.py.
 //
-//   counted ISA CALLS M N K GROUP BITS      exit code 77 if this CPU lacks the instruction set
+//   counted ISA CALLS M N K GROUP BITS ACTIVATION_BITS      exit code 77 if this CPU lacks the instruction set
 #include <cstdlib>
 #include <vector>
 
@@ -9,9 +9,11 @@
 namespace cpu = qkernels::cpu;
 
 int main(int argc, char** argv) {
-  if (argc != 8 || cpu::choose(argv[1]) != nullptr) return 77;
-  const cpu::Kernels& kernels = *cpu::current().kernels;
+  if (argc != 9 || cpu::choose(argv[1]) != nullptr) return 77;
   cpu::Problem p{};
+  p.int8_activations = std::atoi(argv[8]) == 8;
+  const cpu::Kernels& chosen = *cpu::current().kernels;
+  const cpu::Kernels& kernels = p.int8_activations ? cpu::int8_kernels(chosen) : chosen;
   p.M = std::atoi(argv[3]), p.N = std::atoi(argv[4]), p.K = std::atoi(argv[5]);
   p.group = std::atoi(argv[6]), p.bits = std::atoi(argv[7]);
   p.G = (p.K - 1) / p.group + 1;

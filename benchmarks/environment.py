@@ -66,12 +66,15 @@ def machine_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of the source tree, with "+changes" where files differ from it; "unknown" outside a repository."""
+    """The commit of the source tree, "+changes" where files other than results differ; "unknown" outside a repository."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return f"{head}+changes" if _git("status", "--porcelain", "--untracked-files=no") else head
+        return f"{head}+changes" if _git(*_CHANGES) else head
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+_CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
 
 
 def _git(*arguments: str) -> str:
@@ -100,14 +103,20 @@ def cpu_mhz() -> float | None:
     return float(value) if value else None
 
 
-def cpu_caches() -> dict[str, int]:
-    """Bytes of the caches that core 0 sees, by level: {"L1d": …, "L2": …, "L3": …}."""
-    found = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+def cpu_caches(system: Path = Path("/sys/devices/system/cpu")) -> dict[str, int]:
+    """Bytes of data caches by level, {"L1d": …, "L2": …, "L3": …}: one instance of each, and all instances of the last level.
+
+    A machine of several chiplets or sockets has a last-level cache in each. A virtual machine may show fewer than it has.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for index in sorted(system.glob("cpu[0-9]*/cache/index*")):
+        names = ("level", "type", "size", "shared_cpu_list")
+        level, kind, size, shared = ((index / name).read_text().strip() for name in names)
         if kind != "Instruction":
-            found[f"L{level}{'d' if level == '1' else ''}"] = int(size.rstrip("KMG")) * _UNITS[size[-1]]
-    return found
+            name = f"L{level}{'d' if level == '1' else ''}"
+            found.setdefault(name, {})[shared] = int(size.rstrip("KMG")) * _UNITS.get(size[-1], 1)
+    last = max(found, default="")
+    return {name: sum(same.values()) if name == last else max(same.values()) for name, same in sorted(found.items())}
 
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}

@@ -2,27 +2,34 @@
 
     python -m benchmarks.gpu_check               all parts that have no result for this commit yet
     python -m benchmarks.gpu_check --parts tests repeats     --again
+    python -m benchmarks.gpu_check --dry-run     what would run and for how long, and whether it could start; needs no GPU
 
 Every part writes its log and verdict under `benchmarks/results/<gpu>/gpu-check/` as it goes, so that a stop loses nothing and
-the next start goes on. Nothing is installed or downloaded.
+the next start goes on. At the end `benchmarks/results/<gpu>/<date>-<commit>.json` has all rows of the kernel benchmarks, and
+the .md beside it the verdicts and tables. Nothing is installed or downloaded; where nvcc is, the extension is built in place.
 Without a GPU it says so and exits with 2. None of this has met a GPU so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import torch
 
-from . import environment
+from qkernels.markdown import table
+
+from . import environment, results
 from .shapes import GEOMETRIES
 
 LIMIT_SECONDS = 570
@@ -31,10 +38,12 @@ NO_GPU = 2
 
 @dataclass(frozen=True)
 class Part:
-    """One part: a command, how long it may take, and the program without which it is left out."""
+    """One part: a command, how long it should take (a prediction: nobody has measured it) and may take, in seconds, and the
+    program without which it is left out."""
 
     name: str
     command: tuple[str, ...]
+    predicted: int
     limit: int = LIMIT_SECONDS
     needs: str | None = None
 
@@ -51,52 +60,93 @@ class Outcome:
 
 
 def parts(out: Path) -> list[Part]:
-    """In order of worth: is it right, is it right under the sanitizers, how fast is it."""
-    python = sys.executable
-    pytest = (python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
-    sanitizer = "compute-sanitizer"
+    """In order of worth: is it built, is it right, is it right under the sanitizers, how fast is it.
+
+    Predictions: 45 products of `gpu_properties` (5 schemes, 9 numbers of tokens) at 50 us a call, 20 s for torch and CUDA to
+    start; sanitizers slow the 500 calls of `shapes` down 10 times, racecheck 50 times (guesses); benchmarks sample for as long
+    as they are told.
+    """
+    python, sanitizer = sys.executable, "compute-sanitizer"
+
+    def module(*words: str) -> tuple[str, ...]:
+        return (python, "-m", *words)
+
+    built = "from qkernels.kernels import native; s = native.status(); print(s); raise SystemExit(not s.cuda)"
     checks = [
-        Part("tests", pytest),
-        Part("repeats", (python, "-m", "benchmarks.gpu_properties", "repeats", "--repeats", "1000")),
-        Part("graphs", (python, "-m", "benchmarks.gpu_properties", "graph")),
-        Part("streams", (python, "-m", "benchmarks.gpu_properties", "streams")),
+        Part("build", (python, "setup.py", "--quiet", "build_ext", "--inplace"), 400, needs="nvcc"),
+        Part("extension", (python, "-c", built), 10),
+        Part("tests", module("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"), 180),
+        Part("repeats", module("benchmarks.gpu_properties", "repeats", "--repeats", "1000"), 30),
+        Part("graphs", module("benchmarks.gpu_properties", "graph"), 30),
+        Part("streams", module("benchmarks.gpu_properties", "streams"), 30),
     ]
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = (
-            sanitizer,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "1",
-            python,
-            "-m",
-            "benchmarks.gpu_properties",
-            "shapes",
-        )
-        checks.append(Part(tool, command, needs=sanitizer))
+        options = (sanitizer, "--tool", tool, "--error-exitcode", "1")
+        seconds = 400 if tool == "racecheck" else 120
+        checks.append(Part(tool, (*options, *module("benchmarks.gpu_properties", "shapes")), seconds, needs=sanitizer))
     save = str(out / "quick.json")
-    checks.append(Part("quick", (python, "-m", "qkernels.cli.main", "bench", "--device", "cuda:0", "--save", save)))
+    checks.append(Part("quick", module("qkernels.cli.main", "bench", "--device", "cuda:0", "--save", save), 60))
+    device = ("--device", "cuda:0")
     for model in GEOMETRIES:
-        timed: tuple[str, ...] = (
-            python,
-            "-m",
-            "benchmarks",
-            "--models",
-            model,
-            "--device",
-            "cuda:0",
-            "--seconds",
-            "12",
-            "--out",
-            str(out / f"{model}.json"),
-        )
-        checks.append(Part(f"kernels {model}", timed))
+        timed = ("--models", model, *device, "--seconds", "12", "--out", str(out / f"{model}.json"))
+        checks.append(Part(f"kernels {model}", module("benchmarks", *timed), 480))
     for size in ("1b", "8b"):
         modes = ("--modes", "eager", "compile", "graph", "--out", str(out / f"models-{size}.json"))
-        checks.append(
-            Part(f"model {size}", (python, "-m", "benchmarks.models", "--size", size, "--device", "cuda:0", *modes))
-        )
+        checks.append(Part(f"model {size}", module("benchmarks.models", "--size", size, *device, *modes), 240))
     return checks
+
+
+def cannot_start(part: Part) -> str | None:
+    """Why a part would end before it reaches a GPU: a module that does not import, a file that is not there, or a selection of
+    tests that is empty. None if nothing speaks against it."""
+    command = part.command
+    start = command.index(sys.executable) if sys.executable in command else None
+    if start is None:
+        return f"it does not run {sys.executable}"
+    kind, rest = command[start + 1], command[start + 2 :]
+    if kind == "-c":
+        compile(rest[0], part.name, "exec")
+    elif kind != "-m":
+        return None if (environment.ROOT / kind).is_file() else f"{kind} is not there"
+    elif rest[0] == "pytest":
+        return empty_selection((*command, "--collect-only"))
+    else:
+        for name in (rest[0], f"{rest[0]}.__main__"):
+            try:
+                found = importlib.import_module(name)
+            except ImportError as error:
+                return f"{name} does not import: {error}"
+            if not hasattr(found, "__path__"):  # a module, which is what runs; of a package it is __main__
+                break
+    return None
+
+
+def empty_selection(command: Sequence[str]) -> str | None:
+    """Whether pytest, told to collect only, finds a test."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=environment.ROOT)
+    selected = re.search(r"^(\d+)(?:/\d+)? tests? collected", done.stdout, re.MULTILINE)
+    if done.returncode == 0 and selected and int(selected[1]) > 0:
+        return None
+    return f"pytest collects no test (exit code {done.returncode}): {done.stdout[-500:]}{done.stderr[-500:]}"
+
+
+def dry_run(chosen: Sequence[Part]) -> int:
+    """Print what would run; 1 if a part could not start. A missing program is no failure: the part is left out then, too."""
+    failed = False
+    for part in chosen:
+        here = part.needs is None or shutil.which(part.needs) is not None
+        why = cannot_start(part)
+        failed |= why is not None
+        state = (
+            f"CANNOT START: {why}"
+            if why
+            else "can start"
+            if here
+            else f"would be left out: {part.needs} is not installed"
+        )
+        print(f"{part.name:<22} {part.predicted:>4} s of {part.limit}  {state}\n    {' '.join(part.command)}")
+    print(f"{len(chosen)} parts, {sum(part.predicted for part in chosen)} s (predicted). Nothing was run on a GPU.")
+    return int(failed)
 
 
 def run_part(part: Part, out: Path, commit: str) -> Outcome:
@@ -142,26 +192,49 @@ def run_all(chosen: Sequence[Part], out: Path, commit: str, again: bool = False)
     return outcomes
 
 
+def summarize(outcomes: Sequence[Outcome], out: Path, commit: str, day: date) -> Path:
+    """Join what the kernel benchmarks under `out` measured at this commit, and write it with all verdicts beside `out`; returns
+    the Markdown. Percentages of a roof are each of the roof that its own run measured."""
+    runs = [results.read(path) for model in GEOMETRIES if (path := out / f"{model}.json").exists()]
+    runs = [run for run in runs if run.environment.get("commit") == commit]
+    to = out.parent / f"{day.isoformat()}-{commit}.md"
+    lines = [[o.part, o.verdict, f"{o.seconds:.0f}", o.found] for o in outcomes]
+    text = f"# {out.parent.name}, {commit}\n\n{table(['part', 'verdict', 's', 'found'], lines)}\n"
+    if runs:
+        absent = {name: why for run in runs for name, why in run.absent.items()}
+        joined = replace(runs[0], rows=[row for run in runs for row in run.rows], absent=absent)
+        results.write(joined, to.with_suffix(".json"))
+        text += f"\n{results.to_markdown(joined)}"
+    to.write_text(text, encoding="utf-8")
+    return to
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", help="only these")
     parser.add_argument("--again", action="store_true", help="also what has passed under this commit")
     parser.add_argument("--list", action="store_true", help="list the parts")
+    parser.add_argument("--dry-run", action="store_true", help="list them, and see whether each could start")
     args = parser.parse_args(argv)
     if args.list:
         print("\n".join(f"{part.name:<24} {' '.join(part.command[1:])}" for part in parts(Path("OUT"))))
         return 0
-    if not torch.cuda.is_available():
-        print(
-            "gpu-check needs a GPU: this torch sees none (see qkernels doctor). Nothing was checked.", file=sys.stderr
-        )
-        return NO_GPU
-    out = environment.RESULTS / environment.machine_name(torch.device("cuda:0")) / "gpu-check"
+    gpu = torch.cuda.is_available()
+    out = environment.RESULTS / (environment.machine_name(torch.device("cuda:0")) if gpu else "GPU") / "gpu-check"
     known = parts(out)
     if unknown := set(args.parts or ()) - {part.name for part in known}:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; see --list")
     chosen = [part for part in known if args.parts is None or part.name in args.parts]
-    outcomes = run_all(chosen, out, environment.commit(), args.again)
+    if args.dry_run:
+        return dry_run(chosen)
+    if not gpu:
+        print(
+            "gpu-check needs a GPU: this torch sees none (see qkernels doctor). Nothing was checked.", file=sys.stderr
+        )
+        return NO_GPU
+    commit = environment.commit()
+    outcomes = run_all(chosen, out, commit, args.again)
+    print(f"written: {summarize(outcomes, out, commit, date.today())}", file=sys.stderr)
     print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     return 0 if all(outcome.verdict in ("passed", "left out") for outcome in outcomes) else 1
 

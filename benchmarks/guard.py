@@ -28,12 +28,19 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc" / "cpu"
 COMMITTED = Path(__file__).with_name("guard.json")
 
-CASES: dict[str, tuple[int, int, int, int, int]] = {  # name -> M, N, K, group, bits
-    "decode 4-bit": (1, 256, 1024, 128, 4),
-    "decode 8-bit": (1, 256, 1024, 128, 8),
-    "batch of 16, 4-bit": (16, 128, 512, 128, 4),
-    "batch of 16, groups of 32": (16, 128, 512, 32, 4),
+Case = tuple[int, int, int, int, int, int]
+CASES: dict[str, Case] = {  # name -> M, N, K, group, bits, bits of activations
+    "decode 4-bit": (1, 256, 1024, 128, 4, 16),
+    "decode 8-bit": (1, 256, 1024, 128, 8, 16),
+    "batch of 16, 4-bit": (16, 128, 512, 128, 4, 16),
+    "batch of 16, groups of 32": (16, 128, 512, 32, 4, 16),
+    "int8 activations, decode 4-bit": (1, 256, 1024, 128, 4, 8),
+    "int8 activations, decode 8-bit": (1, 256, 1024, 1024, 8, 8),
+    "int8 activations, batch of 16, 4-bit": (16, 128, 512, 128, 4, 8),
+    "int8 activations, batch of 16, groups of 32": (16, 128, 512, 32, 4, 8),
+    "int8 activations, batch of 16, 8-bit": (16, 128, 512, 512, 8, 8),
 }
+OBJECTS = ("avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni")  # whose spills are counted
 SAME_COMPILER, OTHER_COMPILER = 0.03, 0.35  # how far a figure may rise
 SLACK = {"spills": 8.0}  # counts near zero need room in absolute terms
 VECTOR_SPILL = re.compile(r"\bv?mov(?:aps|ups|dqa|dqu)(?:32|64|8|16)?\s+%[xyz]mm\d+,\s*-?0x[0-9a-f]*\(%r(?:sp|bp)\)|"
@@ -64,7 +71,7 @@ def build(directory: Path, extra: Sequence[str] = ()) -> dict[str, Path]:
     return {**objects, "counted": directory / "counted"}
 
 
-def instructions(program: Path, case: tuple[int, int, int, int, int], directory: Path, isa: str = "avx2") -> float:
+def instructions(program: Path, case: Case, directory: Path, isa: str = "avx2") -> float:
     """Instructions per weight and token that `gemm` executes: the difference of two runs, so that set-up cancels."""
     counts = []
     for calls in (1, 3):
@@ -107,12 +114,12 @@ def measure(directory: Path, extra: Sequence[str] = ()) -> Figures:
     counts = {name: instructions(built["counted"], case, directory) for name, case in CASES.items()}
     return {
         "instructions per weight": {name: round(n, 4) for name, n in counts.items()},
-        "spills": {isa: spills(built[isa]) for isa in ("avx2", "avx512", "avx512_bf16")},
+        "spills": {isa: spills(built[isa]) for isa in OBJECTS},
     }
 
 
 def regressions(committed: Mapping[str, Any], measured: Figures, with_compiler: str | None) -> list[str]:
-    """What rose beyond its bound, one sentence each; a figure that is gone counts too."""
+    """What rose beyond its bound, one sentence each; a figure that is gone counts too, and one that was never committed."""
     same = committed["compiler"] == with_compiler
     room = SAME_COMPILER if same else OTHER_COMPILER
     wrong = []
@@ -126,7 +133,9 @@ def regressions(committed: Mapping[str, Any], measured: Figures, with_compiler: 
                 wrong.append(
                     f"{kind}, {name}: {now:g}, committed {was:g}, bound {limit:g} ({'same' if same else 'another'} compiler)"
                 )
-    return wrong
+    known = {(kind, name) for kind, values in committed["figures"].items() for name in values}
+    new = [(kind, name) for kind, values in measured.items() for name in values if (kind, name) not in known]
+    return wrong + [f"{kind}, {name}: not committed; python -m benchmarks.guard --update" for kind, name in new]
 
 
 def committed() -> dict[str, Any]:

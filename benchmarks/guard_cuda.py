@@ -20,6 +20,7 @@ UNIT = "mma_tile"
 # What the mix counts; everything else is "other".
 CLASSES = {
     "HMMA": "tensor core", "HGMMA": "tensor core", "IMMA": "tensor core",
+    "IGMMA": "tensor core",
     "LDGSTS": "global to shared", "UTMALDG": "global to shared", "LDSM": "shared", "LDS": "shared", "STS": "shared",
     "LDG": "global", "STG": "global", "LDL": "local", "STL": "local", "LOP3": "logic", "PRMT": "logic", "SHF": "logic",
     "I2F": "conversion", "F2F": "conversion", "F2FP": "conversion", "HFMA2": "half arithmetic", "HADD2": "half arithmetic",

@@ -17,6 +17,7 @@ from qkernels import ops
 from qkernels.errors import QKernelsError
 from qkernels.kernels.catalogue import KERNELS, Problem, arch_of
 from qkernels.layouts import get_layout
+from qkernels.nn.huge_pages import on_huge_pages
 from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
 
@@ -73,7 +74,8 @@ def ours(problem: Problem, device: torch.device) -> list[Candidate]:
     """Every kernel of the catalogue that could be meant for this device."""
 
     def prepare(layout: str, weight: QuantTensor) -> Prepared:
-        buffers = {n: None if t is None else t.to(device) for n, t in get_layout(layout).pack(weight).items()}
+        packed = get_layout(layout).pack(weight)  # placed as QuantLinear does it
+        buffers = {n: None if t is None else on_huge_pages(t.to(device)) for n, t in packed.items()}
         call = partial(ops.gemm, layout, in_features=weight.K, out_features=weight.N, scheme=weight.scheme)
         return Prepared(
             buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()), activation_bits=weight.scheme.act_bits
@@ -104,7 +106,7 @@ def _prepared_by(peer: Peer, dtype: torch.dtype, device: torch.device) -> Callab
 
 def measure_case(
     case: Case, device: torch.device, limits: Roofs, who: Sequence[Candidate], rounds: int, seconds: float | None = None,
-    clock: Clock | None = None, cache: int | None = None,
+    clock: Clock | None = None, cache: int | None = None, read: Callable[[], float] | None = None,
 ) -> list[Row]:  # fmt: skip
     """Rows of all candidates for all M, in one set of interleaved rounds.
 
@@ -116,6 +118,7 @@ def measure_case(
         rounds: samples each.
         seconds: stop after about so long, once 8 rounds are there.
         clock, cache: the clock and the bytes of the cache to exceed; those of the device if None.
+        read: seconds that the memory takes for a byte now (`roofs.read_sampler`), asked in every round.
     """
     layer, clock = case.layer, clock or clock_for(device)
     cache = environment.cache_bytes(device) if cache is None else cache
@@ -171,11 +174,16 @@ def measure_case(
                 rows[M, candidate.name] = replace(row, reason=_said(error))
     deadline = None if seconds is None else time.monotonic() + seconds
     with torch.inference_mode():
-        samples = interleaved(_keyed(samplers), rounds, deadline)
+        samples = interleaved(_keyed(samplers) | ({_READ: read} if read else {}), rounds, deadline)
     for (M, name), row in rows.items():
         if (M, name) in samplers:
-            rows[M, name] = _filled(row, samples[f"{M} {name}"], prepared[name].nbytes, case.dtype.itemsize, limits)
+            rows[M, name] = _filled(
+                row, samples[f"{M} {name}"], prepared[name].nbytes, case.dtype.itemsize, limits, samples.get(_READ)
+            )
     return _with_ratios([rows[M, c.name] for M in case.tokens for c in who])
+
+
+_READ = "memory read"
 
 
 class _NotHere(Exception):
@@ -202,18 +210,26 @@ def _copy(buffers: object) -> object:
     return copy_tensors(buffers) if holds_tensors else copy.deepcopy(buffers)
 
 
-def _filled(row: Row, seconds: list[float], weight_bytes: int, itemsize: int, limits: Roofs) -> Row:
+def _filled(
+    row: Row, seconds: list[float], weight_bytes: int, itemsize: int, limits: Roofs, read: list[float] | None
+) -> Row:
     interval = median_interval(seconds)
     moved = weight_bytes + (row.M * row.K + row.M * row.N) * itemsize
     operations = 2.0 * row.M * row.N * row.K
+    share = None if read is None else ratio_interval(read, seconds)
+    computing = operations / (limits.best_tflops * 1e12)
+    floors = (
+        [max(moved * r, computing) for r in read] if read else [limits.floor_seconds(moved, operations)] * len(seconds)
+    )
     return replace(
         row,
+        read_percent=None if share is None else [100 * moved * x for x in (share.median, share.low, share.high)],
         us=interval.median * 1e6,
         us_low=interval.low * 1e6,
         us_high=interval.high * 1e6,
         gbs=moved / interval.median / 1e9,
         tflops=operations / interval.median / 1e12,
-        roof_percent=100 * limits.floor_seconds(moved, operations) / interval.median,
+        roof_percent=100 * ratio_interval(floors, seconds).median,
         samples_us=[float(f"{s * 1e6:.5g}") for s in seconds],
     )
 
@@ -262,6 +278,7 @@ def run_cases(
     limits = roofs.measure(device, cache, 2.0 if seconds is not None else 6.0)
     status = {peer.name: peer.status for peer in peers if peer.status}
     host = host_times(device)
+    memory = roofs.read_sampler(device, cache)
     rows: list[Row] = []
 
     def so_far(drift: float | None) -> Run:
@@ -273,7 +290,9 @@ def run_cases(
 
     for case in cases:
         problem = Problem(case.layer.N, case.layer.K, case.scheme, case.dtype, arch_of(device))
-        rows += measure_case(case, device, limits, candidates(problem, device, peers), rounds, seconds, cache=cache)
+        rows += measure_case(
+            case, device, limits, candidates(problem, device, peers), rounds, seconds, cache=cache, read=memory
+        )
         if progress is not None:
             progress(so_far(None))
     copied, read = roofs.bandwidth(device, cache, 0.6)

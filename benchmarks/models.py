@@ -1,22 +1,25 @@
 """Whole models: prefill and decode in tokens a second, time to first token, memory predicted and measured.
 
-    python -m benchmarks.models --size small
+    python -m benchmarks.models --size 1b --modes eager compile
     python -m benchmarks.models --size 8b --device cuda:0 --modes eager compile graph
 
 The model is Llama-shaped with random weights (`llama.py`), so any size can be built where it fits, without a download. Numbers on
-CUDA are unmeasured so far.
+CUDA are unmeasured so far. Rows go to a file as they come; rows of the same commit that are there already stay, so that variants
+may be measured one process each. Decoding reads every weight once a token: its share of the memory's rate is taken beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from torch import Tensor
 from qkernels.markdown import table as markdown_table
 from qkernels.scheme import QuantScheme
 
-from . import environment
+from . import environment, roofs
 from .llama import SIZES, Llama, predicted_memory
 from .statistics import median_interval
 
@@ -34,7 +37,11 @@ MODES = ("eager", "compile", "graph")
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One variant in one mode. Times in seconds are medians; bytes are of this process (CPU) or of torch's allocator (CUDA)."""
+    """One variant in one mode. Times in seconds are medians; bytes are of this process (CPU) or of torch's allocator (CUDA).
+
+    `first_token_s` is that of the prompt and the choice of its token; `read_percent` the median of the bytes that decoding reads
+    (weights without the embedding table) in units of what the memory gave right before and after, in the same repeat.
+    """
 
     size: str
     variant: str
@@ -48,7 +55,9 @@ class ModelRow:
     predicted_bytes: int
     weight_bytes: int
     peak_bytes: int | None
-    reason: str | None = None
+    read_percent: float | None = None
+    date: str = ""
+    commit: str = ""
 
 
 def measure(
@@ -63,6 +72,7 @@ def measure(
         tiny = Llama(SIZES["tiny"], scheme, prompt, torch.bfloat16, device)
         tiny(torch.zeros(1, prompt, dtype=torch.long, device=device), torch.arange(prompt, device=device))
         del tiny
+    memory = roofs.read_sampler(device, environment.cache_bytes(device))
     positions = prompt + new_tokens
     gc.collect()
     before = _reset_peak(device)
@@ -70,25 +80,29 @@ def measure(
     with torch.inference_mode():
         model = Llama(g, scheme, positions, torch.bfloat16, device)
         weight_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        read_bytes = weight_bytes - model.table.numel() * model.table.element_size()
         # Making random codes takes memory that serving does not: one byte a weight of the layer being made.
         before = _reset_peak(device, before)
         tokens = torch.randint(0, g.vocabulary, (1, prompt), device=device)
         places = torch.arange(positions, device=device)
         step = decode_step(model, mode, tokens[:, :1], places[prompt : prompt + 1])
-        prefills, decodes = [], []
+        prefills, decodes, shares = [], [], []
         for _ in range(repeats):
             start = _now(device)
             last = model(tokens, places[:prompt]).argmax(-1, keepdim=True)
             prefills.append(_now(device) - start)
+            rate = memory()
             start = _now(device)
             for i in range(prompt, positions):
                 last = step(last, places[i : i + 1]).argmax(-1, keepdim=True)
             decodes.append((_now(device) - start) / new_tokens)
+            shares.append(100 * read_bytes * (rate + memory()) / 2 / decodes[-1])
     peak = _peak(device)
     first = median_interval(prefills).median
     return ModelRow(
         size, variant, mode, str(device), prompt, new_tokens, prompt / first, 1 / median_interval(decodes).median, first,
-        predicted, weight_bytes, None if peak is None or before is None else peak - before,
+        predicted, weight_bytes, None if peak is None or before is None else peak - before, median_interval(shares).median,
+        datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), environment.commit(),
     )  # fmt: skip
 
 
@@ -152,25 +166,47 @@ def _peak(device: torch.device) -> int | None:
 
 def to_markdown(rows: Sequence[ModelRow]) -> str:
     header = [
-        "model",
-        "weights",
-        "mode",
-        "prefill tok/s",
-        "decode tok/s",
-        "first token ms",
-        "predicted MiB",
-        "peak MiB",
-    ]
+        "model", "weights", "mode", "prefill tok/s", "decode tok/s", "% of memory read", "first token ms", "weights MiB",
+        "predicted MiB", "peak MiB",
+    ]  # fmt: skip
     mib = 1 / 2**20
     lines = [
         [
             r.size, r.variant, r.mode, f"{r.prefill_tokens_per_s:.1f}", f"{r.decode_tokens_per_s:.1f}",
-            f"{r.first_token_s * 1e3:.1f}",
-            f"{r.predicted_bytes * mib:.0f}", "–" if r.peak_bytes is None else f"{r.peak_bytes * mib:.0f}",
+            "–" if r.read_percent is None else f"{r.read_percent:.0f}", f"{r.first_token_s * 1e3:.0f}",
+            f"{r.weight_bytes * mib:.0f}", f"{r.predicted_bytes * mib:.0f}",
+            "–" if r.peak_bytes is None else f"{r.peak_bytes * mib:.0f}",
         ]
         for r in rows
     ]  # fmt: skip
     return markdown_table(header, lines)
+
+
+def rows_of(path: Path, commit: str) -> list[ModelRow]:
+    """Rows that an earlier process wrote there at the same commit."""
+    if not path.exists():
+        return []
+    return [ModelRow(**row) for row in json.loads(path.read_text())["models"] if row.get("commit") == commit]
+
+
+def write(rows: Sequence[ModelRow], where: Mapping[str, Any], out: Path) -> None:
+    """JSON at `out`, and a page of the same name for people."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"environment": where, "models": [asdict(r) for r in rows]}, indent=1) + "\n")
+    quiet = where["quiet"]
+    place = where.get("gpu", {}).get("name") or f"{where['cpu']}, {where['threads']} threads, {where['isa']}"
+    lines = [
+        to_markdown(rows),
+        f"One sequence, {rows[0].prompt} tokens of prompt and {rows[0].new_tokens} more; memory is that beyond the"
+        " process's before the model was built.",
+        f"{place}; torch {where['torch']}, qkernels {', '.join(dict.fromkeys(r.commit for r in rows))}, {where['date']}; "
+        f"jitter {quiet['jitter']:.0%}, load {quiet['load']}{'' if quiet['quiet'] else ': not a quiet machine'}",
+    ]
+    out.with_suffix(".md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _key(row: ModelRow) -> tuple[Any, ...]:
+    return (row.size, row.variant, row.mode, row.device, row.prompt, row.new_tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,19 +219,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: 128)")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--out", type=Path, help="write rows there as they come")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/models-SIZE.json")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type != "cuda" and "graph" in args.modes:
         parser.error("--modes graph needs a CUDA device")
-    rows = []
+    where = environment.describe(device)
+    out = args.out or environment.RESULTS / where["machine"] / f"models-{args.size}.json"
+    rows = rows_of(out, where["commit"])
     for variant in args.variants:
         for mode in args.modes:
-            rows.append(measure(args.size, variant, mode, device, args.prompt, args.new_tokens))
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                found = {"environment": environment.describe(device), "models": [asdict(r) for r in rows]}
-                args.out.write_text(json.dumps(found, indent=1))
+            row = measure(args.size, variant, mode, device, args.prompt, args.new_tokens)
+            rows = [r for r in rows if _key(r) != _key(row)] + [row]
+            rows.sort(key=lambda r: (list(VARIANTS).index(r.variant), MODES.index(r.mode)))
+            write(rows, where, out)
     print(to_markdown(rows))
     return 0
 

@@ -10,9 +10,10 @@ from qkernels.scheme import QuantScheme
 
 from .kernels import Case, run_cases
 from .results import Run
-from .shapes import FULL_SET, TOKENS, find_layer, layers_of
+from .shapes import CPU_SET, CPU_TOKENS, FULL_SET, TOKENS, find_layer, layers_of
 
 SCHEMES = ("w4a16_g128", "w8a16_channel")
+FULL_SCHEMES = (*SCHEMES, "w4a8_g128", "w8a8_channel")
 
 
 def quick_cases(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
@@ -25,11 +26,11 @@ def quick_cases(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> li
 def full_cases(
     device: torch.device, dtype: torch.dtype = torch.bfloat16, models: tuple[str, ...] | None = None
 ) -> list[Case]:
-    """Every layer of every model of `shapes.FULL_SET`; M to 8192 on CUDA and to 512 on a CPU, where a minute is short."""
-    tokens = TOKENS if device.type == "cuda" else tuple(M for M in TOKENS if M <= 512)
-    chosen = [(model, shards) for model, shards in FULL_SET if models is None or model in models]
+    """Every layer of `shapes.FULL_SET`, M to 8192; on a CPU of `shapes.CPU_SET`, M to 256, unless `models` are named."""
+    tokens, usual = (TOKENS, FULL_SET) if device.type == "cuda" else (CPU_TOKENS, CPU_SET)
+    chosen = usual if models is None else [entry for entry in FULL_SET if entry[0] in models]
     layers = [layer for model, shards in chosen for layer in layers_of(model, shards)]
-    return [Case(layer, tokens, QuantScheme.parse(s), dtype) for layer in layers for s in SCHEMES]
+    return [Case(layer, tokens, QuantScheme.parse(s), dtype) for layer in layers for s in FULL_SCHEMES]
 
 
 def quick(device: torch.device, seconds: float = 30.0, progress: Callable[[Run], None] | None = None) -> Run:

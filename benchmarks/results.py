@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ class Row:
         us, us_low, us_high: median time of a call in microseconds, with its 99 % confidence interval.
         gbs: weight bytes with scales and zero points, plus x and y, in 1e9 a second.
         tflops: 2 M N K in 1e12 a second.
-        roof_percent: the least time that the measured roofs allow over the time taken.
+        roof_percent: the least time that the roofs allow over the time taken: memory as it was read in the same rounds, and the
+            run's matrix rate.
+        read_percent: [median, low, high] of the row's GB/s over the memory's, which was read in the same rounds.
         ratios: peer -> [median, low, high] of its time over ours, paired by round; above 1, ours is faster.
         cold_bytes: what the weight copies are worth together; below 4 caches the time is not that of a cold weight.
         samples_us: every sample, in order of rounds.
@@ -49,6 +51,7 @@ class Row:
     gbs: float | None = None
     tflops: float | None = None
     roof_percent: float | None = None
+    read_percent: list[float] | None = None
     ratios: dict[str, list[float]] = field(default_factory=dict)
     cold_bytes: int = 0
     samples_us: list[float] = field(default_factory=list)
@@ -104,15 +107,24 @@ def write(run: Run, path: Path) -> None:
     partial.replace(path)
 
 
+def merged(old: Run, new: Run) -> Run:
+    """Rows of both; place, roofs and host times of the newer. Who has a number in one of them is not absent."""
+    rows = [*old.rows, *new.rows]
+    present = {row.candidate for row in rows}
+    absent = {name: why for name, why in (old.absent | new.absent).items() if name not in present}
+    return replace(new, rows=rows, absent=absent)
+
+
 def to_csv(rows: Sequence[Row]) -> str:
     """One line a row, without samples; ratios as `peer=median` pairs."""
-    names = [f.name for f in fields(Row) if f.name not in ("samples_us", "ratios")]
+    names = [f.name for f in fields(Row) if f.name not in ("samples_us", "ratios", "read_percent")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*names, "ratios"])
+    writer.writerow([*names, "read_percent", "ratios"])
     for row in rows:
         ratios = ";".join(f"{peer}={ratio[0]:.4g}" for peer, ratio in row.ratios.items())
-        writer.writerow([*("" if (v := getattr(row, name)) is None else v for name in names), ratios])
+        values = ["" if (v := getattr(row, name)) is None else v for name in names]
+        writer.writerow([*values, f"{row.read_percent[0]:.4g}" if row.read_percent else "", ratios])
     return out.getvalue()
 
 
@@ -131,21 +143,21 @@ def to_markdown(run: Run) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    header = ["M", "candidate", "µs", "±", "GB/s", "TFLOP/s", "% of roof", "peer time / ours"]
+    header = ["M", "candidate", "µs", "±", "GB/s", "TFLOP/s", "% of roof", "% of read", "peer time / ours"]
     lines, never = [], {}
     for row in rows:
         same = {r.reason for r in rows if r.candidate == row.candidate}
         if same == {row.reason} and row.reason is not None:
             never[row.candidate] = row.reason
         elif row.us is None:
-            lines.append([str(row.M), row.candidate, "–", "", "", "", "", row.reason or ""])
+            lines.append([str(row.M), row.candidate, "–", "", "", "", "", "", row.reason or ""])
         if row.us is None:
             continue
         half = max((row.us_high or row.us) - row.us, row.us - (row.us_low or row.us)) / row.us
         ratios = ", ".join(f"{peer} {ratio[0]:.2f}" for peer, ratio in row.ratios.items())
         lines.append([
             str(row.M), row.candidate, f"{row.us:.4g}", f"{half:.0%}", f"{row.gbs or 0:.1f}", f"{row.tflops or 0:.3g}",
-            f"{row.roof_percent or 0:.0f}", ratios or row.note,
+            f"{row.roof_percent or 0:.0f}", f"{row.read_percent[0]:.0f}" if row.read_percent else "", ratios or row.note,
         ])  # fmt: skip
     table = markdown_table(header, lines) if lines else "No candidate has a number."
     reasons = "\n".join(f"* {name}: {why}" for name, why in never.items())

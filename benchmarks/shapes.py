@@ -102,3 +102,6 @@ FULL_SET: tuple[tuple[str, int], ...] = (
     ("qwen3-30b-a3b", 1),
     ("mixtral-8x7b", 1),
 )
+# On a CPU: a dense model, the smallest shards and the smallest experts. The rest would take hours (10 times the weights).
+CPU_SET: tuple[tuple[str, int], ...] = (("llama-3-8b", 1), ("llama-3-70b", 8), ("qwen3-30b-a3b", 1))
+CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)

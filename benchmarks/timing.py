@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qkernels.nn.huge_pages import begins_huge_page, on_huge_pages
+
 Call = Callable[[], Any]
 
 ROTATION = 4  # copies together are worth this many last-level caches
@@ -35,9 +37,11 @@ def copies_needed(weight_bytes: int, cache_bytes: int, budget_bytes: int) -> int
 
 
 def copy_tensors(values: Any) -> Any:
-    """A deep copy of the tensors in nested tuples, lists and dicts; everything else is shared."""
+    """A deep copy of the tensors in nested tuples, lists and dicts; everything else is shared. A copy of a tensor on huge pages
+    asks for them too."""
     if isinstance(values, Tensor):
-        return values.clone()
+        copied = values.clone()
+        return on_huge_pages(copied) if values.device.type == "cpu" and begins_huge_page(values) else copied
     if isinstance(values, dict):
         return {name: copy_tensors(value) for name, value in values.items()}
     if isinstance(values, (tuple, list)):

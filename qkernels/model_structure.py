@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import ArgumentError, CheckpointError
 from .formats.directory import without_quantization
+from .nn.replace import linear_names
 from .storage import CONFIG, TensorSource
 
 # Keys by which a config.json could make transformers fetch code from the Hub: modelling files, attention kernels.
@@ -139,6 +140,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         layers="gpt_neox.layers",
         embeddings="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
+    ),
+    Architecture(  # q, k, v in one matrix, GELU between c_fc and c_proj
+        model_types=("gpt2",),
+        folds=(Fold("ln_1", ("attn.c_attn",), "attn"), Fold("ln_2", ("mlp.c_fc",), "mlp")),
+        layers="transformer.h",
+        embeddings="transformer.wte",
+        final_norm="transformer.ln_f",
     ),
 )
 
@@ -285,4 +293,4 @@ def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
 
 
 def _identical_blocks(blocks: nn.ModuleList) -> bool:
-    return len({type(block) for block in blocks}) == 1 and any(isinstance(m, nn.Linear) for m in blocks[0].modules())
+    return len({type(block) for block in blocks}) == 1 and bool(linear_names(blocks[0]))

@@ -91,10 +91,12 @@ def test_in_memory(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_directory_gives_the_same_as_memory(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Bit for bit, float tensors included: AWQ's folded norms and biases are written too."""
-    loud_model("qwen2").to(dtype).save_pretrained(tmp_path / "source")
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), [("qwen2", torch.float32), ("qwen2", torch.bfloat16), ("gpt2", torch.float32)]
+)
+def test_a_directory_gives_the_same_as_memory(name: str, model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Bit for bit, float tensors included: AWQ's folded norms and biases are written too. GPT-2's matrices lie transposed."""
+    loud_model(model_type).to(dtype).save_pretrained(tmp_path / "source")
     run(tmp_path / "source", METHODS[name], save_to=tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     run(model, METHODS[name])
@@ -127,7 +129,7 @@ def test_in_memory_with_save_to(tmp_path: Path) -> None:
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("model_type", ["gpt_neox", "opt", "phi", "phi3", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2", "opt", "phi", "phi3", "gemma3_text", "olmo2"])
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_other_architectures(model_type: str, name: str) -> None:
     model = tiny_model(model_type)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qkernels.errors import ArgumentError, CheckpointError
-from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, run_layer
+from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, linear_of, run_layer
 from qkernels.layerwise.scaling import HeadSharing, apply_fold
 from qkernels.model_structure import (
     ARCHITECTURES,
@@ -43,7 +43,7 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     }
     if model_type == "opt":
         fields |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
-    if model_type not in ("opt", "gpt_neox"):
+    if model_type not in ("opt", "gpt_neox", "gpt2"):
         fields["num_key_value_heads"] = 2
     if model_type == "qwen3" or model_type.startswith("gemma"):
         fields["head_dim"] = 8
@@ -77,7 +77,7 @@ def test_names_in_the_table_exist(model_type: str) -> None:
     assert model.get_submodule(architecture.head) is model.get_output_embeddings()
     assert model.get_submodule(architecture.final_norm) is not None
     for fold in architecture.folds:
-        assert all(isinstance(layers[0].get_submodule(target), nn.Linear) for target in fold.targets)
+        assert all(linear_of(layers[0], target).in_features for target in fold.targets)
         layers[0].get_submodule(fold.parent or "")
     for group in architecture.fused:
         assert len({layers[0].get_submodule(linear).in_features for linear in group}) == 1
@@ -93,13 +93,24 @@ def test_folds_leave_the_function_as_it_is(model_type: str) -> None:
     with torch.no_grad():
         before = torch.cat(list(run_layer(layer, inputs, place)))
         for fold in architecture.folds:
-            source, target = layer.get_submodule(fold.source), layer.get_submodule(fold.targets[0])
+            source, target = layer.get_submodule(fold.source), linear_of(layer, fold.targets[0])
             channels = source.out_features if isinstance(source, nn.Linear) else target.in_features
             sharing = HeadSharing(target.in_features // channels, head_dim(model))
             scales = torch.exp2(torch.rand(channels, dtype=torch.float64) * 6 - 3)
             apply_fold(layer, fold, scales, sharing, architecture.unit_offset_norms, torch.float64)
         after = torch.cat(list(run_layer(layer, inputs, place)))
     assert float((after - before).abs().max()) <= 32 * torch.finfo(torch.float32).eps * float(before.abs().max())
+
+
+@pytest.mark.parametrize("model_type", known_architectures())
+def test_a_layer_is_run_as_the_model_runs_it(model_type: str) -> None:
+    """With eager attention, which is causal by the mask alone: GPT-2 passes that by position."""
+    model = tiny_model(model_type, attn_implementation="eager").double()
+    layer, inputs, place = first_layer_outputs(model)
+    with torch.no_grad():
+        (output,) = run_layer(layer, inputs, place)
+        expected = model(torch.arange(24).view(2, 12) % VOCABULARY, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma", "opt"])

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import qkernels.calibrate
-from qkernels import GPTQ, RTN, inspect, load
+from qkernels import GPTQ, RTN, __version__, inspect, load
 from qkernels.calibrate import plan
+from qkernels.checkpoint import convert
 from qkernels.cli.main import main
 from qkernels.errors import ArgumentError, CheckpointError
 from qkernels.evaluate import compare, perplexity
@@ -52,6 +53,32 @@ def test_a_directorys_report_has_what_eval_says(source: Path, tmp_path: Path) ->
     assert "KL" in text and "| model.layers.1.mlp.down_proj" in text and "- protocol: 4 consecutive windows" in text
     assert f"top-1 agreement {written['comparison']['top1_agreement']:.2%}" in (inspect(out).quality or "")
     assert "| quality" in inspect(out).to_markdown()
+
+
+def test_a_report_goes_with_its_weights(source: Path, tmp_path: Path) -> None:
+    """From format to format, and into a layout; each step says so."""
+    run(source, RTN(4, 16), save_to=tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "gptq", "gptq")
+    assert main(["pack", str(tmp_path / "gptq"), str(tmp_path / "packed"), "--format", "native"]) == 0
+    first, last = (json.loads((tmp_path / name / "qkernels_report.json").read_text()) for name in ("out", "packed"))
+    assert last.pop("rewritten") == [{"format": name, "qkernels": __version__} for name in ("gptq", "native")]
+    assert last == first
+    assert inspect(tmp_path / "packed").quality == inspect(tmp_path / "out").quality
+    text = (tmp_path / "packed" / "qkernels_report.md").read_text()
+    assert text.startswith((tmp_path / "out" / "qkernels_report.md").read_text())
+    assert [line.split(" by ")[0] for line in text.splitlines()[-2:]] == [
+        "- rewritten as gptq",
+        "- rewritten as native",
+    ]
+
+
+def test_a_report_that_is_none_is_refused(source: Path, tmp_path: Path) -> None:
+    run(source, RTN(4, 16), save_to=tmp_path / "out")
+    for text, message in (("[]", "report.json"), ('{"rewritten": 3}', "needs rewritten to be a list, got 3")):
+        (tmp_path / "out" / "qkernels_report.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            convert(tmp_path / "out", tmp_path / "gptq", "gptq")
+    assert not (tmp_path / "gptq").exists()
 
 
 def test_a_model_in_memory_is_compared_with_what_it_was(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """pytest-benchmark files: wall time of single operations, for following one change closely. `pytest benchmarks/micro`.
 
 Weights are warm here and host time is included, so these are not the numbers of the tables: use `python -m benchmarks` for those.
-QKERNELS_BENCH_SHAPE=N,K makes them smaller.
+QKERNELS_BENCH_SHAPE=N,K makes them smaller. `--benchmark-json FILE` keeps what `environment.describe` says of the place.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import environment
 from benchmarks.kernels import random_weight
 from benchmarks.shapes import find_layer
 from qkernels.kernels.catalogue import KERNELS, KernelSpec, Problem, arch_of
@@ -19,7 +21,12 @@ from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-SCHEMES = ("w4a16_g128", "w8a16_channel")
+SCHEMES = ("w4a16_g128", "w8a16_channel", "w4a8_g128", "w8a8_channel")
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info.clear()
+    machine_info.update(environment.describe(DEVICE))
 
 
 def shape() -> tuple[int, int]:

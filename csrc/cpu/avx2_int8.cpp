@@ -21,7 +21,8 @@ namespace {
 struct Avx2Int8 : Avx2Sums {
   using Integers = __m256i;
   // 16 registers: 2 rows x 4 vectors of sums, and operands
-  static constexpr int kTokens = 2, kPairTokens = 1, kByteBias = 128;
+  static constexpr int kTokens = 2, kDecodeTokens = 1, kByteBias = 128;
+  static constexpr int kDecodeVectors[kDecodeTokens] = {8};
 
   static QK_INLINE Integers integers(int32_t i) { return _mm256_set1_epi32(i); }
   static QK_INLINE Integers lanes_at(const uint8_t* at) {

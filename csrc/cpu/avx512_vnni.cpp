@@ -16,7 +16,8 @@ namespace {
 struct Vnni : Avx512Sums {
   using Integers = __m512i;
   // 32 registers: 6 rows x 2 vectors of sums, as many fp32 totals, and codes; 10 rows spilled and were slower.
-  static constexpr int kTokens = 6, kPairTokens = 4, kByteBias = 0;
+  static constexpr int kTokens = 6, kDecodeTokens = 4, kByteBias = 0;
+  static constexpr int kDecodeVectors[kDecodeTokens] = {8, 4, 4, 4};
 
   static QK_INLINE Integers integers(int32_t i) { return _mm512_set1_epi32(i); }
   static QK_INLINE Integers lanes_at(const uint8_t* at) { return lanes(at); }

@@ -13,7 +13,7 @@ Type operand_type(const Problem& p, const Kernels& kernels) {
 
 // x is read in place where there are few rows and they already are what a kernel wants.
 bool copies_x(const Problem& p, const Kernels& kernels) {
-  return p.int8_activations || p.M > kPairRows || p.k_order != nullptr || p.K != p.K_pad || p.x_column_stride != 1 ||
+  return p.int8_activations || p.M > kFewRows || p.k_order != nullptr || p.K != p.K_pad || p.x_column_stride != 1 ||
          p.x_type != operand_type(p, kernels);
 }
 
@@ -42,11 +42,14 @@ struct Work {
   int64_t tiles_per_unit, tile_units, rows_per_block, units;
   std::atomic<int64_t> next{0};
 
-  Work(const Problem& problem, const Kernels& k) : p(problem), kernels(k) {
-    // A unit is two tiles with all rows, or one tile with a block of rows. Blocks have equal sizes, a multiple of 8
-    // rows where there are several: 65 rows are 40 + 25, not 64 + 1.
+  Work(Problem& problem, const Kernels& k, int64_t threads) : p(problem), kernels(k) {
+    // A unit is a few tiles with all rows, or one tile with a block of rows. Tiles are taken together only while every
+    // thread has four units: one thread's last unit then is a small part of the whole. Blocks have equal sizes, a
+    // multiple of 8 rows where there are several: 65 rows are 40 + 25, not 64 + 1.
     const int64_t blocks = (p.M + kBlockRows - 1) / kBlockRows;
-    tiles_per_unit = p.M <= kPairRows ? 2 : 1;
+    tiles_per_unit = tiles_together(p.M);
+    while (tiles_per_unit > 1 && tiles_of(p) < 4 * threads * tiles_per_unit) tiles_per_unit /= 2;
+    problem.unit_step = tiles_per_unit * threads;
     tile_units = (tiles_of(p) + tiles_per_unit - 1) / tiles_per_unit;
     rows_per_block = blocks == 1 ? p.M : ((p.M + blocks - 1) / blocks + 7) / 8 * 8;
     units = tile_units * ((p.M + rows_per_block - 1) / rows_per_block);
@@ -93,7 +96,7 @@ void gemm(Problem p, const Kernels& kernels, void* workspace, int64_t threads, P
   }
   p.sums = sums ? reinterpret_cast<float*>(static_cast<char*>(workspace) + staged_bytes(p, kernels)) : nullptr;
 
-  Work work(p, kernels);
+  Work work(p, kernels, threads);
   if (copies || sums) {
     // One core copies 64 K elements in 6 to 8 us and gathers them in 40 to 80, where the product of 16 rows with one
     // 4096 x 4096 weight takes 700. Waking the others twice costs about as much, and far more where they are busy.

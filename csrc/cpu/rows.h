@@ -168,7 +168,7 @@ inline void load_bias(const Problem& p, int64_t n0, int count, float* bias) {
 
 // y[m][n0 ...] = sum + bias, rounded once. `count` is a multiple of 8; rows past N are not stored.
 inline void store_row(const Problem& p, int64_t m, int64_t n0, int count, const float* sum, const float* bias) {
-  constexpr int kMost = 2 * kTileRows;
+  constexpr int kMost = kMostTiles * kTileRows;
   const int64_t valid = p.N - n0 < count ? p.N - n0 : count;
   float y[kMost];
   for (int i = 0; i < count; ++i) y[i] = sum[i] + bias[i];

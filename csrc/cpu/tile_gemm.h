@@ -6,10 +6,9 @@
 //   Sum           fp32 accumulators, one row a lane        kStep       columns that one multiplication takes
 //   Weight, Input operands of one multiplication           kTokens     rows of x a block of `multiply_block` takes
 //   kHalf         vectors of a tile that such a block works on at a time
-//   kDecodeVectors[m - 1]: vectors of rows that the decode path works on for m rows of x. A multiplication must wait
-//   for the
-//                 previous one into the same sum (4 to 6 cycles), so 8 or more sums are kept in flight where there are
-//                 registers; for that, up to kPairRows rows of x may take two tiles at once.
+//   kDecodeVectors[m - 1]: vectors of rows that the decode path works on for m rows of x, at most those of
+//                 tiles_together(m) tiles. A multiplication must wait for the previous one into the same sum (4 to 6
+//                 cycles), so 8 or more sums are kept in flight where there are registers.
 // D, a decoder of V, made of a Problem:
 //   Zero          what is subtracted from the codes of one vector of rows, per group
 //   Raw           the bytes of one octet of columns of one vector of rows
@@ -31,14 +30,16 @@ namespace {
 
 constexpr int kOctet = 8;
 
-// One run ahead (2 KB of 4-bit codes). While a run meets many rows of x nothing else would fetch the next one:
-// worth 1.5 x at M = 16, and 1.2 x at M = 1 and 8.
+// Fetches an octet's codes, in a run `ahead` bytes further on: normally the next one (2 KB of 4-bit codes; 1 and 4 KB
+// were slower). While a run meets many rows of x nothing else would fetch it: worth 1.5 x at M = 16, and 1.2 x at M = 1
+// and 8. In a tile's last run, what comes next is the thread's next unit (3 % at M = 1). Its address may lie past the
+// weights: a prefetch of nothing does nothing.
 template <class D>
-QK_INLINE void prefetch_codes(const uint8_t* codes) {
+constexpr int64_t kRunBytes = kRun / kOctet * D::kOctetBytes;
+template <class D>
+QK_INLINE void prefetch_codes(const uint8_t* codes, int64_t ahead) {
 #pragma GCC unroll 4
-  for (int64_t line = 0; line < D::kMemoryBytes; line += 64) {
-    __builtin_prefetch(codes + kRun / kOctet * D::kOctetBytes + line);
-  }
+  for (int64_t line = 0; line < D::kMemoryBytes; line += 64) __builtin_prefetch(codes + ahead + line);
 }
 
 // Weights that `decode_run` wrote to L1, read back as if they were codes.
@@ -57,7 +58,7 @@ struct Panel {
 // acc[r][v] += weights of vector v times row r of x, over `octets` octets of columns.
 template <class V, class D, int kVectors, int kTokens>
 QK_INLINE void accumulate(const D& decoder, const typename D::Zero* zero, const uint8_t* codes, int64_t tile_bytes,
-                          const typename V::X* x, int64_t x_stride, int octets,
+                          int64_t ahead, const typename V::X* x, int64_t x_stride, int octets,
                           typename V::Sum (&acc)[kTokens][kVectors]) {
   constexpr int kPerTile = kTileRows / V::kRows, kSteps = kOctet / V::kStep;
   // Four rows of x a pointer, addressed as p, p + s, p + 2 s, p + 3 s: gcc would compute an address for each row and
@@ -70,8 +71,8 @@ QK_INLINE void accumulate(const D& decoder, const typename D::Zero* zero, const 
     asm("" : "+r"(rows[i]));
   }
   for (int o = 0; o < octets; ++o) {
-#pragma GCC unroll 2
-    for (int t = 0; t * kPerTile < kVectors; ++t) prefetch_codes<D>(codes + t * tile_bytes);
+#pragma GCC unroll 4
+    for (int t = 0; t * kPerTile < kVectors; ++t) prefetch_codes<D>(codes + t * tile_bytes, ahead);
     typename D::Raw raw[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -116,13 +117,14 @@ QK_INLINE Group group_of(const Problem& p, int64_t g) {
 // --- up to kDecodeRows rows of x: decoded weights go from a register straight into the products ---
 
 template <class V, class D, int kVectors, int kTokens>
-void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int64_t m0) {
+void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int64_t next_tile, int64_t m0) {
   using Sum = typename V::Sum;
   constexpr int kPerTile = kTileRows / V::kRows, kRunOctets = kRun / kOctet;
   Sum total[kTokens][kVectors];
   for (auto& of_token : total)
     for (Sum& sum : of_token) sum = V::zero();
   const uint8_t* codes = p.qweight + tile * p.tile_bytes + row * kLaneBytes;
+  const int64_t to_next = (next_tile - tile - 1) * p.tile_bytes + kRunBytes<D>;
   const typename V::X* x = static_cast<const typename V::X*>(p.staged.data);
   for (int64_t g = 0; g < p.G; ++g) {
     const Group group = group_of(p, g);
@@ -141,8 +143,10 @@ void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int6
       for (auto& of_token : acc)
         for (Sum& sum : of_token) sum = V::zero();
       const int64_t octet = group.first / kOctet + o;
+      const bool last = g + 1 == p.G && o + kRunOctets >= group.octets;
       accumulate<V, D, kVectors, kTokens>(decoder, zero, codes + octet * D::kOctetBytes, p.tile_bytes,
-                                          x + staged_at(p, m0, octet * kOctet), p.staged.row_stride, octets, acc);
+                                          last ? to_next : kRunBytes<D>, x + staged_at(p, m0, octet * kOctet),
+                                          p.staged.row_stride, octets, acc);
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
 #pragma GCC unroll 8
@@ -172,14 +176,19 @@ void decode_tiles(const Problem& p, const D& decoder, int64_t tile, int tiles, i
     if (tokens < kTokens) return decode_tiles<V, D, kTokens - 1>(p, decoder, tile, tiles, m0, tokens);
   }
   constexpr int kPerTile = kTileRows / V::kRows, kVectors = V::kDecodeVectors[kTokens - 1];
+  const int64_t next_unit = tile + p.unit_step;
   if constexpr (kVectors > kPerTile) {
-    if (tiles == 2) return decode_rows<V, D, kVectors, kTokens>(p, decoder, tile, 0, m0);
-    return decode_rows<V, D, kPerTile, kTokens>(p, decoder, tile, 0, m0);
-  } else {
-    for (int t = 0; t < tiles; ++t) {
-      for (int row = 0; row < kTileRows; row += kVectors * V::kRows) {
-        decode_rows<V, D, kVectors, kTokens>(p, decoder, tile + t, row, m0);
-      }
+    constexpr int kTiles = kVectors / kPerTile;
+    for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
+      const int64_t next = tiles == kTiles ? next_unit : tile + kTiles;
+      decode_rows<V, D, kVectors, kTokens>(p, decoder, tile, 0, next, m0);
+    }
+  }
+  constexpr int kAtOnce = kVectors < kPerTile ? kVectors : kPerTile;
+  for (; tiles > 0; --tiles, ++tile) {
+    for (int row = 0; row < kTileRows; row += kAtOnce * V::kRows) {
+      const int64_t next = row + kAtOnce * V::kRows < kTileRows ? tile : tiles == 1 ? next_unit : tile + 1;
+      decode_rows<V, D, kAtOnce, kTokens>(p, decoder, tile, row, next, m0);
     }
   }
 }
@@ -191,7 +200,7 @@ QK_INLINE void decode_run(const D& decoder, const typename D::Zero* zero, const 
                           uint8_t* panel) {
   constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
   for (int o = 0; o < octets; ++o, codes += D::kOctetBytes, panel += Panel<V>::kOctetBytes) {
-    prefetch_codes<D>(codes);
+    prefetch_codes<D>(codes, kRunBytes<D>);
 #pragma GCC unroll 4
     for (int v = 0; v < kPerTile; ++v) {
       const typename D::Raw raw = D::load(codes + v * kVectorBytes);
@@ -213,7 +222,8 @@ void multiply_block(const uint8_t* panel, int octets, const typename V::X* x, in
     Sum acc[kTokens][V::kHalf];
     for (auto& of_token : acc)
       for (Sum& sum : of_token) sum = V::zero();
-    accumulate<V, Panel<V>, V::kHalf, kTokens>(Panel<V>(), none, panel + row * kLaneBytes, 0, x, x_stride, octets, acc);
+    accumulate<V, Panel<V>, V::kHalf, kTokens>(Panel<V>(), none, panel + row * kLaneBytes, 0, 0, x, x_stride, octets,
+                                               acc);
 #pragma GCC unroll 16
     for (int r = 0; r < kTokens; ++r) {
 #pragma GCC unroll 4

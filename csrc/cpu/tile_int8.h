@@ -2,7 +2,8 @@
 //   kRows, Sum, widen, zero, set1, mul, fma, store   as in tile_gemm.h
 //   Integers      int32 sums, or the bytes of one lane of codes a row, or four codes of x in every lane
 //   kTokens       rows of x a block takes: as many as there are registers for
-//   kPairTokens   up to this many rows of x, two tiles are worked on at once, so that more sums are in flight
+//   kDecodeVectors[m - 1]: vectors of rows to work on for m <= kDecodeTokens rows of x, at most those of
+//                 tiles_together(m) tiles, so that more sums are in flight
 //   kByteBias     what `dot_bytes` subtracts from each 8-bit code
 //   dot_nibbles(sum, lanes, x0, x1)  low nibbles times x0 and high ones times x1
 //   dot_bytes(sum, lanes, x)         (bytes - kByteBias) times x
@@ -20,21 +21,27 @@ namespace {
 // Sums start at what the products leave out: (kByteBias - mid) * (sum of x over the group), so that zero points cost
 // nothing. Integer sums may wrap on the way; the true sum fits (layouts/cpu_tile_a8.py bounds the group).
 template <class V, bool kBytes, int kVectors, int kTokens>
-void multiply_int8_rows(const Problem& p, int64_t tile, int64_t m0) {
+void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64_t m0) {
   using Sum = typename V::Sum;
   using Integers = typename V::Integers;
   constexpr int kPerTile = kTileRows / V::kRows, kQuadBytes = kTileRows * kLaneBytes;
   constexpr int kOctetBytes = kBytes ? 2 * kQuadBytes : kQuadBytes;
+  // Codes are fetched 2 KB ahead, and at the end of a tile of 4 bits from `next_tile`: see prefetch_codes in
+  // tile_gemm.h. 8-bit tiles are twice as long, and the address that varies cost them 2 %.
+  constexpr int64_t kAhead = 2048;
+  const int64_t tile_end = p.tile_bytes - kAhead, to_next = (next_tile - tile - 1) * p.tile_bytes + kAhead;
   const int32_t start = (kBytes ? V::kByteBias : 0) - (1 << (p.bits - 1));
   const uint8_t* vectors[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     vectors[v] = p.qweight + (tile + v / kPerTile) * p.tile_bytes + v % kPerTile * V::kRows * kLaneBytes;
   }
   const int8_t* rows = static_cast<const int8_t*>(p.staged.data) + m0 * p.staged.row_stride;
-  Sum total[kTokens][kVectors];
-  for (auto& of_token : total)
-    for (Sum& sum : of_token) sum = V::zero();
+  // The fp32 totals stay in L1: the empty asm keeps gcc from giving them the registers that the integer sums need
+  // (M = 4, codes in L2: 51 GB/s with both in registers, and half of the sums on the stack in the inner loop).
+  constexpr int kCount = kVectors * V::kRows;
+  alignas(64) float total[kTokens * kCount] = {};
   for (int64_t g = 0; g < p.G; ++g) {
+    asm volatile("" : : "r"(total) : "memory");
     const Group group = group_of(p, g);
     Integers acc[kTokens][kVectors];
 #pragma GCC unroll 8
@@ -44,13 +51,13 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t m0) {
     }
     for (int64_t o = group.first / kOctet; o < group.first / kOctet + group.octets; ++o) {
       const int8_t* x = rows + o * kOctet;
+      const int64_t ahead = kBytes || o * kOctetBytes < tile_end ? kAhead : to_next;
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const uint8_t* codes = vectors[v] + o * kOctetBytes;
-        // One run of 4-bit codes ahead: see prefetch_codes in tile_gemm.h
-        if (v * V::kRows * kLaneBytes % 64 == 0) __builtin_prefetch(codes + 2048);
+        if (v * V::kRows * kLaneBytes % 64 == 0) __builtin_prefetch(codes + ahead);
         if constexpr (kBytes) {
-          if (v * V::kRows * kLaneBytes % 64 == 0) __builtin_prefetch(codes + kQuadBytes + 2048);
+          if (v * V::kRows * kLaneBytes % 64 == 0) __builtin_prefetch(codes + kQuadBytes + ahead);
           const Integers first = V::lanes_at(codes), second = V::lanes_at(codes + kQuadBytes);
 #pragma GCC unroll 8
           for (int r = 0; r < kTokens; ++r) {
@@ -72,36 +79,53 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t m0) {
       const int64_t at = ((tile + v / kPerTile) * p.G + g) * kTileRows + v % kPerTile * V::kRows;
       const Sum scale = V::widen(p.scale_type, p.scales, at);
 #pragma GCC unroll 8
-      for (int r = 0; r < kTokens; ++r) total[r][v] = V::fma(V::to_sum(acc[r][v]), scale, total[r][v]);
+      for (int r = 0; r < kTokens; ++r) {
+        float* sum = total + r * kCount + v * V::kRows;
+        V::store(sum, V::fma(V::to_sum(acc[r][v]), scale, V::load(sum)));
+      }
     }
   }
-  constexpr int kCount = kVectors * V::kRows;
-  float bias[kCount], sum[kCount];
+  float bias[kCount];
   load_bias(p, tile * kTileRows, kCount, bias);
   for (int r = 0; r < kTokens; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      V::store(sum + v * V::kRows, V::mul(total[r][v], V::set1(p.x_scales[m0 + r])));
-    }
+    float* sum = total + r * kCount;
+    for (int i = 0; i < kCount; ++i) sum[i] *= p.x_scales[m0 + r];
     store_row(p, m0 + r, tile * kTileRows, kCount, sum, bias);
   }
 }
 
-// At most kTokens rows of x
-template <class V, bool kBytes, int kVectors, int kTokens>
-void multiply_int8_last(const Problem& p, int64_t tile, int64_t m0, int64_t tokens) {
-  if (tokens == kTokens) return multiply_int8_rows<V, kBytes, kVectors, kTokens>(p, tile, m0);
-  if constexpr (kTokens > 1) multiply_int8_last<V, kBytes, kVectors, kTokens - 1>(p, tile, m0, tokens);
+// As many tiles at once as kDecodeVectors says for this number of rows of x; returns how many are left.
+template <class V, bool kBytes, int kTokens>
+int multiply_int8_together(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t tokens) {
+  if constexpr (kTokens > 1) {
+    if (tokens < kTokens) return multiply_int8_together<V, kBytes, kTokens - 1>(p, tile, tiles, m0, tokens);
+  }
+  constexpr int kVectors = V::kDecodeVectors[kTokens - 1], kTiles = kVectors * V::kRows / kTileRows;
+  for (const int64_t next_unit = tile + p.unit_step; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
+    const int64_t next = tiles == kTiles ? next_unit : tile + kTiles;
+    multiply_int8_rows<V, kBytes, kVectors, kTokens>(p, tile, next, m0);
+  }
+  return tiles;
+}
+
+// At most kTokens rows of x and one tile
+template <class V, bool kBytes, int kTokens>
+void multiply_int8_last(const Problem& p, int64_t tile, int64_t next_tile, int64_t m0, int64_t tokens) {
+  constexpr int kPerTile = kTileRows / V::kRows;
+  if (tokens == kTokens) return multiply_int8_rows<V, kBytes, kPerTile, kTokens>(p, tile, next_tile, m0);
+  if constexpr (kTokens > 1) multiply_int8_last<V, kBytes, kTokens - 1>(p, tile, next_tile, m0, tokens);
 }
 
 template <class V, bool kBytes>
 void multiply_int8_tiles(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  constexpr int kPerTile = kTileRows / V::kRows;
-  if (tiles == 2 && m1 - m0 <= V::kPairTokens) {
-    return multiply_int8_last<V, kBytes, 2 * kPerTile, V::kPairTokens>(p, tile, m0, m1 - m0);
+  const int64_t end = tile + tiles, next_unit = tile + p.unit_step;
+  if (m1 - m0 <= V::kDecodeTokens) {
+    tiles = multiply_int8_together<V, kBytes, V::kDecodeTokens>(p, tile, tiles, m0, m1 - m0);
   }
-  for (int t = 0; t < tiles; ++t) {
+  for (int64_t t = end - tiles; t < end; ++t) {
     for (int64_t m = m0; m < m1; m += V::kTokens) {
-      multiply_int8_last<V, kBytes, kPerTile, V::kTokens>(p, tile + t, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
+      const int64_t next = m + V::kTokens < m1 ? t : t + 1 < end ? t + 1 : next_unit;  // a tile stays in L2
+      multiply_int8_last<V, kBytes, V::kTokens>(p, t, next, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
     }
   }
 }

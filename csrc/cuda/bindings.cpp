@@ -14,18 +14,14 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 
 #include "../arguments.h"
-#include "a8.h"
+#include "checks.h"
 #include "heuristics_a8.h"
+#include "settings.h"
 
 namespace qkernels::cuda {
 namespace {
@@ -66,82 +62,80 @@ void check(int error, const char* what) {
 // -----------------------------------------------------------------------------------------------------------
 
 bool logs() {
-  static const char* value = std::getenv("QKERNELS_LOG");
-  return value != nullptr && std::strcmp(value, "0") != 0;
+  static const bool on = is_on(std::getenv("QKERNELS_LOG"));
+  return on;
 }
 bool half_accumulate() {
   static const char* value = std::getenv("QKERNELS_ACCUMULATE");
-  STD_TORCH_CHECK(value == nullptr || std::strcmp(value, "fp16") == 0 || std::strcmp(value, "fp32") == 0,
-                  "QKERNELS_ACCUMULATE must be fp32 or fp16, got ", value);
-  return value != nullptr && std::strcmp(value, "fp16") == 0;
+  static const int half = accumulates_half(value);
+  STD_TORCH_CHECK(half >= 0, "QKERNELS_ACCUMULATE must be fp32 or fp16, got ", value);
+  return half == 1;
 }
 
-void log_once(const Problem& p, const Config& c) {
-  static std::mutex mutex;
-  static std::set<std::string> seen;
-  const std::string line = describe(p) + ": " + describe(c);
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (seen.insert(line).second) std::fprintf(stderr, "qkernels: %s\n", line.c_str());
+// --- arguments: checks.h asks, here is what it asks about
+// -----------------------------------------------------------------
+
+Buffer buffer_of(const Tensor& t) {
+  Buffer b{t.const_data_ptr(),
+           type_of(t),
+           t.scalar_type() == ScalarType::Int,
+           static_cast<int>(t.dim()),
+           {},
+           t.is_contiguous(),
+           t.is_cuda() ? t.get_device_index() : -1};
+  for (int i = 0; i < b.dims && i < 3; ++i) b.sizes[i] = t.size(i);
+  return b;
 }
 
-// --- arguments
-// ------------------------------------------------------------------------------------------------------------
+// The tensors of an op, as torch hands them over.
+struct Inputs {
+  const Tensor *x, &qweight, &scales;  // no x: dequantize
+  const OptionalTensor &zeros, &k_order, &bias;
+  int64_t out_features, bits, group_size;
+  bool zeros_are_offsets;
+};
 
-void check_buffer(const char* name, const Tensor& t, int32_t device) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, name, " must be on cuda:", device,
-                  " like x or qweight; move one of them");
-  STD_TORCH_CHECK(t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
-                  " must be contiguous and start at a multiple of 16 bytes");
-}
+// The same as values. They point into this, so it stays where it is.
+struct Plain {
+  std::optional<Buffer> zeros, k_order, bias;
+  Arguments arguments{};
 
-// The buffers of one weight. Their values are not looked at: kernels clamp what they index with.
-Weight checked_weight(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros, int64_t N, int64_t K,
-                      int64_t bits, int64_t group_size, bool zeros_are_offsets) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - kStepColumns;
-  STD_TORCH_CHECK(2 <= bits && bits <= 8 && group_size >= 1 && 0 <= N && N <= kMost && 0 <= K && K <= kMost,
-                  "bits must be 2 to 8, group_size positive, N and K 0 to ", kMost, ", got bits=", bits,
-                  ", group_size=", group_size, ", N=", N, ", K=", K);
-  STD_TORCH_CHECK(K <= group_size || group_size == 16 || group_size == 32 || group_size % kStepColumns == 0,
-                  "group_size must be 16, 32 or a multiple of 64, got ", group_size);
-  Weight w = make_weight(N, K, static_cast<int>(bits), group_size);
-  const int64_t strip_bytes = int64_t{w.steps} * step_bytes(w.width);
-  STD_TORCH_CHECK(type_of(qweight) == Type::kUInt8 && has_shape(qweight, {w.strips, strip_bytes}),
-                  "qweight must be uint8 [", w.strips, ", ", strip_bytes, "] for N=", N, ", K=", K, ", bits=", bits);
-  const int32_t device = qweight.get_device_index();
-  check_buffer("qweight", qweight, device);
-  STD_TORCH_CHECK(is_floating(type_of(scales)) && has_shape(scales, {w.strips, w.groups, kStripRows}),
-                  "scales must be floating [", w.strips, ", ", w.groups, ", 64]");
-  check_buffer("scales", scales, device);
-  w.codes = static_cast<const uint8_t*>(qweight.const_data_ptr());
-  w.scales = static_cast<const uint8_t*>(scales.const_data_ptr()), w.scale_type = type_of(scales);
-  w.zeros_are_offsets = zeros_are_offsets;
-  STD_TORCH_CHECK(zeros.has_value() || !zeros_are_offsets, "zeros must be given where zeros_are_offsets is true");
-  if (zeros.has_value()) {
-    const Type type = type_of(*zeros);
-    STD_TORCH_CHECK((is_floating(type) || (type == Type::kUInt8 && !zeros_are_offsets)) &&
-                        has_shape(*zeros, {w.strips, w.groups, kStripRows}),
-                    "zeros must be ", zeros_are_offsets ? "floating" : "uint8 or floating", " [", w.strips, ", ",
-                    w.groups, ", 64] like scales");
-    check_buffer("zeros", *zeros, device);
-    w.zeros = static_cast<const uint8_t*>(zeros->const_data_ptr()), w.zero_type = type;
+  explicit Plain(const Inputs& in) {
+    const auto given = [](const OptionalTensor& t, std::optional<Buffer>& to) -> const Buffer* {
+      if (!t.has_value()) return nullptr;
+      return &to.emplace(buffer_of(*t));
+    };
+    arguments = {in.x == nullptr ? Buffer{} : buffer_of(*in.x),
+                 buffer_of(in.qweight),
+                 buffer_of(in.scales),
+                 given(in.zeros, zeros),
+                 given(in.k_order, k_order),
+                 given(in.bias, bias),
+                 in.out_features,
+                 in.bits,
+                 in.group_size,
+                 in.zeros_are_offsets};
   }
-  return w;
-}
+  Plain(const Plain&) = delete;
+};
 
-const int32_t* checked_order(const OptionalTensor& k_order, int64_t K, int32_t device) {
-  if (!k_order.has_value()) return nullptr;
-  STD_TORCH_CHECK(k_order->scalar_type() == ScalarType::Int && has_shape(*k_order, {K}),
-                  "k_order must be int32 [K] = [", K, "]");
-  check_buffer("k_order", *k_order, device);
-  return static_cast<const int32_t*>(k_order->const_data_ptr());
+void refuse(const std::string& wrong) { STD_TORCH_CHECK(wrong.empty(), wrong); }
+
+const uint8_t* bytes(const Buffer* b) { return b == nullptr ? nullptr : static_cast<const uint8_t*>(b->data); }
+
+// Of arguments that are right.
+Weight weight_of(const Arguments& a, int64_t K) {
+  Weight w = make_weight(a.out_features, K, static_cast<int>(a.bits), a.group_size);
+  w.codes = bytes(&a.qweight), w.scales = bytes(&a.scales), w.zeros = bytes(a.zeros);
+  w.scale_type = a.scales.type, w.zero_type = a.zeros == nullptr ? Type::kNone : a.zeros->type;
+  w.zeros_are_offsets = a.zeros_are_offsets;
+  return w;
 }
 
 Device checked_device() {
   Device device{};
   check(current_device(&device), "cudaDeviceGetAttribute");
-  STD_TORCH_CHECK(device.sm >= 80,
-                  "these kernels need compute capability 8.0 (A100, RTX 30) or later, this device has ", device.sm / 10,
-                  ".", device.sm % 10);
+  refuse(wrong_device(device));
   return device;
 }
 
@@ -186,113 +180,103 @@ void dequantize_and_multiply(const Call& call, const Tensor& x, const OptionalTe
 // --- the ops
 // --------------------------------------------------------------------------------------------------------------
 
-// A call with everything but y, which is allocated on the right device only afterwards. `dense_bias` holds the copy of
-// a bias that is not contiguous.
-Call checked_call(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-                  const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-                  int64_t group_size, bool zeros_are_offsets, OptionalTensor& dense_bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && (type_of(x) == Type::kHalf || type_of(x) == Type::kBFloat16),
-                  "x must be bfloat16 or float16 [M, K]: the CUDA kernels take no float32");
-  STD_TORCH_CHECK(x.size(0) <= std::numeric_limits<int32_t>::max() / 2, "x has too many rows: ", x.size(0));
-  STD_TORCH_CHECK(qweight.is_cuda(), "qweight must be on a CUDA device, like x; move it there");
-  const int32_t device_index = qweight.get_device_index();
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device_index, "x must be on cuda:", device_index,
-                  " like qweight; move one of them");
-  Call call{};
-  call.weight = checked_weight(qweight, scales, zeros, out_features, x.size(1), bits, group_size, zeros_are_offsets);
-  const Weight& w = call.weight;
-  call.type = type_of(x);
-  call.x = {
-      static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<int>(x.size(0)), w.K, x.stride(0), x.stride(1),
-      checked_order(k_order, w.K, device_index)};
-  call.out = {nullptr, nullptr, Type::kNone, call.x.M, w.N, w.strips * kStripRows, nullptr};
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(is_floating(type_of(*bias)) && has_shape(*bias, {out_features}), "bias must be floating [N] = [",
-                    out_features, "]");
-    STD_TORCH_CHECK(bias->is_cuda() && bias->get_device_index() == device_index, "bias must be on cuda:", device_index);
-    dense_bias = torch::stable::contiguous(*bias);
-    call.out.bias = static_cast<const uint8_t*>(dense_bias->const_data_ptr()), call.out.bias_type = type_of(*bias);
-  }
-  return call;
-}
+// What a product is launched with.
+struct Prepared {
+  Call call;
+  const Tensor& x;
+  const OptionalTensor& bias;  // contiguous
+  Tensor& y;
+  Device device;
+  void* stream;
+};
 
-Tensor run(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-           const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-           int64_t group_size, bool zeros_are_offsets, bool decode_only) {
-  OptionalTensor dense_bias;
-  Call call = checked_call(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets,
-                           dense_bias);
-  const Weight& w = call.weight;
-  const int32_t device_index = qweight.get_device_index();
+// Checks, switches to the device, allocates y, and lets `launch` fill it unless it has no values.
+template <class Launch>
+Tensor product(const Inputs& in, const Arguments& a, Launch launch) {
+  const Tensor& x = *in.x;
+  const int32_t device_index = a.qweight.device;
+  const Weight w = weight_of(a, a.x.sizes[1]);
+  Call call{};
+  call.weight = w, call.type = a.x.type;
+  call.x = {static_cast<const uint16_t*>(a.x.data),
+            static_cast<int>(a.x.sizes[0]),
+            w.K,
+            x.stride(0),
+            x.stride(1),
+            a.k_order == nullptr ? nullptr : static_cast<const int32_t*>(a.k_order->data)};
+  call.out = {nullptr, nullptr, Type::kNone, call.x.M, w.N, w.strips * kStripRows, nullptr};
+  OptionalTensor bias;
+  if (in.bias.has_value()) {
+    bias = torch::stable::contiguous(*in.bias);
+    call.out.bias = static_cast<const uint8_t*>(bias->const_data_ptr()), call.out.bias_type = a.bias->type;
+  }
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   const Device device = checked_device();
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  Tensor y = torch::stable::new_empty(x, {x.size(0), in.out_features});
   if (call.x.M == 0 || w.N == 0) return y;
   call.out.y = static_cast<uint16_t*>(y.mutable_data_ptr());
-
-  const GroupBytes groups = group_bytes(w);
-  const Problem problem{call.x.M,
-                        w.N,
-                        w.K,
-                        static_cast<int>(bits),
-                        groups.scales + groups.zeros,
-                        call.type == Type::kHalf,
-                        is_aligned(call.x),
-                        device.sm,
-                        device.multiprocessors,
-                        w.groups_per_step > 1,
-                        is_floating(w.zero_type)};
-  const Config config = choose(problem, half_accumulate(), decode_only);
-  if (logs()) log_once(problem, config);
-  void* stream = current_stream(device_index);
-  if (config.path == Path::kDequantize) {
-    dequantize_and_multiply(call, x, dense_bias, y, stream);
-    return y;
-  }
-  OptionalTensor workspace;
-  if (const int64_t bytes = workspace_bytes(call, config)) {
-    workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-  }
-  check(multiply(call, config, workspace.has_value() ? workspace->mutable_data_ptr() : nullptr, stream),
-        describe(config).c_str());
+  launch(Prepared{call, x, bias, y, device, current_stream(device_index)});
   return y;
+}
+
+void* allocate(const Tensor& like, int64_t bytes, OptionalTensor& to) {
+  if (bytes == 0) return nullptr;
+  to = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  return to->mutable_data_ptr();
+}
+
+Tensor product_a16(const Inputs& in, bool decode_only) {
+  const Plain plain(in);
+  refuse(wrong_product(plain.arguments));
+  return product(in, plain.arguments, [&](const Prepared& p) {
+    const Weight& w = p.call.weight;
+    const GroupBytes groups = group_bytes(w);
+    const Problem problem{p.call.x.M,
+                          w.N,
+                          w.K,
+                          static_cast<int>(in.bits),
+                          groups.scales + groups.zeros,
+                          p.call.type == Type::kHalf,
+                          is_aligned(p.call.x),
+                          p.device.sm,
+                          p.device.multiprocessors};
+    const Config config = remembered_choice(problem, half_accumulate(), decode_only);
+    if (logs()) log_once(describe(problem) + ": " + describe(config));
+    if (config.path == Path::kDequantize) return dequantize_and_multiply(p.call, p.x, p.bias, p.y, p.stream);
+    OptionalTensor workspace;
+    void* space = allocate(p.x, workspace_bytes(p.call, config), workspace);
+    check(multiply(p.call, config, space, p.stream), describe(config).c_str());
+  });
 }
 
 Tensor gemm_mma_tile(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
                      const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
                      int64_t group_size, bool zeros_are_offsets) {
-  return run(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets, false);
+  return product_a16({&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets},
+                     false);
 }
 
 Tensor gemv_mma_tile(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
                      const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
                      int64_t group_size, bool zeros_are_offsets) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= kMaxDecodeTokens, "gemv_mma_tile takes M <= ", kMaxDecodeTokens,
-                  " rows of x; call gemm_mma_tile");
-  return run(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets, true);
+  refuse(wrong_decode(buffer_of(x)));
+  return product_a16({&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets},
+                     true);
 }
 
 Tensor gemm_mma_tile_a8(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
                         const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
                         int64_t group_size, bool zeros_are_offsets) {
-  STD_TORCH_CHECK(!zeros.has_value(), "gemm_mma_tile_a8 takes symmetric weights: zeros must be None");
-  OptionalTensor dense_bias;
-  Call call = checked_call(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets,
-                           dense_bias);
-  const Weight& w = call.weight;
-  STD_TORCH_CHECK(w.groups_per_step <= 2 && int64_t{w.steps_per_group} * kStepColumns <= kMostGroupColumnsA8,
-                  "gemm_mma_tile_a8 takes groups of 32 to ", kMostGroupColumnsA8,
-                  " columns, got group_size=", group_size, ", K=", w.K);
-  const int32_t device_index = qweight.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device_index);
-  const Device device = checked_device();
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
-  if (call.x.M == 0 || w.N == 0) return y;
-  call.out.y = static_cast<uint16_t*>(y.mutable_data_ptr());
-  const ConfigA8 config = choose_a8(w, call.x.M, device);
-  Tensor workspace = torch::stable::new_empty(x, {workspace_a8(call, config).bytes}, ScalarType::Byte);
-  check(multiply_a8(call, config, workspace.mutable_data_ptr(), current_stream(device_index)), "gemm_mma_tile_a8");
-  return y;
+  const Inputs in{&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets};
+  const Plain plain(in);
+  refuse(wrong_product(plain.arguments));
+  refuse(wrong_a8(plain.arguments));
+  return product(in, plain.arguments, [&](const Prepared& p) {
+    const ConfigA8 config = choose_a8(p.call.weight, p.call.x.M, p.device);
+    OptionalTensor workspace;
+    void* space = allocate(p.x, workspace_a8(p.call, config).bytes, workspace);
+    check(multiply_a8(p.call, config, space, p.stream), "gemm_mma_tile_a8");
+  });
 }
 
 Tensor dequantize_mma_tile(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
@@ -300,17 +284,20 @@ Tensor dequantize_mma_tile(const Tensor& qweight, const Tensor& scales, const Op
                            int64_t group_size, bool zeros_are_offsets, ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "dtype must be float32, bfloat16 or float16");
-  STD_TORCH_CHECK(qweight.is_cuda(), "qweight must be on a CUDA device; move it there");
-  STD_TORCH_CHECK(qweight.dim() == 2, "qweight must be 2-D: stacked experts are not taken here");
-  const Weight w =
-      checked_weight(qweight, scales, zeros, out_features, in_features, bits, group_size, zeros_are_offsets);
-  const int32_t* order = checked_order(k_order, in_features, qweight.get_device_index());
-  const torch::stable::accelerator::DeviceGuard guard(qweight.get_device_index());
+  const OptionalTensor no_bias;
+  const Plain plain(
+      Inputs{nullptr, qweight, scales, zeros, k_order, no_bias, out_features, bits, group_size, zeros_are_offsets});
+  const Arguments& a = plain.arguments;
+  refuse(wrong_weight(a, in_features));
+  refuse(wrong_order(a, in_features));
+  const torch::stable::accelerator::DeviceGuard guard(a.qweight.device);
   checked_device();
+  const Weight w = weight_of(a, in_features);
   Tensor to = torch::stable::new_empty(qweight, {out_features, in_features}, dtype);
   if (w.N == 0 || w.K == 0) return to;
-  void* stream = current_stream(qweight.get_device_index());
-  check(dequantize(w, 0, w.strips, w.K, order, type_of(to), to.mutable_data_ptr(), stream), "dequantize");
+  const int32_t* order = a.k_order == nullptr ? nullptr : static_cast<const int32_t*>(a.k_order->data);
+  check(dequantize(w, 0, w.strips, w.K, order, type_of(to), to.mutable_data_ptr(), current_stream(a.qweight.device)),
+        "dequantize");
   return to;
 }
 

@@ -119,9 +119,9 @@ inline Blocks blocks_of(const Problem& p, const Config& c) {
     return b;
   }
 
-  // Shared memory, and registers: 128 a thread in decode up to 16 tokens, 200 else.
+  // Shared memory, and registers: 128 a thread in decode up to 16 tokens, 240 else.
   const int shared = decode ? decode_shared_bytes(c, p.M, b.stage, width, steps) : gemm_shared_bytes(c, b.stage, width);
-  const int by_registers = 65536 / (32 * b.warps * (decode && c.tokens <= 16 ? 128 : 200));
+  const int by_registers = 65536 / (32 * b.warps * (decode && c.tokens <= 16 ? 128 : 240));
   const int by_shared = card.shared_bytes / (shared + 1024);
   b.resident = by_shared < by_registers ? by_shared : by_registers;
   return b;
@@ -294,6 +294,29 @@ inline Config choose(const Problem& p, bool half_accumulate = false, bool decode
   }
   if (p.M > kMaxDecodeTokens) best.consider(p, {Path::kDequantize, 0, 0, 0, 1, false});
   return best.config;
+}
+
+inline bool operator==(const Problem& a, const Problem& b) {
+  return a.M == b.M && a.N == b.N && a.K == b.K && a.bits == b.bits && a.group_bytes == b.group_bytes &&
+         a.half == b.half && a.aligned == b.aligned && a.sm == b.sm && a.multiprocessors == b.multiprocessors;
+}
+
+// `choose`, which weighs some 200 configurations (2 us), from a table of what this thread has asked before. A model has
+// ten shapes and a few M at a time.
+inline Config remembered_choice(const Problem& p, bool half_accumulate = false, bool decode_only = false) {
+  struct Entry {
+    Problem problem;
+    bool half_accumulate, decode_only;
+    Config config;
+  };
+  constexpr unsigned kEntries = 256;
+  thread_local Entry entries[kEntries] = {};  // sm 0: none
+  const unsigned hash = (static_cast<unsigned>(p.M) * 31 + p.N) * 2654435761u ^ static_cast<unsigned>(p.K) * 40503u;
+  Entry& e = entries[(hash >> 16 ^ hash) % kEntries];
+  if (!(e.problem == p && e.half_accumulate == half_accumulate && e.decode_only == decode_only)) {
+    e = {p, half_accumulate, decode_only, choose(p, half_accumulate, decode_only)};
+  }
+  return e.config;
 }
 
 inline std::string describe(const Problem& p) {

@@ -17,6 +17,7 @@ from ..formats import Oddity, get_format
 from ..formats.directory import QuantizedSource, summary
 from ..nn import QuantLinear
 from ..storage import CONFIG, atomic_directory, copy_side_files
+from .reports import carry_report
 from .writer import CheckpointWriter
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ def convert(
 ) -> None:
     """Rewrite a quantized checkpoint in another format, module by module, all or nothing.
 
-    Every weight stays equal, bit for bit when dequantized; what the format cannot express is refused.
+    Every weight stays equal, bit for bit when dequantized; what the format cannot express is refused. A quality report comes
+    along, and says that the checkpoint was rewritten.
 
     Raises:
         ConversionError: the format cannot express a weight (names the module and the reason), or nothing is quantized.
@@ -100,6 +102,7 @@ def convert(
             writer.add_quantized(module, weight)
         writer.close()
         copy_side_files(source_dir, temporary)
+        carry_report(quantized.source.directory, temporary, format)
     for line in summary(oddities):
         log.warning("%s: %s", quantized.source.directory, line)
 

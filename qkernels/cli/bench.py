@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
+from ..scheme import QuantScheme
 from .common import Subparsers, command_parser, positive
 
 
@@ -22,7 +23,8 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels bench\n"
         "  qkernels bench --json > before.json\n"
         "  qkernels bench --compare before.json      exit code 3 if a kernel became slower\n"
-        "  qkernels bench --device cuda:0 --csv",
+        "  qkernels bench --device cuda:0 --csv\n"
+        "  qkernels bench --tune 1x4096x14336 64x4096x14336",
         "Time one layer of Llama-3-8B in 4 and 8 bits beside every peer that is installed. Outputs are compared first; "
         "weights are cold; roofs are measured in the same run. The full set is `make bench`. Needs the source tree.",
     )
@@ -30,8 +32,18 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print everything, with all samples, as JSON")
     form.add_argument("--csv", action="store_true", help="print one line a row")
     parser.add_argument("--compare", metavar="OLD.json", help="print verdicts against an earlier run instead of times")
+    form.add_argument(
+        "--tune",
+        metavar="MxNxK",
+        nargs="+",
+        help="instead of the benchmark: measure configurations of the Triton kernels for these shapes on a GPU, and write the "
+        "fastest to your own table (QKERNELS_TRITON_TABLE, or qkernels/triton.json among your settings)",
+    )
+    parser.add_argument(
+        "--scheme", default="w4a16_g128", help="of the weights that --tune measures (default: w4a16_g128)"
+    )
     parser.add_argument("--save", metavar="FILE", help="also write the JSON there")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
+    parser.add_argument("--device", help="cpu or cuda:0 (default: cpu; cuda:0 with --tune)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     parser.add_argument("--seconds", type=positive, default=30, help="about how long to sample (default: 30)")
     return parser
@@ -56,8 +68,15 @@ def suite(module: str) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.tune:
+        if args.compare or args.save:
+            raise ArgumentError("--tune writes your table of configurations; leave out --compare and --save")
+        tuning = suite("tune")
+        shapes = [tuning.shape_of(text) for text in args.tune]
+        tuning.run(torch.device(args.device or "cuda:0"), shapes, QuantScheme.parse(args.scheme))
+        return 0
     results = suite("results")
-    device = torch.device(args.device)
+    device = torch.device(args.device or "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device must be there, got {args.device}: this torch sees no GPU (see qkernels doctor)")
     old = results.read(args.compare) if args.compare else None  # before a minute is spent

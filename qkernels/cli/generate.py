@@ -24,6 +24,11 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive, default=60, help="how many tokens to add (default: 60)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--fuse",
+        action="store_true",
+        help="run q, k, v and gate, up as one packed matrix each: same output, fewer calls",
+    )
     add_device(parser)
     return parser
 
@@ -32,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoint import load
 
     tokenizer = load_tokenizer(args.checkpoint)
-    model = load(args.checkpoint, device=args.device, dtype=DTYPES[args.dtype] if args.dtype else None)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    model = load(args.checkpoint, device=args.device, dtype=dtype, fuse=args.fuse)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
     torch.manual_seed(args.seed)
     start = time.perf_counter()

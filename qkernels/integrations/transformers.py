@@ -27,6 +27,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -42,6 +43,8 @@ from ..nn.replace import (
     as_patterns,
     check_patterns,
     choose_layers,
+    is_conv1d,
+    linear_names,
     matches,
     model_bytes,
     packed_bytes,
@@ -115,6 +118,7 @@ class QKernelsQuantizer(HfQuantizer):
         self.report = ReplaceReport()
         self._schemes: dict[str, QuantScheme] = {}
         self._quantized: QuantizedSource | None = None
+        self._conv1d: set[str] = set()
 
     # --- before weights are loaded: the model is on meta ----------------------------------------------------------------
 
@@ -122,6 +126,7 @@ class QKernelsQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         self.report.bytes_before = model_bytes(model)
+        self._conv1d = {name for name, module in model.named_modules() if is_conv1d(module)}
         if not self.pre_quantized:
             self._plan(model)
             return model
@@ -131,7 +136,7 @@ class QKernelsQuantizer(HfQuantizer):
         if not self._quantized.modules:
             raise CheckpointError(f"{self._quantized.source.directory} holds no quantized weights")
         for module in self._quantized.modules:
-            set_module(model, module, _Pending(_linear(model, module)))
+            _put(model, module, _Pending(_linear(model, module)))
         ignored = {rf"^{re.escape(module)}\." for module in self._quantized.modules}
         model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         return model
@@ -141,8 +146,7 @@ class QKernelsQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
         chosen = choose_layers(model, config.include, config.exclude, self.report)
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        check_patterns([*(config.include or ()), *config.overrides], names)
+        check_patterns([*(config.include or ()), *config.overrides], linear_names(model))
         for name, linear in chosen.items():
             if name in tied:
                 self.report.skipped[name] = "its weight is tied to another module's"
@@ -168,11 +172,12 @@ class QKernelsQuantizer(HfQuantizer):
         place."""
         linear, scheme = _linear(model, module), self._schemes[module]
         loaded = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        if is_conv1d(model.get_submodule(module)):
+            weight = weight.T
         loaded.weight = nn.Parameter(weight, requires_grad=False)
         layer = QuantLinear.from_linear(loaded, scheme, name=f"{module}.weight")
         layer.bias = linear.bias
-        layer._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would initialize it
-        set_module(model, module, layer)
+        _put(model, module, layer)
         self.report.replaced[module] = Replaced(scheme, layer.layout, tensor_bytes(weight), packed_bytes(layer))
 
     # --- after weights are loaded ---------------------------------------------------------------------------------------
@@ -185,9 +190,9 @@ class QKernelsQuantizer(HfQuantizer):
             raise CheckpointError(f"{len(missing)} layers have no weight in the checkpoint, first {missing[0]}")
         self.report.bytes_after = model_bytes(model)
         self._describe(model)
-        experts = {name: why for name, why in self.report.skipped.items() if "experts" in why or "Conv1D" in why}
-        for name, why in experts.items():
-            log.warning("not quantized: %s: %s", name, why)
+        for name, why in self.report.skipped.items():
+            if "experts" in why:
+                log.warning("not quantized: %s: %s", name, why)
         log.info("%s", self.report)
         return model
 
@@ -247,10 +252,13 @@ class QKernelsQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, layer in _layers(model).items():
-            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-            linear.weight = nn.Parameter(layer.dequantize(dtype))
-            linear._parameters["bias"] = layer.bias
-            set_module(model, name, linear)
+            weight = layer.dequantize(dtype)
+            plain: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            if name in self._conv1d:
+                plain, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
+            plain.weight = nn.Parameter(weight)
+            plain._parameters["bias"] = layer.bias
+            set_module(model, name, plain)
         return model
 
 
@@ -276,7 +284,6 @@ class _Pending(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._hidden = (linear,)
-        self._is_hf_initialized = True
 
     @property
     def linear(self) -> nn.Linear:
@@ -313,6 +320,16 @@ def register() -> None:
         if taken is not None and taken.__module__ != __name__:
             raise ArgumentError(f'quant_method "{native.METHOD}" is taken by {taken.__module__}.{taken.__name__}')
         mapping[native.METHOD] = own  # a second import of this module replaces its own classes
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in a linear layer's place, and tell transformers to initialize neither it nor, as GPT-2's attention does,
+    its weight through the module around it. That module has nothing else to initialize if no tensor is its own."""
+    set_module(model, name, module)
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    around = model.get_submodule(name.rpartition(".")[0])
+    if not (around._parameters or around._buffers):
+        around._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _layers(model: nn.Module) -> dict[str, QuantLinear]:

@@ -15,7 +15,7 @@ from ..checkpoint import CheckpointWriter
 from ..kernels.catalogue import OnUnsupported
 from ..model_structure import assign, empty_to_meta
 from ..nn import QuantLinear
-from ..nn.replace import model_bytes, set_module
+from ..nn.replace import is_conv1d, model_bytes, set_module
 from ..storage import TensorSource
 from ..tensor import QuantTensor
 from .report import ModuleReport
@@ -38,7 +38,7 @@ class MemoryHost:
         return self.model.get_parameter(name).dtype
 
     def weight(self, name: str) -> Tensor:
-        """The weight of a linear layer outside the decoder layer in hand."""
+        """The weight of a linear layer outside the decoder layer in hand, `[N, K]`."""
         return linear_of(self.model, name).weight.data
 
     @contextmanager
@@ -97,8 +97,9 @@ class DirectoryHost:
         return self._source.dtype(name)
 
     def weight(self, name: str) -> Tensor:
-        """The weight of a linear layer."""
-        return self._source.read(f"{name}.weight")
+        """The weight of a linear layer, `[N, K]`."""
+        weight = self._source.read(f"{name}.weight")
+        return weight.T if is_conv1d(self.model.get_submodule(name)) else weight
 
     @contextmanager
     def embeddings(self, layers: str, head: str | None, place: Place) -> Iterator[None]:

@@ -17,6 +17,7 @@ from ..quantizers import GPTQ, RTN, CalibrationFree, Options
 from ..storage import TensorSource
 from ..storage.files import SHARD_BYTES
 from .report import MIB, PlannedModule, QuantPlan
+from .running import linear_of
 from .work import work_path
 
 FILE_BYTES = 16 * 1024  # allowed for headers, configs and reports, a linear layer
@@ -32,7 +33,9 @@ def plan_of(
     seq_len: int,
 ) -> QuantPlan:
     """The plan for a directory, its model on meta, and a selection of layers (`selection.select_layers`)."""
-    modules = tuple(_planned(source, name, chosen) for name, chosen in methods.items())
+    modules = tuple(
+        _planned(source, linear_of(model, name).weight.shape, name, chosen) for name, chosen in methods.items()
+    )
     before = sum(source.nbytes(name) for name in source.names())
     after = before - sum(module.bytes_before - module.bytes_after for module in modules)
     widest = max(module.shape[0] * module.shape[1] for module in modules)
@@ -71,9 +74,9 @@ def check_disk(plan: QuantPlan, target: str | os.PathLike[str]) -> None:
         )
 
 
-def _planned(source: TensorSource, name: str, method: Options) -> PlannedModule:
+def _planned(source: TensorSource, shape: torch.Size, name: str, method: Options) -> PlannedModule:
     """Sizes without weights: quantizing a meta tensor gives the shapes."""
-    weight = torch.empty(source.shape(f"{name}.weight"), dtype=source.dtype(f"{name}.weight"), device="meta")
+    weight = torch.empty(shape, dtype=source.dtype(f"{name}.weight"), device="meta")
     result = RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
     nbytes = result.nbytes + (4 * result.K if isinstance(method, GPTQ) and method.act_order == "group" else 0)
     return PlannedModule(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)

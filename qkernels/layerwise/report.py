@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.reports import REPORT_JSON, REPORT_MARKDOWN
 from ..errors import CheckpointError
 from ..markdown import table
 from ..storage import read_json, write_json
 
 MIB = 1 / 2**20
-REPORT_JSON, REPORT_MARKDOWN = "qkernels_report.json", "qkernels_report.md"
 NOT_EVALUATED = "not evaluated: no evaluation text was given (--eval-text, evaluation=)"
 
 

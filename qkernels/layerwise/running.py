@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..nn.replace import as_linear
 from ..quantizers import InputStatistics
 
 Arguments = Mapping[str, Any]
@@ -76,11 +78,13 @@ def capture_inputs(
     hidden: list[Tensor] = []
 
     def recorder(index: int) -> Callable[..., Tensor]:
+        names = list(signature(layers[index].forward).parameters)  # GPT-2 passes its mask by position
+
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             states: Tensor = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
                 hidden.append(states.detach().to("cpu", keep_dtype))
-            recorded[index].setdefault(len(states), kwargs)
+            recorded[index].setdefault(len(states), dict(zip(names[1:], args[1:], strict=False)) | kwargs)
             if index == len(layers) - 1:
                 raise Stop
             return states
@@ -189,10 +193,10 @@ def pre_hooks(layer: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
 
 
 def linear_of(layer: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name."""
-    module = layer.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
+    """The linear layer of that name; a `Conv1D` as one whose weight `[N, K]` is a view."""
+    linear = as_linear(layer.get_submodule(name))
+    assert linear is not None
+    return linear
 
 
 def set_weight(layer: nn.Module, name: str, weight: Tensor) -> None:

@@ -12,6 +12,7 @@ from ..nn import QuantLinear, ReplaceReport
 from ..nn.replace import as_patterns, check_patterns, choose_layers, matches
 from ..quantizers import Options
 from ..scheme import QuantScheme
+from .running import linear_of
 
 Patterns = Iterable[str] | str | None
 Overrides = Mapping[str, QuantScheme | str] | None
@@ -46,10 +47,10 @@ def check_kernels(
         UnsupportedProblem: no kernel takes a layer; names it.
     """
     for name, method in list(methods.items()):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
         try:
-            QuantLinear.check_supported(linear, method.scheme, "raise" if on_unsupported == "skip" else on_unsupported)
+            QuantLinear.check_supported(
+                linear_of(model, name), method.scheme, "raise" if on_unsupported == "skip" else on_unsupported
+            )
         except UnsupportedProblem as error:
             if on_unsupported != "skip":
                 raise UnsupportedProblem(f"{name}: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from ..layouts import empty_buffers, get_layout, unpack_checked
 from ..quantizers import RTN
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
+from .huge_pages import on_huge_pages
+
+if TYPE_CHECKING:
+    from .fused import FusedGroup
 
 BUFFERS = ("qweight", "scales", "zeros", "k_order")
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -57,6 +61,7 @@ class QuantLinear(nn.Module):
     scales: Tensor
     zeros: Tensor | None
     k_order: Tensor | None
+    fused: FusedGroup | None = None  # set by fuse_linear: the layers that this one forms one matrix with
 
     def __init__(
         self,
@@ -156,6 +161,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]` in x's dtype (under autocast: in autocast's)."""
+        if self.fused is not None and not torch.compiler.is_compiling():
+            part = self.fused.multiply(self, x)
+            if part is not None:
+                return part
         if self.qweight.device.type != self._device_type:
             self._adopt_moved_buffers()
         device_type = x.device.type
@@ -203,7 +212,7 @@ class QuantLinear(nn.Module):
 
     def _pack(self, weight: QuantTensor, device: torch.device) -> None:
         packed = get_layout(self.layout).pack(weight)
-        self._set_buffers({name: None if t is None else t.to(device) for name, t in packed.items()})
+        self._set_buffers({name: None if t is None else on_huge_pages(t.to(device)) for name, t in packed.items()})
 
     def _empty(self, scale_dtype: torch.dtype, ordered: bool, device: torch.device) -> dict[str, Tensor | None]:
         layout = get_layout(self.layout)
@@ -281,7 +290,8 @@ class QuantLinear(nn.Module):
             return
         device = self.qweight.device
         if packing.layout == self.layout:
-            self._set_buffers({name: None if t is None else t.detach().to(device).clone() for name, t in given.items()})
+            own_copy = {name: None if t is None else t.detach().to(device).clone() for name, t in given.items()}
+            self._set_buffers({name: None if t is None else on_huge_pages(t) for name, t in own_copy.items()})
         else:
             self._pack(weight.to(device), device)
         if bias is not None and self.bias is not None:

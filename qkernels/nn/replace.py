@@ -14,6 +14,7 @@ from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
+from .fused import FuseReport, fuse_linear
 from .linear import BUFFERS, QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class ReplaceReport:
     skipped: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    fusing: FuseReport | None = None
 
     def __str__(self) -> str:
         schemes = sorted({str(r.scheme) for r in self.replaced.values()})
@@ -45,7 +47,8 @@ class ReplaceReport:
             f"replaced {len(self.replaced)} linear layers ({', '.join(schemes) or 'none'}), skipped {len(self.skipped)}; "
             f"model {self.bytes_before * mib:.1f} -> {self.bytes_after * mib:.1f} MiB"
         ]
-        return "\n".join(lines + [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()])
+        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines if self.fusing is None else [*lines, str(self.fusing)])
 
 
 def replace_linear(
@@ -54,6 +57,7 @@ def replace_linear(
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str = ("lm_head",),
     overrides: Mapping[str, QuantScheme | str] | None = None,
+    fuse: bool = False,
     on_unsupported: OnUnsupported = "raise",
     progress: bool = True,
 ) -> ReplaceReport:
@@ -68,12 +72,14 @@ def replace_linear(
         include: only layers that match one of these patterns; None means all.
         exclude: never layers that match one of these.
         overrides: pattern -> scheme; the first match wins.
+        fuse: let q, k, v and gate, up share one packed matrix where the architecture is known and a kernel allows it, with the
+            same results and state dict (see `fuse_linear`); the report's `fusing` says where, and why not elsewhere.
         on_unsupported: "raise" before anything is changed; "skip" leaves the layer as it is, with the reason in the report;
             "reference" runs it on the slow plain-PyTorch kernel.
         progress: show a progress bar if it takes more than two seconds.
 
     Returns:
-        The report: `.replaced`, `.skipped[name] = reason`, `.bytes_before`, `.bytes_after` of the whole model.
+        The report: `.replaced`, `.skipped[name] = reason`, `.bytes_before`, `.bytes_after` of the whole model, `.fusing`.
 
     Raises:
         SchemeError: a scheme cannot be parsed.
@@ -84,9 +90,8 @@ def replace_linear(
     rules = {pattern: QuantScheme.parse(s) for pattern, s in (overrides or {}).items()}
     include, exclude = as_patterns(include), as_patterns(exclude) or ()
     report = ReplaceReport(bytes_before=model_bytes(model))
-    chosen = choose_layers(model, include, exclude, report, conv1d=True)
-    linears = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, QuantLinear)) or is_conv1d(m)]
-    check_patterns([*(include or ()), *rules], linears)
+    chosen = choose_layers(model, include, exclude, report)
+    check_patterns([*(include or ()), *rules], linear_names(model))
     schemes = {name: next((s for p, s in rules.items() if matches(name, p)), scheme) for name in chosen}
     _check_supported(chosen, schemes, on_unsupported, report)
     for name, linear in tqdm(list(chosen.items()), desc="quantizing", unit="layer", delay=2, disable=not progress):
@@ -98,6 +103,7 @@ def replace_linear(
     if not report.replaced:
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")
     report.bytes_after = model_bytes(model)
+    report.fusing = fuse_linear(model) if fuse else None
     logger.info("%s", report)
     return report
 
@@ -153,15 +159,16 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
+def linear_names(model: nn.Module) -> list[str]:
+    """Every linear layer that a pattern may mean, those included that are quantized already."""
+    return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, QuantLinear)) or is_conv1d(m)]
+
+
 def choose_layers(
-    model: nn.Module,
-    include: tuple[str, ...] | None,
-    exclude: tuple[str, ...],
-    report: ReplaceReport,
-    conv1d: bool = False,
+    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...], report: ReplaceReport
 ) -> dict[str, nn.Linear]:
-    """The layers to replace by name; every other matrix of the model, but embeddings and convolutions, goes to
-    `report.skipped` with its reason. `conv1d`: transformers' Conv1D counts as a linear layer (see `as_linear`)."""
+    """The layers to replace by name, `Conv1D` as linear layers (see `as_linear`); every other matrix of the model, but
+    embeddings and convolutions, goes to `report.skipped` with its reason."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
@@ -169,8 +176,8 @@ def choose_layers(
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             report.skipped[name] = "already quantized"
-        elif isinstance(module, nn.Linear) or (conv1d and is_conv1d(module)):
-            shared = [other for other in users[id(module.weight)] if other != name]
+        elif (linear := as_linear(module)) is not None:
+            shared = [other for other in users[id(module._parameters["weight"])] if other != name]
             if any(matches(name, p) for p in exclude):
                 report.skipped[name] = "excluded"
             elif include is not None and not any(matches(name, p) for p in include):
@@ -180,8 +187,6 @@ def choose_layers(
             elif type(module) is not nn.Linear and not is_conv1d(module):
                 report.skipped[name] = f"{type(module).__name__} is a subclass of nn.Linear with a forward of its own"
             else:
-                linear = as_linear(module)
-                assert linear is not None
                 chosen[name] = linear
         else:
             _note_other_matrices(name, module, report)
@@ -189,7 +194,7 @@ def choose_layers(
 
 
 def _note_other_matrices(name: str, module: nn.Module, report: ReplaceReport) -> None:
-    """Matrices outside linear layers: experts in one tensor, routers, Conv1D."""
+    """Matrices outside linear layers: experts in one tensor, routers."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)):
         return
     for leaf, parameter in module.named_parameters(recurse=False):
@@ -197,8 +202,6 @@ def _note_other_matrices(name: str, module: nn.Module, report: ReplaceReport) ->
         size = f"{list(parameter.shape)}, {tensor_bytes(parameter):,} bytes"
         if parameter.dim() == 3:
             report.skipped[full] = f"stacked experts ({size}) are not supported yet"
-        elif is_conv1d(module) and leaf == "weight":
-            report.skipped[name] = f"Conv1D stores its weight transposed ({size}); only replace_linear takes it"
         elif parameter.dim() == 2 and min(parameter.shape) > 1:
             report.skipped[full] = f"a matrix ({size}) of {type(module).__name__}, which is not an nn.Linear"
 

@@ -118,7 +118,9 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantSc
     if scheme.codebook is not None:
         table = torch.tensor(CODEBOOKS[scheme.codebook], dtype=weight.dtype, device=weight.device)
         values, order = torch.sort(table, stable=True)  # NF4 is sorted; FP4 comes by bit pattern
-        return order[torch.bucketize((weight / scales).contiguous(), (values[1:] + values[:-1]) / 2)].to(weight.dtype)
+        # times the reciprocal, as bitsandbytes has it: a quotient in the middle between two values can round the other way
+        relative = weight * (1 / scales)
+        return order[torch.bucketize(relative.contiguous(), (values[1:] + values[:-1]) / 2)].to(weight.dtype)
     if scheme.zeros == "offset":
         assert zeros is not None
         codes = (weight - zeros).div_(scales).round_()

@@ -92,7 +92,7 @@ def twice_quantized(scales: Tensor) -> Tensor:
     blocks = pad(flat - offset, (0, -len(flat) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
     table = dynamic_map().to(flat.device)
-    relative = blocks / torch.where(largest == 0, torch.ones_like(largest), largest)
+    relative = blocks * (1 / torch.where(largest == 0, torch.ones_like(largest), largest))
     codes = torch.bucketize(relative, (table[1:] + table[:-1]) / 2)
     return ((table[codes] * largest).flatten()[: len(flat)] + offset).view(scales.shape)
 
@@ -103,7 +103,7 @@ def dynamic_map() -> Tensor:
     of both signs; 0; 1."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
         middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (exponent - 6)).tolist()
         values += [sign * middle for middle in middles for sign in (1, -1)]
     return torch.tensor(sorted(values), dtype=torch.float32)

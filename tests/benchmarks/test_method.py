@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernels, quick, roofs, shapes, timing
+from benchmarks import __main__ as full_set
+from benchmarks import environment, kernels, quick, results, roofs, shapes, timing
 from benchmarks.checking import checked_rows, mismatch
 from benchmarks.comparison import compare, to_markdown
 from benchmarks.peers import CONTROL, PEERS, Peer, Prepared, torch_int4pack, torch_linear
@@ -17,6 +21,7 @@ from benchmarks.results import Row, Run
 from benchmarks.statistics import median_interval, ratio_interval, verdict
 from qkernels.errors import ArgumentError
 from qkernels.kernels.catalogue import Problem
+from qkernels.nn.huge_pages import HUGE_PAGE, begins_huge_page, on_huge_pages
 from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
 
@@ -123,6 +128,43 @@ def test_the_full_set_has_every_model_and_both_ends_of_m() -> None:
     assert {case.layer.model for case in cases} >= {"llama-3-8b", "llama-3-70b-tp8", "qwen3-32b", "mixtral-8x7b"}
     assert cases[0].tokens[0] == 1
     assert cases[0].tokens[-1] == 8192
+    assert {case.scheme.act_bits for case in cases} == {None, 8}
+    on_a_cpu = quick.full_cases(CPU)
+    assert len(on_a_cpu) < len(cases) / 2
+    assert len(quick.full_cases(CPU, models=("llama-3-70b",))) == 3 * 4 * len(quick.FULL_SCHEMES)  # 1, 2 and 8 shards
+
+
+def test_a_stopped_full_set_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the second of three cases: the file has the first, the next run measures the other two, a third one nothing."""
+    cases = [replace(CASE, layer=shapes.Layer("test", name, 64, 256)) for name in "abc"]
+    taken: list[str] = []
+
+    def run_cases(cases, device, rounds, seconds, progress):  # type: ignore[no-untyped-def]
+        rows: list[Row] = []
+        for case in cases:
+            if case.layer.name == "b" and not taken.count("b"):
+                taken.append("b")
+                raise KeyboardInterrupt
+            taken.append(case.layer.name)
+            blank = Row("test", case.layer.name, 64, 256, 1, str(case.scheme), "bfloat16", "qkernels k", True, us=1.0)
+            rows += [replace(blank, M=M) for M in case.tokens]
+            now = Run(environment.describe(CPU), LIMITS.to_json(), list(rows), {"peer": "not installed"})
+            progress(now)
+        return now
+
+    monkeypatch.setattr(full_set, "full_cases", lambda *_, **__: cases)
+    monkeypatch.setattr(full_set, "run_cases", run_cases)
+    out = tmp_path / "kernels.json"
+    with pytest.raises(KeyboardInterrupt):
+        full_set.main(["--out", str(out)])
+    assert [row.layer for row in results.read(out).rows] == ["a", "a"]
+    full_set.main(["--out", str(out)])
+    full_set.main(["--out", str(out)])
+    assert taken == ["a", "b", "b", "c"]
+    assert [row.layer for row in results.read(out).rows] == ["a", "a", "b", "b", "c", "c"]
+    monkeypatch.setattr(environment, "commit", lambda: "another")
+    full_set.main(["--out", str(out)])
+    assert taken[4:] == ["a", "b", "c"]
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------------
@@ -140,12 +182,79 @@ def test_weights_rotate_over_four_caches() -> None:
     assert used == [0, 1, 2, 0, 1, 2, 0]
 
 
+def test_memory_is_read_from_a_buffer_far_beyond_the_caches() -> None:
+    """Four reported caches are no memory: a virtual machine's cores may lie on chiplets with a cache each."""
+    assert roofs.buffer_bytes(32 << 20, 16 << 30) == 1 << 30
+    assert roofs.buffer_bytes(256 << 20, 64 << 30) == 4 << 30
+    assert roofs.buffer_bytes(32 << 20, 1 << 30) == 256 << 20  # a small machine
+    read: list[tuple[int, int]] = []
+
+    class Noted:
+        def prepare(self, calls):  # type: ignore[no-untyped-def]
+            read.extend((call.__self__.data_ptr(), call.__self__.nbytes) for call in calls)
+            return lambda: 0.25
+
+    available = 64 << 20  # of the buffer: a quarter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "available_bytes", lambda device: available)
+        sample = roofs.read_sampler(CPU, 1 << 20, Noted())
+    assert [b - a for (a, _), (b, _) in pairwise(read)] == [nbytes for _, nbytes in read[:-1]]  # each byte once
+    assert sum(nbytes for _, nbytes in read) == available // 4
+    assert sample() == pytest.approx(0.25 / (available // 4 / roofs.PIECES))
+
+
+def test_the_share_of_the_memory_is_taken_within_rounds() -> None:
+    """Memory that halves its rate for the last 6 of 16 rounds, and a kernel at 80 % of it: the share stays 80 %."""
+    moved = 64 * 256 * 2 + (64 + 256) * 2
+
+    def nanoseconds_a_byte() -> Iterator[float]:
+        return iter([1.0] * 10 + [2.0] * 6)
+
+    class Bound:
+        def prepare(self, calls):  # type: ignore[no-untyped-def]
+            rate = nanoseconds_a_byte()
+            return lambda: next(rate) * 1e-9 * moved / 0.8
+
+    memory = nanoseconds_a_byte()
+    who = [c for c in kernels.candidates(PROBLEM, CPU, [torch_linear.PEER]) if not c.ours]
+    (row,) = kernels.measure_case(
+        replace(CASE, tokens=(1,)), CPU, LIMITS, who, rounds=16, clock=Bound(), cache=1 << 16,
+        read=lambda: next(memory) * 1e-9,
+    )  # fmt: skip
+    assert row.read_percent == pytest.approx([80, 80, 80])
+    assert row.us_high == pytest.approx(2 * row.us)  # type: ignore[operator]  # what an unpaired share would rest on
+
+
+def test_a_last_level_cache_in_every_chiplet_counts(tmp_path: Path) -> None:
+    for cpu in range(4):
+        for index, (level, kind, size, shared) in enumerate(
+            [
+                (1, "Data", "48K", cpu),
+                (1, "Instruction", "32K", cpu),
+                (2, "Unified", "1M", cpu),
+                (3, "Unified", "32M", cpu // 2),
+            ]
+        ):
+            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, value in [("level", level), ("type", kind), ("size", size), ("shared_cpu_list", shared)]:
+                (folder / name).write_text(f"{value}\n")
+    assert environment.cpu_caches(tmp_path) == {"L1d": 48 << 10, "L2": 1 << 20, "L3": 64 << 20}
+    assert environment.cpu_caches(tmp_path / "cpu0") == {}
+
+
 def test_copies_share_no_memory() -> None:
     original = {"a": torch.zeros(3), "b": (torch.ones(2), None)}
     copied = timing.copy_tensors(original)
     copied["a"].fill_(7)
     assert original["a"].sum() == 0
     assert copied["b"][0].data_ptr() != original["b"][0].data_ptr()
+
+
+def test_copies_lie_on_pages_of_the_same_size() -> None:
+    plain = torch.zeros(HUGE_PAGE, dtype=torch.uint8)
+    assert not begins_huge_page(timing.copy_tensors(plain))
+    assert begins_huge_page(timing.copy_tensors(on_huge_pages(plain)))
 
 
 def test_rounds_are_interleaved_and_turn() -> None:
@@ -177,6 +286,22 @@ def test_a_right_output_matches_and_small_errors_do_not_pass() -> None:
     assert "expected [9, 64]" in str(mismatch(y.T, x, weight))
     one = mismatch((y * 3)[:1, :1], x[:1], weight[:1])  # a single entry, where a standard deviation would be NaN
     assert one is not None
+
+
+def test_the_bound_for_int8_activations_tells_wrong_from_quantized() -> None:
+    """What our kernels and the coarsest peer make of x passes; a wrong row, a scale off by a tenth and 4-bit codes do not."""
+    weight = kernels.random_weight(256, 512, SCHEME, torch.bfloat16).dequantize(torch.float32)
+    x = torch.randn(9, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def product(largest: Tensor, steps: int) -> Tensor:
+        codes = (x.double() / largest * steps).round()
+        return (codes * largest / steps @ weight.double().T).bfloat16()
+
+    by_row, whole = x.double().abs().amax(1, keepdim=True), x.double().abs().max()
+    assert mismatch(product(by_row, 127), x, weight, 8) is None
+    assert mismatch(product(whole, 64), x, weight, 8) is None  # per tensor, one bit in reserve
+    for wrong in (product(by_row, 127).roll(1, 1), product(by_row, 127) * 1.1, product(by_row, 7)):
+        assert "does not match" in str(mismatch(wrong, x, weight, 8))
 
 
 def test_rows_at_both_ends_are_compared() -> None:

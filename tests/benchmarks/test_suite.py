@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -95,6 +98,31 @@ def test_bench_refuses_before_it_measures(tmp_path: Path, capsys: pytest.Capture
         assert "this torch sees no GPU" in capsys.readouterr().err
 
 
+def test_bench_of_an_installed_package_says_where_the_suite_is(tmp_path: Path) -> None:
+    """The package as a wheel lays it out, without benchmarks/ beside it: refused away from a clone, found inside one."""
+    shutil.copytree(ROOT / "qkernels", tmp_path / "site" / "qkernels", ignore=shutil.ignore_patterns("__pycache__"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    command = [
+        sys.executable,
+        "-c",
+        "from qkernels.cli.main import main; exit(main())",
+        "bench",
+        "--compare",
+        "no-such.json",
+    ]  # ends before it measures
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
+    outside, inside = (
+        subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        for place in (empty, ROOT)
+    )
+    assert outside.returncode == 1
+    assert f"no benchmarks/ beside {tmp_path / 'site' / 'qkernels'} or in {empty}" in outside.stderr
+    assert "run this in a clone of the repository" in outside.stderr
+    assert "Traceback" not in outside.stderr
+    assert "no-such.json" in inside.stderr
+
+
 # --- gpu-check -------------------------------------------------------------------------------------------------------------
 
 
@@ -110,10 +138,10 @@ def test_parts_write_their_outcome_as_they_go_and_are_not_repeated(tmp_path: Pat
 
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
     parts = [
-        gpu_check.Part("good", python(count + "; print('seen')")),
-        gpu_check.Part("bad", python("raise SystemExit(3)")),
-        gpu_check.Part("slow", python("import time; time.sleep(60)"), limit=1),
-        gpu_check.Part("tool", python("0"), needs="no-such-sanitizer"),
+        gpu_check.Part("good", python(count + "; print('seen')"), 1),
+        gpu_check.Part("bad", python("raise SystemExit(3)"), 1),
+        gpu_check.Part("slow", python("import time; time.sleep(60)"), 60, limit=1),
+        gpu_check.Part("tool", python("0"), 1, needs="no-such-sanitizer"),
     ]
     found = {o.part: o.verdict for o in gpu_check.run_all(parts, tmp_path, "abc")}
     assert found == {"good": "passed", "bad": "failed", "slow": "out of time", "tool": "left out"}
@@ -125,6 +153,20 @@ def test_parts_write_their_outcome_as_they_go_and_are_not_repeated(tmp_path: Pat
     assert (tmp_path / "count").read_text() == "xx"
 
 
+def test_gpu_check_leaves_one_file_of_numbers_and_a_table(small_run: results.Run, tmp_path: Path) -> None:
+    out, commit = tmp_path / "some-gpu" / "gpu-check", small_run.environment["commit"]
+    other = replace(small_run, rows=[replace(row, model="qwen3-8b") for row in small_run.rows])
+    results.write(small_run, out / "llama-3-8b.json")
+    results.write(other, out / "qwen3-8b.json")
+    results.write(replace(other, environment={**other.environment, "commit": "older"}), out / "qwen3-32b.json")
+    outcomes = [gpu_check.Outcome("tests", "failed", "exit code 1; see tests.log", 3.0, commit)]
+    text = gpu_check.summarize(outcomes, out, commit, date(2026, 1, 2)).read_text()
+    assert re.search(r"tests +\| failed +\| 3 ", text)
+    assert "### qwen3-8b o: N=64 K=256" in text
+    joined = results.read(tmp_path / "some-gpu" / f"2026-01-02-{commit}.json")
+    assert [row.model for row in joined.rows] == ["llama-3-8b"] * len(small_run.rows) + ["qwen3-8b"] * len(other.rows)
+
+
 def test_every_part_is_under_ten_minutes_and_can_be_started() -> None:
     parts = gpu_check.parts(Path("out"))
     assert len({part.name for part in parts}) == len(parts)
@@ -132,6 +174,32 @@ def test_every_part_is_under_ten_minutes_and_can_be_started() -> None:
         assert part.limit < 600
         if "-m" in part.command and (module := part.command[part.command.index("-m") + 1]).startswith("benchmarks"):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists() or (ROOT / module / "__main__.py").exists()
+
+
+def test_a_dry_run_lists_every_part_and_all_could_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--dry-run"]) == 0
+    told = capsys.readouterr().out
+    for part in gpu_check.parts(environment.RESULTS / "GPU" / "gpu-check"):
+        assert part.predicted < part.limit
+        assert re.search(
+            rf"^{part.name} +{part.predicted} s of {part.limit}  (can start|would be left out)", told, re.MULTILINE
+        )
+    assert "Nothing was run on a GPU." in told
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (("-m", "benchmarks.no_such_module"), "does not import"),
+        (("no_such_setup.py", "build"), "is not there"),
+        (("-m", "pytest", "-q", "-m", "gpu", "tests/test_imports.py"), "collects no test"),
+    ],
+)
+def test_a_dry_run_fails_where_a_part_could_not_start(
+    command: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_check.dry_run([gpu_check.Part("broken", (sys.executable, *command), 1)]) == 1
+    assert re.search(f"broken .*CANNOT START: .*{why}", capsys.readouterr().out)
 
 
 def test_other_bits_are_noticed() -> None:
@@ -201,6 +269,10 @@ def test_the_guard_knows_compilers_and_lost_figures() -> None:
         in guard.regressions(committed, {**fine, "instructions per weight": {"a": 1.2}}, "g++ 12")[0]
     )
     assert "no longer measured" in guard.regressions(committed, {"spills": {"avx2": 1.0}}, "g++ 12")[0]
+    added = {**fine, "spills": {"avx2": 100.0, "new": 0.0}}
+    assert guard.regressions(committed, added, "g++ 12") == [
+        "spills, new: not committed; python -m benchmarks.guard --update"
+    ]
 
 
 @pytest.mark.slow
@@ -247,8 +319,6 @@ def test_the_inner_loop_is_found_in_sass() -> None:
 
 
 def test_micro_benchmarks_run() -> None:
-    import os
-
     command = [
         sys.executable,
         "-m",

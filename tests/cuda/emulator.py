@@ -59,7 +59,7 @@ SAMPLE_BUGS = (
 SOURCES: dict[str, tuple[Path, ...]] = {
     "sample": (SAMPLE,),
     "wgmma": (HOST / "launch_wgmma.cpp",),
-    "mma_tile": (*sorted(CUDA.glob("*.cu")), HOST / "launch_mma_tile.cpp"),
+    "mma_tile": (*sorted(CUDA.glob("*.cu")), HOST / "launch_mma_tile.cpp", HOST / "launch_checks.cpp"),
 }
 # The bugs that the sample can be asked to contain (-DQK_BUG_...). The kernels have none in their text: for them a bug is a
 # change of one line, made to a copy of csrc/cuda (mutants.py).

@@ -23,6 +23,7 @@ from .compiled import (
     usages,
 )
 from .emulator import WHY_NOT, Call, Launch, record, run
+from .kernel_log import LOG
 
 pytestmark = needs_nvcc
 needs_nvdisasm = pytest.mark.skipif(NVCC is not None and find_nvdisasm() is None, reason="no nvdisasm")
@@ -36,6 +37,7 @@ MULTIPROCESSORS = {"80": 108, "86": 82, "89": 128, "90a": 132, "120": 170}  # A1
 def test_no_kernel_spills(arch: str) -> None:
     kernels = compiled_usages("mma_tile", arch)
     assert 40 < len(kernels) <= 96  # what a build of six minutes has room for
+    assert f"**{len(kernels)} kernel instances**" in LOG.read_text()
     for kernel in kernels.values():
         assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel
         assert kernel.static_shared == 0, kernel
@@ -91,39 +93,44 @@ def test_what_the_heuristics_choose_fits_the_card(arch: str) -> None:
     assert len(seen) >= 10
 
 
-def instructions_of(family: str, arch: str) -> dict[str, list[str]]:
-    """SASS of every kernel whose mangled name holds `family`."""
-    found = {name: body for s in device_sources("mma_tile") for name, body in sass(s, arch).items() if family in name}
-    assert found, family
-    return found
+LDGSTS = r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128"  # 16 bytes from global to shared memory, asynchronous, past L1
+LDSM = r"LDSM\.16\.M88\.4"  # ldmatrix.x4: x
+LDS = r"LDS\.128"  # codes
+STORE = r"STG\.E\.128"
+# What every instance of a family must hold. Partial sums are pairs (8 bytes a lane);
+# dequantize reads a word of each of four lanes and writes four (eight) times as many bytes.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "decode": (r"HMMA\.16816", LDGSTS, LDSM, LDS),
+    "gemm": (r"HMMA\.16816", LDGSTS, LDSM, LDS),
+    "gemm_a8": (r"IMMA\.16832\.S8\.S8", LDGSTS, LDSM, LDS),
+    "quantize_tokens": (r"LDG\.E\.128", STORE),
+    "stage": (STORE,),
+    "reduce": (r"LDG\.E\.64",),
+    "dequantize_tiles": (STORE,),
+}
+ON_HOPPER = {"gemm_wgmma"}  # test_hopper_has_wgmma_and_tma
+
+
+def family_of(kernel: str) -> str:
+    """`decode` of `_ZN8qkernels4cuda6decodeINS0_…`."""
+    found = re.match(r"_ZN8qkernels4cuda(\d+)(\w+)", kernel)
+    assert found, kernel
+    return found[2][: int(found[1])]
+
+
+def missing_instructions(family: str, body: list[str]) -> list[str]:
+    return [meant for meant in FAMILIES[family] if not any(re.match(meant, line) for line in body)]
 
 
 @needs_nvdisasm
 @every_architecture
-@pytest.mark.parametrize("family", ["6decodeI", "4gemmI"])
-def test_products_use_the_instructions_meant(family: str, arch: str) -> None:
-    for name, body in instructions_of(family, arch).items():
-        text = "\n".join(body)
-        assert re.search(r"^HMMA\.16816", text, re.MULTILINE), name  # tensor cores
-        assert re.search(r"^LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", text, re.MULTILINE), name  # asynchronous, past L1
-        assert re.search(r"^LDSM\.16\.M88\.4", text, re.MULTILINE), name  # ldmatrix.x4
-        assert re.search(r"^LDS\.128", text, re.MULTILINE), name  # codes
-        assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name  # no local memory
-
-
-@needs_nvdisasm
-@every_architecture
-def test_int8_products_use_the_instructions_meant(arch: str) -> None:
-    (source,) = (source for source in device_sources("mma_tile") if source.name == "gemm_a8.cu")
-    kernels = {name: body for name, body in sass(source, arch).items() if "7gemm_a8I" in name}
-    assert len(kernels) == 12
-    for usage in usages(compile_source(source, arch, "cubin")[1]):
-        assert (usage.stack, usage.spill_stores, usage.spill_loads) == (0, 0, 0), usage
+def test_every_kernel_uses_the_instructions_meant(arch: str) -> None:
+    kernels = {name: body for source in device_sources("mma_tile") for name, body in sass(source, arch).items()}
+    assert {family_of(name) for name in kernels} == FAMILIES.keys() | ON_HOPPER  # no kernel goes unseen
     for name, body in kernels.items():
-        text = "\n".join(body)
-        for instruction in (r"IMMA\.16832\.S8\.S8", r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", r"LDSM\.16\.M88\.4"):
-            assert re.search(rf"^{instruction}", text, re.MULTILINE), (name, instruction)
-        assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name
+        if (family := family_of(name)) in FAMILIES:
+            assert missing_instructions(family, body) == [], name
+            assert not any(line.startswith(("LDL", "STL")) for line in body), name
 
 
 (HOPPER,) = (source for source in device_sources("mma_tile") if source.name == "gemm_sm90.cu")
@@ -151,14 +158,19 @@ def test_other_architectures_trap_instead(arch: str) -> None:
         assert any(line.startswith("BPT.TRAP") for line in body), name
 
 
-@needs_nvdisasm
-@every_architecture
-def test_dequantize_stores_16_bytes_at_a_time(arch: str) -> None:
-    for name, body in instructions_of("dequantize_tiles", arch).items():
-        assert any(line.startswith("STG.E.128") for line in body), name
-
-
 # ---- negative controls ----
+
+
+def test_a_missing_instruction_would_be_seen() -> None:
+    body = [
+        "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "LDGSTS.E.BYPASS.64 [R7], desc[UR4][R2.64]",
+        "LDSM.16.M88.4 R4, [R6]",
+        "LDS.64 R2, [R3]",
+    ]
+    assert missing_instructions("decode", body) == [LDGSTS, LDS]
+    with pytest.raises(AssertionError):
+        family_of("_Z6decodev")
 
 
 def test_spills_would_be_seen() -> None:

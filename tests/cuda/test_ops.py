@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import _scoped_library, opcheck
 
-import qkernels.ops  # noqa: F401  (defines the ops)
+from qkernels import QuantLinear
 from qkernels.errors import ArgumentError, ConversionError, UnsupportedProblem
 from qkernels.kernels import native
 from qkernels.kernels.catalogue import Problem, list_kernels, select
 from qkernels.layouts import get_layout
 from qkernels.scheme import QuantScheme
-from tests.ops.helpers import arguments
+from tests.ops.helpers import arguments, exact_product, integers
 from tests.strategies import random_weight
 
 compiled = pytest.mark.skipif(not native.status().cuda, reason="the extension has no CUDA kernels")
@@ -141,3 +146,77 @@ def test_dequantize_on_the_cpu_is_the_reference() -> None:
     _, qweight, scales, zeros, order, _, N, *rest = arguments(weight, torch.zeros(1, 200), layout="mma_tile")
     w = torch.ops.qkernels.dequantize_mma_tile(qweight, scales, zeros, order, N, 200, *rest, torch.float16)
     assert torch.equal(w, weight.dequantize(torch.float16))
+
+
+# ---- what torch asks of an op, with a stand-in for the kernels ----
+#
+# Fakes, autograd, graphs and dispatch are those of the CUDA ops; only the product itself is plain PyTorch. tests/cuda/test_gpu.py
+# asks the same of the kernels.
+
+
+def stand_in(
+    layout: str, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
+    bias: Tensor | None, N: int, bits: int, group: int, offsets: bool,
+) -> Tensor:  # fmt: skip
+    dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout}")
+    weight = dequantize(qweight, scales, zeros, k_order, N, x.shape[1], bits, group, offsets, torch.float32)
+    y = x.float() @ weight.T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@pytest.fixture
+def on_this_machine() -> Iterator[None]:
+    with _scoped_library("qkernels", "IMPL") as library, warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Warning only once for all operators"
+        )  # that a kernel is overridden, on purpose
+        for op, layout in (
+            ("gemm_mma_tile", "mma_tile"),
+            ("gemv_mma_tile", "mma_tile"),
+            ("gemm_mma_tile_a8", "mma_tile_a8"),
+        ):
+            library.impl(op, partial(stand_in, layout), "CPU", allow_override=True)
+        yield
+
+
+@pytest.mark.usefixtures("on_this_machine")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("op", "scheme"),
+    [
+        ("gemm_mma_tile", "w4a16_g32_asym"),
+        ("gemm_mma_tile", "w8a16_g16_offset"),
+        ("gemv_mma_tile", "w3a16_channel_fzero"),
+        ("gemm_mma_tile_a8", "w4a8_g32"),
+    ],
+)
+def test_opcheck_of_the_cuda_ops(op: str, scheme: str, grad: bool) -> None:
+    layout = "mma_tile_a8" if op.endswith("_a8") else "mma_tile"
+    weight = random_weight(scheme, 40, 96, act_order=grad)
+    for M, bias in [(0, None), (1, None), (5, integers(40, dtype=torch.bfloat16).requires_grad_(grad))]:
+        args = arguments(weight, integers(M, 96, dtype=torch.bfloat16).requires_grad_(grad), bias, layout)
+        result = opcheck(getattr(torch.ops.qkernels, op).default, args)
+        assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.usefixtures("on_this_machine")
+@pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "w4a8_g32"])
+def test_a_layer_with_the_cuda_layout_is_one_graph_for_any_number_of_tokens(scheme: str) -> None:
+    layout = "mma_tile_a8" if scheme == "w4a8_g32" else "mma_tile"
+    weight = random_weight(scheme, 40, 96, exact=True)
+    layer = QuantLinear.from_quant_tensor(weight, dtype=torch.bfloat16)
+    layer._relayout(layout, torch.device("cpu"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled_layer = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.inference_mode():
+        for M in (2, 5, 64):
+            x = integers(M, 96, dtype=torch.bfloat16)
+            assert torch.equal(compiled_layer(x), exact_product(weight, x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert layer.layout == layout
+    torch._dynamo.reset()
+
+
+def test_the_stand_ins_are_gone() -> None:
+    test_cpu_tensors_are_told_where_to_go()

@@ -125,3 +125,76 @@ def test_an_unknown_instruction_is_an_error_when_it_runs() -> None:
     program = parse(".entry kernel() {\n.reg .b32 %r<3>;\nvote.sync.any.pred %r1, %r2;\nret;\n}", "kernel")
     with pytest.raises(PtxError, match="unsupported: vote"):
         launch(program, (1, 1, 1), (32, 1, 1), 0, [], [])
+
+
+def run_ptx(body: str, shared: int, out: np.ndarray) -> set[str]:
+    """One block of two warps; %rd1 is where `out` lies, %r1 the thread, %rd2 its place there."""
+    from .ptx.interpreter import launch
+
+    text = f"""
+.extern .shared .align 16 .b8 memory[];
+.visible .entry kernel(.param .u64 .ptr .global .align 1 p)
+.reqntid 64
+{{
+.reg .b32 %r<20>;
+.reg .b64 %rd<20>;
+.loc 1 2 3
+ld.param.b64 %rd1, [p];
+.loc 1 3 4
+mov.u32 %r1, %tid.x;
+mad.wide.u32 %rd2, %r1, 16, %rd1;
+{body}
+ret;
+}}"""
+    pointer = out.ctypes.data.to_bytes(8, "little")
+    return launch(parse(text, "kernel"), (1, 1, 1), (64, 1, 1), shared, [pointer], [out.view(np.uint8)]).races
+
+
+@pytest.mark.parametrize(("value", "kind"), [("0", "repeated write"), ("%r1", "write")])
+def test_two_warps_that_store_the_same_are_told_apart(value: str, kind: str) -> None:
+    races = run_ptx(
+        f"and.b32 %r2, %r1, 31;\nshl.b32 %r2, %r2, 2;\nmov.b32 %r3, {value};\nst.shared.b32 [%r2], %r3;",
+        128,
+        np.zeros(256, np.uint32),
+    )
+    assert races == {f"{kind}: st.shared.b32 [%r2], %r3"}
+
+
+def test_pairs_of_floats_and_mixed_sums() -> None:
+    """sm100 and later: two fp32 in 64 bits, and a half added to a float."""
+    out = np.zeros(256, np.uint32)
+    body = """
+.reg .b16 %h<3>;
+cvt.rn.f32.u32 %r2, %r1;
+mov.b64 %rd3, {%r2, 0f3F000000};
+fma.rn.f32x2 %rd4, %rd3, %rd3, %rd3;
+sub.f32x2 %rd5, %rd4, %rd3;
+mov.b64 {%r3, %r4}, %rd5;
+cvt.rn.bf16x2.f32 %r5, %r2, %r2;
+mov.b32 {%h1, %h2}, %r5;
+add.rn.f32.bf16 %r8, %h1, %r4;
+st.global.v4.b32 [%rd2], {%r3, %r4, %r8, 0};"""
+    run_ptx(body, 0, out)
+    thread = np.arange(64, dtype=np.float32)
+    x = out.view(np.float32).reshape(64, 4)
+    assert (x[:, 0] == thread * thread).all()
+    assert (x[:, 1] == 0.25).all()
+    assert (x[:, 2] == thread + 0.25).all()
+
+
+def test_stmatrix_is_the_way_back_from_ldmatrix() -> None:
+    out = np.zeros(256, np.uint32)
+    body = """
+shl.b32 %r2, %r1, 4;
+st.shared.v4.b32 [%r2], {%r1, %r2, 7, %r1};
+bar.sync 0;
+ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r3, %r4, %r5, %r6}, [%r2];
+xor.b32 %r7, %r2, 128;
+bar.sync 0;
+stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r7], {%r3, %r4, %r5, %r6};
+bar.sync 0;
+ld.shared.v4.b32 {%r8, %r9, %r10, %r11}, [%r2];
+st.global.v4.b32 [%rd2], {%r8, %r9, %r10, %r11};"""
+    assert run_ptx(body, 1024, out) == set()
+    thread = np.arange(64) ^ 8  # the matrices went to one another's places
+    assert (out.reshape(64, 4) == np.stack([thread, 16 * thread, 0 * thread + 7, thread], axis=1)).all()

@@ -24,12 +24,15 @@ def store(
     config: Mapping[str, Any],
     tools: tuple[str, ...],
     metadata: Mapping[str, str] | None = None,
+    originals: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """`weights`: by module, `[N, K]`, in the dtype that the tool computes them in."""
+    """`weights`: by module, `[N, K]`, in the dtype that the tool computes them in. `originals`: what the tool quantized, where
+    our quantizer is to find the same codes."""
     versions = ", ".join(f"{tool} {importlib.metadata.version(tool)}" for tool in (*tools, "torch"))
     header = {**(metadata or {}), "made_by": versions, "quantization_config": json.dumps(config)}
     expected = {f"expected.{module}": weight for module, weight in weights.items()}
-    held = {key: tensor.detach().contiguous().clone() for key, tensor in (*tensors.items(), *expected.items())}
+    given = {f"original.{module}": weight for module, weight in (originals or {}).items()}
+    held = {key: tensor.detach().contiguous().clone() for key, tensor in {**tensors, **expected, **given}.items()}
     FILES.mkdir(exist_ok=True)
     save_file(held, FILES / f"{name}.safetensors", header)
     print(f"{name}: {len(tensors)} tensors, {len(weights)} weights ({versions})")

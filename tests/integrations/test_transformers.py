@@ -176,14 +176,24 @@ def test_experts_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert same_model(from_pretrained(tmp_path / "out"), model)
 
 
-def test_conv1d_is_named(tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64)).save_pretrained(
-        tmp_path / "gpt2"
-    )
-    with pytest.raises(
-        ArgumentError, match=r"there is no layer to quantize:\n.*\n  skipped transformer\.h\.0.*: Conv1D stores"
-    ):
-        from_pretrained(tmp_path / "gpt2", quantization_config=QKernelsConfig("w4a16_g32"))
+def test_conv1d(tmp_path: Path) -> None:
+    """GPT-2's matrices lie transposed: quantized while loading as `replace_linear` does it, saved, loaded, dequantized."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    plain = GPT2LMHeadModel(config).eval()
+    plain.save_pretrained(tmp_path / "gpt2")
+    replace_linear(plain, "w8a16_g32")
+    model = from_pretrained(tmp_path / "gpt2", quantization_config=QKernelsConfig("w8a16_g32"))
+    assert model.hf_quantizer.report.skipped == {"lm_head": "excluded"}
+    assert len(layers(model)) == 4
+    assert same_model(model, plain)
+    model.save_pretrained(tmp_path / "out")
+    again = from_pretrained(tmp_path / "out")
+    assert same_model(again, model)
+    rounded = again.dequantize()
+    rounded.save_pretrained(tmp_path / "rounded")
+    assert torch.equal(logits(from_pretrained(tmp_path / "rounded")), logits(rounded))
+    assert torch.allclose(logits(rounded), logits(model), atol=1e-4)
 
 
 def test_dequantize(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qkernels import RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
+from qkernels.calibrate import plan
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.nn.replace import model_bytes
 
@@ -159,16 +160,24 @@ def test_conv1d_of_gpt2_becomes_a_quant_linear(tmp_path: Path) -> None:
         assert torch.equal(load(tmp_path / "out")(ids).logits, got)
 
 
-def test_quantize_names_conv1d_with_its_bytes() -> None:
-    model = tiny_gpt2()
-    with pytest.raises(
-        ArgumentError, match=r"(?s)no linear layer to quantize.*c_attn: Conv1D stores its weight transposed"
-    ):
-        quantize(model, RTN(4, 32), progress=False)
-    model.extra = nn.Linear(32, 32)
-    report = quantize(model, RTN(4, 32), progress=False)
-    reason = "Conv1D stores its weight transposed ([32, 96], 12,288 bytes); only replace_linear takes it"
-    assert report.skipped["transformer.h.1.attn.c_attn"] == reason
+@pytest.mark.parametrize("stored", [False, True])
+def test_quantize_rounds_conv1d_as_replace_linear_does(stored: bool, tmp_path: Path) -> None:
+    """In memory and from a directory: the same codes, and bytes as the plan says."""
+    expected, model = tiny_gpt2(), tiny_gpt2()
+    replace_linear(expected, "w4a16_g32", progress=False)
+    if stored:
+        model.save_pretrained(tmp_path / "plain")
+        planned = plan(tmp_path / "plain", RTN(4, 32))
+        report = quantize(tmp_path / "plain", RTN(4, 32), save_to=tmp_path / "out", progress=False)
+        assert [(m.shape, m.bytes_after) for m in planned.modules[:1]] == [((96, 32), report.modules[0].bytes_after)]
+        model = load(tmp_path / "out")
+    else:
+        report = quantize(model, RTN(4, 32), progress=False)
+    assert report.skipped == {"lm_head": "excluded"}
+    assert len(report.modules) == 8
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])

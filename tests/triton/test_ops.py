@@ -1,4 +1,4 @@
-"""The ops on layout kpack as the rest of the package meets them: catalogue, table, fakes, gradients. No Triton needed."""
+"""The ops on layout kpack as the rest of the package meets them: catalogue, fakes, gradients. No Triton needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from qkernels import QuantScheme, ops
 from qkernels.errors import ArgumentError, UnsupportedProblem
 from qkernels.kernels import triton as triton_kernels
 from qkernels.kernels.catalogue import Problem, list_kernels
-from qkernels.kernels.triton.table import Config, choose, read
 from qkernels.layouts import LAYOUTS
 from tests.strategies import random_weight
 
@@ -84,25 +83,6 @@ def test_traces_into_one_graph_for_any_number_of_tokens() -> None:
         assert compiled(torch.zeros(M, 96, device="meta")).shape == (M, 40)
     assert len(graphs) == 1
     torch._dynamo.reset()
-
-
-def test_table_takes_the_nearest_shape_and_any_card() -> None:
-    assert choose("sm90", 1, 4096, 4096).kernel == "gemv"
-    assert choose("sm90", 8, 4096, 4096).kernel == "gemm"
-    assert choose("sm90", 5000, 4096, 4096) == next(e.config for e in read()["sm90"] if e.M == 2048)
-    assert choose("sm103", 64, 4096, 4096) == choose("default", 64, 4096, 4096)
-    assert {"default", "sm80", "sm86", "sm89", "sm90", "sm120"} == set(read())
-
-
-@pytest.mark.parametrize("halves", [1, 2])
-@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 24, 96])
-def test_steps_stay_inside_a_group_where_they_can(halves: int, group_size: int) -> None:
-    config = Config("gemm", 16, 64, 256, 4, 4, 2)
-    length = config.block_bytes(halves, 8, group_size)
-    assert length >= 32
-    assert group_size % (length * halves) == 0 or length == 32
-    part = config.bytes_per_split(1, 4096, 2048, length, 132)
-    assert part % length == 0
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

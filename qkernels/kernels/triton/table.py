@@ -1,18 +1,29 @@
-"""Which tile runs which shape: `configurations.json`, per card and shape class, nearest neighbour in log space. No Triton here.
+"""Which tile runs which shape: a table per card and shape class, nearest neighbour in log space. No Triton here.
 
-Nothing is measured at run time. The shipped numbers are predictions (the file says so).
+Nothing is measured at run time. `configurations.json` ships with the package; its numbers are predictions (the file says so).
+`qkernels bench --tune` measures and writes a table of the user's own, whose entries stand before the shipped ones.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from ...errors import ArgumentError
 
 TABLE = Path(__file__).parent / "configurations.json"
+USER_TABLE = "QKERNELS_TRITON_TABLE"  # the environment variable that says where the user's table is
 ANY_CARD = "default"
+MOST_TILE = 1024  # rows or columns of a tile: beyond what any card holds
+
+Cards = Mapping[str, tuple["Entry", ...]]
 
 
 @dataclass(frozen=True)
@@ -59,26 +70,135 @@ class Entry:
     config: Config
 
 
-@lru_cache(maxsize=4)
-def read(path: Path = TABLE) -> dict[str, tuple[Entry, ...]]:
-    """Entries by card: "sm80", …, and "default" for every other one."""
-    cards = json.loads(path.read_text(encoding="utf-8"))["cards"]
-    return {card: tuple(_entry(row) for row in rows) for card, rows in cards.items()}
+def user_table() -> Path:
+    """Where the user's table is: `QKERNELS_TRITON_TABLE`, or `qkernels/triton.json` in the platform's folder for settings."""
+    if named := os.environ.get(USER_TABLE):
+        return Path(named)
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111, Path.home() raises where there is no home
+    if sys.platform == "win32":
+        base = Path(os.environ.get("APPDATA") or home / "AppData" / "Roaming")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+    return base / "qkernels" / "triton.json"
+
+
+@lru_cache(maxsize=8)
+def read(path: Path = TABLE) -> Cards:
+    """Entries by card: "sm80", …, and "default" for every other one. Read once a process; a file that is not there is empty.
+
+    Raises:
+        ArgumentError: the file is no such table; it names what is wrong.
+    """
+    try:
+        cards = json.loads(path.read_text(encoding="utf-8"))["cards"]
+        return {card: tuple(_entry(row) for row in rows) for card, rows in cards.items()}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise _unusable(path, error.strerror or str(error)) from error
+    except KeyError as error:
+        raise _unusable(path, f"{error} is missing") from error
+    except (ValueError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, or not the types that a table has
+        raise _unusable(path, str(error)) from error
+
+
+def write(path: Path, cards: Cards) -> None:
+    """Replace a table as a whole: a reader finds the old one or the new one.
+
+    Raises:
+        ArgumentError: the file cannot be written.
+    """
+    rows = {card: [_row(entry) for entry in entries] for card, entries in cards.items()}
+    about = "Launch configurations of the Triton kernels on layout kpack, measured here by `qkernels bench --tune`."
+    text = json.dumps({"about": about, "cards": rows}, indent=1) + "\n"
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise ArgumentError(
+            f"the table of Triton configurations cannot be written to {path}: {error.strerror}; name another file in "
+            f"{USER_TABLE}"
+        ) from error
+    read.cache_clear()
+    _nearest.cache_clear()
+
+
+def with_entries(cards: Cards, card: str, new: Iterable[Entry]) -> Cards:
+    """`cards` with new entries for one card; those for the same shapes are replaced."""
+    by_shape = {(e.M, e.N, e.K): e for e in (*cards.get(card, ()), *new)}
+    return {**cards, card: tuple(by_shape[shape] for shape in sorted(by_shape))}
+
+
+def choose(card: str, M: int, N: int, K: int) -> Config:
+    """The entry nearest to the shape: distances of log2, those of M counted double; of two at one distance the user's.
+
+    M, N and K are positive. A card in neither table takes the default entries.
+
+    Raises:
+        ArgumentError: the user's table is no table.
+    """
+    return _nearest(os.environ.get(USER_TABLE), card, M, N, K)
 
 
 @lru_cache(maxsize=4096)
-def choose(card: str, M: int, N: int, K: int) -> Config:
-    """The entry nearest to the shape: distances of log2, those of M counted double. M, N and K are positive."""
-    cards = read()
+def _nearest(_named: str | None, card: str, M: int, N: int, K: int) -> Config:
+    """Called at every launch: the variable is part of what is cached by, the file is looked for once."""
+    shipped, own = read(), read(user_table())
 
     def distance(entry: Entry) -> float:
         m, n, k = (math.log2(a / b) for a, b in ((M, entry.M), (N, entry.N), (K, entry.K)))
         return 2 * abs(m) + abs(n) + abs(k)
 
-    return min(cards.get(card, cards[ANY_CARD]), key=distance).config
+    return min((*own.get(card, ()), *shipped.get(card, shipped[ANY_CARD])), key=distance).config
 
 
-def _entry(row: dict[str, int | str]) -> Entry:
-    M, N, K = (int(row[name]) for name in ("M", "N", "K"))
-    numbers = [int(row[n]) for n in ("block_m", "block_n", "block_k", "programs_per_sm", "num_warps", "num_stages")]
-    return Entry(M, N, K, Config(str(row["kernel"]), *numbers))
+def _entry(row: dict[str, Any]) -> Entry:
+    """Raises ValueError, TypeError or KeyError for anything that is no entry: a wrong number would fail inside a launch."""
+    M, N, K = (_whole(row, name, 1, 2**40) for name in ("M", "N", "K"))
+    kernel = row["kernel"]
+    if kernel not in ("gemv", "gemm"):
+        raise ValueError(f'kernel must be "gemv" or "gemm", got {kernel!r}')
+    least, most = (1, 1) if kernel == "gemv" else (16, MOST_TILE)
+    return Entry(
+        M,
+        N,
+        K,
+        Config(
+            kernel,
+            block_m=_power(row, "block_m", least, most),
+            block_n=_power(row, "block_n", 16, MOST_TILE),
+            block_k=_power(row, "block_k", 64, MOST_TILE),
+            programs_per_sm=_whole(row, "programs_per_sm", 0, 1024),
+            num_warps=_power(row, "num_warps", 1, 32),
+            num_stages=_whole(row, "num_stages", 1, 16),
+        ),
+    )
+
+
+def _row(entry: Entry) -> dict[str, int | str]:
+    return {"M": entry.M, "N": entry.N, "K": entry.K, **asdict(entry.config)}
+
+
+def _whole(row: dict[str, Any], name: str, least: int, most: int) -> int:
+    value = row[name]
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+    return value
+
+
+def _power(row: dict[str, Any], name: str, least: int, most: int) -> int:
+    value = _whole(row, name, least, most)
+    if value & (value - 1):
+        raise ValueError(f"{name} must be a power of two, got {value}")
+    return value
+
+
+def _unusable(path: Path, why: str) -> ArgumentError:
+    return ArgumentError(
+        f"{path} must be a table of Triton configurations, as `qkernels bench --tune` writes it: {why}; write it anew, remove "
+        f"it, or name another file in {USER_TABLE}"
+    )

@@ -29,7 +29,7 @@ SIMPLE: dict[str, Callable[..., Any]] = {
 
 
 def is_type(part: str) -> bool:
-    return part in ("pred", "f16x2", "bf16x2", "bf16") or (part[0] in "busf" and part[1:].isdigit())
+    return part in ("pred", "f16x2", "bf16x2", "bf16", "f32x2") or (part[0] in "busf" and part[1:].isdigit())
 
 
 def types_of(opcode: Opcode) -> list[str]:
@@ -134,7 +134,7 @@ def sticky_sum(a: Array, b: Array) -> Array:
 
 
 def packed(opcode: Opcode, *operands: Array) -> Array:
-    """Arithmetic of f16x2 and bf16x2, in float64."""
+    """Arithmetic of f16x2, bf16x2 and f32x2, in float64."""
     kind = opcode[-1]
     if "ftz" in opcode or "sat" in opcode or "relu" in opcode:
         raise PtxError(f"unsupported: {'.'.join(opcode)}")
@@ -174,8 +174,11 @@ def convert(opcode: Opcode, source: Array) -> Array:
 def compute(opcode: Opcode, operands: list[Array]) -> Array:
     """The result of any instruction that is a function of its operands alone."""
     name, kind = opcode[0], opcode[-1]
-    if kind in ("f16x2", "bf16x2") and name not in ("mov", "selp"):
+    if kind in ("f16x2", "bf16x2", "f32x2") and name not in ("mov", "selp"):
         return packed(opcode, *operands)
+    if mixed(opcode):
+        half = bf16_values(operands[0]) if kind == "bf16" else operands[0].astype(np.float32)
+        return np.asarray(SIMPLE[name](half, operands[1]))
     if kind in ("f16", "bf16") and name != "mov":
         raise PtxError(f"unsupported: {'.'.join(opcode)}")
     if name == "selp":
@@ -191,11 +194,18 @@ def compute(opcode: Opcode, operands: list[Array]) -> Array:
     return np.asarray(SIMPLE[name](*operands))
 
 
+def mixed(opcode: Opcode) -> bool:
+    """add and sub of a half to a float, as in add.rn.f32.bf16 (sm100 and later)."""
+    return opcode[0] in ("add", "sub") and opcode[-2] == "f32" and opcode[-1] in ("f16", "bf16")
+
+
 def operand_types(opcode: Opcode, count: int) -> list[str]:
     """The type in which each operand is read, where it is not the instruction's."""
     name, kind = opcode[0], opcode[-1]
     types = [kind] * count
-    if name in ("shl", "shr"):
+    if mixed(opcode):
+        types[1] = "f32"
+    elif name in ("shl", "shr"):
         types[1] = "b32"
     elif name in ("bfe", "bfi"):
         types[-2:] = ["b32", "b32"]

@@ -121,9 +121,11 @@ class Block:
         count_sectors(self.counters.glob[self.text], addresses, size, active)
         return self.memory.places_of(addresses, size, active, self.text)
 
-    def shared_places(self, addresses: Array, size: int, active: Array, writes: bool) -> Array:
+    def shared_places(
+        self, addresses: Array, size: int, active: Array, writes: bool, values: Array | None = None
+    ) -> Array:
         count_wavefronts(self.counters.shared[self.text], addresses, size, active)
-        return self.shared.places_of(addresses, size, active, writes, self.text)
+        return self.shared.places_of(addresses, size, active, writes, self.text, values)
 
     def load(self, op: Instruction, active: Array) -> None:
         kind, size = op.opcode[-1], width_of(op.opcode[-1]) // 8
@@ -150,17 +152,14 @@ class Block:
         assert not isinstance(target, str)
         assert not isinstance(source, str)
         words = self.read_words(source, size)
+        bytes_ = np.ascontiguousarray(np.stack(words, axis=1)).view(np.uint8)
         if "shared" in op.opcode:
-            data, places = (
-                self.shared.bytes,
-                self.shared_places(self.addresses(target), size * len(words), active, True),
-            )
+            self.shared_places(self.addresses(target), size * len(words), active, True, bytes_)
         elif "global" in op.opcode:
-            data, places = self.memory.bytes, self.global_places(self.addresses(target), size * len(words), active)
+            places = self.global_places(self.addresses(target), size * len(words), active)
+            self.memory.bytes[(places[:, None] + np.arange(size * len(words)))[active]] = bytes_[active]
         else:
             raise PtxError(f"unsupported: {op.text}")
-        bytes_ = np.ascontiguousarray(np.stack(words, axis=1)).view(np.uint8)
-        data[(places[:, None] + np.arange(size * len(words)))[active]] = bytes_[active]
 
     # ---- cp.async ----
 
@@ -228,6 +227,20 @@ class Block:
         words = warp.load_matrix(rows, count, "trans" in op.opcode)
         self.write_words(target, [w.reshape(-1) for w in words], active)
 
+    def store_matrix(self, op: Instruction, active: Array) -> None:
+        self.whole_warps(active)
+        target, source = op.operands
+        assert isinstance(source, Vector)
+        assert not isinstance(target, str)
+        if "m8n8" not in op.opcode or "b16" not in op.opcode or "trans" in op.opcode:
+            raise PtxError(f"unsupported: {op.text}")
+        count = len(source.parts)
+        rows = warp.rows_of_matrices([w.reshape(-1, LANES) for w in self.read_words(source, 4)])
+        values = np.zeros((self.threads // LANES, LANES, 16), np.uint8)
+        values[:, : 8 * count] = rows
+        writes = active & (np.arange(self.threads) % LANES < 8 * count)  # the other lanes' addresses are ignored
+        self.shared_places(self.addresses(target), 16, writes, True, values.reshape(-1, 16))
+
     def mma(self, op: Instruction, active: Array) -> None:
         self.whole_warps(active)
         fragments = []
@@ -283,6 +296,8 @@ class Block:
         operands = [o for o in op.operands if not isinstance(o, str)]
         if opcode[0] == "createpolicy":
             return
+        if not operands or opcode[0] in ("wgmma", "fence"):
+            raise PtxError(f"unsupported: {op.text}")
         if opcode[0] == "setp":
             self.compare(op, active)
         elif opcode[0] == "mov" and any(isinstance(o, Vector) for o in operands):
@@ -304,8 +319,8 @@ class Block:
 def run_block(block: Block) -> None:
     program = block.program
     handlers = {
-        "ld": block.load, "st": block.store, "cp": block.copy, "ldmatrix": block.load_matrix, "mma": block.mma,
-        "shfl": block.shuffle,
+        "ld": block.load, "st": block.store, "cp": block.copy, "ldmatrix": block.load_matrix,
+        "stmatrix": block.store_matrix, "mma": block.mma, "shfl": block.shuffle,
     }  # fmt: skip
     counter = np.zeros(block.threads, np.int64)
     alive = block.everyone.copy()

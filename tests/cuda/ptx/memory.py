@@ -60,25 +60,36 @@ class SharedMemory:
         self.read_by = np.zeros(size, np.int32)  # -1: several warps
         self.races: set[str] = set()
 
-    def places_of(self, addresses: Array, size: int, active: Array, writes: bool, text: str) -> Array:
+    def places_of(
+        self, addresses: Array, size: int, active: Array, writes: bool, text: str, values: Array | None = None
+    ) -> Array:
         outside = (addresses < 0) | (addresses + size > len(self.bytes))
         check(active & outside, addresses, "shared access out of bounds", text)
         check(active & (addresses % size != 0), addresses, "misaligned shared access", text)
         if active.any():
-            self.touch(addresses, size, active, writes, text)
+            self.touch(addresses, size, active, writes, text, values)
         return np.where(active, addresses, 0)
 
-    def touch(self, addresses: Array, size: int, active: Array, writes: bool, text: str) -> None:
+    def touch(
+        self, addresses: Array, size: int, active: Array, writes: bool, text: str, values: Array | None = None
+    ) -> None:
+        """`values`: uint8 [threads, size] that a store puts; races between equal ones are told apart ("repeated write")."""
         warps = (np.arange(len(addresses)) // LANES)[active]
         at = addresses[active][:, None] + np.arange(size)
         by = np.broadcast_to(warps[:, None], at.shape)
         race = (self.written_in[at] == self.epoch) & (self.written_by[at] != by)
+        repeated = np.zeros_like(race)
         if writes:
+            if values is not None:
+                repeated = race & (self.bytes[at] == values[active])
+                self.bytes[at] = values[active]
             race |= (self.read_in[at] == self.epoch) & (self.read_by[at] != by)
-        if writes:
             self.written_in[at] = self.epoch
             self.written_by[at] = by
-            race |= self.written_by[at] != by  # two warps in this very instruction
+            together = self.written_by[at] != by  # two warps in this very instruction
+            if values is not None:
+                repeated |= together & (self.bytes[at] == values[active])
+            race |= together
         else:
             several = (self.read_in[at] == self.epoch) & (self.read_by[at] != by)
             self.read_in[at] = self.epoch
@@ -86,7 +97,8 @@ class SharedMemory:
             several |= self.read_by[at] != by
             self.read_by[at[several]] = -1
         if race.any():
-            self.races.add(f"{'write' if writes else 'read'}: {text}")
+            kind = "read" if not writes else "write" if (race & ~repeated).any() else "repeated write"
+            self.races.add(f"{kind}: {text}")
 
 
 @dataclass

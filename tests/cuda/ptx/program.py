@@ -72,7 +72,12 @@ class Program:
 DYNAMIC_ALIGNMENT = 128
 SPECIALS = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{;]*)\{", re.DOTALL)
-PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
+PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?([\w$]+)(?:\[(\d+)\])?"
+)
+LINES = re.compile(
+    r"^[ \t]*\.(?:loc|file|pragma)\b[^\n;]*;?", re.MULTILINE
+)  # where code came from; these end with their line
 
 
 def entries(text: str) -> list[str]:
@@ -81,13 +86,13 @@ def entries(text: str) -> list[str]:
 
 def width_of(kind: str) -> int:
     """Bits of a PTX type: b32, f16x2, pred, ..."""
-    special = {"pred": 1, "f16x2": 32, "bf16x2": 32, "bf16": 16}
+    special = {"pred": 1, "f16x2": 32, "bf16x2": 32, "bf16": 16, "f32x2": 64}
     return special[kind] if kind in special else int(kind[1:])
 
 
 def parse(text: str, entry: str) -> Program:
     """The program of one entry of a .ptx file."""
-    text = re.sub(r"//[^\n]*", "", text)
+    text = LINES.sub("", re.sub(r"//[^\n]*", "", text))
     found = next((m for m in ENTRY.finditer(text) if m[1] == entry), None)
     if found is None:
         raise PtxError(f"no entry {entry}; there are {', '.join(entries(text)) or 'none'}")
@@ -109,8 +114,7 @@ def parse(text: str, entry: str) -> Program:
         elif statement.startswith(".local"):
             raise PtxError(f"local memory: {statement}")
         elif statement.startswith("."):
-            if not statement.startswith((".pragma", ".loc", ".file")):
-                raise PtxError(f"unknown directive: {statement}")
+            raise PtxError(f"unknown directive: {statement}")
         else:
             program.code.append(instruction(program, statement))
     return program

@@ -20,7 +20,7 @@ def dtype_of(kind: str) -> Any:
     """numpy's type for a scalar PTX type; bf16 and the packed types are handled by their bits."""
     if kind == "pred":
         return np.bool_
-    if kind in ("bf16", "f16x2", "bf16x2") or kind[0] in "bu":
+    if kind in ("bf16", "f16x2", "bf16x2", "f32x2") or kind[0] in "bu":
         return UNSIGNED[width_of(kind)]
     return (SIGNED if kind[0] == "s" else FLOATS)[width_of(kind)]
 
@@ -46,12 +46,16 @@ def bf16_bits(values: Array) -> Array:
 
 
 def halves(kind: str, pairs: Array) -> Array:
-    """f16x2 or bf16x2 registers [n] -> float64 [n, 2]"""
+    """f16x2, bf16x2 or f32x2 registers [n] -> float64 [n, 2]"""
+    if kind == "f32x2":
+        return np.ascontiguousarray(pairs).view(np.float32).reshape(-1, 2).astype(np.float64)
     bits = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, 2)
     return (bits.view(np.float16) if kind == "f16x2" else bf16_values(bits)).astype(np.float64)
 
 
 def pairs(kind: str, values: Array) -> Array:
-    """float [n, 2] -> f16x2 or bf16x2 registers [n], rounded to nearest even"""
+    """float [n, 2] -> f16x2, bf16x2 or f32x2 registers [n], rounded to nearest even"""
+    if kind == "f32x2":
+        return np.ascontiguousarray(values.astype(np.float32)).view(np.uint64).reshape(-1)
     bits = values.astype(np.float16).view(np.uint16) if kind == "f16x2" else bf16_bits(values)
     return np.ascontiguousarray(bits).view(np.uint32).reshape(-1)

@@ -82,6 +82,14 @@ def load_matrix(rows: Array, count: int, transposed: bool) -> list[Array]:
     return result
 
 
+def rows_of_matrices(registers: list[Array]) -> Array:
+    """stmatrix, the way back from `load_matrix`: registers [warps, 32] -> uint8 [warps, 8 rows of each, 16]"""
+    rows = np.zeros((len(registers[0]), 8 * len(registers), 4), np.uint32)
+    for m, register in enumerate(registers):
+        rows[:, 8 * m + g, t] = register
+    return rows.view(np.uint8)
+
+
 def shuffle(mode: str, values: Array, operand: Array) -> Array:
     """With all lanes and the whole warp as one segment: [warps, 32] -> [warps, 32]."""
     by = operand.astype(np.int64)

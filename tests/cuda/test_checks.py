@@ -1,0 +1,191 @@
+"""What the CUDA ops refuse before any launch (checks.h), how they read the environment, and their log, in the host build.
+
+`bindings.cpp` copies each tensor's type, shape, device and address into plain values and asks these very functions; what is
+tested here is what runs beside a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from qkernels.layouts import get_layout
+from tests.cuda import calls, emulator
+from tests.cuda.calls import TYPES
+from tests.strategies import random_weight
+
+pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
+QUESTIONS = ("product", "decode", "a8", "dequantize", "device")
+NAMES = ("x", "qweight", "scales", "zeros", "k_order", "bias")
+
+
+@dataclass(frozen=True)
+class Plain:
+    """`Buffer` of checks.h."""
+
+    type: int
+    int32: bool
+    shape: tuple[int, ...]
+    contiguous: bool = True
+    device: int = 0
+    address: int = 1024
+
+    def row(self) -> list[int]:
+        sizes = [*self.shape, 0, 0, 0][:3]
+        return [1, self.type, self.int32, len(self.shape), *sizes, self.contiguous, self.device, self.address]
+
+
+def plain(tensor: Tensor) -> Plain:
+    """What bindings.cpp would say of this tensor, if it were on cuda:0."""
+    return Plain(TYPES.get(tensor.dtype, 0), tensor.dtype == torch.int32, tuple(tensor.shape), tensor.is_contiguous())
+
+
+def wrong(tensors: dict[str, Plain | None], question: str = "product", scheme: str = "w4a16_g64", **more: int) -> str:
+    """What the checks say to a call for a [70, 200] weight; "" is nothing."""
+    rows = torch.tensor([p.row() if (p := tensors.get(name)) else [0] * 10 for name in NAMES], dtype=torch.int64)
+    parsed = random_weight(scheme, 1, 200).scheme
+    integers = {
+        "question": QUESTIONS.index(question), "N": 70, "K": 200, "bits": parsed.bits, "group": parsed.group_length(200),
+        "zeros_are_offsets": parsed.zeros == "offset", "sm": 90, **more,
+    }  # fmt: skip
+    text = torch.zeros(512, dtype=torch.uint8)
+    emulator.run(calls.UNIT, emulator.Call("wrong", {"tensors": rows, "text": text}, integers))
+    return bytes(text.tolist()).split(b"\0")[0].decode()
+
+
+def good(scheme: str = "w4a16_g64", M: int = 5) -> dict[str, Plain | None]:
+    """Everything that an op may be given, from a weight that is really packed."""
+    weight = random_weight(scheme, 70, 200, act_order=True)
+    packed = get_layout("mma_tile").pack(weight)
+    tensors = {"x": torch.zeros(M, 200, dtype=torch.bfloat16), **packed, "bias": torch.zeros(70)}
+    return {name: None if t is None else plain(t) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g64", "w8a16_g32_asym", "w3a16_g16_fzero", "w4a16_channel_offset"])
+def test_what_the_packer_makes_is_taken(scheme: str) -> None:
+    assert wrong(good(scheme), scheme=scheme) == ""
+    assert wrong({**good(scheme), "bias": None, "k_order": None}, scheme=scheme) == ""
+    for question in ("decode", "dequantize", "device"):
+        assert wrong(good(scheme), question, scheme) == ""
+    assert wrong(good(scheme, M=0), scheme=scheme) == ""  # any M
+    assert wrong({**good(), "zeros": None}, "a8") == ""
+
+
+BAD: list[tuple[str, dict[str, object], str]] = [  # tensor, what is different about it, what is said
+    ("x", {"type": TYPES[torch.float32]}, "x must be bfloat16 or float16 .M, K.: the CUDA kernels take no float32"),
+    ("x", {"shape": (2, 5, 200)}, "x must be bfloat16 or float16 .M, K."),
+    ("x", {"shape": (1 << 31, 200)}, "x has too many rows: 2147483648"),
+    ("x", {"shape": (5, 264)}, "qweight must be uint8 .2, 10240. for N=70, K=264, bits=4"),
+    ("x", {"device": -1}, "x must be on cuda:0 like qweight"),
+    ("x", {"device": 1}, "x must be on cuda:0 like qweight"),
+    ("qweight", {"device": -1}, "qweight must be on a CUDA device, like x; move it there"),
+    ("qweight", {"type": TYPES[torch.float16]}, "qweight must be uint8 .2, 8192."),
+    ("qweight", {"shape": (3, 8192)}, "for N=70, K=200, bits=4; was it packed for another layout"),
+    ("qweight", {"shape": (70, 100)}, "for N=70, K=200, bits=4; was it packed for another layout"),  # plain rows of nibbles
+    ("qweight", {"shape": (4, 2, 8192)}, "stacked experts are not taken here"),
+    ("qweight", {"contiguous": False}, "qweight must be contiguous"),
+    ("qweight", {"address": 1032}, "qweight must be contiguous and start at a multiple of 16 bytes"),
+    ("scales", {"type": TYPES[torch.uint8]}, "scales must be floating .2, 4, 64."),
+    ("scales", {"shape": (2, 3, 64)}, "scales must be floating .2, 4, 64."),
+    ("scales", {"device": 1}, "scales must be on cuda:0"),
+    ("scales", {"address": 1026}, "scales must be contiguous and start at"),
+    ("zeros", {"type": 0}, "zeros must be uint8 or floating .2, 4, 64. like scales"),
+    ("zeros", {"shape": (2, 64, 4)}, "zeros must be uint8 or floating .2, 4, 64. like scales"),
+    ("zeros", {"device": -1}, "zeros must be on cuda:0"),
+    ("zeros", {"address": 1025}, "zeros must be contiguous and start at"),
+    ("k_order", {"int32": False}, "k_order must be int32 .K. = .200."),
+    ("k_order", {"shape": (199,)}, "k_order must be int32 .K. = .200."),
+    ("k_order", {"device": 1}, "k_order must be on cuda:0"),
+    ("k_order", {"address": 1028}, "k_order must be contiguous and start at"),
+    ("bias", {"type": TYPES[torch.uint8]}, "bias must be floating .N. = .70."),
+    ("bias", {"shape": (71,)}, "bias must be floating .N. = .70."),
+    ("bias", {"device": -1}, "bias must be on cuda:0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_a_wrong_tensor_is_named(name: str, change: dict[str, object], message: str) -> None:
+    tensors = good("w4a16_g64_asym")
+    tensor = tensors[name]
+    assert tensor is not None
+    said = wrong({**tensors, name: replace(tensor, **change)}, scheme="w4a16_g64_asym")  # type: ignore[arg-type]
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"bits": 1}, "bits must be 2 to 8"),
+        ({"bits": 9}, "bits must be 2 to 8"),
+        ({"group": 0}, "group_size positive"),
+        ({"group": 24}, "group_size must be 16, 32 or a multiple of 64, got 24"),
+        ({"N": 1 << 31}, "N and K 0 to 2147483583"),
+        ({"N": -1}, "N and K 0 to"),
+        ({"zeros_are_offsets": 1}, "zeros must be given where zeros_are_offsets is true"),
+    ],
+)
+def test_wrong_numbers_are_named(more: dict[str, int], message: str) -> None:
+    for question in ("product", "dequantize"):
+        assert message in wrong({**good(), "zeros": None}, question, **more)
+
+
+def test_offsets_are_floating() -> None:
+    assert "zeros must be floating" in wrong(good("w4a16_g64_asym"), scheme="w4a16_g64_asym", zeros_are_offsets=1)
+
+
+def test_each_op_asks_for_what_it_alone_needs() -> None:
+    assert wrong(good(M=33), "decode") == "gemv_mma_tile takes M <= 32 rows of x; call gemm_mma_tile"
+    assert wrong(good("w4a16_g64_asym"), "a8", "w4a16_g64_asym").endswith("zeros must be None")
+    assert "takes groups of 32 to 131072 columns, got group_size=16" in wrong(good("w4a16_g16"), "a8", "w4a16_g16")
+    assert "qweight must be on a CUDA device" in wrong(
+        {**good(), "qweight": Plain(TYPES[torch.uint8], False, (2, 8192), device=-1)}, "dequantize"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sm", "message"), [(75, "this device has 7.5"), (70, "this device has 7.0"), (80, ""), (120, "")]
+)
+def test_unsupported_architectures_are_refused(sm: int, message: str) -> None:
+    said = wrong(good(), "device", sm=sm)
+    assert said.endswith(message)
+    assert (said == "") == (message == "")
+
+
+def test_each_line_is_logged_once(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines(setting: str | None, first: int) -> list[str]:
+        if setting is None:
+            monkeypatch.delenv("QKERNELS_LOG", raising=False)
+        else:
+            monkeypatch.setenv("QKERNELS_LOG", setting)
+        emulator.run(calls.UNIT, emulator.Call("log", {}, {"threads": 4, "lines": 3, "first": first}))
+        return sorted(capfd.readouterr().err.splitlines())
+
+    assert lines("1", 10) == [
+        "qkernels: line 10",
+        "qkernels: line 11",
+        "qkernels: line 12",
+    ]  # by four threads, twice each
+    assert lines("1", 11) == ["qkernels: line 13"]
+    assert lines("0", 20) == lines(None, 20) == []
+
+
+@pytest.mark.parametrize(("value", "half"), [(None, 0), ("fp32", 0), ("fp16", 1), ("fp8", -1), ("", -1)])
+def test_the_setting_for_fp16_sums(value: str | None, half: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is None:
+        monkeypatch.delenv("QKERNELS_ACCUMULATE", raising=False)
+    else:
+        monkeypatch.setenv("QKERNELS_ACCUMULATE", value)
+    found = torch.full((1,), 7, dtype=torch.int32)
+    emulator.run(calls.UNIT, emulator.Call("accumulates", {"half": found}))
+    assert int(found) == half
+
+
+def test_remembered_choices_are_the_choices() -> None:
+    """More problems than the table has places, by several threads."""
+    differ = torch.zeros(1, dtype=torch.int32)
+    emulator.run(calls.UNIT, emulator.Call("remember", {"differ": differ}, {"threads": 3, "count": 700}))
+    assert int(differ) == 0

@@ -1,0 +1,202 @@
+"""Every Triton kernel executed from its compiled PTX, through the launcher, against `QuantTensor.dequantize()`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from qkernels import QuantTensor
+from qkernels.kernels.triton import jit, launch
+from qkernels.kernels.triton.table import Config, read
+from qkernels.layouts import LAYOUTS
+from tests.cuda.ptx.program import PtxError
+from tests.strategies import random_weight
+
+from .executed import Executed
+
+KERNELS = ("gemv", "gemm", "reduce_parts", "dequantize")
+GEMV = Config("gemv", 1, 16, 64, 0, 4, 2)
+GEMM = Config("gemm", 16, 32, 64, 0, 4, 2)
+SCHEMES = ["w4a16_g64_asym", "w4a16_g16_fzero", "w3a16_g24_offset", "w8a16_channel", "nf4_g64"]
+DTYPES = [torch.float16, torch.bfloat16]
+schemes = pytest.mark.parametrize("scheme", SCHEMES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+configs = pytest.mark.parametrize("config", [GEMV, GEMM], ids=["gemv", "gemm"])
+SHIPPED = [
+    pytest.param(sm, config, id=f"{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
+    for sm in ("sm80", "sm90", "sm120")  # one for each kind of PTX that Triton writes
+    for config in dict.fromkeys(entry.config for entry in read()[sm])
+    if (sm, config.block_m >= 64) != ("sm90", True)  # wgmma
+]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Executed]]:
+    """Replaces the launcher's kernels by compiled ones; new memory holds NaN, so that what a kernel leaves out shows."""
+
+    def new_empty(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype or t.dtype)
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+
+    def compiled(sm: str = "sm80", **others: Any) -> dict[str, Executed]:
+        made = {name: Executed(getattr(jit, name), sm, **others) for name in KERNELS}
+        for name, kernel in made.items():
+            monkeypatch.setattr(jit, name, kernel)
+        return made
+
+    return compiled
+
+
+def buffers(weight: QuantTensor) -> list[Tensor | None]:
+    packed = LAYOUTS["kpack"].pack(weight)
+    return [packed[name] for name in ("qweight", "scales", "zeros", "k_order")]
+
+
+def numbers(weight: QuantTensor) -> tuple[int, int, bool]:
+    return weight.scheme.bits, weight.scheme.group_length(weight.K), weight.scheme.zeros == "offset"
+
+
+def dequantized(weight: QuantTensor, dtype: torch.dtype) -> Tensor:
+    return launch.dequantize(*buffers(weight), weight.N, weight.K, *numbers(weight), dtype)
+
+
+def integers(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def problem(scheme: str, M: int, N: int, K: int, dtype: torch.dtype, act_order: bool = False) -> tuple[Any, ...]:
+    """weight, x and bias whose products and sums fp32 holds exactly, and the result, rounded once."""
+    weight = random_weight(scheme, N, K, act_order=act_order, exact=True)
+    x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
+    if (
+        weight.scheme.codebook is not None
+    ):  # its entries are no short fractions: one product a sum, of the rounded entry
+        x, bias = torch.eye(K, dtype=dtype)[:M], torch.zeros(N, dtype=dtype)
+    return weight, x, bias, (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
+
+
+def product(weight: QuantTensor, x: Tensor, bias: Tensor | None, config: Config) -> Tensor:
+    return launch.gemm(x, *buffers(weight), bias, weight.N, *numbers(weight), config=config)
+
+
+def races(made: dict[str, Executed]) -> set[str]:
+    """Without two warps that store the same bytes: with more warps than a tile needs, Triton lets them."""
+    found = set().union(*(outcome.races for kernel in made.values() for outcome in kernel.outcomes))
+    return {race for race in found if not race.startswith("repeated write")}
+
+
+@pytest.mark.parametrize(("sm", "config"), SHIPPED)
+def test_shipped_configuration(kernels: Any, sm: str, config: Config) -> None:
+    made = kernels(sm)
+    M = 2 if config.kernel == "gemv" else config.block_m + 5
+    weight, x, bias, expected = problem("w4a16_g128_asym", M, config.block_n + 6, 512, torch.float16)
+    assert torch.equal(product(weight, x, bias, config), expected)
+    assert len(made[config.kernel].outcomes) == 1
+    assert races(made) == set()
+
+
+@schemes
+@dtypes
+@configs
+def test_product_is_exact_where_bits_are_exact(kernels: Any, scheme: str, dtype: torch.dtype, config: Config) -> None:
+    """Also with the columns in another order, without a bias, and with a single row, column and token."""
+    made = kernels()
+    for M, N, K, act_order in ((3, 70, 200, True), (1, 1, 1, False), (1, 16, 64, False)):
+        weight, x, bias, expected = problem(scheme, M, N, K, dtype, act_order)
+        assert torch.equal(product(weight, x, bias, config), expected)
+        without = (x.double() @ weight.dequantize().double().T).to(dtype)
+        assert torch.equal(product(weight, x, None, config), without)
+    assert races(made) == set()
+
+
+@schemes
+@dtypes
+def test_dequantize_is_bit_identical(kernels: Any, scheme: str, dtype: torch.dtype) -> None:
+    made = kernels()
+    for N, K, act_order in ((70, 200, True), (1, 1, False), (64, 64, False)):
+        weight = random_weight(scheme, N, K, act_order=act_order)
+        assert torch.equal(dequantized(weight, dtype), weight.dequantize(dtype))
+    assert races(made) == set()
+
+
+@configs
+@dtypes
+@pytest.mark.parametrize("programs_per_sm", [2, 64])
+def test_splits_add_up(kernels: Any, config: Config, dtype: torch.dtype, programs_per_sm: int) -> None:
+    made = kernels()
+    weight, x, bias, expected = problem("w4a16_g32_asym", 1, 40, 500, dtype)
+    assert torch.equal(product(weight, x, bias, replace(config, programs_per_sm=programs_per_sm)), expected)
+    assert len(made["reduce_parts"].outcomes) == 1
+    assert races(made) == set()
+
+
+# --- controls: each of the checks above can fail ------------------------------------------------------------------------------
+
+
+def once(pattern: str, by: str) -> Callable[[str], str]:
+    """Changes the first instruction that matches."""
+
+    def mutate(ptx: str) -> str:
+        mutated, count = re.subn(pattern, by, ptx, count=1)
+        assert count == 1, f"no {pattern} in the PTX"
+        return mutated
+
+    return mutate
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pattern", "by"),
+    [
+        ("gemv", r"(and\.b16[^;]*), 15;", r"\1, 7;"),
+        ("gemv", r"(shfl\.sync\.bfly\.b32[^;]*), 1, 31", r"\1, 2, 31"),
+        ("gemm", r"(cvt\.rn\.f16x2\.f32\s+%\w+), (%\w+), (%\w+);", r"\1, \3, \2;"),
+        ("gemm", r"(mma\.sync[^;]*\}, \{)([^}]*)(\}, \{)([^}]*)\};", r"\1\4\3\2};"),
+        ("reduce_parts", r"add(\.f32)", r"sub\1"),
+        ("dequantize", r"(shr\.u16[^;]*), 4;", r"\1, 3;"),
+        ("dequantize", r"@%p\d+ st\.global[^;]*;", ""),
+    ],
+    ids=["mask", "shuffle", "halves swapped", "operands swapped", "sign", "shift", "no store"],
+)
+def test_a_mutated_instruction_is_noticed(kernels: Any, kernel: str, pattern: str, by: str) -> None:
+    kernels()[kernel].mutate = once(pattern, by)
+    if kernel == "dequantize":
+        weight = random_weight("w4a16_g64_asym", 70, 200)
+        assert not torch.equal(dequantized(weight, torch.float16), weight.dequantize(torch.float16))
+        return
+    weight, x, bias, expected = problem("w4a16_g64_asym", 3, 70, 200, torch.float16)
+    config = GEMM if kernel == "gemm" else GEMV
+    splits = 64 if kernel == "reduce_parts" else 0
+    assert not torch.equal(product(weight, x, bias, replace(config, programs_per_sm=splits)), expected)
+
+
+def test_a_missing_barrier_is_noticed(kernels: Any) -> None:
+    made = kernels(mutate=lambda ptx: ptx.replace("bar.sync", "// bar.sync"))
+    weight, x, bias, _ = problem("w4a16_g64_asym", 17, 70, 200, torch.float16)
+    product(weight, x, bias, GEMM)
+    assert any(race.startswith(("read", "write")) for race in races(made))
+
+
+def test_a_read_past_the_end_is_noticed(kernels: Any) -> None:
+    kernels()
+    weight, x, bias, _ = problem("w4a16_channel", 1, 128, 256, torch.float16)
+    qweight, *others = buffers(weight)
+    assert qweight is not None
+    with pytest.raises(PtxError, match="global access out of bounds"):
+        launch.gemm(x, qweight[:1].clone(), *others, bias, 128, *numbers(weight), config=GEMV)
+
+
+def test_what_cannot_be_executed_is_an_error(kernels: Any) -> None:
+    """sm90 multiplies 64 tokens and more with wgmma, which the interpreter does not have: refused, not skipped."""
+    kernels("sm90")
+    weight, x, bias, _ = problem("w4a16_g64_asym", 64, 64, 128, torch.float16)
+    with pytest.raises(PtxError, match="unsupported: (wgmma|fence)"):
+        product(weight, x, bias, Config("gemm", 64, 64, 64, 0, 8, 3))

@@ -1,0 +1,156 @@
+"""The launch table: nearest shapes, any card, the user's own table before the shipped one, and files that are none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkernels.errors import ArgumentError
+from qkernels.kernels.triton import table
+from qkernels.kernels.triton.table import Config, Entry, choose, read, user_table, with_entries, write
+
+OWN = Config("gemm", 32, 32, 128, 2, 4, 3)
+
+
+@pytest.fixture(autouse=True)
+def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "settings" / "triton.json"
+    monkeypatch.setenv(table.USER_TABLE, str(path))
+    return path
+
+
+def test_takes_the_nearest_shape_and_any_card() -> None:
+    assert choose("sm90", 1, 4096, 4096).kernel == "gemv"
+    assert choose("sm90", 8, 4096, 4096).kernel == "gemm"
+    assert choose("sm90", 5000, 4096, 4096) == next(e.config for e in read()["sm90"] if e.M == 2048)
+    assert choose("sm103", 64, 4096, 4096) == choose("default", 64, 4096, 4096)
+    assert {"default", "sm80", "sm86", "sm89", "sm90", "sm120"} == set(read())
+
+
+def test_distances_are_those_of_logarithms(own_table: Path) -> None:
+    """M = 1 is as far from 4 as 4 from 16, and tokens count double."""
+    far, near = replace(OWN, block_n=64), replace(OWN, block_n=128)
+    write(own_table, {"sm77": (Entry(512, 64, 64, far), Entry(2048, 64, 64, near))})
+    assert choose("sm77", 1000, 64, 64) == far
+    assert choose("sm77", 1100, 64, 64) == near
+    write(own_table, {"sm77": (Entry(4096, 2048, 2048, far), Entry(8192, 4096, 4096, near))})
+    assert choose("sm77", 4096, 4096, 4096) == far  # one doubling of N and one of K, or one of M: a tie, the first wins
+    assert choose("sm77", 4200, 4096, 4096) == near
+
+
+def test_the_users_entries_come_first_and_leave_the_rest(own_table: Path) -> None:
+    shipped = choose("sm90", 2048, 4096, 4096), choose("sm90", 1, 4096, 4096), choose("sm80", 64, 4096, 4096)
+    assert choose("sm90", 64, 4096, 4096) != OWN
+    write(own_table, {"sm90": (Entry(64, 4096, 4096, OWN),)})
+    assert choose("sm90", 64, 4096, 4096) == OWN  # a shape that the shipped table has, too
+    assert (choose("sm90", 2048, 4096, 4096), choose("sm90", 1, 4096, 4096), choose("sm80", 64, 4096, 4096)) == shipped
+
+
+def test_a_card_of_the_users_alone_still_has_the_default(own_table: Path) -> None:
+    write(own_table, {"sm103": (Entry(1, 4096, 4096, OWN),)})
+    assert choose("sm103", 1, 4096, 4096) == OWN
+    assert choose("sm103", 2048, 4096, 4096) == choose("default", 2048, 4096, 4096)
+
+
+def test_writing_replaces_the_same_shapes_only(own_table: Path) -> None:
+    first = with_entries({}, "sm90", [Entry(1, 64, 64, OWN), Entry(2, 64, 64, OWN)])
+    other = replace(OWN, num_warps=8)
+    both = with_entries({**first, "sm80": (Entry(3, 64, 64, OWN),)}, "sm90", [Entry(2, 64, 64, other)])
+    write(own_table, both)
+    assert read(own_table) == {
+        "sm80": (Entry(3, 64, 64, OWN),),
+        "sm90": (Entry(1, 64, 64, OWN), Entry(2, 64, 64, other)),
+    }
+    assert [p.name for p in own_table.parent.iterdir()] == ["triton.json"]
+
+
+ROW: dict[str, Any] = {
+    "M": 1, "N": 64, "K": 64, "kernel": "gemm", "block_m": 16, "block_n": 64, "block_k": 64, "programs_per_sm": 0,
+    "num_warps": 4, "num_stages": 2,
+}  # fmt: skip
+
+
+def cards(**changes: Any) -> str:
+    return json.dumps({"cards": {"sm90": [ROW | changes]}})
+
+
+def test_the_row_of_the_checks_below_is_good(own_table: Path) -> None:
+    own_table.parent.mkdir()
+    own_table.write_text(cards())
+    assert len(read(own_table)["sm90"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices must be integers"),
+        ("{}", "'cards' is missing"),
+        ('{"cards": []}', "no attribute 'items'"),
+        ('{"cards": {"sm90": [7]}}', "not subscriptable"),
+        ('{"cards": {"sm90": [{"M": 1, "N": 1}]}}', "'K' is missing"),
+        (cards(kernel="rm"), 'kernel must be "gemv" or "gemm", got \'rm\''),
+        (cards(block_n=48), "block_n must be a power of two, got 48"),
+        (cards(block_k=32), "block_k must be an integer from 64 to 1024, got 32"),
+        (cards(num_warps=1e9), "num_warps must be an integer from 1 to 32, got 1000000000.0"),
+        (cards(kernel="gemv"), "block_m must be an integer from 1 to 1, got 16"),
+        (cards(M=0), "M must be an integer from 1 to 1099511627776, got 0"),
+        (cards(N=True), "N must be an integer"),
+        (b"\xff\xfe", "can't decode byte"),
+    ],
+)
+def test_a_file_that_is_no_table_is_named(own_table: Path, text: str | bytes, why: str) -> None:
+    own_table.parent.mkdir()
+    own_table.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ArgumentError) as caught:
+        choose("sm90", 1, 64, 64)
+    message = str(caught.value)
+    assert message.startswith(f"{own_table} must be a table of Triton configurations")
+    assert why in message
+    assert "remove it, or name another file in QKERNELS_TRITON_TABLE" in message
+
+
+def test_what_cannot_be_read_or_written_is_named(own_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(table.USER_TABLE, str(own_table.parent.parent))
+    with pytest.raises(ArgumentError, match="Is a directory"):
+        choose("sm90", 1, 64, 64)
+    with pytest.raises(ArgumentError, match="cannot be written .*: .*; name another file"):
+        write(own_table.parent.parent, {})
+
+
+def test_where_the_table_is_without_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(table.USER_TABLE)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for platform, variable, folder in [
+        ("linux", "", ".config"),
+        ("darwin", "", "Library/Application Support"),
+        ("win32", "", "AppData/Roaming"),
+        ("linux", "XDG_CONFIG_HOME", "elsewhere"),
+        ("win32", "APPDATA", "elsewhere"),
+    ]:
+        monkeypatch.setattr(table.sys, "platform", platform)
+        monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+        monkeypatch.delenv("APPDATA", raising=False)
+        if variable:
+            monkeypatch.setenv(variable, str(tmp_path / folder))
+        assert user_table() == tmp_path / folder / "qkernels" / "triton.json"
+
+
+def test_the_shipped_table_is_sound_and_not_written_to() -> None:
+    assert all(entries for entries in read().values())
+    assert user_table() != table.TABLE
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 24, 96])
+def test_steps_stay_inside_a_group_where_they_can(halves: int, group_size: int) -> None:
+    config = Config("gemm", 16, 64, 256, 4, 4, 2)
+    length = config.block_bytes(halves, 8, group_size)
+    assert length >= 32
+    assert group_size % (length * halves) == 0 or length == 32
+    part = config.bytes_per_split(1, 4096, 2048, length, 132)
+    assert part % length == 0
