@@ -35,7 +35,8 @@ def random_llama(size: str, scheme: QuantScheme) -> Any:
 
     g = SIZES[size]
     config = LlamaConfig(
-        vocab_size=min(g.vocabulary, VOCABULARY), hidden_size=g.hidden, intermediate_size=g.intermediate, num_hidden_layers=g.layers,
+        vocab_size=min(g.vocabulary, VOCABULARY), hidden_size=g.hidden, intermediate_size=g.intermediate,
+        num_hidden_layers=g.layers,
         num_attention_heads=g.heads, num_key_value_heads=g.kv_heads, head_dim=g.head_dim,
     )  # fmt: skip
     with torch.device("meta"):

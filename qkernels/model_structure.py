@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import ArgumentError, CheckpointError
 from .formats.directory import without_quantization
-from .nn.replace import linear_names
 from .storage import CONFIG, TensorSource
 
 # Keys by which a config.json could make transformers fetch code from the Hub: modelling files, attention kernels.
@@ -293,4 +292,11 @@ def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
 
 
 def _identical_blocks(blocks: nn.ModuleList) -> bool:
-    return len({type(block) for block in blocks}) == 1 and bool(linear_names(blocks[0]))
+    linear = any(isinstance(module, nn.Linear) or is_conv1d(module) for module in blocks[0].modules())
+    return len({type(block) for block in blocks}) == 1 and linear
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, told by name and shape, for transformers need not be installed."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2

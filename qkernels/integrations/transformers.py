@@ -36,6 +36,7 @@ from ..checkpoint.loading import _bias, _linear
 from ..errors import ArgumentError, CheckpointError
 from ..formats import Oddity, native
 from ..formats.directory import QuantizedSource, summary
+from ..model_structure import is_conv1d
 from ..nn import QuantLinear, set_module
 from ..nn.replace import (
     Replaced,
@@ -43,7 +44,6 @@ from ..nn.replace import (
     as_patterns,
     check_patterns,
     choose_layers,
-    is_conv1d,
     linear_names,
     matches,
     model_bytes,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointWriter
 from ..kernels.catalogue import OnUnsupported
-from ..model_structure import assign, empty_to_meta
+from ..model_structure import assign, empty_to_meta, is_conv1d
 from ..nn import QuantLinear
-from ..nn.replace import is_conv1d, model_bytes, set_module
+from ..nn.replace import model_bytes, set_module
 from ..storage import TensorSource
 from ..tensor import QuantTensor
 from .report import ModuleReport

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
+from ..model_structure import is_conv1d
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
 from .fused import FuseReport, fuse_linear
@@ -151,12 +152,6 @@ def as_linear(module: nn.Module) -> nn.Linear | None:
     linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
     linear.bias = module.bias  # type: ignore[assignment]
     return linear
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, told by name and shape, for transformers need not be installed."""
-    weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def linear_names(model: nn.Module) -> list[str]:
