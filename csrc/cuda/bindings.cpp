@@ -239,7 +239,9 @@ Tensor product_a16(const Inputs& in, bool decode_only) {
                           p.call.type == Type::kHalf,
                           is_aligned(p.call.x),
                           p.device.sm,
-                          p.device.multiprocessors};
+                          p.device.multiprocessors,
+                          w.groups_per_step > 1,
+                          is_floating(w.zero_type)};
     const Config config = remembered_choice(problem, half_accumulate(), decode_only);
     if (logs()) log_once(describe(problem) + ": " + describe(config));
     if (config.path == Path::kDequantize) return dequantize_and_multiply(p.call, p.x, p.bias, p.y, p.stream);

@@ -298,7 +298,8 @@ inline Config choose(const Problem& p, bool half_accumulate = false, bool decode
 
 inline bool operator==(const Problem& a, const Problem& b) {
   return a.M == b.M && a.N == b.N && a.K == b.K && a.bits == b.bits && a.group_bytes == b.group_bytes &&
-         a.half == b.half && a.aligned == b.aligned && a.sm == b.sm && a.multiprocessors == b.multiprocessors;
+         a.half == b.half && a.aligned == b.aligned && a.sm == b.sm && a.multiprocessors == b.multiprocessors &&
+         a.short_groups == b.short_groups && a.float_zeros == b.float_zeros;
 }
 
 // `choose`, which weighs some 200 configurations (2 us), from a table of what this thread has asked before. A model has

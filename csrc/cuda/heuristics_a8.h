@@ -70,7 +70,7 @@ inline double predicted_a8_ns(const Weight& w, int M, const Device& device, cons
   double slowest = 0;
   for (const double ns : of_step) slowest = ns > slowest ? ns : slowest;
   const double product = busiest * steps * slowest;
-  const double memory = double{step_bytes(w.width)} * w.strips * w.steps / (kReachedBandwidth * card.bytes_per_ns);
+  const double memory = 1.0 * step_bytes(w.width) * w.strips * w.steps / (kReachedBandwidth * card.bytes_per_ns);
   double ns = quantize_ns(M, w.steps, card) + (product > memory ? product : memory) + waves * kBlockStart_ns;
   if (c.splits > 1) ns += card.launch_ns + 8.0 * c.splits * M * w.strips * kStripRows / card.l2_bytes_per_ns;
   return ns;

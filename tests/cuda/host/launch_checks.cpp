@@ -83,7 +83,8 @@ int run_remember(const Named& call) {
   for (size_t t = 0; t < differ.size(); ++t) {
     threads.emplace_back([&, t] {
       for (int64_t i = 0; i < 2 * call.integer("count"); ++i) {
-        const Problem p{static_cast<int>(i % call.integer("count")) + 1, 4096, 4096, 4, 128, true, true, 89, 128};
+        const Problem p{
+            static_cast<int>(i % call.integer("count")) + 1, 4096, 4096, 4, 128, true, true, 89, 128, false, false};
         for (const bool half : {false, true}) {
           differ[t] += describe(remembered_choice(p, half)) != describe(choose(p, half));
         }
