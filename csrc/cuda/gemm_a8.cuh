@@ -55,16 +55,8 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm_a8(const GemmA8Ar
   GroupWalk copied = GroupWalk::at(p.weight, begin), used = copied;
   auto copy_step = [&](int step, int slot) {
     const uint32_t to = stages + slot * stage_bytes;
-#pragma unroll
-    for (int s = 0; s < kWarpsN; ++s) {
-      const bool valid = strip0 + s < p.weight.strips;
-      const int64_t place = static_cast<int64_t>(valid ? strip0 + s : 0) * p.weight.steps + step;
-      for (int i = thread * 16; i < kCodeBytes; i += kThreads * 16) {
-        cp_async16_or_zero(to + s * p.strip_bytes + i, p.weight.codes + place * kCodeBytes + i, valid);
-      }
-      copy_groups(p.weight, p.format, strip0 + s, copied.group, to + s * p.strip_bytes + kCodeBytes, thread, kThreads,
-                  valid);
-    }
+    copy_strips<kWarpsN, kCodeBytes>(p.weight, p.format, strip0, step, copied.group, to, p.strip_bytes, thread,
+                                     kThreads);
     copied.advance(p.weight);
 #pragma unroll
     for (int i = thread; i < kTokens * 4; i += kThreads) {
@@ -143,19 +135,10 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm_a8(const GemmA8Ar
 
   const uint32_t exchange = stages + warp * exchange_bytes(8);
   const int n = (strip0 + warp_n) * kStripRows + 2 * lane;
-#pragma unroll
-  for (int i = 0; i < kTokenTilesA8; ++i) {
-    store_exchange<kTokenTilesA8>(totals, i, exchange, 0, lane);
-    __syncwarp();
-    for (int token = 0; token < 8; ++token) {
-      const int m = m0 + warp_m * kWarpTokensA8 + 8 * i + token;
-      if (m >= p.out.M || n >= p.out.N_pad) continue;
-      const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
-      store_a8(p, split, gridDim.z, m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]),
-               bits_to_float(load_global4(p.x_scales + m)));
-    }
-    __syncwarp();
-  }
+  turn_around<kTokenTilesA8>(
+      totals, exchange, p.out, m0 + warp_m * kWarpTokensA8, n, lane, [&](int m, int n, float low, float high) {
+        store_a8(p, split, gridDim.z, m, n, low, high, bits_to_float(load_global4(p.x_scales + m)));
+      });
 }
 
 }  // namespace qkernels::cuda

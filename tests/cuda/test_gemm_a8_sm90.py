@@ -140,9 +140,7 @@ def found(flavour: emulator.Flavour, bug: str) -> str:
         ("IGMMA_SHORT_WAIT", "wrong"),
         ("IGMMA_WRONG_PHASE", "more arrivals at an mbarrier"),
         ("IGMMA_WRONG_SWIZZLE", "wrong"),
-        ("IGMMA_PRODUCER_DOES_NOT_WAIT", "more arrivals at an mbarrier"),
         ("IGMMA_NO_FENCE", "wgmma without wgmma.fence"),
-        ("IGMMA_NO_PROXY_FENCE", "fence.proxy.async"),
         ("IGMMA_SCALES_TOO_LATE", "wrong"),
     ],
 )
