@@ -43,6 +43,9 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
   for (int64_t g = 0; g < p.G; ++g) {
     asm volatile("" : : "r"(total) : "memory");
     const Group group = group_of(p, g);
+    for (int t = 0; t * kPerTile < kVectors; ++t) {
+      prefetch_group(p, p.scales, p.scale_type, tile + t, next_tile + t, g);
+    }
     Integers acc[kTokens][kVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < kTokens; ++r) {

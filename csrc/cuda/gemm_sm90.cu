@@ -9,8 +9,10 @@ namespace {
 template <class F, int kTokens>
 cudaError_t launch_tile(const WgmmaArguments& p, const Config& c, cudaStream_t stream) {
   const dim3 grid(divide_up(p.out.M, kTokens), divide_up(p.weight.strips, wgmma_strips(kTokens)), c.splits);
-  return launch(gemm_wgmma<F, kTokens>, grid, dim3(wgmma_threads(kTokens)), wgmma_shared_bytes(kTokens, p.strip_bytes),
-                stream, p);
+  const dim3 block(wgmma_threads(kTokens));
+  const int shared = wgmma_shared_bytes(kTokens, p.strip_bytes);
+  return p.clusters ? launch_clusters(gemm_wgmma<F, kTokens>, grid, block, shared, stream, p)
+                    : launch(gemm_wgmma<F, kTokens>, grid, block, shared, stream, p);
 }
 
 template <class F>
@@ -44,7 +46,7 @@ cudaError_t launch_gemm_sm90(const Call& call, const Config& c, cudaStream_t str
   WgmmaArguments p{};
   p.weight = call.weight, p.format = group_format(call.weight), p.out = call.out;
   p.strip_bytes = stage_bytes(call.weight), p.stage_bytes = wgmma_stage_bytes(c.tokens, p.strip_bytes);
-  p.stages = wgmma_stages(c.tokens, p.strip_bytes);
+  p.stages = wgmma_stages(c.tokens, p.strip_bytes), p.clusters = adds_in_cluster(c);
   if (call.x.K > 0) {
     const Activations& x = call.x;
     const cudaError_t error = encode_tensor_map(&p.x, x.x, x.M, x.K, x.row_stride, c.tokens, kStepColumns);

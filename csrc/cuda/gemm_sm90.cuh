@@ -8,7 +8,7 @@
 //
 //   rows x tokens   stage, 4 bit, g128   stages   registers of a lane: totals + sums of the group + fragments
 //   64 x 16         2 KB + 2.1 KB        16       8 + 8 + 16
-//   64 x 32         4 KB + 2.1 KB        16       16 + 16 + 16
+//   64 x 32         4 KB + 2.1 KB        15       16 + 16 + 16
 //   128 x 64        8 KB + 4.3 KB        16       32 + 32 + 16
 //   128 x 128       16 KB + 4.3 KB       10       64 + 64 + 16
 //   128 x 256       32 KB + 4.3 KB       6        128 + 0 + 16
@@ -50,6 +50,7 @@ struct WgmmaArguments {
   int strip_bytes;  // of a stage: codes, scales, zeros of one strip
   int stage_bytes;
   int stages;
+  bool clusters;  // the parts of K are a cluster, which adds them
 };
 
 // The stages of a block, a ring; `parity` is that of the phase that the current slot's `full` barrier is in.
@@ -250,11 +251,27 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
     const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = tile * kTileRows + lane / 4 + i % 4 / 2 * 8;
     store_shared4(exchange + (token * kExchangeRow + row) * 4, float_to_bits(totals[i]));
   }
-  named_barrier_sync(2 + warpgroup, 128);  // the four warps' rows are there
   const int n = (blockIdx.y * kStrips + warpgroup) * kStripRows + 2 * lane;
+  auto place = [&](int token) { return exchange + (token * kExchangeRow + 2 * lane) * 4; };
+  if (p.clusters) {
+    const int splits = gridDim.z;
+    cluster_barrier();  // all blocks' totals are there
+    for (int token = split + splits * tile; token < kTokens; token += splits * 4) {
+      const int m = blockIdx.x * kTokens + token;
+      float low = 0, high = 0;
+      for (int part = 0; part < splits; ++part) {  // in their order
+        const Words2 v = load_cluster8(place(token), part);
+        low += bits_to_float(v.word[0]), high += bits_to_float(v.word[1]);
+      }
+      if (m < p.out.M) store_y<typename F::T>(p.out, m, n, low, high);
+    }
+    cluster_barrier();  // nobody reads this block's totals any more
+    return;
+  }
+  named_barrier_sync(2 + warpgroup, 128);  // the four warps' rows are there
   for (int token = tile; token < kTokens; token += 4) {
     const int m = blockIdx.x * kTokens + token;
-    const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
+    const Words2 v = load_shared8(place(token));
     if (m < p.out.M && n < p.out.N_pad) {
       store_part<typename F::T>(p.out, split, gridDim.z, m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]));
     }

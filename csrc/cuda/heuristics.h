@@ -57,6 +57,7 @@ inline Card card(int sm) {
 constexpr int kMaxDecodeTokens = 32;
 constexpr int kDecodeOnly = 16;          // up to here, gemm is only for what decode cannot hold
 constexpr double kBlockStart_ns = 1500;  // a block's pipeline fills, its sums meet: once per wave
+constexpr double kClusterBarriers_ns = 1000, kClusterBytesPerNs = 25;  // of a multiprocessor
 constexpr double kReachedBandwidth = 0.9, kReachedCublas = 0.9;
 // Two warps on a scheduler convert and multiply in turns; one alone waits for itself.
 constexpr double kReachedMatrixRate = 0.8, kReachedByFewWarps = 0.5;
@@ -112,7 +113,11 @@ inline Blocks blocks_of(const Problem& p, const Config& c) {
   b.steps = divide_up(steps, c.splits);
   b.warps = decode ? c.warps_n * c.warps_k : wgmma ? 4 * b.strips : c.tokens == 128 ? 8 : 4;
   const int64_t along_n = divide_up(divide_up(p.N, kStripRows), b.strips), along_m = divide_up(p.M, c.tokens);
-  b.busiest = divide_up(along_n * c.splits * (decode ? 1 : along_m), p.multiprocessors);
+  // Clusters of more than two leave multiprocessors over in a part of the card that has 16 or 18 of them (guesses).
+  const int one_in = c.splits == 8 ? 11 : 33;
+  const bool left_over = adds_in_cluster(c) && c.splits > 2;
+  const int usable = p.multiprocessors - (left_over ? divide_up(p.multiprocessors, one_in) : 0);
+  b.busiest = divide_up(along_n * c.splits * (decode ? 1 : along_m), usable);
   if (wgmma) {  // whose ring is as deep as its blocks leave room for
     const bool fits = card.wgmma_macs_per_ns != 0 && wgmma_stages(c.tokens, b.stage) >= kLeastWgmmaStages;
     b.resident = fits ? wgmma_blocks(c.tokens) : 0;
@@ -207,6 +212,10 @@ inline double fused_ns(const Problem& p, const Config& c, const Blocks& b) {
   if (issue_ns > ns) ns = issue_ns;
   ns += divide_up(b.busiest, b.resident) * kBlockStart_ns;
   if (!decode && !p.aligned) ns += card.launch_ns + 4.0 * p.M * p.K / card.l2_bytes_per_ns;
+  if (adds_in_cluster(c)) {
+    const double peers = (c.splits - 1.0) / c.splits * b.strips * kStripRows * c.tokens * 4;  // bytes of other blocks
+    return ns + kClusterBarriers_ns + peers / kClusterBytesPerNs;
+  }
   if (c.splits > 1) ns += card.launch_ns + 8.0 * c.splits * p.M * strips * kStripRows / card.l2_bytes_per_ns;
   return ns;
 }
@@ -288,7 +297,7 @@ inline Config choose(const Problem& p, bool half_accumulate = false, bool decode
   if (best.ns < 1e30 && (decode_only || p.M <= kDecodeOnly)) return best.config;
   const Choice gemm = best_gemm(p, half_accumulate);
   if (gemm.ns < best.ns) best = gemm;
-  if (p.K > 0) {
+  if (p.M > kMaxDecodeTokens && p.K > 0) {  // below, its rings would hold a little less than wanted_bytes
     const Choice wgmma = best_wgmma(p);
     if (wgmma.ns < best.ns) best = wgmma;
   }

@@ -108,6 +108,11 @@ QK_CONSTEXPR int wgmma_blocks(int tokens) { return tokens <= 32 ? 2 : 1; }
 // Whether a group's scale cannot wait for the group's sum in gemm_sm90, so that it scales the fragments.
 inline bool sums_cannot_be_scaled(const Weight& w) { return w.groups_per_step > 1 || is_floating(w.zero_type); }
 
+// Whether the parts of K are added within a cluster, through its blocks' shared memory, and not in a workspace.
+inline bool adds_in_cluster(const Config& c) {
+  return c.path == Path::kGemmSm90 && ((c.splits > 1 && c.splits <= 4) || c.splits == 8);
+}
+
 // Warps of a decode block: 128 registers a thread up to 16 tokens, 255 for 32.
 QK_CONSTEXPR int most_decode_warps(int tokens) { return tokens <= 16 ? 16 : 8; }
 

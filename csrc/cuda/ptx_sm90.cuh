@@ -140,6 +140,23 @@ QK_WGMMA(wgmma_s8, int32_t, "+r", 64, "m64n128k32.s32.s8.s8", "")
 QK_WGMMA(wgmma_s8, int32_t, "+r", 128, "m64n256k32.s32.s8.s8", "")
 #undef QK_WGMMA
 
+// ---- clusters ----
+
+// Waits for all threads of the cluster that have not exited, and orders their memory.
+QK_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// From the shared memory of the cluster's block `rank`, at the address that it has there.
+QK_DEVICE Words2 load_cluster8(uint32_t address, int rank) {
+  Words2 v;
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %2, %3; ld.shared::cluster.v2.u32 {%0,%1}, [there]; }"
+      : "=r"(v.word[0]), "=r"(v.word[1])
+      : "r"(address), "r"(rank)
+      : "memory");
+  return v;
+}
+
 // Registers of a thread, for all four warps; multiples of 8.
 template <int kRegisters>
 QK_DEVICE void give_registers() {

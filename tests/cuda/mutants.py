@@ -70,6 +70,9 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kConsumers);", ""),
     "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
+    "WGMMA_NO_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // all blocks' totals", "// "),
+    "WGMMA_NO_LAST_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // nobody", "// "),
+    "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M) store_y", "store_y"),
     "IGMMA_NO_WAIT": Mutant(*IGMMA, "    wgmma_wait<0>();\n    wgmma_results(sums);\n    release", "    release"),
     "IGMMA_SHORT_WAIT": Mutant(*IGMMA, "wgmma_wait<1>();  // the first fragment", "wgmma_wait<2>();  // "),
     "IGMMA_NO_FENCE": Mutant(*IGMMA, "    wgmma_fence();\n", ""),
@@ -82,7 +85,7 @@ MUTANTS: dict[str, Mutant] = {
     # One step after its group has ended, the slot holds what another group or nobody wrote.
     "IGMMA_SCALES_TOO_LATE": Mutant(*IGMMA, "walk.left == 1 || step + 1 == end ?", "step + 1 == end ?"),
     "IGMMA_EARLY_RELEASE": Mutant(*IGMMA, "__syncwarp();  // all lanes have read the stage\n", "\n"),
-    "IGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*IGMMA, "named_barrier_sync(1, kWgmmaConsumers);", ""),
+    "IGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*IGMMA, "named_barrier_sync(1, kConsumersA8);", ""),
     "IGMMA_NO_ROW_MASK": Mutant(*IGMMA, "m < p.out.M && n < p.out.N_pad) {", "n < p.out.N_pad) {"),
 }
 

@@ -14,7 +14,6 @@ from .compiled import (
     NVCC,
     REGISTERS,
     SHARED_LIMITS,
-    compile_source,
     compiled_usages,
     device_sources,
     find_nvdisasm,

@@ -100,9 +100,19 @@ def test_no_columns_leave_the_bias() -> None:
     assert torch.equal(multiply(weight, x, gemm_sm90(64), bias), bias.expand(3, 40))
 
 
-def test_more_splits_than_steps_add_zeros() -> None:
-    weight = random_weight("w4a16_g64", 40, 320, exact=True)  # 5 steps over 4 splits: the last has none
-    check(weight, in_room(integers(3, 320, dtype=torch.float16)), gemm_sm90(64, splits=4))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_parts_of_k_meet_in_a_cluster_or_in_a_workspace(schedule: str) -> None:
+    """2, 3, 4 and 8 parts in a cluster, whose blocks read each other's totals; 6 in the workspace. 5 steps: some have none.
+    Odd N, more rows of x than a tile, and a bias that is added once."""
+    weight = random_weight("w4a16_g64", 71, 320, exact=True)
+    bias = integers(71, dtype=torch.float16)
+    for tokens, M, splits in [(16, 17, 2), (64, 3, 8), (128, 5, 4), (256, 7, 3), (64, 66, 6)]:
+        x = in_room(integers(M, 320, dtype=torch.float16, most=2))
+        call = calls.multiply_call(weight, x, gemm_sm90(tokens, splits))
+        workspace = call.buffers["workspace"]
+        assert workspace is not None
+        assert (workspace.numel() == 0) == (splits != 6)
+        check(weight, x, gemm_sm90(tokens, splits), bias, schedule)
 
 
 @dtypes
@@ -127,25 +137,25 @@ def test_random_inputs_stay_within_the_bound(scheme: str, tokens: int, dtype: to
 # ---- sanitizers and negative controls ----
 
 
-def call_of(M: int = 20, tokens: int = 64) -> tuple[emulator.Call, torch.Tensor]:
+def call_of(M: int = 20, tokens: int = 64, splits: int = 1) -> tuple[emulator.Call, torch.Tensor]:
     """20 steps in a ring of 16 (128 tokens: 10, 256: 6); weights are exact in fp16."""
     weight = random_weight("w4a16_g128_asym", 130, 1280, exact=True)
     x = integers(M, 1280, dtype=torch.float16, most=2)
-    return calls.multiply_call(weight, x, gemm_sm90(tokens)), exact_product(weight, x)
+    return calls.multiply_call(weight, x, gemm_sm90(tokens, splits)), exact_product(weight, x)
 
 
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
-@pytest.mark.parametrize("tokens", [16, 64, 256])
-def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "splits"), [(16, 1), (64, 1), (64, 2), (256, 1)])
+def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int, splits: int) -> None:
     for schedule in ("random", "warp_ahead"):
-        call, expected = call_of(tokens=tokens)
+        call, expected = call_of(tokens=tokens, splits=splits)
         done = emulator.replay(calls.UNIT, call, flavour, schedule)
         assert done.status == 0, done.report[-2000:]
         assert torch.equal(done.buffers["y"], expected)
 
 
 def found(flavour: emulator.Flavour, bug: str, schedule: str = "ascending") -> str:
-    call, expected = call_of(tokens=256 if "SCALED" in bug else 64)
+    call, expected = call_of(tokens=256 if "SCALED" in bug else 64, splits=2 if "CLUSTER" in bug else 1)
     done = emulator.replay(calls.UNIT, call, flavour, schedule, bug=bug)
     return done.report if done.status != 0 else "" if torch.equal(done.buffers["y"], expected) else "wrong"
 
@@ -161,16 +171,19 @@ def found(flavour: emulator.Flavour, bug: str, schedule: str = "ascending") -> s
         ("WGMMA_PRODUCER_DOES_NOT_WAIT", "more arrivals at an mbarrier"),
         ("WGMMA_NO_FENCE", "wgmma without wgmma.fence"),
         ("WGMMA_NO_PROXY_FENCE", "fence.proxy.async"),
+        ("WGMMA_NO_CLUSTER_BARRIER", "wrong"),
+        ("WGMMA_NO_LAST_CLUSTER_BARRIER", "a block that has ended"),
     ],
 )
 def test_what_is_asynchronous_is_waited_for(bug: str, report: str) -> None:
     assert report in found("program", bug)
 
 
-@pytest.mark.parametrize("bug", ["WGMMA_EARLY_RELEASE", "WGMMA_NO_BARRIER_BEFORE_EXCHANGE"])
+@pytest.mark.parametrize("bug", ["WGMMA_EARLY_RELEASE", "WGMMA_NO_BARRIER_BEFORE_EXCHANGE", "WGMMA_NO_CLUSTER_BARRIER"])
 def test_a_missing_barrier_is_a_race(bug: str) -> None:
     assert DATA_RACE in found("tsan", bug)
 
 
-def test_a_missing_mask_is_an_overflow() -> None:
-    assert "heap-buffer-overflow" in found("asan", "WGMMA_NO_ROW_MASK")
+@pytest.mark.parametrize("bug", ["WGMMA_NO_ROW_MASK", "WGMMA_CLUSTER_NO_ROW_MASK"])
+def test_a_missing_mask_is_an_overflow(bug: str) -> None:
+    assert "heap-buffer-overflow" in found("asan", bug)

@@ -337,6 +337,15 @@ template <int kCount>
 inline void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   host::issue_wgmma<host::Bytes>(d, a, b, accumulate);
 }
+inline void cluster_barrier() { host::cluster_sync(); }
+inline Words2 load_cluster8(uint32_t address, int rank) {
+  const auto& blocks = host::block->cluster->blocks;
+  if (rank < 0 || static_cast<size_t>(rank) >= blocks.size()) host::fail("no such block in the cluster");
+  const host::Block& there = *blocks[static_cast<size_t>(rank)];
+  if (there.alive == 0) host::fail("a read of the shared memory of a block that has ended");
+  host::shared_memory(address, 8);  // blocks of a launch have equally much
+  return host::load<Words2>(there.shared + address);
+}
 template <int kRegisters>
 inline void give_registers() {}
 template <int kRegisters>
