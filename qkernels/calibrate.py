@@ -28,9 +28,9 @@ from .formats import get_format
 from .kernels.catalogue import OnUnsupported
 from .layerwise.hosts import DirectoryHost, Host, MemoryHost
 from .layerwise.planning import check_disk, plan_of
-from .layerwise.quantizing import LayerJob, Quantized, quantize_layer, round_to_nearest, with_stored_scales
+from .layerwise.quantizing import Quantized, quantize_layer, round_to_nearest, with_stored_scales
 from .layerwise.report import ModuleReport, QuantPlan, QuantReport, write_report
-from .layerwise.running import LayerInputs, Place, capture_inputs, check_finite, propagate
+from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, check_finite, propagate
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
 from .layerwise.work import run_key, work_directory

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qkernels import RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
+from qkernels import NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
 from qkernels.calibrate import plan
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.nn.replace import model_bytes
@@ -227,9 +227,38 @@ def test_unsupported_layers_can_be_skipped_or_run_on_the_reference(model: Model)
     assert report.replaced["layers.0.up_proj"].layout == "cpu_tile_a16"
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("scheme", ["nf4_g64", "fp4_g32"])
+def test_a_float_model_goes_straight_into_a_codebook(model: Model, scheme: str, double_quant: bool) -> None:
+    """No calibration; on a CPU through the reference, which computes what the rounded weights would."""
+    rounded = copy.deepcopy(model)
+    method = NF4(double_quant=double_quant) if double_quant else None
+    report = replace_linear(model, scheme, on_unsupported="reference", method=method, progress=False)
+    assert [str(replaced.scheme) for replaced in report.replaced.values()] == [scheme] * 4
+    assert report.bytes_after < report.bytes_before
+    rounding = NF4(double_quant=double_quant).with_scheme(scheme)
+    with torch.no_grad():
+        for name in report.replaced:
+            linear, layer = rounded.get_submodule(name), model.get_submodule(name)
+            weight = rounding.quantize(linear.weight)
+            assert layer.scales.shape == (linear.out_features, -(-linear.in_features // rounding.group_size))
+            assert not torch.equal(linear.weight, weight.dequantize())
+            linear.weight.copy_(weight.dequantize())
+    ids = torch.arange(20)[None]
+    assert torch.equal(model(ids), rounded(ids))
+
+
+def test_codebooks_on_a_cpu_need_to_be_told_that_they_are_slow(model: Model) -> None:
+    before = copy.deepcopy(model)
+    with pytest.raises(UnsupportedProblem, match="reference"):
+        replace_linear(model, "nf4_g64", progress=False)
+    assert untouched(model, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"method": NF4()}, SchemeError, r"NF4 needs a codebook \(nf4_g64, fp4_g64\), got w4a16_g128"),
         ({"scheme": "int4"}, SchemeError, "a scheme looks like w4a16_g128"),
         ({"scheme": "w4a16_g0"}, SchemeError, "group_size must be a positive integer"),
         (
