@@ -107,7 +107,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "reduce": (r"LDG\.E\.64",),
     "dequantize_tiles": (STORE,),
 }
-ON_HOPPER = {"gemm_wgmma"}  # test_hopper_has_wgmma_and_tma
+ON_HOPPER = {"gemm_wgmma", "gemm_a8_wgmma"}  # test_hopper_has_wgmma_and_tma, test_compiled_a8_sm90.py
 
 
 def family_of(kernel: str) -> str:
