@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from ..errors import CheckpointError
 from ..formats import Oddity
 from ..formats.directory import QuantizedSource, summary
-from ..model_structure import empty_model
+from ..model_structure import empty_model, named_as_in
 from ..nn import QuantLinear, fuse_linear, set_module
 from ..nn.replace import as_linear
 from ..storage import CONFIG, TensorSource
@@ -59,6 +60,9 @@ def load(
     source, device = quantized.source, torch.device(device)
     dtype = dtype or _dtype_of(source)
     model = empty_model(source, dtype)
+    if quantized.format is None:
+        source = named_as_in(model, source)
+        quantized = replace(quantized, source=source, others=tuple(source.names()))
     slots = _slots(model)
     oddities: list[tuple[str, Oddity]] = []
     used = {f"{module}.bias" for module in quantized.modules}

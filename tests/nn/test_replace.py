@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from qkernels import NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
+from qkernels import GPTQ, NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
 from qkernels.calibrate import plan
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.nn.replace import model_bytes
+from qkernels.storage import TensorSource
 
 
 class Block(nn.Module):
@@ -158,6 +161,25 @@ def test_conv1d_of_gpt2_becomes_a_quant_linear(tmp_path: Path) -> None:
     save(model, tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "out")(ids).logits, got)
+
+
+def test_gpt2_as_it_lies_on_the_hub(tmp_path: Path) -> None:
+    """Saved without its head: names lack the prefix, and old masks lie among the tensors."""
+    tiny_gpt2().save_pretrained(tmp_path / "plain")
+    (tmp_path / "hub").mkdir()
+    source = TensorSource.open(tmp_path / "plain")
+    tensors = {name.removeprefix("transformer."): source.read(name) for name in source.names()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in (0, 1)}
+    save_file(tensors, tmp_path / "hub" / "model.safetensors")
+    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "hub")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "hub")(ids).logits, load(tmp_path / "plain")(ids).logits)
+        logits = []
+        for name in ("plain", "hub"):
+            quantize(tmp_path / name, GPTQ(4, 32), ids.repeat(4, 1), tmp_path / f"{name}4", seq_len=20, progress=False)
+            logits.append(load(tmp_path / f"{name}4")(ids).logits)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("stored", [False, True])
