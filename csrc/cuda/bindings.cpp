@@ -20,6 +20,7 @@
 
 #include "../arguments.h"
 #include "checks.h"
+#include "heuristics_a8.h"
 #include "settings.h"
 
 namespace qkernels::cuda {
@@ -273,7 +274,7 @@ Tensor gemm_mma_tile_a8(const Tensor& x, const Tensor& qweight, const Tensor& sc
   refuse(wrong_product(plain.arguments));
   refuse(wrong_a8(plain.arguments));
   return product(in, plain.arguments, [&](const Prepared& p) {
-    const ConfigA8 config = choose_a8(p.call.weight, p.call.x.M, p.device.multiprocessors);
+    const ConfigA8 config = choose_a8(p.call.weight, p.call.x.M, p.device);
     OptionalTensor workspace;
     void* space = allocate(p.x, workspace_a8(p.call, config).bytes, workspace);
     check(multiply_a8(p.call, config, space, p.stream), "gemm_mma_tile_a8");

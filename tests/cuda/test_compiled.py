@@ -35,7 +35,7 @@ MULTIPROCESSORS = {"80": 108, "86": 82, "89": 128, "90a": 132, "120": 170}  # A1
 @every_architecture
 def test_no_kernel_spills(arch: str) -> None:
     kernels = compiled_usages("mma_tile", arch)
-    assert 40 < len(kernels) <= 96  # what a build of six minutes has room for
+    assert 40 < len(kernels) <= 120  # 46 of which are more than traps on sm_90a alone
     assert f"**{len(kernels)} kernel instances**" in LOG.read_text()
     for kernel in kernels.values():
         assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel
@@ -107,7 +107,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "reduce": (r"LDG\.E\.64",),
     "dequantize_tiles": (STORE,),
 }
-ON_HOPPER = {"gemm_wgmma"}  # test_hopper_has_wgmma_and_tma
+ON_HOPPER = {"gemm_wgmma", "gemm_a8_wgmma"}  # test_hopper_has_wgmma_and_tma, test_compiled_a8_sm90.py
 
 
 def family_of(kernel: str) -> str:

@@ -210,4 +210,4 @@ def test_the_log_says_what_the_model_says() -> None:
     from tests.cuda import kernel_log
 
     text = kernel_log.LOG.read_text()
-    assert kernel_log.with_table(text) == text, "run `python -m tests.cuda.kernel_log`"
+    assert kernel_log.with_tables(text) == text, "run `python -m tests.cuda.kernel_log`"
