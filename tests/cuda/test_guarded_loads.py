@@ -13,10 +13,10 @@ import torch
 
 from tests.strategies import random_weight
 
+from .calls_a8 import expected, multiply_call, noise
 from .compiled import needs_nvcc
 from .emulator import CUDA, WHY_NOT
 from .interpreted import interpret
-from .test_gemm_a8 import expected, multiply_call, noise
 
 
 def test_no_load_is_a_pure_function() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from qkernels import NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
+from qkernels import GPTQ, NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
 from qkernels.calibrate import plan
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.nn.replace import model_bytes
+from qkernels.storage import TensorSource
+from qkernels.tensor import QuantTensor
 
 
 class Block(nn.Module):
@@ -160,6 +165,25 @@ def test_conv1d_of_gpt2_becomes_a_quant_linear(tmp_path: Path) -> None:
         assert torch.equal(load(tmp_path / "out")(ids).logits, got)
 
 
+def test_gpt2_as_it_lies_on_the_hub(tmp_path: Path) -> None:
+    """Saved without its head: names lack the prefix, and old masks lie among the tensors."""
+    tiny_gpt2().save_pretrained(tmp_path / "plain")
+    (tmp_path / "hub").mkdir()
+    source = TensorSource.open(tmp_path / "plain")
+    tensors = {name.removeprefix("transformer."): source.read(name) for name in source.names()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in (0, 1)}
+    save_file(tensors, tmp_path / "hub" / "model.safetensors")
+    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "hub")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "hub")(ids).logits, load(tmp_path / "plain")(ids).logits)
+        logits = []
+        for name in ("plain", "hub"):
+            quantize(tmp_path / name, GPTQ(4, 32), ids.repeat(4, 1), tmp_path / f"{name}4", seq_len=20, progress=False)
+            logits.append(load(tmp_path / f"{name}4")(ids).logits)
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_quantize_rounds_conv1d_as_replace_linear_does(stored: bool, tmp_path: Path) -> None:
     """In memory and from a directory: the same codes, and bytes as the plan says."""
@@ -305,3 +329,22 @@ def test_an_encoder_of_transformers() -> None:
     assert len(report.replaced) == 2 * 6 + 1  # q, k, v, output, up, down in each layer, and the pooler
     cosine = torch.cosine_similarity(encoder(ids).last_hidden_state.flatten(1), expected.flatten(1))
     assert (cosine > 0.999).all()
+
+
+def test_float_weights_are_freed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a layer is packed, no float weight is alive but its own and those still to come; nor is a quantized one, unpacked."""
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    floats = [weakref.ref(layer.weight) for layer in model]
+    unpacked: list[weakref.ref[torch.Tensor]] = []
+    alive: list[tuple[int, int]] = []
+    pack = QuantLinear._pack
+
+    def counting(self: QuantLinear, weight: QuantTensor, device: torch.device) -> None:
+        unpacked.append(weakref.ref(weight.codes))
+        alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
+        pack(self, weight, device)
+
+    monkeypatch.setattr(QuantLinear, "_pack", counting)
+    replace_linear(model, "w4a16_g32", progress=False)
+    assert alive == [(4, 1), (3, 1), (2, 1), (1, 1)]
+    assert not any(ref() is not None for ref in (*floats, *unpacked))
