@@ -168,7 +168,7 @@ def instruction(program: Program, statement: str) -> Instruction:
         predicate, rest = rest[1:].split(None, 1)
         guard = (predicate.lstrip("!"), not predicate.startswith("!"))
     opcode, _, operands = rest.partition(" ")
-    parts = tuple(opcode.split("."))
+    parts = tuple(opcode.replace(".shared::cta", ".shared").split("."))  # two spellings of one state space
     if parts[0] in ("bra", "call"):
         return Instruction(parts, (operands.strip(),), guard, statement)
     return Instruction(parts, tuple(operand(program, o) for o in split(operands)), guard, statement)
