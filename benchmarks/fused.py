@@ -9,7 +9,6 @@ compared bit for bit before anything is timed.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Sequence
@@ -33,17 +32,18 @@ def random_llama(size: str, scheme: QuantScheme) -> Any:
     """A `LlamaForCausalLM` in bf16 of `QuantLinear` layers of random codes, the head among them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.manual_seed(0)
     g = SIZES[size]
     config = LlamaConfig(
         vocab_size=min(g.vocabulary, VOCABULARY), hidden_size=g.hidden, intermediate_size=g.intermediate,
-        num_hidden_layers=g.layers,
-        num_attention_heads=g.heads, num_key_value_heads=g.kv_heads, head_dim=g.head_dim,
+        num_hidden_layers=g.layers, num_attention_heads=g.heads, num_key_value_heads=g.kv_heads, head_dim=g.head_dim,
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            set_module(model, name, random_linear(*module.weight.shape, scheme, torch.bfloat16, torch.device("cpu")))
+            N, K = module.weight.shape
+            set_module(model, name, random_linear(N, K, scheme, torch.bfloat16, torch.device("cpu")))
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         values = torch.randn(parameter.shape) if parameter.dim() == 2 else torch.ones(parameter.shape)
@@ -73,12 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     lines = []
     for scheme in args.schemes:
-        torch.manual_seed(0)
-        alone = random_llama(args.size, QuantScheme.parse(scheme))
-        fused = copy.deepcopy(alone)
+        # Made twice, not copied: a deep copy would lie on small pages (docs/cpu-huge-pages.md).
+        alone, fused = (random_llama(args.size, QuantScheme.parse(scheme)) for _ in range(2))
         report = fuse_linear(fused)
         assert report.fused, report
-        prompt = torch.randint(0, VOCABULARY, (1, PROMPT))
+        prompt = torch.randint(0, alone.config.vocab_size, (1, PROMPT))
         times: dict[str, list[float]] = {"alone": [], "fused": []}
         with torch.no_grad():
             assert torch.equal(decode(alone, prompt, args.new_tokens)[1], decode(fused, prompt, args.new_tokens)[1])

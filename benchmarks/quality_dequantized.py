@@ -1,13 +1,14 @@
 """Perplexity and KL of methods and schemes that no kernel runs yet: dequantized weights in the float model, and int8
 activations (one scale a token) imitated by a hook where the scheme asks for them.
 
-python -m benchmarks.quality_dequantized examples/demo_model
+python -m benchmarks.quality_dequantized examples/demo_model [--out quality-dequantized.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +27,15 @@ from qkernels.quantizers import CalibrationFree, Options
 
 METHODS: dict[str, Options] = {
     "RTN": RTN(4, 64, False, zeros="float"),
+    "RTN, integer zeros": RTN(4, 64, False),
     "HQQ": HQQ(4),
-    "HQQ, p = 2": HQQ(4, p=2.0),
+    "HQQ, p = 1": HQQ(4, p=1.0),
     "HQQ, p = 0.7": HQQ(4, p=0.7),
     "NF4": NF4(),
     "NF4, double quantization": NF4(double_quant=True),
     "RTN 3 bit": RTN(3, 64, False, zeros="float"),
     "HQQ 3 bit": HQQ(3),
-    "HQQ 3 bit, p = 2": HQQ(3, p=2.0),
+    "HQQ 3 bit, p = 1": HQQ(3, p=1.0),
     "RTN 2 bit": RTN(2, 64, False, zeros="float"),
     "HQQ 2 bit": HQQ(2),
     "W8A8": RTN().with_scheme("w8a8_channel"),
@@ -65,8 +67,8 @@ def dequantized(original: nn.Module, directory: Path, act_bits: int | None) -> n
     return model
 
 
-def measure(model: Path, names: Sequence[str], samples: int, seq_len: int, tokens: int | None) -> list[list[Any]]:
-    """One row a method: change of perplexity and KL from the original, in fp32, over the model's eval.txt."""
+def measure(model: Path, names: Sequence[str], samples: int, seq_len: int, tokens: int | None) -> list[dict[str, Any]]:
+    """One row a method: perplexity, that of the original, and KL from it (nats a token), in fp32, over the model's eval.txt."""
     tokenizer = load_tokenizer(model)
     ids = token_ids(tokenizer, read_text(str(model / "eval.txt")))[:tokens]
     original = load(model, dtype=torch.float32)
@@ -81,9 +83,25 @@ def measure(model: Path, names: Sequence[str], samples: int, seq_len: int, token
             small = dequantized(original, target, method.act_bits)
         perplexity = evaluate.perplexity(small, ids, seq_len, progress=False).perplexity
         kl = evaluate.compare(small, original, ids, seq_len, progress=False).kl
-        rows.append([name, str(method.scheme), f"{100 * (perplexity / base - 1):+.2f} %", f"{kl:.1e}"])
-        print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+        rows.append(
+            {
+                "method": name,
+                "scheme": str(method.scheme),
+                "perplexity": perplexity,
+                "original": base,
+                "kl": kl,
+                "tokens": len(ids),
+                "calibration_tokens": 0 if texts is None else samples * seq_len,
+                "seq_len": seq_len,
+            }
+        )
+        print(*printed(rows[-1]), sep="  ", file=sys.stderr, flush=True)
     return rows
+
+
+def printed(row: dict[str, Any]) -> list[str]:
+    change = 100 * (row["perplexity"] / row["original"] - 1)
+    return [row["method"], row["scheme"], f"{change:+.2f} %", f"{row['kl']:.1e}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,9 +111,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--tokens", type=int, help="of eval.txt, from its beginning (default: all)")
+    parser.add_argument("--out", type=Path, help="the rows as JSON")
     args = parser.parse_args(argv)
     rows = measure(args.model, args.methods, args.samples, args.seq_len, args.tokens)
-    print(table(["method", "scheme", "perplexity", "KL"], rows))
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(["method", "scheme", "perplexity", "KL"], [printed(row) for row in rows]))
     return 0
 
 

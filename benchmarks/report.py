@@ -20,11 +20,11 @@ from qkernels.errors import ArgumentError
 from . import environment, plots, results
 from .peers import CONTROL
 
-OTHER_FORMS = ("quality.json", "llama-cpp.json")  # results that are not kernels beside their peers
 
-
-def page(runs: Sequence[results.Run], quality: Sequence[dict[str, Any]], out: Path) -> Path:
-    """Write `out/README.md` and its pictures; returns the page."""
+def page(
+    runs: Sequence[results.Run], quality: Sequence[dict[str, Any]], out: Path, whole_models: Sequence[str] = ()
+) -> Path:
+    """Write `out/README.md` and its pictures; `whole_models` are pages of `benchmarks.models`. Returns the page."""
     out.mkdir(parents=True, exist_ok=True)
     blocks = [
         "# Benchmarks",
@@ -44,12 +44,19 @@ def page(runs: Sequence[results.Run], quality: Sequence[dict[str, Any]], out: Pa
                 pictures.append(f"![speed-up]({speed.name})")
             blocks.append(f"## {title}\n\n" + "\n\n".join(pictures))
         blocks.append(results.to_markdown(run))
+    blocks += [f"## Whole models\n\n{text.strip()}" for text in whole_models]
     if quality:
         picture = plots.bytes_against_perplexity(quality, "Bytes against perplexity", out / "quality.png")
         blocks.append(f"## Quality\n\n![bytes against perplexity]({picture.name})")
     target = out / "README.md"
     target.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
     return target
+
+
+def holds_kernels(path: Path) -> bool:
+    """Whether a file of results is a run of kernels beside their peers: a folder of results holds other forms too."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(values, dict) and "format" in values and "rows" in values
 
 
 def read_quality(path: Path) -> list[dict[str, Any]]:
@@ -65,16 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "results", nargs="*", type=Path, help="files of `python -m benchmarks` (default: this machine's)"
     )
-    parser.add_argument("--quality", type=Path, help="file of `python -m benchmarks.quality`")
+    parser.add_argument(
+        "--quality", type=Path, help="file of `python -m benchmarks.quality` (default: quality.json of this machine)"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     here = environment.RESULTS / environment.machine_name(device)
-    files = args.results or sorted(path for path in here.glob("*.json") if path.name not in OTHER_FORMS)
+    files = args.results or sorted(path for path in here.glob("*.json") if holds_kernels(path))
     if not files:
         parser.error(f"no results in {here}; run python -m benchmarks first, or name files")
-    quality = read_quality(args.quality) if args.quality else []
-    print(page([results.read(path) for path in files], quality, args.out or here / "report"))
+    usual = here / "quality.json"
+    chosen = args.quality or (usual if usual.exists() else None)
+    quality = read_quality(chosen) if chosen else []
+    pages = [path.read_text(encoding="utf-8") for path in sorted(here.glob("models-*.md"))]
+    print(page([results.read(path) for path in files], quality, args.out or here / "report", pages))
     return 0
 
 

@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import CheckpointWriter, load
+from .checkpoint.loading import check_fits
 from .checkpoint.saving import write_model
 from .errors import ArgumentError, CalibrationError
 from .evaluate import compare, perplexity, text_windows, window_length
@@ -28,13 +30,13 @@ from .formats import get_format
 from .kernels.catalogue import OnUnsupported
 from .layerwise.hosts import DirectoryHost, Host, MemoryHost
 from .layerwise.planning import check_disk, plan_of
-from .layerwise.quantizing import LayerJob, Quantized, quantize_layer, round_to_nearest, with_stored_scales
+from .layerwise.quantizing import Quantized, quantize_layer, round_to_nearest, with_stored_scales
 from .layerwise.report import ModuleReport, QuantPlan, QuantReport, write_report
-from .layerwise.running import LayerInputs, Place, capture_inputs, check_finite, propagate
+from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, check_finite, propagate
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
 from .layerwise.work import run_key, work_directory
-from .model_structure import decoder_layers, empty_model, foldable_architecture, head_dim
+from .model_structure import decoder_layers, empty_model, foldable_architecture, head_dim, named_as_in
 from .quantizers import AWQ, GPTQ, CalibrationFree, Options, SmoothQuant
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
 
@@ -129,8 +131,7 @@ def quantize(
         return report
     if save_to is None:
         raise ArgumentError(f"quantizing the directory {model_or_dir} needs save_to=, the directory to make")
-    source = _float_source(model_or_dir)
-    model = empty_model(source, torch.float32)
+    source, model = _float_source(model_or_dir)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
     _check_format(format, method, methods, skipped)
     if tokenizer is None and (_has_texts(calibration) or _has_texts(evaluation)):
@@ -172,8 +173,7 @@ def plan(
     seq_len: int = 2048,
 ) -> QuantPlan:
     """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only."""
-    source = _float_source(model_dir)
-    model = empty_model(source, torch.float32)
+    source, model = _float_source(model_dir)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
     return plan_of(source, model, method, methods, skipped, samples, _capped(model, seq_len))
 
@@ -239,14 +239,18 @@ def _round_all(
     return results
 
 
-def _float_source(directory: str | os.PathLike[str]) -> TensorSource:
+def _float_source(directory: str | os.PathLike[str]) -> tuple[TensorSource, Any]:
+    """A checkpoint directory and its model, without weights, with the same names in both."""
     source = TensorSource.open(directory)
     if source.config.get("quantization_config") is not None:
         raise ArgumentError(
             f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or change the format "
             f"with qkernels.checkpoint.convert"
         )
-    return source
+    model = empty_model(source, torch.float32)
+    source = named_as_in(model, source)
+    check_fits(model, source)
+    return source, model
 
 
 def _windows(

@@ -239,6 +239,16 @@ def empty_model(source: TensorSource, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+def named_as_in(model: nn.Module, source: TensorSource) -> TensorSource:
+    """The tensors of a float checkpoint under the names of a model. A checkpoint that was saved without its head (GPT-2's on the
+    Hub) lacks the prefix that the model with a head puts before all others."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    own = model.state_dict().keys()
+    if any(name.startswith(prefix) for name in source.names()) or not any(name.startswith(prefix) for name in own):
+        return source
+    return source.renamed({name: f"{prefix}{name}" for name in source.names() if name not in own})
+
+
 def _harmless(value: Any) -> Any:
     """A config, or a part of one, without the keys that fetch code."""
     if isinstance(value, dict):

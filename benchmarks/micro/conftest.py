@@ -29,6 +29,10 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info.update(environment.describe(DEVICE))
 
 
+def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
+    commit_info.clear()  # the place has the commit; the folder and branch that it was checked out in say nothing
+
+
 def shape() -> tuple[int, int]:
     """N, K"""
     given = os.environ.get("QKERNELS_BENCH_SHAPE")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +31,7 @@ from qkernels.cli.common import load_tokenizer, read_text, token_ids
 from qkernels.errors import QKernelsError
 from qkernels.layerwise.windows import calibration_windows
 from qkernels.markdown import table
-from qkernels.quantizers import AWQ, GPTQ, RTN
+from qkernels.quantizers import AWQ, GPTQ, HQQ, RTN, CalibrationFree
 from qkernels.quantizers.options import Options
 
 HERE = Path(__file__).parent
@@ -40,6 +40,8 @@ OWN = "qkernels"
 SEQ_LEN, SAMPLES, EVAL_TOKENS = 256, 64, 24576
 SENTENCE = 64
 TOOL_SECONDS = 1800
+
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -77,22 +79,27 @@ CASES = (
     *(Case(tool, "awq", zeros="int") for tool in (OWN, "gptqmodel", "llmcompressor")),
     Case("auto_round", "auto-round"),
     Case("auto_round", "auto-round", zeros="int"),
-    *(Case("hqq", "hqq", bits, group, "float") for bits, group in ((4, 128), (4, 64), (3, 128))),
+    *(Case(t, "hqq", b, g, "float") for b, g in ((4, 128), (4, 64), (3, 128), (3, 64), (2, 64)) for t in (OWN, "hqq")),
     *(Case(tool, "gptq", 3, 128, "int", "group") for tool in (OWN, "gptqmodel")),
     Case(OWN, "awq", 3, zeros="int"),
 )
 # GPTQModel and the AWQ of all tools know decoders only.
 ENCODER_CASES = tuple(
-    case for case in CASES if case.bits == 4 and case.tool in (OWN, "llmcompressor", "hqq") and case.method != "awq"
+    case
+    for case in CASES
+    if case.tool in (OWN, "llmcompressor", "hqq") and (case.bits == 4 or case.method == "hqq") and case.method != "awq"
 )
 LEFT_OUT = ("lm_head", "pooler.dense")  # as in job.py
+ZEROS = {"none": "symmetric", "int": "integer zero points", "float": "float zero points"}
 
 
 def own_method(case: Case) -> Options:
-    fields: dict[str, Any] = {"bits": case.bits, "group_size": case.group_size, "symmetric": case.zeros == "none"}
+    if case.method == "hqq":
+        return HQQ(case.bits, case.group_size)
+    options: dict[str, Any] = {"bits": case.bits, "group_size": case.group_size, "symmetric": case.zeros == "none"}
     if case.method == "gptq":
-        return GPTQ(**fields, act_order=case.order)  # type: ignore[arg-type]
-    return RTN(**fields) if case.method == "rtn" else AWQ(**fields)
+        return GPTQ(**options, act_order=case.order)  # type: ignore[arg-type]
+    return RTN(**options) if case.method == "rtn" else AWQ(**options)
 
 
 def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str, str]) -> float:
@@ -103,8 +110,8 @@ def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str
     """
     start = time.perf_counter()
     if case.tool == OWN:
-        calibration = None if case.method == "rtn" else windows
         method = own_method(case)
+        calibration = None if isinstance(method, CalibrationFree) else windows
         quantize(model, method, calibration, out, exclude=LEFT_OUT, seq_len=SEQ_LEN, progress=False)
         return time.perf_counter() - start
     if case.tool not in tools:
@@ -162,13 +169,14 @@ def embedding_distance(model: torch.nn.Module, original: torch.nn.Module, ids: T
 
 
 def run(
-    cases: Sequence[Case], model: Path, tools: Mapping[str, str], keep: Path | None, out: Path
-) -> list[dict[str, Any]]:
+    cases: Sequence[Case], model: Path, tools: Mapping[str, str], keep: Path | None, out: Path, earlier: Rows
+) -> Rows:
+    """Measure cases one by one; their rows take the place of those in `earlier`, or come after them."""
     tokenizer = load_tokenizer(model)
     ids = token_ids(tokenizer, read_text(str(MODEL / "eval.txt")))[:EVAL_TOKENS]
     windows = calibration_windows([read_text(str(MODEL / "calibration.txt"))], SAMPLES, SEQ_LEN, tokenizer)
     original = load(model, dtype=torch.float32)
-    rows = []
+    rows = {Case(**{f.name: row[f.name] for f in fields(Case)}): row for row in earlier}
     with TemporaryDirectory() as temporary:
         folder = keep or Path(temporary)
         folder.mkdir(exist_ok=True)
@@ -181,11 +189,12 @@ def run(
                 row |= measure(case, target, original, ids)
             except (RuntimeError, subprocess.TimeoutExpired, QKernelsError) as error:
                 row["reason"] = str(error)[:300]
-            rows.append(row)
+            rows[case] = row
             print(case.name, row.get("distance", row.get("reason")), flush=True)
-            out.with_suffix(".json").write_text(json.dumps({**conditions(model), "rows": rows}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(rows, model))
-    return rows
+            made = {**conditions(model), "rows": list(rows.values())}
+            out.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(list(rows.values()), model))
+    return list(rows.values())
 
 
 def conditions(model: Path) -> dict[str, Any]:
@@ -193,7 +202,7 @@ def conditions(model: Path) -> dict[str, Any]:
             "activations": "float32", "torch": torch.__version__}  # fmt: skip
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], model: Path) -> str:
+def markdown(rows: Rows, model: Path) -> str:
     """One table for each width and kind of zero point, the best first."""
     measure = "KL" if model == MODEL else "1 - cosine"
     what = {
@@ -206,14 +215,45 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: Path) -> str:
         "none). Every checkpoint is read by our reader. Made by `python -m benchmarks.quality_peers`; the heads of its "
         "`with_*.py` name the versions.",
     ]
-    kinds = {"none": "symmetric", "int": "integer zero points", "float": "float zero points"}
+    parts += [f"## Least {measure}, ours and theirs", _bests(rows, measure)]
     head = ["tool", "method", "order", "group", "bits/weight", measure, "top-1 %"]
     for bits, zeros in dict.fromkeys((row["bits"], row["zeros"]) for row in rows):
         chosen = [row for row in rows if (row["bits"], row["zeros"]) == (bits, zeros)]
         chosen.sort(key=lambda row: row.get("distance", float("inf")))
-        title = f"## {bits} bits, {kinds[zeros]}"
+        title = f"## {bits} bits, {ZEROS[zeros]}"
         parts += [title, table(head, [_line(row) for row in chosen])]
     return "\n\n".join(parts) + "\n"
+
+
+def best_of(rows: Rows) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """For each width, kind of zero point and group size that both sides have: the best row of ours and of the others."""
+    pairs = []
+    for bits, zeros, group in dict.fromkeys((row["bits"], row["zeros"], row["group_size"]) for row in rows):
+        alike = [
+            r for r in rows if (r["bits"], r["zeros"], r["group_size"]) == (bits, zeros, group) and "distance" in r
+        ]
+        ours, theirs = ([row for row in alike if (row["tool"] == OWN) == own] for own in (True, False))
+        if ours and theirs:
+            pairs.append((min(ours, key=_distance), min(theirs, key=_distance)))
+    return pairs
+
+
+def _distance(row: Mapping[str, Any]) -> float:
+    return float(row["distance"])
+
+
+def _bests(rows: Rows, measure: str) -> str:
+    lines = []
+    for pair in best_of(rows):
+        named = [f"{row['distance']:.2e} ({_name(row)})" for row in pair]
+        ratio = f"{_distance(pair[0]) / _distance(pair[1]):.2f}"
+        lines.append([str(pair[0]["bits"]), ZEROS[pair[0]["zeros"]], str(pair[0]["group_size"]), *named, ratio])
+    return table(["bits", "zeros", "group", f"{measure}, ours", f"{measure}, theirs", "ratio"], lines)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    order = f" {row['order']}" if row["method"] == "gptq" else ""
+    return row["method"] + order if row["tool"] in (OWN, row["method"]) else f"{row['tool']} {row['method']}{order}"
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
@@ -235,13 +275,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tool", action="append", default=[], metavar="NAME=PYTHON", help="interpreter of a tool's environment"
     )
     parser.add_argument("--encoder", type=Path, help="a BERT-like model directory, instead of the bundled model")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases whose name contains this; other rows of --out stay")
     parser.add_argument("--keep", type=Path, help="keep the checkpoints here, and use those that are there")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(argv)
     tools = dict(item.split("=", 1) for item in args.tool)
     cases = CASES if args.encoder is None else ENCODER_CASES
-    run([case for case in cases if args.only in case.name], args.encoder or MODEL, tools, args.keep, args.out)
+    stored = args.out.with_suffix(".json")
+    earlier = json.loads(stored.read_text())["rows"] if args.only and stored.is_file() else []
+    chosen = [case for case in cases if args.only in case.name]
+    run(chosen, args.encoder or MODEL, tools, args.keep, args.out, earlier)
     return 0
 
 

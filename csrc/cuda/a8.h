@@ -10,23 +10,12 @@ constexpr int64_t kMostGroupColumnsA8 = 131072;
 
 // How a problem is run.
 struct ConfigA8 {
-  int tokens;  // 32, 64 or 128 a block
+  Path path;   // kGemm, or kGemmSm90
+  int tokens;  // a block: 32, 64 or 128; kGemmSm90: 64, 128, and 256 with one group in K
   int splits;  // of K over blocks
 };
 
 QK_CONSTEXPR int strips_per_block_a8(int tokens) { return tokens == 32 ? 4 : 2; }
-
-// Tiles as in gemm_sm80.cuh. K is split until the blocks are about as many as multiprocessors, in parts of at least
-// eight steps (512 columns): below that a block's pipeline is mostly start and end. A prediction; nobody has measured
-// it.
-inline ConfigA8 choose_a8(const Weight& w, int M, int multiprocessors) {
-  const int tokens = M <= 32 ? 32 : M <= 64 ? 64 : 128;
-  const int64_t blocks =
-      round_up(M, tokens) / tokens * (round_up(w.strips, strips_per_block_a8(tokens)) / strips_per_block_a8(tokens));
-  const int64_t wanted = blocks > 0 ? multiprocessors / blocks : 1, most = w.steps / 8;
-  const int64_t splits = wanted < most ? wanted : most;
-  return {tokens, static_cast<int>(splits < 1 ? 1 : splits)};
-}
 
 // int8 tokens [M, steps * 64] in the order that fragments want, fp32 scales [M], partial sums.
 struct WorkspaceA8 {

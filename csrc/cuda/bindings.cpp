@@ -20,6 +20,7 @@
 
 #include "../arguments.h"
 #include "checks.h"
+#include "heuristics_a8.h"
 #include "settings.h"
 
 namespace qkernels::cuda {
@@ -238,7 +239,9 @@ Tensor product_a16(const Inputs& in, bool decode_only) {
                           p.call.type == Type::kHalf,
                           is_aligned(p.call.x),
                           p.device.sm,
-                          p.device.multiprocessors};
+                          p.device.multiprocessors,
+                          w.groups_per_step > 1,
+                          is_floating(w.zero_type)};
     const Config config = remembered_choice(problem, half_accumulate(), decode_only);
     if (logs()) log_once(describe(problem) + ": " + describe(config));
     if (config.path == Path::kDequantize) return dequantize_and_multiply(p.call, p.x, p.bias, p.y, p.stream);
@@ -271,7 +274,7 @@ Tensor gemm_mma_tile_a8(const Tensor& x, const Tensor& qweight, const Tensor& sc
   refuse(wrong_product(plain.arguments));
   refuse(wrong_a8(plain.arguments));
   return product(in, plain.arguments, [&](const Prepared& p) {
-    const ConfigA8 config = choose_a8(p.call.weight, p.call.x.M, p.device.multiprocessors);
+    const ConfigA8 config = choose_a8(p.call.weight, p.call.x.M, p.device);
     OptionalTensor workspace;
     void* space = allocate(p.x, workspace_a8(p.call, config).bytes, workspace);
     check(multiply_a8(p.call, config, space, p.stream), "gemm_mma_tile_a8");

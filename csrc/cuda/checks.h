@@ -38,8 +38,6 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-inline bool is_floating(Type type) { return type == Type::kFloat || type == Type::kHalf || type == Type::kBFloat16; }
-
 inline bool has_shape(const Buffer& b, std::initializer_list<int64_t> shape) {
   if (b.dims != static_cast<int>(shape.size())) return false;
   const int64_t* size = b.sizes;

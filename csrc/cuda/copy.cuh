@@ -40,6 +40,22 @@ QK_DEVICE void copy_groups(const Weight& w, const GroupFormat& f, int strip, int
   }
 }
 
+// Asks for a step of kStrips strips from strip0 on: codes, scales and zeros, `strip_bytes` from strip to strip. Past N
+// they become zeros.
+template <int kStrips, int kCodeBytes>
+QK_DEVICE void copy_strips(const Weight& w, const GroupFormat& f, int strip0, int step, int group, uint32_t to,
+                           int strip_bytes, int thread, int threads) {
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s, to += strip_bytes) {
+    const bool valid = strip0 + s < w.strips;
+    const int64_t place = static_cast<int64_t>(valid ? strip0 + s : 0) * w.steps + step;
+    for (int i = thread * 16; i < kCodeBytes; i += threads * 16) {
+      cp_async16_or_zero(to + i, w.codes + place * kCodeBytes + i, valid);
+    }
+    copy_groups(w, f, strip0 + s, group, to + kCodeBytes, thread, threads, valid);
+  }
+}
+
 // Eight columns of row m of x, stored columns k ... k + 7: gathered, zero past K. For x that is_aligned() refuses.
 QK_DEVICE Words4 gather8(const Activations& a, int m, int k) {
   const uint16_t* row = a.x + m * a.row_stride;

@@ -24,12 +24,16 @@ struct Half {
   static constexpr Type kType = Type::kHalf;
   static constexpr uint32_t kOnes = 0x3c003c00;
   static QK_DEVICE uint32_t pack(float low, float high) { return pack_f16x2(low, high); }
+  static QK_DEVICE float low(uint32_t pair) { return f16_to_float(static_cast<uint16_t>(pair)); }
+  static QK_DEVICE float high(uint32_t pair) { return f16_to_float(static_cast<uint16_t>(pair >> 16)); }
   static QK_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(d, a, b); }
 };
 struct BFloat16 {
   static constexpr Type kType = Type::kBFloat16;
   static constexpr uint32_t kOnes = 0x3f803f80;
   static QK_DEVICE uint32_t pack(float low, float high) { return pack_bf16x2(low, high); }
+  static QK_DEVICE float low(uint32_t pair) { return bits_to_float(pair << 16); }
+  static QK_DEVICE float high(uint32_t pair) { return bits_to_float(pair & 0xffff0000u); }
   static QK_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(d, a, b); }
 };
 

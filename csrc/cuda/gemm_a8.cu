@@ -3,7 +3,7 @@
 #include "a8.h"
 #include "gemm_a8.cuh"
 #include "heuristics.h"
-#include "launch.cuh"
+#include "launch_a8.cuh"
 #include "quantize_a8.cuh"
 
 namespace qkernels::cuda {
@@ -58,9 +58,10 @@ int multiply_a8(const Call& call, const ConfigA8& config, void* workspace, void*
   const bool groups32 = w.groups_per_step == 2;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   const cudaError_t error =
-      w.width == 4 ? groups32 ? launch_tokens<4, true>(p, config, s) : launch_tokens<4, false>(p, config, s)
-      : groups32   ? launch_tokens<8, true>(p, config, s)
-                   : launch_tokens<8, false>(p, config, s);
+      config.path == Path::kGemmSm90 ? launch_gemm_a8_sm90(p, config, s)
+      : w.width == 4 ? groups32 ? launch_tokens<4, true>(p, config, s) : launch_tokens<4, false>(p, config, s)
+      : groups32     ? launch_tokens<8, true>(p, config, s)
+                     : launch_tokens<8, false>(p, config, s);
   if (error != cudaSuccess || config.splits == 1) return error;
   return add_parts(p.out, config.splits, call.type, stream);
 }

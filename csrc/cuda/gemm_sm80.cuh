@@ -55,16 +55,8 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   GroupWalk walk = GroupWalk::at(p.weight, begin);
   auto copy_step = [&](int step, int slot) {
     const uint32_t to = stages + slot * stage_bytes;
-#pragma unroll
-    for (int s = 0; s < kWarpsN; ++s) {
-      const bool valid = strip0 + s < p.weight.strips;
-      const int64_t place = static_cast<int64_t>(valid ? strip0 + s : 0) * p.weight.steps + step;
-      for (int i = thread * 16; i < F::kStepBytes; i += kThreads * 16) {
-        cp_async16_or_zero(to + s * p.strip_bytes + i, p.weight.codes + place * F::kStepBytes + i, valid);
-      }
-      copy_groups(p.weight, p.format, strip0 + s, walk.group, to + s * p.strip_bytes + F::kStepBytes, thread, kThreads,
-                  valid);
-    }
+    copy_strips<kWarpsN, F::kStepBytes>(p.weight, p.format, strip0, step, walk.group, to, p.strip_bytes, thread,
+                                        kThreads);
     walk.advance(p.weight);
 #pragma unroll
     for (int i = thread; i < kTokens * 8; i += kThreads) {
@@ -122,20 +114,10 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   // The exchange lies over the stages: since the last barrier nobody reads them, and no copy into them is on its way.
   const uint32_t exchange = stages + warp * exchange_bytes(8);
   const int n = (strip0 + warp_n) * kStripRows + 2 * lane;
-#pragma unroll
-  for (int i = 0; i < kWarpTokenTiles; ++i) {
-    store_exchange<kWarpTokenTiles>(totals, i, exchange, 0, lane);
-    __syncwarp();
-#pragma unroll
-    for (int token = 0; token < 8; ++token) {
-      const int m = m0 + warp_m * kWarpTokens + 8 * i + token;
-      const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
-      if (m < p.out.M && n < p.out.N_pad) {
-        store_part<typename F::T>(p.out, split, gridDim.z, m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]));
-      }
-    }
-    __syncwarp();
-  }
+  turn_around<kWarpTokenTiles>(totals, exchange, p.out, m0 + warp_m * kWarpTokens, n, lane,
+                               [&](int m, int n, float low, float high) {
+                                 store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
+                               });
 }
 
 }  // namespace qkernels::cuda

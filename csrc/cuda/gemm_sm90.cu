@@ -1,4 +1,4 @@
-// The 16 instances of gemm_wgmma (type x width x long groups or any x 64, 128 tokens), and how they are launched.
+// The 36 instances of gemm_wgmma (type x width x nine of tile and kind of scaling), and how they are launched.
 #include "gemm_sm90.cuh"
 #include "heuristics.h"
 #include "launchers.h"
@@ -8,32 +8,48 @@ namespace {
 
 template <class F, int kTokens>
 cudaError_t launch_tile(const WgmmaArguments& p, const Config& c, cudaStream_t stream) {
-  const dim3 grid(divide_up(p.out.M, kTokens), divide_up(p.weight.strips, kWgmmaStrips), c.splits);
-  return launch(gemm_wgmma<F, kTokens>, grid, dim3(kWgmmaThreads), wgmma_shared_bytes(kTokens, p.strip_bytes), stream,
-                p);
+  const dim3 grid(divide_up(p.out.M, kTokens), divide_up(p.weight.strips, wgmma_strips(kTokens)), c.splits);
+  const dim3 block(wgmma_threads(kTokens));
+  const int shared = wgmma_shared_bytes(kTokens, p.strip_bytes);
+  return p.clusters ? launch_clusters(gemm_wgmma<F, kTokens>, grid, block, shared, stream, p)
+                    : launch(gemm_wgmma<F, kTokens>, grid, block, shared, stream, p);
+}
+
+template <class F>
+cudaError_t launch_tokens(const WgmmaArguments& p, const Config& c, cudaStream_t stream) {
+  switch (c.tokens) {
+    case 16:
+      return launch_tile<F, 16>(p, c, stream);
+    case 32:
+      return launch_tile<F, 32>(p, c, stream);
+    case 64:
+      return launch_tile<F, 64>(p, c, stream);
+    case 128:
+      return launch_tile<F, 128>(p, c, stream);
+    case 256:
+      if constexpr (F::kScaled) return launch_tile<F, 256>(p, c, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <class T, int kWidth>
 cudaError_t launch_width(const WgmmaArguments& p, const Config& c, cudaStream_t stream) {
-  const bool floating = p.format.zero_type != Type::kNone && p.format.zero_type != Type::kUInt8;
-  if (p.weight.groups_per_step > 1 || floating) {
-    return c.tokens == 64 ? launch_tile<Format<T, kWidth, true>, 64>(p, c, stream)
-                          : launch_tile<Format<T, kWidth, true>, 128>(p, c, stream);
-  }
-  return c.tokens == 64 ? launch_tile<Format<T, kWidth, false>, 64>(p, c, stream)
-                        : launch_tile<Format<T, kWidth, false>, 128>(p, c, stream);
+  return c.tokens == 256 || sums_cannot_be_scaled(p.weight)
+             ? launch_tokens<WgmmaFormat<T, kWidth, true>>(p, c, stream)
+             : launch_tokens<WgmmaFormat<T, kWidth, false>>(p, c, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_gemm_sm90(const Call& call, const Config& c, cudaStream_t stream) {
-  if (!tma_reads(call.x) || c.splits < 1 || (c.tokens != 64 && c.tokens != 128)) return cudaErrorInvalidValue;
+  if (!tma_reads(call.x) || c.splits < 1) return cudaErrorInvalidValue;
   WgmmaArguments p{};
   p.weight = call.weight, p.format = group_format(call.weight), p.out = call.out;
   p.strip_bytes = stage_bytes(call.weight), p.stage_bytes = wgmma_stage_bytes(c.tokens, p.strip_bytes);
+  p.stages = wgmma_stages(c.tokens, p.strip_bytes), p.clusters = adds_in_cluster(c);
   if (call.x.K > 0) {
     const Activations& x = call.x;
-    const cudaError_t error = encode_tensor_map(&p.x, x.x, x.M, x.K, x.row_stride, c.tokens);
+    const cudaError_t error = encode_tensor_map(&p.x, x.x, x.M, x.K, x.row_stride, c.tokens, kStepColumns);
     if (error != cudaSuccess) return error;
   }
   if (call.type == Type::kHalf) {

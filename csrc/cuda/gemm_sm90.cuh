@@ -1,22 +1,24 @@
 // y = x W^T for many tokens, on Hopper's wgmma: sm_90a alone.
 //
-// A block computes two strips (64 rows each) for kTokens tokens: one warpgroup a strip, whose four warps hold a strip's
-// four tiles of mma_tile as the A operand, in registers; x is B, in shared memory. A third warpgroup is the producer:
-// one of its threads keeps kWgmmaStages steps of 64 columns on their way, x by TMA tiles (swizzled, zeros past M and
-// K), codes, scales and zeros by bulk copies. mbarriers `full` and `empty` of each stage are all that joins the two.
+// A block computes one strip (64 rows) for up to 32 tokens, two for more: one warpgroup a strip, whose four warps hold
+// a strip's four tiles of mma_tile as the A operand, in registers; x is B, in shared memory. A last warpgroup is the
+// producer: one of its threads keeps a ring of steps of 64 columns on their way, x by TMA tiles (swizzled, zeros past M
+// and K), codes, scales and zeros by bulk copies. mbarriers `full` and `empty` of each stage are all that joins the
+// two.
 //
-//   tokens  shared memory a stage, 4 bit, g128   registers of a lane: totals + sums of the group + fragments
-//   64      8 KB + 4.3 KB                        32 + 32 + 2 x 16
-//   128     16 KB + 4.3 KB                       64 + 64 + 2 x 16
+//   rows x tokens   stage, 4 bit, g128   stages   registers of a lane: totals + sums of the group + fragments
+//   64 x 16         2 KB + 2.1 KB        16       8 + 8 + 16
+//   64 x 32         4 KB + 2.1 KB        15       16 + 16 + 16
+//   128 x 64        8 KB + 4.3 KB        16       32 + 32 + 16
+//   128 x 128       16 KB + 4.3 KB       10       64 + 64 + 16
+//   128 x 256       32 KB + 4.3 KB       6        128 + 0 + 16
 //
-// Fragments of step k + 1 are converted while the four wgmma of step k are in flight, into the other half of a double
-// buffer; the wait for step k - 1 comes after step k is issued, so within a group the tensor cores do not drain. Sums
-// over a group stay in the tensor core's accumulators; scale and total meet in fp32 once a group (multiply.cuh has the
-// numbers). Predicted, at 128 tokens and g128: 8 wgmma of 64 cycles a group and warpgroup, against 64 FMA and 2 x 36
-// instructions of conversion a lane; the sibling warpgroup covers the drain at a group's end. Unmeasured.
-//
-// Short groups and floating zeros (kShortGroups) take a plain path: 16 columns, wait, scale; and a product with a
-// matrix of ones for the sums of x.
+// Two ways to apply scales (kScaled). Where two accumulators fit and groups have 64 columns or more: sums over a group
+// stay in the tensor core's accumulators, and scale and total meet in fp32 once a group (multiply.cuh has the numbers).
+// Predicted, at 128 tokens and g128: 8 wgmma of 64 cycles a group and warpgroup, against 64 FMA and 2 x 36 instructions
+// of conversion a lane; the sibling warpgroup covers the drain at a group's end. With 256 tokens, with groups of 16 and
+// 32 and with floating zeros fragments are scaled: each weight is rounded once to the type of the activations, as
+// dequantize + mm does, and nothing drains before the end of K. Unmeasured.
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"
@@ -29,9 +31,16 @@
 
 namespace qkernels::cuda {
 
-constexpr int kWgmmaStrips = 2, kWgmmaStages = 6;
-constexpr int kWgmmaConsumers = kWgmmaStrips * 128, kWgmmaThreads = kWgmmaConsumers + 128;
 constexpr int kSwizzleBytes = 1024;  // a swizzled tile is aligned to the period of its swizzle
+
+// A family of weights and activations that one kernel instance handles.
+template <class Activation, int kWidth_, bool kScaled_>
+struct WgmmaFormat {
+  using T = Activation;
+  static constexpr int kWidth = kWidth_;
+  static constexpr bool kScaled = kScaled_;  // fragments are; else sums of a group
+  static constexpr int kStepBytes = step_bytes(kWidth);
+};
 
 struct WgmmaArguments {
   TensorMap x;
@@ -40,12 +49,14 @@ struct WgmmaArguments {
   Output out;
   int strip_bytes;  // of a stage: codes, scales, zeros of one strip
   int stage_bytes;
+  int stages;
+  bool clusters;  // the parts of K are a cluster, which adds them
 };
 
 // The stages of a block, a ring; `parity` is that of the phase that the current slot's `full` barrier is in.
 struct Ring {
   uint32_t slots, barriers;
-  int stage_bytes;
+  int stage_bytes, stages;
   int slot = 0;
   uint32_t parity = 0;
 
@@ -53,7 +64,7 @@ struct Ring {
   QK_DEVICE uint32_t full() const { return barriers + slot * 16; }
   QK_DEVICE uint32_t empty() const { return full() + 8; }
   QK_DEVICE void advance() {
-    if (++slot == kWgmmaStages) slot = 0, parity ^= 1;
+    if (++slot == stages) slot = 0, parity ^= 1;
   }
 };
 
@@ -76,11 +87,11 @@ QK_DEVICE void produce(const WgmmaArguments& p, Ring ring, int begin, int end) {
   for (int step = begin; step < end; ++step) {
     mbarrier_wait(ring.empty(), ring.parity ^ 1);
     const uint32_t full = ring.full();
-    mbarrier_arrive_expect(full, kTokens * kTokenBytes + kWgmmaStrips * p.strip_bytes);
+    mbarrier_arrive_expect(full, kTokens * kTokenBytes + wgmma_strips(kTokens) * p.strip_bytes);
     copy_tile(ring.stage(), &p.x, step * kStepColumns, blockIdx.x * kTokens, full);
 #pragma unroll
-    for (int s = 0; s < kWgmmaStrips; ++s) {
-      const int wanted = blockIdx.y * kWgmmaStrips + s;
+    for (int s = 0; s < wgmma_strips(kTokens); ++s) {
+      const int wanted = blockIdx.y * wgmma_strips(kTokens) + s;
       const int strip = wanted < w.strips ? wanted : w.strips - 1;  // past N: any strip, whose rows are not stored
       const uint32_t to = ring.stage() + kTokens * kTokenBytes + s * p.strip_bytes;
       const int64_t place = static_cast<int64_t>(strip) * w.steps + step;
@@ -96,163 +107,171 @@ QK_DEVICE void produce(const WgmmaArguments& p, Ring ring, int begin, int end) {
   }
 }
 
-// A lane's codes for 16 columns of its warp's tile, to the fragment.
-template <class F>
-QK_DEVICE void load_fragment(uint32_t codes, int tile, int s, int lane, const Zeros& z, uint32_t (&a)[4]) {
-  constexpr int kWords = F::kWidth / 4;
-  const int word = s * kWords;
-  const uint32_t place = codes + (word / 4 * kTilesPerStrip + tile) * kTileBytes + lane * 16 + word % 4 * 4;
-  uint32_t q[kWords];
-  if constexpr (kWords == 1) {
-    q[0] = load_shared4(place);
-  } else {
-    const Words2 v = load_shared8(place);
-    q[0] = v.word[0], q[1] = v.word[1];
-  }
-  Codes<typename F::T, F::kWidth>::unpack(q, z, a);
-}
-
 template <int kCount>
 QK_DEVICE void add_scaled(float (&totals)[kCount], const float (&sums)[kCount], float scale, float scale8) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) totals[i] = fmaf(sums[i], i % 4 < 2 ? scale : scale8, totals[i]);
 }
 
-// Groups of 64 columns and more, integer zeros.
-template <class F, int kTokens>
-QK_DEVICE void consume(const WgmmaArguments& p, Ring ring, int begin, int end, int strip, int tile, int lane,
-                       float (&totals)[kTokens / 2]) {
-  using T = typename F::T;
-  using Fragments = uint32_t[kStepsOf16][4];
-  if (begin >= end) return;
-  GroupWalk walk = GroupWalk::at(p.weight, begin);
-  float sums[kTokens / 2];
-  RowGroup next;  // of the step whose fragments were converted last
-  auto convert = [&](const Ring& at, Fragments& a) {
-    mbarrier_wait(at.full(), at.parity);
-    const uint32_t codes = at.stage() + kTokens * kTokenBytes + strip * p.strip_bytes;
-    next = load_group(p.format, codes + F::kStepBytes, 8 * (lane >> 2) + 2 * tile);
-    const Zeros z = Codes<T, F::kWidth>::zeros(next.zero, next.zero8);
+// A fragment of code - zero becomes one of weights: scaled in fp32, and rounded once to the type of the activations.
+template <class T>
+QK_DEVICE void scale_fragment(uint32_t (&a)[4], const RowGroup& g) {
 #pragma unroll
-    for (int s = 0; s < kStepsOf16; ++s) load_fragment<F>(codes, tile, s, lane, z, a[s]);
-  };
-  bool opens = true;    // the step is the first of its group in this block
-  uint32_t before = 0;  // barrier of the step that is still in flight, or 0
-  auto release = [&](uint32_t empty) {
-    __syncwarp();  // all lanes have read the stage
-    if (lane == 0) mbarrier_arrive(empty);
-  };
-  auto multiply = [&](int step, Fragments& a, Fragments& ahead) {
-    const uint64_t x = wgmma_descriptor(ring.stage());
-    wgmma_fence();
-#pragma unroll
-    for (int s = 0; s < kStepsOf16; ++s) wgmma<T>(sums, a[s], x + 2 * s, !opens || s > 0);  // 32 bytes of k a time
-    wgmma_commit();
-    const uint32_t empty = ring.empty();
-    const float scale = next.scale, scale8 = next.scale8;
-    wgmma_wait<1>();  // the step before: its stage is free, and its fragments are
-    if (before != 0) release(before);
-    ring.advance();
-    if (step + 1 < end) convert(ring, ahead);
-    opens = walk.left == 1 || step + 1 == end;
-    walk.advance(p.weight);
-    before = empty;
-    if (opens) {
-      wgmma_wait<0>();
-      wgmma_results(sums);
-      add_scaled(totals, sums, scale, scale8);
-      release(before);
-      before = 0;
-    }
-  };
-  Fragments even, odd;
-  convert(ring, even);
-  for (int step = begin; step < end; step += 2) {
-    multiply(step, even, odd);
-    if (step + 1 < end) multiply(step + 1, odd, even);
+  for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row r, 1 and 3 row r + 8
+    const float scale = i % 2 == 0 ? g.scale : g.scale8, rest = i % 2 == 0 ? g.rest : g.rest8;
+    a[i] = T::pack(fmaf(T::low(a[i]), scale, rest), fmaf(T::high(a[i]), scale, rest));
   }
 }
 
-// Any group and any zero.
+// What a warp of a consumer warpgroup keeps from step to step. Fragment s of a step is converted while the wgmma of the
+// two before it are in flight, into the registers of the one that the wait has just seen finished.
 template <class F, int kTokens>
-QK_DEVICE void consume_short(const WgmmaArguments& p, Ring ring, int begin, int end, int strip, int tile, int lane,
-                             float (&totals)[kTokens / 2]) {
+struct Consumer {
   using T = typename F::T;
-  float sums[kTokens / 2];
-  const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
-  auto multiply = [&](const uint32_t (&a)[4], uint64_t x, float scale, float scale8) {
-    wgmma_fence();
-    wgmma<T>(sums, a, x, false);
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_results(sums);
-    add_scaled(totals, sums, scale, scale8);
-  };
-  for (int step = begin; step < end; ++step) {
+  const WgmmaArguments& p;
+  Ring ring;  // at the step that is multiplied next
+  int end, strip, tile, lane;
+  uint32_t before = 0;  // `empty` of the step before, whose last wgmma may be in flight; or 0
+  uint32_t scales = 0;  // of the step that is being converted: where they are, its codes, and the group
+  LaneCodes<F::kWidth> q{};
+  RowGroup group{};
+  Zeros zeros{};
+  uint32_t a[kStepsOf16][4]{};
+
+  QK_DEVICE void load(int of) {
+    group = load_group(p.format, scales, of * kStripRows + 8 * (lane >> 2) + 2 * tile);
+    zeros = Codes<T, F::kWidth>::zeros(group.zero, group.zero8);
+  }
+  QK_DEVICE void open() {
     mbarrier_wait(ring.full(), ring.parity);
     const uint32_t codes = ring.stage() + kTokens * kTokenBytes + strip * p.strip_bytes;
-    const uint64_t x = wgmma_descriptor(ring.stage());
+    scales = codes + F::kStepBytes;
+    load_codes<F::kWidth>(q, codes, tile, lane);
+    load(0);
+  }
+  QK_DEVICE void convert(int s) {
+    if constexpr (F::kScaled) {
+      const int groups = p.format.groups_per_step;  // 1, 2 or 4
+      if (groups > 1 && s > 0 && s * groups % kStepsOf16 == 0) load(s * groups / kStepsOf16);
+    }
+    Codes<T, F::kWidth>::unpack(q[s], zeros, a[s]);
+    if constexpr (F::kScaled) scale_fragment<T>(a[s], group);
+  }
+  QK_DEVICE void release() {
+    __syncwarp();  // all lanes have read the stage
+    if (lane == 0 && before != 0) mbarrier_arrive(before);
+  }
+  QK_DEVICE void start() { open(), convert(0), convert(1); }
+
+  // d += the weights of these 64 columns times x; or =, if it `opens`.
+  QK_DEVICE void multiply(float (&d)[kTokens / 2], int step, bool opens) {
+    const uint64_t x = wgmma_descriptor<kTokenBytes>(ring.stage());
+    const uint32_t empty = ring.empty();
+    ring.advance();
 #pragma unroll
     for (int s = 0; s < kStepsOf16; ++s) {
-      const int group = s * p.format.groups_per_step / kStepsOf16;
-      const RowGroup g = load_group(p.format, codes + F::kStepBytes, group * kStripRows + 8 * (lane >> 2) + 2 * tile);
-      uint32_t a[4];
-      load_fragment<F>(codes, tile, s, lane, Codes<T, F::kWidth>::zeros(g.zero, g.zero8), a);
-      multiply(a, x + 2 * s, g.scale, g.scale8);
-      if (has_rest(p.format)) multiply(ones, x + 2 * s, g.rest, g.rest8);
+      wgmma_fence();
+      wgmma<T>(d, a[s], x + 2 * s, !opens || s > 0);  // 32 bytes of k a time
+      wgmma_commit();
+      wgmma_wait<2>();  // the one before the last: its fragment is free
+      if (s == 1) release();
+      if (s < 2) {
+        convert(s + 2);
+      } else if (step + 1 < end) {
+        if (s == 2) open();
+        convert(s - 2);
+      }
     }
-    __syncwarp();  // all lanes have read the stage
-    if (lane == 0) mbarrier_arrive(ring.empty());
-    ring.advance();
+    before = empty;
+  }
+};
+
+// The loop over the steps of a group touches no sums but through wgmma, and the loop over groups begins and ends with
+// none in flight: where sums in flight met sums at rest in one branch, ptxas put in a wait of its own (C7517).
+template <class F, int kTokens>
+QK_DEVICE void consume(Consumer<F, kTokens> consumer, int begin, int end, float (&totals)[kTokens / 2]) {
+  if (begin >= end) return;
+  consumer.start();
+  if constexpr (F::kScaled) {
+    for (int step = begin; step < end; ++step) consumer.multiply(totals, step, false);
+    wgmma_wait<0>();
+    wgmma_results(totals);
+  } else {
+    int left = GroupWalk::at(consumer.p.weight, begin).left;
+    float sums[kTokens / 2];
+    for (int step = begin; step < end;) {
+      const int last = step + left < end ? step + left : end;
+      const float scale = consumer.group.scale, scale8 = consumer.group.scale8;
+      bool opens = true;
+      for (; step < last; ++step) consumer.multiply(sums, step, opens), opens = false;
+      left = consumer.p.weight.steps_per_group;
+      wgmma_wait<0>();
+      wgmma_results(sums);
+      add_scaled(totals, sums, scale, scale8);
+    }
   }
 }
 #endif
 
 template <class F, int kTokens>
-__global__ void __launch_bounds__(kWgmmaThreads, 1) gemm_wgmma(const __grid_constant__ WgmmaArguments p) {
+__global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
+    gemm_wgmma(const __grid_constant__ WgmmaArguments p) {
 #ifdef QK_WGMMA
   QK_SHARED(shared);
+  constexpr int kStrips = wgmma_strips(kTokens), kConsumers = kStrips * 128;
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, tile = warp % 4, lane = threadIdx.x % 32;
   const int split = blockIdx.z;
   const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
   const uint32_t slots = (shared_address(shared) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
-  const Ring ring{slots, slots + kWgmmaStages * p.stage_bytes, p.stage_bytes};
+  const Ring ring{slots, slots + p.stages * p.stage_bytes, p.stage_bytes, p.stages};
 
   if (threadIdx.x == 0) {
     for (Ring r = ring; r.parity == 0; r.advance()) {
       mbarrier_init(r.full(), 1);
-      mbarrier_init(r.empty(), kWgmmaConsumers / 32);
+      mbarrier_init(r.empty(), kConsumers / 32);
     }
     fence_async_proxy();
   }
   __syncthreads();
 
-  if (warpgroup == kWgmmaStrips) {
+  if (warpgroup == kStrips) {
     give_registers<24>();
-    if (threadIdx.x == kWgmmaConsumers) produce<F, kTokens>(p, ring, begin, end);
+    if (threadIdx.x == kConsumers) produce<F, kTokens>(p, ring, begin, end);
     return;
   }
-  take_registers<240>();
+  take_registers<kStrips == 1 ? 208 : 240>();
   float totals[kTokens / 2] = {};
-  if constexpr (F::kShortGroups) {
-    consume_short<F, kTokens>(p, ring, begin, end, warpgroup, tile, lane, totals);
-  } else {
-    consume<F, kTokens>(p, ring, begin, end, warpgroup, tile, lane, totals);
-  }
+  consume<F, kTokens>({p, ring, end, warpgroup, tile, lane}, begin, end, totals);
 
   // Totals are turned around over the stages, once nobody reads those: [token][64 rows] of each warpgroup.
-  named_barrier_sync(1, kWgmmaConsumers);  // both warpgroups are done with the stages
+  named_barrier_sync(1, kConsumers);  // the warpgroups are done with the stages
   const uint32_t exchange = slots + warpgroup * exchange_bytes(kTokens);
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) {
     const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = tile * kTileRows + lane / 4 + i % 4 / 2 * 8;
     store_shared4(exchange + (token * kExchangeRow + row) * 4, float_to_bits(totals[i]));
   }
+  const int n = (blockIdx.y * kStrips + warpgroup) * kStripRows + 2 * lane;
+  auto place = [&](int token) { return exchange + (token * kExchangeRow + 2 * lane) * 4; };
+  if (p.clusters) {
+    const int splits = gridDim.z;
+    cluster_barrier();  // all blocks' totals are there
+    for (int token = split + splits * tile; token < kTokens; token += splits * 4) {
+      const int m = blockIdx.x * kTokens + token;
+      float low = 0, high = 0;
+      for (int part = 0; part < splits; ++part) {  // in their order
+        const Words2 v = load_cluster8(place(token), part);
+        low += bits_to_float(v.word[0]), high += bits_to_float(v.word[1]);
+      }
+      if (m < p.out.M) store_y<typename F::T>(p.out, m, n, low, high);
+    }
+    cluster_barrier();  // nobody reads this block's totals any more
+    return;
+  }
   named_barrier_sync(2 + warpgroup, 128);  // the four warps' rows are there
-  const int n = (blockIdx.y * kWgmmaStrips + warpgroup) * kStripRows + 2 * lane;
   for (int token = tile; token < kTokens; token += 4) {
     const int m = blockIdx.x * kTokens + token;
-    const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
+    const Words2 v = load_shared8(place(token));
     if (m < p.out.M && n < p.out.N_pad) {
       store_part<typename F::T>(p.out, split, gridDim.z, m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]));
     }

@@ -16,7 +16,7 @@ int side_blocks(int64_t threads) {
 }
 
 int64_t partial_bytes(const Call& call, const Config& config) {
-  return config.splits > 1 ? int64_t{4} * config.splits * call.out.M * call.out.N_pad : 0;
+  return config.splits > 1 && !adds_in_cluster(config) ? int64_t{4} * config.splits * call.out.M * call.out.N_pad : 0;
 }
 
 }  // namespace
@@ -57,7 +57,7 @@ int multiply(const Call& original, const Config& config, void* workspace, void* 
                             : config.path != Path::kGemm     ? cudaErrorInvalidValue
                             : half                           ? launch_gemm_f16(call, config, s)
                                                              : launch_gemm_bf16(call, config, s);
-  if (error != cudaSuccess || config.splits == 1) return error;
+  if (error != cudaSuccess || config.splits == 1 || adds_in_cluster(config)) return error;
   return add_parts(call.out, config.splits, call.type, stream);
 }
 

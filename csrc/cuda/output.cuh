@@ -24,6 +24,25 @@ QK_DEVICE void store_exchange(const Totals<kTokenTiles>& totals, int i, uint32_t
   }
 }
 
+// The totals of a warp to y, eight tokens at a time through `exchange` (exchange_bytes(8) of its own). m0: its first
+// token; n, n + 1: the lane's columns of y. `store` takes m, n and the two values.
+template <int kTokenTiles, class Store>
+QK_DEVICE void turn_around(const Totals<kTokenTiles>& totals, uint32_t exchange, const Output& out, int m0, int n,
+                           int lane, const Store& store) {
+#pragma unroll
+  for (int i = 0; i < kTokenTiles; ++i) {
+    store_exchange<kTokenTiles>(totals, i, exchange, 0, lane);
+    __syncwarp();
+#pragma unroll
+    for (int token = 0; token < 8; ++token) {
+      const int m = m0 + 8 * i + token;
+      const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
+      if (m < out.M && n < out.N_pad) store(m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]));
+    }
+    __syncwarp();
+  }
+}
+
 QK_DEVICE float load_bias(const Output& out, int n) {
   if (out.bias_type == Type::kNone) return 0.0f;
   if (out.bias_type == Type::kFloat) return bits_to_float(load_global4(out.bias + static_cast<int64_t>(n) * 4));

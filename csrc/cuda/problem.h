@@ -12,6 +12,8 @@ QK_CONSTEXPR int size_of(Type type) {
   return type == Type::kNone ? 0 : type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2;
 }
 
+QK_CONSTEXPR bool is_floating(Type type) { return type != Type::kNone && type != Type::kUInt8; }
+
 // The weight in layout mma_tile (layout.h), as kernels take it.
 struct Weight {
   const uint8_t* codes;  // 16-byte aligned, like scales and zeros
@@ -91,11 +93,25 @@ enum class Path : int {
 // How a problem is run: heuristics.h chooses it, the launchers obey it.
 struct Config {
   Path path;
-  int tokens;            // kDecode: 8, 16 or 32 a block, at least M; kGemm: 32, 64 or 128; kGemmSm90: 64 or 128
+  int tokens;            // kDecode: 8, 16 or 32 a block, at least M; kGemm: 32, 64 or 128; kGemmSm90: 16 ... 256
   int warps_n, warps_k;  // kDecode: the warps of a block over strips and over K
   int splits;            // of K over blocks
   bool half_accumulate;  // kGemm, 4 bit, fp16: accumulate 64 columns in fp16
 };
+
+// A block of gemm_sm90: strips (a consumer warpgroup each), threads with the producer's, blocks that a multiprocessor
+// has registers for.
+QK_CONSTEXPR int wgmma_strips(int tokens) { return tokens <= 32 ? 1 : 2; }
+QK_CONSTEXPR int wgmma_threads(int tokens) { return (wgmma_strips(tokens) + 1) * 128; }
+QK_CONSTEXPR int wgmma_blocks(int tokens) { return tokens <= 32 ? 2 : 1; }
+
+// Whether a group's scale cannot wait for the group's sum in gemm_sm90, so that it scales the fragments.
+inline bool sums_cannot_be_scaled(const Weight& w) { return w.groups_per_step > 1 || is_floating(w.zero_type); }
+
+// Whether the parts of K are added within a cluster, through its blocks' shared memory, and not in a workspace.
+inline bool adds_in_cluster(const Config& c) {
+  return c.path == Path::kGemmSm90 && ((c.splits > 1 && c.splits <= 4) || c.splits == 8);
+}
 
 // Warps of a decode block: 128 registers a thread up to 16 tokens, 255 for 32.
 QK_CONSTEXPR int most_decode_warps(int tokens) { return tokens <= 16 ? 16 : 8; }

@@ -101,39 +101,41 @@ QK_DEVICE void cp_async_wait() {
 
 // ---- global memory ----
 // load_*: data that no kernel writes while this one runs (.nc). stream: read once, so do not keep it in L1.
+// volatile: without it nvcc 13 takes a load out of a loop and past the condition that guards it, as it did with the
+// bias of gemm_a8: a null pointer was read (tests/cuda/test_guarded_loads.py).
 
 QK_DEVICE Words4 load_global16(const void* p) {
   Words4 v;
-  asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
-      : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-      : "l"(p));
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(p));
   return v;
 }
 QK_DEVICE Words4 load_global16_stream(const void* p) {
   Words4 v;
-  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-      : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-      : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(p));
   return v;
 }
 QK_DEVICE Words2 load_global8(const void* p) {
   Words2 v;
-  asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(p));
+  asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(p));
   return v;
 }
 QK_DEVICE uint32_t load_global4(const void* p) {
   uint32_t v;
-  asm("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 QK_DEVICE uint16_t load_global2(const void* p) {
   uint16_t v;
-  asm("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
   return v;
 }
 QK_DEVICE uint32_t load_global1(const void* p) {
   uint32_t v;
-  asm("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
+  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 QK_DEVICE void store_global16(void* p, Words4 v) {

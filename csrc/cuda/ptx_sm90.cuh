@@ -56,9 +56,9 @@ QK_DEVICE void copy_tile(uint32_t to, const TensorMap* map, int column, int row,
       : "memory");
 }
 
-// ---- wgmma: d = a b + d (or a b), a of 64 x 16 in registers, b in shared memory, by four warps ----
-// Warp i of the four holds rows 16 i ... 16 i + 15 of a and d, as mma.m16n8k16 does. From the instruction until a
-// wgmma_wait that covers its group, d must not be touched and a not be written.
+// ---- wgmma: d = a b + d (or a b), a of 64 x 16 (8 bit: 64 x 32) in registers, b in shared memory, by four warps ----
+// Warp i of the four holds rows 16 i ... 16 i + 15 of a and d, as mma.m16n8k16 (8 bit: m16n8k32) does. From the
+// instruction until a wgmma_wait that covers its group, d must not be touched and a not be written.
 
 // Orders writes of registers before what follows; before the first wgmma of a group.
 QK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -73,73 +73,88 @@ QK_DEVICE void wgmma_results(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-
-QK_DEVICE void wgmma_f16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-      "{%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))
-      : "memory");
+template <int kCount>
+QK_DEVICE void wgmma_results(int32_t (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
-QK_DEVICE void wgmma_f16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-      "{%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))
-      : "memory");
-}
+// The instruction's text names every register, and C++ has no loop over operands: these are the names of d, of a, of b
+// and of what p is set from, for 8, 16, 32, 64 and 128 registers of d.
+#define QK_D_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define QK_A_8 "{%8,%9,%10,%11}, %12"
+#define QK_P_8 "%13"
+#define QK_D_16 QK_D_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define QK_A_16 "{%16,%17,%18,%19}, %20"
+#define QK_P_16 "%21"
+#define QK_D_32                                            \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define QK_A_32 "{%32,%33,%34,%35}, %36"
+#define QK_P_32 "%37"
+#define QK_D_64                                                      \
+  QK_D_32                                                            \
+  ","                                                                \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define QK_A_64 "{%64,%65,%66,%67}, %68"
+#define QK_P_64 "%69"
+#define QK_D_128                                                                 \
+  QK_D_64                                                                        \
+  ","                                                                            \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"             \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"             \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+  "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define QK_A_128 "{%128,%129,%130,%131}, %132"
+#define QK_P_128 "%133"
+#define QK_OPERANDS_8(c, i) \
+  c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
+#define QK_OPERANDS_16(c, i) QK_OPERANDS_8(c, i), QK_OPERANDS_8(c, i + 8)
+#define QK_OPERANDS_32(c, i) \
+  QK_OPERANDS_8(c, i), QK_OPERANDS_8(c, i + 8), QK_OPERANDS_8(c, i + 16), QK_OPERANDS_8(c, i + 24)
+#define QK_OPERANDS_64(c, i) QK_OPERANDS_32(c, i), QK_OPERANDS_32(c, i + 32)
+#define QK_OPERANDS_128(c, i) QK_OPERANDS_64(c, i), QK_OPERANDS_64(c, i + 64)
 
-QK_DEVICE void wgmma_bf16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-      "{%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))
-      : "memory");
-}
+// `shape`: with the types of d, a and b; `signs`: the operands after p.
+#define QK_WGMMA(name, Sum, c, count, shape, signs)                                                                    \
+  QK_DEVICE void name(Sum(&d)[count], const uint32_t (&a)[4], uint64_t b, bool accumulate) {                           \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " QK_P_##count ", 0; wgmma.mma_async.sync.aligned." shape             \
+                                                                " {" QK_D_##count "}, " QK_A_##count ", p" signs "; }" \
+                 : QK_OPERANDS_##count(c, 0)                                                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))               \
+                 : "memory");                                                                                          \
+  }
+QK_WGMMA(wgmma_f16, float, "+f", 8, "m64n16k16.f32.f16.f16", ", 1, 1, 0")
+QK_WGMMA(wgmma_f16, float, "+f", 16, "m64n32k16.f32.f16.f16", ", 1, 1, 0")
+QK_WGMMA(wgmma_f16, float, "+f", 32, "m64n64k16.f32.f16.f16", ", 1, 1, 0")
+QK_WGMMA(wgmma_f16, float, "+f", 64, "m64n128k16.f32.f16.f16", ", 1, 1, 0")
+QK_WGMMA(wgmma_f16, float, "+f", 128, "m64n256k16.f32.f16.f16", ", 1, 1, 0")
+QK_WGMMA(wgmma_bf16, float, "+f", 8, "m64n16k16.f32.bf16.bf16", ", 1, 1, 0")
+QK_WGMMA(wgmma_bf16, float, "+f", 16, "m64n32k16.f32.bf16.bf16", ", 1, 1, 0")
+QK_WGMMA(wgmma_bf16, float, "+f", 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 0")
+QK_WGMMA(wgmma_bf16, float, "+f", 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 0")
+QK_WGMMA(wgmma_bf16, float, "+f", 128, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0")
+QK_WGMMA(wgmma_s8, int32_t, "+r", 32, "m64n64k32.s32.s8.s8", "")
+QK_WGMMA(wgmma_s8, int32_t, "+r", 64, "m64n128k32.s32.s8.s8", "")
+QK_WGMMA(wgmma_s8, int32_t, "+r", 128, "m64n256k32.s32.s8.s8", "")
+#undef QK_WGMMA
 
-QK_DEVICE void wgmma_bf16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+// ---- clusters ----
+
+// Waits for all threads of the cluster that have not exited, and orders their memory.
+QK_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// From the shared memory of the cluster's block `rank`, at the address that it has there.
+QK_DEVICE Words2 load_cluster8(uint32_t address, int rank) {
+  Words2 v;
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-      "{%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %2, %3; ld.shared::cluster.v2.u32 {%0,%1}, [there]; }"
+      : "=r"(v.word[0]), "=r"(v.word[1])
+      : "r"(address), "r"(rank)
       : "memory");
+  return v;
 }
 
 // Registers of a thread, for all four warps; multiples of 8.
@@ -157,11 +172,15 @@ QK_DEVICE void take_registers() {
 
 namespace qkernels::cuda {
 
-// b for wgmma: rows (of n) of 128 bytes of k, eight of them in 1024 bytes aligned to 1024, chunks of 16 bytes swizzled
-// as multiply.cuh has them and TMA writes them. Bits: 0 address / 16, 16 leading offset (unused here), 32 bytes from
-// eight rows to the next / 16, 62 the mode, 1 for 128 bytes.
+// b for wgmma: rows (of n) of 128 or 64 bytes of k, eight of them in a row, aligned to the period of their swizzle
+// (1024 or 512 bytes), chunks of 16 bytes swizzled as TMA writes them: XOR of the chunk with bits 7 ... 9 (64 bytes: 7,
+// 8) of its address. Bits: 0 address / 16, 16 leading offset (unused here), 32 bytes from eight rows to the next / 16,
+// 62 the mode, 1 for 128 bytes and 2 for 64.
+template <int kRowBytes>
 QK_DEVICE uint64_t wgmma_descriptor(uint32_t address) {
-  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{8 * kRowBytes >> 4} << 32 |
+         uint64_t{128 / kRowBytes} << 62;
 }
 
 }  // namespace qkernels::cuda

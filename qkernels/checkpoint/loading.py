@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from ..errors import CheckpointError
 from ..formats import Oddity
 from ..formats.directory import QuantizedSource, summary
-from ..model_structure import empty_model
+from ..model_structure import empty_model, named_as_in
 from ..nn import QuantLinear, fuse_linear, set_module
 from ..nn.replace import as_linear
 from ..storage import CONFIG, TensorSource
@@ -59,6 +60,9 @@ def load(
     source, device = quantized.source, torch.device(device)
     dtype = dtype or _dtype_of(source)
     model = empty_model(source, dtype)
+    if quantized.format is None:
+        source = named_as_in(model, source)
+        quantized = replace(quantized, source=source, others=tuple(source.names()))
     slots = _slots(model)
     oddities: list[tuple[str, Oddity]] = []
     used = {f"{module}.bias" for module in quantized.modules}
@@ -78,6 +82,25 @@ def load(
     if fuse and (fusing := fuse_linear(model)).unfused:
         log.warning("%s: %s", source.directory, fusing)
     return model.eval()
+
+
+def check_fits(model: nn.Module, source: TensorSource) -> None:
+    """Raise unless a float checkpoint holds what its model needs, in the same shapes, and nothing else; reads headers only.
+    Of models with experts only shapes are compared: files have experts one by one and other names than the model.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
+    needed = model.state_dict()
+    for name, tensor in needed.items():
+        if name in source and source.shape(name) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(source.shape(name))}"
+            )
+    if any(".experts." in name for name in (*needed, *source.names())):
+        return
+    missing = [slot[0] for slot in _slots(model) if not any(name in source for name in slot)]
+    _check_names(model, missing, [name for name in source.names() if name not in needed])
 
 
 def _dtype_of(source: TensorSource) -> torch.dtype:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..model_structure import Architecture
 from ..quantizers import AWQ, GPTQ, NF4, RTN, CalibrationFree, InputStatistics, Options, SmoothQuant
 from ..quantizers.awq import clips
 from ..quantizers.grid import stored_dtype
 from ..tensor import QuantTensor
-from .running import LayerInputs, Place, collect_statistics, input_groups, linear_of, set_weight
+from .running import LayerInputs, LayerJob, collect_statistics, input_groups, linear_of, set_weight
 from .scaling import scale_inputs, smooth_inputs
 
 logger = logging.getLogger(__name__)
@@ -38,26 +36,6 @@ class Quantized:
     fallback: str | None = None
 
 
-@dataclass(frozen=True)
-class LayerJob:
-    """What `quantize_layer` has to know besides the layer.
-
-    Args:
-        name: of the decoder layer, for messages.
-        methods: GPTQ, AWQ or SmoothQuant with its options for each linear layer, by its name in the decoder layer.
-        stored: the dtype of each parameter in the checkpoint, by its name in the decoder layer.
-        place: where it is computed.
-        architecture, head_dim: for AWQ and SmoothQuant: what feeds what, and the width of an attention head.
-    """
-
-    name: str
-    methods: Mapping[str, Options]
-    stored: Mapping[str, torch.dtype]
-    place: Place
-    architecture: Architecture | None = None
-    head_dim: int = 0
-
-
 def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict[str, Quantized]:
     """Quantize linear layers of a decoder layer. Afterwards it holds the dequantized weights, ready to `propagate`.
 
@@ -73,13 +51,12 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
     }
     if job.architecture is not None:
         for fold in job.architecture.folds:
-            dtype = job.stored[f"{fold.source}.weight"]
             scaled = {target: m for target in fold.targets if isinstance(m := methods.get(target), AWQ)}
             if scaled:
-                scale_inputs(layer, fold, scaled, inputs, job.architecture, job.head_dim, dtype, job.place, job.name)
+                scale_inputs(layer, fold, scaled, inputs, job)
             smooth = next((m for target in fold.targets if isinstance(m := methods.get(target), SmoothQuant)), None)
             if smooth is not None:
-                smooth_inputs(layer, fold, smooth, inputs, job.architecture, job.head_dim, dtype, job.place, job.name)
+                smooth_inputs(layer, fold, smooth, inputs, job)
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..model_structure import Architecture
 from ..nn.replace import as_linear
-from ..quantizers import InputStatistics
+from ..quantizers import InputStatistics, Options
 
 Arguments = Mapping[str, Any]
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
@@ -53,6 +54,26 @@ class LayerInputs:
             seen += self.hidden[count].shape[0] * self.hidden[count].shape[1]
             count += 1
         return LayerInputs(self.hidden[:count], self.arguments)
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """What quantizing a decoder layer takes besides the layer and its inputs.
+
+    Args:
+        name: of the decoder layer, for messages.
+        methods: GPTQ, AWQ or SmoothQuant with its options for each linear layer, by its name in the decoder layer.
+        stored: the dtype of each parameter in the checkpoint, by its name in the decoder layer.
+        place: where it is computed.
+        architecture, head_dim: for AWQ and SmoothQuant: what feeds what, and the width of an attention head.
+    """
+
+    name: str
+    methods: Mapping[str, Options]
+    stored: Mapping[str, torch.dtype]
+    place: Place
+    architecture: Architecture | None = None
+    head_dim: int = 0
 
 
 class Stop(Exception):

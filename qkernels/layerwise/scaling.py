@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model_structure import Architecture, Fold
+from ..model_structure import Fold
 from ..quantizers import AWQ, SmoothQuant
 from ..quantizers.awq import ScaleChoice, fold_into_norm, fold_into_rows, search, weight_magnitude
 from ..quantizers.grid import checked_weight
 from .running import (
     LayerInputs,
+    LayerJob,
     Place,
     Stop,
     collect_statistics,
@@ -49,15 +50,7 @@ class HeadSharing:
 
 
 def scale_inputs(
-    layer: nn.Module,
-    fold: Fold,
-    methods: Mapping[str, AWQ],
-    inputs: LayerInputs,
-    architecture: Architecture,
-    head_dim: int,
-    stored_dtype: torch.dtype,
-    place: Place,
-    name: str,
+    layer: nn.Module, fold: Fold, methods: Mapping[str, AWQ], inputs: LayerInputs, job: LayerJob
 ) -> ScaleChoice:
     """Search the scale of one fold and apply it, in place: the layer still computes what it did.
 
@@ -65,40 +58,29 @@ def scale_inputs(
         layer: on the compute device.
         methods: AWQ for those of the fold's targets that will be quantized; at least one. The others are scaled too, since
             they read the same input, but have no say in how.
-        stored_dtype: of the source's parameters in the checkpoint.
-        name: of the layer, for messages.
+        job: with the architecture that the fold is of.
     """
     method = next(iter(methods.values()))
     inputs = inputs.first(method.search_tokens)
-    statistics = collect_statistics(layer, [next(iter(methods))], inputs, place)[next(iter(methods))]
+    statistics = collect_statistics(layer, [next(iter(methods))], inputs, job.place)[next(iter(methods))]
     weights = {
-        target: checked_weight(linear_of(layer, target).weight.data, f"{name}.{target}.weight").clone()
+        target: checked_weight(linear_of(layer, target).weight.data, f"{job.name}.{target}.weight").clone()
         for target in methods
     }
-    magnitude = statistics.mean_magnitude(f"{name}.{fold.targets[0]}")
+    magnitude = statistics.mean_magnitude(f"{job.name}.{fold.targets[0]}")
     of_weights = weight_magnitude(list(weights.values()), method.scheme.group_length(len(magnitude)))
-    sharing = _head_sharing(layer.get_submodule(fold.source), len(magnitude), head_dim)
+    sharing = _head_sharing(layer.get_submodule(fold.source), len(magnitude), job.head_dim)
     candidates = method.candidates(sharing.gather(magnitude), sharing.gather(of_weights))
     if fold.parent is None and len(weights) == 1:
-        loss = _own_loss(weights, methods, statistics.hessian(name))
+        loss = _own_loss(weights, methods, statistics.hessian(job.name))
     else:
-        loss = _parent_loss(layer, fold.parent or "", weights, methods, inputs, place)
+        loss = _parent_loss(layer, fold.parent or "", weights, methods, inputs, job.place)
     choice = search(candidates, lambda scales: loss(sharing.spread(scales)))
-    apply_fold(layer, fold, choice.scales, sharing, architecture.unit_offset_norms, stored_dtype)
+    apply_fold(layer, fold, choice.scales, sharing, *_of_source(job, fold))
     return choice
 
 
-def smooth_inputs(
-    layer: nn.Module,
-    fold: Fold,
-    method: SmoothQuant,
-    inputs: LayerInputs,
-    architecture: Architecture,
-    head_dim: int,
-    stored_dtype: torch.dtype,
-    place: Place,
-    name: str,
-) -> Tensor:
+def smooth_inputs(layer: nn.Module, fold: Fold, method: SmoothQuant, inputs: LayerInputs, job: LayerJob) -> Tensor:
     """Apply SmoothQuant's scale of one fold, in place: the layer still computes what it did. Returns the scales of the
     source's output channels.
 
@@ -108,13 +90,13 @@ def smooth_inputs(
     Args: as for `scale_inputs`.
     """
     first = fold.targets[0]
-    statistics = collect_statistics(layer, [first], inputs, place)[first]
-    largest = statistics.largest_magnitude(f"{name}.{first}")
-    weights = [checked_weight(linear_of(layer, t).weight.data, f"{name}.{t}.weight") for t in fold.targets]
+    statistics = collect_statistics(layer, [first], inputs, job.place)[first]
+    largest = statistics.largest_magnitude(f"{job.name}.{first}")
+    weights = [checked_weight(linear_of(layer, t).weight.data, f"{job.name}.{t}.weight") for t in fold.targets]
     of_weights = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-    sharing = _head_sharing(layer.get_submodule(fold.source), len(largest), head_dim)
+    sharing = _head_sharing(layer.get_submodule(fold.source), len(largest), job.head_dim)
     scales = method.scales(sharing.largest(largest), sharing.largest(of_weights))
-    apply_fold(layer, fold, scales, sharing, architecture.unit_offset_norms, stored_dtype)
+    apply_fold(layer, fold, scales, sharing, *_of_source(job, fold))
     return scales
 
 
@@ -133,6 +115,11 @@ def apply_fold(
         source.bias.data.copy_(new_bias)
     for target in fold.targets:
         linear_of(layer, target).weight.data.mul_(sharing.spread(scales))
+
+
+def _of_source(job: LayerJob, fold: Fold) -> tuple[bool, torch.dtype]:
+    """Of a fold's source: whether norms multiply by 1 + weight, and the dtype in the checkpoint."""
+    return job.architecture is not None and job.architecture.unit_offset_norms, job.stored[f"{fold.source}.weight"]
 
 
 def _head_sharing(source: nn.Module, channels: int, head_dim: int) -> HeadSharing:

@@ -10,6 +10,10 @@ A strip is 64 rows of the weight; N and K are padded to multiples of 64 with cod
 stored to the result, padded columns meet x = 0. Columns are stored in `k_order` (act-order: sorted by group); groups may have
 any length.
 
+What the two widths cost: codes of 2 bits take twice the bytes of a dense packing, of 3 bits 4/3, of 5 bits 8/5, of 6 bits 4/3
+and of 7 bits 8/7. A [4096, 4096] weight in w2a16_g128 is 8.25 MiB here and would be 4.25 MiB; a decoder, which is bound by
+bytes, gains nothing from 2 or 3 bits over 4 on these kernels.
+
 Width 4: of every 64 columns, byte j holds column j in its low nibble and column j + 32 in its high one. A tile of bytes is
 then two tiles of columns (`byte & 15` and `byte >> 4`) that multiply two plain tiles of x: no interleaving, which in Triton is
 a change of register layout. Width 8: byte j is column j. Scales of 64 rows lie next to each other, since threads of a warp

@@ -1,13 +1,13 @@
 """Several `QuantLinear` that read the same input as one packed matrix: q, k and v; gate and up.
 
 The layers stay what they are, modules with names, buffers and a state dict of their own. Fusing only makes their rows lie one
-after another in memory, each layer's buffers being slices of the whole; the first layer of a group that meets a token then
-multiplies it with the whole, and the others pick up their slices.
+after another in memory, each layer's buffers being slices of the whole. In a decode step the first layer of a group multiplies
+its tokens with the whole, and the others pick up their slices.
 
-What is kept between those calls is one token's result per thread, and nobody depends on it: a layer that does not find its slice
-for the very tensor it was given multiplies by itself. So results never change, and these run layer by layer: several tokens at
-once (the parts of the product would not be contiguous, and the calls saved do not count there), calls whose gradient is recorded,
-and compiled graphs.
+What is kept between those calls is one product per thread, of a few tokens, and nobody depends on it: a layer that does not
+find its slice for the very tensor it was given multiplies by itself. So results never change. These run layer by layer: more
+tokens than a decode step has (the calls that fusing saves do not count there), calls whose gradient is recorded, and compiled
+graphs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from ..model_structure import find_architecture, known_architectures
 from .huge_pages import on_huge_pages
 from .linear import BUFFERS, QuantLinear
 
+DECODE_TOKENS = 8  # measured: docs/cpu-fused.md
+
 _LAYING_OUT = threading.Lock()
 
 
 class _Product(NamedTuple):
-    """One token's product with the whole of a group, as far as it has not been picked up: slices by the `id` of their part."""
+    """A decode step's product with the whole of a group, as far as it was not picked up: slices by the `id` of their part."""
 
     group: weakref.ref[FusedGroup]
     x: Tensor
@@ -56,25 +58,28 @@ class FusedGroup:
     def multiply(self, part: QuantLinear, x: Tensor) -> Tensor | None:
         """`part(x)` from the product with the whole; None where the part has to multiply by itself.
 
-        Under `torch.inference_mode` torch does not count changes to x, so none may be made between the calls of the parts.
+        Between the calls of the parts nobody may write into the buffers in place; nor into x under `torch.inference_mode`, where
+        torch does not count changes.
         """
-        if x.numel() != part.in_features or _records_gradient(part, x):
+        if x.numel() > DECODE_TOKENS * part.in_features or _records_gradient(part, x):
             return None
         if part is self.parts[0]:
             whole = self._matrix()
             if whole is None:
                 return None
-            first, *others = torch.split(whole.forward(x), self._rows, -1)
+            first, *others = whole.forward(x).split_with_sizes(self._rows, -1)
             slices = {id(other): y for other, y in zip(self.parts[1:], others, strict=True)}
             _latest.product = _Product(weakref.ref(self), x, _conditions(x), slices)
-            return first
+            return first.contiguous()  # as it would be alone; a copy only if there are several tokens
         product = _latest.product
         if product is None or product.x is not x or product.group() is not self or product.conditions != _conditions(x):
+            return None
+        if self._addresses != self._current_addresses():  # loaded since
             return None
         y = product.slices.pop(id(part), None)
         if not product.slices:
             _latest.product = None
-        return y
+        return None if y is None else y.contiguous()
 
     def reasons(self) -> list[str]:
         """Why the layers cannot be one matrix; empty if they can."""
@@ -96,17 +101,20 @@ class FusedGroup:
 
     def lay_out(self) -> None:
         """Put the parts' buffers one after another, and make each part's buffers slices of the whole."""
-        self._whole = None
-        self._addresses = self._current_addresses()
-        if self.reasons():
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            self._whole = _whole_of(self.parts)
-            first_row = 0
-            for part in self.parts:
-                _share_rows(self._whole, part, first_row)
-                first_row += part.out_features
-        self._addresses = self._current_addresses()
+        whole = None
+        if not self.reasons():
+            with torch.inference_mode(False), torch.no_grad():
+                whole = _whole_of(self.parts)
+                first_row = 0
+                for part in self.parts:
+                    _share_rows(whole, part, first_row)
+                    first_row += part.out_features
+        self._whole, self._addresses = whole, self._current_addresses()
+
+    def part_changed(self) -> None:
+        """Let go of the whole if a part left it, so that no weight is held twice until the next decode step."""
+        if self._addresses != self._current_addresses():
+            self._whole, self._addresses = None, ()
 
     def _matrix(self) -> QuantLinear | None:
         """The whole, laid out again if something (loading, moving, casting, copying) gave a part other memory."""
@@ -117,8 +125,8 @@ class FusedGroup:
         return self._whole
 
     def _current_addresses(self) -> tuple[int, ...]:
-        tensors = [t for part in self.parts for t in (*part._buffers.values(), part.bias)]
-        return tuple(0 if t is None else t.data_ptr() for t in tensors)
+        tensors = [t for part in self.parts for t in (*part._buffers.values(), part.bias) if t is not None]
+        return tuple([t.data_ptr() for t in tensors])
 
 
 @dataclass
@@ -206,7 +214,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 def _conditions(x: Tensor) -> tuple[object, ...]:
     """What must not change between the calls of the parts, beside which tensor x is."""
     autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    return (None if x.is_inference() else x._version, autocast)
+    return (None if x.is_inference() else x._version, autocast, torch.is_inference_mode_enabled())
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import ArgumentError, QKernelsError, TensorError
 from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
 from ..layouts import empty_buffers, get_layout, unpack_checked
-from ..quantizers import RTN
+from ..quantizers import NF4, RTN
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from .huge_pages import on_huge_pages
@@ -140,7 +140,7 @@ class QuantLinear(nn.Module):
         cls,
         linear: nn.Linear,
         scheme: QuantScheme | str,
-        method: RTN | None = None,
+        method: RTN | NF4 | None = None,
         on_unsupported: OnUnsupported = "raise",
         name: str = "weight",
     ) -> QuantLinear:
@@ -149,7 +149,7 @@ class QuantLinear(nn.Module):
         Args:
             linear: the layer; its device and dtype are kept.
             scheme: a `QuantScheme` or its short form.
-            method: how to round; `RTN()` if None.
+            method: how to round; `RTN()` if None. `NF4(double_quant=True)` for a codebook whose scales are rounded, too.
             name: how error messages call the weight.
 
         Raises:
@@ -180,7 +180,7 @@ class QuantLinear(nn.Module):
                 self.layout, rows, *buffers,
                 in_features=self.in_features, out_features=self.out_features, scheme=self.scheme,
             )  # fmt: skip
-        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def quant_tensor(self) -> QuantTensor:
         """The weight in canonical form, bit for bit what was packed."""
@@ -209,6 +209,8 @@ class QuantLinear(nn.Module):
         for name in BUFFERS:
             self.register_buffer(name, buffers.get(name))
         self._device_type = self.qweight.device.type
+        if self.fused is not None:
+            self.fused.part_changed()
 
     def _pack(self, weight: QuantTensor, device: torch.device) -> None:
         packed = get_layout(self.layout).pack(weight)

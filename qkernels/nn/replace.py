@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
 from ..model_structure import is_conv1d
+from ..quantizers import NF4, RTN
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
 from .fused import FuseReport, fuse_linear
@@ -61,6 +62,7 @@ def replace_linear(
     fuse: bool = False,
     on_unsupported: OnUnsupported = "raise",
     progress: bool = True,
+    method: RTN | NF4 | None = None,
 ) -> ReplaceReport:
     """Round every linear layer's weight to `scheme` and swap in a `QuantLinear`, in place.
 
@@ -78,27 +80,32 @@ def replace_linear(
         on_unsupported: "raise" before anything is changed; "skip" leaves the layer as it is, with the reason in the report;
             "reference" runs it on the slow plain-PyTorch kernel.
         progress: show a progress bar if it takes more than two seconds.
+        method: how to round; `RTN()` if None. Its options are taken, its scheme is not: `NF4(double_quant=True)` with "nf4_g64".
 
     Returns:
         The report: `.replaced`, `.skipped[name] = reason`, `.bytes_before`, `.bytes_after` of the whole model, `.fusing`.
 
     Raises:
-        SchemeError: a scheme cannot be parsed.
+        SchemeError: a scheme cannot be parsed, or is none that the method rounds to.
         ArgumentError: a pattern matches no layer, a weight is NaN or infinite, or there is nothing to replace.
         UnsupportedProblem: no kernel takes a layer; the model is untouched.
     """
     scheme = QuantScheme.parse(scheme)
     rules = {pattern: QuantScheme.parse(s) for pattern, s in (overrides or {}).items()}
+    rounding = {s: (method or RTN()).with_scheme(s) for s in (scheme, *rules.values())}
     include, exclude = as_patterns(include), as_patterns(exclude) or ()
     report = ReplaceReport(bytes_before=model_bytes(model))
     chosen = choose_layers(model, include, exclude, report)
     check_patterns([*(include or ()), *rules], linear_names(model))
     schemes = {name: next((s for p, s in rules.items() if matches(name, p)), scheme) for name in chosen}
     _check_supported(chosen, schemes, on_unsupported, report)
-    for name, linear in tqdm(list(chosen.items()), desc="quantizing", unit="layer", delay=2, disable=not progress):
+    for name in tqdm(list(chosen), desc="quantizing", unit="layer", delay=2, disable=not progress):
+        linear = chosen.pop(name)  # so that the float weight is freed when its layer is swapped, not at the end
         if name in report.skipped:
             continue
-        layer = QuantLinear.from_linear(linear, schemes[name], on_unsupported=on_unsupported, name=f"{name}.weight")
+        layer = QuantLinear.from_linear(
+            linear, schemes[name], rounding[schemes[name]], on_unsupported, f"{name}.weight"
+        )
         report.replaced[name] = Replaced(schemes[name], layer.layout, tensor_bytes(linear.weight), packed_bytes(layer))
         set_module(model, name, layer)
     if not report.replaced:

@@ -352,6 +352,14 @@ def test_the_page_has_its_pictures(small_run: results.Run, tmp_path: Path) -> No
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert len(pictures) == 3
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    results.write(small_run, tmp_path / "kernels.json")
+    models.write(
+        [models.measure("tiny", "int4", "eager", CPU, 8, 2, 1)],
+        environment.describe(CPU),
+        tmp_path / "models-tiny.json",
+    )
+    assert [p.name for p in sorted(tmp_path.glob("*.json")) if report.holds_kernels(p)] == ["kernels.json"]
+    assert "| tiny " in report.page([], [], tmp_path, [(tmp_path / "models-tiny.md").read_text()]).read_text()
     (tmp_path / "q.json").write_text('[{"method": "rtn"}]')
     with pytest.raises(ArgumentError, match="method, label, bytes and perplexity"):
         report.read_quality(tmp_path / "q.json")

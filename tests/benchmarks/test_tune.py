@@ -130,7 +130,7 @@ class Counting:
         return lambda: float(len(calls))
 
 
-def test_measuring_checks_the_output_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_checks_the_output_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On compiled PTX in its interpreter: one kernel is right; the other is mutated, then refused."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from triton.runtime.errors import OutOfResources
@@ -142,6 +142,7 @@ def test_measuring_checks_the_output_first(monkeypatch: pytest.MonkeyPatch) -> N
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             raise OutOfResources(200_000, 166_912, "shared memory")
 
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(jit, "gemv", Executed(jit.gemv))
     monkeypatch.setattr(tune.environment, "cache_bytes", lambda device: 1 << 11)
     gemv, gemm = Config("gemv", 1, 16, 64, 0, 4, 2), Config("gemm", 16, 32, 64, 0, 4, 2)

@@ -62,7 +62,7 @@ def test_the_file_has_its_tensors_where_the_header_says(tmp_path: Path) -> None:
 
 def test_other_logits_are_not_timed() -> None:
     with pytest.raises(RuntimeError, match="no match, no number"):
-        llama_cpp.check({"a": torch.randn(1000), "b": torch.randn(1000)})
+        llama_cpp.check({"a": torch.randn(1000), "b": torch.randn(1000)}, "a")
 
 
 @pytest.mark.skipif(HERE, reason="llama-cpp-python is installed")

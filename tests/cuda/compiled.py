@@ -124,11 +124,11 @@ def compiled_usages(unit: str, arch: str) -> dict[str, Usage]:
 
 
 @functools.cache
-def sass(source: Path, arch: str) -> dict[str, list[str]]:
+def sass(source: Path, arch: str, bug: str | None = None) -> dict[str, list[str]]:
     """The instructions of each kernel, such as `LDGSTS.E.BYPASS.128 [R7], desc[UR4][R2.64]`."""
     nvdisasm = find_nvdisasm()
     assert nvdisasm is not None
-    command = [str(nvdisasm), "-c", str(compile_source(source, arch, "cubin")[0])]
+    command = [str(nvdisasm), "-c", str(compile_source(source, arch, "cubin", bug)[0])]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     sections = re.split(r"\.section\s+\.text\.([\w$]+)", text)
     lines = {

@@ -58,11 +58,12 @@ SAMPLE_BUGS = (
 # Units: what is built together. `sample` is the lab's own kernel.
 SOURCES: dict[str, tuple[Path, ...]] = {
     "sample": (SAMPLE,),
+    "wgmma": (HOST / "launch_wgmma.cpp",),
     "mma_tile": (*sorted(CUDA.glob("*.cu")), HOST / "launch_mma_tile.cpp", HOST / "launch_checks.cpp"),
 }
 # The bugs that the sample can be asked to contain (-DQK_BUG_...). The kernels have none in their text: for them a bug is a
 # change of one line, made to a copy of csrc/cuda (mutants.py).
-BUGS: dict[str, tuple[str, ...]] = {"sample": SAMPLE_BUGS, "mma_tile": tuple(MUTANTS)}
+BUGS: dict[str, tuple[str, ...]] = {"sample": SAMPLE_BUGS, "wgmma": (), "mma_tile": tuple(MUTANTS)}
 
 
 @dataclass(frozen=True)

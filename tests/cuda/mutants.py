@@ -22,6 +22,8 @@ GEMM = ("gemm_sm80_f16.cu", "gemm_sm80.cuh")
 A8 = ("gemm_a8.cu", "gemm_a8.cuh")
 QUANTIZE = ("gemm_a8.cu", "quantize_a8.cuh")
 WGMMA = ("gemm_sm90.cu", "gemm_sm90.cuh")
+IGMMA = ("gemm_a8_sm90.cu", "gemm_a8_sm90.cuh")
+NO_ROW_MASK = ("output.cuh", "if (m < out.M && n < out.N_pad) store", "if (n < out.N_pad) store")
 
 MUTANTS: dict[str, Mutant] = {
     # Scales are copied by some lanes for all, and slots are reused: without the warp's barrier lanes race.
@@ -41,30 +43,52 @@ MUTANTS: dict[str, Mutant] = {
     "DECODE_NO_CLAMP": Mutant(
         "decode.cu", "copy.cuh", "column = column < 0 ? 0 : column >= a.K ? a.K - 1 : column;", ""
     ),
-    "GEMM_NO_ROW_MASK": Mutant(*GEMM, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
+    "GEMM_NO_ROW_MASK": Mutant("gemm_sm80_f16.cu", *NO_ROW_MASK),
     "A8_NO_BARRIER": Mutant(*A8, "__syncthreads();  // everybody's copies of this slot", "// "),
     "A8_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*A8, "__syncthreads();  // the exchange lies over stages", "// "),
     "A8_SHORT_WAIT": Mutant(*A8, "cp_async_wait<kStagesA8 - 2>();", "cp_async_wait<kStagesA8 - 1>();"),
-    "A8_NO_ROW_MASK": Mutant(*A8, "if (m >= p.out.M || n >= p.out.N_pad) continue;", "if (n >= p.out.N_pad) continue;"),
+    "A8_NO_ROW_MASK": Mutant("gemm_a8.cu", *NO_ROW_MASK),
     "A8_LOST_GROUP": Mutant(*A8, "if (used.left == 1 || step + 1 == end)", "if (step + 1 == end)"),
     "A8_NO_BARRIER_FOR_THE_MAXIMUM": Mutant(*QUANTIZE, "  __syncthreads();\n", ""),
     "A8_WRONG_ORDER": Mutant(*QUANTIZE, "const int j = i / 8 + i % 2 * 2;", "const int j = i / 8 * 2 + i % 2;"),
-    "WGMMA_NO_WAIT": Mutant(*WGMMA, "      wgmma_wait<0>();\n      wgmma_results", "      wgmma_results"),
-    "WGMMA_SHORT_WAIT": Mutant(*WGMMA, "wgmma_wait<1>();  // the step before", "wgmma_wait<2>();  // "),
-    "WGMMA_NO_FENCE": Mutant(*WGMMA, "wgmma_fence();\n#pragma unroll", "\n#pragma unroll"),
+    "WGMMA_NO_WAIT": Mutant(*WGMMA, "      wgmma_wait<0>();\n      wgmma_results(sums)", "      wgmma_results(sums)"),
+    "WGMMA_SCALED_NO_WAIT": Mutant(*WGMMA, "wgmma_wait<0>();\n    wgmma_results(totals)", "wgmma_results(totals)"),
+    "WGMMA_SHORT_WAIT": Mutant(*WGMMA, "wgmma_wait<2>();  // the one before", "wgmma_wait<3>();  // "),
+    # Right, and slow: the tensor cores are empty whenever a fragment is ready.
+    "WGMMA_SERIAL": Mutant(*WGMMA, "wgmma_wait<2>();  // the one before", "wgmma_wait<0>();  // "),
+    "WGMMA_NO_FENCE": Mutant(*WGMMA, "wgmma_fence();\n      wgmma", "\n      wgmma"),
     "WGMMA_WRONG_PHASE": Mutant(
-        *WGMMA, "mbarrier_wait(at.full(), at.parity);", "mbarrier_wait(at.full(), at.parity ^ 1);"
+        *WGMMA, "mbarrier_wait(ring.full(), ring.parity);", "mbarrier_wait(ring.full(), ring.parity ^ 1);"
     ),
     "WGMMA_PRODUCER_DOES_NOT_WAIT": Mutant(*WGMMA, "mbarrier_wait(ring.empty(), ring.parity ^ 1);", ""),
-    "WGMMA_WRONG_SWIZZLE": Mutant("gemm_sm90.cu", "ptx_sm90.cuh", "uint64_t{1} << 62", "uint64_t{2} << 62"),
+    "WGMMA_WRONG_SWIZZLE": Mutant(
+        "gemm_sm90.cu", "ptx_sm90.cuh", "uint64_t{128 / kRowBytes} << 62", "uint64_t{2} << 62"
+    ),
     "WGMMA_NO_PROXY_FENCE": Mutant(*WGMMA, "    fence_async_proxy();\n", ""),
     "WGMMA_EARLY_RELEASE": Mutant(
         *WGMMA,
-        "__syncwarp();  // all lanes have read the stage\n    if (lane == 0) mbarrier_arrive(empty)",
-        "if (lane == 0) mbarrier_arrive(empty)",
+        "__syncwarp();  // all lanes have read the stage\n    if (lane == 0 && before",
+        "if (lane == 0 && before",
     ),
-    "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kWgmmaConsumers);", ""),
+    "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kConsumers);", ""),
     "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
+    "WGMMA_NO_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // all blocks' totals", "// "),
+    "WGMMA_NO_LAST_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // nobody", "// "),
+    "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M) store_y", "store_y"),
+    "IGMMA_NO_WAIT": Mutant(*IGMMA, "    wgmma_wait<0>();\n    wgmma_results(sums);\n    release", "    release"),
+    "IGMMA_SHORT_WAIT": Mutant(*IGMMA, "wgmma_wait<1>();  // the first fragment", "wgmma_wait<2>();  // "),
+    "IGMMA_NO_FENCE": Mutant(*IGMMA, "    wgmma_fence();\n", ""),
+    "IGMMA_WRONG_PHASE": Mutant(
+        *IGMMA, "mbarrier_wait(ring.full(), ring.parity);", "mbarrier_wait(ring.full(), ring.parity ^ 1);"
+    ),
+    "IGMMA_WRONG_SWIZZLE": Mutant(
+        "gemm_a8_sm90.cu", "ptx_sm90.cuh", "uint64_t{128 / kRowBytes} << 62", "uint64_t{1} << 62"
+    ),
+    # One step after its group has ended, the slot holds what another group or nobody wrote.
+    "IGMMA_SCALES_TOO_LATE": Mutant(*IGMMA, "walk.left == 1 || step + 1 == end ?", "step + 1 == end ?"),
+    "IGMMA_EARLY_RELEASE": Mutant(*IGMMA, "__syncwarp();  // all lanes have read the stage\n", "\n"),
+    "IGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*IGMMA, "named_barrier_sync(1, kConsumersA8);", ""),
+    "IGMMA_NO_ROW_MASK": Mutant(*IGMMA, "m < p.out.M && n < p.out.N_pad) {", "n < p.out.N_pad) {"),
 }
 
 

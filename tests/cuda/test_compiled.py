@@ -16,7 +16,6 @@ from .compiled import (
     NVCC,
     REGISTERS,
     SHARED_LIMITS,
-    compile_source,
     compiled_usages,
     device_sources,
     find_nvdisasm,
@@ -38,7 +37,7 @@ MULTIPROCESSORS = {"80": 108, "86": 82, "89": 128, "90a": 132, "120": 170}  # A1
 @every_architecture
 def test_no_kernel_spills(arch: str) -> None:
     kernels = compiled_usages("mma_tile", arch)
-    assert 40 < len(kernels) <= 96  # what a build of six minutes has room for
+    assert 40 < len(kernels) <= 120  # 46 of which are more than traps on sm_90a alone
     assert f"**{len(kernels)} kernel instances**" in LOG.read_text()
     for kernel in kernels.values():
         assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel
@@ -55,6 +54,8 @@ def chosen(arch: str, M: int, N: int, K: int, bits: int, half: bool) -> list[Lau
     )
     card = {
         "group_bytes": 128,
+        "short_groups": 0,
+        "float_zeros": 0,
         "half": int(half),
         "aligned": 1,
         "sm": int(arch.rstrip("a")),
@@ -108,7 +109,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "reduce": (r"LDG\.E\.64",),
     "dequantize_tiles": (STORE,),
 }
-ON_HOPPER = {"gemm_wgmma"}  # test_hopper_has_wgmma_and_tma
+ON_HOPPER = {"gemm_wgmma", "gemm_a8_wgmma"}  # test_hopper_has_wgmma_and_tma, test_compiled_a8_sm90.py
 
 
 def family_of(kernel: str) -> str:
@@ -163,18 +164,24 @@ def test_loads_at_the_start_of_a_step_would_be_seen() -> None:
 
 @needs_nvdisasm
 def test_hopper_has_wgmma_and_tma() -> None:
-    """A from registers and B through a descriptor; x by tiles, the weight by bulk copies; and the compiler lets them overlap."""
+    """A from registers and B through a descriptor; x by tiles, the weight by bulk copies (overlap: test_compiled_sm90.py)."""
     kernels = sass(HOPPER, "90a")
-    assert len(kernels) == 16
+    assert len(kernels) == 36
     for name, body in kernels.items():
         text = "\n".join(body)
         assert re.search(
-            rf"^HGMMA\.64x{'128' if 'ELi128EEE' in name else '64'}x16\.F32.* R\d+, gdesc", text, re.MULTILINE
+            rf"^HGMMA\.64x{name.split('EEELi')[1].split('EEE')[0]}x16\.F32.* R\d+, gdesc", text, re.MULTILINE
         ), name
-        for instruction in (r"UTMALDG\.2D", "UBLKCP", r"SYNCS\.PHASECHK", r"USETMAXREG\.DEALLOC", "USETMAXREG"):
+        for instruction in (
+            r"UTMALDG\.2D",
+            "UBLKCP",
+            r"SYNCS\.PHASECHK",
+            r"USETMAXREG\.DEALLOC",
+            "USETMAXREG",
+            "UCGABAR_ARV",
+        ):
             assert re.search(rf"^{instruction}", text, re.MULTILINE), (name, instruction)
         assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name
-    assert "serialized" not in compile_source(HOPPER, "90a", "cubin")[1]
 
 
 @needs_nvdisasm

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor
 
 from qkernels import QuantTensor
-from qkernels.layouts import get_layout
 from tests.cuda import calls, emulator
 from tests.cuda.calls import DTYPES, TYPES, in_room
+from tests.cuda.calls_a8 import expected, multiply_call, noise, quantized
 from tests.cuda.emulator import SCHEDULES, Call
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
@@ -21,56 +19,6 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 DATA_RACE = "WARNING: ThreadSanitizer: data race"
 
 
-def tokens_for(M: int) -> int:
-    return 32 if M <= 32 else 64 if M <= 64 else 128
-
-
-def multiply_call(
-    weight: QuantTensor, x: Tensor, bias: Tensor | None = None, tokens: int | None = None, splits: int = 1
-) -> Call:
-    """y and workspace, of exactly the size that is asked for, start as NaN."""
-    weight_buffers, weight_integers = calls.weight_arguments(weight, get_layout("mma_tile_a8"))
-    x_buffers, x_integers = calls.x_arguments(x)
-    more = {"type": TYPES[x.dtype], "bias_type": TYPES[None if bias is None else bias.dtype]}
-    shape = {"tokens": tokens or tokens_for(x.shape[0]), "splits": splits}
-    integers = {**weight_integers, **x_integers, **more, **shape}
-    size = torch.zeros(1, dtype=torch.int64)
-    buffers: dict[str, Tensor | None] = {**weight_buffers, **x_buffers, "bias": bias}
-    emulator.run(calls.UNIT, Call("workspace_a8", {**buffers, "bytes": size}, integers))
-    buffers["workspace"] = torch.full((int(size) // 4,), float("nan"))
-    buffers["y"] = torch.full((x.shape[0], weight.N), float("nan"), dtype=x.dtype)
-    return Call("multiply_a8", buffers, integers)
-
-
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 `[M, K]` and fp32 `[M, 1]`: the definition, each operation rounded by itself."""
-    scales = x.float().abs().amax(1, keepdim=True) / 127
-    return torch.where(scales > 0, torch.round(x.float() / scales), 0).long(), scales
-
-
-def expected(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, splits: int = 1) -> Tensor:
-    """y where the scaled sums of groups add up without rounding (checked): integers, then fp32 as gemm_a8.cuh says."""
-    q, token_scales = quantized(x)
-    codes, scales = weight.codes.long() - weight.scheme.mid_code, weight.scales.double()
-    order, groups = weight.k_order(), weight.column_groups()
-    stored = torch.arange(weight.K) if order is None else order.long()
-    steps = (weight.K + 63) // 64
-    each, more = divmod(steps, splits)  # the first parts have one step more
-    bounds = [64 * (each * split + min(split, more)) for split in range(splits + 1)]  # in the order that is stored
-    unit = scales.abs().amin()
-    assert (scales / unit).frac().abs().sum() == 0
-    y, magnitude = torch.zeros(x.shape[0], weight.N), torch.zeros(x.shape[0], weight.N).double()
-    for part in (stored[begin:end] for begin, end in pairwise(bounds)):
-        total = torch.zeros_like(magnitude)
-        for group in groups[part].unique():
-            those = part[groups[part] == group]
-            total += (q[:, those] @ codes[:, those].T).double() * scales[:, group]
-            magnitude += (q[:, those].abs() @ codes[:, those].abs().T).double() * scales[:, group].abs()
-        y = y + total.float() * token_scales
-    assert weight.K == 0 or magnitude.max() / unit < 2**24, "the inputs are too large to be exact"
-    return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
 def check(
     weight: QuantTensor,
     x: Tensor,
@@ -78,17 +26,14 @@ def check(
     tokens: int | None = None,
     splits: int = 1,
     schedule: str = "ascending",
+    path: str = "gemm",
 ) -> None:
-    call = multiply_call(weight, x, bias, tokens, splits)
+    call = multiply_call(weight, x, bias, tokens, splits, path)
     emulator.run(calls.UNIT, call, schedule)
     y = call.buffers["y"]
     assert y is not None
     wrong = (y != expected(weight, x, bias, splits)).nonzero()
     assert len(wrong) == 0, f"{len(wrong)} of {y.numel()} differ, the first at [m, n] = {wrong[0].tolist()}"
-
-
-def noise(M: int, K: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @dtypes
@@ -235,25 +180,7 @@ def test_what_is_not_finite_is_not_hidden(value: float, dtype: torch.dtype) -> N
     assert torch.equal(y[::2], right[::2])
 
 
-# --- the choice, and what is refused -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("M", "N", "K", "tokens", "splits"),
-    [
-        (1, 4096, 4096, 32, 8),
-        (1, 4096, 448, 32, 1),
-        (64, 4096, 4096, 64, 4),
-        (65, 64, 4096, 128, 8),
-        (4096, 4096, 4096, 128, 1),
-    ],
-)
-def test_the_choice_fills_the_card(M: int, N: int, K: int, tokens: int, splits: int) -> None:
-    """132 multiprocessors: blocks of 4 (32 tokens) or 2 strips."""
-    config = torch.zeros(2, dtype=torch.int32)
-    weight = {"N": N, "K": K, "bits": 4, "group": 64, "scale_type": 3, "zero_type": 0, "zeros_are_offsets": 0}
-    emulator.run(calls.UNIT, Call("choose_a8", {"config": config}, {**weight, "M": M, "multiprocessors": 132}))
-    assert config.tolist() == [tokens, splits]
+# --- what is refused ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrong", [{"zero_type": 1}, {"group": 16}, {"splits": 0}, {"tokens": 96}])

@@ -26,21 +26,29 @@ def choose(M: int, N: int, K: int, sm: int, **more: int) -> tuple[list[int], flo
     )
     problem = {
         "M": M, "N": N, "K": K, "bits": 4, "group_bytes": 128, "half": 0, "aligned": 1, "sm": sm, "multiprocessors": CARDS[sm],
-        "half_accumulate": 0, "decode_only": 0, **more,
+        "short_groups": 0, "float_zeros": 0, "half_accumulate": 0, "decode_only": 0, **more,
     }  # fmt: skip
     emulator.run(calls.UNIT, emulator.Call("choose", {"config": config, "ns": ns, "text": text}, problem))
     return config.tolist(), float(ns), bytes(text.tolist()).split(b"\0")[0].decode()
 
 
-def predict(M: int, N: int, K: int, sm: int, config: list[int]) -> float:
+def predict(M: int, N: int, K: int, sm: int, config: list[int], **more: int) -> float:
     """Predicted nanoseconds of a given configuration, 4 bit."""
     ns = torch.zeros(1, dtype=torch.float64)
     problem = {
         "M": M, "N": N, "K": K, "bits": 4, "group_bytes": 128, "half": 0, "aligned": 1, "sm": sm, "multiprocessors": CARDS[sm],
+        "short_groups": 0, "float_zeros": 0, **more,
     }  # fmt: skip
     fields = dict(zip(("path", "tokens", "warps_n", "warps_k", "splits", "half_accumulate"), config))
     emulator.run(calls.UNIT, emulator.Call("predict", {"ns": ns}, {**problem, **fields}))
     return float(ns)
+
+
+def wgmma_ring(tokens: int, stage: int) -> tuple[int, int]:
+    """Stages and bytes of each: as many as fit, 16 at most; two blocks of the small tiles share a multiprocessor."""
+    one = -(-(tokens * 128 + (1 if tokens <= 32 else 2) * stage) // 1024) * 1024
+    room = 228 * 1024 // (2 if tokens <= 32 else 1) - 1024
+    return min(16, (room - 1024) // (one + 16)), one
 
 
 def shared_bytes(M: int, K: int, config: list[int], bits: int, group_bytes: int) -> int:
@@ -51,7 +59,8 @@ def shared_bytes(M: int, K: int, config: list[int], bits: int, group_bytes: int)
         stages = 5 if tokens == 32 and bits <= 4 else 4
         return -(-steps // splits) * M * 128 + warps_n * warps_k * max(stages * stage, tokens * 68 * 4)
     if path == 3:
-        return 1024 + 6 * (-(-(tokens * 128 + 2 * stage) // 1024) * 1024 + 16)
+        stages, one = wgmma_ring(tokens, stage)
+        return 1024 + max(stages * (one + 16), (1 if tokens <= 32 else 2) * tokens * 68 * 4)
     strips = 4 if tokens == 32 else 2
     return (4 if bits <= 4 else 3) * (-(-strips * stage // 128) * 128 + tokens * 128)
 
@@ -72,7 +81,7 @@ def test_every_choice_can_run(sm: int) -> None:
                 assert tokens >= min(M, 32)
                 assert (
                     path == 1
-                    or (path == 3 and sm == 90 and M > 32)
+                    or (path == 3 and sm == 90 and M > 32 and wgmma_ring(tokens, 2048 if bits == 4 else 4096)[0] >= 4)
                     or (warps_n * warps_k in (4, 8, 16) and tokens >= M)
                 )
 
@@ -87,7 +96,7 @@ class OnTheWay:
 
 
 def on_the_way(M: int, N: int, K: int, sm: int, config: list[int], bits: int) -> OnTheWay:
-    """Of decode and gemm_sm80, groups of 128 with 16-bit scales; from the kernels' text, not from the heuristics'."""
+    """Groups of 128 with 16-bit scales; from the kernels' text, not from the heuristics'."""
     path, tokens, warps_n, warps_k, splits, _ = config
     stage, strips, steps = (2048 if bits <= 4 else 4096) + 128, -(-N // 64), -(-K // 64)
     limit = SHARED[sm] * 1024 + 1024  # of a multiprocessor; each block takes 1 KB more than it asks for
@@ -153,6 +162,37 @@ def test_paths_by_tokens(sm: int) -> None:
     assert choose(32, 8192, 8192, sm, decode_only=1)[0][0] == 0
 
 
+def test_every_tile_of_gemm_sm90_is_chosen_somewhere() -> None:
+    """64 x 16 and 64 x 32 where K is short, so that a split would cost more than it brings; 128 x 256 where M fills it."""
+    problems = {
+        16: (40, 5120, 512),
+        32: (64, 4096, 1024),
+        64: (64, 8192, 8192),
+        128: (96, 14336, 4096),
+        256: (512, 8192, 8192),
+    }
+    for tokens, (M, N, K) in problems.items():
+        config, _, text = choose(M, N, K, 90)
+        assert config[:2] == [3, tokens], text
+
+
+@pytest.mark.parametrize(
+    "kind", [{"short_groups": 1, "group_bytes": 512}, {"float_zeros": 1, "group_bytes": 256}], ids=str
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_short_groups_and_float_zeros_go_where_the_prediction_says(bits: int, kind: dict[str, int]) -> None:
+    """Past 32 tokens to gemm_sm90, which scales fragments for them, though more instructions move the choice of the tile; and
+    no tile of gemm_sm80 is predicted to be faster."""
+    for M in (48, 64, 128, 256, 1024):
+        config, ns, text = choose(M, 8192, 8192, 90, bits=bits, **kind)
+        assert config[0] == 3, text
+        others = [[1, tokens, 0, 0, splits, 0] for tokens in (32, 64, 128) for splits in (1, 2, 3, 4, 6, 8)]
+        assert ns < min(predict(M, 8192, 8192, 90, other, bits=bits, **kind) for other in others), text
+    assert choose(32, 8192, 8192, 90, bits=bits, **kind)[0][0] == 0
+    plain = predict(64, 8192, 8192, 90, [3, 64, 0, 0, 2, 0], bits=bits)
+    assert predict(64, 8192, 8192, 90, [3, 64, 0, 0, 2, 0], bits=bits, **kind) > 1.2 * plain
+
+
 def test_fp16_accumulation_only_where_it_is_allowed() -> None:
     assert choose(128, 8192, 8192, 89, half=1, half_accumulate=1)[0][5] == 1
     assert choose(128, 8192, 8192, 89, half=1)[0][5] == 0
@@ -170,4 +210,4 @@ def test_the_log_says_what_the_model_says() -> None:
     from tests.cuda import kernel_log
 
     text = kernel_log.LOG.read_text()
-    assert kernel_log.with_table(text) == text, "run `python -m tests.cuda.kernel_log`"
+    assert kernel_log.with_tables(text) == text, "run `python -m tests.cuda.kernel_log`"

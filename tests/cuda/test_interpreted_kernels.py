@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.strategies import random_weight
+
+from .calls_a8 import expected as expected_a8
+from .calls_a8 import multiply_call as multiply_a8_call
+from .calls_a8 import noise
 from .cases import CASES, Case
 from .compiled import needs_nvcc
 from .emulator import WHY_NOT
@@ -32,3 +37,20 @@ def test_there_are_no_bank_conflicts(case: Case) -> None:
         traffic = {opcode: one.shared(opcode) for opcode in HOT}
         factors = {opcode: t.used / t.least for opcode, t in traffic.items() if t.least}
         assert set(factors.values()) <= {1.0}, (one.launch.kernel, factors)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "M", "K", "tokens", "splits"),
+    [("w4a8_g32", 20, 128, 32, 1), ("w8a8_g128", 40, 192, 64, 2)],
+)
+def test_int8_products_are_exact_and_without_conflicts(scheme: str, M: int, K: int, tokens: int, splits: int) -> None:
+    """Quantization, m16n8k32.s8 and the sums of splits: y bit for bit, no races."""
+    weight, x = random_weight(scheme, 70, K, exact=True), noise(M, K, torch.float16)
+    call = multiply_a8_call(weight, x, None, tokens, splits)
+    launches = interpret("mma_tile", call)
+    assert len(launches) == (2 if splits == 1 else 3)
+    assert torch.equal(call.buffers["y"], expected_a8(weight, x, None, splits))  # type: ignore[arg-type]
+    for one in launches:
+        assert one.outcome.races == set()
+    factors = {opcode: t.used / t.least for opcode in HOT if (t := launches[1].shared(opcode)).least}
+    assert set(factors.values()) <= {1.0}, factors

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from qkernels import QuantLinear, QuantTensor, UnsupportedProblem
 from qkernels.errors import ArgumentError, SchemeError
-from qkernels.kernels import catalogue
+from qkernels.kernels import catalogue, native
 from qkernels.nn.linear import BUFFERS
 from tests.strategies import random_weight, same_weight
 
@@ -280,6 +283,40 @@ def test_autocast_runs_in_its_dtype() -> None:
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------------
+
+
+def torch_ops_of(call: Callable[[], object]) -> Counter[str]:
+    """How often each op was dispatched, composite ones and those inside other ops included."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    return Counter(event.name for event in recorded.events())
+
+
+COPIES = {"aten::copy_", "aten::contiguous", "aten::clone", "aten::to", "aten::_to_copy", "aten::zeros", "aten::cat"}
+
+
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96)])
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "allocations"),
+    [
+        ("w4a16_g32", torch.float32, 1),  # y
+        ("w4a16_g32", torch.bfloat16, 1 if native.status().isa == "avx512_bf16" else 2),  # and x in fp32
+        ("w4a8_g32", torch.bfloat16, 2),  # and the codes of x
+    ],
+)
+@torch.no_grad()
+def test_a_decode_step_copies_nothing(
+    shape: tuple[int, ...], scheme: str, dtype: torch.dtype, allocations: int
+) -> None:
+    layer = layer_of(scheme, K=96, bias=integers(70, dtype=dtype), dtype=dtype)
+    x = integers(*shape, dtype=dtype)
+    ops = torch_ops_of(lambda: layer(x))
+    assert ops[f"qkernels::gemm_{layer.layout}"] == 1
+    assert not COPIES & ops.keys()
+    assert ops["aten::empty"] == allocations
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # a cast that was asked for is seen
+        assert {"aten::to", "aten::copy_"} <= torch_ops_of(lambda: layer(x.half())).keys()
 
 
 def test_wrong_inputs_are_named() -> None:

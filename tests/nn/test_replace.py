@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from qkernels import RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
+from qkernels import GPTQ, NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
 from qkernels.calibrate import plan
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.nn.replace import model_bytes
+from qkernels.storage import TensorSource
+from qkernels.tensor import QuantTensor
 
 
 class Block(nn.Module):
@@ -160,6 +165,25 @@ def test_conv1d_of_gpt2_becomes_a_quant_linear(tmp_path: Path) -> None:
         assert torch.equal(load(tmp_path / "out")(ids).logits, got)
 
 
+def test_gpt2_as_it_lies_on_the_hub(tmp_path: Path) -> None:
+    """Saved without its head: names lack the prefix, and old masks lie among the tensors."""
+    tiny_gpt2().save_pretrained(tmp_path / "plain")
+    (tmp_path / "hub").mkdir()
+    source = TensorSource.open(tmp_path / "plain")
+    tensors = {name.removeprefix("transformer."): source.read(name) for name in source.names()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in (0, 1)}
+    save_file(tensors, tmp_path / "hub" / "model.safetensors")
+    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "hub")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "hub")(ids).logits, load(tmp_path / "plain")(ids).logits)
+        logits = []
+        for name in ("plain", "hub"):
+            quantize(tmp_path / name, GPTQ(4, 32), ids.repeat(4, 1), tmp_path / f"{name}4", seq_len=20, progress=False)
+            logits.append(load(tmp_path / f"{name}4")(ids).logits)
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_quantize_rounds_conv1d_as_replace_linear_does(stored: bool, tmp_path: Path) -> None:
     """In memory and from a directory: the same codes, and bytes as the plan says."""
@@ -227,9 +251,38 @@ def test_unsupported_layers_can_be_skipped_or_run_on_the_reference(model: Model)
     assert report.replaced["layers.0.up_proj"].layout == "cpu_tile_a16"
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("scheme", ["nf4_g64", "fp4_g32"])
+def test_a_float_model_goes_straight_into_a_codebook(model: Model, scheme: str, double_quant: bool) -> None:
+    """No calibration; on a CPU through the reference, which computes what the rounded weights would."""
+    rounded = copy.deepcopy(model)
+    method = NF4(double_quant=double_quant) if double_quant else None
+    report = replace_linear(model, scheme, on_unsupported="reference", method=method, progress=False)
+    assert [str(replaced.scheme) for replaced in report.replaced.values()] == [scheme] * 4
+    assert report.bytes_after < report.bytes_before
+    rounding = NF4(double_quant=double_quant).with_scheme(scheme)
+    with torch.no_grad():
+        for name in report.replaced:
+            linear, layer = rounded.get_submodule(name), model.get_submodule(name)
+            weight = rounding.quantize(linear.weight)
+            assert layer.scales.shape == (linear.out_features, -(-linear.in_features // rounding.group_size))
+            assert not torch.equal(linear.weight, weight.dequantize())
+            linear.weight.copy_(weight.dequantize())
+    ids = torch.arange(20)[None]
+    assert torch.equal(model(ids), rounded(ids))
+
+
+def test_codebooks_on_a_cpu_need_to_be_told_that_they_are_slow(model: Model) -> None:
+    before = copy.deepcopy(model)
+    with pytest.raises(UnsupportedProblem, match="reference"):
+        replace_linear(model, "nf4_g64", progress=False)
+    assert untouched(model, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"method": NF4()}, SchemeError, r"NF4 needs a codebook \(nf4_g64, fp4_g64\), got w4a16_g128"),
         ({"scheme": "int4"}, SchemeError, "a scheme looks like w4a16_g128"),
         ({"scheme": "w4a16_g0"}, SchemeError, "group_size must be a positive integer"),
         (
@@ -276,3 +329,22 @@ def test_an_encoder_of_transformers() -> None:
     assert len(report.replaced) == 2 * 6 + 1  # q, k, v, output, up, down in each layer, and the pooler
     cosine = torch.cosine_similarity(encoder(ids).last_hidden_state.flatten(1), expected.flatten(1))
     assert (cosine > 0.999).all()
+
+
+def test_float_weights_are_freed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a layer is packed, no float weight is alive but its own and those still to come; nor is a quantized one, unpacked."""
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    floats = [weakref.ref(layer.weight) for layer in model]
+    unpacked: list[weakref.ref[torch.Tensor]] = []
+    alive: list[tuple[int, int]] = []
+    pack = QuantLinear._pack
+
+    def counting(self: QuantLinear, weight: QuantTensor, device: torch.device) -> None:
+        unpacked.append(weakref.ref(weight.codes))
+        alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
+        pack(self, weight, device)
+
+    monkeypatch.setattr(QuantLinear, "_pack", counting)
+    replace_linear(model, "w4a16_g32", progress=False)
+    assert alive == [(4, 1), (3, 1), (2, 1), (1, 1)]
+    assert not any(ref() is not None for ref in (*floats, *unpacked))

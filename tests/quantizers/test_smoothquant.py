@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkernels import RTN, SmoothQuant
 from qkernels.errors import ArgumentError
-from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, run_layer
+from qkernels.layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, run_layer
 from qkernels.layerwise.scaling import HeadSharing, smooth_inputs
 from qkernels.model_structure import decoder_layers, foldable_architecture, head_dim
 from qkernels.quantizers import InputStatistics
@@ -71,19 +71,11 @@ def test_a_smoothed_layer_computes_what_it_did(model_type: str, alpha: float) ->
         hidden, arguments = capture_inputs(model, layers, [ids], torch.float64)
         inputs = LayerInputs(hidden, arguments[0])
         before = copy.deepcopy(layers[0].state_dict())
+        stored = {name: torch.float64 for name in before}
+        job = LayerJob("0", {}, stored, place, architecture, head_dim(model))
         (expected,) = run_layer(layers[0], inputs, place)
         for fold in architecture.folds:
-            smooth_inputs(
-                layers[0],
-                fold,
-                SmoothQuant(alpha=alpha),
-                inputs,
-                architecture,
-                head_dim(model),
-                torch.float64,
-                place,
-                "0",
-            )
+            smooth_inputs(layers[0], fold, SmoothQuant(alpha=alpha), inputs, job)
         (got,) = run_layer(layers[0], inputs, place)
     assert any(not torch.equal(before[name], value) for name, value in layers[0].state_dict().items())
     # the scales are fp32 numbers and used as they are: only float64 rounding is left, 2^-52 times some hundred operations

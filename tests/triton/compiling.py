@@ -5,6 +5,7 @@ Never in a process with TRITON_INTERPRET=1: Triton reads that when a kernel is d
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -41,6 +42,7 @@ class Machine:
     local: int
     shared: int
     ptx: str
+    seconds: float  # processor time of the compilation, ptxas included: wall time says more about what else runs here
 
 
 def variant(scheme: QuantScheme, K: int, dtype: str, config: Config, *, ordered: bool, bias: bool, split: bool) -> Any:
@@ -96,7 +98,9 @@ def compile_for(
             if name in names and signature[name] != "constexpr"
         },
     )
+    begin = os.times()
     compiled = triton.compile(source, target=GPUTarget("cuda", int(sm[2:]), 32), options=options)
+    seconds = sum(os.times()[:4]) - sum(begin[:4])  # of this process and of its children
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -105,4 +109,4 @@ def compile_for(
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
-    return Machine(registers, stack, local, compiled.metadata.shared, compiled.asm["ptx"])
+    return Machine(registers, stack, local, compiled.metadata.shared, compiled.asm["ptx"], seconds)

@@ -1,7 +1,9 @@
-"""Triton's interpreter with bfloat16 made right, and buffers that end where memory ends.
+"""Triton's interpreter (3.6 to 3.9) repaired, and buffers that end where memory ends.
 
-The interpreter keeps a block of bfloat16 as uint16 and computes on the bit patterns, without a word. Here such blocks are
-`ml_dtypes.bfloat16`, which rounds to nearest even. Imported in a process with TRITON_INTERPRET=1, before any kernel runs.
+All of them keep a block of bfloat16 as uint16 and compute on the bit patterns, without a word: here such blocks are
+`ml_dtypes.bfloat16`, which rounds to nearest even. A block of int1 combined with a scalar one becomes int32, which 3.9 then
+refuses as a mask. 3.6 takes the scalar out of an array of one element in a way that numpy 2.4 has no more.
+Imported in a process with TRITON_INTERPRET=1, before any kernel runs.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ _BF16 = np.dtype(ml_dtypes.bfloat16)
 _BUILDER = interpreter.InterpreterBuilder
 
 
-def repair_bfloat16() -> None:
+def repair() -> None:
     """Patch the functions through which values enter, leave and change type. Once per process."""
     numpy_dtype = interpreter._get_np_dtype
+    patch = interpreter._patch_lang_tensor
     cast, convert, dot = _BUILDER.cast_impl, _BUILDER.create_fp_to_fp, _BUILDER.create_dot
 
     def get(kind: Any) -> Any:
@@ -34,7 +37,7 @@ def repair_bfloat16() -> None:
         stored = np.dtype(np.uint16) if dtype == _BF16 else dtype
         fill = np.zeros(pointers.data.shape, dtype) if other is None else np.asarray(other.data).astype(dtype)
         values = interpreter._interpreter.load(
-            pointers.data, mask.data, np.ascontiguousarray(fill).view(stored), stored
+            pointers.data, mask.data.astype(bool), np.ascontiguousarray(fill).view(stored), stored
         )
         return interpreter.TensorHandle(values.view(dtype), kind)
 
@@ -42,7 +45,7 @@ def repair_bfloat16() -> None:
         data = value.data
         if pointers.get_element_ty() == tl.bfloat16:
             data = np.ascontiguousarray(data.astype(_BF16)).view(np.uint16)
-        return interpreter._interpreter.store(pointers.data, data, mask.data)
+        return interpreter._interpreter.store(pointers.data, data, mask.data.astype(bool))
 
     def cast_values(self: Any, value: Any, target: Any) -> Any:
         if tl.bfloat16 not in (value.dtype.scalar, target.scalar):
@@ -59,7 +62,11 @@ def repair_bfloat16() -> None:
             return value
         return interpreter.TensorHandle(value.data.astype(np.float32), tl.float32)
 
-    interpreter._get_np_dtype = get
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._get_np_dtype, interpreter._patch_lang_tensor = get, patch_tensor
     _BUILDER.create_masked_load, _BUILDER.create_masked_store = load, store
     _BUILDER.cast_impl, _BUILDER.create_fp_to_fp = cast_values, convert_floats
     _BUILDER.create_dot = lambda self, a, b, sums, *rest: dot(self, widened(a), widened(b), sums, *rest)

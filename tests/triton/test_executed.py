@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,12 +15,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from qkernels import QuantTensor
 from qkernels.kernels.triton import jit, launch
-from qkernels.kernels.triton.table import Config, read
+from qkernels.kernels.triton.table import Config, choose, read
 from qkernels.layouts import LAYOUTS
 from tests.cuda.ptx.program import PtxError
 from tests.strategies import random_weight
 
-from .executed import Executed
+from .executed import OPTIONS, Executed, specialized
 
 KERNELS = ("gemv", "gemm", "reduce_parts", "dequantize")
 GEMV = Config("gemv", 1, 16, 64, 0, 4, 2)
@@ -36,6 +36,14 @@ SHIPPED = [
     for config in dict.fromkeys(entry.config for entry in read()[sm])
     if (sm, config.block_m >= 64) != ("sm90", True)  # wgmma
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Binaries of this run only, each made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
 
 
 @pytest.fixture
@@ -118,6 +126,24 @@ def test_product_is_exact_where_bits_are_exact(kernels: Any, scheme: str, dtype:
     assert races(made) == set()
 
 
+@configs
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 64), (1, 64, 1), (2, 1, 1), (16, 16, 16), (3, 33, 49), (2, 15, 201)],
+    ids="{0[0]}x{0[1]}x{0[2]}".format,
+)
+def test_odd_shapes(kernels: Any, shape: tuple[int, int, int], config: Config) -> None:
+    """Triton compiles a number 1 into the code, and numbers and addresses that are multiples of 16 apart from others."""
+    made, (M, N, K) = kernels(), shape
+    for scheme in ("w4a16_g24_asym", "w8a16_channel"):
+        weight, x, bias, expected = problem(scheme, M, N, K, torch.bfloat16)
+        unaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(M, K)
+        for given in (x, unaligned):
+            assert torch.equal(product(weight, given, bias, config), expected)
+        assert torch.equal(dequantized(weight, torch.bfloat16), weight.dequantize(torch.bfloat16))
+    assert races(made) == set()
+
+
 @schemes
 @dtypes
 def test_dequantize_is_bit_identical(kernels: Any, scheme: str, dtype: torch.dtype) -> None:
@@ -137,6 +163,40 @@ def test_splits_add_up(kernels: Any, config: Config, dtype: torch.dtype, program
     assert torch.equal(product(weight, x, bias, replace(config, programs_per_sm=programs_per_sm)), expected)
     assert len(made["reduce_parts"].outcomes) == 1
     assert races(made) == set()
+
+
+@dataclass
+class Recorded:
+    """Stands in for a kernel, launches nothing, and keeps what Triton would compile for each launch."""
+
+    kernel: Any
+    binaries: list[str] = field(default_factory=list)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launched(*args: Any, **named: Any) -> None:
+            values = dict(zip(self.kernel.arg_names, args)) | {k: v for k, v in named.items() if k not in OPTIONS}
+            options = {k: v for k, v in named.items() if k in OPTIONS}
+            self.binaries.append(repr((specialized(self.kernel, values), options)))
+
+        return launched
+
+
+def test_no_number_of_tokens_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all numbers of tokens there are as many binaries as tiles, split or not: 4 tokens after 3 compile nothing."""
+    made = {name: Recorded(getattr(jit, name)) for name in KERNELS}
+    for name, kernel in made.items():
+        monkeypatch.setattr(jit, name, kernel)
+    weight = random_weight("w4a16_g64_asym", 512, 256)
+    seen: dict[Any, set[str]] = {}
+    for M in [*range(1, 140), 255, 256, 257, 1000, 2048, 4096]:
+        config = choose("sm90", M, 512, 256)
+        reductions = len(made["reduce_parts"].binaries)
+        product(weight, torch.zeros(M, 256, dtype=torch.float16), None, config)
+        split = len(made["reduce_parts"].binaries) > reductions
+        seen.setdefault((config, split), set()).add(made[config.kernel].binaries[-1])
+    assert all(len(binaries) == 1 for binaries in seen.values())
+    assert len(seen) > 5  # several tiles were met
+    assert len(set(made["reduce_parts"].binaries)) == 1
 
 
 # --- controls: each of the checks above can fail ------------------------------------------------------------------------------

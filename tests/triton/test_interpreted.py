@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` with TRITON_INTERPRET=1, which Triton reads once per process, and so in one of its own."""
+"""Runs `interpreted.py` and `interpreted_ops.py` with TRITON_INTERPRET=1, which Triton reads once, in a process of their own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 
 
 def test_every_kernel_and_format_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("interpreted.py")
+    here = Path(__file__).parent
+    files = [str(here / name) for name in ("interpreted.py", "interpreted_ops.py")]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     env.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, env=env, cwd=file.parents[2], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=env, cwd=here.parents[1], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None

@@ -20,6 +20,21 @@ TABLE = tl.constexpr(3)
 
 
 @triton.jit
+def _unpack(packed, at, half: tl.constexpr, HALVES: tl.constexpr):
+    """Stored columns and codes of one half of the bytes at offsets `at` of a row.
+
+    HALVES is 2 for codes of width 4, whose bytes hold two columns 32 apart, and 1 for width 8.
+    """
+    if HALVES == 2:
+        columns = at // 32 * 64 + at % 32 + half * 32
+        codes = (packed >> (4 * half)) & 15
+    else:
+        columns = at
+        codes = packed
+    return columns, codes
+
+
+@triton.jit
 def _column(k_order, columns, known, K):
     """Where stored columns belong; clamped, since the order may come from a file."""
     return tl.minimum(tl.maximum(tl.load(k_order + columns, mask=known, other=0), 0), K - 1)
@@ -59,10 +74,7 @@ def gemv(
     MID: tl.constexpr, ZEROS: tl.constexpr, UNIFORM: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """One row of x per program (axis 1), without tensor cores. Axis 0: BLOCK_N rows of the weight, axis 2: parts of K.
-
-    HALVES is 2 for codes of width 4, whose bytes hold two columns, and 1 for width 8.
-    """
+    """One row of x per program (axis 1), without tensor cores. Axis 0: BLOCK_N rows of the weight, axis 2: parts of K."""
     m, part = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < N
@@ -76,12 +88,7 @@ def gemv(
         at = start + offsets
         packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < last)[None, :], other=0)
         for half in tl.static_range(HALVES):
-            if HALVES == 2:
-                columns = at // 32 * 64 + at % 32 + half * 32
-                codes = (packed >> (4 * half)) & 15
-            else:
-                columns = at
-                codes = packed
+            columns, codes = _unpack(packed, at, half, HALVES)
             known = (columns < K) & (at < last)
             source = columns
             if ORDERED:
@@ -127,12 +134,7 @@ def gemm(
         at = start + offsets
         packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < last)[None, :], other=0)
         for half in tl.static_range(HALVES):
-            if HALVES == 2:
-                columns = at // 32 * 64 + at % 32 + half * 32
-                codes = (packed >> (4 * half)) & 15
-            else:
-                columns = at
-                codes = packed
+            columns, codes = _unpack(packed, at, half, HALVES)
             known = (columns < K) & (at < last)
             source = columns
             if ORDERED:
@@ -181,12 +183,7 @@ def dequantize(
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
     packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
     for half in tl.static_range(HALVES):
-        if HALVES == 2:
-            columns = at // 32 * 64 + at % 32 + half * 32
-            codes = (packed >> (4 * half)) & 15
-        else:
-            columns = at
-            codes = packed
+        columns, codes = _unpack(packed, at, half, HALVES)
         known = columns < K
         target = columns
         if ORDERED:

@@ -2,7 +2,7 @@
 // waits for its mbarrier's phase, a wgmma reads its operands and writes its results when its group is waited for. Until
 // then the destination is poison; in registers, NaN.
 #pragma once
-#include <limits>
+#include <cstring>
 
 #include "ptx_host.h"
 
@@ -127,82 +127,86 @@ struct TensorMap {
   const uint16_t* from = nullptr;
   int rows = 0, columns = 0;
   int64_t stride = 0;
-  int tile_rows = 0;
+  int tile_rows = 0, tile_columns = 0;
 };
 
-constexpr uint32_t kTileColumns = 64, kTileRowBytes = 128;
-
-// Swizzle of 128 bytes: bits 4 ... 6 of the address are XORed with bits 7 ... 9.
-inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+// Rows of 128 bytes: bits 4 ... 6 of the address are XORed with bits 7 ... 9; of 64: bits 4, 5 with 7, 8; of 32: 4, 7.
+inline uint32_t swizzled_address(uint32_t address, uint32_t row_bytes) {
+  return address ^ (address >> 3 & (row_bytes / 16 - 1) << 4);
+}
 
 inline void copy_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
   if (to % 128 != 0) fail("misaligned destination of cp.async.bulk.tensor");
   TransactionBarrier& b = barrier_of_copy(barrier);
   for (int r = 0; r < map.tile_rows; ++r) {
-    for (int c = 0; c < static_cast<int>(kTileColumns); c += 8) {
+    for (int c = 0; c < map.tile_columns; c += 8) {
       const int left = row + r < map.rows ? map.columns - (column + c) : 0;
       const int valid = left < 0 ? 0 : left > 8 ? 8 : left;
       const uint16_t* from = valid == 0 ? map.from : map.from + (row + r) * map.stride + column + c;
-      const auto place = to + static_cast<uint32_t>(r) * kTileRowBytes + static_cast<uint32_t>(c) * 2;
-      request_chunk(swizzle_128(place), from, valid * 2, b);
+      const auto row_bytes = static_cast<uint32_t>(map.tile_columns) * 2;
+      const auto place = to + static_cast<uint32_t>(r) * row_bytes + static_cast<uint32_t>(c) * 2;
+      request_chunk(swizzled_address(place, row_bytes), from, valid * 2, b);
     }
   }
   requested(barrier, b);
 }
 
-// ---- wgmma ----
+// ---- wgmma: 32 bytes of k a time ----
 
-template <class T, int kCount>
-QK_UNSEEN inline void issue_wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  const Unseen unseen;
-  Thread& t = *thread;
-  if (!t.wgmma_fenced) fail("wgmma without wgmma.fence");
-  if (t.accumulators.find(d) == t.accumulators.end()) {
-    t.accumulators[d] = std::vector<float>(d, d + kCount);
-    for (float& value : d) value = std::numeric_limits<float>::quiet_NaN();
-  }
-  t.wgmmas.push_back({d, kCount, a, b, accumulate, &low<T>, &high<T>});
-}
+// What a word of a or b holds, and what is added up. 8 bit: unsigned, it wraps, as without .satfinite.
+template <class T>
+struct Pairs {
+  using Sum = float;
+  static constexpr unsigned kCount = 2;
+  static Sum get(uint32_t word, unsigned i) { return i == 0 ? low<T>(word) : high<T>(word); }
+};
+struct Bytes {
+  using Sum = uint32_t;
+  static constexpr unsigned kCount = 4;
+  static Sum get(uint32_t word, unsigned i) { return static_cast<uint32_t>(static_cast<int8_t>(word >> (8 * i))); }
+};
+constexpr unsigned kWordsOfK = 8;
 
-// Column n of b, 16 of k, where the descriptor says: K-major, without swizzle or with one of 128, 64 or 32 bytes.
-inline void read_b(uint64_t descriptor, uint32_t n, uint16_t (&values)[16]) {
+// Column n of b where the descriptor says: K-major, without swizzle or with one of 128, 64 or 32 bytes.
+inline void read_b(uint64_t descriptor, uint32_t n, uint32_t (&words)[kWordsOfK]) {
   const auto field = [&](int at) { return static_cast<uint32_t>(descriptor >> at & 0x3fff) << 4; };
   const auto start = field(0), leading = field(16), stride = field(32);
   const auto mode = static_cast<uint32_t>(descriptor >> 62);  // 1: 128 bytes, 2: 64, 3: 32, 0: none
-  const uint32_t row = mode == 0 ? 16 : 256u >> mode, mask = mode == 0 ? 0 : (row / 16 - 1) << 4;
-  for (uint32_t k = 0; k < 16; ++k) {
-    const uint32_t along = mode == 0 ? k / 8 * leading + k % 8 * 2 : k * 2;
+  const uint32_t row = mode == 0 ? 16 : 256u >> mode;         // of 16 bytes: nothing is swizzled
+  for (uint32_t i = 0; i < kWordsOfK; ++i) {
+    const uint32_t along = mode == 0 ? i / 4 * leading + i % 4 * 4 : i * 4;
     const uint32_t address = start + n / 8 * stride + n % 8 * row + along;
-    values[k] = load<uint16_t>(shared_memory(address ^ (address >> 3 & mask), 2));
+    words[i] = load<uint32_t>(shared_memory(swizzled_address(address, row), 4));
   }
 }
 
-// One wgmma, the rows of one warp. Only b is memory of the GPU.
-QK_UNSEEN inline void gather_a(const Thread* lanes, size_t which, float (&a)[16][16]) {
+// One wgmma, the rows of one warp. Only b is memory of the GPU. Row by row as the words lie: word i of a row is
+// register i / 4 * 2 (row + 8: one more) of lane i % 4 of the row's four.
+QK_UNSEEN inline void gather_a(const Thread* lanes, size_t which, uint32_t (&a)[16][kWordsOfK]) {
   const Unseen unseen;
   const Wgmma& first = lanes[0].wgmmas[which];
   for (unsigned l = 0; l < kLanes; ++l) {
     const Wgmma& w = lanes[l].wgmmas[which];
-    if (w.b != first.b || w.accumulate != first.accumulate || w.count != first.count) {
+    if (w.b != first.b || w.accumulate != first.accumulate || w.count != first.count || w.multiply != first.multiply) {
       throw KernelError("lanes disagree on the operands of a wgmma");
     }
-    for (unsigned r = 0; r < 4; ++r) {
-      a[l / 4 + r % 2 * 8][l % 4 * 2 + r / 2 * 8] = w.low(w.a[r]);
-      a[l / 4 + r % 2 * 8][l % 4 * 2 + r / 2 * 8 + 1] = w.high(w.a[r]);
-    }
+    for (unsigned r = 0; r < 4; ++r) a[l / 4 + r % 2 * 8][l % 4 + r / 2 * 4] = w.a[r];
   }
 }
 
-QK_UNSEEN inline void add_column(Thread* lanes, size_t which, unsigned n, const float (&a)[16][16],
-                                 const uint16_t (&b)[16]) {
+template <class T>
+QK_UNSEEN void add_column(Thread* lanes, size_t which, unsigned n, const uint32_t (&a)[16][kWordsOfK],
+                          const uint32_t (&b)[kWordsOfK]) {
   const Unseen unseen;
   for (unsigned row = 0; row < 16; ++row) {
     Thread& owner = lanes[row % 8 * 4 + n % 8 / 2];
     const Wgmma& w = owner.wgmmas[which];
-    float sum = 0;
-    for (int k = 0; k < 16; ++k) sum += a[row][k] * w.low(b[k]);
-    float& d = owner.accumulators[w.d][n / 8 * 4 + row / 8 * 2 + n % 2];
-    d = w.accumulate ? d + sum : sum;
+    typename T::Sum sum = 0;
+    for (unsigned k = 0; k < kWordsOfK * T::kCount; ++k) {
+      sum += T::get(a[row][k / T::kCount], k % T::kCount) * T::get(b[k / T::kCount], k % T::kCount);
+    }
+    uint32_t& d = owner.accumulators[w.d][n / 8 * 4 + row / 8 * 2 + n % 2];
+    d = w.accumulate ? std::bit_cast<uint32_t>(std::bit_cast<typename T::Sum>(d) + sum) : std::bit_cast<uint32_t>(sum);
   }
 }
 
@@ -211,15 +215,33 @@ inline Wgmma wgmma_of(const Thread* lanes, size_t which) {
   return lanes[0].wgmmas[which];
 }
 
-inline void multiply_warp(Thread* lanes, size_t which) {
-  float a[16][16];
+template <class T>
+void multiply_warp(Thread* lanes, size_t which) {
+  uint32_t a[16][kWordsOfK];
   gather_a(lanes, which, a);
   const Wgmma first = wgmma_of(lanes, which);
   for (unsigned n = 0; n < static_cast<unsigned>(first.count) * 2; ++n) {
-    uint16_t b[16];
+    uint32_t b[kWordsOfK];
     read_b(first.b, n, b);
-    add_column(lanes, which, n, a, b);
+    add_column<T>(lanes, which, n, a, b);
   }
+}
+
+constexpr uint32_t kPoisonSum = 0x7fc00000;  // NaN as fp32, 2143289344 as int32: d until its results are there
+
+template <class T, class Register, int kCount>
+QK_UNSEEN void issue_wgmma(Register (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  const Unseen unseen;
+  Thread& t = *thread;
+  if (!t.wgmma_fenced) fail("wgmma without wgmma.fence");
+  if (t.accumulators.find(d) == t.accumulators.end()) {
+    std::vector<uint32_t>& before = t.accumulators[d];
+    for (Register& value : d) {
+      before.push_back(std::bit_cast<uint32_t>(value));
+      value = std::bit_cast<Register>(kPoisonSum);
+    }
+  }
+  t.wgmmas.push_back({d, kCount, a, b, accumulate, &multiply_warp<T>});
 }
 
 // Of every lane: how many groups may stay under way is in[0].
@@ -237,7 +259,7 @@ QK_UNSEEN inline void finish_wgmmas(Thread& t, size_t end, uint32_t pending) {
     bool busy = false;
     for (const Wgmma& left : t.wgmmas) busy |= left.d == it->first;
     if (!busy) {
-      for (size_t i = 0; i < it->second.size(); ++i) it->first[i] = it->second[i];
+      std::memcpy(it->first, it->second.data(), it->second.size() * 4);
     }
     it = busy ? std::next(it) : t.accumulators.erase(it);
   }
@@ -254,7 +276,7 @@ inline void wgmma_wait_warp(Warp& w) {
   const uint32_t pending = operand_of(w);
   const size_t end = wgmmas_to_finish(lanes[0], pending);
   if (end == 0) return;
-  for (size_t i = 0; i < end; ++i) multiply_warp(lanes, i);
+  for (size_t i = 0; i < end; ++i) wgmma_of(lanes, i).multiply(lanes, i);
   for (Thread* t = lanes; t < lanes + kLanes; ++t) finish_wgmmas(*t, end, pending);
 }
 
@@ -302,12 +324,27 @@ inline void wgmma_wait() {
 template <int kCount>
 inline void wgmma_results(float (&)[kCount]) {}
 template <int kCount>
+inline void wgmma_results(int32_t (&)[kCount]) {}
+template <int kCount>
 inline void wgmma_f16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  host::issue_wgmma<host::Fp16>(d, a, b, accumulate);
+  host::issue_wgmma<host::Pairs<host::Fp16>>(d, a, b, accumulate);
 }
 template <int kCount>
 inline void wgmma_bf16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  host::issue_wgmma<host::Bf16>(d, a, b, accumulate);
+  host::issue_wgmma<host::Pairs<host::Bf16>>(d, a, b, accumulate);
+}
+template <int kCount>
+inline void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  host::issue_wgmma<host::Bytes>(d, a, b, accumulate);
+}
+inline void cluster_barrier() { host::cluster_sync(); }
+inline Words2 load_cluster8(uint32_t address, int rank) {
+  const auto& blocks = host::block->cluster->blocks;
+  if (rank < 0 || static_cast<size_t>(rank) >= blocks.size()) host::fail("no such block in the cluster");
+  const host::Block& there = *blocks[static_cast<size_t>(rank)];
+  if (there.alive == 0) host::fail("a read of the shared memory of a block that has ended");
+  host::shared_memory(address, 8);  // blocks of a launch have equally much
+  return host::load<Words2>(there.shared + address);
 }
 template <int kRegisters>
 inline void give_registers() {}

@@ -83,8 +83,9 @@ int run_remember(const Named& call) {
   for (size_t t = 0; t < differ.size(); ++t) {
     threads.emplace_back([&, t] {
       for (int64_t i = 0; i < 2 * call.integer("count"); ++i) {
-        const Problem p{static_cast<int>(i % call.integer("count")) + 1, 4096, 4096, 4, 128, true, true, 89, 128};
+        const int M = static_cast<int>(i % call.integer("count")) + 1;
         for (const bool half : {false, true}) {
+          const Problem p{M, 4096, 4096, 4, 128, true, true, 89, 128, half, false};
           differ[t] += describe(remembered_choice(p, half)) != describe(choose(p, half));
         }
       }

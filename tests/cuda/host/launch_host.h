@@ -42,9 +42,11 @@ constexpr size_t kMostThreads = 1024;
 
 namespace qkernels::cuda {
 
+constexpr unsigned kMostOfCluster = 8;  // what every card with clusters has
+
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes, cudaStream_t,
-                   Arguments... arguments) {
+cudaError_t launch_blocks(bool clusters, void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes,
+                          Arguments... arguments) {
   if (grid.count() == 0 || size.count() == 0 || size.count() > host::kMostThreads || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
@@ -55,8 +57,21 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t s
     host::recording->push_back(record);
     return cudaSuccess;
   }
-  host::run_grid(grid, size, shared_bytes, [&] { std::apply(kernel, values); });
+  host::run_grid(grid, size, shared_bytes, [&] { std::apply(kernel, values); }, clusters);
   return cudaSuccess;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes, cudaStream_t,
+                   Arguments... arguments) {
+  return launch_blocks(false, kernel, grid, size, shared_bytes, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes, cudaStream_t,
+                            Arguments... arguments) {
+  if (grid.z > kMostOfCluster) return cudaErrorInvalidConfiguration;
+  return launch_blocks(true, kernel, grid, size, shared_bytes, arguments...);
 }
 
 }  // namespace qkernels::cuda

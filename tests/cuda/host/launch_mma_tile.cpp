@@ -3,7 +3,7 @@
 
 #include "a8.h"
 #include "call.h"
-#include "heuristics.h"
+#include "heuristics_a8.h"
 #include "launchers.h"
 
 namespace {
@@ -71,7 +71,8 @@ int run_dequantize(const Named& call) {
 }
 
 ConfigA8 config_a8_of(const Named& call) {
-  return {static_cast<int>(call.integer("tokens")), static_cast<int>(call.integer("splits"))};
+  return {static_cast<Path>(call.integer("path")), static_cast<int>(call.integer("tokens")),
+          static_cast<int>(call.integer("splits"))};
 }
 
 int run_multiply_a8(const Named& call) {
@@ -89,10 +90,13 @@ int run_quantize_a8(const Named& call) {
 }
 
 int run_choose_a8(const Named& call) {
-  const ConfigA8 c = choose_a8(weight_of(call), static_cast<int>(call.integer("M")),
-                               static_cast<int>(call.integer("multiprocessors")));
-  const int32_t fields[] = {c.tokens, c.splits};
+  const Device device{static_cast<int>(call.integer("sm")), static_cast<int>(call.integer("multiprocessors"))};
+  const Weight w = weight_of(call);
+  const int M = static_cast<int>(call.integer("M"));
+  const ConfigA8 c = choose_a8(w, M, device);
+  const int32_t fields[] = {static_cast<int>(c.path), c.tokens, c.splits};
   std::memcpy(call.pointer<int32_t>("config"), fields, sizeof fields);
+  *call.pointer<double>("ns") = predicted_a8_ns(w, M, device, c);
   return 0;
 }
 
@@ -106,7 +110,9 @@ Problem problem_of(const Named& call) {
           number("half") != 0,
           number("aligned") != 0,
           number("sm"),
-          number("multiprocessors")};
+          number("multiprocessors"),
+          number("short_groups") != 0,
+          number("float_zeros") != 0};
 }
 
 // ns: of a configuration that is given.

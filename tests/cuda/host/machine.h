@@ -1,7 +1,8 @@
 // The parts of a multiprocessor that a kernel can tell from each other: threads (a fiber each), warps and their
 // exchange of registers, the barriers of a block, its shared memory.
 //
-// Not here: rounding inside tensor cores, time, bank conflicts (tests/cuda/ptx counts those), clusters.
+// Not here: rounding inside tensor cores, time, bank conflicts (tests/cuda/ptx counts those). Clusters: their barrier,
+// and reads of each other's shared memory.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -34,19 +35,20 @@ struct Copy {
   bool valid;
 };
 
+struct Thread;
+
 // A wgmma that has been issued: it happens when its group is waited for, and reads its registers only then.
 struct Wgmma {
-  float* d;
-  int count;  // of registers of d
+  void* d;
+  int count;  // of registers of d, 32 bits each
   const uint32_t* a;
   uint64_t b;
   bool accumulate;
-  float (*low)(uint32_t);
-  float (*high)(uint32_t);
+  void (*multiply)(Thread* lanes, size_t which);  // of a warp
 };
 
 struct Thread {
-  enum class Wait : uint8_t { kNothing, kBarrier, kMbarrier, kWarp, kDone };
+  enum class Wait : uint8_t { kNothing, kBarrier, kMbarrier, kWarp, kCluster, kDone };
   Wait wait = Wait::kNothing;
   int barrier = 0;
   unsigned index = 0;
@@ -54,8 +56,8 @@ struct Thread {
   std::vector<Copy> copies;
   std::vector<size_t> groups;  // where in `copies` each committed group ends
   std::vector<Wgmma> wgmmas;
-  std::vector<size_t> wgmma_groups;                   // where in `wgmmas` each committed group ends
-  std::map<float*, std::vector<float>> accumulators;  // of those that are under way; the kernel's registers are poison
+  std::vector<size_t> wgmma_groups;                     // where in `wgmmas` each committed group ends
+  std::map<void*, std::vector<uint32_t>> accumulators;  // of those under way; the kernel's registers are poison
   bool wgmma_fenced = false;
   void* stack_pointer = nullptr;
   const char* stack_bottom = nullptr;
@@ -103,7 +105,16 @@ struct TransactionBarrier {
   Phase phase;
 };
 
+struct Block;
+
+// Blocks that run at the same time and reach each other's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank
+  Phase phase;
+};
+
 struct Block {
+  Cluster* cluster = nullptr;
   Dim3 id, size, grid;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
@@ -183,6 +194,16 @@ QK_UNSEEN inline void* arrive(int id, unsigned expected, bool waits) {
 
 inline void barrier_sync(int id, unsigned expected) { tsan_acquire(arrive(id, expected, true)); }
 inline void block_sync() { barrier_sync(0, block->alive); }
+
+// Of all threads of the cluster that have not exited. The scheduler opens it once they are all here.
+QK_UNSEEN inline void cluster_sync() {
+  if (block->cluster->blocks.size() < 2) fail("barrier.cluster in a launch without clusters");
+  void* const clock = block->cluster->phase.current();
+  tsan_release(clock);
+  thread->wait = Thread::Wait::kCluster;
+  leave();
+  tsan_acquire(clock);
+}
 
 // ---- warp instructions ----
 

@@ -1,4 +1,5 @@
-// Runs the blocks of a launch, one after the other, their threads in an order that is chosen to be unkind.
+// Runs the blocks of a launch, one after the other (those of a cluster in turns, from one barrier of the cluster to the
+// next), their threads in an order that is chosen to be unkind.
 //
 // A barrier that is missing often does no harm in lockstep. What finds it is a schedule in which one warp is far ahead,
 // and TSan, for which the schedule does not matter.
@@ -86,16 +87,18 @@ QK_UNSEEN inline bool step(Thread& t) {
 }
 
 QK_UNSEEN inline std::string where_threads_wait() {
-  unsigned in_barrier = 0, in_mbarrier = 0, in_warp = 0;
+  unsigned in_barrier = 0, in_mbarrier = 0, in_warp = 0, in_cluster = 0;
   const char* instruction = "";
   for (const Thread& t : block->threads) {
     in_barrier += t.wait == Thread::Wait::kBarrier;
     in_mbarrier += t.wait == Thread::Wait::kMbarrier;
     in_warp += t.wait == Thread::Wait::kWarp;
+    in_cluster += t.wait == Thread::Wait::kCluster;
     if (t.wait == Thread::Wait::kWarp) instruction = warp_of(t).instruction;
   }
   return std::to_string(in_barrier) + " threads wait in a barrier, " +
-         (in_mbarrier != 0 ? std::to_string(in_mbarrier) + " in an mbarrier, " : "") + std::to_string(in_warp) +
+         (in_mbarrier != 0 ? std::to_string(in_mbarrier) + " in an mbarrier, " : "") +
+         (in_cluster != 0 ? std::to_string(in_cluster) + " in the cluster's barrier, " : "") + std::to_string(in_warp) +
          " in a warp instruction " + instruction;
 }
 
@@ -129,21 +132,39 @@ QK_UNSEEN inline unsigned step_one_warp(Random& random, unsigned& left) {
   return 0;
 }
 
-QK_UNSEEN inline void run_block(const Stacks& stacks, uint64_t number) {
-  Block& b = *block;
+// How far a block is.
+struct Run {
+  Random random{0};
+  unsigned left = 0;  // threads that have not ended
+  std::vector<unsigned> order;
+};
+
+QK_UNSEEN inline Run start_block(const Stacks& stacks, uint64_t number) {
   prepare_threads(stacks);
-  Random random(settings.seed + 1000003 * number);
-  unsigned left = b.alive;
-  std::vector<unsigned> order(left);
-  std::iota(order.begin(), order.end(), 0u);
-  if (settings.schedule == Schedule::kDescending) std::reverse(order.begin(), order.end());
-  while (left != 0) {
+  Run run{Random(settings.seed + 1000003 * number), block->alive, std::vector<unsigned>(block->alive)};
+  std::iota(run.order.begin(), run.order.end(), 0u);
+  if (settings.schedule == Schedule::kDescending) std::reverse(run.order.begin(), run.order.end());
+  return run;
+}
+
+QK_UNSEEN inline bool waits_for_cluster() {
+  return std::all_of(block->threads.begin(), block->threads.end(),
+                     [](const Thread& t) { return t.wait == Thread::Wait::kCluster || t.wait == Thread::Wait::kDone; });
+}
+
+// To its end, or until all threads that are left wait for the other blocks of the cluster.
+QK_UNSEEN inline void advance_block(Run& run) {
+  std::vector<unsigned>& order = run.order;
+  while (run.left != 0) {
     if (settings.schedule == Schedule::kRandom) {
-      for (auto i = static_cast<unsigned>(order.size()); i > 1; --i) std::swap(order[i - 1], order[random.below(i)]);
+      for (auto i = static_cast<unsigned>(order.size()); i > 1; --i) {
+        std::swap(order[i - 1], order[run.random.below(i)]);
+      }
     }
     const bool ahead = settings.schedule == Schedule::kWarpAhead;
-    const unsigned ran = ahead ? step_one_warp(random, left) : step_each(order, left);
-    if (ran == 0) throw KernelError("deadlock: " + where_threads_wait());
+    if ((ahead ? step_one_warp(run.random, run.left) : step_each(order, run.left)) != 0) continue;
+    if (waits_for_cluster()) return;
+    throw KernelError("deadlock: " + where_threads_wait());
   }
 }
 
@@ -180,35 +201,68 @@ struct Place {
   }
 };
 
+QK_UNSEEN inline void run_cluster(Cluster& cluster, const std::vector<std::unique_ptr<Place>>& places,
+                                  uint64_t number) {
+  const size_t first = places.size() - cluster.blocks.size();
+  struct Leave {
+    ~Leave() { set_block(nullptr); }
+  } leave_at_end;
+  std::vector<Run> runs;
+  for (Block* b : cluster.blocks) {
+    set_block(b);
+    runs.push_back(start_block(places[first + runs.size()]->stacks, number));
+  }
+  for (unsigned left = 1; left != 0; ++cluster.phase.number) {
+    left = 0;
+    for (size_t i = 0; i < runs.size(); ++i) {
+      set_block(cluster.blocks[i]);
+      advance_block(runs[i]);
+      left += runs[i].left;
+    }
+    for (Block* b : cluster.blocks) {
+      for (Thread& t : b->threads) {
+        if (t.wait == Thread::Wait::kCluster) t.wait = Thread::Wait::kNothing;
+      }
+    }
+  }
+}
+
 // Blocks of one launch are not ordered among each other, and TSan is not told otherwise: two blocks that touch the same
-// global memory race. For that no block may reuse memory of another; without TSan one place serves all.
-inline void run_grid(Dim3 grid, Dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+// global memory race. For that no block may reuse memory of another; without TSan one cluster's places serve all. The
+// blocks with the same x and y are a cluster, or each is one of its own.
+inline void run_grid(Dim3 grid, Dim3 size, size_t shared_bytes, const std::function<void()>& body,
+                     bool clusters = false) {
   if (kThreadSanitizer && grid.count() * size.count() > kMostTsanThreads) {
     throw std::invalid_argument("too many threads for TSan: " + std::to_string(grid.count() * size.count()));
   }
   char end_clock;
   std::vector<std::unique_ptr<Place>> places;
-  for (size_t i = 0; i < grid.count(); ++i) {
+  const size_t each = clusters ? grid.z : 1, count = grid.count() / each;
+  for (size_t c = 0; c < count; ++c) {
     if (kThreadSanitizer || places.empty()) {
-      places.push_back(std::make_unique<Place>(static_cast<unsigned>(size.count())));
+      for (size_t rank = 0; rank < each; ++rank) {
+        places.push_back(std::make_unique<Place>(static_cast<unsigned>(size.count())));
+      }
     }
-    Place& place = *places.back();
-    place.shared = poisoned_shared(shared_bytes);
-    Block& b = place.block = Block();
-    b.id = Dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                static_cast<unsigned>(i / grid.x / grid.y));
-    b.size = size;
-    b.grid = grid;
-    b.shared = place.shared.get();
-    b.shared_bytes = shared_bytes;
-    b.body = &body;
-    b.tsan_fiber = tsan_current();
-    b.end_clock = &end_clock;
-    set_block(&b);
-    struct Leave {
-      ~Leave() { set_block(nullptr); }
-    } leave_at_end;
-    run_block(place.stacks, i);
+    Cluster cluster;
+    for (size_t rank = 0; rank < each; ++rank) {
+      const size_t i = c + rank * count;
+      Place& place = *places[places.size() - each + rank];
+      place.shared = poisoned_shared(shared_bytes);
+      Block& b = place.block = Block();
+      b.cluster = &cluster;
+      cluster.blocks.push_back(&b);
+      b.id = Dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                  static_cast<unsigned>(i / grid.x / grid.y));
+      b.size = size;
+      b.grid = grid;
+      b.shared = place.shared.get();
+      b.shared_bytes = shared_bytes;
+      b.body = &body;
+      b.tsan_fiber = tsan_current();
+      b.end_clock = &end_clock;
+    }
+    run_cluster(cluster, places, c);
   }
   tsan_acquire(&end_clock);
 }

@@ -154,12 +154,14 @@ def convert(opcode: Opcode, source: Array) -> Array:
     """cvt of one value; the operand is read as the second type."""
     to, origin = types_of(opcode)
     values = bf16_values(source) if origin == "bf16" else source
+    rounding = next((part for part in opcode if part in ROUNDINGS), None)
+    if values.dtype.kind == "f" and to[0] == "f" and rounding is not None:  # to a whole number that stays a float
+        values = ROUNDINGS[rounding](values)
     if to == "bf16":
         return bf16_bits(values)
     if to[0] == "f":
         return values.astype(FLOATS[width_of(to)])
     if values.dtype.kind == "f":
-        rounding = next((part for part in opcode if part in ROUNDINGS), None)
         if rounding is None:
             raise PtxError(f"unsupported: {'.'.join(opcode)}")
         limits = np.iinfo(dtype_of(to))

@@ -1,0 +1,73 @@
+"""Weights and activations to calls of `multiply_a8`, and the y that is right."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from qkernels import QuantTensor
+from qkernels.layouts import get_layout
+from tests.cuda import calls, emulator
+from tests.cuda.calls import PATHS, TYPES
+from tests.cuda.emulator import Call
+
+
+def tokens_for(M: int) -> int:
+    return 32 if M <= 32 else 64 if M <= 64 else 128
+
+
+def multiply_call(
+    weight: QuantTensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    tokens: int | None = None,
+    splits: int = 1,
+    path: str = "gemm",
+) -> Call:
+    """y and workspace, of exactly the size that is asked for, start as NaN."""
+    weight_buffers, weight_integers = calls.weight_arguments(weight, get_layout("mma_tile_a8"))
+    x_buffers, x_integers = calls.x_arguments(x)
+    more = {"type": TYPES[x.dtype], "bias_type": TYPES[None if bias is None else bias.dtype]}
+    shape = {"path": PATHS[path], "tokens": tokens or tokens_for(x.shape[0]), "splits": splits}
+    integers = {**weight_integers, **x_integers, **more, **shape}
+    size = torch.zeros(1, dtype=torch.int64)
+    buffers: dict[str, Tensor | None] = {**weight_buffers, **x_buffers, "bias": bias}
+    emulator.run(calls.UNIT, Call("workspace_a8", {**buffers, "bytes": size}, integers))
+    buffers["workspace"] = torch.full((int(size) // 4,), float("nan"))
+    buffers["y"] = torch.full((x.shape[0], weight.N), float("nan"), dtype=x.dtype)
+    return Call("multiply_a8", buffers, integers)
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 `[M, K]` and fp32 `[M, 1]`: the definition, each operation rounded by itself."""
+    scales = x.float().abs().amax(1, keepdim=True) / 127
+    return torch.where(scales > 0, torch.round(x.float() / scales), 0).long(), scales
+
+
+def expected(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, splits: int = 1) -> Tensor:
+    """y where the scaled sums of groups add up without rounding (checked): integers, then fp32 as gemm_a8.cuh says."""
+    q, token_scales = quantized(x)
+    codes, scales = weight.codes.long() - weight.scheme.mid_code, weight.scales.double()
+    order, groups = weight.k_order(), weight.column_groups()
+    stored = torch.arange(weight.K) if order is None else order.long()
+    steps = (weight.K + 63) // 64
+    each, more = divmod(steps, splits)  # the first parts have one step more
+    bounds = [64 * (each * split + min(split, more)) for split in range(splits + 1)]  # in the order that is stored
+    unit = scales.abs().amin()
+    assert (scales / unit).frac().abs().sum() == 0
+    y, magnitude = torch.zeros(x.shape[0], weight.N), torch.zeros(x.shape[0], weight.N).double()
+    for part in (stored[begin:end] for begin, end in pairwise(bounds)):
+        total = torch.zeros_like(magnitude)
+        for group in groups[part].unique():
+            those = part[groups[part] == group]
+            total += (q[:, those] @ codes[:, those].T).double() * scales[:, group]
+            magnitude += (q[:, those].abs() @ codes[:, those].abs().T).double() * scales[:, group].abs()
+        y = y + total.float() * token_scales
+    assert weight.K == 0 or magnitude.max() / unit < 2**24, "the inputs are too large to be exact"
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def noise(M: int, K: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -1,0 +1,116 @@
+"""The ops on layout kpack with the Triton kernels behind them, in Triton's interpreter: opcheck, gradients, torch.compile.
+
+`test_interpreted.py` runs this file. The ops' CPU implementation, which only says that they need CUDA, is replaced by the
+launcher, which takes CPU tensors for the interpreter's sake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import Library, opcheck
+
+from qkernels import QuantTensor, ops
+from qkernels.kernels.triton import launch
+from qkernels.layouts import LAYOUTS
+from tests.strategies import random_weight
+
+from .interpreter import repair
+
+repair()
+
+N, K = 40, 96
+schemes = pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "w8a16_channel", "w3a16_g24_offset", "nf4_g64"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launcher_behind_the_ops() -> Iterator[None]:
+    library = Library("qkernels", "IMPL")
+    library.impl("gemm_kpack", launch.gemm, "CPU", allow_override=True)
+    library.impl("gemv_kpack", launch.gemm, "CPU", allow_override=True)
+    library.impl("dequantize_kpack", launch.dequantize, "CPU", allow_override=True)
+    yield
+    library._destroy()
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).half()
+
+
+def arguments(weight: QuantTensor, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    packed = LAYOUTS["kpack"].pack(weight)
+    scheme = weight.scheme
+    numbers = (weight.N, scheme.bits, scheme.group_length(weight.K), scheme.zeros == "offset")
+    return x, packed["qweight"], packed["scales"], packed["zeros"], packed["k_order"], bias, *numbers
+
+
+@schemes
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_opcheck(scheme: str, grad: bool) -> None:
+    weight = random_weight(scheme, N, K, act_order=grad, exact=True)
+    for op, M in ((torch.ops.qkernels.gemm_kpack, 5), (torch.ops.qkernels.gemv_kpack, 1)):
+        args = arguments(weight, integers(M, K).requires_grad_(grad), integers(N).requires_grad_(grad))
+        result = opcheck(op.default, args)
+        assert set(result.values()) == {"SUCCESS"}, result
+
+
+@schemes
+def test_opcheck_of_dequantize(scheme: str) -> None:
+    weight = random_weight(scheme, N, K, act_order=True)
+    _, *buffers, _, n, bits, group_size, offsets = arguments(weight, integers(1, K), None)
+    args = (*buffers, n, K, bits, group_size, offsets, torch.bfloat16)
+    assert set(opcheck(torch.ops.qkernels.dequantize_kpack.default, args).values()) == {"SUCCESS"}
+
+
+def test_gradients_are_those_of_the_plain_product() -> None:
+    weight = random_weight("w4a16_g32_asym", N, K, act_order=True, exact=True)
+    x, bias = integers(5, K).requires_grad_(), integers(N).requires_grad_()
+    dy = integers(5, N)
+    torch.ops.qkernels.gemm_kpack(*arguments(weight, x, bias)).backward(dy)
+    assert torch.equal(x.grad, (dy.double() @ weight.dequantize().double()).half())  # type: ignore[arg-type]
+    assert torch.equal(bias.grad, dy.sum(0))  # type: ignore[arg-type]
+
+
+def compile_and_count(
+    run: Callable[[Tensor], Tensor], tokens: tuple[int, ...], dynamic: bool | None, grad: bool
+) -> list[int]:
+    """How many graphs there are after each number of tokens; each result equals the one without compilation."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=backend)
+    counts = []
+    for M in tokens:
+        x = integers(M, K).requires_grad_(grad)
+        assert torch.equal(compiled(x), run(x))
+        counts.append(len(graphs))
+    torch._dynamo.reset()
+    return counts
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_no_number_of_tokens_compiles_again(grad: bool) -> None:
+    """torch's default (dynamic=None) takes the first number as fixed, makes a second graph, and stays with it. One token is its
+    own graph: torch never makes a size of 1 dynamic."""
+    weight = random_weight("w4a16_g32_asym", N, K, exact=True)
+    scheme, packed = weight.scheme, LAYOUTS["kpack"].pack(weight)
+
+    def run(x: Tensor) -> Tensor:
+        return ops.gemm("kpack", x * 2, **packed, in_features=K, out_features=N, scheme=scheme) + 1  # type: ignore[arg-type]
+
+    assert compile_and_count(run, (5, 7, 64, 8, 17, 33), True, grad) == [1, 1, 1, 1, 1, 1]
+    assert compile_and_count(run, (5, 7, 64, 8, 17, 33, 1, 1, 9), None, grad) == [1, 2, 2, 2, 2, 2, 3, 3, 3]
+
+
+def test_a_graph_for_each_number_of_tokens_would_be_counted() -> None:
+    """Control: static shapes."""
+    run = torch.nn.Linear(K, N, dtype=torch.float16)
+    assert compile_and_count(run, (5, 7, 64), False, False) == [1, 2, 3]
