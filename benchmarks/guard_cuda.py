@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 Figures = dict[str, dict[str, float]]
@@ -90,17 +91,14 @@ def families(names: list[str]) -> dict[str, str]:
     }
 
 
-def kernel_texts(arch: str) -> dict[str, list[str]]:
-    """nvdisasm's lines, by mangled name."""
+def kernel_texts(source: Path, arch: str) -> dict[str, list[str]]:
+    """nvdisasm's lines of each kernel of a file, by mangled name."""
     from tests.cuda import compiled
 
-    found: dict[str, list[str]] = {}
-    for source in compiled.device_sources(UNIT):
-        command = [str(compiled.find_nvdisasm()), "-c", str(compiled.compile_source(source, arch, "cubin")[0])]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        sections = re.split(r"\.section\s+\.text\.([\w$]+)", text)
-        found |= {name: body.splitlines() for name, body in zip(sections[1::2], sections[2::2])}
-    return found
+    command = [str(compiled.find_nvdisasm()), "-c", str(compiled.compile_source(source, arch, "cubin")[0])]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"\.section\s+\.text\.([\w$]+)", text)
+    return {name: body.splitlines() for name, body in zip(sections[1::2], sections[2::2])}
 
 
 def measure() -> tuple[Figures, dict[str, Any]]:
@@ -110,7 +108,8 @@ def measure() -> tuple[Figures, dict[str, Any]]:
     figures: dict[str, dict[str, float]] = defaultdict(dict)
     mixes: dict[str, Any] = {}
     for arch in ARCHITECTURES:
-        usages, texts = compiled.compiled_usages(UNIT, arch), kernel_texts(arch)
+        usages = compiled.compiled_usages(UNIT, arch)
+        texts = {name: t for s in compiled.device_sources(UNIT) for name, t in kernel_texts(s, arch).items()}
         family = families(list(texts))
         for name, lines in texts.items():
             key = f"{family[name]} sm_{arch}"

@@ -68,11 +68,11 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decod
   // What a lane copies of the codes is what it will use, so nothing but its own wait stands between; scales and zeros
   // are copied by some lanes for all, hence the barrier of the warp in the loop.
   const uint64_t policy = evict_first_policy();
-  const uint8_t* codes = p.weight.codes + static_cast<int64_t>(owns ? strip : 0) * p.weight.steps * F::kStepBytes;
+  const uint8_t* strip_codes = p.weight.codes + static_cast<int64_t>(owns ? strip : 0) * p.weight.steps * F::kStepBytes;
   GroupWalk walk = GroupWalk::at(p.weight, begin);
   auto copy_step = [&](int step, int slot) {
     const uint32_t to = ring + slot * p.stage_bytes;
-    const uint8_t* from = codes + static_cast<int64_t>(step) * F::kStepBytes;
+    const uint8_t* from = strip_codes + static_cast<int64_t>(step) * F::kStepBytes;
 #pragma unroll
     for (int i = 0; i < F::kStepBytes; i += kTileBytes) {
       cp_async16_hint(to + i + lane * 16, from + i + lane * 16, policy);
@@ -108,7 +108,9 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decod
       const int ahead = step + kStages - 1;
       if (ahead < end) copy_step(ahead, slot == 0 ? kStages - 1 : slot - 1);
       cp_async_commit();
-      multiply_step<F, kTokenTiles>(totals, p.format, ring + slot * p.stage_bytes, tokens, lane);
+      CodesRing<F::kWidth> codes;
+      load_codes<F::kWidth>(codes[0], ring + slot * p.stage_bytes, 0, lane);
+      multiply_step<F, kTokenTiles>(totals, p.format, ring + slot * p.stage_bytes, codes, tokens, lane);
       slot = slot == kStages - 1 ? 0 : slot + 1;
     }
   }

@@ -10,9 +10,11 @@
 //   64      2       4      4.3 KB + 8 KB
 //   128     2       8      4.3 KB + 16 KB
 //
-// The pipeline is the usual one: kStages - 1 steps of 64 columns are on their way, one barrier a step. Codes and groups
-// lie in shared memory as decode has them; x in 128-byte rows with swizzled chunks (multiply.cuh). x must be aligned
-// here; what is not (act-order, odd K, strides) is copied first (stage.cuh).
+// The pipeline: kStages - 1 steps of 64 columns are on their way, one barrier a step. The barrier stands before the
+// last of a step's four tiles, when all that the step reads is in registers: its slot is filled again, and the next
+// step's x and first codes are loaded, while the last tile is multiplied. Codes and groups lie in shared memory as
+// decode has them; x in 128-byte rows with swizzled chunks (multiply.cuh). x must be aligned here; what is not
+// (act-order, odd K, strides) is copied first (stage.cuh).
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"
@@ -73,26 +75,43 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   Totals<kWarpTokenTiles> totals = {};
 
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
+  for (int i = 0; i < kStages; ++i) {
     if (begin + i < end) copy_step(begin + i, i);
     cp_async_commit();
   }
+  // What the first tile of a step needs is in registers before the step begins.
+  TokenFragments<kWarpTokenTiles> tokens, next_tokens;
+  CodesRing<F::kWidth> codes;
+  auto load_first = [&](TokenFragments<kWarpTokenTiles>& to, uint32_t stage) {
+    load_tokens<kWarpTokenTiles>(to, stage + x_place, token_offset);
+    load_codes<F::kWidth>(codes[0], stage + warp_n * p.strip_bytes, 0, lane);
+  };
+  cp_async_wait<kStages - 1>();
+  __syncthreads();
+  if (begin < end) load_first(tokens, stages);
+
   int slot = 0;
   for (int step = begin; step < end; ++step) {
-    cp_async_wait<kStages - 2>();
-    __syncthreads();  // everybody's copies of this slot are there, and everybody is done with the slot before
-    const uint32_t stage = stages + slot * stage_bytes;
-    TokenFragments<kWarpTokenTiles> tokens;
-    load_tokens<kWarpTokenTiles>(tokens, stage + x_place, token_offset);
-    const int ahead = step + kStages - 1;
-    if (ahead < end) copy_step(ahead, slot == 0 ? kStages - 1 : slot - 1);
-    cp_async_commit();
-    multiply_step<F, kWarpTokenTiles, kHalfAccumulate>(totals, p.format, stage + warp_n * p.strip_bytes, tokens, lane);
-    slot = slot == kStages - 1 ? 0 : slot + 1;
+    const int next_slot = slot == kStages - 1 ? 0 : slot + 1;
+    auto prepare_next = [&] {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // everybody's copies of the next slot are there, and everybody is done with this one
+      if (step + 1 < end) load_first(next_tokens, stages + next_slot * stage_bytes);
+      if (step + kStages < end) copy_step(step + kStages, slot);
+      cp_async_commit();
+    };
+    multiply_step<F, kWarpTokenTiles, kHalfAccumulate>(
+        totals, p.format, stages + slot * stage_bytes + warp_n * p.strip_bytes, codes, tokens, lane, prepare_next);
+#pragma unroll
+    for (int i = 0; i < kWarpTokenTiles; ++i) {
+#pragma unroll
+      for (int s = 0; s < kStepsOf16; ++s) {
+        tokens[i][s][0] = next_tokens[i][s][0], tokens[i][s][1] = next_tokens[i][s][1];
+      }
+    }
+    slot = next_slot;
   }
-  cp_async_wait<0>();
-  __syncthreads();  // the exchange lies over stages that other warps may still read
-
+  // The exchange lies over the stages: since the last barrier nobody reads them, and no copy into them is on its way.
   const uint32_t exchange = stages + warp * exchange_bytes(8);
   const int n = (strip0 + warp_n) * kStripRows + 2 * lane;
   turn_around<kWarpTokenTiles>(totals, exchange, p.out, m0 + warp_m * kWarpTokens, n, lane,

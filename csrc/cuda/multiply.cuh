@@ -12,6 +12,8 @@
 // multiplications per fragment and a rounding. Floating zeros: w = (code - mid) scale + rest, and rest times the sum of
 // x over the group is added likewise; that sum is one more mma per n8 tile, of a matrix of ones.
 #pragma once
+#include <type_traits>
+
 #include "dequantize.cuh"
 
 namespace qkernels::cuda {
@@ -210,18 +212,25 @@ QK_DEVICE void load_codes(LaneCodes<kWidth>& q, uint32_t codes, int tile, int la
   }
 }
 
+// The codes of a tile are loaded while those of the tile before are multiplied.
+template <int kWidth>
+using CodesRing = LaneCodes<kWidth>[2];
+
+struct Nothing {
+  QK_DEVICE void operator()() const {}
+};
+
 // totals += 64 rows x 64 columns of the weight times x. `codes`: shared address of the strip's codes for these columns;
-// its scales and zeros follow.
-template <class F, int kTokenTiles, bool kHalfAccumulate = false>
+// its scales and zeros follow. `ring[0]` holds the codes of the first tile. `before_last_tile` is called when all that
+// this step reads from shared memory is in registers: its place is free, and ring[0] too.
+template <class F, int kTokenTiles, bool kHalfAccumulate = false, class Hook = Nothing>
 QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& format, uint32_t codes,
-                             const TokenFragments<kTokenTiles>& b, int lane) {
+                             CodesRing<F::kWidth>& ring, const TokenFragments<kTokenTiles>& b, int lane,
+                             const Hook& before_last_tile = {}) {
   using T = typename F::T;
   const int r = lane >> 2;
   const uint32_t scales = codes + F::kStepBytes;
 
-  // The codes of a tile are loaded while those of the tile before are multiplied.
-  LaneCodes<F::kWidth> ring[2];
-  load_codes<F::kWidth>(ring[0], codes, 0, lane);
   [[maybe_unused]] RowGroup groups[kTilesPerStrip];
   if constexpr (!F::kShortGroups) load_groups(format, scales, r, groups);
 
@@ -241,6 +250,19 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
   for (int tile = 0; tile < kTilesPerStrip; ++tile) {
     if (tile + 1 < kTilesPerStrip) load_codes<F::kWidth>(ring[(tile + 1) % 2], codes, tile + 1, lane);
     const LaneCodes<F::kWidth>& q = ring[tile % 2];
+    [[maybe_unused]] auto load_short_group = [&](int s) {  // groups of 32 are summed in two parts, with the same scale
+      const int group = format.groups_per_step == 4 ? s : s / 2;
+      return load_group(format, scales, group * kStripRows + 8 * r + 2 * tile);
+    };
+    const bool hooked = !std::is_same_v<Hook, Nothing> && tile == kTilesPerStrip - 1;
+    [[maybe_unused]] RowGroup short_groups[kStepsOf16];
+    if (hooked) {
+      if constexpr (F::kShortGroups) {
+#pragma unroll
+        for (int s = 0; s < kStepsOf16; ++s) short_groups[s] = load_short_group(s);
+      }
+      before_last_tile();
+    }
 
     if constexpr (!F::kShortGroups) {
       const RowGroup& g = groups[tile];
@@ -271,9 +293,8 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
       }
     } else {
 #pragma unroll
-      for (int s = 0; s < kStepsOf16; ++s) {  // groups of 32 are summed in two parts, with the same scale
-        const int group = format.groups_per_step == 4 ? s : s / 2;
-        const RowGroup g = load_group(format, scales, group * kStripRows + 8 * r + 2 * tile);
+      for (int s = 0; s < kStepsOf16; ++s) {
+        const RowGroup g = hooked ? short_groups[s] : load_short_group(s);
         uint32_t a[4];
         Codes<T, F::kWidth>::unpack(q[s], Codes<T, F::kWidth>::zeros(g.zero, g.zero8), a);
 #pragma unroll

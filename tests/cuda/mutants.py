@@ -30,14 +30,16 @@ MUTANTS: dict[str, Mutant] = {
     "DECODE_NO_WARP_BARRIER": Mutant(*DECODE, "__syncwarp();  // all lanes' copies of this slot", "// "),
     "DECODE_SHORT_WAIT": Mutant(*DECODE, "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
     "DECODE_NO_WAIT_FOR_X": Mutant(*DECODE, "cp_async_wait<kStages - 1>();", "cp_async_wait<kStages>();"),
-    "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of this slot", "// "),
-    "GEMM_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*GEMM, "__syncthreads();  // the exchange lies over stages", "// "),
-    # The slot after the one that is being read, instead of the one before: three steps too early.
-    "GEMM_COPIES_TOO_EARLY": Mutant(
+    "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of the next slot", "// "),
+    # The slot that is read next, instead of the one that is free.
+    "GEMM_COPIES_TOO_EARLY": Mutant(*GEMM, "copy_step(step + kStages, slot);", "copy_step(step + kStages, next_slot);"),
+    # The free slot is filled before everybody is done with it: the barrier comes too late.
+    "GEMM_WAITS_AFTER_COPYING": Mutant(
         *GEMM,
-        "if (ahead < end) copy_step(ahead, slot == 0 ? kStages - 1 : slot - 1);",
-        "if (ahead < end) copy_step(ahead, slot);",
+        "    auto prepare_next = [&] {\n",
+        "    auto prepare_next = [&] {\n      if (step + kStages < end) copy_step(step + kStages, slot);\n",
     ),
+    "GEMM_SHORT_WAIT": Mutant(*GEMM, "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
     "DECODE_NO_CLAMP": Mutant(
         "decode.cu", "copy.cuh", "column = column < 0 ? 0 : column >= a.K ? a.K - 1 : column;", ""
     ),

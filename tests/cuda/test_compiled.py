@@ -8,6 +8,8 @@ from itertools import product
 import pytest
 import torch
 
+from benchmarks.guard_cuda import inner_loop, kernel_texts
+
 from .calls import PATHS, TYPES
 from .compiled import (
     ARCHITECTURES,
@@ -130,6 +132,31 @@ def test_every_kernel_uses_the_instructions_meant(arch: str) -> None:
         if (family := family_of(name)) in FAMILIES:
             assert missing_instructions(family, body) == [], name
             assert not any(line.startswith(("LDL", "STL")) for line in body), name
+
+
+def order(loop: list[str]) -> str:
+    """H: a product, X: x fragments, |: the barrier, c: a copy into shared memory; in the order of a loop's opcodes."""
+    letters = {"HMMA": "H", "LDSM": "X", "BAR": "|", "LDGSTS": "c"}
+    return "".join(letters[opcode] for opcode in loop if opcode in letters)
+
+
+# Three of four tiles, the barrier, the next step's x, copies of a later one, and the last tile meanwhile.
+DOUBLE_BUFFERED = r"H{48,}\|X{8}c+H{16,}"
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_gemm_loads_the_next_step_before_the_last_tile(arch: str) -> None:
+    for source in device_sources("mma_tile"):
+        if source.stem.startswith("gemm_sm80"):
+            for name, lines in kernel_texts(source, arch).items():
+                assert re.fullmatch(DOUBLE_BUFFERED, order(inner_loop(lines))), name
+
+
+def test_loads_at_the_start_of_a_step_would_be_seen() -> None:
+    loop = ["BAR", *["LDSM"] * 8, *["LDGSTS"] * 39, *["HMMA"] * 80]
+    assert order(loop[7:12]) == "XXccc"
+    assert not re.fullmatch(DOUBLE_BUFFERED, order(loop))
 
 
 (HOPPER,) = (source for source in device_sources("mma_tile") if source.name == "gemm_sm90.cu")

@@ -51,7 +51,6 @@ def found(case: Case, flavour: Flavour, bug: str, schedule: str = "ascending") -
     [
         (DECODE, "DECODE_NO_WARP_BARRIER"),
         (GEMM, "GEMM_NO_BARRIER"),
-        (GEMM, "GEMM_NO_BARRIER_BEFORE_EXCHANGE"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -61,6 +60,7 @@ def test_a_missing_barrier_is_a_race(case: Case, bug: str) -> None:
 
 def test_a_short_wait_reads_poison() -> None:
     assert found(DECODE, "program", "DECODE_SHORT_WAIT") == "wrong"
+    assert found(GEMM, "program", "GEMM_SHORT_WAIT") == "wrong"
 
 
 def test_a_missing_wait_for_x_shows_when_a_warp_runs_ahead() -> None:
@@ -76,6 +76,7 @@ def test_a_missing_mask_is_an_overflow() -> None:
 
 def test_copies_that_come_too_early_are_a_race() -> None:
     assert DATA_RACE in found(GEMM, "tsan", "GEMM_COPIES_TOO_EARLY")
+    assert DATA_RACE in found(GEMM, "tsan", "GEMM_WAITS_AFTER_COPYING")
 
 
 def test_without_the_clamp_an_order_from_outside_reads_outside() -> None:
