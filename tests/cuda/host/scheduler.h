@@ -237,6 +237,7 @@ inline void run_grid(Dim3 grid, Dim3 size, size_t shared_bytes, const std::funct
   }
   char end_clock;
   std::vector<std::unique_ptr<Place>> places;
+  std::vector<std::unique_ptr<Cluster>> clusters_made;  // all kept, for the same reason
   const size_t each = clusters ? grid.z : 1, count = grid.count() / each;
   for (size_t c = 0; c < count; ++c) {
     if (kThreadSanitizer || places.empty()) {
@@ -244,7 +245,8 @@ inline void run_grid(Dim3 grid, Dim3 size, size_t shared_bytes, const std::funct
         places.push_back(std::make_unique<Place>(static_cast<unsigned>(size.count())));
       }
     }
-    Cluster cluster;
+    clusters_made.push_back(std::make_unique<Cluster>());
+    Cluster& cluster = *clusters_made.back();
     for (size_t rank = 0; rank < each; ++rank) {
       const size_t i = c + rank * count;
       Place& place = *places[places.size() - each + rank];
