@@ -27,6 +27,7 @@ from qkernels.quantizers import CalibrationFree, Options
 
 METHODS: dict[str, Options] = {
     "RTN": RTN(4, 64, False, zeros="float"),
+    "RTN, integer zeros": RTN(4, 64, False),
     "HQQ": HQQ(4),
     "HQQ, p = 1": HQQ(4, p=1.0),
     "HQQ, p = 0.7": HQQ(4, p=0.7),

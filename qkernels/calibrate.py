@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import CheckpointWriter, load
+from .checkpoint.loading import check_fits
 from .checkpoint.saving import write_model
 from .errors import ArgumentError, CalibrationError
 from .evaluate import compare, perplexity, text_windows, window_length
@@ -247,7 +248,9 @@ def _float_source(directory: str | os.PathLike[str]) -> tuple[TensorSource, Any]
             f"with qkernels.checkpoint.convert"
         )
     model = empty_model(source, torch.float32)
-    return named_as_in(model, source), model
+    source = named_as_in(model, source)
+    check_fits(model, source)
+    return source, model
 
 
 def _windows(

@@ -392,6 +392,34 @@ def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
     run(tmp_path / "source", RTN(3, 16), save_to=tmp_path / "done", overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "intermediate_size",
+            64,
+            r"gate_proj\.weight: the model that config\.json describes needs \[64, 32\], got \[48, 32\]",
+        ),
+        (
+            "num_hidden_layers",
+            3,
+            r"does not fit LlamaForCausalLM: 9 tensors it needs are missing, .* model\.layers\.2\.",
+        ),
+        ("num_hidden_layers", 1, r"does not fit LlamaForCausalLM: 9 tensors are unknown to it, .* model\.layers\.1\."),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors(field: str, value: int, message: str, tmp_path: Path) -> None:
+    """Before anything is written, and in the plan already."""
+    loud_model().save_pretrained(tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=message):
+        plan(tmp_path / "source", RTN(4, 16))
+    with pytest.raises(CheckpointError, match=message):
+        run(tmp_path / "source", RTN(4, 16), save_to=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_error_leaves_no_directory(tmp_path: Path) -> None:
     model = loud_model()
     with torch.no_grad():

@@ -202,7 +202,7 @@ def conditions(model: Path) -> dict[str, Any]:
             "activations": "float32", "torch": torch.__version__}  # fmt: skip
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], model: Path) -> str:
+def markdown(rows: Rows, model: Path) -> str:
     """One table for each width and kind of zero point, the best first."""
     measure = "KL" if model == MODEL else "1 - cosine"
     what = {
@@ -225,19 +225,29 @@ def markdown(rows: Sequence[Mapping[str, Any]], model: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _bests(rows: Sequence[Mapping[str, Any]], measure: str) -> str:
-    """For each width, kind of zero point and group size that both sides have: the best of ours and of the others."""
-    lines = []
+def best_of(rows: Rows) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """For each width, kind of zero point and group size that both sides have: the best row of ours and of the others."""
+    pairs = []
     for bits, zeros, group in dict.fromkeys((row["bits"], row["zeros"], row["group_size"]) for row in rows):
         alike = [
             r for r in rows if (r["bits"], r["zeros"], r["group_size"]) == (bits, zeros, group) and "distance" in r
         ]
-        sides = [[row for row in alike if (row["tool"] == OWN) == own] for own in (True, False)]
-        if all(sides):
-            best = [min(side, key=lambda row: float(row["distance"])) for side in sides]
-            named = [f"{row['distance']:.2e} ({_name(row)})" for row in best]
-            ratio = best[0]["distance"] / best[1]["distance"]
-            lines.append([str(bits), ZEROS[zeros], str(group), *named, f"{ratio:.2f}"])
+        ours, theirs = ([row for row in alike if (row["tool"] == OWN) == own] for own in (True, False))
+        if ours and theirs:
+            pairs.append((min(ours, key=_distance), min(theirs, key=_distance)))
+    return pairs
+
+
+def _distance(row: Mapping[str, Any]) -> float:
+    return float(row["distance"])
+
+
+def _bests(rows: Rows, measure: str) -> str:
+    lines = []
+    for pair in best_of(rows):
+        named = [f"{row['distance']:.2e} ({_name(row)})" for row in pair]
+        ratio = f"{_distance(pair[0]) / _distance(pair[1]):.2f}"
+        lines.append([str(pair[0]["bits"]), ZEROS[pair[0]["zeros"]], str(pair[0]["group_size"]), *named, ratio])
     return table(["bits", "zeros", "group", f"{measure}, ours", f"{measure}, theirs", "ratio"], lines)
 
 

@@ -84,6 +84,25 @@ def load(
     return model.eval()
 
 
+def check_fits(model: nn.Module, source: TensorSource) -> None:
+    """Raise unless a float checkpoint holds what its model needs, in the same shapes, and nothing else; reads headers only.
+    Of models with experts only shapes are compared: files have experts one by one and other names than the model.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
+    needed = model.state_dict()
+    for name, tensor in needed.items():
+        if name in source and source.shape(name) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(source.shape(name))}"
+            )
+    if any(".experts." in name for name in (*needed, *source.names())):
+        return
+    missing = [slot[0] for slot in _slots(model) if not any(name in source for name in slot)]
+    _check_names(model, missing, [name for name in source.names() if name not in needed])
+
+
 def _dtype_of(source: TensorSource) -> torch.dtype:
     """What config.json says, else the dtype of the first float tensor."""
     named = source.config.get("dtype", source.config.get("torch_dtype"))

@@ -101,17 +101,20 @@ class FusedGroup:
 
     def lay_out(self) -> None:
         """Put the parts' buffers one after another, and make each part's buffers slices of the whole."""
-        self._whole = None
-        self._addresses = self._current_addresses()
-        if self.reasons():
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            self._whole = _whole_of(self.parts)
-            first_row = 0
-            for part in self.parts:
-                _share_rows(self._whole, part, first_row)
-                first_row += part.out_features
-        self._addresses = self._current_addresses()
+        whole = None
+        if not self.reasons():
+            with torch.inference_mode(False), torch.no_grad():
+                whole = _whole_of(self.parts)
+                first_row = 0
+                for part in self.parts:
+                    _share_rows(whole, part, first_row)
+                    first_row += part.out_features
+        self._whole, self._addresses = whole, self._current_addresses()
+
+    def part_changed(self) -> None:
+        """Let go of the whole if a part left it, so that no weight is held twice until the next decode step."""
+        if self._addresses != self._current_addresses():
+            self._whole, self._addresses = None, ()
 
     def _matrix(self) -> QuantLinear | None:
         """The whole, laid out again if something (loading, moving, casting, copying) gave a part other memory."""

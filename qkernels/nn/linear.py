@@ -209,6 +209,8 @@ class QuantLinear(nn.Module):
         for name in BUFFERS:
             self.register_buffer(name, buffers.get(name))
         self._device_type = self.qweight.device.type
+        if self.fused is not None:
+            self.fused.part_changed()
 
     def _pack(self, weight: QuantTensor, device: torch.device) -> None:
         packed = get_layout(self.layout).pack(weight)

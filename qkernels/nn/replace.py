@@ -99,7 +99,8 @@ def replace_linear(
     check_patterns([*(include or ()), *rules], linear_names(model))
     schemes = {name: next((s for p, s in rules.items() if matches(name, p)), scheme) for name in chosen}
     _check_supported(chosen, schemes, on_unsupported, report)
-    for name, linear in tqdm(list(chosen.items()), desc="quantizing", unit="layer", delay=2, disable=not progress):
+    for name in tqdm(list(chosen), desc="quantizing", unit="layer", delay=2, disable=not progress):
+        linear = chosen.pop(name)  # so that the float weight is freed when its layer is swapped, not at the end
         if name in report.skipped:
             continue
         layer = QuantLinear.from_linear(

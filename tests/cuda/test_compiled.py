@@ -145,7 +145,14 @@ def test_hopper_has_wgmma_and_tma() -> None:
         assert re.search(
             rf"^HGMMA\.64x{name.split('EEELi')[1].split('EEE')[0]}x16\.F32.* R\d+, gdesc", text, re.MULTILINE
         ), name
-        for instruction in (r"UTMALDG\.2D", "UBLKCP", r"SYNCS\.PHASECHK", r"USETMAXREG\.DEALLOC", "USETMAXREG"):
+        for instruction in (
+            r"UTMALDG\.2D",
+            "UBLKCP",
+            r"SYNCS\.PHASECHK",
+            r"USETMAXREG\.DEALLOC",
+            "USETMAXREG",
+            "UCGABAR_ARV",
+        ):
             assert re.search(rf"^{instruction}", text, re.MULTILINE), (name, instruction)
         assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name
 

@@ -183,6 +183,21 @@ def test_a_changed_model_fuses_again(picked: list[int], change: str) -> None:
     assert not any(layer.qweight.is_inference() for layer in fused.modules() if isinstance(layer, QuantLinear))
 
 
+def test_no_weight_is_held_twice() -> None:
+    """A model that leaves its fused memory frees it then, not at the next decode step."""
+    q, _, v = layers = group_of()
+    memory = weakref.ref(q.fused._whole.qweight)
+    nn.ModuleList(layers).eval().to("cpu")  # changes nothing
+    assert memory() is not None
+    assert q.fused._matrix() is not None
+    states = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    for layer, state in zip(layers, states, strict=True):
+        layer.load_state_dict(state)
+    assert memory() is None
+    q(token())
+    assert q.qweight.untyped_storage().data_ptr() == v.qweight.untyped_storage().data_ptr()
+
+
 # --- what may happen between the calls ---------------------------------------------------------------------------------------
 
 
@@ -203,7 +218,7 @@ def test_parts_are_what_the_layers_give(picked: list[int], tokens: int, weight: 
 
 @torch.no_grad()
 def test_three_layers_are_one_product() -> None:
-    layers, x = group_of(), token()
+    layers, x = group_of(), token().float()  # which no instruction set has to convert
     ops = torch_ops_of(lambda: [layer(x) for layer in layers])
     assert ops["qkernels::gemm_cpu_tile_a16"] == ops["aten::empty"] == 1
     assert not COPIES & ops.keys()

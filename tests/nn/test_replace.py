@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from qkernels.calibrate import plan
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.nn.replace import model_bytes
 from qkernels.storage import TensorSource
+from qkernels.tensor import QuantTensor
 
 
 class Block(nn.Module):
@@ -327,3 +329,22 @@ def test_an_encoder_of_transformers() -> None:
     assert len(report.replaced) == 2 * 6 + 1  # q, k, v, output, up, down in each layer, and the pooler
     cosine = torch.cosine_similarity(encoder(ids).last_hidden_state.flatten(1), expected.flatten(1))
     assert (cosine > 0.999).all()
+
+
+def test_float_weights_are_freed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a layer is packed, no float weight is alive but its own and those still to come; nor is a quantized one, unpacked."""
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    floats = [weakref.ref(layer.weight) for layer in model]
+    unpacked: list[weakref.ref[torch.Tensor]] = []
+    alive: list[tuple[int, int]] = []
+    pack = QuantLinear._pack
+
+    def counting(self: QuantLinear, weight: QuantTensor, device: torch.device) -> None:
+        unpacked.append(weakref.ref(weight.codes))
+        alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
+        pack(self, weight, device)
+
+    monkeypatch.setattr(QuantLinear, "_pack", counting)
+    replace_linear(model, "w4a16_g32", progress=False)
+    assert alive == [(4, 1), (3, 1), (2, 1), (1, 1)]
+    assert not any(ref() is not None for ref in (*floats, *unpacked))
