@@ -38,7 +38,7 @@ QK_DEVICE void add_group(Totals<kTokenTilesA8>& totals, SumsA8& sums, const Grou
 }
 
 template <int kWidth, bool kGroups32, int kWarpsN, int kWarpsM>
-__global__ void __launch_bounds__(kWarpsN * kWarpsM * 32) gemm_a8(const GemmA8Arguments p) {
+__global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM)) gemm_a8(const GemmA8Arguments p) {
   QK_SHARED(shared);
   constexpr int kThreads = kWarpsN * kWarpsM * 32, kTokens = kWarpsM * kWarpTokensA8;
   constexpr int kCodeBytes = step_bytes(kWidth), kWordsOf16 = kWidth / 4;

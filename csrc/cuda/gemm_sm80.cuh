@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
   // Neighbouring blocks share a strip and differ in tokens: the weight comes from DRAM once, x stays in L2.
   const int m0 = blockIdx.x * kTokens, strip0 = blockIdx.y * kWarpsN, split = blockIdx.z;
-  const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
+  const Share share = Share::of(p.weight.steps, gridDim.z, split);
+  const int begin = share.begin, end = share.end;  // plain ints: C++17 captures no structured bindings
 
   // A stage: [strip][codes, scales, zeros], then the x tile, which is aligned to its rows of 128 bytes.
   const int x_place = (kWarpsN * p.strip_bytes + kTokenBytes - 1) / kTokenBytes * kTokenBytes;
