@@ -100,15 +100,20 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
 #pragma unroll
       for (int j = 0; j < 4; ++j) b[i][j / 2][j % 2] = m[j];
     }
+    // 32 columns are half of a lane's 16 bytes in 4 bit, all of them in 8 bit, a row of tiles further. Halves read one
+    // by one would be 8 bytes at a stride of 16: every bank twice.
+    Words4 nibbles[kTilesPerStrip];
+#pragma unroll
+    for (int tile = 0; kWidth == 4 && tile < kTilesPerStrip; ++tile) {
+      nibbles[tile] = load_shared16(codes + tile * kTileBytes + lane * 16);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int tile = 0; tile < kTilesPerStrip; ++tile) {
-        // Words of 32 columns: half of the lane's 16 bytes in 4 bit, all of them in 8 bit, a row of tiles further.
         uint32_t q[2][kWordsOf16], a[4];
         if constexpr (kWidth == 4) {
-          const Words2 v = load_shared8(codes + tile * kTileBytes + lane * 16 + half * 8);
-          q[0][0] = v.word[0], q[1][0] = v.word[1];
+          q[0][0] = nibbles[tile].word[2 * half], q[1][0] = nibbles[tile].word[2 * half + 1];
         } else {
           const Words4 v = load_shared16(codes + (half * kTilesPerStrip + tile) * kTileBytes + lane * 16);
 #pragma unroll
