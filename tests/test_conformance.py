@@ -16,6 +16,7 @@ from qkernels.formats import FORMATS, Format, detect
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
 from qkernels.layouts import LAYOUTS, Layout, empty_buffers, unpack_checked
 from qkernels.quantizers import QUANTIZERS, RTN
+from tests.ops.helpers import arguments, integers
 from tests.strategies import random_weight, same_weight, scheme_taken
 
 SCHEMES = [
@@ -148,19 +149,6 @@ def test_round_to_nearest_takes_every_scheme(scheme: str) -> None:
 # --- kernels ----------------------------------------------------------------------------------------------------------------
 
 
-def arguments(
-    kernel: KernelSpec, weight: QuantTensor, x: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[object, ...]:
-    packed = LAYOUTS[kernel.layout].pack(weight)
-    scheme = weight.scheme
-    buffers = tuple(packed[name] for name in ("qweight", "scales", "zeros", "k_order"))
-    return (x, *buffers, bias, weight.N, scheme.bits, scheme.group_length(weight.K), scheme.zeros == "offset")
-
-
-def integers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
 def skip_unless_it_runs(kernel: KernelSpec, problem: Problem) -> None:
     """Kernels of other devices have their own tests (tests/cuda runs them on a CPU)."""
     if reasons := kernel.reasons(problem):
@@ -186,7 +174,7 @@ def test_kernel_is_exact_where_bits_are_exact(
         if weight.scheme.act_bits == 8:  # max |x| / 127 = 1 for every token: quantized to themselves
             x[:, 5] = 127
         expected = (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
-        assert torch.equal(op(*arguments(kernel, weight, x, bias)), expected), M
+        assert torch.equal(op(*arguments(weight, x, bias, kernel.layout)), expected), M
 
 
 @kernels
@@ -194,7 +182,7 @@ def test_kernel_is_exact_where_bits_are_exact(
 def test_kernel_passes_opcheck(kernel: KernelSpec, scheme: str) -> None:
     weight = random_weight(scheme, 40, 96, act_order=True, exact=True)
     skip_unless_it_runs(kernel, Problem(40, 96, weight.scheme, torch.float32))
-    args = arguments(kernel, weight, integers(3, 96).requires_grad_(), integers(40))
+    args = arguments(weight, integers(3, 96).requires_grad_(), integers(40), kernel.layout)
     result = opcheck(getattr(torch.ops.qkernels, kernel.op).default, args)
     assert set(result.values()) == {"SUCCESS"}, result
 
@@ -206,7 +194,7 @@ def test_kernel_compiles_into_one_graph_with_dynamic_tokens(kernel: KernelSpec) 
     op = getattr(torch.ops.qkernels, kernel.op)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return op(*arguments(kernel, weight, x * 2, None)) + 1
+        return op(*arguments(weight, x * 2, layout=kernel.layout)) + 1
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -225,4 +213,4 @@ def test_a_wrong_weight_is_noticed(kernel: KernelSpec) -> None:
     off = QuantTensor(wrong, weight.scales, None, None, weight.scheme)
     x = torch.ones(1, 96)
     op = getattr(torch.ops.qkernels, kernel.op)
-    assert not torch.equal(op(*arguments(kernel, off, x, None)), x @ weight.dequantize().T)
+    assert not torch.equal(op(*arguments(off, x, layout=kernel.layout)), x @ weight.dequantize().T)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..layouts import get_layout
 from ..model_structure import find_architecture, known_architectures
+from ..ops import records_gradient
 from .huge_pages import on_huge_pages
 from .linear import BUFFERS, QuantLinear
 
@@ -61,7 +62,7 @@ class FusedGroup:
         Between the calls of the parts nobody may write into the buffers in place; nor into x under `torch.inference_mode`, where
         torch does not count changes.
         """
-        if x.numel() > DECODE_TOKENS * part.in_features or _records_gradient(part, x):
+        if x.numel() > DECODE_TOKENS * part.in_features or records_gradient(x, part.bias):
             return None
         if part is self.parts[0]:
             whole = self._matrix()
@@ -219,11 +220,6 @@ def _conditions(x: Tensor) -> tuple[object, ...]:
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-
-def _records_gradient(part: QuantLinear, x: Tensor) -> bool:
-    bias = part.bias
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def _properties(parts: tuple[QuantLinear, ...]) -> dict[str, list[object]]:

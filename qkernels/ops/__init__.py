@@ -127,13 +127,17 @@ def call(
     """
     op = _OPS[name]
     args = (x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets)
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if wants_gradient or torch.compiler.is_compiling():
+    if records_gradient(x, bias) or torch.compiler.is_compiling():
         return op(*args)
     # The autograd kernel of an op registered from Python costs about 8 us a call, wanted or not, which is as long as a small
     # decode step. torch.library's own kernel enters this guard too, once it finds that no gradient is wanted.
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def records_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd would record a product with x; a packed weight has no gradient."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 _OPS: dict[str, Callable[..., Tensor]] = {

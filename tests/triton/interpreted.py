@@ -19,9 +19,11 @@ from qkernels import QuantScheme, QuantTensor
 from qkernels.kernels.triton import launch
 from qkernels.kernels.triton.table import Config
 from qkernels.layouts import LAYOUTS
+from tests.ops.helpers import integers
 from tests.strategies import random_weight
 
 from .interpreter import guarded, repair
+from .problems import exact_problem, numbers
 
 repair()
 
@@ -59,17 +61,9 @@ def buffers(weight: QuantTensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def numbers(weight: QuantTensor) -> tuple[int, int, bool]:
-    return weight.scheme.bits, weight.scheme.group_length(weight.K), weight.scheme.zeros == "offset"
-
-
 def product(x: Tensor, weight: QuantTensor, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
     bias = None if bias is None else guarded(bias)
     return launch.gemm(guarded(x), *buffers(weight), bias, weight.N, *numbers(weight), config=config)
-
-
-def integers(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 @schemes
@@ -96,14 +90,7 @@ def test_product_is_exact_where_bits_are_exact(
     scheme: str, act_order: bool, dtype: torch.dtype, config: Config
 ) -> None:
     """Integers and power-of-two scales: the only rounding left is that of the result."""
-    N, K, M = 70, 200, 3
-    weight = random_weight(scheme, N, K, act_order=act_order, exact=True)
-    x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
-    if (
-        weight.scheme.codebook is not None
-    ):  # its entries are no short fractions: one product a sum, of the rounded entry
-        x, bias = torch.eye(K, dtype=dtype)[:M], torch.zeros(N, dtype=dtype)
-    expected = (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
+    weight, x, bias, expected = exact_problem(scheme, 3, 70, 200, dtype, act_order)
     assert torch.equal(product(x, weight, bias, config), expected)
 
 
@@ -129,9 +116,7 @@ def test_random_weights_within_the_rounding(dtype: torch.dtype, config: Config, 
 
 @pytest.mark.parametrize("M", [0, 1, 2, 8, 9, 15, 16, 17, 33, 65])
 def test_any_number_of_tokens_with_the_shipped_table(M: int) -> None:
-    weight = random_weight("w4a16_g64_asym", 70, 200, exact=True)
-    x, bias = integers(M, 200, dtype=torch.float16), integers(70, dtype=torch.float16)
-    expected = (x.double() @ weight.dequantize().double().T + bias.double()).half()
+    weight, x, bias, expected = exact_problem("w4a16_g64_asym", M, 70, 200, torch.float16)
     assert torch.equal(product(x, weight, bias), expected)
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.library import Library, opcheck
 
-from qkernels import QuantTensor, ops
+from qkernels import ops
 from qkernels.kernels.triton import launch
 from qkernels.layouts import LAYOUTS
+from tests.ops.helpers import arguments, integers
 from tests.strategies import random_weight
 
 from .interpreter import repair
@@ -24,6 +25,7 @@ from .interpreter import repair
 repair()
 
 N, K = 40, 96
+HALF = torch.float16
 schemes = pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "w8a16_channel", "w3a16_g24_offset", "nf4_g64"])
 
 
@@ -37,23 +39,13 @@ def launcher_behind_the_ops() -> Iterator[None]:
     library._destroy()
 
 
-def integers(*shape: int) -> Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).half()
-
-
-def arguments(weight: QuantTensor, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    packed = LAYOUTS["kpack"].pack(weight)
-    scheme = weight.scheme
-    numbers = (weight.N, scheme.bits, scheme.group_length(weight.K), scheme.zeros == "offset")
-    return x, packed["qweight"], packed["scales"], packed["zeros"], packed["k_order"], bias, *numbers
-
-
 @schemes
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_opcheck(scheme: str, grad: bool) -> None:
     weight = random_weight(scheme, N, K, act_order=grad, exact=True)
     for op, M in ((torch.ops.qkernels.gemm_kpack, 5), (torch.ops.qkernels.gemv_kpack, 1)):
-        args = arguments(weight, integers(M, K).requires_grad_(grad), integers(N).requires_grad_(grad))
+        bias = integers(N, dtype=HALF).requires_grad_(grad)
+        args = arguments(weight, integers(M, K, dtype=HALF).requires_grad_(grad), bias, "kpack")
         result = opcheck(op.default, args)
         assert set(result.values()) == {"SUCCESS"}, result
 
@@ -61,16 +53,16 @@ def test_opcheck(scheme: str, grad: bool) -> None:
 @schemes
 def test_opcheck_of_dequantize(scheme: str) -> None:
     weight = random_weight(scheme, N, K, act_order=True)
-    _, *buffers, _, n, bits, group_size, offsets = arguments(weight, integers(1, K), None)
+    _, *buffers, _, n, bits, group_size, offsets = arguments(weight, integers(1, K, dtype=HALF), layout="kpack")
     args = (*buffers, n, K, bits, group_size, offsets, torch.bfloat16)
     assert set(opcheck(torch.ops.qkernels.dequantize_kpack.default, args).values()) == {"SUCCESS"}
 
 
 def test_gradients_are_those_of_the_plain_product() -> None:
     weight = random_weight("w4a16_g32_asym", N, K, act_order=True, exact=True)
-    x, bias = integers(5, K).requires_grad_(), integers(N).requires_grad_()
-    dy = integers(5, N)
-    torch.ops.qkernels.gemm_kpack(*arguments(weight, x, bias)).backward(dy)
+    x, bias = integers(5, K, dtype=HALF).requires_grad_(), integers(N, dtype=HALF).requires_grad_()
+    dy = integers(5, N, dtype=HALF)
+    torch.ops.qkernels.gemm_kpack(*arguments(weight, x, bias, "kpack")).backward(dy)
     assert torch.equal(x.grad, (dy.double() @ weight.dequantize().double()).half())  # type: ignore[arg-type]
     assert torch.equal(bias.grad, dy.sum(0))  # type: ignore[arg-type]
 
@@ -89,7 +81,7 @@ def compile_and_count(
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=backend)
     counts = []
     for M in tokens:
-        x = integers(M, K).requires_grad_(grad)
+        x = integers(M, K, dtype=HALF).requires_grad_(grad)
         assert torch.equal(compiled(x), run(x))
         counts.append(len(graphs))
     torch._dynamo.reset()

@@ -21,6 +21,7 @@ from tests.cuda.ptx.program import PtxError
 from tests.strategies import random_weight
 
 from .executed import OPTIONS, Executed, specialized
+from .problems import exact_problem, numbers
 
 KERNELS = ("gemv", "gemm", "reduce_parts", "dequantize")
 GEMV = Config("gemv", 1, 16, 64, 0, 4, 2)
@@ -69,27 +70,8 @@ def buffers(weight: QuantTensor) -> list[Tensor | None]:
     return [packed[name] for name in ("qweight", "scales", "zeros", "k_order")]
 
 
-def numbers(weight: QuantTensor) -> tuple[int, int, bool]:
-    return weight.scheme.bits, weight.scheme.group_length(weight.K), weight.scheme.zeros == "offset"
-
-
 def dequantized(weight: QuantTensor, dtype: torch.dtype) -> Tensor:
     return launch.dequantize(*buffers(weight), weight.N, weight.K, *numbers(weight), dtype)
-
-
-def integers(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def problem(scheme: str, M: int, N: int, K: int, dtype: torch.dtype, act_order: bool = False) -> tuple[Any, ...]:
-    """weight, x and bias whose products and sums fp32 holds exactly, and the result, rounded once."""
-    weight = random_weight(scheme, N, K, act_order=act_order, exact=True)
-    x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
-    if (
-        weight.scheme.codebook is not None
-    ):  # its entries are no short fractions: one product a sum, of the rounded entry
-        x, bias = torch.eye(K, dtype=dtype)[:M], torch.zeros(N, dtype=dtype)
-    return weight, x, bias, (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
 
 
 def product(weight: QuantTensor, x: Tensor, bias: Tensor | None, config: Config) -> Tensor:
@@ -106,7 +88,7 @@ def races(made: dict[str, Executed]) -> set[str]:
 def test_shipped_configuration(kernels: Any, sm: str, config: Config) -> None:
     made = kernels(sm)
     M = 2 if config.kernel == "gemv" else config.block_m + 5
-    weight, x, bias, expected = problem("w4a16_g128_asym", M, config.block_n + 6, 512, torch.float16)
+    weight, x, bias, expected = exact_problem("w4a16_g128_asym", M, config.block_n + 6, 512, torch.float16)
     assert torch.equal(product(weight, x, bias, config), expected)
     assert len(made[config.kernel].outcomes) == 1
     assert races(made) == set()
@@ -119,7 +101,7 @@ def test_product_is_exact_where_bits_are_exact(kernels: Any, scheme: str, dtype:
     """Also with the columns in another order, without a bias, and with a single row, column and token."""
     made = kernels()
     for M, N, K, act_order in ((3, 70, 200, True), (1, 1, 1, False), (1, 16, 64, False)):
-        weight, x, bias, expected = problem(scheme, M, N, K, dtype, act_order)
+        weight, x, bias, expected = exact_problem(scheme, M, N, K, dtype, act_order)
         assert torch.equal(product(weight, x, bias, config), expected)
         without = (x.double() @ weight.dequantize().double().T).to(dtype)
         assert torch.equal(product(weight, x, None, config), without)
@@ -136,7 +118,7 @@ def test_odd_shapes(kernels: Any, shape: tuple[int, int, int], config: Config) -
     """Triton compiles a number 1 into the code, and numbers and addresses that are multiples of 16 apart from others."""
     made, (M, N, K) = kernels(), shape
     for scheme in ("w4a16_g24_asym", "w8a16_channel"):
-        weight, x, bias, expected = problem(scheme, M, N, K, torch.bfloat16)
+        weight, x, bias, expected = exact_problem(scheme, M, N, K, torch.bfloat16)
         unaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(M, K)
         for given in (x, unaligned):
             assert torch.equal(product(weight, given, bias, config), expected)
@@ -159,7 +141,7 @@ def test_dequantize_is_bit_identical(kernels: Any, scheme: str, dtype: torch.dty
 @pytest.mark.parametrize("programs_per_sm", [2, 64])
 def test_splits_add_up(kernels: Any, config: Config, dtype: torch.dtype, programs_per_sm: int) -> None:
     made = kernels()
-    weight, x, bias, expected = problem("w4a16_g32_asym", 1, 40, 500, dtype)
+    weight, x, bias, expected = exact_problem("w4a16_g32_asym", 1, 40, 500, dtype)
     assert torch.equal(product(weight, x, bias, replace(config, programs_per_sm=programs_per_sm)), expected)
     assert len(made["reduce_parts"].outcomes) == 1
     assert races(made) == set()
@@ -232,7 +214,7 @@ def test_a_mutated_instruction_is_noticed(kernels: Any, kernel: str, pattern: st
         weight = random_weight("w4a16_g64_asym", 70, 200)
         assert not torch.equal(dequantized(weight, torch.float16), weight.dequantize(torch.float16))
         return
-    weight, x, bias, expected = problem("w4a16_g64_asym", 3, 70, 200, torch.float16)
+    weight, x, bias, expected = exact_problem("w4a16_g64_asym", 3, 70, 200, torch.float16)
     config = GEMM if kernel == "gemm" else GEMV
     splits = 64 if kernel == "reduce_parts" else 0
     assert not torch.equal(product(weight, x, bias, replace(config, programs_per_sm=splits)), expected)
@@ -240,14 +222,14 @@ def test_a_mutated_instruction_is_noticed(kernels: Any, kernel: str, pattern: st
 
 def test_a_missing_barrier_is_noticed(kernels: Any) -> None:
     made = kernels(mutate=lambda ptx: ptx.replace("bar.sync", "// bar.sync"))
-    weight, x, bias, _ = problem("w4a16_g64_asym", 17, 70, 200, torch.float16)
+    weight, x, bias, _ = exact_problem("w4a16_g64_asym", 17, 70, 200, torch.float16)
     product(weight, x, bias, GEMM)
     assert any(race.startswith(("read", "write")) for race in races(made))
 
 
 def test_a_read_past_the_end_is_noticed(kernels: Any) -> None:
     kernels()
-    weight, x, bias, _ = problem("w4a16_channel", 1, 128, 256, torch.float16)
+    weight, x, bias, _ = exact_problem("w4a16_channel", 1, 128, 256, torch.float16)
     qweight, *others = buffers(weight)
     assert qweight is not None
     with pytest.raises(PtxError, match="global access out of bounds"):
@@ -257,6 +239,6 @@ def test_a_read_past_the_end_is_noticed(kernels: Any) -> None:
 def test_what_cannot_be_executed_is_an_error(kernels: Any) -> None:
     """sm90 multiplies 64 tokens and more with wgmma, which the interpreter does not have: refused, not skipped."""
     kernels("sm90")
-    weight, x, bias, _ = problem("w4a16_g64_asym", 64, 64, 128, torch.float16)
+    weight, x, bias, _ = exact_problem("w4a16_g64_asym", 64, 64, 128, torch.float16)
     with pytest.raises(PtxError, match="unsupported: (wgmma|fence)"):
         product(weight, x, bias, Config("gemm", 64, 64, 64, 0, 8, 3))

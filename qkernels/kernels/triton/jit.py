@@ -35,9 +35,11 @@ def _unpack(packed, at, half: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def _column(k_order, columns, known, K):
+def _column(k_order, columns, known, K, ORDERED: tl.constexpr):
     """Where stored columns belong; clamped, since the order may come from a file."""
-    return tl.minimum(tl.maximum(tl.load(k_order + columns, mask=known, other=0), 0), K - 1)
+    if ORDERED:
+        columns = tl.minimum(tl.maximum(tl.load(k_order + columns, mask=known, other=0), 0), K - 1)
+    return columns
 
 
 @triton.jit
@@ -90,9 +92,7 @@ def gemv(
         for half in tl.static_range(HALVES):
             columns, codes = _unpack(packed, at, half, HALVES)
             known = (columns < K) & (at < last)
-            source = columns
-            if ORDERED:
-                source = _column(k_order, columns, known, K)
+            source = _column(k_order, columns, known, K, ORDERED)
             values = tl.load(x_row + source, mask=known, other=0.0).to(tl.float32)
             weights = _weights(
                 codes, scales, zeros, rows, row_mask, columns, start * HALVES + 32 * half, K, G, group_size,
@@ -136,9 +136,7 @@ def gemm(
         for half in tl.static_range(HALVES):
             columns, codes = _unpack(packed, at, half, HALVES)
             known = (columns < K) & (at < last)
-            source = columns
-            if ORDERED:
-                source = _column(k_order, columns, known, K)
+            source = _column(k_order, columns, known, K, ORDERED)
             values = tl.load(x_rows + source[None, :], mask=token_mask[:, None] & known[None, :], other=0.0)
             weights = _weights(
                 codes, scales, zeros, rows, row_mask, columns, start * HALVES + 32 * half, K, G, group_size,
@@ -185,9 +183,7 @@ def dequantize(
     for half in tl.static_range(HALVES):
         columns, codes = _unpack(packed, at, half, HALVES)
         known = columns < K
-        target = columns
-        if ORDERED:
-            target = _column(k_order, columns, known, K)
+        target = _column(k_order, columns, known, K, ORDERED)
         weights = _weights(codes, scales, zeros, rows, row_mask, columns, 0, K, G, group_size, MID, ZEROS, False)
         where = out + rows.to(tl.int64)[:, None] * K + target[None, :]
         tl.store(where, weights.to(out.dtype.element_ty), mask=row_mask[:, None] & known[None, :])
