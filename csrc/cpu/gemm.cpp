@@ -42,14 +42,13 @@ struct Work {
   int64_t tiles_per_unit, tile_units, rows_per_block, units;
   std::atomic<int64_t> next{0};
 
-  Work(Problem& problem, const Kernels& k, int64_t threads) : p(problem), kernels(k) {
+  Work(const Problem& problem, const Kernels& k, int64_t threads) : p(problem), kernels(k) {
     // A unit is a few tiles with all rows, or one tile with a block of rows. Tiles are taken together only while every
     // thread has four units: one thread's last unit then is a small part of the whole. Blocks have equal sizes, a
     // multiple of 8 rows where there are several: 65 rows are 40 + 25, not 64 + 1.
     const int64_t blocks = (p.M + kBlockRows - 1) / kBlockRows;
     tiles_per_unit = tiles_together(p.M);
     while (tiles_per_unit > 1 && tiles_of(p) < 4 * threads * tiles_per_unit) tiles_per_unit /= 2;
-    problem.unit_step = tiles_per_unit * threads;
     tile_units = (tiles_of(p) + tiles_per_unit - 1) / tiles_per_unit;
     rows_per_block = blocks == 1 ? p.M : ((p.M + blocks - 1) / blocks + 7) / 8 * 8;
     units = tile_units * ((p.M + rows_per_block - 1) / rows_per_block);
@@ -97,6 +96,7 @@ void gemm(Problem p, const Kernels& kernels, void* workspace, int64_t threads, P
   p.sums = sums ? reinterpret_cast<float*>(static_cast<char*>(workspace) + staged_bytes(p, kernels)) : nullptr;
 
   Work work(p, kernels, threads);
+  p.unit_step = work.tiles_per_unit * threads;
   if (copies || sums) {
     // One core copies 64 K elements in 6 to 8 us and gathers them in 40 to 80, where the product of 16 rows with one
     // 4096 x 4096 weight takes 700. Waking the others twice costs about as much, and far more where they are busy.
