@@ -58,10 +58,6 @@ Tensor gemm_cpu_tile(const Tensor& x, const Tensor& qweight, const Tensor& scale
   p.qweight = static_cast<const uint8_t*>(qweight.const_data_ptr());
   p.scales = scales.const_data_ptr(), p.scale_type = type_of(scales);
   p.int8_activations = kInt8;
-  STD_TORCH_CHECK(!kInt8 || !zeros.has_value(), "zeros must be None with int8 activations");
-  constexpr int64_t kLongestGroup = int64_t{1} << 17;  // 2^17 products of at most 127 * 128 fit an int32 sum
-  STD_TORCH_CHECK(!kInt8 || std::min(p.K, group_size) <= kLongestGroup,
-                  "groups must be at most 131072 long with int8 activations, got ", group_size, " of K=", p.K);
   p.zeros_are_offsets = zeros_are_offsets;
   if (zeros.has_value()) {
     const Type type = type_of(*zeros);
@@ -73,6 +69,10 @@ Tensor gemm_cpu_tile(const Tensor& x, const Tensor& qweight, const Tensor& scale
   } else {
     STD_TORCH_CHECK(!zeros_are_offsets, "zeros must be given where zeros_are_offsets is true");
   }
+  // What fits an int32 sum: see layouts/cpu_tile_a8.py
+  const int64_t longest_group = int64_t{1} << (p.zero_type == Type::kUInt8 ? 16 : 17);
+  STD_TORCH_CHECK(!kInt8 || std::min(p.K, group_size) <= longest_group, "groups must be at most ", longest_group,
+                  " long with int8 activations, got ", group_size, " of K=", p.K);
   if (k_order.has_value()) {
     STD_TORCH_CHECK(k_order->scalar_type() == ScalarType::Int && has_shape(*k_order, {p.K}) && k_order->is_contiguous(),
                     "k_order must be contiguous int32 [K] = [", p.K, "]");

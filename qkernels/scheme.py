@@ -3,7 +3,7 @@
 w4a16_g128          4-bit symmetric weights in groups of 128 along K, 16-bit activations
 w4a16_g128_asym     the same with integer zero points;  _fzero: float zero points;  _offset: w = code * scale + offset
 w8a16_channel       one scale per output channel;  w8a16_tensor: one scale for the whole matrix
-w4a8_g128           activations quantized to int8 while the kernel runs
+w4a8_g128           activations quantized to int8 while the kernel runs; zeros as above
 nf4_g64             codes are indices into the NF4 codebook
 """
 
@@ -71,11 +71,8 @@ class QuantScheme:
             raise SchemeError(f"zeros must be one of {', '.join(get_args(ZeroKind))}, got {self.zeros!r}")
         if self.act_bits not in (None, 8):
             raise SchemeError(f"act_bits must be None (16-bit activations) or 8, got {self.act_bits!r}")
-        if self.act_bits == 8 and (self.zeros != "none" or self.codebook is not None):
-            raise SchemeError(
-                f'int8 activations need symmetric integer weights (zeros="none", no codebook), got zeros={self.zeros!r}, '
-                f"codebook={self.codebook!r}"
-            )
+        if self.act_bits == 8 and self.codebook is not None:
+            raise SchemeError(f"int8 activations need integer codes (no codebook), got codebook={self.codebook!r}")
         if self.codebook is not None:
             if self.codebook not in CODEBOOKS:
                 raise SchemeError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")

@@ -23,6 +23,7 @@ SCHEMES = [
     *(f"w{bits}a16_g32{zeros}" for bits in (2, 3, 4, 8) for zeros in ("", "_asym")),
     "w4a16_g16_asym", "w4a16_g64_fzero", "w4a16_g128_offset", "w4a16_channel", "w8a16_tensor", "w5a16_g32", "nf4_g64",
     "w4a8_g128", "w4a8_g32", "w8a8_channel", "w6a8_g16",
+    "w4a8_g32_asym", "w8a8_channel_asym", "w4a8_g64_fzero", "w6a8_g32_offset",
 ]  # fmt: skip
 SHAPES = [(32, 64), (33, 75), (1, 1), (70, 200)]
 weights = pytest.mark.parametrize(("N", "K"), SHAPES)
@@ -178,7 +179,7 @@ def test_kernel_is_exact_where_bits_are_exact(
 
 
 @kernels
-@pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a16_g32_asym", "w4a8_g32"])
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a16_g32_asym", "w4a8_g32", "w4a8_g32_asym"])
 def test_kernel_passes_opcheck(kernel: KernelSpec, scheme: str) -> None:
     weight = random_weight(scheme, 40, 96, act_order=True, exact=True)
     skip_unless_it_runs(kernel, Problem(40, 96, weight.scheme, torch.float32))

@@ -16,7 +16,7 @@ from qkernels.storage import read_json
 from tests.checkpoints import edit_json, logits, plain_checkpoint
 from tests.strategies import same_weight
 
-SCHEMES = ["w4a8_g32", "w8a8_channel"]
+SCHEMES = ["w4a8_g32", "w8a8_channel", "w4a8_g32_asym", "w8a8_channel_fzero"]
 LAYOUT = "cpu_tile_a8"
 
 

@@ -33,6 +33,7 @@ FEATURES = {
     "per channel, per tensor": ("w8a16_channel", "w8a16_tensor"),
     "NF4 codebook": ("nf4_g64",),
     "int8 activations": ("w4a8_g128", "w8a8_channel"),
+    "int8 activations, zeros, offsets": ("w4a8_g128_asym", "w8a8_channel_fzero", "w4a8_g64_offset"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ODD_N, ODD_K = 4097, 4099

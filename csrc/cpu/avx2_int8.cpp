@@ -33,6 +33,10 @@ struct Avx2Int8 : Avx2Sums {
     std::memcpy(&four, x, 4);
     return _mm256_set1_epi32(four);
   }
+  static QK_INLINE Integers less_bytes(Integers i, const uint8_t* bytes) {
+    return _mm256_sub_epi32(i, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+  }
+  static QK_INLINE Integers times(Integers a, Integers b) { return _mm256_mullo_epi32(a, b); }
   static QK_INLINE Sum to_sum(Integers i) { return _mm256_cvtepi32_ps(i); }
   static QK_INLINE Integers add_pairs(Integers sum, Integers words) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));

@@ -26,6 +26,10 @@ struct Vnni : Avx512Sums {
     std::memcpy(&four, x, 4);
     return _mm512_set1_epi32(four);
   }
+  static QK_INLINE Integers less_bytes(Integers i, const uint8_t* bytes) {
+    return _mm512_sub_epi32(i, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+  }
+  static QK_INLINE Integers times(Integers a, Integers b) { return _mm512_mullo_epi32(a, b); }
   static QK_INLINE Sum to_sum(Integers i) { return _mm512_cvtepi32_ps(i); }
   static QK_INLINE Integers dot_bytes(Integers sum, Integers bytes, Integers x) {
     return _mm512_dpbusd_epi32(sum, bytes, x);

@@ -23,7 +23,7 @@ int64_t block_width(const Problem& p) {
   return p.G == 1 || p.group % kRun == 0 || kRun % p.group == 0 ? kRun : p.group;
 }
 
-bool wants_sums(const Problem& p) { return p.zero_type != Type::kNone && p.zero_type != Type::kUInt8; }
+bool wants_sums(const Problem& p) { return has_rest(p) && !p.int8_activations; }
 
 // Bytes from one row of int8 activations to the next: whole cache lines, and not the multiple of 4096 at which rows
 // would share L1 sets.

@@ -74,12 +74,16 @@ struct Problem {
   bool int8_activations;
   float* x_scales;  // [M]
   int32_t* x_sums;  // [M, G] sums of the codes of x over each group
-  float* sums;      // [M, G] sums of x over each group, in fp32; null unless zeros are floating
+  float* sums;      // [M, G] sums of floating x over each group, in fp32; null unless has_rest
 };
 
 static inline int64_t staged_at(const Problem& p, int64_t m, int64_t k) {
   return k / p.staged.width * p.staged.block_stride + m * p.staged.row_stride + k % p.staged.width;
 }
+
+// Floating zero points and offsets: products are with code - 2^(bits-1), which is exact, and the rest of the weight,
+// the same over a group, meets the sum of x.
+static inline bool has_rest(const Problem& p) { return p.zero_type != Type::kNone && p.zero_type != Type::kUInt8; }
 
 // static: an inline function that was compiled for AVX-512 must not stand in for one that was not (target.h)
 static inline int64_t tiles_of(const Problem& p) { return (p.N + kTileRows - 1) / kTileRows; }

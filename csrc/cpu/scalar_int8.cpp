@@ -13,17 +13,25 @@ int code(const Problem& p, int64_t tile, int row, int64_t k) {
 }
 
 void multiply_tile(const Problem& p, int64_t tile, int64_t m0, int64_t m1) {
-  const int mid = 1 << (p.bits - 1);
   float total[kBlockRows][kTileRows] = {};
+  float scale[kTileRows], rest[kTileRows];
+  int zero[kTileRows];
   int32_t weight[kRun][kTileRows];
   int32_t sums[kBlockRows][kTileRows];
   for (int64_t g = 0; g < p.G; ++g) {
     std::memset(sums, 0, sizeof sums);
+    for (int r = 0; r < kTileRows; ++r) {
+      const int64_t at = (tile * p.G + g) * kTileRows + r;
+      const float mid = static_cast<float>(1 << (p.bits - 1)), stored = load(p.zero_type, p.zeros, at);
+      scale[r] = load(p.scale_type, p.scales, at);
+      zero[r] = p.zero_type == Type::kUInt8 ? static_cast<const uint8_t*>(p.zeros)[at] : 1 << (p.bits - 1);
+      rest[r] = p.zeros_are_offsets ? mid * scale[r] + stored : (mid - stored) * scale[r];
+    }
     const int64_t end = p.K < (g + 1) * p.group ? p.K : (g + 1) * p.group;
     for (int64_t first = g * p.group; first < end; first += kRun) {
       const int64_t n = end - first < kRun ? end - first : kRun;
       for (int64_t k = 0; k < n; ++k) {
-        for (int r = 0; r < kTileRows; ++r) weight[k][r] = code(p, tile, r, first + k) - mid;
+        for (int r = 0; r < kTileRows; ++r) weight[k][r] = code(p, tile, r, first + k) - zero[r];
       }
       for (int64_t m = m0; m < m1; ++m) {
         const int8_t* x = static_cast<const int8_t*>(p.staged.data) + m * p.staged.row_stride + first;
@@ -32,9 +40,12 @@ void multiply_tile(const Problem& p, int64_t tile, int64_t m0, int64_t m1) {
         }
       }
     }
-    for (int r = 0; r < kTileRows; ++r) {
-      const float scale = load(p.scale_type, p.scales, (tile * p.G + g) * kTileRows + r);
-      for (int64_t m = m0; m < m1; ++m) total[m - m0][r] += static_cast<float>(sums[m - m0][r]) * scale;
+    for (int64_t m = m0; m < m1; ++m) {
+      const float x_sum = static_cast<float>(p.x_sums[m * p.G + g]);
+      for (int r = 0; r < kTileRows; ++r) {
+        total[m - m0][r] += static_cast<float>(sums[m - m0][r]) * scale[r];
+        if (has_rest(p)) total[m - m0][r] += rest[r] * x_sum;
+      }
     }
   }
   float bias[kTileRows];

@@ -7,6 +7,8 @@
 //   kByteBias     what `dot_bytes` subtracts from each 8-bit code
 //   dot_nibbles(sum, lanes, x0, x1)  low nibbles times x0 and high ones times x1
 //   dot_bytes(sum, lanes, x)         (bytes - kByteBias) times x
+//   less_bytes(i, bytes)             i - consecutive bytes, one a row
+//   times(a, b)                      of integers, wrapping
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -18,9 +20,11 @@
 namespace qkernels::cpu {
 namespace {
 
-// Sums start at what the products leave out: (kByteBias - mid) * (sum of x over the group), so that zero points cost
-// nothing. Integer sums may wrap on the way; the true sum fits (layouts/cpu_tile_a8.py bounds the group).
-template <class V, bool kBytes, int kVectors, int kTokens>
+// Sums start at what the products leave out: (kByteBias - zero) * (sum of x over the group). Symmetric weights have one
+// zero, 2^(bits-1), which costs nothing. kZeros: integer zero points are one a row; floating zero points and offsets
+// leave it at 2^(bits-1), and add sum(x) * rest_of, as in tile_gemm.h.
+// Integer sums may wrap on the way; the true sum fits (layouts/cpu_tile_a8.py bounds the group).
+template <class V, bool kBytes, bool kZeros, int kVectors, int kTokens>
 void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64_t m0) {
   using Sum = typename V::Sum;
   using Integers = typename V::Integers;
@@ -45,12 +49,26 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
     const Group group = group_of(p, g);
     for (int t = 0; t * kPerTile < kVectors; ++t) {
       prefetch_group(p, p.scales, p.scale_type, tile + t, next_tile + t, g);
+      if (kZeros) prefetch_group(p, p.zeros, p.zero_type, tile + t, next_tile + t, g);
     }
+    const auto at = [&](int v) {  // the first row's scale and zero
+      return ((tile + v / kPerTile) * p.G + g) * kTileRows + v % kPerTile * V::kRows;
+    };
+    const int32_t* x_sums = p.x_sums + m0 * p.G + g;
     Integers acc[kTokens][kVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < kTokens; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::integers(start * p.x_sums[(m0 + r) * p.G + g]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::integers(start * x_sums[r * p.G]);
+    }
+    if (kZeros && p.zero_type == Type::kUInt8) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const Integers bias = V::integers(kBytes ? V::kByteBias : 0);
+        const Integers from = V::less_bytes(bias, static_cast<const uint8_t*>(p.zeros) + at(v));
+#pragma GCC unroll 8
+        for (int r = 0; r < kTokens; ++r) acc[r][v] = V::times(from, V::integers(x_sums[r * p.G]));
+      }
     }
     for (int64_t o = group.first / kOctet; o < group.first / kOctet + group.octets; ++o) {
       const int8_t* x = rows + o * kOctet;
@@ -79,12 +97,18 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = ((tile + v / kPerTile) * p.G + g) * kTileRows + v % kPerTile * V::kRows;
-      const Sum scale = V::widen(p.scale_type, p.scales, at);
+      const Sum scale = V::widen(p.scale_type, p.scales, at(v));
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
         float* sum = total + r * kCount + v * V::kRows;
         V::store(sum, V::fma(V::to_sum(acc[r][v]), scale, V::load(sum)));
+      }
+      if (kZeros && has_rest(p)) {
+        const Sum rest = rest_of<V>(p, scale, at(v));
+        for (int r = 0; r < kTokens; ++r) {
+          float* sum = total + r * kCount + v * V::kRows;
+          V::store(sum, V::fma(rest, V::set1(static_cast<float>(x_sums[r * p.G])), V::load(sum)));
+        }
       }
     }
   }
@@ -98,45 +122,51 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
 }
 
 // As many tiles at once as kDecodeVectors says for this number of rows of x; returns how many are left.
-template <class V, bool kBytes, int kTokens>
+template <class V, bool kBytes, bool kZeros, int kTokens>
 int multiply_int8_together(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t tokens) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return multiply_int8_together<V, kBytes, kTokens - 1>(p, tile, tiles, m0, tokens);
+    if (tokens < kTokens) return multiply_int8_together<V, kBytes, kZeros, kTokens - 1>(p, tile, tiles, m0, tokens);
   }
   constexpr int kVectors = V::kDecodeVectors[kTokens - 1], kTiles = kVectors * V::kRows / kTileRows;
   for (const int64_t next_unit = tile + p.unit_step; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
     const int64_t next = tiles == kTiles ? next_unit : tile + kTiles;
-    multiply_int8_rows<V, kBytes, kVectors, kTokens>(p, tile, next, m0);
+    multiply_int8_rows<V, kBytes, kZeros, kVectors, kTokens>(p, tile, next, m0);
   }
   return tiles;
 }
 
 // At most kTokens rows of x and one tile
-template <class V, bool kBytes, int kTokens>
+template <class V, bool kBytes, bool kZeros, int kTokens>
 void multiply_int8_last(const Problem& p, int64_t tile, int64_t next_tile, int64_t m0, int64_t tokens) {
   constexpr int kPerTile = kTileRows / V::kRows;
-  if (tokens == kTokens) return multiply_int8_rows<V, kBytes, kPerTile, kTokens>(p, tile, next_tile, m0);
-  if constexpr (kTokens > 1) multiply_int8_last<V, kBytes, kTokens - 1>(p, tile, next_tile, m0, tokens);
+  if (tokens == kTokens) return multiply_int8_rows<V, kBytes, kZeros, kPerTile, kTokens>(p, tile, next_tile, m0);
+  if constexpr (kTokens > 1) multiply_int8_last<V, kBytes, kZeros, kTokens - 1>(p, tile, next_tile, m0, tokens);
 }
 
-template <class V, bool kBytes>
+template <class V, bool kBytes, bool kZeros>
 void multiply_int8_tiles(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
   const int64_t end = tile + tiles, next_unit = tile + p.unit_step;
   if (m1 - m0 <= V::kDecodeTokens) {
-    tiles = multiply_int8_together<V, kBytes, V::kDecodeTokens>(p, tile, tiles, m0, m1 - m0);
+    tiles = multiply_int8_together<V, kBytes, kZeros, V::kDecodeTokens>(p, tile, tiles, m0, m1 - m0);
   }
   for (int64_t t = end - tiles; t < end; ++t) {
     for (int64_t m = m0; m < m1; m += V::kTokens) {
       const int64_t next = m + V::kTokens < m1 ? t : t + 1 < end ? t + 1 : next_unit;  // a tile stays in L2
-      multiply_int8_last<V, kBytes, V::kTokens>(p, t, next, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
+      multiply_int8_last<V, kBytes, kZeros, V::kTokens>(p, t, next, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
     }
   }
 }
 
+template <class V, bool kBytes>
+void multiply_int8_width(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (p.zero_type == Type::kNone) return multiply_int8_tiles<V, kBytes, false>(p, tile, tiles, m0, m1);
+  return multiply_int8_tiles<V, kBytes, true>(p, tile, tiles, m0, m1);
+}
+
 template <class V>
 void multiply_int8(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (p.bits > 4) return multiply_int8_tiles<V, true>(p, tile, tiles, m0, m1);
-  return multiply_int8_tiles<V, false>(p, tile, tiles, m0, m1);
+  if (p.bits > 4) return multiply_int8_width<V, true>(p, tile, tiles, m0, m1);
+  return multiply_int8_width<V, false>(p, tile, tiles, m0, m1);
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         type=group_size,
         help='weights that share a scale: an integer, "channel" or "tensor" (default: 128; hqq, nf4: 64; smoothquant: channel)',
     )
-    parser.add_argument("--asym", action="store_true", help="integer zero points (rtn, gptq, awq)")
+    parser.add_argument("--asym", action="store_true", help="integer zero points (rtn, gptq, awq, smoothquant)")
     parser.add_argument(
         "--act-order",
         choices=("none", "group", "static"),
@@ -105,10 +105,10 @@ def method_of(args: argparse.Namespace) -> Options:
 
     given: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "act_order": args.act_order}
     options = {name: value for name, value in given.items() if value is not None}
-    zero_points = args.method in ("rtn", "gptq", "awq")
+    zero_points = args.method in ("rtn", "gptq", "awq", "smoothquant")
     if args.asym and not zero_points:
         raise ArgumentError(
-            f"--asym gives rtn, gptq and awq integer zero points; {args.method} has zero points of its own or none"
+            f"--asym gives rtn, gptq, awq and smoothquant integer zero points; {args.method} has zero points of its own or none"
         )
     if args.act_order is not None and args.method != "gptq":
         raise ArgumentError(f"--act-order is an option of gptq, got --method {args.method}")

@@ -18,7 +18,11 @@ from ..tensor import QuantTensor
 from . import Buffers, Layout
 from .cpu_tile_a16 import COLUMNS, ROWS_PER_TILE, buffer_shapes, pack_tiles, unpack_tiles
 
-LONGEST_GROUP = 1 << 17  # 2^17 products of at most 127 * 128 fit an int32 sum
+# So many products fit an int32 sum: of |x| <= 127 with |code - 2^(bits-1)| <= 128, or with |code - zero| <= 255, whatever the
+# byte that a file has for a zero point: 2^17 * 127 * 128 = 0.992 * 2^31, 2^16 * 127 * 255 = 0.988 * 2^31. Floating zeros and
+# offsets leave the integers of a symmetric weight, and add sum(x) * rest in fp32: |sum(x)| <= 127 * 2^17 < 2^24 is exact there.
+LONGEST_GROUP = 1 << 17
+LONGEST_GROUP_WITH_ZERO_POINTS = 1 << 16
 
 
 def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
@@ -28,13 +32,14 @@ def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
         why.append("16-bit activations: these kernels quantize them to int8, which a scheme like w4a8_g128 asks for")
     if scheme.num_groups(K) > 1 and scheme.group_length(K) % COLUMNS:
         why.append(f"group_size {scheme.group_size} is not a multiple of {COLUMNS}")
-    if min(K, scheme.group_length(K)) > LONGEST_GROUP:
-        why.append(f"groups of {scheme.group_length(K)} could overflow an int32 sum: at most {LONGEST_GROUP}")
+    longest = LONGEST_GROUP_WITH_ZERO_POINTS if scheme.zeros == "int" else LONGEST_GROUP
+    if min(K, scheme.group_length(K)) > longest:
+        why.append(f"groups of {scheme.group_length(K)} could overflow an int32 sum: at most {longest}")
     return why
 
 
 def pack(qt: QuantTensor) -> dict[str, Tensor | None]:
-    """Weight -> buffers; leading (expert) dimensions stay in front of qweight and scales.
+    """Weight -> buffers; leading (expert) dimensions stay in front of qweight, scales and zeros.
 
     Raises:
         ConversionError: the scheme has a reason (see `reasons`).

@@ -81,6 +81,8 @@ def reasons_a8(N: int, K: int, scheme: QuantScheme) -> list[str]:
     if scheme.act_bits != 8:
         return [f"{scheme}: these kernels take int8 activations (act_bits=8) alone"]
     why = []
+    if not scheme.symmetric:
+        why.append(f"zeros={scheme.zeros!r}: with int8 activations these kernels take symmetric weights alone")
     group = scheme.group_length(K)
     if scheme.num_groups(K) > 1 and group != 32 and group % COLUMNS:
         why.append(f"group_size {scheme.group_size} is neither 32 nor a multiple of {COLUMNS}")

@@ -5,6 +5,8 @@ Slow on purpose: the whole weight is dequantized to fp32 on every call.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -45,27 +47,42 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gemm_a8(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor:
-    """`gemm` with int8 activations (`quantize_rows`): exact integer sums over each group, then
-    `y = (sum over groups of sum_g * scale_g) * x_scale + bias` in fp32, rounded once to x's dtype.
+    """`gemm` with int8 activations (`quantize_rows`): exact integer sums over each group, `sum_g` of (code - zero) x, then
+    `y = (sum over groups of sum_g * scale_g + rest_g * sum(x)_g) * x_scale + bias` in fp32, rounded once to x's dtype.
+
+    Integer zero points are the zero, and rest is 0. Otherwise the zero is 2^(bits-1), so that sums stay integers and small, and
+    rest = (2^(bits-1) - zero_point) scale for floating zero points, 2^(bits-1) scale + offset for offsets.
 
     Args:
         x: floating `[M, K]`.
-        weight: `[N, K]`, symmetric.
+        weight: `[N, K]`, integer codes.
         bias: None or floating `[N]`.
     """
     codes, x_scales = quantize_rows(x)
     groups, length = weight.scheme.num_groups(weight.K), weight.scheme.group_length(weight.K)
     order = weight.k_order()
-    values = weight.codes.double() - weight.scheme.mid_code  # float64 holds the sums exactly, and has a fast product
-    integers = codes.double()
+    values, integers = weight.codes.double(), codes.double()  # float64 holds the sums exactly, and has a fast product
     if order is not None:
         values, integers = values[:, order.long()], integers[:, order.long()]
+    mid, rests = weight.scheme.mid_code, _rests(weight)
+    zeros = torch.full_like(weight.scales, mid) if weight.zeros is None or rests is not None else weight.zeros
     y = x.new_zeros(x.shape[0], weight.N, dtype=torch.float32)
     for g in range(groups):
         part = slice(g * length, (g + 1) * length)
-        y = y + (integers[:, part] @ values[:, part].T).float() * weight.scales[:, g].float()
+        sums = integers[:, part] @ (values[:, part] - zeros[:, g : g + 1].double()).T
+        y = y + sums.float() * weight.scales[:, g].float()
+        if rests is not None:
+            y = y + integers[:, part].sum(1, keepdim=True).float() * rests[:, g]
     y = y * x_scales
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _rests(weight: QuantTensor) -> Tensor | None:
+    """fp32 `[N, G]`: what each group of a weight with floating zeros or offsets adds for every unit of x (see `gemm_a8`)."""
+    if weight.zeros is None or weight.scheme.zeros == "int":
+        return None
+    mid, scales, zeros = weight.scheme.mid_code, weight.scales.float(), weight.zeros.float()
+    return mid * scales + zeros if weight.scheme.zeros == "offset" else (mid - zeros) * scales
 
 
 def scheme_of(zeros: Tensor | None, bits: int, group_size: int, zeros_are_offsets: bool) -> QuantScheme:
@@ -112,12 +129,10 @@ def gemm_a8_op(
     """The op `gemm_reference_a8`; arguments as in `schema`.
 
     Raises:
-        ArgumentError: zeros are given: int8 activations need symmetric weights.
+        SchemeError: zeros are a codebook's table: int8 activations need integer codes.
     """
-    if zeros is not None:
-        raise ArgumentError(f"zeros must be None with int8 activations, got {list(zeros.shape)}; use gemm_reference")
-    scheme = QuantScheme(bits, group_size, act_bits=8)
-    return gemm_a8(x, QuantTensor(qweight, scales, None, group_index_of(k_order, x.shape[1], scheme), scheme), bias)
+    scheme = replace(scheme_of(zeros, bits, group_size, zeros_are_offsets), act_bits=8)
+    return gemm_a8(x, QuantTensor(qweight, scales, zeros, group_index_of(k_order, x.shape[1], scheme), scheme), bias)
 
 
 def dequantize_op(

@@ -59,7 +59,7 @@ class HQQ(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scheme.zeros != "float" or self.group_size == "tensor" or self.act_bits is not None or self.codebook:
+        if self.scheme.zeros != "float" or self.group_size == "tensor" or self.codebook:
             raise SchemeError(
                 f"HQQ fits float zero points of groups or channels (w{self.bits}a16_g64_fzero, w{self.bits}a16_channel_fzero), "
                 f"got {self.scheme}; RTN takes any scheme"

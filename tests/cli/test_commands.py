@@ -133,7 +133,9 @@ def test_dry_run_writes_nothing(tiny_llama_dir: Path, tmp_path: Path, capsys: py
     [
         (["--method", "hqq", "--bits", "3", "--group-size", "32"], "w3a16_g32_fzero"),
         (["--method", "nf4"], "nf4_g64"),
-        (["--method", "smoothquant"], "w8a8_channel"),
+        (["--method", "smoothquant"], '"w8a8_channel"'),
+        (["--method", "smoothquant", "--asym"], '"w8a8_channel_asym"'),
+        (["--method", "rtn", "--asym", "--override", "*=w4a8_g32_asym"], '"w4a8_g32_asym"'),
         (["--method", "rtn", "--bits", "8", "--group-size", "channel"], "w8a16_channel"),
     ],
 )
@@ -148,7 +150,10 @@ def test_methods_write_their_scheme(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quantize", "{tiny}", "{tmp}/out", "--method", "hqq", "--asym"], "--asym gives rtn, gptq and awq integer"),
+        (
+            ["quantize", "{tiny}", "{tmp}/out", "--method", "hqq", "--asym"],
+            "--asym gives rtn, gptq, awq and smoothquant integer",
+        ),
         (
             ["quantize", "{tiny}", "{tmp}/out", "--method", "awq", "--act-order", "group"],
             "--act-order is an option of gptq",

@@ -64,10 +64,23 @@ def test_int8_activations_have_a_kernel_of_their_own(scheme: str) -> None:
         assert select(Problem(70, 200, QuantScheme.parse(scheme), torch.float16, arch)).name == "cuda.mma_tile_a8"
 
 
+def test_asymmetric_weights_with_int8_activations_have_no_kernel_on_cuda() -> None:
+    """They raise, with every kernel's reason; nothing quietly takes 16-bit activations instead."""
+    for zeros in ("asym", "fzero", "offset"):
+        problem = Problem(70, 200, QuantScheme.parse(f"w4a8_g128_{zeros}"), torch.float16, "sm90")
+        with pytest.raises(
+            UnsupportedProblem, match="with int8 activations these kernels take symmetric weights alone"
+        ):
+            select(problem)
+        assert select(problem, "reference").name == "reference_a8"
+
+
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
         ({"scheme": "w4a16_g128"}, "int8 activations .act_bits=8. alone"),
+        ({"scheme": "w4a8_g128_asym"}, "zeros='int': with int8 activations these kernels take symmetric weights alone"),
+        ({"scheme": "w4a8_g128_offset"}, "zeros='offset': with int8 activations these kernels take symmetric"),
         ({"scheme": "w4a8_g16"}, "neither 32 nor a multiple of 64"),
         ({"scheme": "w8a8_channel", "K": 131073}, "groups of 131073 columns: an int32 sum is exact over 131072"),
         ({"scheme": "w8a8_channel", "dtype": torch.float32}, "activations must be bfloat16 or float16"),

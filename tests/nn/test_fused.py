@@ -203,7 +203,13 @@ def test_no_weight_is_held_twice() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3, DECODE_TOKENS, DECODE_TOKENS + 1])
 @pytest.mark.parametrize(
-    "weight", [{}, {"bias": True}, {"act_order": True}, {"scheme": "w4a16_g32_asym"}, {"scheme": "w8a8_g32"}]
+    "weight",
+    [
+        {},
+        {"bias": True},
+        {"act_order": True},
+        *({"scheme": s} for s in ("w4a16_g32_asym", "w8a8_g32", "w4a8_g32_asym")),
+    ],
 )
 def test_parts_are_what_the_layers_give(picked: list[int], tokens: int, weight: dict[str, Any]) -> None:
     alone, fused = layers_of(**weight), group_of(**weight)

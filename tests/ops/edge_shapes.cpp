@@ -126,13 +126,14 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   cpu::gemm(p, kernels, workspace, 2, two_threads);
 
   int wrong = 0;
+  const bool rest = cpu::has_rest(p);
   const double rounding = s.x == Type::kFloat ? 0 : s.x == Type::kHalf ? 1.0 / 2048 : 1.0 / 256;
   for (int64_t m = 0; m < s.M; ++m) {
     std::vector<double> token(static_cast<size_t>(s.K));
     for (int64_t k = 0; k < s.K; ++k) token[k] = x.values[m * row + k * step];
     if (s.int8) quantize(token);
     for (int64_t n = 0; n < s.N; ++n) {
-      double magnitude = 0;
+      double magnitude = 0;  // of all terms: with a rest, the product with code - mid and that with the rest
       double y = s.bias == Type::kNone ? 0 : bias.values[n];
       for (int64_t k = 0; k < s.K; ++k) {
         const int64_t at = (n / cpu::kTileRows * p.G + k / s.group) * cpu::kTileRows + n % cpu::kTileRows;
@@ -140,10 +141,13 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
         const double w = s.offsets ? code * scales.values[at] + zero : (code - zero) * scales.values[at];
         const int64_t column = order[k] < 0 ? 0 : order[k] >= s.K ? s.K - 1 : order[k];
         y += w * token[column];
-        magnitude += std::abs(w * token[column]);
+        const double product = (code - (1 << (s.bits - 1))) * scales.values[at];
+        magnitude += std::abs(token[column]) * (rest ? std::abs(product) + std::abs(w - product) : std::abs(w));
       }
-      // Exact but for the output's rounding; with int8 activations, each group and the token's scale round in fp32 too.
-      const double scaled = s.int8 ? std::ldexp(static_cast<double>(p.G + 4) * (magnitude + std::abs(y)), -24) : 0;
+      // Exact but for the output's rounding; with int8 activations, each group and the token's scale round in fp32 too
+      // (tests/ops/test_int8.py counts).
+      const double roundings = static_cast<double>(rest ? 2 * p.G + 7 : p.G + 4);
+      const double scaled = s.int8 ? std::ldexp(roundings * (magnitude + std::abs(y)), -24) : 0;
       wrong += !(std::abs(read(s.x, p.y, m * s.N + n) - y) <= scaled + rounding * (std::abs(y) + scaled));
     }
   }
@@ -173,7 +177,7 @@ int main(int argc, char** argv) {
                         zero_type, bias_type, zero == 3, cases % 2 == 1, cases % 19 % 3 == 0, false},
                        kernels, short_of_a_byte);
           wrong += run({M, N, K, group[cases % 7], bits[cases % 5], floats[cases % 13 % 3], floats[cases % 17 % 3],
-                        Type::kNone, bias_type, false, cases % 2 == 1, cases % 19 % 3 == 0, true},
+                        zero_type, bias_type, zero == 3, cases % 2 == 1, cases % 19 % 3 == 0, true},
                        int8, short_of_a_byte);
         }
       }

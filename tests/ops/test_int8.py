@@ -2,7 +2,9 @@
 
 Bound of `test_floating_scales`: both sides have the same integers. Each group's product (1 rounding, or none where it is fused)
 and each addition round by at most u = 2^-24 of the sum of magnitudes S; so do the int32 sum's conversion (none below 2^24), the
-token's scale and the bias: at most G + 4 roundings on either side, and the output's own half unit.
+token's scale and the bias: at most G + 4 roundings on either side, and the output's own half unit. Floating zeros and offsets add
+a second product a group (its addition, and 3 roundings of rest and product; the sum of x is exact): 2 G + 7, of the magnitudes
+that the two products have apart, |code - mid| |scale| + |rest| (`helpers.magnitudes`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from qkernels import QuantScheme, QuantTensor
 from qkernels.errors import ArgumentError, ConversionError
 from qkernels.layouts import get_layout
 from qkernels.ops import reference
-from tests.ops.helpers import DTYPES, arguments, integers
+from tests.ops.helpers import DTYPES, arguments, integers, magnitudes
 from tests.strategies import random_weight
 
 LAYOUT = "cpu_tile_a8"
@@ -36,7 +38,11 @@ def whole_tokens(M: int, K: int, dtype: torch.dtype = torch.float32, most: int =
     return x
 
 
-@pytest.mark.parametrize("scheme", ["w4a8_g32", "w4a8_channel", "w3a8_g8", "w8a8_channel", "w8a8_g64", "w5a8_g16"])
+@pytest.mark.parametrize("scheme", [
+    "w4a8_g32", "w4a8_channel", "w3a8_g8", "w8a8_channel", "w8a8_g64", "w5a8_g16",
+    "w4a8_g32_asym", "w8a8_channel_asym", "w5a8_g16_asym", "w4a8_g8_fzero", "w8a8_g64_fzero", "w3a8_g32_offset",
+    "w8a8_channel_offset",
+])  # fmt: skip
 @pytest.mark.parametrize(("N", "K"), [(70, 200), (1, 1), (33, 75), (96, 256)])
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
 def test_integers_are_exact(isa: str, poisoned_memory: None, scheme: str, N: int, K: int, act_order: bool) -> None:
@@ -63,8 +69,57 @@ def test_extreme_codes_do_not_saturate(isa: str, bits: int, code: str, sign: int
         ))  # fmt: skip
 
 
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("zero", [0, 255])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_extreme_zero_points_do_not_saturate(isa: str, bits: int, zero: int, sign: int) -> None:
+    """The largest |code - zero| that the bytes of a file can ask for, a zero of 255 for codes of 4 bits included: `QuantTensor`
+    refuses such zeros, so they are put into the packed buffer. The sum fits an int32, although it may wrap on the way there.
+    """
+    N, K, group = 40, 4112, 4096
+    scheme = QuantScheme(bits, group, "int", act_bits=8)
+    code = scheme.max_code if zero == 0 else 0
+    weight = QuantTensor(
+        torch.full((N, K), code, dtype=torch.uint8),
+        torch.ones(N, 2),
+        torch.zeros(N, 2, dtype=torch.uint8),
+        None,
+        scheme,
+    )
+    for M in (1, 3, 7):
+        x, qweight, scales, zeros, *rest = arguments(weight, torch.full((M, K), 127.0 * sign), None, LAYOUT)
+        assert isinstance(zeros, Tensor)
+        y = torch.ops.qkernels.gemm_cpu_tile_a8(x, qweight, scales, zeros.fill_(zero), *rest)
+        sums = [127 * sign * columns * (code - zero) for columns in (group, K - group)]
+        expected = sum(torch.tensor(value, dtype=torch.float32) for value in sums)
+        assert torch.equal(y, torch.as_tensor(expected).expand(M, N)), M
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_channel_asym", "w8a8_channel"])
+def test_the_longest_groups_fit(isa: str, scheme: str) -> None:
+    """The largest sum of all: 2^16 products of 127 * 255, or 2^17 of 127 * 128; one column more is refused."""
+    parsed = QuantScheme.parse(scheme)
+    K, most = (1 << 16, 255) if parsed.zeros == "int" else (1 << 17, 128)
+    assert 127 * most * K < 2**31
+    zeros = None if parsed.symmetric else torch.full((1, 1), 255, dtype=torch.uint8)
+    weight = QuantTensor(torch.zeros(1, K, dtype=torch.uint8), torch.ones(1, 1), zeros, None, parsed)
+    for sign in (-1, 1):
+        x = torch.full((1, K), 127.0 * sign)
+        expected = torch.tensor([[-sign * 127 * most * K]], dtype=torch.float32)  # one rounding: above 2^24
+        assert torch.equal(multiply(weight, x), expected)
+        assert torch.equal(reference.gemm_a8(x, weight), expected)
+    assert "could overflow an int32 sum" in get_layout(LAYOUT).reasons(1, K + 1, parsed)[0]
+    x, *buffers = arguments(weight, torch.zeros(1, K), None, LAYOUT)
+    longer = [torch.zeros(1, (K + 8) * 32, dtype=torch.uint8), *buffers[1:-2], K + 8, False]
+    with pytest.raises((RuntimeError, ArgumentError), match=f"groups must be at most {K} long"):
+        torch.ops.qkernels.gemm_cpu_tile_a8(torch.zeros(1, K + 8), *longer)
+
+
 @dtypes
-@pytest.mark.parametrize("scheme", ["w4a8_g32", "w4a8_g128", "w8a8_channel"])
+@pytest.mark.parametrize("scheme", [
+    "w4a8_g32", "w4a8_g128", "w8a8_channel", "w4a8_g32_asym", "w8a8_g128_asym", "w4a8_g128_fzero", "w8a8_channel_fzero",
+    "w4a8_g32_offset",
+])  # fmt: skip
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
 def test_floating_scales(isa: str, dtype: torch.dtype, scheme: str, act_order: bool) -> None:
     N, K = 70, 296
@@ -74,14 +129,15 @@ def test_floating_scales(isa: str, dtype: torch.dtype, scheme: str, act_order: b
         codes, scales = reference.quantize_rows(x)
         quantized = codes.double() * scales.double()
         exact = quantized @ weight.dequantize().double().T
-        magnitude = quantized.abs() @ weight.dequantize().double().abs().T
-        bound = (
-            (weight.scheme.num_groups(K) + 4) * 2**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs() + 1e-30
-        )
+        magnitude = quantized.abs() @ magnitudes(weight).T
+        roundings = weight.scheme.num_groups(K) + 4
+        if weight.scheme.zeros in ("float", "offset"):
+            roundings += weight.scheme.num_groups(K) + 3
+        bound = roundings * 2**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs() + 1e-30
         for y in (multiply(weight, x), reference.gemm_a8(x, weight)):
             limit = bound + torch.finfo(dtype).eps * bound  # the half unit of the computed value, not of the exact one
             assert ((y.double() - exact).abs() <= limit + _subnormal(dtype)).all(), M
-        wrong = QuantTensor(weight.codes ^ 1, weight.scales, None, weight.group_index, weight.scheme)
+        wrong = QuantTensor(weight.codes ^ 1, weight.scales, weight.zeros, weight.group_index, weight.scheme)
         assert not ((multiply(wrong, x).double() - exact).abs() <= bound).all()
 
 
@@ -148,11 +204,18 @@ def test_what_it_refuses() -> None:
         ("w4a16_g32", 64, "16-bit activations"),
         ("w4a8_g12", 64, "group_size 12 is not a multiple of 8"),
         ("w4a8_channel", (1 << 17) + 8, "could overflow an int32 sum"),
+        ("w4a8_channel_fzero", (1 << 17) + 8, "could overflow an int32 sum: at most 131072"),
+        ("w4a8_channel_asym", (1 << 16) + 8, "could overflow an int32 sum: at most 65536"),
     ]:
         assert why in layout.reasons(8, K, QuantScheme.parse(scheme))[0]
     with pytest.raises(ConversionError, match="16-bit activations"):
         layout.pack(random_weight("w4a16_g32", 8, 64))
     x, *buffers = arguments(random_weight("w4a8_g32", 40, 96), torch.ones(2, 96), None, LAYOUT)
-    zeros = torch.zeros(2, 3, 32)
-    with pytest.raises((RuntimeError, ArgumentError), match="zeros must be None with int8 activations"):
-        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], zeros, *buffers[3:])
+    good = torch.zeros(2, 3, 32, dtype=torch.uint8)
+    for zeros in (good[:1], good[..., :31], good.to(torch.int8), good.mT.contiguous().mT, good.float().flatten()):
+        with pytest.raises((RuntimeError, ArgumentError), match="zeros must be contiguous uint8 or floating"):
+            torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], zeros, *buffers[3:])
+    with pytest.raises((RuntimeError, ArgumentError), match="zeros must be contiguous floating"):
+        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], good, *buffers[3:-1], True)
+    with pytest.raises((RuntimeError, ArgumentError), match="zeros must be given where zeros_are_offsets"):
+        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:-1], True)
