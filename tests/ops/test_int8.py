@@ -22,6 +22,7 @@ from tests.strategies import random_weight
 
 LAYOUT = "cpu_tile_a8"
 TOKENS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 63, 64, 65, 130]  # both sides of every block of rows
+zeros = pytest.mark.parametrize("zeros", ["", "_asym", "_fzero", "_offset"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -170,6 +171,21 @@ def test_ties_and_tiny_tokens_are_quantized_as_the_reference_does(isa: str, dtyp
     assert torch.equal(multiply(weight, x), (codes.float() * scales).to(dtype))
 
 
+def test_a_wrong_zero_is_seen(isa: str) -> None:
+    """Negative control of the comparisons above: one zero point of one group, off by one, changes every token of its row."""
+    for scheme, step in (("w4a8_g32_asym", 1), ("w8a8_g32_fzero", 1), ("w4a8_g32_offset", 0.25)):
+        weight = random_weight(scheme, 40, 96, exact=True)
+        assert weight.zeros is not None
+        other = weight.zeros.clone()
+        other[17, 2] += step if other[17, 2] < weight.scheme.max_code else -step
+        x = whole_tokens(7, 96, most=3) + 1  # no group of x sums to 0
+        x[:, 48] = 127
+        changed = QuantTensor(weight.codes, weight.scales, other, weight.group_index, weight.scheme)
+        rows = (multiply(changed, x) != multiply(weight, x)).all(0).nonzero().flatten().tolist()
+        assert rows == [17]
+        assert torch.equal(multiply(changed, x), reference.gemm_a8(x, changed))
+
+
 @dtypes
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_token_with_no_scale_is_nan_and_leaves_the_others_alone(isa: str, dtype: torch.dtype, value: float) -> None:
@@ -182,20 +198,24 @@ def test_a_token_with_no_scale_is_nan_and_leaves_the_others_alone(isa: str, dtyp
         assert torch.equal(y.nan_to_num(777.0), expected.nan_to_num(777.0))
 
 
-def test_rows_do_not_depend_on_their_number(isa: str) -> None:
-    weight = random_weight("w4a8_g32", 70, 200)
+@zeros
+def test_rows_do_not_depend_on_their_number(isa: str, zeros: str) -> None:
+    weight = random_weight(f"w4a8_g32{zeros}", 70, 200)
     x = torch.randn(130, 200, generator=torch.Generator().manual_seed(2))
     whole = multiply(weight, x)
     for M in TOKENS:
         assert torch.equal(multiply(weight, x[:M]), whole[:M]), M
 
 
-def test_strides_and_empty_shapes(isa: str) -> None:
-    weight = random_weight("w8a8_g32", 40, 96, act_order=True)
+@zeros
+def test_strides_and_empty_shapes(isa: str, zeros: str) -> None:
+    weight = random_weight(f"w8a8_g32{zeros}", 40, 96, act_order=True)
     x = torch.randn(96, 9, generator=torch.Generator().manual_seed(3)).T
     assert torch.equal(multiply(weight, x), multiply(weight, x.contiguous()))
-    assert multiply(random_weight("w4a8_g32", 0, 96), x).shape == (9, 0)
-    assert torch.equal(multiply(random_weight("w4a8_g32", 40, 0), x[:, :0], integers(40)), integers(40).expand(9, 40))
+    assert multiply(random_weight(f"w4a8_g32{zeros}", 0, 96), x).shape == (9, 0)
+    assert torch.equal(
+        multiply(random_weight(f"w4a8_g32{zeros}", 40, 0), x[:, :0], integers(40)), integers(40).expand(9, 40)
+    )
 
 
 def test_what_it_refuses() -> None:
