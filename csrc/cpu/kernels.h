@@ -73,7 +73,7 @@ struct Problem {
   // Layout cpu_tile_a8: `staged` is int8 [M, row_stride], and these are what `quantize_row` (rows_int8.h) adds to it.
   bool int8_activations;
   float* x_scales;  // [M]
-  int32_t* x_sums;  // [M, G] sums of the codes of x over each group
+  int32_t* x_sums;  // [G, M] sums of the codes of x over each group
   float* sums;      // [M, G] sums of floating x over each group, in fp32; null unless has_rest
 };
 

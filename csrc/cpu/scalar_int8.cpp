@@ -41,7 +41,7 @@ void multiply_tile(const Problem& p, int64_t tile, int64_t m0, int64_t m1) {
       }
     }
     for (int64_t m = m0; m < m1; ++m) {
-      const float x_sum = static_cast<float>(p.x_sums[m * p.G + g]);
+      const float x_sum = static_cast<float>(p.x_sums[g * p.M + m]);
       for (int r = 0; r < kTileRows; ++r) {
         total[m - m0][r] += static_cast<float>(sums[m - m0][r]) * scale[r];
         if (has_rest(p)) total[m - m0][r] += rest[r] * x_sum;
