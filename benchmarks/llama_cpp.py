@@ -3,9 +3,9 @@
     python -m benchmarks.llama_cpp [--size 1b] [--prompt 128] [--new-tokens 32] [--rounds 9]
 
 The model is `llama.py` with random 4-bit codes in groups of 32, head included, and llama.cpp reads the same codes and scales as a
-Q4_0 file (`gguf_file.py`). Logits of the prompt are compared first, with those of our w4a16 mode: llama.cpp quantizes activations
-to 8 bits, ours does so in the w4a8 mode only, and each rounds in its own way. Needs llama-cpp-python; without it this says so and
-measures nothing.
+Q4_0 file (`gguf_file.py`). Logits after the prompt and after the last new token are compared first, with those of our w4a16 mode:
+llama.cpp quantizes activations to 8 bits, ours does so in the w4a8 mode only, and each rounds in its own way. Needs
+llama-cpp-python; without it this says so and measures nothing.
 """
 
 from __future__ import annotations
@@ -93,18 +93,23 @@ class SpeedRow:
 
 
 def timed(
-    logits: Callable[[list[int], int], Tensor], prompt: list[int], new_tokens: int
+    logits: Callable[[list[int], int], Tensor], prompt: list[int], following: list[int]
 ) -> tuple[float, float, Tensor]:
-    """(seconds of the prompt, seconds of a new token, logits of the prompt). `logits(tokens, first position)`."""
+    """(seconds of the prompt, seconds of a new token, logits `[2, vocabulary]` after the prompt and after the last token).
+
+    The likeliest token is found after each step, but the ones of `following` are read: left to themselves, two programs that
+    differ in a rounding soon read different texts, whose logits cannot be compared. `logits(tokens, first position)`.
+    """
     start = time.perf_counter()
     answer = logits(prompt, 0)
-    last = int(answer.argmax())
+    int(answer.argmax())
     middle = time.perf_counter()
     first = answer.clone()
     begin = time.perf_counter()
-    for i in range(new_tokens):
-        last = int(logits([last], len(prompt) + i).argmax())
-    return middle - start, (time.perf_counter() - begin) / new_tokens, first
+    for i, token in enumerate(following):
+        answer = logits([token], len(prompt) + i)
+        int(answer.argmax())
+    return middle - start, (time.perf_counter() - begin) / len(following), torch.stack([first, answer])
 
 
 def our_logits(model: Llama, step: Callable[..., Tensor]) -> Callable[[list[int], int], Tensor]:
@@ -130,7 +135,8 @@ def compare(size: str, prompt: int, new_tokens: int, rounds: int, threads: int) 
                 models[f"qkernels {scheme}"] = made
             except QKernelsError as error:
                 reasons.append(f"{scheme}: {str(error).splitlines()[0]}")
-        tokens = torch.randint(0, g.vocabulary, (prompt,)).tolist()
+        tokens, following = torch.randint(0, g.vocabulary, (prompt + new_tokens,)).split([prompt, new_tokens])
+        texts = tokens.tolist(), following.tolist()
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "model.gguf"
             gguf_file.write(next(iter(models.values())), path)
@@ -138,7 +144,7 @@ def compare(size: str, prompt: int, new_tokens: int, rounds: int, threads: int) 
 
             def theirs() -> tuple[float, float, Tensor]:
                 peer.reset()
-                return timed(lambda ids, _: peer.logits(ids, g.vocabulary), tokens, new_tokens)
+                return timed(lambda ids, _: peer.logits(ids, g.vocabulary), *texts)
 
             runs: dict[str, Callable[[], tuple[float, float, Tensor]]] = {"llama.cpp Q4_0": theirs}
             for name, model in models.items():
@@ -146,7 +152,7 @@ def compare(size: str, prompt: int, new_tokens: int, rounds: int, threads: int) 
                 steps: dict[str, Callable[..., Tensor]] = {name: model, f"{name}, compiled": compiled}
                 for title, step in steps.items():
                     ours = our_logits(model, step)
-                    runs[title] = lambda ours=ours: timed(ours, tokens, new_tokens)  # type: ignore[misc]
+                    runs[title] = lambda ours=ours: timed(ours, *texts)  # type: ignore[misc]
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
             logits: dict[str, Tensor] = {}
             for i in range(rounds + 1):  # the first warms up and is compared
@@ -172,8 +178,8 @@ def check(logits: dict[str, Tensor], base: str) -> None:
 
 
 def logit_error(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |a|."""
-    return float((a - b).norm() / a.norm())
+    """|a - b| / |a| over the vocabulary, of the position where it is largest."""
+    return float(((a - b).norm(dim=-1) / a.norm(dim=-1)).max())
 
 
 def _rows(times: dict[str, list[tuple[float, float]]], logits: dict[str, Tensor], prompt: int) -> list[SpeedRow]:
