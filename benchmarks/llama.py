@@ -104,7 +104,7 @@ def _written_out(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     matrix products a head, takes 72 in a compiled graph."""
     scores = (q.float()[..., None, :] * keys.float()[:, :, None]).sum(-1) * q.shape[-1] ** -0.5 + mask
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    y = (weights[..., None] * values.float()[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)
+    y: Tensor = (weights[..., None] * values.float()[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)
     return y.to(q.dtype)
 
 
