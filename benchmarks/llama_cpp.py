@@ -3,9 +3,9 @@
     python -m benchmarks.llama_cpp [--size 1b] [--prompt 128] [--new-tokens 32] [--rounds 9]
 
 The model is `llama.py` with random 4-bit codes in groups of 32, head included, and llama.cpp reads the same codes and scales as a
-Q4_0 file (`gguf_file.py`). Logits of the prompt are compared first, with those of our w4a16 mode: llama.cpp quantizes activations
-to 8 bits, ours does so in the w4a8 mode only, and each rounds in its own way. Needs llama-cpp-python; without it this says so and
-measures nothing.
+Q4_0 file (`gguf_file.py`). Logits after the prompt and after the last new token are compared first, with those of our w4a16 mode:
+llama.cpp quantizes activations to 8 bits, ours does so in the w4a8 mode only, and each rounds in its own way. Needs
+llama-cpp-python; without it this says so and measures nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qkernels.errors import QKernelsError
 from qkernels.markdown import table as markdown_table
+from qkernels.nn import QuantLinear
 from qkernels.scheme import QuantScheme
 
-from . import environment, gguf_file
+from . import environment, gguf_file, roofs
 from .llama import SIZES, Llama
 from .statistics import median_interval, ratio_interval
 
@@ -82,29 +83,39 @@ class LlamaCpp:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """Tokens a second, medians; `*_ratio` [median, low, high]: llama.cpp's time over ours, paired by round."""
+    """Tokens a second, medians; `*_ratio` [median, low, high]: llama.cpp's time over ours, paired by round.
+
+    `read_percent` is the median of what decoding reads a second, the packed weights once a token, in units of what a sum read
+    right before and after.
+    """
 
     candidate: str
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    read_percent: float
     logit_error: float
     prefill_ratio: list[float]
     decode_ratio: list[float]
 
 
 def timed(
-    logits: Callable[[list[int], int], Tensor], prompt: list[int], new_tokens: int
+    logits: Callable[[list[int], int], Tensor], prompt: list[int], following: list[int]
 ) -> tuple[float, float, Tensor]:
-    """(seconds of the prompt, seconds of a new token, logits of the prompt). `logits(tokens, first position)`."""
+    """(seconds of the prompt, seconds of a new token, logits `[2, vocabulary]` after the prompt and after the last token).
+
+    The likeliest token is found after each step, but the ones of `following` are read: left to themselves, two programs that
+    differ in a rounding soon read different texts, whose logits cannot be compared. `logits(tokens, first position)`.
+    """
     start = time.perf_counter()
     answer = logits(prompt, 0)
-    last = int(answer.argmax())
+    int(answer.argmax())
     middle = time.perf_counter()
     first = answer.clone()
     begin = time.perf_counter()
-    for i in range(new_tokens):
-        last = int(logits([last], len(prompt) + i).argmax())
-    return middle - start, (time.perf_counter() - begin) / new_tokens, first
+    for i, token in enumerate(following):
+        answer = logits([token], len(prompt) + i)
+        int(answer.argmax())
+    return middle - start, (time.perf_counter() - begin) / len(following), torch.stack([first, answer])
 
 
 def our_logits(model: Llama, step: Callable[..., Tensor]) -> Callable[[list[int], int], Tensor]:
@@ -112,13 +123,31 @@ def our_logits(model: Llama, step: Callable[..., Tensor]) -> Callable[[list[int]
 
     def logits(tokens: list[int], at: int) -> Tensor:
         places = torch.arange(at, at + len(tokens))
-        return (step if len(tokens) == 1 else model)(torch.tensor([tokens]), places)[0]
+        return (step if len(tokens) == 1 else model)(torch.tensor([tokens]), places)[0].float()  # as llama.cpp's are
 
     return logits
 
 
-def compare(size: str, prompt: int, new_tokens: int, rounds: int, threads: int) -> tuple[list[SpeedRow], list[str]]:
-    """Rows (llama.cpp first), and why a mode of ours has none."""
+class Timed(NamedTuple):
+    """One round of one candidate: seconds of the prompt, of a new token, and of reading a token's weights."""
+
+    prefill: float
+    decode: float
+    reading: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows (llama.cpp first), why a mode of ours has none; the bytes that a token reads, and the seconds a sum takes for them."""
+
+    rows: list[SpeedRow]
+    reasons: list[str]
+    token_bytes: int
+    reading: float
+
+
+def compare(size: str, prompt: int, new_tokens: int, rounds: int, threads: int) -> Comparison:
+    """Build the models, check and time them."""
     g = dataclasses.replace(SIZES[size], vocabulary=min(SIZES[size].vocabulary, VOCABULARY))
     positions = -(-(prompt + new_tokens) // 256) * 256  # llama.cpp rounds its context up to this
     device, models, reasons = torch.device("cpu"), {}, []
@@ -130,7 +159,8 @@ def compare(size: str, prompt: int, new_tokens: int, rounds: int, threads: int) 
                 models[f"qkernels {scheme}"] = made
             except QKernelsError as error:
                 reasons.append(f"{scheme}: {str(error).splitlines()[0]}")
-        tokens = torch.randint(0, g.vocabulary, (prompt,)).tolist()
+        tokens, following = torch.randint(0, g.vocabulary, (prompt + new_tokens,)).split([prompt, new_tokens])
+        texts = tokens.tolist(), following.tolist()
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "model.gguf"
             gguf_file.write(next(iter(models.values())), path)
@@ -138,29 +168,37 @@ def compare(size: str, prompt: int, new_tokens: int, rounds: int, threads: int) 
 
             def theirs() -> tuple[float, float, Tensor]:
                 peer.reset()
-                return timed(lambda ids, _: peer.logits(ids, g.vocabulary), tokens, new_tokens)
+                return timed(lambda ids, _: peer.logits(ids, g.vocabulary), *texts)
 
             runs: dict[str, Callable[[], tuple[float, float, Tensor]]] = {"llama.cpp Q4_0": theirs}
             for name, model in models.items():
-                compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False)
+                # Calls in C++, too: those of 65 products and as many small kernels from Python take 0.2 to 0.5 ms a token.
+                compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False, options={"cpp_wrapper": True})
                 steps: dict[str, Callable[..., Tensor]] = {name: model, f"{name}, compiled": compiled}
                 for title, step in steps.items():
                     ours = our_logits(model, step)
-                    runs[title] = lambda ours=ours: timed(ours, tokens, new_tokens)  # type: ignore[misc]
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-            logits: dict[str, Tensor] = {}
-            for i in range(rounds + 1):  # the first warms up and is compared
+                    runs[title] = lambda ours=ours: timed(ours, *texts)  # type: ignore[misc]
+            times: dict[str, list[Timed]] = {name: [] for name in runs}
+            token_bytes = _packed_bytes(next(iter(models.values())))
+            memory = roofs.read_sampler(device, environment.cache_bytes(device))
+            for i in range(rounds + 1):  # the first warms up: then torch.compile need not ask again what it found
                 names = list(runs)
-                for name in names[i % len(names) :] + names[: i % len(names)]:
-                    first, each, answer = runs[name]()
-                    if i == 0:
-                        logits[name] = answer.float()
-                    else:
-                        times[name].append((first, each))
-                if i == 0:
-                    check(logits, f"qkernels {SCHEMES[0]}")
+                logits: dict[str, Tensor] = {}
+                with torch.compiler.set_stance("default", skip_guard_eval_unsafe=i > 0):
+                    for name in names[i % len(names) :] + names[: i % len(names)]:
+                        rate = memory()
+                        first, each, logits[name] = runs[name]()
+                        if i > 0:
+                            times[name].append(Timed(first, each, token_bytes * (rate + memory()) / 2))
+                check(logits, f"qkernels {SCHEMES[0]}")
             peer.close()
-    return _rows(times, logits, prompt), reasons
+    reading = median_interval([t.reading for of_one in times.values() for t in of_one]).median
+    return Comparison(_rows(times, logits, prompt), reasons, token_bytes, reading)
+
+
+def _packed_bytes(model: Llama) -> int:
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return sum(layer.qweight.nbytes + layer.scales.nbytes for layer in layers)
 
 
 def check(logits: dict[str, Tensor], base: str) -> None:
@@ -172,36 +210,54 @@ def check(logits: dict[str, Tensor], base: str) -> None:
 
 
 def logit_error(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |a|."""
-    return float((a - b).norm() / a.norm())
+    """|a - b| / |a| over the vocabulary, of the position where it is largest."""
+    return float(((a - b).norm(dim=-1) / a.norm(dim=-1)).max())
 
 
-def _rows(times: dict[str, list[tuple[float, float]]], logits: dict[str, Tensor], prompt: int) -> list[SpeedRow]:
+def _rows(times: dict[str, list[Timed]], logits: dict[str, Tensor], prompt: int) -> list[SpeedRow]:
     names, rows = list(times), []
     base = times[names[0]]
     for name in names:
-        prefill, decode = zip(*times[name], strict=True)
-        ratios = [ratio_interval([t[i] for t in base], [t[i] for t in times[name]]) for i in (0, 1)]
+        of_one = times[name]
+        prefill, decode = ([t[i] for t in of_one] for i in (0, 1))
+        ratios = [ratio_interval([t[i] for t in base], [t[i] for t in of_one]) for i in (0, 1)]
         error = logit_error(logits[f"qkernels {SCHEMES[0]}"], logits[name])
+        share = median_interval([100 * t.reading / t.decode for t in of_one]).median
         rows.append(
             SpeedRow(
-                name, prompt / median_interval(prefill).median, 1 / median_interval(decode).median, error,
+                name, prompt / median_interval(prefill).median, 1 / median_interval(decode).median, share, error,
                 *([r.median, r.low, r.high] for r in ratios),
             )
         )  # fmt: skip
     return rows
 
 
-def to_markdown(rows: Sequence[SpeedRow], reasons: Sequence[str]) -> str:
-    header = ["", "prompt tok/s", "decode tok/s", "logits off by", "prompt: llama.cpp time / ours", "decode"]
+def to_markdown(found: Comparison) -> str:
+    header = [
+        "",
+        "prompt tok/s",
+        "decode tok/s",
+        "% of memory read",
+        "logits off by",
+        "prompt: llama.cpp time / ours",
+        "decode",
+    ]
     lines = [
         [
-            r.candidate, f"{r.prefill_tokens_per_s:.1f}", f"{r.decode_tokens_per_s:.2f}", f"{r.logit_error:.1e}",
+            r.candidate, f"{r.prefill_tokens_per_s:.1f}", f"{r.decode_tokens_per_s:.2f}", f"{r.read_percent:.0f}",
+            f"{r.logit_error:.1e}",
             *("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) for ratio in (r.prefill_ratio, r.decode_ratio)),
         ]
-        for r in rows
+        for r in found.rows
     ]  # fmt: skip
-    return "\n\n".join([markdown_table(header, lines), *(f"* unmeasured: {why}" for why in reasons)]) + "\n"
+    rate = found.token_bytes / found.reading / 1e9
+    floor = (
+        f"A token reads {found.token_bytes / 1e6:.0f} MB of packed weights: {found.reading * 1e3:.2f} ms at {rate:.1f} GB/s, the "
+        "median of what a sum read before and after each run."
+    )
+    return (
+        "\n\n".join([markdown_table(header, lines), floor, *(f"* unmeasured: {why}" for why in found.reasons)]) + "\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,12 +273,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     device = torch.device("cpu")
     where = environment.describe(device)
-    rows, reasons = compare(args.size, args.prompt, args.new_tokens, args.rounds, torch.get_num_threads())
-    text = to_markdown(rows, reasons)
+    compared = compare(args.size, args.prompt, args.new_tokens, args.rounds, torch.get_num_threads())
+    text = to_markdown(compared)
     out = args.out or environment.RESULTS / environment.machine_name(device) / "llama-cpp.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     found = {"environment": where, "size": args.size, "prompt": args.prompt, "new_tokens": args.new_tokens,
-             "rows": [asdict(row) for row in rows], "reasons": reasons}  # fmt: skip
+             **asdict(compared)}  # fmt: skip
     out.write_text(json.dumps(found, indent=1), encoding="utf-8")
     quiet = "" if where["quiet"]["quiet"] else "\nThis machine was not quiet: ratios hold better than rates.\n"
     about = f"{args.size}, prompt of {args.prompt}, {args.new_tokens} new tokens, {where['threads']} threads, {where['cpu']}, "

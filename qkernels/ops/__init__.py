@@ -118,21 +118,24 @@ def _run(
 
 def call(
     name: str, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
-    bias: Tensor | None, out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
+    bias: Tensor | None, *numbers: int,
 ) -> Tensor:  # fmt: skip
     """The op `name` on arguments that were checked before: in `gemm` and `gemv`, or when a `QuantLinear` was packed or loaded.
 
-    The checks of `gemm` take 4 us a call in Python, as long as the op of a small decode step; the compiled ops check
-    their arguments in any case, in fewer words.
+    The checks of `gemm` take 4 us a call in Python, twice as long as all that a small decode step's op does; the compiled ops
+    check their arguments in any case, in fewer words.
+
+    Args:
+        numbers: out_features, bits, group_size and zeros_are_offsets.
     """
     op = _OPS[name]
-    args = (x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets)
-    if records_gradient(x, bias) or torch.compiler.is_compiling():
-        return op(*args)
-    # The autograd kernel of an op registered from Python costs about 8 us a call, wanted or not, which is as long as a small
+    # In inference mode nothing of autograd is in the way; torch.compile refuses to be asked about it.
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or records_gradient(x, bias):
+        return op(x, qweight, scales, zeros, k_order, bias, *numbers)
+    # The autograd kernel of an op registered from Python costs about 4 us a call, wanted or not, which is more than a small
     # decode step. torch.library's own kernel enters this guard too, once it finds that no gradient is wanted.
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return op(x, qweight, scales, zeros, k_order, bias, *numbers)
 
 
 def records_gradient(x: Tensor, bias: Tensor | None) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gguf_file, llama_cpp
+from benchmarks import gguf_file, llama, llama_cpp
 from benchmarks.llama import SIZES, Llama
 from benchmarks.peers import ggml
 from qkernels.errors import ConversionError
@@ -58,6 +58,15 @@ def test_the_file_has_its_tensors_where_the_header_says(tmp_path: Path) -> None:
     assert (
         raw[len(raw) - padding - stored : len(raw) - padding] == last.contiguous().view(torch.uint8).numpy().tobytes()
     )
+
+
+def test_attention_written_out_is_attention() -> None:
+    """fp32, so that nothing is rounded to 16 bits; positions after the token's are masked."""
+    q, keys, values = (torch.randn(1, 2, n, 16) for n in (4, 32, 32))
+    mask = torch.where(torch.arange(32) <= 20, 0.0, -torch.inf)[None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    torch.testing.assert_close(llama._written_out(q, keys, values, mask), expected)
+    assert not torch.allclose(llama._written_out(q, keys, values, torch.zeros_like(mask)), expected)
 
 
 def test_other_logits_are_not_timed() -> None:
