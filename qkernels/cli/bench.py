@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..scheme import QuantScheme
-from .common import Subparsers, command_parser, positive
+from .common import Subparsers, command_parser, positive, warn_of_threads
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     old = results.read(args.compare) if args.compare else None  # before a minute is spent
     if args.threads:
         torch.set_num_threads(args.threads)
+    warn_of_threads(device.type)
     measured = suite("quick").quick(device, float(args.seconds))
     if args.save:
         results.write(measured, Path(args.save))

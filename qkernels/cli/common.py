@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
+from .cores import find_cores, oversubscribed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Subparsers = Any  # argparse keeps the type private
@@ -41,6 +43,13 @@ def positive(text: str) -> int:
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where to compute, for example cpu or cuda:0 (default: cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: that of the checkpoint)")
+
+
+def warn_of_threads(device: str) -> None:
+    """One line on standard error if torch runs more threads on the CPU than this process has cores."""
+    advice = oversubscribed(find_cores(), torch.get_num_threads()) if torch.device(device).type == "cpu" else None
+    if advice:
+        print(f"warning: {advice}", file=sys.stderr)
 
 
 def read_text(path: str) -> str:

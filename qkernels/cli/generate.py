@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from .common import DTYPES, Subparsers, add_device, command_parser, load_tokenizer, positive
+from .common import DTYPES, Subparsers, add_device, command_parser, load_tokenizer, positive, warn_of_threads
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = DTYPES[args.dtype] if args.dtype else None
     model = load(args.checkpoint, device=args.device, dtype=dtype, fuse=args.fuse)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
+    warn_of_threads(args.device)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
