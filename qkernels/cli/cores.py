@@ -65,7 +65,7 @@ def oversubscribed(cores: Cores, threads: int) -> str | None:
     if threads <= cores.usable:
         return None
     return (
-        f"torch runs {threads} threads, this process may use {cores}. Then a call of a linear layer takes 30 to 60 µs longer "
+        f"torch runs {threads} threads, this process may use {cores}. Then a call of most linear layers takes 30 to 60 µs longer "
         "(4 and 8 threads on 2 cores), and beyond a quota everything stops for up to 50 ms at a time (docs/cpu-fused.md). "
         f"Set OMP_NUM_THREADS={cores.usable}, or call torch.set_num_threads({cores.usable})"
     )
