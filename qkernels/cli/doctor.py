@@ -84,7 +84,9 @@ def _version(package: str) -> str:
 def _extension() -> Check:
     status = native.status()
     if not status.loaded:
-        advice = "build it: pip install . --no-build-isolation (needs g++ and the torch that will be used)"
+        advice = (
+            "build it: pip install . --no-build-isolation (needs g++, ninja, setuptools >= 77 and the torch to be used)"
+        )
         return Check("extension", False, f"not loaded: {status.error}", advice)
     cuda = "with" if status.cuda else "without"
     return Check("extension", True, f"{status.path}, {status.isa} of {', '.join(status.isas)}, {cuda} CUDA kernels")

@@ -24,7 +24,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     target.add_argument(
         "--layout", help='a layout such as cpu_tile_a16; "auto" asks the catalogue for --device (default)'
     )
-    target.add_argument("--format", help="a file format instead: native, gptq, gptq_v2 or awq")
+    target.add_argument("--format", help="a file format instead: native, gptq, gptq_v2, awq or compressed-tensors")
     parser.add_argument("--device", default="cpu", help="the device that --layout auto packs for (default: cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     return parser

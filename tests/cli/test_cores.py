@@ -135,7 +135,7 @@ def test_commands_warn_on_standard_error(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(common, "find_cores", lambda: Cores(2))
-    common.warn_of_threads(device)
+    common.warn_of_threads(torch.device(device))
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("warning: torch runs 3 threads") == warned
