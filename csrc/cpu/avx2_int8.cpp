@@ -19,33 +19,33 @@ namespace qkernels::cpu {
 namespace {
 
 struct Avx2Int8 : Avx2Sums {
-  using Integers = __m256i;
+  using Integers = int32_t __attribute__((vector_size(32)));
   // 16 registers: 2 rows x 4 vectors of sums, and operands
   static constexpr int kTokens = 2, kDecodeTokens = 1, kByteBias = 128;
   static constexpr int kDecodeVectors[kDecodeTokens] = {8};
 
-  static QK_INLINE Integers integers(int32_t i) { return _mm256_set1_epi32(i); }
+  static QK_INLINE Integers integers(int32_t i) { return (Integers)_mm256_set1_epi32(i); }
   static QK_INLINE Integers lanes_at(const uint8_t* at) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return (Integers)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
   }
   static QK_INLINE Integers quad(const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
-    return _mm256_set1_epi32(four);
+    return integers(four);
   }
-  static QK_INLINE Sum to_sum(Integers i) { return _mm256_cvtepi32_ps(i); }
-  static QK_INLINE Integers add_pairs(Integers sum, Integers words) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+  static QK_INLINE Sum to_sum(Integers i) { return _mm256_cvtepi32_ps((__m256i)i); }
+  static QK_INLINE Integers add_pairs(Integers sum, __m256i words) {
+    return sum + (Integers)_mm256_madd_epi16(words, _mm256_set1_epi16(1));
   }
   static QK_INLINE Integers dot_bytes(Integers sum, Integers bytes, Integers x) {
-    const Integers code = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));  // as signed bytes: bytes - 128
-    return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code)));
+    const __m256i code = _mm256_xor_si256((__m256i)bytes, _mm256_set1_epi8(-128));  // as signed bytes: bytes - 128
+    return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8((__m256i)x, code)));
+  }
+  static QK_INLINE __m256i dot_low(Integers nibbles, Integers x) {
+    return _mm256_maddubs_epi16((__m256i)(nibbles & 0x0f0f0f0f), (__m256i)x);
   }
   static QK_INLINE Integers dot_nibbles(Integers sum, Integers nibbles, Integers x0, Integers x1) {
-    const Integers mask = _mm256_set1_epi8(15);
-    const Integers low = _mm256_maddubs_epi16(_mm256_and_si256(nibbles, mask), x0);
-    const Integers high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(nibbles, 4), mask), x1);
-    return add_pairs(sum, _mm256_add_epi16(low, high));
+    return add_pairs(sum, _mm256_add_epi16(dot_low(nibbles, x0), dot_low(nibbles >> 4, x1)));
   }
 };
 

@@ -48,6 +48,7 @@ struct NibblesWithZeros : RawNibbles, FloatZeros {
 };
 
 struct FloatBytes : RawBytes, FloatZeros {
+  static constexpr bool kPanel = false;
   using FloatZeros::FloatZeros;
   QK_INLINE __m512 value(const Raw& raw, int s, Zero zero) const {
     return byte_value(raw.quad[s >> 2], 16 * (s & 1) + 8 * (s >> 1 & 1), zero);

@@ -77,6 +77,7 @@ struct PairsWithZeros : RawNibbles {
 
 // An integer of at most 255 fills the top half of an fp32: two such halves are the pair.
 struct BytePairs : RawBytes, FloatZeros {
+  static constexpr bool kPanel = true;  // nine instructions a pair: 64 rows 20 % faster
   using FloatZeros::FloatZeros;
   QK_INLINE __m512i value(const Raw& raw, int s, Zero zero) const {
     const __m512i quad = raw.quad[s >> 1];

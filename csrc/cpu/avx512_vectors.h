@@ -43,6 +43,7 @@ QK_INLINE __m512i shifted(__m512i v, int n) { return (__m512i)((Lanes)v >> n); }
 struct RawNibbles {
   using Raw = __m512i;
   static constexpr int64_t kOctetBytes = kTileRows * kLaneBytes, kMemoryBytes = kOctetBytes;
+  static constexpr bool kPanel = false;  // 128 rows of bf16 6 % faster than with one, 16 rows 24 %
   static QK_INLINE Raw load(const uint8_t* at) { return lanes(at); }
 };
 

@@ -14,26 +14,26 @@ namespace qkernels::cpu {
 namespace {
 
 struct Vnni : Avx512Sums {
-  using Integers = __m512i;
-  // 32 registers: 6 rows x 2 vectors of sums, as many fp32 totals, and codes; 10 rows spilled and were slower.
+  using Integers = int32_t __attribute__((vector_size(64)));
+  // 32 registers: 6 rows x 2 vectors of sums, as many fp32 totals, codes and x. Four rows of x meet 4 vectors: 16 sums,
+  // and totals that are partly in L1 (7.9e9 multiplications a second with groups of 128; 2 vectors 7.1e9).
   static constexpr int kTokens = 6, kDecodeTokens = 4, kByteBias = 0;
   static constexpr int kDecodeVectors[kDecodeTokens] = {8, 4, 4, 4};
 
-  static QK_INLINE Integers integers(int32_t i) { return _mm512_set1_epi32(i); }
-  static QK_INLINE Integers lanes_at(const uint8_t* at) { return lanes(at); }
+  static QK_INLINE Integers integers(int32_t i) { return (Integers)_mm512_set1_epi32(i); }
+  static QK_INLINE Integers lanes_at(const uint8_t* at) { return (Integers)lanes(at); }
   static QK_INLINE Integers quad(const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
-    return _mm512_set1_epi32(four);
+    return integers(four);
   }
-  static QK_INLINE Sum to_sum(Integers i) { return _mm512_cvtepi32_ps(i); }
+  static QK_INLINE Sum to_sum(Integers i) { return _mm512_cvtepi32_ps((__m512i)i); }
   static QK_INLINE Integers dot_bytes(Integers sum, Integers bytes, Integers x) {
-    return _mm512_dpbusd_epi32(sum, bytes, x);
+    return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)x);
   }
   static QK_INLINE Integers dot_nibbles(Integers sum, Integers nibbles, Integers x0, Integers x1) {
-    const Integers mask = _mm512_set1_epi8(15);
-    sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(nibbles, mask), x0);
-    return _mm512_dpbusd_epi32(sum, _mm512_and_si512(shifted(nibbles, 4), mask), x1);
+    constexpr int32_t kLow = 0x0f0f0f0f;
+    return dot_bytes(dot_bytes(sum, nibbles & kLow, x0), nibbles >> 4 & kLow, x1);
   }
 };
 

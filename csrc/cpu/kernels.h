@@ -30,8 +30,8 @@ constexpr int kLaneBytes = 4;
 // an instruction set adds in the same order, so that a row of y depends neither on M nor on the number of threads.
 constexpr int64_t kRun = 128;
 
-// Up to this M, weights are decoded in registers and used at once; above, a run is decoded into L1 for all rows of a
-// block.
+// So many rows of x meet weights that are decoded in registers and used at once. Where there are more, they take turns,
+// or a run is decoded into L1 for all rows of a block (kPanel in tile_gemm.h).
 constexpr int64_t kDecodeRows = 8;
 constexpr int64_t kBlockRows = 64;
 // Up to this M, x is used as it lies, and several tiles are worked on together: a row of x alone leaves the multipliers
@@ -73,7 +73,7 @@ struct Problem {
   // Layout cpu_tile_a8: `staged` is int8 [M, row_stride], and these are what `quantize_row` (rows_int8.h) adds to it.
   bool int8_activations;
   float* x_scales;  // [M]
-  int32_t* x_sums;  // [M, G] sums of the codes of x over each group
+  int32_t* x_sums;  // [G, M] sums of the codes of x over each group
   float* sums;      // [M, G] sums of x over each group, in fp32; null unless zeros are floating
 };
 

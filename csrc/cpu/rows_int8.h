@@ -56,7 +56,7 @@ void quantize_row(const Problem& p, int64_t m) {
     const int64_t first = g * p.group, end = K < first + p.group ? K : first + p.group;
     int32_t sum = 0;
     for (int64_t k = first; k < end; ++k) sum += codes[k];
-    p.x_sums[m * p.G + g] = sum;
+    p.x_sums[g * p.M + m] = sum;
   }
 }
 

@@ -14,6 +14,9 @@
 //   Raw           the bytes of one octet of columns of one vector of rows
 //   kOctetBytes   from one octet to the next
 //   kMemoryBytes  of those, how many come from memory and are worth prefetching: all, or none
+//   kPanel        whether more than kDecodeRows rows of x are worth decoding a run once, into L1, or every kDecodeRows
+//   of
+//                 them decode it again on its way into the products
 //   value(raw, s, zero): code - zero of columns kStep * s ... of the octet, exact
 //
 // Everything is in an unnamed namespace, so that each instruction set has its own copy.
@@ -127,7 +130,7 @@ QK_INLINE Group group_of(const Problem& p, int64_t g) {
   return {first, ((left < p.group ? left : p.group) + kOctet - 1) / kOctet};
 }
 
-// --- up to kDecodeRows rows of x: decoded weights go from a register straight into the products ---
+// --- kDecodeRows rows of x: decoded weights go from a register straight into the products ---
 
 template <class V, class D, int kVectors, int kTokens>
 void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int64_t next_tile, int64_t m0) {
@@ -187,13 +190,14 @@ void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int6
   }
 }
 
+// At most kTokens rows of x; `next_unit` is the tile that comes after these.
 template <class V, class D, int kTokens>
-void decode_tiles(const Problem& p, const D& decoder, int64_t tile, int tiles, int64_t m0, int64_t tokens) {
+void decode_tiles(const Problem& p, const D& decoder, int64_t tile, int tiles, int64_t next_unit, int64_t m0,
+                  int64_t tokens) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return decode_tiles<V, D, kTokens - 1>(p, decoder, tile, tiles, m0, tokens);
+    if (tokens < kTokens) return decode_tiles<V, D, kTokens - 1>(p, decoder, tile, tiles, next_unit, m0, tokens);
   }
   constexpr int kPerTile = kTileRows / V::kRows, kVectors = V::kDecodeVectors[kTokens - 1];
-  const int64_t next_unit = tile + p.unit_step;
   if constexpr (kVectors > kPerTile) {
     constexpr int kTiles = kVectors / kPerTile;
     for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
@@ -305,11 +309,29 @@ void multiply_tile(const Problem& p, const D& decoder, int64_t tile, int64_t m0,
   }
 }
 
+// Every kDecodeRows rows of x with one tile, which stays in L2.
+template <class V, class D>
+void decode_tile(const Problem& p, const D& decoder, int64_t tile, int64_t next_tile, int64_t m0, int64_t m1) {
+  for (int64_t m = m0, end; m < m1; m = end) {
+    end = m + kDecodeRows < m1 ? m + kDecodeRows : m1;
+    decode_tiles<V, D, kDecodeRows>(p, decoder, tile, 1, end < m1 ? tile : next_tile, m, end - m);
+  }
+}
+
 template <class V, class D>
 void multiply_with(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
   const D decoder(p);
-  if (m1 - m0 <= kDecodeRows) return decode_tiles<V, D, kDecodeRows>(p, decoder, tile, tiles, m0, m1 - m0);
-  for (int t = 0; t < tiles; ++t) multiply_tile<V, D>(p, decoder, tile + t, m0, m1);
+  const int64_t end = tile + tiles, next_unit = tile + p.unit_step;
+  if (m1 - m0 <= kDecodeRows) {
+    return decode_tiles<V, D, kDecodeRows>(p, decoder, tile, tiles, next_unit, m0, m1 - m0);
+  }
+  for (; tile < end; ++tile) {
+    if constexpr (D::kPanel) {
+      multiply_tile<V, D>(p, decoder, tile, m0, m1);
+    } else {
+      decode_tile<V, D>(p, decoder, tile, tile + 1 < end ? tile + 1 : next_unit, m0, m1);
+    }
+  }
 }
 
 // Codes of up to 4 bits have a faster decoder where no integer zero points are subtracted.

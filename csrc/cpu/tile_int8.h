@@ -1,6 +1,8 @@
 // The loops that the vector instruction sets share for int8 activations, as a template over the vectors V:
 //   kRows, Sum, widen, zero, set1, mul, fma, store   as in tile_gemm.h
-//   Integers      int32 sums, or the bytes of one lane of codes a row, or four codes of x in every lane
+//   Integers      int32 sums, or the bytes of one lane of codes a row, or four codes of x in every lane. A vector of
+//                 int32_t: of sums in an __m512i, whose lanes are 64-bit to it, gcc 12 makes a copy at every
+//                 multiplication and spills some (3 rows x 4 vectors 10 % slower, 4 x 4 15 %)
 //   kTokens       rows of x a block takes: as many as there are registers for
 //   kDecodeVectors[m - 1]: vectors of rows to work on for m <= kDecodeTokens rows of x, at most those of
 //                 tiles_together(m) tiles, so that more sums are in flight
@@ -20,29 +22,37 @@ namespace {
 
 // Sums start at what the products leave out: (kByteBias - mid) * (sum of x over the group), so that zero points cost
 // nothing. Integer sums may wrap on the way; the true sum fits (layouts/cpu_tile_a8.py bounds the group).
+//
+// The fp32 totals are in registers as long as there are enough, for a store costs the multipliers 0.8 of a cycle (Zen
+// 5) where a sum over a group of 32 takes 4: with all totals in L1, 16 rows and groups of 32 were 10 % slower.
 template <class V, bool kBytes, int kVectors, int kTokens>
 void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64_t m0) {
   using Sum = typename V::Sum;
   using Integers = typename V::Integers;
-  constexpr int kPerTile = kTileRows / V::kRows, kQuadBytes = kTileRows * kLaneBytes;
-  constexpr int kOctetBytes = kBytes ? 2 * kQuadBytes : kQuadBytes;
-  // Codes are fetched 2 KB ahead, and at the end of a tile of 4 bits from `next_tile`: see prefetch_codes in
-  // tile_gemm.h. 8-bit tiles are twice as long, and the address that varies cost them 2 %.
-  constexpr int64_t kAhead = 2048;
-  const int64_t tile_end = p.tile_bytes - kAhead, to_next = (next_tile - tile - 1) * p.tile_bytes + kAhead;
+  constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
+  constexpr int kQuadBytes = kTileRows * kLaneBytes, kOctetBytes = kBytes ? 2 * kQuadBytes : kQuadBytes;
   const int32_t start = (kBytes ? V::kByteBias : 0) - (1 << (p.bits - 1));
-  const uint8_t* vectors[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    vectors[v] = p.qweight + (tile + v / kPerTile) * p.tile_bytes + v % kPerTile * V::kRows * kLaneBytes;
+  const int64_t row_bytes = p.staged.row_stride, G = p.G, M = p.M;
+  const uint8_t* codes = p.qweight + tile * p.tile_bytes;  // of the first vector of rows
+  int64_t vector_at[kVectors];
+  for (int v = 0; v < kVectors; ++v) vector_at[v] = v / kPerTile * p.tile_bytes + v % kPerTile * kVectorBytes;
+  const int8_t* x = static_cast<const int8_t*>(p.staged.data) + m0 * row_bytes;
+
+  // Codes are fetched ahead, and at the end of a tile from `next_tile`: see prefetch_codes in tile_gemm.h. The fewer
+  // tiles, the farther (two tiles, M = 4: 59 GB/s of 91 with 2 KB, 64 with 3; four tiles, M = 1: 72 and 70).
+  constexpr int64_t kAhead = kVectors / kPerTile > 2 ? 2048 : 3072;
+  const uint8_t* ahead = codes + kAhead;
+  const int64_t to_next = (next_tile - tile - 1) * p.tile_bytes;
+  int64_t until_next = (p.tile_bytes > kAhead ? p.tile_bytes - kAhead : 0) / kOctetBytes + 1;
+
+  Sum total[kTokens][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTokens; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) total[r][v] = V::zero();
   }
-  const int8_t* rows = static_cast<const int8_t*>(p.staged.data) + m0 * p.staged.row_stride;
-  // The fp32 totals stay in L1: the empty asm keeps gcc from giving them the registers that the integer sums need
-  // (M = 4, codes in L2: 51 GB/s with both in registers, and half of the sums on the stack in the inner loop).
-  constexpr int kCount = kVectors * V::kRows;
-  alignas(64) float total[kTokens * kCount] = {};
-  for (int64_t g = 0; g < p.G; ++g) {
-    asm volatile("" : : "r"(total) : "memory");
-    const Group group = group_of(p, g);
+  const int32_t* x_sums = p.x_sums + m0;
+  for (int64_t g = 0; g < G; ++g, x_sums += M) {
     for (int t = 0; t * kPerTile < kVectors; ++t) {
       prefetch_group(p, p.scales, p.scale_type, tile + t, next_tile + t, g);
     }
@@ -50,49 +60,50 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
 #pragma GCC unroll 8
     for (int r = 0; r < kTokens; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::integers(start * p.x_sums[(m0 + r) * p.G + g]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::integers(start * x_sums[r]);
     }
-    for (int64_t o = group.first / kOctet; o < group.first / kOctet + group.octets; ++o) {
-      const int8_t* x = rows + o * kOctet;
-      const int64_t ahead = kBytes || o * kOctetBytes < tile_end ? kAhead : to_next;
+    for (int64_t octets = group_of(p, g).octets; octets > 0; --octets) {
+      if (--until_next == 0) ahead += to_next;
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        const uint8_t* codes = vectors[v] + o * kOctetBytes;
-        if (v * V::kRows * kLaneBytes % 64 == 0) __builtin_prefetch(codes + ahead);
+        const uint8_t* at = codes + vector_at[v];
+        if (v * kVectorBytes % 64 == 0) __builtin_prefetch(ahead + vector_at[v]);
         if constexpr (kBytes) {
-          if (v * V::kRows * kLaneBytes % 64 == 0) __builtin_prefetch(codes + kQuadBytes + ahead);
-          const Integers first = V::lanes_at(codes), second = V::lanes_at(codes + kQuadBytes);
+          if (v * kVectorBytes % 64 == 0) __builtin_prefetch(ahead + vector_at[v] + kQuadBytes);
+          const Integers first = V::lanes_at(at), second = V::lanes_at(at + kQuadBytes);
 #pragma GCC unroll 8
           for (int r = 0; r < kTokens; ++r) {
-            acc[r][v] = V::dot_bytes(acc[r][v], first, V::quad(x + r * p.staged.row_stride));
-            acc[r][v] = V::dot_bytes(acc[r][v], second, V::quad(x + r * p.staged.row_stride + 4));
+            acc[r][v] = V::dot_bytes(acc[r][v], first, V::quad(x + r * row_bytes));
+            acc[r][v] = V::dot_bytes(acc[r][v], second, V::quad(x + r * row_bytes + 4));
           }
         } else {
-          const Integers lanes = V::lanes_at(codes);
+          const Integers lanes = V::lanes_at(at);
 #pragma GCC unroll 8
           for (int r = 0; r < kTokens; ++r) {
-            const int8_t* octet = x + r * p.staged.row_stride;
+            const int8_t* octet = x + r * row_bytes;
             acc[r][v] = V::dot_nibbles(acc[r][v], lanes, V::quad(octet), V::quad(octet + 4));
           }
         }
       }
+      x += kOctet;
+      codes += kOctetBytes;
+      ahead += kOctetBytes;
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = ((tile + v / kPerTile) * p.G + g) * kTileRows + v % kPerTile * V::kRows;
+      const int64_t at = ((tile + v / kPerTile) * G + g) * kTileRows + v % kPerTile * V::kRows;
       const Sum scale = V::widen(p.scale_type, p.scales, at);
 #pragma GCC unroll 8
-      for (int r = 0; r < kTokens; ++r) {
-        float* sum = total + r * kCount + v * V::kRows;
-        V::store(sum, V::fma(V::to_sum(acc[r][v]), scale, V::load(sum)));
-      }
+      for (int r = 0; r < kTokens; ++r) total[r][v] = V::fma(V::to_sum(acc[r][v]), scale, total[r][v]);
     }
   }
-  float bias[kCount];
+  constexpr int kCount = kVectors * V::kRows;
+  float bias[kCount], sum[kCount];
   load_bias(p, tile * kTileRows, kCount, bias);
   for (int r = 0; r < kTokens; ++r) {
-    float* sum = total + r * kCount;
-    for (int i = 0; i < kCount; ++i) sum[i] *= p.x_scales[m0 + r];
+    for (int v = 0; v < kVectors; ++v) {
+      V::store(sum + v * V::kRows, V::mul(total[r][v], V::set1(p.x_scales[m0 + r])));
+    }
     store_row(p, m0 + r, tile * kTileRows, kCount, sum, bias);
   }
 }

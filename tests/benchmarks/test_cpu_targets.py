@@ -19,6 +19,12 @@ def test_the_fastest_peer_counts() -> None:
     assert verdict(TARGET, 2.08, [ours], {})[1] == "reached, within noise"
 
 
+def test_a_target_that_is_missed_says_what_it_would_read() -> None:
+    ours = replace(ROW, ratios={"a": [2.0, 1.9, 2.1], "b": [2.4, 2.3, 2.5]}, read_percent=[80.0, 70.0, 90.0])
+    assert verdict(TARGET, 3.0, [ours], {})[1] == "**short**, would read at 120 % of memory"
+    assert verdict(TARGET, 2.0, [ours], {})[1] == "reached, within noise"
+
+
 def test_what_has_no_number_is_unmeasured_with_its_reason() -> None:
     ours = replace(ROW, ratios={"a": [3.0, 2.9, 3.1]})
     assert verdict(TARGET, 2.0, [ours], {"b": "not installed"})[1] == "reached; unmeasured: b (not installed)"
