@@ -42,14 +42,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def device(text: str) -> torch.device:
-    """An argparse type: the CPU, or a GPU that this torch sees."""
+def any_device(text: str) -> torch.device:
+    """An argparse type: a device that kernels run on, here or elsewhere."""
     try:
         found = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}") from None
     if found.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"kernels run on cpu and cuda, got {text!r}")
+    return found
+
+
+def device(text: str) -> torch.device:
+    """An argparse type: the CPU, or a GPU that this torch sees."""
+    found = any_device(text)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise argparse.ArgumentTypeError(

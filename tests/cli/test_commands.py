@@ -193,6 +193,7 @@ def test_bad_input_is_one_line_and_exit_code_1(
         (["quantize", "a", "b", "--bits", "5"], "invalid choice"),
         (["quantize", "a", "b", "--override", "x"], "expected PATTERN=SCHEME"),
         (["quantize", "a", "b", "--device", "gpu"], "expected a device such as cpu or cuda:0, got 'gpu'"),
+        (["pack", "a", "b", "--device", "gpu"], "expected a device such as cpu or cuda:0, got 'gpu'"),
         (["eval", "a", "--text", "b", "--device", "mps"], "kernels run on cpu and cuda, got 'mps'"),
         (["bench", "--device", "cuda:99"], "GPUs?, got 'cuda:99': see qkernels doctor"),
         (["generate", "a", "--prompt", "b", "--tokens", "0"], "expected a positive integer"),
