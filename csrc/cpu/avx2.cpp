@@ -72,7 +72,7 @@ struct Bytes : Decoder {
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", Type::kFloat, stage<float>, multiply<Avx2, Nibbles, Nibbles, Bytes>};
+const Kernels kAvx2 = {"avx2", Type::kFloat, stage<float>, multiply<Avx2, Nibbles, Nibbles, Bytes>, kLittleWork / 4};
 
 }  // namespace qkernels::cpu
 

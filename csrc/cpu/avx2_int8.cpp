@@ -54,7 +54,7 @@ struct Avx2Int8 : Avx2Sums {
 
 }  // namespace
 
-const Kernels kAvx2Int8 = {"avx2", Type::kFloat, stage_int8, multiply_int8<Avx2Int8>};
+const Kernels kAvx2Int8 = {"avx2", Type::kFloat, stage_int8, multiply_int8<Avx2Int8>, kLittleWork};
 
 }  // namespace qkernels::cpu
 

@@ -58,7 +58,7 @@ struct FloatBytes : RawBytes, FloatZeros {
 }  // namespace
 
 const Kernels kAvx512 = {"avx512", Type::kFloat, stage<float>,
-                         multiply<Avx512, SymmetricNibbles, NibblesWithZeros, FloatBytes>};
+                         multiply<Avx512, SymmetricNibbles, NibblesWithZeros, FloatBytes>, kLittleWork};
 
 }  // namespace qkernels::cpu
 

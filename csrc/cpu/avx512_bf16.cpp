@@ -95,7 +95,7 @@ void multiply_by_type(const Problem& p, int64_t tile, int tiles, int64_t m0, int
 
 }  // namespace
 
-const Kernels kAvx512Bf16 = {"avx512_bf16", Type::kBFloat16, stage<uint16_t>, multiply_by_type};
+const Kernels kAvx512Bf16 = {"avx512_bf16", Type::kBFloat16, stage<uint16_t>, multiply_by_type, kLittleWork};
 
 }  // namespace qkernels::cpu
 

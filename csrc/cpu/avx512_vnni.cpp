@@ -42,7 +42,7 @@ struct Vnni : Avx512Sums {
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512_vnni", Type::kFloat, stage_int8, multiply_int8<Vnni>};
+const Kernels kAvx512Vnni = {"avx512_vnni", Type::kFloat, stage_int8, multiply_int8<Vnni>, kLittleWork};
 
 }  // namespace qkernels::cpu
 

@@ -4,6 +4,10 @@
 
 #include "kernels.h"
 
+// Of the OpenMP that torch's pool is made with, and null where it is made with another: cores that this process may run
+// on. Not sched_getaffinity of the calling thread, which OMP_PROC_BIND ties to one core.
+extern "C" __attribute__((weak)) int omp_get_num_procs();
+
 namespace qkernels::cpu {
 namespace {
 
@@ -34,6 +38,25 @@ int64_t staged_bytes(const Problem& p, const Kernels& kernels) {
   if (!copies_x(p, kernels)) return 0;
   const int64_t blocks = (p.K_pad + block_width(p) - 1) / block_width(p);
   return blocks * p.M * block_width(p) * (operand_type(p, kernels) == Type::kFloat ? 4 : 2);
+}
+
+// Whether torch has more threads than this process has cores. The answer costs 0.4 us: asked again when their number
+// changes, not when the affinity of a running process does.
+bool crowded(int64_t threads) {
+  static thread_local int64_t asked_for = 0;
+  static thread_local bool answer = false;
+  if (threads != asked_for && omp_get_num_procs != nullptr) {
+    answer = threads > omp_get_num_procs();
+    asked_for = threads;
+  }
+  return answer;
+}
+
+// Whether the calling thread does better alone. A parallel region wakes and joins every thread of the pool, whoever has
+// work: a few us while each has a core, but 40 (4 threads) to 70 (8) where there are two cores (docs/cpu-fused.md).
+bool runs_alone(const Problem& p, const Kernels& kernels, int64_t threads) {
+  const bool little = (p.M + 1) * p.N * p.K * (p.bits > 4 ? 2 : 1) <= kernels.little_work;
+  return threads == 1 || (little && crowded(threads));
 }
 
 struct Work {
@@ -95,12 +118,14 @@ void gemm(Problem p, const Kernels& kernels, void* workspace, int64_t threads, P
   }
   p.sums = sums ? reinterpret_cast<float*>(static_cast<char*>(workspace) + staged_bytes(p, kernels)) : nullptr;
 
+  const bool alone = runs_alone(p, kernels, threads);
+  if (alone) threads = 1;
   Work work(p, kernels, threads);
   p.unit_step = work.tiles_per_unit * threads;
   if (copies || sums) {
     // One core copies 64 K elements in 6 to 8 us and gathers them in 40 to 80, where the product of 16 rows with one
     // 4096 x 4096 weight takes 700. Waking the others twice costs about as much, and far more where they are busy.
-    if (p.M == 1 || p.M * p.K <= 65536) {
+    if (alone || p.M == 1 || p.M * p.K <= 65536) {
       kernels.stage(p, 0, p.M);
     } else {
       parallel_for(p.M, &work, stage_rows);

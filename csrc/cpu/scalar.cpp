@@ -61,6 +61,6 @@ void multiply(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1)
 
 }  // namespace
 
-const Kernels kScalar = {"scalar", Type::kFloat, stage<float>, multiply};
+const Kernels kScalar = {"scalar", Type::kFloat, stage<float>, multiply, 1 << 18};
 
 }  // namespace qkernels::cpu

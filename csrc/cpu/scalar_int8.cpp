@@ -62,6 +62,6 @@ void multiply(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1)
 
 }  // namespace
 
-const Kernels kScalarInt8 = {"scalar", Type::kFloat, stage_int8, multiply};
+const Kernels kScalarInt8 = {"scalar", Type::kFloat, stage_int8, multiply, 1 << 18};
 
 }  // namespace qkernels::cpu

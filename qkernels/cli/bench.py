@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..scheme import QuantScheme
-from .common import Subparsers, command_parser, positive
+from .common import Subparsers, command_parser, device, positive, warn_of_threads
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--scheme", default="w4a16_g128", help="of the weights that --tune measures (default: w4a16_g128)"
     )
     parser.add_argument("--save", metavar="FILE", help="also write the JSON there")
-    parser.add_argument("--device", help="cpu or cuda:0 (default: cpu; cuda:0 with --tune)")
+    parser.add_argument("--device", type=device, help="cpu or cuda:0 (default: cpu; cuda:0 with --tune)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     parser.add_argument("--seconds", type=positive, default=30, help="about how long to sample (default: 30)")
     return parser
@@ -73,16 +73,15 @@ def run(args: argparse.Namespace) -> int:
             raise ArgumentError("--tune writes your table of configurations; leave out --compare and --save")
         tuning = suite("tune")
         shapes = [tuning.shape_of(text) for text in args.tune]
-        tuning.run(torch.device(args.device or "cuda:0"), shapes, QuantScheme.parse(args.scheme))
+        tuning.run(args.device or torch.device("cuda:0"), shapes, QuantScheme.parse(args.scheme))
         return 0
     results = suite("results")
-    device = torch.device(args.device or "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"device must be there, got {args.device}: this torch sees no GPU (see qkernels doctor)")
+    place = args.device or torch.device("cpu")
     old = results.read(args.compare) if args.compare else None  # before a minute is spent
     if args.threads:
         torch.set_num_threads(args.threads)
-    measured = suite("quick").quick(device, float(args.seconds))
+    warn_of_threads(place)
+    measured = suite("quick").quick(place, float(args.seconds))
     if args.save:
         results.write(measured, Path(args.save))
     if old is not None:

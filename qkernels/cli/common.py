@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
+from ..storage import require_directory
+from .cores import find_cores, oversubscribed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Subparsers = Any  # argparse keeps the type private
@@ -38,9 +42,54 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def any_device(text: str) -> torch.device:
+    """An argparse type: a device that kernels run on, here or elsewhere."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"kernels run on cpu and cuda, got {text!r}")
+    return found
+
+
+def device(text: str) -> torch.device:
+    """An argparse type: the CPU, or a GPU that this torch sees."""
+    found = any_device(text)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise argparse.ArgumentTypeError(
+            f"this torch sees {count or 'no'} GPU{'s' * (count > 1)}, got {text!r}: see qkernels doctor"
+        )
+    return found
+
+
+def temperature(text: str) -> float:
+    """An argparse type: a number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="where to compute, for example cpu or cuda:0 (default: cpu)")
+    parser.add_argument(
+        "--device", type=device, default="cpu", help="where to compute, for example cpu or cuda:0 (default: cpu)"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: that of the checkpoint)")
+
+
+def warn_of_threads(place: torch.device) -> None:
+    """One line on standard error if torch runs more threads on the CPU than this process has cores."""
+    advice = oversubscribed(find_cores(), torch.get_num_threads()) if place.type == "cpu" else None
+    if advice:
+        print(f"warning: {advice}", file=sys.stderr)
 
 
 def read_text(path: str) -> str:
@@ -62,10 +111,11 @@ def load_tokenizer(directory: str | Path) -> Any:
     """The checkpoint's own tokenizer; nothing is downloaded, no code of the checkpoint is run.
 
     Raises:
-        CheckpointError: the directory has no tokenizer that transformers can read.
+        CheckpointError: there is no such directory, or no tokenizer in it that transformers can read.
     """
     from transformers import AutoTokenizer
 
+    require_directory(Path(directory))  # transformers would take a name for one on the Hub
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from ..kernels.catalogue import Problem, arch_of, list_kernels
 from ..nn import QuantLinear
 from ..quantizers import RTN
 from .common import Subparsers, command_parser, print_json
+from .cores import find_cores, oversubscribed
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
 
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"     {'':<12} -> {check.advice}")
     for table in tables.values():
         print(f"\nkernels for {table.problem}\n{table}")
-    print("\neverything is well" if healthy else "\nsomething is wrong: see the lines marked BAD")
+    well = "it works, and could be faster: see ->" if any(check.advice for check in checks) else "everything is well"
+    print(f"\n{well if healthy else 'something is wrong: see the lines marked BAD'}")
     return 0 if healthy else 1
 
 
@@ -65,6 +67,7 @@ def diagnose() -> list[Check]:
         Check("qkernels", True, f"{__version__} on Python {platform.python_version()}, {platform.machine()}"),
         Check("packages", True, ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
         _extension(),
+        _threads(),
         _gpu(),
         Check("nvcc", True, _nvcc()),
         _self_test(),
@@ -81,10 +84,19 @@ def _version(package: str) -> str:
 def _extension() -> Check:
     status = native.status()
     if not status.loaded:
-        advice = "build it: pip install . --no-build-isolation (needs g++ and the torch that will be used)"
+        advice = (
+            "build it: pip install . --no-build-isolation (needs g++, ninja, setuptools >= 77 and the torch to be used)"
+        )
         return Check("extension", False, f"not loaded: {status.error}", advice)
     cuda = "with" if status.cuda else "without"
     return Check("extension", True, f"{status.path}, {status.isa} of {', '.join(status.isas)}, {cuda} CUDA kernels")
+
+
+def _threads() -> Check:
+    """Too many threads make everything slow and nothing wrong: advice, but no failure."""
+    cores, threads = find_cores(), torch.get_num_threads()
+    unread = "".join(f"; a quota could not be read: {reason}" for reason in cores.unread)
+    return Check("threads", True, f"{threads} of torch, {cores}{unread}", oversubscribed(cores, threads) or "")
 
 
 def _gpu() -> Check:

@@ -8,6 +8,7 @@ from .common import (
     DTYPES,
     Subparsers,
     add_device,
+    add_dtype,
     command_parser,
     load_tokenizer,
     positive,
@@ -31,6 +32,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--against", metavar="REFERENCE", help="the original checkpoint")
     parser.add_argument("--seq-len", type=positive, help="tokens in a window (default: 2048, capped to the model's)")
     add_device(parser)
+    add_dtype(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -8,7 +8,18 @@ import time
 
 import torch
 
-from .common import DTYPES, Subparsers, add_device, command_parser, load_tokenizer, positive
+from ..errors import ArgumentError
+from .common import (
+    DTYPES,
+    Subparsers,
+    add_device,
+    add_dtype,
+    command_parser,
+    load_tokenizer,
+    positive,
+    temperature,
+    warn_of_threads,
+)
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
@@ -22,7 +33,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help="a checkpoint directory, quantized or not")
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--tokens", type=positive, default=60, help="how many tokens to add (default: 60)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument(
         "--fuse",
@@ -30,6 +41,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="run q, k, v and gate, up as one packed matrix each: same output, fewer calls",
     )
     add_device(parser)
+    add_dtype(parser)
     return parser
 
 
@@ -37,9 +49,12 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoint import load
 
     tokenizer = load_tokenizer(args.checkpoint)
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ArgumentError(f"--prompt must have at least one token, got {args.prompt!r}")
     dtype = DTYPES[args.dtype] if args.dtype else None
     model = load(args.checkpoint, device=args.device, dtype=dtype, fuse=args.fuse)
-    inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
+    warn_of_threads(args.device)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import Subparsers, command_parser
+from .common import Subparsers, any_device, command_parser
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
@@ -24,8 +24,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     target.add_argument(
         "--layout", help='a layout such as cpu_tile_a16; "auto" asks the catalogue for --device (default)'
     )
-    target.add_argument("--format", help="a file format instead: native, gptq, gptq_v2 or awq")
-    parser.add_argument("--device", default="cpu", help="the device that --layout auto packs for (default: cpu)")
+    target.add_argument("--format", help="a file format instead: native, gptq, gptq_v2, awq or compressed-tensors")
+    parser.add_argument(
+        "--device", type=any_device, default="cpu", help="the device that --layout auto packs for (default: cpu)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     return parser
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import ArgumentError
 from ..scheme import GroupSize
-from .common import Subparsers, command_parser, load_tokenizer, positive, read_text
+from .common import Subparsers, add_device, command_parser, load_tokenizer, positive, read_text
 
 if TYPE_CHECKING:
     from ..quantizers import Options
@@ -73,7 +71,9 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seq-len", type=positive, default=2048, help="tokens in a window, capped to the model's (default: 2048)"
     )
-    parser.add_argument("--format", default="native", help="native, gptq, gptq_v2 or awq (default: native)")
+    parser.add_argument(
+        "--format", default="native", help="native, gptq, gptq_v2, awq or compressed-tensors (default: native)"
+    )
     parser.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: lm_head)")
     parser.add_argument(
@@ -84,7 +84,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         metavar="PATTERN=SCHEME",
         help="another scheme for some layers",
     )
-    parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
+    add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     parser.add_argument(
         "--resume",
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         format=args.format,
         samples=args.samples,
         seq_len=args.seq_len,
-        device=torch.device(args.device),
+        device=args.device,
         overwrite=args.overwrite,
         resume=args.resume,
         **selection,

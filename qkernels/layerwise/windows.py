@@ -42,7 +42,9 @@ def calibration_windows(
     if isinstance(calibration, str):
         raise CalibrationError(f"calibration must be {_ACCEPTED}, got one string: put it into a list")
     if calibration is None or len(calibration) == 0:
-        raise CalibrationError(f"this method needs calibration: give {_ACCEPTED} like what the model will see")
+        raise CalibrationError(
+            f"this method needs calibration: give {_ACCEPTED} like what the model will see (--calibration FILE)"
+        )
     windows = _windows(calibration, seq_len, tokenizer)
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):

@@ -1,7 +1,7 @@
 """Checkpoint directories on disk: lazy validated reading, streamed sharded writing, all or nothing."""
 
 from .atomic import atomic_directory, locked
-from .files import CONFIG, INDEX, QUANTIZATION_FILES, SINGLE, copy_side_files, read_json, write_json
+from .files import CONFIG, INDEX, QUANTIZATION_FILES, SINGLE, copy_side_files, read_json, require_directory, write_json
 from .source import TensorEntry, TensorSource
 from .writer import ShardWriter
 
@@ -13,6 +13,7 @@ __all__ = [
     "copy_side_files",
     "locked",
     "read_json",
+    "require_directory",
     "write_json",
     "CONFIG",
     "INDEX",

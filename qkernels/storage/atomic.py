@@ -86,7 +86,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(
-            f"{path} exists and is not empty; choose another target, remove it, or pass overwrite=True"
+            f"{path} exists and is not empty; choose another target, remove it, or pass overwrite=True (--overwrite)"
         )
     if not (path / CONFIG).is_file():
         raise CheckpointError(

@@ -50,6 +50,19 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def require_directory(path: Path) -> None:
+    """Say what a checkpoint is where there is none.
+
+    Raises:
+        CheckpointError: the path is no directory.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory; a checkpoint is a local folder with {CONFIG} and *.safetensors "
+            "(download a Hub model first, with `hf download`)"
+        )
+
+
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of bounded size.
 

@@ -30,6 +30,7 @@ from .files import (
     memory_of,
     parse_json,
     read_json,
+    require_directory,
 )
 
 
@@ -64,11 +65,7 @@ class TensorSource:
                 shards disagree.
         """
         root = Path(directory)
-        if not root.is_dir():
-            raise CheckpointError(
-                f"{root} is not a directory; a checkpoint is a local folder with {CONFIG} and *.safetensors "
-                "(download a Hub model first, with `hf download`)"
-            )
+        require_directory(root)
         if not (root / CONFIG).is_file():
             raise CheckpointError(f"{root} has no {CONFIG}, which says what model the tensors belong to")
         config = read_json(root / CONFIG)

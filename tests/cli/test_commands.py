@@ -159,7 +159,7 @@ def test_methods_write_their_scheme(
             "--act-order is an option of gptq",
         ),
         (["inspect", "{tmp}/nowhere"], "is not a directory"),
-        (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq"], "calibration"),
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq"], "needs calibration: .* \\(--calibration FILE\\)"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{tmp}/absent.txt"], "absent.txt"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{empty}"], "is empty"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{short}"], "calibration"),
@@ -169,9 +169,11 @@ def test_methods_write_their_scheme(
             "pattern '\\*.nothing' matches no",
         ),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "rtn", "--override", "*.q_proj=int4"], "a scheme looks like"),
-        (["quantize", "{tiny}", "{tiny}", "--method", "rtn"], "exists"),
+        (["quantize", "{tiny}", "{tiny}", "--method", "rtn"], "exists .* \\(--overwrite\\)"),
         (["eval", "{tiny}", "--text", "{short}", "--seq-len", "32"], "less than one window"),
         (["pack", "{tiny}", "{tmp}/out"], "quantized"),
+        (["generate", "{tmp}/nowhere", "--prompt", "x"], "is not a directory"),
+        (["generate", "{tiny}", "--prompt", ""], "--prompt must have at least one token, got ''"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(
@@ -189,19 +191,27 @@ def test_bad_input_is_one_line_and_exit_code_1(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["quantize"],
-        ["nonsense"],
-        ["quantize", "a", "b", "--bits", "5"],
-        ["quantize", "a", "b", "--override", "x"],
-        ["generate", "a", "--prompt", "b", "--tokens", "0"],
+        (["quantize"], "required: model, out"),
+        (["nonsense"], "invalid choice"),
+        (["quantize", "a", "b", "--bits", "5"], "invalid choice"),
+        (["quantize", "a", "b", "--override", "x"], "expected PATTERN=SCHEME"),
+        (["quantize", "a", "b", "--device", "gpu"], "expected a device such as cpu or cuda:0, got 'gpu'"),
+        (["pack", "a", "b", "--device", "gpu"], "expected a device such as cpu or cuda:0, got 'gpu'"),
+        (["eval", "a", "--text", "b", "--device", "mps"], "kernels run on cpu and cuda, got 'mps'"),
+        (["bench", "--device", "cuda:99"], "GPUs?, got 'cuda:99': see qkernels doctor"),
+        (["generate", "a", "--prompt", "b", "--tokens", "0"], "expected a positive integer"),
+        (["generate", "a", "--prompt", "b", "--temperature", "-1"], "expected a number of at least 0, got '-1'"),
+        (["generate", "a", "--prompt", "b", "--temperature", "nan"], "expected a number of at least 0, got 'nan'"),
+        (["generate", "a", "--prompt", "b", "--temperature", "hot"], "expected a number of at least 0, got 'hot'"),
     ],
 )
-def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
+def test_usage_errors_exit_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_module_runs_as_a_program() -> None:

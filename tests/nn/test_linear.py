@@ -17,6 +17,7 @@ from qkernels import QuantLinear, QuantTensor, UnsupportedProblem
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.kernels import catalogue, native
 from qkernels.nn.linear import BUFFERS
+from tests.ops.helpers import integers
 from tests.strategies import random_weight, same_weight
 
 SCHEMES = [
@@ -28,10 +29,6 @@ SCHEMES = [
     "w8a16_channel",
     "w8a16_g32_asym",
 ]
-
-
-def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def layer_of(
