@@ -47,7 +47,6 @@ enum class Type : int { kNone, kUInt8, kFloat, kHalf, kBFloat16 };
 struct Problem {
   int64_t M, N, K, G, group;  // group: columns that share a scale
   int64_t K_pad, tile_bytes;
-  int64_t unit_step;  // from the tiles of one call of `multiply` to those that the same thread probably takes next
   int bits;
   const void* x;  // as the caller has it, strides in elements
   Type x_type;

@@ -35,7 +35,7 @@ constexpr int kOctet = 8;
 
 // Fetches an octet's codes, in a run `ahead` bytes further on: normally the next one (2 KB of 4-bit codes; 1 and 4 KB
 // were slower). While a run meets many rows of x nothing else would fetch it: worth 1.5 x at M = 16, and 1.2 x at M = 1
-// and 8. In a tile's last run, what comes next is the thread's next unit (3 % at M = 1). Its address may lie past the
+// and 8. In a tile's last run, what comes next is `next_tile` (3 % at M = 1). Its address may lie past the
 // weights: a prefetch of nothing does nothing.
 template <class D>
 constexpr int64_t kRunBytes = kRun / kOctet * D::kOctetBytes;
@@ -190,25 +190,25 @@ void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int6
   }
 }
 
-// At most kTokens rows of x; `next_unit` is the tile that comes after these.
+// At most kTokens rows of x; `next_tile` is what comes after these.
 template <class V, class D, int kTokens>
-void decode_tiles(const Problem& p, const D& decoder, int64_t tile, int tiles, int64_t next_unit, int64_t m0,
+void decode_tiles(const Problem& p, const D& decoder, int64_t tile, int tiles, int64_t next_tile, int64_t m0,
                   int64_t tokens) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return decode_tiles<V, D, kTokens - 1>(p, decoder, tile, tiles, next_unit, m0, tokens);
+    if (tokens < kTokens) return decode_tiles<V, D, kTokens - 1>(p, decoder, tile, tiles, next_tile, m0, tokens);
   }
   constexpr int kPerTile = kTileRows / V::kRows, kVectors = V::kDecodeVectors[kTokens - 1];
   if constexpr (kVectors > kPerTile) {
     constexpr int kTiles = kVectors / kPerTile;
     for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
-      const int64_t next = tiles == kTiles ? next_unit : tile + kTiles;
+      const int64_t next = tiles == kTiles ? next_tile : tile + kTiles;
       decode_rows<V, D, kVectors, kTokens>(p, decoder, tile, 0, next, m0);
     }
   }
   constexpr int kAtOnce = kVectors < kPerTile ? kVectors : kPerTile;
   for (; tiles > 0; --tiles, ++tile) {
     for (int row = 0; row < kTileRows; row += kAtOnce * V::kRows) {
-      const int64_t next = row + kAtOnce * V::kRows < kTileRows ? tile : tiles == 1 ? next_unit : tile + 1;
+      const int64_t next = row + kAtOnce * V::kRows < kTileRows ? tile : tiles == 1 ? next_tile : tile + 1;
       decode_rows<V, D, kAtOnce, kTokens>(p, decoder, tile, row, next, m0);
     }
   }
@@ -321,15 +321,13 @@ void decode_tile(const Problem& p, const D& decoder, int64_t tile, int64_t next_
 template <class V, class D>
 void multiply_with(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
   const D decoder(p);
-  const int64_t end = tile + tiles, next_unit = tile + p.unit_step;
-  if (m1 - m0 <= kDecodeRows) {
-    return decode_tiles<V, D, kDecodeRows>(p, decoder, tile, tiles, next_unit, m0, m1 - m0);
-  }
+  const int64_t end = tile + tiles;
+  if (m1 - m0 <= kDecodeRows) return decode_tiles<V, D, kDecodeRows>(p, decoder, tile, tiles, end, m0, m1 - m0);
   for (; tile < end; ++tile) {
     if constexpr (D::kPanel) {
       multiply_tile<V, D>(p, decoder, tile, m0, m1);
     } else {
-      decode_tile<V, D>(p, decoder, tile, tile + 1 < end ? tile + 1 : next_unit, m0, m1);
+      decode_tile<V, D>(p, decoder, tile, tile + 1, m0, m1);
     }
   }
 }

@@ -43,9 +43,9 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
   for (int v = 0; v < kVectors; ++v) vector_at[v] = v / kPerTile * p.tile_bytes + v % kPerTile * kVectorBytes;
   const int8_t* x = static_cast<const int8_t*>(p.staged.data) + m0 * row_bytes;
 
-  // Codes are fetched ahead, and at the end of a tile from `next_tile`: see prefetch_codes in tile_gemm.h. The fewer
-  // tiles, the farther (two tiles, M = 4: 59 GB/s of 91 with 2 KB, 64 with 3; four tiles, M = 1: 72 and 70).
-  constexpr int64_t kAhead = kVectors / kPerTile > 2 ? 2048 : 3072;
+  // Codes are fetched 3 KB ahead, and at the end of a tile from `next_tile`: see prefetch_codes in tile_gemm.h. Where
+  // memory gives 90 GB/s, M = 4 reads 75 with 2 KB, 80 with 3 or 4; where it gives 55, 53, 52 and 51.
+  constexpr int64_t kAhead = 3072;
   const uint8_t* ahead = codes + kAhead;
   const int64_t to_next = (next_tile - tile - 1) * p.tile_bytes;
   int64_t until_next = (p.tile_bytes > kAhead ? p.tile_bytes - kAhead : 0) / kOctetBytes + 1;
@@ -133,9 +133,8 @@ int multiply_int8_together(const Problem& p, int64_t tile, int tiles, int64_t m0
     if (tokens < kTokens) return multiply_int8_together<V, kBytes, kZeros, kTokens - 1>(p, tile, tiles, m0, tokens);
   }
   constexpr int kVectors = V::kDecodeVectors[kTokens - 1], kTiles = kVectors * V::kRows / kTileRows;
-  for (const int64_t next_unit = tile + p.unit_step; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
-    const int64_t next = tiles == kTiles ? next_unit : tile + kTiles;
-    multiply_int8_rows<V, kBytes, kZeros, kVectors, kTokens>(p, tile, next, m0);
+  for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
+    multiply_int8_rows<V, kBytes, kZeros, kVectors, kTokens>(p, tile, tile + kTiles, m0);
   }
   return tiles;
 }
@@ -150,13 +149,13 @@ void multiply_int8_last(const Problem& p, int64_t tile, int64_t next_tile, int64
 
 template <class V, bool kBytes, Zeros kZeros>
 void multiply_int8_tiles(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  const int64_t end = tile + tiles, next_unit = tile + p.unit_step;
+  const int64_t end = tile + tiles;
   if (m1 - m0 <= V::kDecodeTokens) {
     tiles = multiply_int8_together<V, kBytes, kZeros, V::kDecodeTokens>(p, tile, tiles, m0, m1 - m0);
   }
   for (int64_t t = end - tiles; t < end; ++t) {
     for (int64_t m = m0; m < m1; m += V::kTokens) {
-      const int64_t next = m + V::kTokens < m1 ? t : t + 1 < end ? t + 1 : next_unit;  // a tile stays in L2
+      const int64_t next = m + V::kTokens < m1 ? t : t + 1;  // a tile stays in L2
       multiply_int8_last<V, kBytes, kZeros, V::kTokens>(p, t, next, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
     }
   }
