@@ -14,7 +14,7 @@ struct Avx512Sums {
   static constexpr int kRows = 16;
   // 32 registers: 12 rows x 2 vectors of sums, 2 of weights, and room to load the next ones.
   static constexpr int kTokens = 12, kHalf = 2;
-  static constexpr int kDecodeVectors[kDecodeRows] = {8, 8, 4, 4, 2, 2, 2, 2};
+  static constexpr int kDecodeVectors[kDecodeRows] = {8, 4, 4, 4, 2, 2, 2, 2};
 
   static QK_INLINE Sum zero() { return _mm512_setzero_ps(); }
   static QK_INLINE Sum set1(float f) { return _mm512_set1_ps(f); }
