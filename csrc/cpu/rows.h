@@ -66,6 +66,12 @@ inline float load(Type type, const void* base, int64_t i) {
   }
 }
 
+// What a group with a rest (has_rest) adds for each unit of sum(x); `zero` is its zero point or offset.
+inline float rest_of(const Problem& p, float scale, float zero) {
+  const float mid = static_cast<float>(1 << (p.bits - 1));
+  return p.zeros_are_offsets ? mid * scale + zero : (mid - zero) * scale;
+}
+
 // --- x ---
 
 struct CopyBf16 {

@@ -29,7 +29,7 @@ void multiply_tile(const Problem& p, int64_t tile, int64_t m0, int64_t m1) {
       scale[r] = load(p.scale_type, p.scales, at);
       const float z = load(p.zero_type, p.zeros, at);
       zero[r] = exact_zeros ? z : mid;
-      rest[r] = p.zeros_are_offsets ? mid * scale[r] + z : (mid - z) * scale[r];
+      rest[r] = rest_of(p, scale[r], z);
     }
     const int64_t end = p.K < (g + 1) * p.group ? p.K : (g + 1) * p.group;
     for (int64_t first = g * p.group; first < end; first += kRun) {

@@ -22,10 +22,9 @@ void multiply_tile(const Problem& p, int64_t tile, int64_t m0, int64_t m1) {
     std::memset(sums, 0, sizeof sums);
     for (int r = 0; r < kTileRows; ++r) {
       const int64_t at = (tile * p.G + g) * kTileRows + r;
-      const float mid = static_cast<float>(1 << (p.bits - 1)), stored = load(p.zero_type, p.zeros, at);
       scale[r] = load(p.scale_type, p.scales, at);
       zero[r] = p.zero_type == Type::kUInt8 ? static_cast<const uint8_t*>(p.zeros)[at] : 1 << (p.bits - 1);
-      rest[r] = p.zeros_are_offsets ? mid * scale[r] + stored : (mid - stored) * scale[r];
+      rest[r] = rest_of(p, scale[r], load(p.zero_type, p.zeros, at));
     }
     const int64_t end = p.K < (g + 1) * p.group ? p.K : (g + 1) * p.group;
     for (int64_t first = g * p.group; first < end; first += kRun) {

@@ -62,7 +62,7 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
       prefetch_group(p, p.scales, p.scale_type, tile + t, next_tile + t, g);
       if (kZeros != Zeros::kNone) prefetch_group(p, p.zeros, p.zero_type, tile + t, next_tile + t, g);
     }
-    const auto at = [&](int v) {  // the first row's scale and zero
+    const auto scale_at = [&](int v) {  // the first row's scale and zero
       return ((tile + v / kPerTile) * G + g) * kTileRows + v % kPerTile * V::kRows;
     };
     Integers acc[kTokens][kVectors];
@@ -70,7 +70,7 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
     for (int v = 0; v < kVectors; ++v) {
       Integers left_out = V::integers(kBytes ? V::kByteBias : 0);
       if constexpr (kZeros == Zeros::kIntegers) {
-        left_out -= V::widen_bytes(static_cast<const uint8_t*>(p.zeros) + at(v));
+        left_out -= V::widen_bytes(static_cast<const uint8_t*>(p.zeros) + scale_at(v));
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
@@ -106,8 +106,8 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const Sum scale = V::widen(p.scale_type, p.scales, at(v));
-      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(p, scale, at(v)) : V::zero();
+      const Sum scale = V::widen(p.scale_type, p.scales, scale_at(v));
+      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(p, scale, scale_at(v)) : V::zero();
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
         total[r][v] = V::fma(V::to_sum(acc[r][v]), scale, total[r][v]);
