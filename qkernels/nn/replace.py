@@ -19,7 +19,7 @@ from ..scheme import QuantScheme
 from .fused import FuseReport, fuse_linear
 from .linear import BUFFERS, QuantLinear
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def replace_linear(
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")
     report.bytes_after = model_bytes(model)
     report.fusing = fuse_linear(model) if fuse else None
-    logger.info("%s", report)
+    log.info("%s", report)
     return report
 
 
