@@ -20,6 +20,8 @@ from ..quantizers import RTN
 from .common import Subparsers, command_parser, print_json
 from .cores import find_cores, oversubscribed
 
+# The same is said at the head of docs/kernel-log.md, and nowhere else.
+GPU_KERNELS = "verified without a GPU, never run on one: speeds are predictions (docs/kernel-log.md)"
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
 
 
@@ -69,6 +71,7 @@ def diagnose() -> list[Check]:
         _extension(),
         _threads(),
         _gpu(),
+        Check("gpu kernels", True, GPU_KERNELS),
         Check("nvcc", True, _nvcc()),
         _self_test(),
     ]

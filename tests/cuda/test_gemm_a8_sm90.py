@@ -1,6 +1,6 @@
 """int8 activations on Hopper's wgmma, on the emulator: products against 64-bit integers, bit for bit.
 
-Against our reading of the PTX manual; whether hardware agrees is unmeasured.
+Against our reading of the PTX manual.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hopper's kernel on the emulator: wgmma, TMA and mbarriers happen as late as the manual allows (tests/cuda/host/async_host.h).
 
-Against our reading of the PTX manual; whether hardware agrees is unmeasured.
+Against our reading of the PTX manual.
 """
 
 from __future__ import annotations
