@@ -11,9 +11,8 @@ from torch import Tensor
 
 from tests.cuda import calls, emulator
 from tests.cuda.calls import DTYPES, in_room
-from tests.cuda.calls_a8 import expected, multiply_call, noise
+from tests.cuda.calls_a8 import check, expected, multiply_call, noise
 from tests.cuda.emulator import SCHEDULES, Call
-from tests.cuda.test_gemm_a8 import check
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
 
