@@ -52,14 +52,12 @@ class Architecture:
     Args:
         layers, embeddings, final_norm, head: module names.
         folds: see `Fold`, in the order of the forward pass.
-        fused: linear layers that read the same input and can be one matrix.
         unit_offset_norms: norms multiply by 1 + weight.
         requires: config fields that must have these values for the folds to hold.
     """
 
     model_types: tuple[str, ...]
     folds: tuple[Fold, ...]
-    fused: tuple[tuple[str, ...], ...] = ()
     layers: str = "model.layers"
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -81,7 +79,6 @@ _LLAMA = Architecture(
         Fold("post_attention_layernorm", _GATE_UP, "mlp"),
         _UP,
     ),
-    fused=(_QKV, _GATE_UP),
 )
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -109,7 +106,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(  # attention and MLP read the same norm side by side; GELU lets no scale through from fc1 to fc2
         model_types=("phi",),
         folds=(Fold("input_layernorm", (*_QKV, "mlp.fc1"), ""), Fold("self_attn.v_proj", ("self_attn.dense",))),
-        fused=(_QKV,),
         final_norm="model.final_layernorm",
     ),
     Architecture(  # ReLU does let a positive scale through
@@ -120,7 +116,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             Fold("final_layer_norm", ("fc1",), ""),
             Fold("fc1", ("fc2",)),
         ),
-        fused=(_QKV,),
         layers="model.decoder.layers",
         embeddings="model.decoder.embed_tokens",
         final_norm="model.decoder.final_layer_norm",
