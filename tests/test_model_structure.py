@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from qkernels.errors import ArgumentError, CheckpointError
-from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, linear_of, run_layer
+from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, run_layer
 from qkernels.layerwise.scaling import HeadSharing, apply_fold
-from qkernels.model_structure import (
+from qkernels.models.architectures import (
     ARCHITECTURES,
     decoder_layers,
-    empty_model,
-    empty_to_meta,
     foldable_architecture,
     head_dim,
     known_architectures,
 )
+from qkernels.models.building import empty_model, empty_to_meta
+from qkernels.models.linears import linear_of
 from qkernels.storage import TensorSource
 
 transformers = pytest.importorskip("transformers")

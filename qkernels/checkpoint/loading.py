@@ -16,9 +16,9 @@ from tqdm import tqdm
 from ..errors import CheckpointError
 from ..formats import Oddity
 from ..formats.directory import QuantizedSource, summary
-from ..model_structure import empty_model, named_as_in
+from ..models.building import empty_model, named_as_in
+from ..models.linears import as_linear
 from ..nn import QuantLinear, set_module
-from ..nn.replace import as_linear
 from ..storage import CONFIG, TensorSource
 from ..tensor import FLOAT_DTYPES, QuantTensor
 
