@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from qkernels.kernels import native
+from qkernels import extension
 from qkernels.markdown import table as markdown_table
 from qkernels.scheme import QuantScheme
 
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/cpu-targets-LAYER[-ISA].json")
     args = parser.parse_args(argv)
     if args.isa:
-        native.use_isa(args.isa)
+        extension.use_isa(args.isa)
     device = torch.device("cpu")
     name = "-".join(filter(None, ("cpu-targets", args.layer.replace("_", "-"), args.isa)))
     out = args.out or environment.RESULTS / environment.machine_name(device) / f"{name}.json"

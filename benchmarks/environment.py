@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import qkernels
-from qkernels.kernels import native
+from qkernels import extension
 
 from .peers import PEER_PACKAGES, version_of
 from .statistics import median_interval
@@ -33,7 +33,7 @@ _GPU_FIELDS = (
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Everything about the place and the time of a run, as JSON types."""
-    status = native.status()
+    status = extension.status()
     found: dict[str, Any] = {
         "machine": machine_name(device),
         "device": str(device),

@@ -71,7 +71,7 @@ def parts(out: Path) -> list[Part]:
     def module(*words: str) -> tuple[str, ...]:
         return (python, "-m", *words)
 
-    built = "from qkernels.kernels import native; s = native.status(); print(s); raise SystemExit(not s.cuda)"
+    built = "from qkernels import extension; s = extension.status(); print(s); raise SystemExit(not s.cuda)"
     checks = [
         Part("build", (python, "setup.py", "--quiet", "build_ext", "--inplace"), 400, needs="nvcc"),
         Part("extension", (python, "-c", built), 10),

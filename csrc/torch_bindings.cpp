@@ -129,7 +129,7 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("gemv_cpu_tile_a8", TORCH_BOX(&qkernels::gemv_cpu_tile<true>));
 }
 
-// For qkernels/kernels/native.py, through ctypes.
+// For qkernels/extension.py, through ctypes.
 #define QK_EXPORT extern "C" __attribute__((visibility("default")))
 
 QK_EXPORT const char* qkernels_cpu_isa() {

@@ -23,9 +23,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import qkernels
-from qkernels import AWQ, GPTQ, RTN, QuantLinear, markdown
+from qkernels import AWQ, GPTQ, RTN, QuantLinear, extension, markdown
 from qkernels.evaluate import compare, perplexity
-from qkernels.kernels import native
 from qkernels.nn.replace import model_bytes, packed_bytes
 from qkernels.quantizers import CalibrationFree, Options
 
@@ -155,7 +154,7 @@ def linear_sizes(model: PreTrainedModel) -> tuple[int, int, int]:
 
 def kernel_of(model: PreTrainedModel) -> str:
     layouts = {m.layout for m in decoder_linears(model)}
-    return f"{', '.join(sorted(layouts))} ({native.status().isa})"
+    return f"{', '.join(sorted(layouts))} ({extension.status().isa})"
 
 
 def heading(model: Path, tokens: int) -> str:

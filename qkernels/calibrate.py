@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ._version import __version__
 from .checkpoint import CheckpointWriter, load
 from .checkpoint.loading import check_fits
 from .checkpoint.saving import write_model
@@ -36,7 +37,8 @@ from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, che
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
 from .layerwise.work import run_key, work_directory
-from .model_structure import decoder_layers, empty_model, foldable_architecture, head_dim, named_as_in
+from .models.architectures import decoder_layers, foldable_architecture, head_dim
+from .models.building import empty_model, named_as_in
 from .quantizers import AWQ, GPTQ, CalibrationFree, Options, SmoothQuant
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
 
@@ -331,8 +333,6 @@ def _module_report(name: str, result: Quantized, bytes_before: int) -> ModuleRep
 
 def _versions(place: Place) -> dict[str, str]:
     """What computes: software and device."""
-    from . import __version__
-
     found = {"qkernels": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     with suppress(PackageNotFoundError):  # a model in memory need not be one of transformers'
         found["transformers"] = version("transformers")

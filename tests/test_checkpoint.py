@@ -20,7 +20,7 @@ from qkernels.checkpoint import CheckpointWriter, convert
 from qkernels.errors import CheckpointError, ConversionError
 from qkernels.formats import FORMATS
 from qkernels.formats.directory import QuantizedSource
-from qkernels.model_structure import empty_model
+from qkernels.models.building import empty_model
 from qkernels.storage import TensorSource, atomic_directory, read_json
 from tests.checkpoints import A16_FORMATS, edit_json, file_bytes, logits, plain_checkpoint, rewritten, small_llama
 from tests.strategies import random_weight, same_weight

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from qkernels.errors import ArgumentError, CheckpointError
-from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, linear_of, run_layer
+from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, run_layer
 from qkernels.layerwise.scaling import HeadSharing, apply_fold
-from qkernels.model_structure import (
+from qkernels.models.architectures import (
     ARCHITECTURES,
     decoder_layers,
-    empty_model,
-    empty_to_meta,
     foldable_architecture,
     head_dim,
     known_architectures,
 )
+from qkernels.models.building import empty_model, empty_to_meta
+from qkernels.models.linears import linear_of
 from qkernels.storage import TensorSource
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -48,8 +48,6 @@ def test_names_in_the_table_exist(model_type: str) -> None:
     for fold in architecture.folds:
         assert all(linear_of(layers[0], target).in_features for target in fold.targets)
         layers[0].get_submodule(fold.parent or "")
-    for group in architecture.fused:
-        assert len({layers[0].get_submodule(linear).in_features for linear in group}) == 1
 
 
 @pytest.mark.parametrize("model_type", known_architectures())

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from qkernels import GPTQ
 from qkernels.calibrate import plan
-from qkernels.model_structure import empty_model
+from qkernels.models.building import empty_model
 from qkernels.storage import CONFIG, ShardWriter, TensorSource, write_json
 
 MIB = 2**20

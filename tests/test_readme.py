@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import qkernels
-from qkernels import markdown
+from qkernels import extension, markdown
 from qkernels.cli.main import parser
 from qkernels.errors import ConversionError
 from qkernels.formats import FORMATS, READ_ONLY, Format
-from qkernels.kernels import native, triton
+from qkernels.kernels import triton
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
 from qkernels.layouts import LAYOUTS
 from tests.refusals import SCHEMES
@@ -63,7 +63,7 @@ def support_matrix() -> str:
     return markdown.table(["", *(f"`{kernel.name}`" for kernel in kernels)], rows) + "\n\n" + note
 
 
-@pytest.mark.skipif(not native.status().loaded, reason="the matrix is that of a full build")
+@pytest.mark.skipif(not extension.status().loaded, reason="the matrix is that of a full build")
 def test_support_matrix_is_that_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "missing", lambda: None)  # it is an install away, and the matrix that of a full build
     begin, end = "<!-- support-matrix:begin -->\n", "<!-- support-matrix:end -->"

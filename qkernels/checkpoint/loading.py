@@ -16,9 +16,9 @@ from tqdm import tqdm
 from ..errors import CheckpointError
 from ..formats import Oddity
 from ..formats.directory import QuantizedSource, summary
-from ..model_structure import empty_model, named_as_in
-from ..nn import QuantLinear, fuse_linear, set_module
-from ..nn.replace import as_linear
+from ..models.building import empty_model, named_as_in
+from ..models.linears import as_linear
+from ..nn import QuantLinear, set_module
 from ..storage import CONFIG, TensorSource
 from ..tensor import FLOAT_DTYPES, QuantTensor
 
@@ -33,7 +33,6 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     on_unsupported: OnUnsupported = "raise",
-    fuse: bool = False,
 ) -> Any:
     """Any known checkpoint, quantized or not, as a `transformers` model in which quantized modules are `QuantLinear`.
 
@@ -45,8 +44,6 @@ def load(
         device: where the model goes.
         dtype: of activations and unquantized weights; that of the checkpoint if None. Scales keep their own.
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
-        fuse: let q, k, v and gate, up share one packed matrix where that is possible, with the same results (`nn.fuse_linear`);
-            what is left alone is logged.
 
     Returns:
         The class that config.json names, else that of `AutoModelForCausalLM`, in eval mode.
@@ -79,8 +76,6 @@ def load(
     for line in summary(oddities):
         log.warning("%s: %s", source.directory, line)
     model.config._name_or_path = str(source.directory)
-    if fuse and (fusing := fuse_linear(model)).unfused:
-        log.warning("%s: %s", source.directory, fusing)
     return model.eval()
 
 

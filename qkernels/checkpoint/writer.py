@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError
 from ..formats import Format, get_format
-from ..formats.directory import without_quantization
 from ..scheme import QuantScheme
 from ..storage import CONFIG, ShardWriter, write_json
-from ..storage.files import SHARD_BYTES
+from ..storage.files import SHARD_BYTES, without_quantization
 from ..tensor import QuantTensor
 
 

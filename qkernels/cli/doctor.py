@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .. import __version__
-from ..kernels import native
+from .. import extension
+from .._version import __version__
 from ..kernels.catalogue import Problem, arch_of, list_kernels
 from ..nn import QuantLinear
 from ..quantizers import RTN
@@ -85,7 +85,7 @@ def _version(package: str) -> str:
 
 
 def _extension() -> Check:
-    status = native.status()
+    status = extension.status()
     if not status.loaded:
         advice = (
             "build it: pip install . --no-build-isolation (needs g++, ninja, setuptools >= 77 and the torch to be used)"

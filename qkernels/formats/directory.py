@@ -130,11 +130,6 @@ def _check_unquantized(source: TensorSource) -> None:
             )
 
 
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says nothing about quantization."""
-    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
-
-
 def summary(oddities: Iterable[tuple[str, Oddity]]) -> Iterator[str]:
     """One line for each kind of oddity among (module, oddity) pairs: how many modules, and the first of them."""
     kinds: dict[str, list[tuple[str, str]]] = {}

@@ -28,12 +28,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._version import __version__
 from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor, natural_group_index
@@ -148,7 +148,7 @@ def config_of(
         "lm_head": "lm_head" in modules,
         "checkpoint_format": _NAMES[version],
         "pack_dtype": "int32",
-        "meta": {"quantizer": [f"qkernels:{_version()}"]},
+        "meta": {"quantizer": [f"qkernels:{__version__}"]},
     }
     rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(unquantized)}
     rules |= {f"+:^{re.escape(n)}$": _own_fields(s) for n, s in sorted(modules.items()) if s != default}
@@ -291,13 +291,6 @@ def _overflowed_words(qzeros: Tensor, out_features: int, bits: int) -> int:
 def _own_fields(scheme: QuantScheme) -> dict[str, Any]:
     group_size = scheme.group_size if isinstance(scheme.group_size, int) else -1
     return {"bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric}
-
-
-def _version() -> str:
-    try:
-        return metadata.version("qkernels")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "0"
 
 
 def _format(version: Version) -> Format:

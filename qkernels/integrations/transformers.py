@@ -36,7 +36,7 @@ from ..checkpoint.loading import _bias, _linear
 from ..errors import ArgumentError, CheckpointError
 from ..formats import Oddity, native
 from ..formats.directory import QuantizedSource, summary
-from ..model_structure import is_conv1d
+from ..models.linears import is_conv1d
 from ..nn import QuantLinear, set_module
 from ..nn.replace import (
     Replaced,

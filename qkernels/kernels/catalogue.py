@@ -13,10 +13,11 @@ from typing import Literal, get_args
 
 import torch
 
+from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
 from ..layouts import get_layout
 from ..scheme import QuantScheme
-from . import native, triton
+from . import triton
 
 OnUnsupported = Literal["raise", "skip", "reference"]
 
@@ -74,7 +75,7 @@ def _cpu_tile(layout: str, problem: Problem) -> list[str]:
     # A meta layer takes the layout of the CPU: it is where it will be filled first.
     if problem.arch not in ("cpu", "meta"):
         reasons.append(f"runs on the CPU (got {problem.arch})")
-    status = native.status()
+    status = extension.status()
     if not status.loaded:
         reasons.append(f"the compiled extension is not loaded: {status.error}")
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -93,7 +94,7 @@ def _needs_sm80(arch: str) -> list[str]:
 
 def _cuda_mma_tile(layout: str, problem: Problem) -> list[str]:
     reasons = _common(problem) + _needs_sm80(problem.arch)
-    status = native.status()
+    status = extension.status()
     if not status.loaded:
         reasons.append(f"the compiled extension is not loaded: {status.error}")
     elif not status.cuda:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointWriter
 from ..kernels.catalogue import OnUnsupported
-from ..model_structure import assign, empty_to_meta, is_conv1d
+from ..models.building import assign, empty_to_meta
+from ..models.linears import as_stored, linear_of
 from ..nn import QuantLinear
 from ..nn.replace import model_bytes, set_module
 from ..storage import TensorSource
 from ..tensor import QuantTensor
 from .report import ModuleReport
-from .running import Place, linear_of
+from .running import Place
 from .work import WorkDirectory
 
 Weights = dict[str, QuantTensor]
@@ -80,7 +81,7 @@ class DirectoryHost:
     """A checkpoint directory, streamed: layers are read when their turn comes, and kept in the work directory once quantized.
 
     Args:
-        model: the directory's model with parameters on meta (`model_structure.empty_model`).
+        model: the directory's model with parameters on meta (`models.building.empty_model`).
         source: the directory.
         work: keeps what is finished, maybe of an earlier run.
     """
@@ -98,8 +99,7 @@ class DirectoryHost:
 
     def weight(self, name: str) -> Tensor:
         """The weight of a linear layer, `[N, K]`."""
-        weight = self._source.read(f"{name}.weight")
-        return weight.T if is_conv1d(self.model.get_submodule(name)) else weight
+        return as_stored(self.model.get_submodule(name), self._source.read(f"{name}.weight"))
 
     @contextmanager
     def embeddings(self, layers: str, head: str | None, place: Place) -> Iterator[None]:

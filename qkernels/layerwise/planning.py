@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..model_structure import decoder_layers
+from ..models.architectures import decoder_layers
+from ..models.linears import linear_of
 from ..quantizers import GPTQ, RTN, CalibrationFree, Options
 from ..storage import TensorSource
 from ..storage.files import SHARD_BYTES
 from .report import MIB, PlannedModule, QuantPlan
-from .running import linear_of
 from .work import work_path
 
 FILE_BYTES = 16 * 1024  # allowed for headers, configs and reports, a linear layer

@@ -1,7 +1,7 @@
 """Typed front of `torch.ops.qkernels`: arguments are checked here, in the user's words, before an op sees them.
 
 `schema` defines the ops, `reference` has their plain-PyTorch meaning. Importing this loads the compiled extension, if there
-is one (`kernels.native`).
+is one (`extension`).
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
+from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
-from ..kernels import native
 from ..layouts import LAYOUTS, Layout
 from ..tensor import FLOAT_DTYPES
 from . import reference
@@ -175,14 +175,14 @@ def _gradient_of_x(
 
 
 def _not_built(op: str, *_: Any) -> Tensor:
-    status = native.status()
+    status = extension.status()
     raise UnsupportedProblem(
         f"torch.ops.qkernels.{op} is compiled code, and {_why_not_built(status)}; build it with "
         f'`pip install . --no-build-isolation`, or allow the slow path with on_unsupported="reference"'
     )
 
 
-def _why_not_built(status: native.NativeStatus) -> str:
+def _why_not_built(status: extension.ExtensionStatus) -> str:
     return "the extension was built without CUDA" if status.loaded else f"the extension is not loaded: {status.error}"
 
 
@@ -194,7 +194,7 @@ def _needs_cuda(op: str, x: Tensor, *_: Any) -> Tensor:
 
 
 def _built_for(device: str) -> bool:
-    status = native.status()
+    status = extension.status()
     return status.cuda if device == "cuda" else bool(status.isas)
 
 
@@ -221,7 +221,7 @@ def _define_all() -> None:
         LIBRARY.impl(op, partial(reference.dequantize_op, layout), "CompositeExplicitAutograd")
     LIBRARY.impl("gemm_reference", reference.gemm_op, "CompositeExplicitAutograd")
     LIBRARY.impl("gemm_reference_a8", reference.gemm_a8_op, "CompositeExplicitAutograd")
-    native.load()
+    extension.load()
     for value in LAYOUTS.values():
         for op in _ops_of(value):
             if value.device == "cuda":

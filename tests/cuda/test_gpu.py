@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from qkernels import QuantLinear, QuantTensor
-from qkernels.kernels import native
+from qkernels import QuantLinear, QuantTensor, extension
 from qkernels.layouts import get_layout
 from tests.ops.helpers import arguments, exact_product, integers
 from tests.strategies import random_weight
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not native.status().cuda, reason="the extension has no CUDA kernels"),
+    pytest.mark.skipif(not extension.status().cuda, reason="the extension has no CUDA kernels"),
 ]
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 ZEROS = ["", "_asym", "_fzero", "_offset"]

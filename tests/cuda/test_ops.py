@@ -13,15 +13,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import _scoped_library, opcheck
 
+from qkernels import extension
 from qkernels.errors import ArgumentError, ConversionError, UnsupportedProblem
-from qkernels.kernels import native
 from qkernels.kernels.catalogue import Problem, list_kernels, select
 from qkernels.layouts import get_layout
 from qkernels.scheme import QuantScheme
 from tests.ops.helpers import arguments, exact_product, integers, layer_in
 from tests.strategies import random_weight
 
-compiled = pytest.mark.skipif(not native.status().cuda, reason="the extension has no CUDA kernels")
+compiled = pytest.mark.skipif(not extension.status().cuda, reason="the extension has no CUDA kernels")
 
 
 def reasons(

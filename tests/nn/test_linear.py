@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from qkernels import QuantLinear, QuantTensor, UnsupportedProblem
+from qkernels import QuantLinear, QuantTensor, UnsupportedProblem, extension
 from qkernels.errors import ArgumentError, SchemeError
-from qkernels.kernels import native
 from qkernels.nn.linear import BUFFERS
 from tests.ops.helpers import integers, layer_in
 from tests.strategies import random_weight, same_weight
@@ -311,7 +310,7 @@ COPIES = {"aten::copy_", "aten::contiguous", "aten::clone", "aten::to", "aten::_
     ("scheme", "dtype", "allocations"),
     [
         ("w4a16_g32", torch.float32, 1),  # y
-        ("w4a16_g32", torch.bfloat16, 1 if native.status().isa == "avx512_bf16" else 2),  # and x in fp32
+        ("w4a16_g32", torch.bfloat16, 1 if extension.status().isa == "avx512_bf16" else 2),  # and x in fp32
         ("w4a8_g32", torch.bfloat16, 2),  # and the codes of x
     ],
 )

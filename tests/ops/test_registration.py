@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import Library, opcheck, register_fake
 
-from qkernels import QuantScheme, QuantTensor, ops
+from qkernels import QuantScheme, QuantTensor, extension, ops
 from qkernels.errors import ArgumentError
-from qkernels.kernels import native
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, Problem
 from qkernels.layouts import LAYOUTS, get_layout
 from qkernels.ops import schema
@@ -27,7 +26,7 @@ SMALL = Problem(64, 64, QuantScheme.parse("w4a16_g32"), torch.float32)
 NAMES = [kernel.layout for kernel in (*REFERENCES, *KERNELS) if not kernel.reasons(SMALL)]
 layouts = pytest.mark.parametrize("layout", NAMES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-compiled = pytest.mark.skipif(not native.status().isas, reason=f"no compiled extension: {native.status().error}")
+compiled = pytest.mark.skipif(not extension.status().isas, reason=f"no compiled extension: {extension.status().error}")
 
 
 def operator(name: str) -> Any:

@@ -12,24 +12,23 @@ import pytest
 import torch
 
 import qkernels
+from qkernels import extension
 from qkernels.errors import ArgumentError
-from qkernels.kernels import native
 from tests.ops.conftest import ISAS
 from tests.ops.helpers import integers, multiply
 from tests.strategies import random_weight
 
 PACKAGE = Path(qkernels.__file__).parent
-compiled = pytest.mark.skipif(not native.status().isas, reason=f"no compiled extension: {native.status().error}")
+compiled = pytest.mark.skipif(not extension.status().isas, reason=f"no compiled extension: {extension.status().error}")
 
 ATTEMPT = """
 import torch
-from qkernels import ops
-from qkernels.kernels import native
+from qkernels import extension, ops
 from qkernels.layouts import get_layout
 from tests.strategies import random_weight
 weight = random_weight("w4a16_g32", 40, 96)
 buffers = get_layout("cpu_tile_a16").pack(weight)
-status = native.status()
+status = extension.status()
 print("STATUS", status.loaded, status.isa, status.error)
 try:
     ops.gemm("cpu_tile_a16", torch.ones(2, 96), **buffers, in_features=96, out_features=40, scheme=weight.scheme)
@@ -61,7 +60,7 @@ def copy_without_library(tmp_path: Path) -> Path:
 
 @compiled
 def test_status_names_the_best_instruction_set() -> None:
-    status = native.status()
+    status = extension.status()
     assert status.loaded
     assert status.error is None
     assert status.path is not None
@@ -74,14 +73,14 @@ def test_status_names_the_best_instruction_set() -> None:
 @compiled
 def test_all_instruction_sets_agree() -> None:
     weight, x = random_weight("w4a16_g32", 70, 168, exact=True), integers(5, 168)
-    chosen = native.status().isa
+    chosen = extension.status().isa
     assert chosen is not None
     results = []
-    for isa in native.status().isas:
-        native.use_isa(isa)
-        assert native.status().isa == isa
+    for isa in extension.status().isas:
+        extension.use_isa(isa)
+        assert extension.status().isa == isa
         results.append(multiply(weight, x))
-    native.use_isa(chosen)
+    extension.use_isa(chosen)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -101,7 +100,7 @@ def test_an_unknown_instruction_set_is_an_error_at_first_use_and_not_before() ->
     assert 'got "avx3"; unset it for the best one' in raised
     assert "REFERENCE [2, 40]" in out
     with pytest.raises(ArgumentError, match=r'the instruction set must be one of "scalar.*got "sse9"'):
-        native.use_isa("sse9")
+        extension.use_isa("sse9")
 
 
 def test_without_a_library_everything_but_its_kernels_works(copy_without_library: Path) -> None:
@@ -123,7 +122,7 @@ def test_a_broken_library_is_reported(copy_without_library: Path) -> None:
 @compiled
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_the_binary_asks_for_no_python_and_no_newer_torch() -> None:
-    path = native.status().path
+    path = extension.status().path
     assert path is not None
     wanted = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
     names = [line.split()[-1] for line in wanted.splitlines()]

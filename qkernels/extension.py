@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ArgumentError
+from .errors import ArgumentError
 
 
 @dataclass(frozen=True)
-class NativeStatus:
+class ExtensionStatus:
     """How loading went.
 
     Args:
@@ -43,14 +43,14 @@ def load() -> None:
     _library()
 
 
-def status() -> NativeStatus:
+def status() -> ExtensionStatus:
     """How loading went, and which instruction set is in use now."""
     path, library, error = _library()
     if library is None:
-        return NativeStatus(path, False, error, None, (), False)
+        return ExtensionStatus(path, False, error, None, (), False)
     isa, wrong = _text(library.qkernels_cpu_isa()), _text(library.qkernels_cpu_isa_error())
     isas = tuple((_text(library.qkernels_cpu_isas()) or "").split())
-    return NativeStatus(path, wrong is None, wrong, isa, isas, bool(library.qkernels_has_cuda()))
+    return ExtensionStatus(path, wrong is None, wrong, isa, isas, bool(library.qkernels_has_cuda()))
 
 
 def use_isa(name: str) -> None:
@@ -69,7 +69,7 @@ def use_isa(name: str) -> None:
 
 @lru_cache(maxsize=1)
 def _library() -> tuple[Path | None, ctypes.CDLL | None, str | None]:
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parent
     found = sorted(package.glob("_C*.so"))
     if not found:
         return None, None, f"there is no _C*.so in {package}; it was installed or checked out without building it"
