@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,19 @@ def test_every_public_name_has_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name: str) -> None:
     assert complaints(EXAMPLES[name]) == ""
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_the_page_for_users_runs(tiny_llama_dir: Path, sample_text: str) -> None:
+    """Its blocks one after another, in a folder with what the page says is there."""
+    pytest.importorskip("peft")
+    shutil.copytree(tiny_llama_dir, "my-llama")
+    Path("text.txt").write_text(sample_text)
+    blocks = re.findall(r"```python\n(.*?)```", USING.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 8
+    names: dict[str, object] = {"__name__": "using"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/using.md, block {number}", "exec"), names)
 
 
 def test_a_wrong_example_is_noticed() -> None:
