@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import ArgumentError
 from ..scheme import QuantScheme
 from .common import Subparsers, command_parser, device, positive, warn_of_threads
@@ -68,6 +66,8 @@ def suite(module: str) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     if args.tune:
         if args.compare or args.save:
             raise ArgumentError("--tune writes your table of configurations; leave out --compare and --save")

@@ -18,7 +18,7 @@ from ..tensor import QuantTensor
 from .running import LayerInputs, LayerJob, collect_statistics, input_groups
 from .scaling import scale_inputs, smooth_inputs
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str |
         rounding = RTN(scale_dtype=method.scale_dtype, clip=method.clip).with_scheme(method.scheme)
     tensor = rounding.quantize(weight, f"{name}.weight")
     if fallback is not None:
-        logger.warning("%s is rounded to nearest: %s", name, fallback)
+        log.warning("%s is rounded to nearest: %s", name, fallback)
     values = weight.float()
     error = _ratio(float((tensor.dequantize() - values).square().sum()), float(values.square().sum()))
     return Quantized(tensor, rounding.name, error, False, time.perf_counter() - began, fallback)

@@ -18,7 +18,7 @@ from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
 from .linear import BUFFERS, QuantLinear
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def replace_linear(
     if not report.replaced:
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")
     report.bytes_after = model_bytes(model)
-    logger.info("%s", report)
+    log.info("%s", report)
     return report
 
 
