@@ -5,11 +5,12 @@
 
 #include <initializer_list>
 
+#include "types.h"
+
 namespace qkernels {
 
-// `Type` is cpu::Type or cuda::Type: the kernels know no torch header, so each side has its own.
-template <class Type>
-Type type_of(const torch::stable::Tensor& t) {
+// The kernels know no torch header, and so a type of their own.
+inline Type type_of(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
     case ScalarType::Byte:
@@ -23,11 +24,6 @@ Type type_of(const torch::stable::Tensor& t) {
     default:
       return Type::kNone;
   }
-}
-
-template <class Type>
-bool is_floating(Type type) {
-  return type == Type::kFloat || type == Type::kHalf || type == Type::kBFloat16;
 }
 
 inline bool has_shape(const torch::stable::Tensor& t, std::initializer_list<int64_t> shape) {

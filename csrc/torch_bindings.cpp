@@ -16,11 +16,8 @@
 namespace qkernels {
 namespace {
 
-using cpu::Type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-Type type_of(const Tensor& t) { return qkernels::type_of<Type>(t); }
 
 // Contiguous, on the CPU. torch::stable::new_empty goes by the dispatcher and an op's name: 0.4 us more, of the 2.3
 // that a call takes beside its product.
@@ -49,13 +46,7 @@ Tensor gemm_cpu_tile(const Tensor& x, const Tensor& qweight, const Tensor& scale
   STD_TORCH_CHECK(2 <= bits && bits <= 8 && group_size >= 1 && out_features >= 0,
                   "bits must be 2 to 8, group_size positive and out_features not negative, got bits=", bits,
                   ", group_size=", group_size, ", out_features=", out_features);
-  cpu::Problem p{};
-  p.M = x.size(0), p.N = out_features, p.K = x.size(1);
-  p.bits = static_cast<int>(bits);
-  p.group = group_size;
-  p.G = p.K == 0 ? 1 : (p.K - 1) / group_size + 1;
-  p.K_pad = (p.K + 7) / 8 * 8;
-  p.tile_bytes = p.K_pad * (bits <= 4 ? 16 : 32);
+  cpu::Call p{cpu::make_problem(x.size(0), out_features, x.size(1), static_cast<int>(bits), group_size)};
   const int64_t tiles = cpu::tiles_of(p);
   STD_TORCH_CHECK(p.G == 1 || group_size % 8 == 0, "group_size must be a multiple of 8, got ", group_size);
   STD_TORCH_CHECK(
@@ -113,8 +104,8 @@ template <bool kInt8>
 Tensor gemv_cpu_tile(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
                      const std::optional<Tensor>& k_order, const std::optional<Tensor>& bias, int64_t out_features,
                      int64_t bits, int64_t group_size, bool zeros_are_offsets) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= cpu::kDecodeRows, kInt8 ? "gemv_cpu_tile_a8" : "gemv_cpu_tile_a16",
-                  " takes M <= ", cpu::kDecodeRows, " rows of x; call gemm");
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= cpu::kMaxDecodeTokens, kInt8 ? "gemv_cpu_tile_a8" : "gemv_cpu_tile_a16",
+                  " takes M <= ", cpu::kMaxDecodeTokens, " rows of x; call gemm");
   return gemm_cpu_tile<kInt8>(x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size,
                               zeros_are_offsets);
 }

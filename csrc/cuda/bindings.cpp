@@ -32,8 +32,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kSliceBytes = 64 << 20;  // of dequantized weight at a time: it stays in the L2 of large cards
 
-Type type_of(const Tensor& t) { return qkernels::type_of<Type>(t); }
-
 // --- torch's stream, without linking to libtorch_cuda
 // ---------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ def device_sources(unit: str) -> tuple[Path, ...]:
 
 
 def key_of(source: Path, command: list[str]) -> str:
-    headers = [p for folder in {CUDA, source.parent} for p in folder.iterdir() if p.suffix in (".h", ".cuh")]
+    headers = [p for folder in {CUDA, CUDA.parent, source.parent} for p in folder.iterdir() if p.suffix in (".h", ".cuh")]
     digest = hashlib.sha256(" ".join(command).encode())
     for path in [source, *sorted(headers)]:
         digest.update(path.read_bytes())

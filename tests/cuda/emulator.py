@@ -109,8 +109,8 @@ def ninja_file() -> str:
 
     python = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -DQK_MODULE_NAME=module"
     lines = [
-        "rule compile",
-        f"  command = {CXX} {' '.join(COMMON)} -I$headers -I{HOST} $more -MMD -MF $out.d -x c++ -c $in -o $out",
+        "rule compile",  # the second folder: for ../types.h, which copies with a bug do not have beside them
+        f"  command = {CXX} {' '.join(COMMON)} -I$headers -I{CUDA} -I{HOST} $more -MMD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
         f"  command = {CXX} $more $in -o $out -ldl",

@@ -10,6 +10,7 @@
 namespace {
 
 using namespace qkernels::cuda;
+using qkernels::Type;
 using Named = qkernels::host::Call;
 
 // One row of `tensors`: given, type, int32, dims, three sizes, contiguous, device, address.
