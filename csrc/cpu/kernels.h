@@ -73,14 +73,14 @@ static inline int64_t tiles_of(const Problem& p) { return (p.N + kTileRows - 1) 
 
 // A problem with its buffers, as a kernel takes it.
 struct Call : Problem {
-  const void* x;                          // [M, K] as the caller has it
-  int64_t x_row_stride, x_column_stride;  // in elements
-  const uint8_t* qweight;
-  const void* scales;
-  const void* zeros;
-  const int32_t* k_order;  // [K]: the column of x that each stored column meets; null: its own
-  const void* bias;        // [N]
-  void* y;                 // [M, N] contiguous
+  const void* x = nullptr;                        // [M, K] as the caller has it
+  int64_t x_row_stride = 0, x_column_stride = 0;  // in elements
+  const uint8_t* qweight = nullptr;
+  const void* scales = nullptr;
+  const void* zeros = nullptr;
+  const int32_t* k_order = nullptr;  // [K]: the column of x that each stored column meets; null: its own
+  const void* bias = nullptr;        // [N]
+  void* y = nullptr;                 // [M, N] contiguous
 
   // x as the kernel reads it: x itself, or a copy that is gathered, converted and padded with zeros. Column k of row m
   // is at k / width * block_stride + m * row_stride + k % width, in elements; `width` is such that a run lies in one
@@ -89,11 +89,11 @@ struct Call : Problem {
   struct {
     const void* data;
     int64_t width, block_stride, row_stride;
-  } staged;
+  } staged = {};
   // With int8 activations `staged` is int8 [M, row_stride], and these are what `quantize_row` (rows_int8.h) adds to it.
-  float* x_scales;  // [M]
-  int32_t* x_sums;  // [G, M] sums of the codes of x over each group
-  float* sums;      // [M, G] sums of floating x over each group, in fp32; null unless has_rest
+  float* x_scales = nullptr;  // [M]
+  int32_t* x_sums = nullptr;  // [G, M] sums of the codes of x over each group
+  float* sums = nullptr;      // [M, G] sums of floating x over each group, in fp32; null unless has_rest
 };
 
 static inline int64_t staged_at(const Call& call, int64_t m, int64_t k) {
