@@ -54,7 +54,7 @@ bool crowded(int64_t threads) {
 }
 
 // Whether the calling thread does better alone. A parallel region wakes and joins every thread of the pool, whoever has
-// work: a few us while each has a core, but 40 (4 threads) to 70 (8) where there are two cores (docs/cpu-fused.md).
+// work: a few us while each has a core, but 40 (4 threads) to 70 (8) where there are two cores (Zen 5, 2026-11-24).
 bool runs_alone(const Problem& p, const Kernels& kernels, int64_t threads) {
   const bool little = (p.M + 1) * p.N * p.K * (p.bits > 4 ? 2 : 1) <= kernels.little_work;
   return threads == 1 || (little && crowded(threads));
