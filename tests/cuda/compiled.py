@@ -20,7 +20,8 @@ import pytest
 from .emulator import BUGS, CUDA, HERE, ROOT, SOURCES, locked
 
 BUILDS = ROOT / "build" / "cuda_device"
-ARCHITECTURES = ("80", "86", "89", "90a", "120")
+# What is compiled: what the guard reads, and in a full run all.
+ARCHITECTURES = ("80", "86", "89", "90a", "120") if os.environ.get("QKERNELS_TEST_FULL") else ("80", "90a")
 # Bytes of shared memory that a block may have (CUDA programming guide, "technical specifications per compute capability").
 SHARED_LIMITS = {"80": 166912, "86": 101376, "89": 101376, "90a": 232448, "120": 101376}
 REGISTERS = 65536  # of a multiprocessor, so at most as many of a block
