@@ -56,10 +56,21 @@ def device_sources(unit: str) -> tuple[Path, ...]:
     )
 
 
+def included(path: Path, known: set[Path]) -> set[Path]:
+    """`known` with this file and all of ours that it includes: beside it, or in csrc/cuda."""
+    if path not in known:
+        known.add(path)
+        for name in re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE):
+            for folder in (path.parent, CUDA):
+                if (folder / name).exists():
+                    included((folder / name).resolve(), known)
+                    break
+    return known
+
+
 def key_of(source: Path, command: list[str]) -> str:
-    headers = [p for folder in {CUDA, CUDA.parent, source.parent} for p in folder.iterdir() if p.suffix in (".h", ".cuh")]
     digest = hashlib.sha256(" ".join(command).encode())
-    for path in [source, *sorted(headers)]:
+    for path in sorted(included(source.resolve(), set())):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
