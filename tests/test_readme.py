@@ -16,9 +16,10 @@ from torch import nn
 
 import qkernels
 from qkernels import extension, markdown
+from qkernels.checkpoint.registry import WRITTEN
 from qkernels.cli.main import parser
 from qkernels.errors import ConversionError
-from qkernels.formats import FORMATS, READ_ONLY, Format
+from qkernels.formats import READ_ONLY, Format
 from qkernels.kernels import triton
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
 from qkernels.layouts import LAYOUTS
@@ -112,16 +113,16 @@ def test_the_table_of_formats_is_that_of_the_registries() -> None:
     assert table is not None
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
     assert [row[0] for row in rows] == list(FORMAT_ROWS)
-    assert {name for names in FORMAT_ROWS.values() for name in names} == {*FORMATS, *READ_ONLY}
+    assert {name for names in FORMAT_ROWS.values() for name in names} == {*WRITTEN, *READ_ONLY}
     for title, read, written, act_order, bits in rows:
-        for fmt in (FORMATS.get(name) or READ_ONLY[name] for name in FORMAT_ROWS[title]):
-            assert (read, written) == ("✓", "✓" if fmt.name in FORMATS else "–"), title
+        for fmt in (WRITTEN.get(name) or READ_ONLY[name] for name in FORMAT_ROWS[title]):
+            assert (read, written) == ("✓", "✓" if fmt.name in WRITTEN else "–"), title
             scheme = "w4a8_g32" if fmt.name.endswith("_a8") else "w4a16_g32"
             ordered = stores(fmt, scheme, True) if written == "✓" else any("g_idx" in name for name in fmt.suffixes)
             assert act_order == ("✓" if ordered else "–"), title
             if written == "✓" and not title.startswith("packed"):
                 assert bits.removesuffix(", every scheme") == widths(fmt), title
-    assert all(stores(FORMATS["native"], scheme) for scheme in SCHEMES)
+    assert all(stores(WRITTEN["native"], scheme) for scheme in SCHEMES)
 
 
 def test_the_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

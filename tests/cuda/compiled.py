@@ -20,7 +20,8 @@ import pytest
 from .emulator import BUGS, CUDA, HERE, ROOT, SOURCES, locked
 
 BUILDS = ROOT / "build" / "cuda_device"
-ARCHITECTURES = ("80", "86", "89", "90a", "120")
+# What is compiled: what the guard reads, and in a full run all.
+ARCHITECTURES = ("80", "86", "89", "90a", "120") if os.environ.get("QKERNELS_TEST_FULL") else ("80", "90a")
 # Bytes of shared memory that a block may have (CUDA programming guide, "technical specifications per compute capability").
 SHARED_LIMITS = {"80": 166912, "86": 101376, "89": 101376, "90a": 232448, "120": 101376}
 REGISTERS = 65536  # of a multiprocessor, so at most as many of a block
@@ -55,10 +56,21 @@ def device_sources(unit: str) -> tuple[Path, ...]:
     )
 
 
+def included(path: Path, known: set[Path]) -> set[Path]:
+    """`known` with this file and all of ours that it includes: beside it, or in csrc/cuda."""
+    if path not in known:
+        known.add(path)
+        for name in re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE):
+            for folder in (path.parent, CUDA):
+                if (folder / name).exists():
+                    included((folder / name).resolve(), known)
+                    break
+    return known
+
+
 def key_of(source: Path, command: list[str]) -> str:
-    headers = [p for folder in {CUDA, source.parent} for p in folder.iterdir() if p.suffix in (".h", ".cuh")]
     digest = hashlib.sha256(" ".join(command).encode())
-    for path in [source, *sorted(headers)]:
+    for path in sorted(included(source.resolve(), set())):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
