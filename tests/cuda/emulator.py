@@ -6,7 +6,6 @@ sanitizers see. Builds live in build/cuda_host and are incremental; parallel tes
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
 import platform
@@ -14,8 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +22,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from tools.locking import locked
 
 from .mutants import MUTANTS, write_mutant
 
@@ -131,14 +131,6 @@ def ninja_file() -> str:
                         lines += [f"build {compiled}: compile {source}", f"  headers = {headers}", f"{more} {macro}"]
                 lines += [f"build {target_of(unit, flavour, bug)}: link {' '.join(objects)}", f"{more}{shared}"]
     return "\n".join(lines) + "\n"
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from benchmarks.shapes import FULL_SET, layers_of
+from benchmarks.kernels.shapes import FULL_SET, layers_of
 from tests.cuda import calls, emulator
 
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
