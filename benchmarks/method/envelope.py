@@ -91,12 +91,16 @@ def where_of(envelope: Envelope) -> dict[str, Any]:
 
 
 def this_command() -> str:
-    """The command line of this process, without the folders of Python, of the script and of this tree."""
-    program, *words = sys.orig_argv
-    if words and not words[0].startswith("-"):
-        program, words = ("python", words) if words[0].endswith(".py") else (words[0], words[1:])
-    name = "python" if Path(program).name.startswith("python") else Path(program).name
-    return shlex.join([name, *(word.replace(f"{environment.ROOT}/", "") for word in words)])
+    """The command line of this process, as `told` tells it; a script with a name of its own stands without Python before it."""
+    python, *words = sys.orig_argv
+    named = bool(words) and not words[0].startswith("-") and not words[0].endswith(".py")
+    return told(words if named else [python, *words])
+
+
+def told(command: Sequence[str]) -> str:
+    """A command line without the folders of this machine: paths in this tree are relative to it, of others the name is left."""
+    words = [re.sub("(^|=)/[^=]*/", r"\1", word.replace(f"{environment.ROOT}/", "")) for word in command]
+    return shlex.join("python" if re.fullmatch(r"python[\d.]*", word) else word for word in words)
 
 
 def to_json(envelope: Envelope) -> str:

@@ -102,6 +102,10 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path: Path) -> None:
         ),
         (["/venv/bin/python", "/venv/bin/qkernels", "bench", "--json"], "qkernels bench --json"),
         (["python3.12", "ROOT/examples/demo.py"], "python examples/demo.py"),
+        (
+            ["python", "-m", "a.b", "--tool", "hqq=/venvs/hqq/bin/python", "--out=/tmp/r"],
+            "python -m a.b --tool hqq=python --out=r",
+        ),
     ],
 )
 def test_the_command_is_told_without_folders(typed: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:

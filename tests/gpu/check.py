@@ -16,7 +16,6 @@ import argparse
 import importlib
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -161,8 +160,7 @@ def outcome_of(path: Path) -> Outcome:
 def keep(outcome: Outcome, part: Part, path: Path, machine: str) -> None:
     """An outcome in its result file, under the part's own command."""
     where = {"machine": machine, "date": environment.now(), "commit": outcome.commit}
-    command = shlex.join(["python" if word == sys.executable else word for word in part.command])
-    envelope.write(envelope.sealed(KIND, where, [asdict(outcome)], command=command), path)
+    envelope.write(envelope.sealed(KIND, where, [asdict(outcome)], command=envelope.told(part.command)), path)
 
 
 def run_part(part: Part, out: Path, commit: str) -> Outcome:
