@@ -4,6 +4,7 @@
 # make bench       the full benchmark set on this machine, and its page  (10 minutes on a CPU; `qkernels bench`: half a minute)
 # make gpu-check   all checks and measurements that need a GPU, in parts (takes the environment as it is);
 #                  DRY=--dry-run lists them, and proves that each could start, without a GPU
+# make results-check  how many commits of csrc/ and qkernels/ lie between each result and now; names files that are no results
 #
 #   TORCH=2.11.0       another torch version than the pinned one
 #   ENV=active         use the Python environment that is active, with the torch it has, instead of a .venv of our own
@@ -32,9 +33,9 @@ DEMO_EXTENSION := $(if $(wildcard $(EXTENSION)),$(EXTENSION),build/extension-dem
 build/extension-demo.stamp: export QKERNELS_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
 
 
-.PHONY: help demo test test-full bench gpu-check lint format clean
+.PHONY: help demo test test-full bench gpu-check results-check lint format clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 12
 
 demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo
@@ -47,11 +48,14 @@ test-full: test
 
 bench: $(EXTENSION)
 	$(PY) -m benchmarks
-	$(PY) -m benchmarks.report
+	$(PY) -m benchmarks.method.report
 
-# No prerequisite on purpose: it takes the environment that is there, builds and downloads nothing.
+# No prerequisites on purpose: they take the environment that is there, build and download nothing.
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_check $(DRY)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.gpu.check $(DRY)
+
+results-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.method.age
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -35,7 +35,7 @@ def test_the_guard_knows_compilers_and_lost_figures() -> None:
     assert "no longer measured" in guard.regressions(committed, {"spills": {"avx2": 1.0}}, "g++ 12")[0]
     added = {**fine, "spills": {"avx2": 100.0, "new": 0.0}}
     assert guard.regressions(committed, added, "g++ 12") == [
-        "spills, new: not committed; python -m benchmarks.guard --update"
+        "spills, new: not committed; python -m tools.guard --update"
     ]
 
 
