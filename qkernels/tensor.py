@@ -6,7 +6,8 @@ against `QuantTensor.dequantize()`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -157,6 +158,78 @@ class QuantTensor:
         first, last = part.start // group, -(-part.stop // group)
         zeros = None if self.zeros is None else self.zeros[..., first:last]
         return QuantTensor(self.codes[..., part], self.scales[..., first:last], zeros, None, self.scheme)
+
+    @classmethod
+    def concat(cls, parts: Sequence[QuantTensor]) -> QuantTensor:
+        """Weights that read the same input as one, their rows one after another: q, k, v or gate, up of one layer.
+
+        Exact: each row keeps its codes, scales and zeros. Per-tensor scales become one a channel.
+
+        Args:
+            parts: `[..., N_i, K]` weights of one scheme, K and dtypes.
+
+        Returns:
+            `[..., ΣN_i, K]`.
+
+        Raises:
+            ArgumentError: there are no parts, or they differ in what a weight has once: names it and the two values.
+
+        >>> import torch
+        >>> from qkernels import RTN
+        >>> q, k = (RTN().quantize(torch.randn(rows, 128)) for rows in (64, 16))
+        >>> QuantTensor.concat([q, k]).codes.shape
+        torch.Size([80, 128])
+        """
+        _check_alike(parts, "experts and K", lambda weight: [*weight.codes.shape[:-2], weight.K])
+        scheme = parts[0].scheme
+        if scheme.group_size == "tensor" and len(parts) > 1:
+            scheme = replace(scheme, group_size="channel")
+        return _joined(parts, lambda tensors: torch.cat(tensors, dim=-2), scheme)
+
+    @classmethod
+    def stack(cls, parts: Sequence[QuantTensor]) -> QuantTensor:
+        """Weights of one shape as the experts of one weight: `[..., N, K]` each, `[E, ..., N, K]` together.
+
+        Raises:
+            ArgumentError: there are no parts, or they differ in shape or in what a weight has once: names it and the two values.
+        """
+        _check_alike(parts, "shape", lambda weight: list(weight.codes.shape))
+        return _joined(parts, torch.stack, parts[0].scheme)
+
+
+def _check_alike(parts: Sequence[QuantTensor], shape: str, shape_of: Callable[[QuantTensor], list[int]]) -> None:
+    """Raise unless weights can be joined: everything that a weight has once is the same in all of them."""
+    if not parts:
+        raise ArgumentError("there must be at least one weight to join, got none")
+
+    def once(weight: QuantTensor) -> dict[str, object]:
+        zeros = None if weight.zeros is None else _name(weight.zeros.dtype)
+        return {
+            "scheme": str(weight.scheme), shape: shape_of(weight), "dtype of scales": _name(weight.scales.dtype),
+            "dtype of zeros": zeros, "device": str(weight.device), "order of columns": weight.group_index is not None,
+        }  # fmt: skip
+
+    expected = once(parts[0])
+    for index, part in enumerate(parts[1:], 1):
+        for what, got in once(part).items():
+            if got != expected[what]:
+                raise ArgumentError(
+                    f"weights that are joined need one {what}, got {expected[what]} (the first) and {got} (number {index})"
+                )
+        a, b = parts[0].group_index, part.group_index
+        if a is not None and b is not None and not a.is_meta and not torch.equal(a, b):
+            raise ArgumentError(f"weights that are joined need one group_index (act-order), number {index} has another")
+
+
+def _joined(parts: Sequence[QuantTensor], join: Callable[[list[Tensor]], Tensor], scheme: QuantScheme) -> QuantTensor:
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return QuantTensor(
+        join([part.codes for part in parts]),
+        join([part.scales for part in parts]),
+        join(zeros) if zeros else None,
+        parts[0].group_index,
+        scheme,
+    )
 
 
 def group_index_of(k_order: Tensor | None, in_features: int, scheme: QuantScheme) -> Tensor | None:

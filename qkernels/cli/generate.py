@@ -35,11 +35,6 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive, default=60, help="how many tokens to add (default: 60)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument(
-        "--fuse",
-        action="store_true",
-        help="run q, k, v and gate, up as one packed matrix each: same output, fewer calls",
-    )
     add_device(parser)
     add_dtype(parser)
     return parser
@@ -53,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if inputs["input_ids"].shape[1] == 0:
         raise ArgumentError(f"--prompt must have at least one token, got {args.prompt!r}")
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model = load(args.checkpoint, device=args.device, dtype=dtype, fuse=args.fuse)
+    model = load(args.checkpoint, device=args.device, dtype=dtype)
     warn_of_threads(args.device)
     torch.manual_seed(args.seed)
     start = time.perf_counter()

@@ -34,7 +34,6 @@ class Layout:
         gemv_tokens: the largest M of an op `gemv_<name>`; None: the layout has none.
         device: the device type whose kernels read it, "cpu" or "cuda"; None: plain PyTorch, on any.
         compiled: whether its kernels live in the compiled extension.
-        fusible: whether a row's result has the same bits whatever other rows the matrix has, so that layers can be one.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Layout:
     gemv_tokens: int | None = None
     device: str | None = None
     compiled: bool = False
-    fusible: bool = False
 
 
 from . import canonical, cpu_tile_a8, cpu_tile_a16, kpack, mma_tile  # noqa: E402  (they need Layout)

@@ -141,5 +141,4 @@ def _unpack_groups(values: Tensor, N: int) -> Tensor:
 
 LAYOUT: Layout = Layout(
     "cpu_tile_a16", 1, reasons, pack, unpack, buffer_shapes, ROWS_PER_TILE, gemv_tokens=8, device="cpu", compiled=True,
-    fusible=True,
 )  # fmt: skip

@@ -67,5 +67,4 @@ def _codes(lanes: Tensor, width: int) -> Tensor:
 
 LAYOUT: Layout = Layout(
     "cpu_tile_a8", 1, reasons, pack, unpack, buffer_shapes, ROWS_PER_TILE, gemv_tokens=8, device="cpu", compiled=True,
-    fusible=True,
 )  # fmt: skip

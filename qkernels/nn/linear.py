@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from ..quantizers import NF4, RTN
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from .huge_pages import on_huge_pages
-
-if TYPE_CHECKING:
-    from .fused import FusedGroup
 
 BUFFERS = ("qweight", "scales", "zeros", "k_order")
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -62,7 +59,6 @@ class QuantLinear(nn.Module):
     scales: Tensor
     zeros: Tensor | None
     k_order: Tensor | None
-    fused: FusedGroup | None = None  # set by fuse_linear: the layers that this one forms one matrix with
 
     def __init__(
         self,
@@ -162,10 +158,6 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]` in x's dtype (under autocast: in autocast's)."""
-        if self.fused is not None and not torch.compiler.is_compiling():
-            part = self.fused.multiply(self, x)
-            if part is not None:
-                return part
         buffers = self._buffers  # `self.qweight` would be looked up in Python, 0.5 us each
         device = buffers["qweight"].device
         device_type = device.type
@@ -212,8 +204,6 @@ class QuantLinear(nn.Module):
         for name in BUFFERS:
             self.register_buffer(name, buffers.get(name))
         self._device_type = self.qweight.device.type
-        if self.fused is not None:
-            self.fused.part_changed()
 
     def _pack(self, weight: QuantTensor, device: torch.device) -> None:
         packed = get_layout(self.layout).pack(weight)

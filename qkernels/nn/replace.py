@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
-from ..model_structure import is_conv1d
+from ..models.linears import as_linear, is_conv1d
 from ..quantizers import NF4, RTN
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
-from .fused import FuseReport, fuse_linear
 from .linear import BUFFERS, QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,6 @@ class ReplaceReport:
     skipped: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
-    fusing: FuseReport | None = None
 
     def __str__(self) -> str:
         schemes = sorted({str(r.scheme) for r in self.replaced.values()})
@@ -50,7 +48,7 @@ class ReplaceReport:
             f"model {self.bytes_before * mib:.1f} -> {self.bytes_after * mib:.1f} MiB"
         ]
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines if self.fusing is None else [*lines, str(self.fusing)])
+        return "\n".join(lines)
 
 
 def replace_linear(
@@ -59,7 +57,6 @@ def replace_linear(
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str = ("lm_head",),
     overrides: Mapping[str, QuantScheme | str] | None = None,
-    fuse: bool = False,
     on_unsupported: OnUnsupported = "raise",
     progress: bool = True,
     method: RTN | NF4 | None = None,
@@ -75,15 +72,13 @@ def replace_linear(
         include: only layers that match one of these patterns; None means all.
         exclude: never layers that match one of these.
         overrides: pattern -> scheme; the first match wins.
-        fuse: let q, k, v and gate, up share one packed matrix where the architecture is known and a kernel allows it, with the
-            same results and state dict (see `fuse_linear`); the report's `fusing` says where, and why not elsewhere.
         on_unsupported: "raise" before anything is changed; "skip" leaves the layer as it is, with the reason in the report;
             "reference" runs it on the slow plain-PyTorch kernel.
         progress: show a progress bar if it takes more than two seconds.
         method: how to round; `RTN()` if None. Its options are taken, its scheme is not: `NF4(double_quant=True)` with "nf4_g64".
 
     Returns:
-        The report: `.replaced`, `.skipped[name] = reason`, `.bytes_before`, `.bytes_after` of the whole model, `.fusing`.
+        The report: `.replaced`, `.skipped[name] = reason`, `.bytes_before`, `.bytes_after` of the whole model.
 
     Raises:
         SchemeError: a scheme cannot be parsed, or is none that the method rounds to.
@@ -111,7 +106,6 @@ def replace_linear(
     if not report.replaced:
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")
     report.bytes_after = model_bytes(model)
-    report.fusing = fuse_linear(model) if fuse else None
     logger.info("%s", report)
     return report
 
@@ -145,20 +139,6 @@ def model_bytes(model: nn.Module) -> int:
 
 def as_patterns(patterns: Iterable[str] | str | None) -> tuple[str, ...] | None:
     return None if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def as_linear(module: nn.Module) -> nn.Linear | None:
-    """A linear layer, or transformers' `Conv1D` (GPT-2: `y = x W + b`, W `[K, N]`) as the one that computes the same; None
-    for other modules. The weight of the latter is a transposed view, and the bias is shared."""
-    if isinstance(module, nn.Linear):
-        return module
-    if not is_conv1d(module):
-        return None
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
-    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
-    linear.bias = module.bias  # type: ignore[assignment]
-    return linear
 
 
 def linear_names(model: nn.Module) -> list[str]:
