@@ -119,6 +119,20 @@ def test_without_llama_cpp_it_says_so(capsys: pytest.CaptureFixture[str], tmp_pa
     assert not (tmp_path / "r.json").exists()
 
 
+def test_a_comparison_keeps_its_rows_and_conditions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The file and the page, without llama.cpp: what was compared is given."""
+    row = llama_cpp.SpeedRow("llama.cpp Q4_0", 300.0, 75.0, 55.0, 0.01, [1.0, 1.0, 1.0], [1.0, 0.9, 1.1])
+    given = llama_cpp.Comparison([row], ["w4a8_g32: no kernel"], 10**6, 1e-4)
+    monkeypatch.setattr(llama_cpp, "compare", lambda *_: given)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert llama_cpp.main(["--size", "tiny", "--prompt", "16", "--out", str(tmp_path / "r.json")]) == 0
+    found = envelope.read(tmp_path / "r.json", "llama.cpp")
+    assert [llama_cpp.SpeedRow(**fields) for fields in found.rows] == [row]
+    kept = ("size", "prompt", "new_tokens", "reasons", "token_bytes", "reading")
+    assert [found.conditions[name] for name in kept] == ["tiny", 16, 32, given.reasons, 10**6, 1e-4]
+    assert "* unmeasured: w4a8_g32: no kernel" in (tmp_path / "r.md").read_text()
+
+
 @needs_llama_cpp
 def test_the_same_model_runs_in_both(tmp_path: Path) -> None:
     options = [
