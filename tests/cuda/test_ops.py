@@ -162,7 +162,7 @@ def test_dequantize_on_the_cpu_is_the_reference() -> None:
 
 # ---- what torch asks of an op, with a stand-in for the kernels ----
 #
-# Fakes, autograd, graphs and dispatch are those of the CUDA ops; only the product itself is plain PyTorch. tests/cuda/test_gpu.py
+# Fakes, autograd, graphs and dispatch are those of the CUDA ops; only the product itself is plain PyTorch. tests/gpu/test_cuda.py
 # asks the same of the kernels.
 
 
