@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from qkernels.markdown import table
+from qkernels.text import table
 
 from . import environment, results
 from .shapes import GEOMETRIES

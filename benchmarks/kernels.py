@@ -20,6 +20,7 @@ from qkernels.layouts import get_layout
 from qkernels.nn.huge_pages import on_huge_pages
 from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
+from qkernels.text import dtype_name
 
 from . import environment, roofs
 from .checking import mismatch
@@ -138,7 +139,7 @@ def measure_case(
             layer.K,
             0,
             str(case.scheme),
-            _name(case.dtype),
+            dtype_name(case.dtype),
             candidate.name,
             candidate.ours,
         )
@@ -192,10 +193,6 @@ class _NotHere(Exception):
 
 def _keyed(samplers: dict[tuple[int, str], Callable[[], float]]) -> dict[str, Callable[[], float]]:
     return {f"{M} {name}": sampler for (M, name), sampler in samplers.items()}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _said(error: BaseException) -> str:

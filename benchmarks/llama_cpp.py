@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import QKernelsError
-from qkernels.markdown import table as markdown_table
 from qkernels.nn import QuantLinear
 from qkernels.scheme import QuantScheme
+from qkernels.text import table as markdown_table
 
 from . import environment, gguf_file, roofs
 from .llama import SIZES, Llama

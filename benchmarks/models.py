@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.markdown import table as markdown_table
 from qkernels.scheme import QuantScheme
+from qkernels.text import table as markdown_table
 
 from . import environment, roofs
 from .llama import SIZES, Llama, predicted_memory

@@ -22,8 +22,8 @@ from qkernels import HQQ, NF4, RTN, SmoothQuant, evaluate, quantize
 from qkernels.checkpoint import load
 from qkernels.cli.common import load_tokenizer, read_text, token_ids
 from qkernels.formats.directory import QuantizedSource
-from qkernels.markdown import table
 from qkernels.quantizers import CalibrationFree, Options
+from qkernels.text import table
 
 METHODS: dict[str, Options] = {
     "RTN": RTN(4, 64, False, zeros="float"),

@@ -17,9 +17,9 @@ from .formats import Oddity
 from .formats.directory import QuantizedSource, summary
 from .formats.validation import boolean, first_of
 from .layerwise.report import quality_line
-from .markdown import table
 from .scheme import QuantScheme
 from .tensor import QuantTensor
+from .text import dtype_name, table
 
 Columns = Literal["natural", "act-order", "static"]
 MAX_ERRORS = 20
@@ -200,7 +200,7 @@ def _layer(module: str, weight: QuantTensor, quantized: QuantizedSource) -> Laye
 
 def _tensor(quantized: QuantizedSource, name: str) -> TensorInfo:
     entry = quantized.source.entry(name)
-    return TensorInfo(name, entry.shape, str(entry.dtype).removeprefix("torch."), entry.nbytes)
+    return TensorInfo(name, entry.shape, dtype_name(entry.dtype), entry.nbytes)
 
 
 def _gaps(schemes: Mapping[str, QuantScheme], others: Sequence[TensorInfo]) -> list[tuple[str, Oddity]]:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 
 # A room may import from rooms that stand above it in this list, and from itself.
 STOREYS = (
-    ("errors", "markdown"),
+    ("errors", "text"),
     ("extension", "scheme", "storage"),
     ("tensor",),
     ("formats", "layouts", "quantizers"),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import qkernels
-from qkernels import extension, markdown
+from qkernels import extension, text
 from qkernels.cli.main import parser
 from qkernels.kernels import triton
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
@@ -55,7 +55,7 @@ def support_matrix() -> str:
             cells.append("✓" if len(dtypes) == len(DTYPES) else ", ".join(dtypes) or "–")
         rows.append([feature, *cells])
     note = f"✓ means bf16, fp16 and fp32 activations. Every kernel takes act-order and any N and K (here {ODD_N} × {ODD_K})."
-    return markdown.table(["", *(f"`{kernel.name}`" for kernel in kernels)], rows) + "\n\n" + note
+    return text.table(["", *(f"`{kernel.name}`" for kernel in kernels)], rows) + "\n\n" + note
 
 
 @pytest.mark.skipif(not extension.status().loaded, reason="the matrix is that of a full build")

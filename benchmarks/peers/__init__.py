@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qkernels.kernels.catalogue import Problem
 from qkernels.tensor import QuantTensor
+from qkernels.text import dtype_name
 
 PEER_PACKAGES = ("humming-kernels", "gemlite", "gptqmodel", "bitsandbytes", "torchao", "llama-cpp-python", "triton")
 
@@ -123,7 +124,7 @@ def unlike(
     if scheme.group_size not in groups:
         return f"takes groups of {', '.join(map(str, groups))}, got {scheme.group_size}"
     if problem.dtype not in dtypes:
-        return f"takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)} activations, got {problem.dtype}"
+        return f"takes {', '.join(map(dtype_name, dtypes))} activations, got {problem.dtype}"
     if problem.N % n_multiple or problem.K % k_multiple:
         return f"takes N % {n_multiple} == 0 and K % {k_multiple} == 0, got N={problem.N} K={problem.K}"
     return None

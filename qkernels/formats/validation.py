@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConversionError, QKernelsError
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor, validated_group_index
+from ..text import describe, dtype_name
 
 GroupSize = int | str
 MAX_PATTERN = 1000  # characters of a regular expression in a config
@@ -88,9 +89,8 @@ def expect(field: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Seq
         CheckpointError: naming the field, what was expected and what came.
     """
     if tensor.dtype not in dtypes or list(tensor.shape) != list(shape):
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        raise CheckpointError(f"{field} must be {names} {list(shape)}{why and f' ({why})'}, got {got}")
+        names = " or ".join(map(dtype_name, dtypes))
+        raise CheckpointError(f"{field} must be {names} {list(shape)}{why and f' ({why})'}, got {describe(tensor)}")
 
 
 def check_scales(scales: Tensor) -> None:

@@ -17,6 +17,7 @@ from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
 from ..layouts import get_layout
 from ..scheme import QuantScheme
+from ..text import dtype_name
 from . import triton
 
 OnUnsupported = Literal["raise", "skip", "reference"]
@@ -44,7 +45,7 @@ class Problem:
 
     def __str__(self) -> str:
         experts = f", {self.experts} experts" if self.experts else ""
-        return f"{self.scheme}, N={self.N} K={self.K}, {str(self.dtype).removeprefix('torch.')}, {self.arch}{experts}"
+        return f"{self.scheme}, N={self.N} K={self.K}, {dtype_name(self.dtype)}, {self.arch}{experts}"
 
 
 @dataclass(frozen=True)

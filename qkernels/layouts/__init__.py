@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ArgumentError, TensorError
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
+from ..text import describe
 
 Buffers = Mapping[str, Tensor | None]
 
@@ -100,7 +101,7 @@ def unpack_checked(layout: Layout, buffers: Buffers, N: int, K: int, scheme: Qua
     """
     scales, order = buffers.get("scales"), buffers.get("k_order")
     if scales is None or not scales.dtype.is_floating_point:
-        raise TensorError(f"scales must be a floating tensor, got {_describe(scales)}")
+        raise TensorError(f"scales must be a floating tensor, got {describe(scales, 'absent')}")
     expected = layout.pack(_meta_weight(N, K, scheme, scales.dtype, order is not None))
     for name, want in expected.items():
         got = buffers.get(name)
@@ -111,7 +112,8 @@ def unpack_checked(layout: Layout, buffers: Buffers, N: int, K: int, scheme: Qua
             fits = got.shape == want.shape and (got.dtype == want.dtype or floats)
         if not fits:
             raise TensorError(
-                f"{name} must be {_describe(want)} in layout {layout.name} for {scheme}, N={N} K={K}, got {_describe(got)}"
+                f"{name} must be {describe(want, 'absent')} in layout {layout.name} for {scheme}, N={N} K={K}, "
+                f"got {describe(got, 'absent')}"
             )
     if order is not None and not torch.equal(order.long().sort().values, torch.arange(K, device=order.device)):
         raise TensorError(f"k_order must be a permutation of 0 … {K - 1}, got repeated or out-of-range entries")
@@ -128,7 +130,3 @@ def _meta_weight(N: int, K: int, scheme: QuantScheme, scale_dtype: torch.dtype, 
         group_index=torch.empty(K, dtype=torch.int32, device="meta") if ordered else None,
         scheme=scheme,
     )
-
-
-def _describe(t: Tensor | None) -> str:
-    return "absent" if t is None else f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

@@ -24,6 +24,7 @@ from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
 from ..layouts import LAYOUTS, Layout
 from ..tensor import FLOAT_DTYPES
+from ..text import describe
 from . import reference
 
 GEMM = (
@@ -54,15 +55,15 @@ def check_gemm(
         ArgumentError: an argument has the wrong dtype, shape, device or value.
     """
     if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
-        raise ArgumentError(f"x must be float32, bfloat16 or float16 [M, K], got {_describe(x)}")
+        raise ArgumentError(f"x must be float32, bfloat16 or float16 [M, K], got {describe(x)}")
     if max_tokens is not None and x.shape[0] > max_tokens:
         raise ArgumentError(f"gemv_{layout} takes M <= {max_tokens} rows of x, got {x.shape[0]}; call gemm_{layout}")
     if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.dim() != 1 or bias.shape[0] != out_features):
-        raise ArgumentError(f"bias must be None or floating [N] = [{out_features}], got {_describe(bias)}")
+        raise ArgumentError(f"bias must be None or floating [N] = [{out_features}], got {describe(bias)}")
     K = x.shape[1]
     if check_weight(layout, qweight, scales, zeros, k_order, out_features, K, bits, group_size, zeros_are_offsets):
         raise ArgumentError(
-            f"qweight must be of one weight: stacked experts are not taken here, got {_describe(qweight)}"
+            f"qweight must be of one weight: stacked experts are not taken here, got {describe(qweight)}"
         )
     for name, t in (("qweight", qweight), ("bias", bias)):
         if t is not None and t.device != x.device:
@@ -84,13 +85,13 @@ def check_weight(
     if qweight.dtype != torch.uint8 or qweight.shape[-len(codes) :] != codes:
         raise ArgumentError(
             f"qweight must be uint8 {list(codes)} in layout {layout} for N={N}, K={K} (x is [M, K]), bits={bits}, got "
-            f"{_describe(qweight)}; a weight packed for another shape or layout?"
+            f"{describe(qweight)}; a weight packed for another shape or layout?"
         )
     shape = (*qweight.shape[: -len(codes)], *groups)
     if scales.dtype not in FLOAT_DTYPES or scales.shape != shape:
         raise ArgumentError(
             f"scales must be floating {list(shape)} in layout {layout} for N={N}, K={K}, group_size={group_size}, got "
-            f"{_describe(scales)}"
+            f"{describe(scales)}"
         )
     if zeros is None:
         if zeros_are_offsets:
@@ -100,9 +101,9 @@ def check_weight(
         or not (zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not zeros_are_offsets))
     ):
         kinds = "floating" if zeros_are_offsets else "uint8 or floating"
-        raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {_describe(zeros)}")
+        raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {describe(zeros)}")
     if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
-        raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {_describe(k_order)}")
+        raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {describe(k_order)}")
     for name, t in (("scales", scales), ("zeros", zeros), ("k_order", k_order)):
         if t is not None and t.device != qweight.device:
             raise ArgumentError(f"{name} must be on the device of qweight, {qweight.device}, got {t.device}")
@@ -113,10 +114,6 @@ def _is_table(layout: str, zeros: Tensor, bits: int, zeros_are_offsets: bool) ->
     """Whether `zeros` is a codebook's table, which some layouts take in their place; which one, its values say."""
     shaped = zeros.dtype == torch.float32 and zeros.dim() == 1 and zeros.shape[0] == 1 << bits
     return layout in TABLE_LAYOUTS and shaped and not zeros_are_offsets
-
-
-def _describe(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
 # --- fake kernels and gradients -------------------------------------------------------------------------------------------
