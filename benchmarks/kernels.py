@@ -18,7 +18,7 @@ from qkernels.errors import QKernelsError
 from qkernels.kernels.catalogue import KERNELS, Problem, arch_of
 from qkernels.layouts import get_layout
 from qkernels.nn.huge_pages import on_huge_pages
-from qkernels.scheme import QuantScheme
+from qkernels.scheme import ACTIVATIONS, QuantScheme
 from qkernels.tensor import QuantTensor
 from qkernels.text import dtype_name
 
@@ -78,9 +78,9 @@ def ours(problem: Problem, device: torch.device) -> list[Candidate]:
         packed = get_layout(layout).pack(weight)  # placed as QuantLinear does it
         buffers = {n: None if t is None else on_huge_pages(t.to(device)) for n, t in packed.items()}
         call = partial(ops.gemm, layout, in_features=weight.K, out_features=weight.N, scheme=weight.scheme)
-        return Prepared(
-            buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()), activation_bits=weight.scheme.act_bits
-        )
+        act = weight.scheme.act
+        bits = None if act is None else ACTIVATIONS[act].bits
+        return Prepared(buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()), activation_bits=bits)
 
     found = []
     for spec in KERNELS:

@@ -52,13 +52,13 @@ def int8_activations(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tenso
     return ((x / scale).round() * scale, *args[1:])
 
 
-def dequantized(original: nn.Module, directory: Path, act_bits: int | None) -> nn.Module:
+def dequantized(original: nn.Module, directory: Path, act: str | None) -> nn.Module:
     """A copy of the float model with the weights of a quantized checkpoint."""
     model, checkpoint = copy.deepcopy(original), QuantizedSource.open(directory)
     state = {name: checkpoint.source.read(name).float() for name in checkpoint.others}
     for module in checkpoint.modules:
         state[f"{module}.weight"] = checkpoint.parse_with_oddities(module)[0].dequantize()
-        if act_bits == 8:
+        if act == "int8":
             model.get_submodule(module).register_forward_pre_hook(int8_activations)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = getattr(model, "_tied_weights_keys", None) or ()
@@ -80,7 +80,7 @@ def measure(model: Path, names: Sequence[str], samples: int, seq_len: int, token
         with TemporaryDirectory() as directory:
             target = Path(directory) / "out"
             quantize(model, method, calibration=texts, save_to=target, samples=samples, seq_len=seq_len, progress=False)
-            small = dequantized(original, target, method.act_bits)
+            small = dequantized(original, target, method.act)
         perplexity = evaluate.perplexity(small, ids, seq_len, progress=False).perplexity
         kl = evaluate.compare(small, original, ids, seq_len, progress=False).kl
         rows.append(

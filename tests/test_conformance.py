@@ -172,7 +172,7 @@ def test_kernel_is_exact_where_bits_are_exact(
         x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
         if weight.scheme.codebook is not None:  # its entries are no short fractions: a sum of one product is exact
             x, bias = 2 * torch.eye(K, dtype=dtype)[:M], torch.zeros(N, dtype=dtype)
-        if weight.scheme.act_bits == 8:  # max |x| / 127 = 1 for every token: quantized to themselves
+        if weight.scheme.act == "int8":  # max |x| / 127 = 1 for every token: quantized to themselves
             x[:, 5] = 127
         expected = (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
         assert torch.equal(op(*arguments(weight, x, bias, kernel.layout)), expected), M

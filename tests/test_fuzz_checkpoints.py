@@ -75,7 +75,7 @@ configs = st.one_of(likely, st.builds(dict.__or__, likely, changes), junk)
 BASES: dict[str, dict[str, Any]] = {
     name: f.config_of(scheme, {"m": scheme})
     for name, f in FORMATS.items()
-    for scheme in [QuantScheme(4, 32, act_bits=8 if name.endswith("_a8") else None)]
+    for scheme in [QuantScheme(4, 32, act="int8" if name.endswith("_a8") else None)]
 }
 PACKED = json.dumps(BASES["compressed-tensors"])
 BASES |= {

@@ -108,18 +108,13 @@ def unlike(
     groups: tuple[int | str, ...],
     zeros: tuple[str, ...] = ("none",),
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
-    act_bits: tuple[int | None, ...] = (None,),
+    acts: tuple[str | None, ...] = (None,),
     n_multiple: int = 1,
     k_multiple: int = 1,
 ) -> str | None:
     """The usual reasons: what a peer takes, against what the problem is."""
     scheme = problem.scheme
-    if (
-        scheme.codebook is not None
-        or scheme.act_bits not in act_bits
-        or scheme.bits not in bits
-        or scheme.zeros not in zeros
-    ):
+    if scheme.codebook is not None or scheme.act not in acts or scheme.bits not in bits or scheme.zeros not in zeros:
         return f"has no kernel for {scheme}"
     if scheme.group_size not in groups:
         return f"takes groups of {', '.join(map(str, groups))}, got {scheme.group_size}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError, QKernelsError
-from ..scheme import QuantScheme
+from ..scheme import ACTIVATIONS, QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor, validated_group_index
 from ..text import describe, dtype_name
 
@@ -143,8 +143,8 @@ def integer_scheme_reasons(scheme: QuantScheme, bits: Sequence[int]) -> list[str
         reasons.append(f"zero points must be integers, {scheme} has zeros={scheme.zeros!r}")
     if scheme.group_size == "tensor":
         reasons.append("it has no spelling for one scale per tensor")
-    if scheme.act_bits is not None:
-        reasons.append(f"it has no field for {scheme.act_bits}-bit activations")
+    if scheme.act is not None:
+        reasons.append(f"it has no field for {ACTIVATIONS[scheme.act]}")
     return reasons
 
 

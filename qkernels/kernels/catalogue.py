@@ -115,12 +115,12 @@ def _triton_kpack(problem: Problem) -> list[str]:
 
 
 def _reference(problem: Problem) -> list[str]:
-    act8 = ["int8 activations (act_bits=8): reference_a8 has them"] if problem.scheme.act_bits == 8 else []
+    act8 = ["int8 activations (act='int8'): reference_a8 has them"] if problem.scheme.act == "int8" else []
     return _common(problem) + act8
 
 
 def _reference_a8(problem: Problem) -> list[str]:
-    act16 = ["16-bit activations: reference has them"] if problem.scheme.act_bits is None else []
+    act16 = ["16-bit activations: reference has them"] if problem.scheme.act is None else []
     return _common(problem) + act16
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import ConversionError
-from ..scheme import QuantScheme
+from ..scheme import ACTIVATIONS, QuantScheme
 from ..tensor import QuantTensor, group_index_of
 from . import Buffers, Layout
 
@@ -50,8 +50,8 @@ def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
     why = []
     if scheme.codebook is not None:
         why.append(f"codebook {scheme.codebook!r}: only integer codes are supported")
-    if scheme.act_bits is not None:
-        why.append(f"{scheme.act_bits}-bit activations: these kernels take float32, bfloat16 and float16 ones")
+    if scheme.act is not None:
+        why.append(f"{ACTIVATIONS[scheme.act]}: these kernels take float32, bfloat16 and float16 ones")
     if scheme.num_groups(K) > 1 and scheme.group_length(K) % COLUMNS:
         why.append(f"group_size {scheme.group_size} is not a multiple of {COLUMNS}")
     return why

@@ -28,7 +28,7 @@ LONGEST_GROUP_WITH_ZERO_POINTS = 1 << 16
 def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
     """Why an [N, K] weight of this scheme has no such tiles."""
     why = []
-    if scheme.act_bits != 8:
+    if scheme.act != "int8":
         why.append("16-bit activations: these kernels quantize them to int8, which a scheme like w4a8_g128 asks for")
     if scheme.num_groups(K) > 1 and scheme.group_length(K) % COLUMNS:
         why.append(f"group_size {scheme.group_size} is not a multiple of {COLUMNS}")

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import ConversionError
-from ..scheme import CODEBOOKS, QuantScheme
+from ..scheme import ACTIVATIONS, CODEBOOKS, QuantScheme
 from ..tensor import QuantTensor, group_index_of
 from . import Buffers, Layout
 
@@ -50,8 +50,8 @@ def buffer_shapes(N: int, K: int, bits: int, group_length: int) -> tuple[tuple[i
 
 def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
     """Why an [N, K] weight of this scheme cannot be packed so."""
-    if scheme.act_bits is not None:
-        return [f"{scheme.act_bits}-bit activations: these kernels take bfloat16 and float16 ones"]
+    if scheme.act is not None:
+        return [f"{ACTIVATIONS[scheme.act]}: these kernels take bfloat16 and float16 ones"]
     return []
 
 

@@ -24,7 +24,7 @@ Width 8: two words per 16 columns, bytes a0 a2 a1 a3 and a4 a6 a5 a7.
 Scales and zeros of a strip: row 8 j + r is at 8 r + j, so that the eight rows that one lane meets (r + 0, 8, … 56) are next to
 each other: 16 bytes in 16-bit types. `csrc/cuda/layout.h` states the same contract for C++.
 
-`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act_bits=8`), with ops of its own:
+`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act="int8"`), with ops of its own:
 `gemm_mma_tile_a8` quantizes x per token, in the order of columns that these bytes ask of `mma.m16n8k32`.
 """
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import ConversionError
-from ..scheme import QuantScheme
+from ..scheme import ACTIVATIONS, QuantScheme
 from ..tensor import QuantTensor, group_index_of
 from . import Buffers, Layout
 
@@ -68,8 +68,8 @@ def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
     why = []
     if scheme.codebook is not None:
         why.append(f"codebook {scheme.codebook!r}: only integer codes are supported")
-    if scheme.act_bits is not None:
-        why.append(f"{scheme.act_bits}-bit activations: these kernels take bfloat16 and float16 ones")
+    if scheme.act is not None:
+        why.append(f"{ACTIVATIONS[scheme.act]}: these kernels take bfloat16 and float16 ones")
     group = scheme.group_length(K)
     if scheme.num_groups(K) > 1 and group not in SHORT_GROUPS and group % COLUMNS:
         why.append(f"group_size {scheme.group_size} is neither 16 nor 32 nor a multiple of {COLUMNS}")
@@ -78,8 +78,8 @@ def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
 
 def reasons_a8(N: int, K: int, scheme: QuantScheme) -> list[str]:
     """Why an [N, K] weight of this scheme is none for the kernels with int8 activations."""
-    if scheme.act_bits != 8:
-        return [f"{scheme}: these kernels take int8 activations (act_bits=8) alone"]
+    if scheme.act != "int8":
+        return [f"{scheme}: these kernels take int8 activations (act='int8') alone"]
     why = []
     if not scheme.symmetric:
         why.append(f"zeros={scheme.zeros!r}: with int8 activations these kernels take symmetric weights alone")

@@ -131,7 +131,7 @@ def gemm_a8_op(
     Raises:
         SchemeError: zeros are a codebook's table: int8 activations need integer codes.
     """
-    scheme = replace(scheme_of(zeros, bits, group_size, zeros_are_offsets), act_bits=8)
+    scheme = replace(scheme_of(zeros, bits, group_size, zeros_are_offsets), act="int8")
     return gemm_a8(x, QuantTensor(qweight, scales, zeros, group_index_of(k_order, x.shape[1], scheme), scheme), bias)
 
 
