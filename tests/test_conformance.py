@@ -36,7 +36,7 @@ kernels = pytest.mark.parametrize("kernel", [*KERNELS, *REFERENCES], ids=lambda 
 
 def scheme_for(layout: str, zeros: str = "_asym") -> str:
     """A scheme that the layout holds: those with int8 activations hold no other."""
-    return "w4a8_g32" if layout.endswith("_a8") else f"w4a16_g32{zeros}"
+    return scheme_taken(LAYOUTS[layout], f"w4a16_g32{zeros}", "w4a8_g32")
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------------
@@ -61,6 +61,10 @@ def test_layout_round_trip(layout: Layout, scheme: str, N: int, K: int, act_orde
         assert t is None or (t.shape, t.dtype, t.is_contiguous()) == (on_meta[name].shape, on_meta[name].dtype, True), (
             name
         )
+    stated = layout.on_meta(N, K, weight.scheme, torch.float16, weight.group_index is not None)
+    assert {name: None if t is None else (t.shape, t.dtype) for name, t in packed.items()} == {
+        name: None if t is None else (t.shape, t.dtype) for name, t in stated.items()
+    }
 
 
 @layouts

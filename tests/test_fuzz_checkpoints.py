@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from qkernels import QuantScheme
 from qkernels.formats import FORMATS, METADATA, READ_ONLY
+from qkernels.layouts import LAYOUTS
 from tests.checkpoints import sound_or_refused
 
 ROOM = 512 * 2**20
@@ -75,7 +76,7 @@ configs = st.one_of(likely, st.builds(dict.__or__, likely, changes), junk)
 BASES: dict[str, dict[str, Any]] = {
     name: f.config_of(scheme, {"m": scheme})
     for name, f in FORMATS.items()
-    for scheme in [QuantScheme(4, 32, act="int8" if name.endswith("_a8") else None)]
+    for scheme in [QuantScheme(4, 32, act=LAYOUTS[name].acts[0] if name in LAYOUTS else None)]
 }
 PACKED = json.dumps(BASES["compressed-tensors"])
 BASES |= {

@@ -17,8 +17,8 @@ from torch import nn
 import qkernels
 from qkernels import extension, text
 from qkernels.cli.main import parser
-from qkernels.kernels import triton
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
+from qkernels.ops import backends
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,7 +60,8 @@ def support_matrix() -> str:
 
 @pytest.mark.skipif(not extension.status().loaded, reason="the matrix is that of a full build")
 def test_support_matrix_is_that_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "missing", lambda: None)  # it is an install away, and the matrix that of a full build
+    # It is an install away, and the matrix that of a full build.
+    monkeypatch.setattr(backends, "missing_triton", lambda: None)
     begin, end = "<!-- support-matrix:begin -->\n", "<!-- support-matrix:end -->"
     before, rest = README.split(begin)
     shown, after = rest.split(end)

@@ -203,7 +203,7 @@ def on_this_machine() -> Iterator[None]:
     ],
 )
 def test_opcheck_of_the_cuda_ops(op: str, scheme: str, grad: bool) -> None:
-    layout = "mma_tile_a8" if op.endswith("_a8") else "mma_tile"
+    layout = op.partition("_")[2]
     weight = random_weight(scheme, 40, 96, act_order=grad)
     for M, bias in [(0, None), (1, None), (5, integers(40, dtype=torch.bfloat16).requires_grad_(grad))]:
         args = arguments(weight, integers(M, 96, dtype=torch.bfloat16).requires_grad_(grad), bias, layout)
