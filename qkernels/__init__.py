@@ -6,6 +6,7 @@ report = replace_linear(model, "w4a16_g128")
 
 from __future__ import annotations
 
+from ._version import __version__ as __version__
 from .calibrate import QuantReport, quantize
 from .checkpoint import load, save
 from .errors import QKernelsError, UnsupportedProblem
@@ -16,7 +17,6 @@ from .quantizers import AWQ, GPTQ, HQQ, NF4, RTN, SmoothQuant
 from .scheme import QuantScheme
 from .tensor import QuantTensor
 
-__version__ = "0.1.0"
 __all__ = [
     "QuantScheme",
     "QuantTensor",

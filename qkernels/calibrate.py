@@ -10,7 +10,6 @@ import copy
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -21,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import CheckpointWriter, load
+from ._version import __version__
+from .checkpoint import Checkpoint, CheckpointWriter, load, open_checkpoint
 from .checkpoint.loading import check_fits
+from .checkpoint.registry import get_format
 from .checkpoint.saving import write_model
 from .errors import ArgumentError, CalibrationError
 from .evaluate import compare, perplexity, text_windows, window_length
-from .formats import get_format
+from .formats import Written
 from .kernels.catalogue import OnUnsupported
 from .layerwise.hosts import DirectoryHost, Host, MemoryHost
 from .layerwise.planning import check_disk, plan_of
@@ -36,9 +37,10 @@ from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, che
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
 from .layerwise.work import run_key, work_directory
-from .model_structure import decoder_layers, empty_model, foldable_architecture, head_dim, named_as_in
+from .models.architectures import decoder_layers, foldable_architecture, head_dim
+from .models.building import empty_model
 from .quantizers import AWQ, GPTQ, CalibrationFree, Options, SmoothQuant
-from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
+from .storage import CONFIG, atomic_directory
 
 __all__ = ["quantize", "plan", "QuantReport", "QuantPlan"]
 
@@ -131,31 +133,31 @@ def quantize(
         return report
     if save_to is None:
         raise ArgumentError(f"quantizing the directory {model_or_dir} needs save_to=, the directory to make")
-    source, model = _float_source(model_or_dir)
+    checkpoint, model = _float_checkpoint(model_or_dir)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
     _check_format(format, method, methods, skipped)
     if tokenizer is None and (_has_texts(calibration) or _has_texts(evaluation)):
         tokenizer = _tokenizer_of(model_or_dir)
     windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
     text = _evaluation_ids(evaluation, tokenizer)
-    planned = plan_of(source, model, method, methods, skipped, *(windows.shape if windows is not None else (0, 0)))
+    planned = plan_of(checkpoint, model, method, methods, skipped, *(windows.shape if windows is not None else (0, 0)))
     check_disk(planned, save_to)
-    key = run_key(source, methods, windows, _versions(place))
+    key = run_key(checkpoint, methods, windows, _versions(place))
     with (
         work_directory(save_to, key, resume) as work,
         atomic_directory(save_to, overwrite=overwrite) as target,
         torch.no_grad(),
     ):
-        directory = DirectoryHost(model, source, work)
+        directory = DirectoryHost(model, checkpoint, work)
         results = _run(directory, method, methods, windows, place, progress)
-        writer = CheckpointWriter(target, source.config, format)
+        writer = CheckpointWriter(target, checkpoint.config, format)
         directory.copy_to(writer)
         writer.close()
-        copy_side_files(source.directory, target)
+        checkpoint.copy_side_files(target)
         report = _report(method, results, skipped, windows, directory.bytes_before, began, place)
         if text is not None:
             quantized, original = (
-                load(path, place.device, on_unsupported="reference") for path in (target, source.directory)
+                load(path, place.device, on_unsupported="reference") for path in (target, checkpoint.path)
             )
             report = _evaluated(report, quantized, original, text, seq_len, progress)
         write_report(target, report)
@@ -173,9 +175,9 @@ def plan(
     seq_len: int = 2048,
 ) -> QuantPlan:
     """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only."""
-    source, model = _float_source(model_dir)
+    checkpoint, model = _float_checkpoint(model_dir)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
-    return plan_of(source, model, method, methods, skipped, samples, _capped(model, seq_len))
+    return plan_of(checkpoint, model, method, methods, skipped, samples, _capped(model, seq_len))
 
 
 def _run(
@@ -239,18 +241,18 @@ def _round_all(
     return results
 
 
-def _float_source(directory: str | os.PathLike[str]) -> tuple[TensorSource, Any]:
-    """A checkpoint directory and its model, without weights, with the same names in both."""
-    source = TensorSource.open(directory)
-    if source.config.get("quantization_config") is not None:
+def _float_checkpoint(directory: str | os.PathLike[str]) -> tuple[Checkpoint, Any]:
+    """A checkpoint and its model, without weights, with the same names in both."""
+    checkpoint = open_checkpoint(directory)
+    if checkpoint.format is not None:
         raise ArgumentError(
             f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or change the format "
             f"with qkernels.checkpoint.convert"
         )
-    model = empty_model(source, torch.float32)
-    source = named_as_in(model, source)
-    check_fits(model, source)
-    return source, model
+    model = empty_model(checkpoint.config, torch.float32, checkpoint.path)
+    checkpoint = checkpoint.named_as_in(model)
+    check_fits(model, checkpoint)
+    return checkpoint, model
 
 
 def _windows(
@@ -280,8 +282,7 @@ def _check_format(format: str, method: Options, methods: Mapping[str, Options], 
     """Raise before the work begins where the format has no spelling for these schemes."""
     schemes = {name: chosen.scheme for name, chosen in methods.items()}
     ordered = isinstance(method, GPTQ) and method.act_order == "group"
-    default = Counter(schemes.values()).most_common(1)[0][0]
-    get_format(format).config_of(default, schemes, act_order=ordered, unquantized=tuple(skipped))
+    get_format(format).config_of(Written.of(schemes, ordered, skipped))
 
 
 def _head_of(model: nn.Module) -> str | None:
@@ -331,8 +332,6 @@ def _module_report(name: str, result: Quantized, bytes_before: int) -> ModuleRep
 
 def _versions(place: Place) -> dict[str, str]:
     """What computes: software and device."""
-    from . import __version__
-
     found = {"qkernels": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     with suppress(PackageNotFoundError):  # a model in memory need not be one of transformers'
         found["transformers"] = version("transformers")

@@ -12,14 +12,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qkernels import inspect
+from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError
-from qkernels.formats import FORMATS, Format
+from qkernels.formats import Format
 from qkernels.layouts import LAYOUTS
 from qkernels.storage import ShardWriter, TensorSource, read_json, write_json
 
 # Formats that hold weights with 16-bit activations, as the models here are: a layout for int8 activations holds no others.
 A16_FORMATS: dict[str, Format] = {
-    name: fmt for name, fmt in FORMATS.items() if name not in LAYOUTS or None in LAYOUTS[name].acts
+    name: fmt for name, fmt in WRITTEN.items() if name not in LAYOUTS or None in LAYOUTS[name].acts
 }
 IDS = torch.arange(12)[None] * 7 % 64
 

@@ -22,7 +22,7 @@ from qkernels.errors import (
     UnsupportedProblem,
 )
 from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, collect_statistics, input_groups, run_layer
-from qkernels.model_structure import decoder_layers
+from qkernels.models.architectures import decoder_layers
 from tests.test_model_structure import VOCABULARY, tiny_model
 
 transformers = pytest.importorskip("transformers")

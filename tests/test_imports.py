@@ -13,17 +13,17 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 
 # A room may import from rooms that stand above it in this list, and from itself.
 STOREYS = (
-    ("errors", "text"),
+    ("errors", "text", "_version"),
     ("extension", "scheme", "storage"),
-    ("tensor",),
+    ("tensor", "models"),
     ("formats", "layouts", "quantizers"),
     ("ops",),
     ("kernels",),
-    ("model_structure",),
     ("nn",),
     ("checkpoint", "evaluate"),
     ("layerwise",),
-    ("calibrate", "inspection"),
+    ("calibrate", "engines"),
+    ("inspection",),
     ("integrations",),
     ("cli",),
 )

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from qkernels import GPTQ
 from qkernels.calibrate import plan
-from qkernels.model_structure import empty_model
+from qkernels.models.building import empty_model
 from qkernels.storage import CONFIG, ShardWriter, TensorSource, write_json
 
 MIB = 2**20
@@ -63,7 +63,7 @@ def sharded(directory: Path, hidden: int, intermediate: int, layers: int, shard_
     )  # fmt: skip
     directory.mkdir()
     write_json(directory / CONFIG, json.loads(config.to_json_string()))
-    model = empty_model(TensorSource(directory, json.loads(config.to_json_string()), {}, {}), torch.bfloat16)
+    model = empty_model(json.loads(config.to_json_string()), torch.bfloat16, directory)
     writer = ShardWriter(directory, shard_bytes)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

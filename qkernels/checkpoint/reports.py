@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
+from .._version import __version__
 from ..errors import CheckpointError
 from ..storage import read_json, write_json
 from ..storage.files import write_error
@@ -25,8 +26,6 @@ def carry_report(source: Path, target: Path, format: str) -> None:
     path = source / REPORT_JSON
     if not path.is_file():
         return
-    from .. import __version__
-
     report = read_json(path)
     steps = report.get(REWRITTEN, [])
     if not isinstance(steps, list):

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .. import __version__, extension
+from .. import extension
+from .._version import __version__
 from ..kernels.catalogue import Problem, arch_of, list_kernels
 from ..nn import QuantLinear
 from ..quantizers import RTN

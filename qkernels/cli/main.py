@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
+from .._version import __version__
 from ..errors import QKernelsError
 from . import bench, doctor, evaluate, generate, inspect, pack, quantize
 

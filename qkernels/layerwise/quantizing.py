@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..models.linears import linear_of, set_weight
 from ..quantizers import AWQ, GPTQ, NF4, RTN, CalibrationFree, InputStatistics, Options, SmoothQuant
 from ..quantizers.awq import clips
 from ..quantizers.grid import stored_dtype
 from ..tensor import QuantTensor
-from .running import LayerInputs, LayerJob, collect_statistics, input_groups, linear_of, set_weight
+from .running import LayerInputs, LayerJob, collect_statistics, input_groups
 from .scaling import scale_inputs, smooth_inputs
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..model_structure import Architecture
-from ..nn.replace import as_linear
+from ..models.architectures import Architecture
+from ..models.linears import linear_of
 from ..quantizers import InputStatistics, Options
 
 Arguments = Mapping[str, Any]
@@ -211,18 +211,6 @@ def pre_hooks(layer: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def linear_of(layer: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name; a `Conv1D` as one whose weight `[N, K]` is a view."""
-    linear = as_linear(layer.get_submodule(name))
-    assert linear is not None
-    return linear
-
-
-def set_weight(layer: nn.Module, name: str, weight: Tensor) -> None:
-    """Overwrite a linear layer's weight, in its own dtype and place."""
-    linear_of(layer, name).weight.data.copy_(weight)
 
 
 def first_output(output: Any) -> Tensor:

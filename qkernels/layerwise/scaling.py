@@ -10,22 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model_structure import Fold
+from ..models.architectures import Fold
+from ..models.linears import linear_of, set_weight
 from ..quantizers import AWQ, SmoothQuant
 from ..quantizers.awq import ScaleChoice, fold_into_norm, fold_into_rows, search, weight_magnitude
 from ..quantizers.grid import checked_weight
-from .running import (
-    LayerInputs,
-    LayerJob,
-    Place,
-    Stop,
-    collect_statistics,
-    first_output,
-    linear_of,
-    map_tensors,
-    run_to_stop,
-    set_weight,
-)
+from .running import LayerInputs, LayerJob, Place, Stop, collect_statistics, first_output, map_tensors, run_to_stop
 
 
 @dataclass(frozen=True)

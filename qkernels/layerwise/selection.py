@@ -8,11 +8,11 @@ from torch import nn
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
+from ..models.linears import linear_of
 from ..nn import QuantLinear, ReplaceReport
 from ..nn.replace import as_patterns, check_patterns, choose_layers, matches
 from ..quantizers import Options
 from ..scheme import QuantScheme
-from .running import linear_of
 
 Patterns = Iterable[str] | str | None
 Overrides = Mapping[str, QuantScheme | str] | None

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
-from ..model_structure import is_conv1d
+from ..models.linears import as_linear, is_conv1d
 from ..quantizers import NF4, RTN
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
@@ -139,20 +139,6 @@ def model_bytes(model: nn.Module) -> int:
 
 def as_patterns(patterns: Iterable[str] | str | None) -> tuple[str, ...] | None:
     return None if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def as_linear(module: nn.Module) -> nn.Linear | None:
-    """A linear layer, or transformers' `Conv1D` (GPT-2: `y = x W + b`, W `[K, N]`) as the one that computes the same; None
-    for other modules. The weight of the latter is a transposed view, and the bias is shared."""
-    if isinstance(module, nn.Linear):
-        return module
-    if not is_conv1d(module):
-        return None
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
-    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
-    linear.bias = module.bias  # type: ignore[assignment]
-    return linear
 
 
 def linear_names(model: nn.Module) -> list[str]:

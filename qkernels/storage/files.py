@@ -153,3 +153,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise CheckpointError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice in one object")
     return result
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing about quantization."""
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}

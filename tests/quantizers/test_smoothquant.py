@@ -12,7 +12,7 @@ from qkernels import RTN, SmoothQuant
 from qkernels.errors import ArgumentError
 from qkernels.layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, run_layer
 from qkernels.layerwise.scaling import HeadSharing, smooth_inputs
-from qkernels.model_structure import decoder_layers, foldable_architecture, head_dim
+from qkernels.models.architectures import decoder_layers, foldable_architecture, head_dim
 from qkernels.quantizers import InputStatistics
 from tests.test_model_structure import VOCABULARY, tiny_model
 

@@ -6,24 +6,13 @@ to know which norm or linear feeds which linears, and there is no telling that f
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch import nn
 
-from .errors import ArgumentError, CheckpointError
-from .formats.directory import without_quantization
-from .storage import CONFIG, TensorSource
-
-# Keys by which a config.json could make transformers fetch code from the Hub: modelling files, attention kernels.
-_FETCHES_CODE = {
-    "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
-}  # fmt: skip
+from ..errors import ArgumentError
+from .linears import is_conv1d
 
 
 @dataclass(frozen=True)
@@ -167,7 +156,7 @@ def foldable_architecture(model: nn.Module, method: str = "AWQ") -> Architecture
     if architecture is None:
         raise ArgumentError(
             f"{method} folds scales into the layers before, and how is known for {', '.join(known_architectures())}, "
-            f"got {model_type or type(model).__name__}; use GPTQ or RTN, or add an entry to qkernels/model_structure.py"
+            f"got {model_type or type(model).__name__}; use GPTQ or RTN, or add an entry to qkernels/models/architectures.py"
         )
     for name, expected in architecture.requires:
         if getattr(config, name, expected) != expected:
@@ -207,86 +196,6 @@ def head_dim(model: nn.Module) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def empty_model(source: TensorSource, dtype: torch.dtype) -> Any:
-    """The `transformers` model that a directory's config.json describes, in evaluation mode: parameters of `dtype` on meta,
-    computed buffers (rotary frequencies) real. No code of the checkpoint is run, and none is fetched.
-
-    Raises:
-        CheckpointError: transformers cannot build it.
-    """
-    import transformers
-
-    where = source.directory / CONFIG
-    values = _harmless(without_quantization(source.config))
-    kind, names = values.get("model_type"), values.get("architectures")
-    if kind not in transformers.CONFIG_MAPPING:
-        raise CheckpointError(f"{where}: transformers {transformers.__version__} knows no model_type {kind!r:.40}")
-    named: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
-    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-    build = named._from_config if known else transformers.AutoModelForCausalLM.from_config
-    try:
-        with _parameters_on_meta():
-            model = build(transformers.CONFIG_MAPPING[kind].from_dict(values), dtype=dtype)
-        if model.can_generate() and (source.directory / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(source.directory)
-    except Exception as error:  # a config that makes no sense fails in as many ways as there are models
-        raise CheckpointError(f"{where} does not describe a {kind} model that can be built: {error}") from error
-    return model.eval()
-
-
-def named_as_in(model: nn.Module, source: TensorSource) -> TensorSource:
-    """The tensors of a float checkpoint under the names of a model. A checkpoint that was saved without its head (GPT-2's on the
-    Hub) lacks the prefix that the model with a head puts before all others."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    own = model.state_dict().keys()
-    if any(name.startswith(prefix) for name in source.names()) or not any(name.startswith(prefix) for name in own):
-        return source
-    return source.renamed({name: f"{prefix}{name}" for name in source.names() if name not in own})
-
-
-def _harmless(value: Any) -> Any:
-    """A config, or a part of one, without the keys that fetch code."""
-    if isinstance(value, dict):
-        return {key: _harmless(inner) for key, inner in value.items() if key not in _FETCHES_CODE}
-    return value
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that this thread registers give up their memory at once, before anything is written to it. Buffers
-    stay real: those that are computed are in no checkpoint."""
-    thread = threading.get_ident()
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
-            return None
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # what it returns replaces
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def empty_to_meta(module: nn.Module) -> None:
-    """Free a module's parameters; buffers stay."""
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            setattr(owner, name, nn.Parameter(parameter.data.to("meta"), requires_grad=False))
-
-
-def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Make these tensors the parameters and buffers of a module."""
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            owner._buffers[leaf] = tensor
-
-
 def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
     layers = model.get_submodule(name)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -299,9 +208,3 @@ def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
 def _identical_blocks(blocks: nn.ModuleList) -> bool:
     linear = any(isinstance(module, nn.Linear) or is_conv1d(module) for module in blocks[0].modules())
     return len({type(block) for block in blocks}) == 1 and linear
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, told by name and shape, for transformers need not be installed."""
-    weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
