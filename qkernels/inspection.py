@@ -18,9 +18,9 @@ from .errors import CheckpointError
 from .formats import Oddity, summary
 from .formats.validation import boolean, first_of
 from .layerwise.report import quality_line
-from .markdown import table
 from .scheme import QuantScheme
 from .tensor import QuantTensor
+from .text import dtype_name, table
 
 Columns = Literal["natural", "act-order", "static"]
 MAX_ERRORS = 20
@@ -180,8 +180,7 @@ def _layer(module: str, weight: QuantTensor, checkpoint: Checkpoint) -> LayerInf
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    dtype = str(checkpoint.dtype(name)).removeprefix("torch.")
-    return TensorInfo(name, checkpoint.shape(name), dtype, checkpoint.nbytes(name))
+    return TensorInfo(name, checkpoint.shape(name), dtype_name(checkpoint.dtype(name)), checkpoint.nbytes(name))
 
 
 def _modules_of(others: Sequence[TensorInfo]) -> set[str]:

@@ -19,8 +19,8 @@ from qkernels import evaluate
 from qkernels.calibrate import quantize
 from qkernels.checkpoint import load
 from qkernels.cli.common import load_tokenizer, read_text, token_ids
-from qkernels.markdown import table as markdown_table
 from qkernels.quantizers import QUANTIZERS, CalibrationFree
+from qkernels.text import table as markdown_table
 
 from ..method import envelope, environment
 

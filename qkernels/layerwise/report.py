@@ -9,8 +9,8 @@ from typing import Any
 
 from ..checkpoint.reports import REPORT_JSON, REPORT_MARKDOWN
 from ..errors import CheckpointError
-from ..markdown import table
 from ..storage import read_json, write_json
+from ..text import table
 
 MIB = 1 / 2**20
 NOT_EVALUATED = "not evaluated: no evaluation text was given (--eval-text, evaluation=)"

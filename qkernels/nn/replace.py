@@ -16,7 +16,7 @@ from ..models.linears import as_linear, is_conv1d
 from ..quantizers import NF4, RTN
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
-from .linear import BUFFERS, QuantLinear
+from .linear import QuantLinear
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def tensor_bytes(t: Tensor) -> int:
 
 def packed_bytes(layer: QuantLinear) -> int:
     """Bytes of the buffers the kernel reads."""
-    return sum(tensor_bytes(t) for t in (getattr(layer, name) for name in BUFFERS) if t is not None)
+    return sum(map(tensor_bytes, layer.buffers()))
 
 
 def model_bytes(model: nn.Module) -> int:

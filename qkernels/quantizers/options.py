@@ -8,18 +8,18 @@ from typing import TypeVar, get_args
 import torch
 
 from ..errors import ArgumentError, SchemeError
-from ..scheme import GroupSize, QuantScheme, ZeroKind
+from ..scheme import ActBitsIsAct, GroupSize, QuantScheme, ZeroKind
 from .grid import Clip, checked_scale_dtype
 
 Self = TypeVar("Self", bound="Options")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ActBitsIsAct):
     """What codes look like, whichever method chooses them.
 
     Args:
-        bits, group_size, symmetric, act_bits, codebook: see `QuantScheme`; `symmetric=False` means integer zero points.
+        bits, group_size, symmetric, act, codebook: see `QuantScheme`; `symmetric=False` means integer zero points.
         zeros: a zero kind by name where `symmetric` does not say enough ("float", "offset").
         scale_dtype: how scales are stored; None: the dtype of a 16-bit weight, else float16.
         clip: "mse" searches a narrower range per group, "none" keeps the full range.
@@ -32,7 +32,7 @@ class Options:
     group_size: GroupSize = 128
     symmetric: bool = True
     zeros: ZeroKind | None = None
-    act_bits: int | None = None
+    act: str | None = None
     codebook: str | None = None
     scale_dtype: torch.dtype | None = None
     clip: Clip = "none"
@@ -56,7 +56,7 @@ class Options:
     def scheme(self) -> QuantScheme:
         """What the codes of this method mean."""
         zeros: ZeroKind = self.zeros or ("none" if self.symmetric else "int")
-        return QuantScheme(self.bits, self.group_size, zeros, self.act_bits, self.codebook)
+        return QuantScheme(self.bits, self.group_size, zeros, self.act, self.codebook)
 
     def with_scheme(self: Self, scheme: str | QuantScheme) -> Self:
         """The same method with another scheme."""
@@ -67,6 +67,6 @@ class Options:
             group_size=parsed.group_size,
             symmetric=parsed.symmetric,
             zeros=parsed.zeros,
-            act_bits=parsed.act_bits,
+            act=parsed.act,
             codebook=parsed.codebook,
         )

@@ -36,7 +36,7 @@ class SmoothQuant(Options):
 
     bits: int = 8
     group_size: GroupSize = "channel"
-    act_bits: int | None = 8
+    act: str | None = "int8"
     alpha: float = 0.5
 
     def __post_init__(self) -> None:

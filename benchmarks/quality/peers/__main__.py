@@ -30,9 +30,9 @@ from qkernels import evaluate, inspect, load, quantize
 from qkernels.cli.common import load_tokenizer, read_text, token_ids
 from qkernels.errors import QKernelsError
 from qkernels.layerwise.windows import calibration_windows
-from qkernels.markdown import table
 from qkernels.quantizers import AWQ, GPTQ, HQQ, RTN, CalibrationFree
 from qkernels.quantizers.options import Options
+from qkernels.text import table
 
 from ...method import envelope, environment
 
