@@ -129,6 +129,20 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
 
     Raises:
         CheckpointError: the directory is not sound; names every broken module and its field (the first 20).
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import inspect, replace_linear, save
+    >>> model = LlamaForCausalLM(config)
+    >>> report = replace_linear(model, "w4a16_g32")
+    >>> save(model, "tiny-4bit")
+    >>> found = inspect("tiny-4bit")
+    >>> found.format, found.schemes, len(found.layers)
+    ('native', {'w4a16_g32': 7}, 7)
+    >>> round(found.bits_per_weight, 1)  # 4, and a scale of 16 bits for each 32 weights
+    4.5
     """
     checkpoint = open_checkpoint(directory)
     layers: list[LayerInfo] = []

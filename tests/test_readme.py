@@ -149,11 +149,6 @@ def test_commands_parse(command: str) -> None:
     parser().parse_args(shlex.split(command)[1:])
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
-def test_links_lead_somewhere(path: str) -> None:
-    assert (ROOT / path).exists(), path
-
-
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):

@@ -51,6 +51,15 @@ class QuantLinear(nn.Module):
     Raises:
         SchemeError: `scheme` is not one.
         UnsupportedProblem: no kernel takes it; lists the reasons.
+
+    >>> import torch
+    >>> from qkernels import QuantLinear
+    >>> layer = QuantLinear.from_linear(torch.nn.Linear(256, 128), "w4a16_g64")
+    >>> layer(torch.zeros(2, 3, 256)).shape
+    torch.Size([2, 3, 128])
+    >>> weight = layer.quant_tensor()  # in canonical form, bit for bit what was packed
+    >>> str(weight.scheme), torch.equal(weight.dequantize(), layer.dequantize())
+    ('w4a16_g64', True)
     """
 
     _buffers: dict[str, Any]

@@ -32,6 +32,11 @@ class SmoothQuant(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> from qkernels import SmoothQuant
+    >>> str(SmoothQuant().scheme), str(SmoothQuant(4, 128).scheme)
+    ('w8a8_channel', 'w4a8_g128')
+    >>> # quantize(model, SmoothQuant(alpha=0.5), calibration=[text], save_to="out/")
     """
 
     bits: int = 8
