@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 # A room may import from rooms that stand above it in this list, and from itself.
 STOREYS = (
     ("errors", "markdown", "_version"),
-    ("extension", "scheme", "storage"),
+    ("extension", "machine", "scheme", "storage"),
     ("tensor", "models"),
     ("formats", "layouts", "quantizers"),
     ("ops",),
@@ -27,8 +27,6 @@ STOREYS = (
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
-# The loader of the compiled kernels needs nothing above it, and the ops need it.
-ALLOWED = {("ops", "extension")}
 
 
 def imports_of(source: str, module: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
+from ..machine import find_cores, oversubscribed
 from ..storage import require_directory
-from .cores import find_cores, oversubscribed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Subparsers = Any  # argparse keeps the type private

@@ -15,10 +15,10 @@ import torch
 from .. import extension
 from .._version import __version__
 from ..kernels.catalogue import Problem, arch_of, list_kernels
+from ..machine import find_cores, oversubscribed
 from ..nn import QuantLinear
 from ..quantizers import RTN
 from .common import Subparsers, command_parser, print_json
-from .cores import find_cores, oversubscribed
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
 
