@@ -32,7 +32,6 @@ from .kernels.catalogue import OnUnsupported
 from .layerwise.hosts import DirectoryHost, Host, MemoryHost
 from .layerwise.planning import check_disk, plan_of
 from .layerwise.quantizing import Quantized, quantize_layer, round_to_nearest, with_stored_scales
-from .layerwise.report import ModuleReport, QuantPlan, QuantReport, write_report
 from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, check_finite, propagate
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
@@ -40,9 +39,10 @@ from .layerwise.work import run_key, work_directory
 from .models.architectures import decoder_layers, foldable_architecture, head_dim
 from .models.building import empty_model, named_as_in
 from .quantizers import AWQ, GPTQ, CalibrationFree, Options, SmoothQuant
+from .reports import ModuleReport, QuantPreview, QuantReport, write_report
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
 
-__all__ = ["quantize", "plan", "QuantReport", "QuantPlan"]
+__all__ = ["quantize", "plan", "QuantReport", "QuantPreview"]
 
 Evaluation = Sequence[str] | Tensor | None
 Results = dict[str, ModuleReport]  # by module name
@@ -173,7 +173,7 @@ def plan(
     overrides: Overrides = None,
     samples: int = 128,
     seq_len: int = 2048,
-) -> QuantPlan:
+) -> QuantPreview:
     """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only."""
     source, model = _float_source(model_dir)
     methods, skipped = select_layers(model, method, include, exclude, overrides)

@@ -16,8 +16,8 @@ from ..errors import ConversionError
 from ..formats import Oddity, get_format
 from ..formats.directory import QuantizedSource, summary
 from ..nn import QuantLinear
+from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files
-from .reports import carry_report
 from .writer import CheckpointWriter
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from ..models.building import assign, empty_to_meta
 from ..models.linears import as_stored, linear_of
 from ..nn import QuantLinear
 from ..nn.replace import model_bytes, set_module
+from ..reports import ModuleReport
 from ..storage import TensorSource
 from ..tensor import QuantTensor
-from .report import ModuleReport
 from .running import Place
 from .work import WorkDirectory
 

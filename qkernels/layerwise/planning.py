@@ -15,9 +15,9 @@ from ..errors import CheckpointError
 from ..models.architectures import decoder_layers
 from ..models.linears import linear_of
 from ..quantizers import GPTQ, RTN, CalibrationFree, Options
+from ..reports import MIB, ModulePreview, QuantPreview
 from ..storage import TensorSource
 from ..storage.files import SHARD_BYTES
-from .report import MIB, PlannedModule, QuantPlan
 from .work import work_path
 
 FILE_BYTES = 16 * 1024  # allowed for headers, configs and reports, a linear layer
@@ -31,7 +31,7 @@ def plan_of(
     skipped: Mapping[str, str],
     samples: int,
     seq_len: int,
-) -> QuantPlan:
+) -> QuantPreview:
     """The plan for a directory, its model on meta, and a selection of layers (`selection.select_layers`)."""
     modules = tuple(
         _planned(source, linear_of(model, name).weight.shape, name, chosen) for name, chosen in methods.items()
@@ -50,10 +50,10 @@ def plan_of(
     # The result, the finished layers beside it, one shard once more while its header is put before it, and the activations of
     # two layers while one replaces the other.
     disk = 2 * after + min(after, SHARD_BYTES) + 2 * activations + FILE_BYTES * len(modules)
-    return QuantPlan(method.name, modules, skipped, before, after, activations, device_bytes, disk)
+    return QuantPreview(method.name, modules, skipped, before, after, activations, device_bytes, disk)
 
 
-def check_disk(plan: QuantPlan, target: str | os.PathLike[str]) -> None:
+def check_disk(plan: QuantPreview, target: str | os.PathLike[str]) -> None:
     """Raise where the disk of a target has less room than a run needs, what an interrupted one has written counted as room.
 
     Raises:
@@ -74,9 +74,9 @@ def check_disk(plan: QuantPlan, target: str | os.PathLike[str]) -> None:
         )
 
 
-def _planned(source: TensorSource, shape: torch.Size, name: str, method: Options) -> PlannedModule:
+def _planned(source: TensorSource, shape: torch.Size, name: str, method: Options) -> ModulePreview:
     """Sizes without weights: quantizing a meta tensor gives the shapes."""
     weight = torch.empty(shape, dtype=source.dtype(f"{name}.weight"), device="meta")
     result = RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
     nbytes = result.nbytes + (4 * result.K if isinstance(method, GPTQ) and method.act_order == "group" else 0)
-    return PlannedModule(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)
+    return ModulePreview(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)

@@ -31,10 +31,10 @@ from ..checkpoint import CheckpointWriter
 from ..errors import ArgumentError, CalibrationError, CheckpointError, ConversionError, UnsupportedProblem
 from ..formats.directory import QuantizedSource
 from ..quantizers import Options
+from ..reports import ModuleReport
 from ..storage import CONFIG, ShardWriter, TensorSource, atomic_directory, locked, read_json, write_json
 from ..storage.files import memory_of
 from ..tensor import QuantTensor
-from .report import ModuleReport
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from ..kernels.catalogue import OnUnsupported
 from ..models.linears import as_linear, is_conv1d
 from ..quantizers import NF4, RTN
 from ..quantizers.grid import checked_weight
+from ..reports import MIB
 from ..scheme import QuantScheme
 from .linear import BUFFERS, QuantLinear
 
@@ -42,10 +43,9 @@ class ReplaceReport:
 
     def __str__(self) -> str:
         schemes = sorted({str(r.scheme) for r in self.replaced.values()})
-        mib = 1 / 2**20
         lines = [
             f"replaced {len(self.replaced)} linear layers ({', '.join(schemes) or 'none'}), skipped {len(self.skipped)}; "
-            f"model {self.bytes_before * mib:.1f} -> {self.bytes_after * mib:.1f} MiB"
+            f"model {self.bytes_before * MIB:.1f} -> {self.bytes_after * MIB:.1f} MiB"
         ]
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
