@@ -19,9 +19,10 @@ import torch
 from qkernels import evaluate
 from qkernels.calibrate import quantize
 from qkernels.checkpoint import load
-from qkernels.cli.common import load_tokenizer, read_text, token_ids
+from qkernels.cli.common import read_text
 from qkernels.markdown import table as markdown_table
 from qkernels.quantizers import QUANTIZERS, CalibrationFree
+from qkernels.texts import load_tokenizer, token_ids, window_length
 
 
 def measure(
@@ -32,7 +33,7 @@ def measure(
     tokenizer = load_tokenizer(model)
     ids = token_ids(tokenizer, text)
     original = load(model, device=device)
-    length = evaluate.window_length(original, seq_len)
+    length = window_length(original, seq_len)
     base = evaluate.perplexity(original, ids, length)
     rows = [_row("original", "16 bit", _nbytes(original), base.perplexity, 0.0, 0.0)]
     for method in methods:

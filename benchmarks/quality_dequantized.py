@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from qkernels import HQQ, NF4, RTN, SmoothQuant, evaluate, quantize
 from qkernels.checkpoint import load
-from qkernels.cli.common import load_tokenizer, read_text, token_ids
+from qkernels.cli.common import read_text
 from qkernels.formats.directory import QuantizedSource
 from qkernels.markdown import table
 from qkernels.quantizers import CalibrationFree, Options
+from qkernels.texts import load_tokenizer, token_ids
 
 METHODS: dict[str, Options] = {
     "RTN": RTN(4, 64, False, zeros="float"),

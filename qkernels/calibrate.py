@@ -11,8 +11,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -25,8 +25,8 @@ from ._version import __version__
 from .checkpoint import CheckpointWriter, load
 from .checkpoint.loading import check_fits
 from .checkpoint.saving import write_model
-from .errors import ArgumentError, CalibrationError
-from .evaluate import compare, perplexity, text_windows, window_length
+from .errors import ArgumentError, CalibrationError, CheckpointError
+from .evaluate import compare, evaluating, perplexity
 from .formats import get_format
 from .kernels.catalogue import OnUnsupported
 from .layerwise.hosts import DirectoryHost, Host, MemoryHost
@@ -34,17 +34,27 @@ from .layerwise.planning import check_disk, plan_of
 from .layerwise.quantizing import Quantized, quantize_layer, round_to_nearest, with_stored_scales
 from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, check_finite, propagate
 from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
-from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
 from .layerwise.work import run_key, work_directory
 from .models.architectures import decoder_layers, foldable_architecture, head_dim
 from .models.building import empty_model, named_as_in
 from .quantizers import AWQ, GPTQ, CalibrationFree, Options, SmoothQuant
 from .reports import ModuleReport, QuantPreview, QuantReport, write_report
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
+from .texts import (
+    Calibration,
+    Evaluation,
+    Tokenizer,
+    batches_of,
+    calibration_windows,
+    capped,
+    evaluation_ids,
+    has_texts,
+    load_tokenizer,
+    window_length,
+)
 
 __all__ = ["quantize", "plan", "QuantReport", "QuantPreview"]
 
-Evaluation = Sequence[str] | Tensor | None
 Results = dict[str, ModuleReport]  # by module name
 
 
@@ -118,10 +128,10 @@ def quantize(
         if save_to is not None:
             _check_format(format, method, methods, skipped)
         windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
-        text = _evaluation_ids(evaluation, tokenizer)
+        text = evaluation_ids(evaluation, tokenizer)
         original = copy.deepcopy(model) if text is not None else None
         memory = MemoryHost(model, on_unsupported)
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             results = _run(memory, method, methods, windows, place, progress)
         report = _report(method, results, skipped, windows, memory.bytes_before, began, place)
         if text is not None and original is not None:
@@ -136,10 +146,10 @@ def quantize(
     source, model = _float_source(model_or_dir)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
     _check_format(format, method, methods, skipped)
-    if tokenizer is None and (_has_texts(calibration) or _has_texts(evaluation)):
+    if tokenizer is None and (has_texts(calibration) or has_texts(evaluation)):
         tokenizer = _tokenizer_of(model_or_dir)
     windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
-    text = _evaluation_ids(evaluation, tokenizer)
+    text = evaluation_ids(evaluation, tokenizer)
     planned = plan_of(source, model, method, methods, skipped, *(windows.shape if windows is not None else (0, 0)))
     check_disk(planned, save_to)
     key = run_key(source, methods, windows, _versions(place))
@@ -177,7 +187,7 @@ def plan(
     """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only."""
     source, model = _float_source(model_dir)
     methods, skipped = select_layers(model, method, include, exclude, overrides)
-    return plan_of(source, model, method, methods, skipped, samples, _capped(model, seq_len))
+    return plan_of(source, model, method, methods, skipped, samples, capped(model, seq_len))
 
 
 def _run(
@@ -269,13 +279,7 @@ def _windows(
     if isinstance(method, (AWQ, SmoothQuant)):
         foldable_architecture(model, type(method).__name__)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    return calibration_windows(calibration, samples, _capped(model, seq_len), tokenizer, vocabulary)
-
-
-def _capped(model: nn.Module, seq_len: int) -> int:
-    """seq_len, at most what the model's positions allow."""
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(seq_len, longest) if isinstance(longest, int) and isinstance(seq_len, int) else seq_len
+    return calibration_windows(calibration, samples, capped(model, seq_len), tokenizer, vocabulary)
 
 
 def _check_format(format: str, method: Options, methods: Mapping[str, Options], skipped: Mapping[str, str]) -> None:
@@ -294,27 +298,14 @@ def _head_of(model: nn.Module) -> str | None:
 
 
 def _tokenizer_of(directory: str | os.PathLike[str]) -> Tokenizer:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer: Tokenizer = load_tokenizer(os.fspath(directory))
+    except CheckpointError as error:
         raise CalibrationError(
-            f"calibration texts need a tokenizer, and {directory} has none that can be read: {error}; pass tokenizer=, or "
-            f"token ids instead of texts"
+            f"calibration texts need a tokenizer, and {directory} has none that can be read: {error.__cause__}; pass "
+            f"tokenizer=, or token ids instead of texts"
         ) from error
     return tokenizer
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _module_report(name: str, result: Quantized, bytes_before: int) -> ModuleReport:
@@ -376,24 +367,3 @@ def _evaluated(
     return replace(
         report, perplexity=surprise, comparison=compare(model, original, text, length, progress=progress).to_json()
     )
-
-
-def _evaluation_ids(evaluation: Evaluation, tokenizer: Tokenizer | None) -> Tensor | None:
-    """Token ids `[tokens]` of an evaluation text."""
-    if evaluation is None:
-        return None
-    if isinstance(evaluation, Tensor):
-        ids = evaluation
-    elif not _has_texts(evaluation) or not all(isinstance(text, str) for text in evaluation):
-        raise ArgumentError(f"evaluation must be a list of texts or token ids [tokens], got {evaluation!r:.60}")
-    elif tokenizer is None:
-        raise ArgumentError("evaluation texts need a tokenizer: pass tokenizer=, or token ids instead of texts")
-    else:
-        rows = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in evaluation]
-        ids = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    text_windows(ids, 2)  # raises for what is no row of token ids, before the work begins
-    return ids
-
-
-def _has_texts(texts: object) -> bool:
-    return isinstance(texts, (list, tuple)) and any(isinstance(item, str) for item in texts)

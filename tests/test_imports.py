@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 STOREYS = (
     ("errors", "markdown", "_version"),
     ("extension", "machine", "scheme", "storage"),
-    ("models", "reports", "tensor"),
+    ("models", "reports", "tensor", "texts"),
     ("formats", "layouts", "quantizers"),
     ("ops",),
     ("kernels",),

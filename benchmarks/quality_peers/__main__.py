@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qkernels import evaluate, inspect, load, quantize
-from qkernels.cli.common import load_tokenizer, read_text, token_ids
+from qkernels.cli.common import read_text
 from qkernels.errors import QKernelsError
-from qkernels.layerwise.windows import calibration_windows
 from qkernels.markdown import table
 from qkernels.quantizers import AWQ, GPTQ, HQQ, RTN, CalibrationFree
 from qkernels.quantizers.options import Options
+from qkernels.texts import calibration_windows, load_tokenizer, token_ids
 
 HERE = Path(__file__).parent
 MODEL = HERE.parent.parent / "examples" / "demo_model"

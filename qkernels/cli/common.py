@@ -1,4 +1,4 @@
-"""What several commands share: argument types, the tokenizer, writing results."""
+"""What several commands share: argument types, reading a text, writing results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError
 from ..machine import find_cores, oversubscribed
-from ..storage import require_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Subparsers = Any  # argparse keeps the type private
@@ -105,28 +103,6 @@ def read_text(path: str) -> str:
     if not text.strip():
         raise ArgumentError(f"{path} is empty; give a file with some text")
     return text
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """The checkpoint's own tokenizer; nothing is downloaded, no code of the checkpoint is run.
-
-    Raises:
-        CheckpointError: there is no such directory, or no tokenizer in it that transformers can read.
-    """
-    from transformers import AutoTokenizer
-
-    require_directory(Path(directory))  # transformers would take a name for one on the Hub
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no readable tokenizer: {error}") from None
-
-
-def token_ids(tokenizer: Callable[..., Any], text: str) -> Tensor:
-    """int64 `[tokens]`, without special tokens."""
-    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
-    ids: Tensor = encoded["input_ids"][0]
-    return ids
 
 
 def print_json(values: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ from .common import (
     add_device,
     add_dtype,
     command_parser,
-    load_tokenizer,
     positive,
     temperature,
     warn_of_threads,
@@ -42,6 +41,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint import load
+    from ..texts import load_tokenizer
 
     tokenizer = load_tokenizer(args.checkpoint)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..scheme import GroupSize
-from .common import Subparsers, add_device, command_parser, load_tokenizer, positive, read_text
+from .common import Subparsers, add_device, command_parser, positive, read_text
 
 if TYPE_CHECKING:
     from ..quantizers import Options
@@ -120,6 +120,7 @@ def method_of(args: argparse.Namespace) -> Options:
 def run(args: argparse.Namespace) -> int:
     from ..calibrate import plan, quantize
     from ..layerwise.planning import check_disk
+    from ..texts import load_tokenizer
 
     method = method_of(args)
     selection = {
