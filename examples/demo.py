@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import qkernels
 from qkernels import AWQ, GPTQ, RTN, QuantLinear, extension, markdown
 from qkernels.evaluate import compare, perplexity
-from qkernels.nn.replace import model_bytes, packed_bytes
+from qkernels.nn import model_bytes, packed_bytes
 from qkernels.quantizers import CalibrationFree, Options
 
 HERE = Path(__file__).parent

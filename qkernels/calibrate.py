@@ -33,10 +33,11 @@ from .layerwise.hosts import DirectoryHost, Host, MemoryHost
 from .layerwise.planning import check_disk, plan_of
 from .layerwise.quantizing import Quantized, quantize_layer, round_to_nearest, with_stored_scales
 from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, check_finite, propagate
-from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
 from .layerwise.work import run_key, work_directory
 from .models.architectures import decoder_layers, foldable_architecture, head_dim
 from .models.building import empty_model, named_as_in
+from .nn import ReplaceReport, select_linears
+from .nn.selection import Overrides, Patterns
 from .quantizers import AWQ, GPTQ, CalibrationFree, Options, SmoothQuant
 from .reports import ModuleReport, QuantPreview, QuantReport, write_report
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
@@ -123,8 +124,7 @@ def quantize(
     windows: Tensor | None = None
     if isinstance(model_or_dir, nn.Module):
         model = model_or_dir
-        methods, skipped = select_layers(model, method, include, exclude, overrides)
-        check_kernels(model, methods, skipped, on_unsupported)
+        methods, skipped = _chosen(model, method, include, exclude, overrides, on_unsupported)
         if save_to is not None:
             _check_format(format, method, methods, skipped)
         windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
@@ -144,7 +144,7 @@ def quantize(
     if save_to is None:
         raise ArgumentError(f"quantizing the directory {model_or_dir} needs save_to=, the directory to make")
     source, model = _float_source(model_or_dir)
-    methods, skipped = select_layers(model, method, include, exclude, overrides)
+    methods, skipped = _chosen(model, method, include, exclude, overrides)
     _check_format(format, method, methods, skipped)
     if tokenizer is None and (has_texts(calibration) or has_texts(evaluation)):
         tokenizer = _tokenizer_of(model_or_dir)
@@ -186,8 +186,26 @@ def plan(
 ) -> QuantPreview:
     """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only."""
     source, model = _float_source(model_dir)
-    methods, skipped = select_layers(model, method, include, exclude, overrides)
+    methods, skipped = _chosen(model, method, include, exclude, overrides)
     return plan_of(source, model, method, methods, skipped, samples, capped(model, seq_len))
+
+
+def _chosen(
+    model: nn.Module,
+    method: Options,
+    include: Patterns,
+    exclude: Patterns,
+    overrides: Overrides,
+    on_unsupported: OnUnsupported | None = None,
+) -> tuple[dict[str, Options], Mapping[str, str]]:
+    """The method for each linear layer by name, and the reason for each that is left as it is."""
+    rules = {pattern: method.with_scheme(scheme) for pattern, scheme in (overrides or {}).items()}
+    schemes = {pattern: rule.scheme for pattern, rule in rules.items()}
+    selection = select_linears(model, method.scheme, include, exclude, schemes, on_unsupported)
+    if not selection.chosen:
+        raise ArgumentError(f"there is no linear layer to quantize:\n{ReplaceReport.of(selection)}")
+    by_scheme = {rule.scheme: rule for rule in rules.values()} | {method.scheme: method}
+    return {name: by_scheme[scheme] for name, scheme in selection.chosen.items()}, selection.skipped
 
 
 def _run(

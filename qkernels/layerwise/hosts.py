@@ -15,8 +15,7 @@ from ..checkpoint import CheckpointWriter
 from ..kernels.catalogue import OnUnsupported
 from ..models.building import assign, empty_to_meta
 from ..models.linears import as_stored, linear_of
-from ..nn import QuantLinear
-from ..nn.replace import model_bytes, set_module
+from ..nn import QuantLinear, model_bytes, set_module
 from ..reports import ModuleReport
 from ..storage import TensorSource
 from ..tensor import QuantTensor

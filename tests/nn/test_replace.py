@@ -15,7 +15,7 @@ from torch import nn
 from qkernels import GPTQ, NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
 from qkernels.calibrate import plan
 from qkernels.errors import ArgumentError, SchemeError
-from qkernels.nn.replace import model_bytes
+from qkernels.nn import model_bytes
 from qkernels.storage import TensorSource
 from qkernels.tensor import QuantTensor
 
