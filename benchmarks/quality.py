@@ -21,7 +21,7 @@ from qkernels.calibrate import quantize
 from qkernels.checkpoint import load
 from qkernels.cli.common import read_text
 from qkernels.markdown import table as markdown_table
-from qkernels.quantizers import QUANTIZERS, CalibrationFree
+from qkernels.quantizers import QUANTIZERS
 from qkernels.texts import load_tokenizer, token_ids, window_length
 
 
@@ -42,7 +42,7 @@ def measure(
             with TemporaryDirectory() as directory:
                 target = Path(directory) / "out"
                 start = time.perf_counter()
-                texts = None if isinstance(quantizer, CalibrationFree) else [calibration]
+                texts = None if quantizer.needs == "weight" else [calibration]
                 quantize(
                     model, quantizer, calibration=texts, tokenizer=tokenizer if texts else None, save_to=target, samples=samples,
                     seq_len=length, device=device, progress=False,

@@ -23,7 +23,7 @@ from qkernels.checkpoint import load
 from qkernels.cli.common import read_text
 from qkernels.formats.directory import QuantizedSource
 from qkernels.markdown import table
-from qkernels.quantizers import CalibrationFree, Options
+from qkernels.quantizers import Options
 from qkernels.texts import load_tokenizer, token_ids
 
 METHODS: dict[str, Options] = {
@@ -77,7 +77,7 @@ def measure(model: Path, names: Sequence[str], samples: int, seq_len: int, token
     rows = []
     for name in names:
         method = METHODS[name]
-        texts = None if isinstance(method, CalibrationFree) else [read_text(str(model / "calibration.txt"))]
+        texts = None if method.needs == "weight" else [read_text(str(model / "calibration.txt"))]
         with TemporaryDirectory() as directory:
             target = Path(directory) / "out"
             quantize(model, method, calibration=texts, save_to=target, samples=samples, seq_len=seq_len, progress=False)

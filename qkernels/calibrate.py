@@ -31,14 +31,14 @@ from .formats import get_format
 from .kernels.catalogue import OnUnsupported
 from .layerwise.hosts import DirectoryHost, Host, MemoryHost
 from .layerwise.planning import check_disk, plan_of
-from .layerwise.quantizing import Quantized, quantize_layer, round_to_nearest, with_stored_scales
+from .layerwise.quantizing import Quantized, quantize_layer, round_to_nearest
 from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, check_finite, propagate
 from .layerwise.work import run_key, work_directory
 from .models.architectures import decoder_layers, foldable_architecture, head_dim
 from .models.building import empty_model, named_as_in
 from .nn import ReplaceReport, select_linears
 from .nn.selection import Overrides, Patterns
-from .quantizers import AWQ, GPTQ, CalibrationFree, Options, SmoothQuant
+from .quantizers import QUANTIZERS, Options
 from .reports import ModuleReport, QuantPreview, QuantReport, write_report
 from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
 from .texts import (
@@ -116,9 +116,7 @@ def quantize(
         CalibrationError: calibration is missing, too short, or gives NaN activations.
         SchemeError, UnsupportedProblem, CheckpointError, ConversionError: as they say.
     """
-    if not isinstance(method, (CalibrationFree, GPTQ, AWQ, SmoothQuant)):
-        names = "RTN(…), HQQ(…), NF4(…), GPTQ(…), AWQ(…) or SmoothQuant(…)"
-        raise ArgumentError(f"method must be {names}, got {method!r:.80}")
+    _check_method(method)
     began = time.perf_counter()
     place = Place(torch.device(device))
     windows: Tensor | None = None
@@ -190,6 +188,13 @@ def plan(
     return plan_of(source, model, method, methods, skipped, samples, capped(model, seq_len))
 
 
+def _check_method(method: object) -> None:
+    if not isinstance(method, Options):
+        by_needs = sorted(QUANTIZERS.values(), key=lambda known: known.needs == "moments")
+        *names, last = (f"{known.__name__}(…)" for known in by_needs)
+        raise ArgumentError(f"method must be {', '.join(names)} or {last}, got {method!r:.80}")
+
+
 def _chosen(
     model: nn.Module,
     method: Options,
@@ -215,8 +220,7 @@ def _run(
     if windows is None:
         return _round_all(host, methods, place, progress)
     prefix, layers = decoder_layers(host.model)
-    folds = isinstance(method, (AWQ, SmoothQuant))
-    architecture = foldable_architecture(host.model, type(method).__name__) if folds else None
+    architecture = foldable_architecture(host.model, type(method).__name__) if method.folds else None
     width = head_dim(host.model) if architecture is not None else 0
     with host.embeddings(prefix, _head_of(host.model), place):
         batches = [batch.to(place.device) for batch in batches_of(windows)]
@@ -261,7 +265,7 @@ def _round_all(
                 results[name] = finished[0]
                 continue
             weight = host.weight(name)
-            result = round_to_nearest(weight.to(place.device), with_stored_scales(method, weight.dtype), name, fallback)
+            result = round_to_nearest(weight.to(place.device), method.with_scales_for(weight.dtype), name, fallback)
             host.keep(name, result.tensor)
             results[name] = _module_report(name, result, weight.numel() * weight.element_size())
             host.commit(name, [results[name]])
@@ -291,10 +295,10 @@ def _windows(
     seq_len: int,
     tokenizer: Tokenizer | None,
 ) -> Tensor | None:
-    if isinstance(method, CalibrationFree):
+    if method.needs == "weight":
         return None
     decoder_layers(model)  # raises where there are none, before the work begins
-    if isinstance(method, (AWQ, SmoothQuant)):
+    if method.folds:
         foldable_architecture(model, type(method).__name__)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     return calibration_windows(calibration, samples, capped(model, seq_len), tokenizer, vocabulary)
@@ -303,9 +307,8 @@ def _windows(
 def _check_format(format: str, method: Options, methods: Mapping[str, Options], skipped: Mapping[str, str]) -> None:
     """Raise before the work begins where the format has no spelling for these schemes."""
     schemes = {name: chosen.scheme for name, chosen in methods.items()}
-    ordered = isinstance(method, GPTQ) and method.act_order == "group"
     default = Counter(schemes.values()).most_common(1)[0][0]
-    get_format(format).config_of(default, schemes, act_order=ordered, unquantized=tuple(skipped))
+    get_format(format).config_of(default, schemes, act_order=method.orders_columns, unquantized=tuple(skipped))
 
 
 def _head_of(model: nn.Module) -> str | None:

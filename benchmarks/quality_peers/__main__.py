@@ -30,8 +30,7 @@ from qkernels import evaluate, inspect, load, quantize
 from qkernels.cli.common import read_text
 from qkernels.errors import QKernelsError
 from qkernels.markdown import table
-from qkernels.quantizers import AWQ, GPTQ, HQQ, RTN, CalibrationFree
-from qkernels.quantizers.options import Options
+from qkernels.quantizers import AWQ, GPTQ, HQQ, RTN, Options
 from qkernels.texts import calibration_windows, load_tokenizer, token_ids
 
 HERE = Path(__file__).parent
@@ -111,7 +110,7 @@ def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str
     start = time.perf_counter()
     if case.tool == OWN:
         method = own_method(case)
-        calibration = None if isinstance(method, CalibrationFree) else windows
+        calibration = None if method.needs == "weight" else windows
         quantize(model, method, calibration, out, exclude=LEFT_OUT, seq_len=SEQ_LEN, progress=False)
         return time.perf_counter() - start
     if case.tool not in tools:

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..models.architectures import decoder_layers
 from ..models.linears import linear_of
-from ..quantizers import GPTQ, RTN, CalibrationFree, Options
+from ..quantizers import RTN, Options
 from ..reports import MIB, ModulePreview, QuantPreview
 from ..storage import TensorSource
 from ..storage.files import SHARD_BYTES
@@ -40,7 +40,7 @@ def plan_of(
     after = before - sum(module.bytes_before - module.bytes_after for module in modules)
     widest = max(module.shape[0] * module.shape[1] for module in modules)
     activations, device_bytes = 0, 4 * widest
-    if not isinstance(method, CalibrationFree):
+    if method.needs == "moments":
         _, layers = decoder_layers(model)
         config: Any = model.config
         activations = samples * seq_len * source.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
@@ -78,5 +78,5 @@ def _planned(source: TensorSource, shape: torch.Size, name: str, method: Options
     """Sizes without weights: quantizing a meta tensor gives the shapes."""
     weight = torch.empty(shape, dtype=source.dtype(f"{name}.weight"), device="meta")
     result = RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
-    nbytes = result.nbytes + (4 * result.K if isinstance(method, GPTQ) and method.act_order == "group" else 0)
+    nbytes = result.nbytes + (4 * result.K if method.orders_columns else 0)
     return ModulePreview(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..models.linears import linear_of, set_weight
-from ..quantizers import AWQ, GPTQ, NF4, RTN, CalibrationFree, InputStatistics, Options, SmoothQuant
-from ..quantizers.awq import clips
-from ..quantizers.grid import stored_dtype
+from ..quantizers import InputStatistics, Options, rounding_of
 from ..tensor import QuantTensor
 from .running import LayerInputs, LayerJob, collect_statistics, input_groups
-from .scaling import scale_inputs, smooth_inputs
+from .scaling import fold_scales
 
 logger = logging.getLogger(__name__)
 
@@ -40,24 +37,17 @@ class Quantized:
 def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict[str, Quantized]:
     """Quantize linear layers of a decoder layer. Afterwards it holds the dequantized weights, ready to `propagate`.
 
-    AWQ and SmoothQuant first scale the whole layer. Then the linears are quantized in the order of the forward pass: those
+    Methods that fold scales first scale the whole layer. Then the linears are quantized in the order of the forward pass: those
     that read the same input are one step, and each step's statistics come from a layer whose earlier steps are quantized
     already ("true sequential" in the GPTQ authors' code).
 
     Args:
         layer: on the compute device, in its dtype.
     """
-    methods = {
-        target: with_stored_scales(method, job.stored[f"{target}.weight"]) for target, method in job.methods.items()
-    }
+    methods = {target: method.with_scales_for(job.stored[f"{target}.weight"]) for target, method in job.methods.items()}
     if job.architecture is not None:
         for fold in job.architecture.folds:
-            scaled = {target: m for target in fold.targets if isinstance(m := methods.get(target), AWQ)}
-            if scaled:
-                scale_inputs(layer, fold, scaled, inputs, job)
-            smooth = next((m for target in fold.targets if isinstance(m := methods.get(target), SmoothQuant)), None)
-            if smooth is not None:
-                smooth_inputs(layer, fold, smooth, inputs, job)
+            fold_scales(layer, fold, methods, inputs, job)
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
@@ -73,20 +63,11 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
     return {target: results[target] for target in methods}
 
 
-def with_stored_scales(method: Options, dtype: torch.dtype) -> Options:
-    """The method with its scale dtype settled by the weight's dtype in the checkpoint, not the one it is computed in."""
-    if isinstance(method, NF4) and method.double_quant:
-        return method  # its scales are fp32, whatever the weight
-    return replace(method, scale_dtype=stored_dtype(torch.empty(0, dtype=dtype), method.scale_dtype))
-
-
 def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str | None = None) -> Quantized:
     """Quantize without calibration; `fallback` says why, if `method` wanted it otherwise."""
     began = time.perf_counter()
-    rounding = method
-    if not isinstance(rounding, CalibrationFree):
-        rounding = RTN(scale_dtype=method.scale_dtype, clip=method.clip).with_scheme(method.scheme)
-    tensor = rounding.quantize(weight, f"{name}.weight")
+    rounding = rounding_of(method)
+    tensor = rounding.quantize(weight, name=f"{name}.weight")
     if fallback is not None:
         logger.warning("%s is rounded to nearest: %s", name, fallback)
     values = weight.float()
@@ -102,24 +83,17 @@ def _quantize(
     name = f"{layer_name}.{target}"
     weight = linear_of(layer, target).weight.data.float()
     hessian = statistics.hessian(name)
-    fallback = None
-    if isinstance(method, GPTQ):
-        try:
-            tensor = method.quantize(weight, hessian, f"{name}.weight")
-        except CalibrationError as hopeless:
-            fallback = str(hopeless)
-            tensor = round_to_nearest(weight, method, name, fallback).tensor
-    elif isinstance(method, AWQ):
-        tensor = method.quantize(weight, hessian if clips(target) else None, f"{name}.weight")
-    elif isinstance(method, SmoothQuant):
-        tensor = method.quantize(weight, f"{name}.weight")
-    else:
-        tensor = round_to_nearest(weight, method, name).tensor
+    used, fallback = method.name, None
+    try:
+        tensor = method.quantize(weight, hessian, f"{name}.weight")
+    except CalibrationError as hopeless:
+        fallback = str(hopeless)
+        rounded = round_to_nearest(weight, method, name, fallback)
+        tensor, used = rounded.tensor, rounded.method
     restored = tensor.dequantize()
     difference = restored - weight
     error = _ratio(float(((difference @ hessian) * difference).sum()), float(((weight @ hessian) * weight).sum()))
     set_weight(layer, target, restored)
-    used = "rtn" if fallback is not None else method.name
     return Quantized(tensor, used, error, True, shared + time.perf_counter() - began, fallback)
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..errors import ArgumentError
 from ..kernels.catalogue import OnUnsupported
 from ..models.linears import linear_of
-from ..quantizers import NF4, RTN
+from ..quantizers import RTN, Options
 from ..quantizers.grid import checked_weight
 from ..reports import MIB
 from ..scheme import QuantScheme
@@ -68,7 +68,7 @@ def replace_linear(
     overrides: Overrides = None,
     on_unsupported: OnUnsupported = "raise",
     progress: bool = True,
-    method: RTN | NF4 | None = None,
+    method: Options | None = None,
 ) -> ReplaceReport:
     """Round every linear layer's weight to `scheme` and swap in a `QuantLinear`, in place.
 
