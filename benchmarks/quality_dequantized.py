@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import HQQ, NF4, RTN, SmoothQuant, evaluate, quantize
-from qkernels.checkpoint import load
+from qkernels.checkpoint import load, open_checkpoint
 from qkernels.cli.common import read_text
-from qkernels.formats.directory import QuantizedSource
 from qkernels.markdown import table
 from qkernels.quantizers import Options
 from qkernels.texts import load_tokenizer, token_ids
@@ -55,10 +54,10 @@ def int8_activations(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tenso
 
 def dequantized(original: nn.Module, directory: Path, act_bits: int | None) -> nn.Module:
     """A copy of the float model with the weights of a quantized checkpoint."""
-    model, checkpoint = copy.deepcopy(original), QuantizedSource.open(directory)
-    state = {name: checkpoint.source.read(name).float() for name in checkpoint.others}
+    model, checkpoint = copy.deepcopy(original), open_checkpoint(directory)
+    state = {name: checkpoint.read(name).float() for name in checkpoint.names()}
     for module in checkpoint.modules:
-        state[f"{module}.weight"] = checkpoint.parse_with_oddities(module)[0].dequantize()
+        state[f"{module}.weight"] = checkpoint.weight(module).weight.dequantize()
         if act_bits == 8:
             model.get_submodule(module).register_forward_pre_hook(int8_activations)
     missing, unexpected = model.load_state_dict(state, strict=False)

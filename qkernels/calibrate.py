@@ -10,7 +10,6 @@ import copy
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -22,12 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ._version import __version__
-from .checkpoint import CheckpointWriter, load
+from .checkpoint import Checkpoint, CheckpointWriter, load, open_checkpoint
 from .checkpoint.loading import check_fits
+from .checkpoint.registry import get_format
 from .checkpoint.saving import write_model
 from .errors import ArgumentError, CalibrationError, CheckpointError
 from .evaluate import compare, evaluating, perplexity
-from .formats import get_format
+from .formats import Written
 from .kernels.catalogue import OnUnsupported
 from .layerwise.hosts import DirectoryHost, Host, MemoryHost
 from .layerwise.planning import check_disk, plan_of
@@ -35,12 +35,12 @@ from .layerwise.quantizing import Quantized, quantize_layer, round_to_nearest
 from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, check_finite, propagate
 from .layerwise.work import run_key, work_directory
 from .models.architectures import decoder_layers, foldable_architecture, head_dim
-from .models.building import empty_model, named_as_in
+from .models.building import empty_model
 from .nn import ReplaceReport, select_linears
 from .nn.selection import Overrides, Patterns
 from .quantizers import QUANTIZERS, Options
 from .reports import ModuleReport, QuantPreview, QuantReport, write_report
-from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
+from .storage import CONFIG, atomic_directory
 from .texts import (
     Calibration,
     Evaluation,
@@ -141,31 +141,31 @@ def quantize(
         return report
     if save_to is None:
         raise ArgumentError(f"quantizing the directory {model_or_dir} needs save_to=, the directory to make")
-    source, model = _float_source(model_or_dir)
+    checkpoint, model = _float_checkpoint(model_or_dir)
     methods, skipped = _chosen(model, method, include, exclude, overrides)
     _check_format(format, method, methods, skipped)
     if tokenizer is None and (has_texts(calibration) or has_texts(evaluation)):
         tokenizer = _tokenizer_of(model_or_dir)
     windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
     text = evaluation_ids(evaluation, tokenizer)
-    planned = plan_of(source, model, method, methods, skipped, *(windows.shape if windows is not None else (0, 0)))
+    planned = plan_of(checkpoint, model, method, methods, skipped, *(windows.shape if windows is not None else (0, 0)))
     check_disk(planned, save_to)
-    key = run_key(source, methods, windows, _versions(place))
+    key = run_key(checkpoint, methods, windows, _versions(place))
     with (
         work_directory(save_to, key, resume) as work,
         atomic_directory(save_to, overwrite=overwrite) as target,
         torch.no_grad(),
     ):
-        directory = DirectoryHost(model, source, work)
+        directory = DirectoryHost(model, checkpoint, work)
         results = _run(directory, method, methods, windows, place, progress)
-        writer = CheckpointWriter(target, source.config, format)
+        writer = CheckpointWriter(target, checkpoint.config, format)
         directory.copy_to(writer)
         writer.close()
-        copy_side_files(source.directory, target)
+        checkpoint.copy_side_files(target)
         report = _report(method, results, skipped, windows, directory.bytes_before, began, place)
         if text is not None:
             quantized, original = (
-                load(path, place.device, on_unsupported="reference") for path in (target, source.directory)
+                load(path, place.device, on_unsupported="reference") for path in (target, checkpoint.path)
             )
             report = _evaluated(report, quantized, original, text, seq_len, progress)
         write_report(target, report)
@@ -183,9 +183,9 @@ def plan(
     seq_len: int = 2048,
 ) -> QuantPreview:
     """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only."""
-    source, model = _float_source(model_dir)
+    checkpoint, model = _float_checkpoint(model_dir)
     methods, skipped = _chosen(model, method, include, exclude, overrides)
-    return plan_of(source, model, method, methods, skipped, samples, capped(model, seq_len))
+    return plan_of(checkpoint, model, method, methods, skipped, samples, capped(model, seq_len))
 
 
 def _check_method(method: object) -> None:
@@ -273,18 +273,18 @@ def _round_all(
     return results
 
 
-def _float_source(directory: str | os.PathLike[str]) -> tuple[TensorSource, Any]:
-    """A checkpoint directory and its model, without weights, with the same names in both."""
-    source = TensorSource.open(directory)
-    if source.config.get("quantization_config") is not None:
+def _float_checkpoint(directory: str | os.PathLike[str]) -> tuple[Checkpoint, Any]:
+    """A checkpoint and its model, without weights, with the same names in both."""
+    checkpoint = open_checkpoint(directory)
+    if checkpoint.format is not None:
         raise ArgumentError(
             f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or change the format "
             f"with qkernels.checkpoint.convert"
         )
-    model = empty_model(source, torch.float32)
-    source = named_as_in(model, source)
-    check_fits(model, source)
-    return source, model
+    model = empty_model(checkpoint.config, torch.float32, checkpoint.path)
+    checkpoint = checkpoint.named_as_in(model)
+    check_fits(model, checkpoint)
+    return checkpoint, model
 
 
 def _windows(
@@ -307,8 +307,7 @@ def _windows(
 def _check_format(format: str, method: Options, methods: Mapping[str, Options], skipped: Mapping[str, str]) -> None:
     """Raise before the work begins where the format has no spelling for these schemes."""
     schemes = {name: chosen.scheme for name, chosen in methods.items()}
-    default = Counter(schemes.values()).most_common(1)[0][0]
-    get_format(format).config_of(default, schemes, act_order=method.orders_columns, unquantized=tuple(skipped))
+    get_format(format).config_of(Written.of(schemes, method.orders_columns, skipped))
 
 
 def _head_of(model: nn.Module) -> str | None:

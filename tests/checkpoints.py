@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qkernels import inspect
+from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError
-from qkernels.formats import FORMATS, Format
+from qkernels.formats import Format
 from qkernels.storage import ShardWriter, TensorSource, read_json, write_json
 
 # Formats that hold weights with 16-bit activations, as the models here are: a layout for int8 activations holds no others.
-A16_FORMATS: dict[str, Format] = {name: fmt for name, fmt in FORMATS.items() if not name.endswith("_a8")}
+A16_FORMATS: dict[str, Format] = {name: fmt for name, fmt in WRITTEN.items() if not name.endswith("_a8")}
 IDS = torch.arange(12)[None] * 7 % 64
 
 

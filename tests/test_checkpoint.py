@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qkernels import QuantLinear, QuantScheme, UnsupportedProblem, load, replace_linear, save
-from qkernels.checkpoint import CheckpointWriter, convert
+from qkernels.checkpoint import CheckpointWriter, convert, open_checkpoint
+from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats import FORMATS
-from qkernels.formats.directory import QuantizedSource
 from qkernels.models.building import _parameters_on_meta, empty_model
 from qkernels.storage import TensorSource, atomic_directory, read_json
 from tests.checkpoints import A16_FORMATS, edit_json, file_bytes, logits, plain_checkpoint, rewritten, small_llama
@@ -147,7 +146,7 @@ def test_a_config_cannot_fetch_code(tmp_path: Path, plain: Path, key: str) -> No
 
 
 def test_parameters_are_on_meta_while_the_model_is_built(plain: Path) -> None:
-    model = empty_model(TensorSource.open(plain), torch.bfloat16)
+    model = empty_model(TensorSource.open(plain).config, torch.bfloat16, plain)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
     assert not model.model.rotary_emb.inv_freq.is_meta
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -277,7 +276,7 @@ def set_field(name: str, index: Any, value: Any) -> Callable[[dict[str, Tensor]]
         ),
         (
             lambda t: t.update(
-                {f"{Q}.{s}": v for s, v in FORMATS["gptq"].write(random_weight("w4a16_g32", 32, 64)).items()}
+                {f"{Q}.{s}": v for s, v in WRITTEN["gptq"].write(random_weight("w4a16_g32", 32, 64)).items()}
             ),
             rf"{Q}: the model needs a weight \[64, 64\], got \[32, 64\]",
         ),
@@ -395,10 +394,10 @@ def test_converting_there_and_back_gives_the_same_bytes(
 
 def with_act_order(directory: Path, target: Path) -> Path:
     with atomic_directory(target) as temporary:
-        source = QuantizedSource.open(directory)
+        source = open_checkpoint(directory)
         writer = CheckpointWriter(temporary, source.source.config, "gptq")
         for module in source.modules:
-            weight = source.parse(module)
+            weight = source.weight(module).weight
             writer.add_quantized(module, random_weight(weight.scheme, weight.N, weight.K, act_order=True))
         for name in source.others:
             writer.add_tensor(name, source.source.read(name))
@@ -448,10 +447,10 @@ def test_the_writer_streams_shards(tmp_path: Path) -> None:
     assert sorted(quantization_config["dynamic"]) == [
         r"+:^layers\.0\.a$", *(rf"-:^layers\.{i}\.b$" for i in range(4))
     ]  # fmt: skip
-    source = QuantizedSource.open(tmp_path)
+    source = open_checkpoint(tmp_path)
     for i in range(4):
         expected = random_weight(default if i else other, 32, 64, seed=i)
-        assert same_weight(source.parse(f"layers.{i}.a"), expected)
+        assert same_weight(source.weight(f"layers.{i}.a").weight, expected)
 
 
 def test_the_writer_refuses(tmp_path: Path) -> None:

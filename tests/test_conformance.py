@@ -11,8 +11,9 @@ import torch
 from torch.library import opcheck
 
 from qkernels import QuantScheme, QuantTensor
+from qkernels.checkpoint.registry import WRITTEN, detect
 from qkernels.errors import ConversionError, QKernelsError
-from qkernels.formats import FORMATS, Format, detect
+from qkernels.formats import Format, Written
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
 from qkernels.layouts import LAYOUTS, Layout, empty_buffers, unpack_checked
 from qkernels.quantizers import QUANTIZERS, RTN
@@ -30,7 +31,7 @@ weights = pytest.mark.parametrize(("N", "K"), SHAPES)
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
 act_orders = pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
-formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+formats = pytest.mark.parametrize("fmt", WRITTEN.values(), ids=lambda fmt: fmt.name)
 kernels = pytest.mark.parametrize("kernel", [*KERNELS, *REFERENCES], ids=lambda kernel: kernel.name)
 
 
@@ -103,7 +104,9 @@ def test_format_round_trip_or_refusal(fmt: Format, scheme: str, act_order: bool)
     """What is written reads back as an equal weight; what cannot be written is refused before anything is made."""
     weight = random_weight(scheme, 64, 256, act_order=act_order)
     try:
-        config = fmt.config_of(weight.scheme, {"layer": weight.scheme}, act_order=weight.group_index is not None)
+        config = fmt.config_of(
+            Written(weight.scheme, {"layer": weight.scheme}, act_order=weight.group_index is not None)
+        )
         tensors = fmt.write(weight)
     except ConversionError as error:
         refusal = str(error)
@@ -114,7 +117,7 @@ def test_format_round_trip_or_refusal(fmt: Format, scheme: str, act_order: bool)
         return
     assert detect(config) is fmt
     assert set(fmt.required) <= tensors.keys() <= set(fmt.suffixes)
-    again = fmt.parse("layer", tensors, config)
+    again = fmt.parse("layer", tensors, config).weight
     assert torch.equal(again.dequantize(), weight.dequantize())
     assert again.scheme.bits == weight.scheme.bits
     rewritten = fmt.write(again)
@@ -124,9 +127,9 @@ def test_format_round_trip_or_refusal(fmt: Format, scheme: str, act_order: bool)
 def test_every_integer_scheme_has_a_lossless_format() -> None:
     for scheme, act_order in itertools.product(SCHEMES, [False, True]):
         weight = random_weight(scheme, 40, 96, act_order=act_order)
-        native = FORMATS["native"]
-        config = native.config_of(weight.scheme, {"layer": weight.scheme}, act_order=act_order)
-        assert same_weight(native.parse("layer", native.write(weight), config), weight), scheme
+        native = WRITTEN["native"]
+        config = native.config_of(Written(weight.scheme, {"layer": weight.scheme}, act_order=act_order))
+        assert same_weight(native.parse("layer", native.write(weight), config).weight, weight), scheme
 
 
 # --- quantizers -------------------------------------------------------------------------------------------------------------

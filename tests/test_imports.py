@@ -22,7 +22,8 @@ STOREYS = (
     ("nn",),
     ("checkpoint", "evaluate"),
     ("layerwise",),
-    ("calibrate", "inspection"),
+    ("calibrate", "engines"),
+    ("inspection",),
     ("integrations",),
     ("cli",),
 )

@@ -139,7 +139,7 @@ def test_head_sharing_repeats_heads_and_not_channels() -> None:
 def test_empty_model_has_no_weights_but_the_buffers(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     model.save_pretrained(tmp_path)
-    bare = empty_model(TensorSource.open(tmp_path), torch.float32)
+    bare = empty_model(TensorSource.open(tmp_path).config, torch.float32, tmp_path)
     assert all(parameter.is_meta for parameter in bare.parameters())
     buffers = dict(bare.named_buffers())
     assert buffers.keys() == dict(model.named_buffers()).keys()
@@ -149,9 +149,8 @@ def test_empty_model_has_no_weights_but_the_buffers(model_type: str, tmp_path: P
 
 
 def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
-    source = TensorSource(tmp_path, {"model_type": "no_such_model"}, {}, {})
     with pytest.raises(CheckpointError, match=r"transformers .* knows no model_type 'no_such_model'"):
-        empty_model(source, torch.float32)
+        empty_model({"model_type": "no_such_model"}, torch.float32, tmp_path)
 
 
 def test_empty_to_meta_frees_parameters_only() -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from qkernels import QuantLinear, UnsupportedProblem, load, replace_linear, save
-from qkernels.checkpoint import convert
+from qkernels.checkpoint import convert, open_checkpoint
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats.directory import QuantizedSource
 from qkernels.kernels import catalogue
 from qkernels.storage import read_json
 from tests.checkpoints import edit_json, logits, plain_checkpoint
@@ -41,7 +40,7 @@ def layers_of(model: object) -> dict[str, QuantLinear]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_was_packed_comes_back(models: dict[str, tuple[object, Path]], scheme: str) -> None:
     model, directory = models[scheme]
-    stored = QuantizedSource.open(directory)
+    stored = open_checkpoint(directory)
     back = load(directory)
     assert len(layers_of(back)) == 14
     for name, layer in layers_of(model).items():

@@ -63,7 +63,7 @@ def sharded(directory: Path, hidden: int, intermediate: int, layers: int, shard_
     )  # fmt: skip
     directory.mkdir()
     write_json(directory / CONFIG, json.loads(config.to_json_string()))
-    model = empty_model(TensorSource(directory, json.loads(config.to_json_string()), {}, {}), torch.bfloat16)
+    model = empty_model(json.loads(config.to_json_string()), torch.bfloat16, directory)
     writer = ShardWriter(directory, shard_bytes)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CheckpointError
-from ..formats import Oddity
-from ..formats.directory import QuantizedSource, summary
-from ..models.building import empty_model, named_as_in
+from ..formats import Oddity, summary
+from ..models.building import assign, empty_model
 from ..models.linears import as_linear
 from ..nn import QuantLinear, set_module
-from ..storage import CONFIG, TensorSource
+from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
+from .source import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from ..kernels.catalogue import OnUnsupported
@@ -53,33 +52,30 @@ def load(
             config.json describes do not fit each other. Nothing missing or left over is passed over in silence.
         UnsupportedProblem: no kernel takes a module.
     """
-    quantized = QuantizedSource.open(directory)
-    source, device = quantized.source, torch.device(device)
-    dtype = dtype or _dtype_of(source)
-    model = empty_model(source, dtype)
-    if quantized.format is None:
-        source = named_as_in(model, source)
-        quantized = replace(quantized, source=source, others=tuple(source.names()))
+    checkpoint, device = open_checkpoint(directory), torch.device(device)
+    dtype = dtype or _dtype_of(checkpoint)
+    model = empty_model(checkpoint.config, dtype, checkpoint.path)
+    checkpoint = checkpoint.named_as_in(model)
     slots = _slots(model)
     oddities: list[tuple[str, Oddity]] = []
-    used = {f"{module}.bias" for module in quantized.modules}
-    for module in tqdm(quantized.modules, desc="loading", unit="layer", leave=False, delay=2):
-        linear = _linear(model, module)
-        weight, found = quantized.parse_with_oddities(module)
+    used = {f"{module}.bias" for module in checkpoint.modules}
+    for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
+        linear = linear_at(model, module)
+        weight, found = checkpoint.weight(module)
         oddities += [(module, oddity) for oddity in found]
-        bias = _bias(source, module, linear, weight)
+        bias = bias_for(linear, checkpoint, module, weight)
         layer = QuantLinear.from_quant_tensor(weight, bias, device, dtype, on_unsupported)
         set_module(model, module, layer)
-    missing = _fill(model, slots, quantized, used, device, dtype)
-    _check_names(model, missing, [name for name in quantized.others if name not in used])
+    missing = _fill(model, slots, checkpoint, used, device, dtype)
+    _check_names(model, missing, [name for name in checkpoint.names() if name not in used])
     _move_buffers(model, device)
     for line in summary(oddities):
-        log.warning("%s: %s", source.directory, line)
-    model.config._name_or_path = str(source.directory)
+        log.warning("%s: %s", checkpoint.path, line)
+    model.config._name_or_path = str(checkpoint.path)
     return model.eval()
 
 
-def check_fits(model: nn.Module, source: TensorSource) -> None:
+def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise unless a float checkpoint holds what its model needs, in the same shapes, and nothing else; reads headers only.
     Of models with experts only shapes are compared: files have experts one by one and other names than the model.
 
@@ -88,21 +84,21 @@ def check_fits(model: nn.Module, source: TensorSource) -> None:
     """
     needed = model.state_dict()
     for name, tensor in needed.items():
-        if name in source and source.shape(name) != tuple(tensor.shape):
+        if name in checkpoint and checkpoint.shape(name) != tuple(tensor.shape):
             raise CheckpointError(
-                f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(source.shape(name))}"
+                f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(checkpoint.shape(name))}"
             )
-    if any(".experts." in name for name in (*needed, *source.names())):
+    if any(".experts." in name for name in (*needed, *checkpoint.names())):
         return
-    missing = [slot[0] for slot in _slots(model) if not any(name in source for name in slot)]
-    _check_names(model, missing, [name for name in source.names() if name not in needed])
+    missing = [slot[0] for slot in _slots(model) if not any(name in checkpoint for name in slot)]
+    _check_names(model, missing, [name for name in checkpoint.names() if name not in needed])
 
 
-def _dtype_of(source: TensorSource) -> torch.dtype:
-    """What config.json says, else the dtype of the first float tensor."""
-    named = source.config.get("dtype", source.config.get("torch_dtype"))
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """What config.json says, else the dtype of the first float tensor that is not quantized."""
+    named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
     if named is None:
-        floats = (source.dtype(name) for name in source.names() if source.dtype(name) in FLOAT_DTYPES)
+        floats = (checkpoint.dtype(name) for name in checkpoint.names() if checkpoint.dtype(name) in FLOAT_DTYPES)
         return next(floats, torch.float32)
     for dtype in FLOAT_DTYPES:
         if str(dtype).removeprefix("torch.") == str(named).removeprefix("torch."):
@@ -120,7 +116,12 @@ def _slots(model: nn.Module) -> list[list[str]]:
     return list(slots.values())
 
 
-def _linear(model: nn.Module, module: str) -> nn.Linear:
+def linear_at(model: nn.Module, module: str) -> nn.Linear:
+    """The linear layer that a quantized module of a checkpoint belongs to.
+
+    Raises:
+        CheckpointError: the model has none there.
+    """
     try:
         linear = model.get_submodule(module)
     except AttributeError:
@@ -135,14 +136,18 @@ def _linear(model: nn.Module, module: str) -> nn.Linear:
     return as_one
 
 
-def _bias(source: TensorSource, module: str, linear: nn.Linear, weight: QuantTensor) -> Tensor | None:
-    """Check a weight against its place in the model, and read its bias."""
+def bias_for(linear: nn.Linear, checkpoint: Checkpoint, module: str, weight: QuantTensor) -> Tensor | None:
+    """Check a weight against its place in the model, and read its bias.
+
+    Raises:
+        CheckpointError: the shapes differ, or one of them has a bias and the other none.
+    """
     if list(linear.weight.shape) != [weight.N, weight.K]:
         raise CheckpointError(
             f"{module}: the model needs a weight {list(linear.weight.shape)}, got {[weight.N, weight.K]}"
         )
     name = f"{module}.bias"
-    bias = source.read(name) if name in source else None
+    bias = checkpoint.read(name) if name in checkpoint else None
     place = linear._parameters["bias"]
     if place is not None and (bias is None or bias.shape != place.shape):
         got = "none" if bias is None else list(bias.shape)
@@ -157,38 +162,36 @@ def _bias(source: TensorSource, module: str, linear: nn.Linear, weight: QuantTen
 def _fill(
     model: Any,
     slots: list[list[str]],
-    quantized: QuantizedSource,
+    checkpoint: Checkpoint,
     used: set[str],
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[str]:
     """Load what is not quantized; returns the names that the checkpoint lacks."""
-    source = quantized.source
     missing = []
     for slot in slots:
-        names = [name for name in slot if name.rpartition(".")[0] not in quantized.modules]
-        present = [name for name in names if name in source]
+        names = [name for name in slot if name.rpartition(".")[0] not in checkpoint.modules]
+        present = [name for name in names if name in checkpoint]
         used.update(present)
         if len(names) < len(slot) and names:
             _untie(model, f"{slot[0]} and {slot[-1]} are tied by {CONFIG}, but one of them is quantized")
         if not present:
             missing += names[:1]
             continue
-        first = _parameter(model, source, present[0], device, dtype)
+        first = _parameter(model, checkpoint, present[0], device, dtype)
         values = dict.fromkeys(names, first)
         for name in present[1:]:
-            if not torch.equal(source.read(present[0]), source.read(name)):
+            if not torch.equal(checkpoint.read(present[0]), checkpoint.read(name)):
                 _untie(model, f"{present[0]} and {name} are tied by {CONFIG}, but differ in the checkpoint")
-                values[name] = _parameter(model, source, name, device, dtype)
-        for name, value in values.items():
-            _assign(model, name, value)
+                values[name] = _parameter(model, checkpoint, name, device, dtype)
+        assign(model, values)
     return missing
 
 
-def _parameter(model: Any, source: TensorSource, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _parameter(model: Any, checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     parent, _, leaf = name.rpartition(".")
     place: Tensor = getattr(model.get_submodule(parent), leaf)
-    tensor = source.read(name)
+    tensor = checkpoint.read(name)
     if tensor.shape != place.shape or tensor.is_floating_point() != place.is_floating_point():
         kind = "a float tensor" if place.is_floating_point() else str(place.dtype).removeprefix("torch.")
         got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -205,15 +208,6 @@ def _kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns)
-
-
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    if leaf in module._parameters:
-        module._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-    else:
-        module._buffers[leaf] = value.detach()
 
 
 def _untie(model: Any, why: str) -> None:

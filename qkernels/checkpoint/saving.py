@@ -9,15 +9,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import ConversionError
-from ..formats import Oddity, get_format
-from ..formats.directory import QuantizedSource, summary
+from ..errors import CheckpointError, ConversionError
+from ..formats import Oddity, summary
+from ..kernels.catalogue import Problem, arch_of, select
 from ..nn import QuantLinear
 from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files
+from .registry import get_format
+from .source import open_checkpoint
 from .writer import CheckpointWriter
 
 log = logging.getLogger(__name__)
@@ -86,25 +89,39 @@ def convert(
         CheckpointError: the source is not sound, the target exists, or the disk refuses.
     """
     chosen = get_format(format)
-    quantized = QuantizedSource.open(source_dir)
-    if quantized.format is None:
+    source = open_checkpoint(source_dir)
+    if source.format is None:
         raise ConversionError(f"{source_dir} holds no quantized weights; quantize it first (qkernels quantize)")
     oddities: list[tuple[str, Oddity]] = []
     with atomic_directory(target_dir, overwrite) as temporary:
-        writer = CheckpointWriter(temporary, quantized.source.config, chosen)
-        parts = list(quantized.in_file_order())
+        writer = CheckpointWriter(temporary, source.config, chosen)
+        parts = list(source.in_file_order())
         for name, module in tqdm(parts, desc="packing", unit="tensor", leave=False, delay=2):
             if module is None:
-                writer.add_tensor(name, quantized.source.read(name))
+                writer.add_tensor(name, source.read(name))
                 continue
-            weight, found = quantized.parse_with_oddities(module)
+            weight, found = source.weight(module)
             oddities += [(module, oddity) for oddity in found]
             writer.add_quantized(module, weight)
         writer.close()
-        copy_side_files(source_dir, temporary)
-        carry_report(quantized.source.directory, temporary, format)
+        source.copy_side_files(temporary)
+        carry_report(source.path, temporary, format)
     for line in summary(oddities):
-        log.warning("%s: %s", quantized.source.directory, line)
+        log.warning("%s: %s", source.path, line)
+
+
+def layout_of(directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> str:
+    """The layout that the catalogue chooses for the first weight of a quantized checkpoint on `device`.
+
+    Raises:
+        CheckpointError: the directory is not sound, or nothing in it is quantized.
+        UnsupportedProblem: no kernel takes the weight; lists the reasons.
+    """
+    checkpoint = open_checkpoint(directory)
+    if not checkpoint.modules:
+        raise CheckpointError(f"{directory} holds no quantized weights; quantize it first (qkernels quantize)")
+    weight = checkpoint.weight(next(iter(checkpoint.modules))).weight
+    return select(Problem(weight.N, weight.K, weight.scheme, torch.bfloat16, arch_of(device))).layout
 
 
 def _plain_tensors(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError
-from ..formats import Format, get_format
+from ..formats import Format, Written
 from ..scheme import QuantScheme
 from ..storage import CONFIG, ShardWriter, write_json
 from ..storage.files import SHARD_BYTES, without_quantization
 from ..tensor import QuantTensor
+from .registry import get_format
 
 
 class CheckpointWriter:
@@ -80,10 +80,8 @@ class CheckpointWriter:
             raise ConversionError(
                 f"{self.directory}: no quantized module was added, so there is nothing to save as quantized"
             )
-        default = Counter(self._schemes.values()).most_common(1)[0][0]
-        quantization = self.format.config_of(
-            default, self._schemes, act_order=self._act_order, unquantized=_left_out(self._matrices, self._schemes)
-        )
+        left_out = _left_out(self._matrices, self._schemes)
+        quantization = self.format.config_of(Written.of(self._schemes, self._act_order, left_out))
         self._shards.close()
         try:
             write_json(self.directory / CONFIG, self._config | {"quantization_config": quantization})

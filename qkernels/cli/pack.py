@@ -34,7 +34,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint import convert
-    from ..checkpoint.packed import layout_of
+    from ..checkpoint.saving import layout_of
     from ..layouts import get_layout
 
     layout = args.layout or "auto"

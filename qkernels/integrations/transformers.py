@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -32,10 +31,10 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.loading import _bias, _linear
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.loading import bias_for, linear_at
 from ..errors import ArgumentError, CheckpointError
-from ..formats import Oddity, native
-from ..formats.directory import QuantizedSource, summary
+from ..formats import Oddity, Written, native, summary
 from ..models.linears import is_conv1d
 from ..nn import QuantLinear, ReplaceReport, model_bytes, select_linears, set_module
 from ..nn.selection import as_patterns
@@ -106,7 +105,7 @@ class QKernelsQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.report = ReplaceReport()
         self._schemes: dict[str, QuantScheme] = {}
-        self._quantized: QuantizedSource | None = None
+        self._checkpoint: Checkpoint | None = None
         self._conv1d: set[str] = set()
 
     # --- before weights are loaded: the model is on meta ----------------------------------------------------------------
@@ -121,12 +120,12 @@ class QKernelsQuantizer(HfQuantizer):
             return model
         if not checkpoint_files:
             raise CheckpointError("a quantized model is loaded from safetensors files, but there are none")
-        self._quantized = QuantizedSource.open(Path(checkpoint_files[0]).parent)
-        if not self._quantized.modules:
-            raise CheckpointError(f"{self._quantized.source.directory} holds no quantized weights")
-        for module in self._quantized.modules:
-            _put(model, module, _Pending(_linear(model, module)))
-        ignored = {rf"^{re.escape(module)}\." for module in self._quantized.modules}
+        self._checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        if not self._checkpoint.modules:
+            raise CheckpointError(f"{self._checkpoint.path} holds no quantized weights")
+        for module in self._checkpoint.modules:
+            _put(model, module, _Pending(linear_at(model, module)))
+        ignored = {rf"^{re.escape(module)}\." for module in self._checkpoint.modules}
         model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         return model
 
@@ -151,7 +150,7 @@ class QKernelsQuantizer(HfQuantizer):
     def quantize_weight(self, model: Any, module: str, weight: Tensor) -> None:
         """Replace a linear layer, whose weight has just been read, by a quantized one; a bias that comes later finds its
         place."""
-        linear, scheme = _linear(model, module), self._schemes[module]
+        linear, scheme = linear_at(model, module), self._schemes[module]
         loaded = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         if is_conv1d(model.get_submodule(module)):
             weight = weight.T
@@ -164,8 +163,8 @@ class QKernelsQuantizer(HfQuantizer):
     # --- after weights are loaded ---------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self._quantized is not None:
-            self._unpack(model, self._quantized)
+        if self._checkpoint is not None:
+            self._unpack(model, self._checkpoint)
         missing = [name for name in self._schemes if name not in self.report.replaced]
         if missing:
             raise CheckpointError(f"{len(missing)} layers have no weight in the checkpoint, first {missing[0]}")
@@ -177,29 +176,28 @@ class QKernelsQuantizer(HfQuantizer):
         log.info("%s", self.report)
         return model
 
-    def _unpack(self, model: Any, quantized: QuantizedSource) -> None:
+    def _unpack(self, model: Any, checkpoint: Checkpoint) -> None:
         """Every placeholder becomes a `QuantLinear`, one module in memory at a time."""
         dtype = model.dtype
         oddities: list[tuple[str, Oddity]] = []
-        for module in quantized.modules:
+        for module in checkpoint.modules:
             pending = model.get_submodule(module)
-            weight, found = quantized.parse_with_oddities(module)
+            weight, found = checkpoint.weight(module)
             oddities += [(module, oddity) for oddity in found]
-            bias = _bias(quantized.source, module, pending.linear, weight)
+            bias = bias_for(pending.linear, checkpoint, module, weight)
             layer = QuantLinear.from_quant_tensor(weight, bias, _device_near(model, module), dtype)
             set_module(model, module, layer)
             self.report.add(module, layer, weight.codes.numel() * dtype.itemsize)
         left = select_linears(model, "w4a16_g128").skipped  # whatever the scheme
         self.report.skipped |= {n: why for n, why in left.items() if n not in self.report.replaced}
         for line in summary(oddities):
-            log.warning("%s: %s", quantized.source.directory, line)
+            log.warning("%s: %s", checkpoint.path, line)
 
     def _describe(self, model: Any) -> None:
         """Make the model's config say what `save_pretrained` would write."""
         schemes = {name: layer.scheme for name, layer in _layers(model).items()}
         if schemes:
-            default = Counter(schemes.values()).most_common(1)[0][0]
-            self.quantization_config = QKernelsConfig(**native.config_of(default, schemes))
+            self.quantization_config = QKernelsConfig(**native.config_of(Written.of(schemes)))
             model.config.quantization_config = self.quantization_config
 
     # --- saving and what else transformers asks -------------------------------------------------------------------------

@@ -11,13 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointWriter
+from ..checkpoint import Checkpoint, CheckpointWriter
 from ..kernels.catalogue import OnUnsupported
 from ..models.building import assign, empty_to_meta
 from ..models.linears import as_stored, linear_of
 from ..nn import QuantLinear, model_bytes, set_module
 from ..reports import ModuleReport
-from ..storage import TensorSource
 from ..tensor import QuantTensor
 from .running import Place
 from .work import WorkDirectory
@@ -81,30 +80,30 @@ class DirectoryHost:
 
     Args:
         model: the directory's model with parameters on meta (`models.building.empty_model`).
-        source: the directory.
+        checkpoint: the directory, not quantized, under the names of the model.
         work: keeps what is finished, maybe of an earlier run.
     """
 
-    def __init__(self, model: nn.Module, source: TensorSource, work: WorkDirectory) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, work: WorkDirectory) -> None:
         self.model = model
-        self.bytes_before = sum(source.nbytes(name) for name in source.names())
-        self._source, self._work = source, work
+        self.bytes_before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+        self._checkpoint, self._work = checkpoint, work
         self._quantized: Weights = {}  # of the unit in hand, as is the next
         self._plain: dict[str, Tensor] = {}
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the source, which is also that of what is written."""
-        return self._source.dtype(name)
+        return self._checkpoint.dtype(name)
 
     def weight(self, name: str) -> Tensor:
         """The weight of a linear layer, `[N, K]`."""
-        return as_stored(self.model.get_submodule(name), self._source.read(f"{name}.weight"))
+        return as_stored(self.model.get_submodule(name), self._checkpoint.read(f"{name}.weight"))
 
     @contextmanager
     def embeddings(self, layers: str, head: str | None, place: Place) -> Iterator[None]:
         """For a while, the tensors outside the decoder layers and the head are read and on the compute device."""
         outside = [name for name, _ in self.model.named_parameters() if not _below(name, (layers, head))]
-        assign(self.model, {name: self._source.read(name) for name in outside})
+        assign(self.model, {name: self._checkpoint.read(name) for name in outside})
         try:
             with _moved(self.model, place, (layers, head)):
                 yield
@@ -117,7 +116,7 @@ class DirectoryHost:
         they are kept together with the rest of the layer, which AWQ may have changed."""
         layer = self.model.get_submodule(name)
         weights: Weights = {}
-        assign(layer, {leaf: self._source.read(f"{name}.{leaf}") for leaf, _ in layer.named_parameters()})
+        assign(layer, {leaf: self._checkpoint.read(f"{name}.{leaf}") for leaf, _ in layer.named_parameters()})
         try:
             with _moved(layer, place):
                 yield layer, weights
@@ -149,9 +148,9 @@ class DirectoryHost:
     def copy_to(self, writer: CheckpointWriter) -> None:
         """Write the result: what is finished, then every tensor of the source that it does not stand for."""
         done = self._work.copy_to(writer)
-        for name in self._source.names():
+        for name in self._checkpoint.names():
             if name not in done:
-                writer.add_tensor(name, self._source.read(name))
+                writer.add_tensor(name, self._checkpoint.read(name))
 
 
 Host = MemoryHost | DirectoryHost

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..models.architectures import decoder_layers
 from ..models.linears import linear_of
 from ..quantizers import RTN, Options
 from ..reports import MIB, ModulePreview, QuantPreview
-from ..storage import TensorSource
 from ..storage.files import SHARD_BYTES
 from .work import work_path
 
@@ -24,7 +24,7 @@ FILE_BYTES = 16 * 1024  # allowed for headers, configs and reports, a linear lay
 
 
 def plan_of(
-    source: TensorSource,
+    checkpoint: Checkpoint,
     model: nn.Module,
     method: Options,
     methods: Mapping[str, Options],
@@ -34,16 +34,16 @@ def plan_of(
 ) -> QuantPreview:
     """The plan for a directory, its model on meta, and a selection of layers (`selection.select_layers`)."""
     modules = tuple(
-        _planned(source, linear_of(model, name).weight.shape, name, chosen) for name, chosen in methods.items()
+        _planned(checkpoint, linear_of(model, name).weight.shape, name, chosen) for name, chosen in methods.items()
     )
-    before = sum(source.nbytes(name) for name in source.names())
+    before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
     after = before - sum(module.bytes_before - module.bytes_after for module in modules)
     widest = max(module.shape[0] * module.shape[1] for module in modules)
     activations, device_bytes = 0, 4 * widest
     if method.needs == "moments":
         _, layers = decoder_layers(model)
         config: Any = model.config
-        activations = samples * seq_len * source.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
+        activations = samples * seq_len * checkpoint.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
         # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
         device_bytes = 4 * (largest + 3 * max(module.shape[1] for module in modules) ** 2)
@@ -74,9 +74,9 @@ def check_disk(plan: QuantPreview, target: str | os.PathLike[str]) -> None:
         )
 
 
-def _planned(source: TensorSource, shape: torch.Size, name: str, method: Options) -> ModulePreview:
+def _planned(checkpoint: Checkpoint, shape: torch.Size, name: str, method: Options) -> ModulePreview:
     """Sizes without weights: quantizing a meta tensor gives the shapes."""
-    weight = torch.empty(shape, dtype=source.dtype(f"{name}.weight"), device="meta")
+    weight = torch.empty(shape, dtype=checkpoint.dtype(f"{name}.weight"), device="meta")
     result = RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
     nbytes = result.nbytes + (4 * result.K if method.orders_columns else 0)
     return ModulePreview(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)

@@ -27,9 +27,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import CheckpointWriter
+from ..checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..errors import ArgumentError, CalibrationError, CheckpointError, ConversionError, UnsupportedProblem
-from ..formats.directory import QuantizedSource
 from ..quantizers import Options
 from ..reports import ModuleReport
 from ..storage import CONFIG, ShardWriter, TensorSource, atomic_directory, locked, read_json, write_json
@@ -108,13 +107,13 @@ class WorkDirectory:
         for unit in self._units():
             if not (unit / CONFIG).is_file():
                 continue
-            quantized = QuantizedSource.open(unit)
+            quantized = open_checkpoint(unit)
             for name, module in quantized.in_file_order():
                 if module is None:
-                    writer.add_tensor(name, quantized.source.read(name))
+                    writer.add_tensor(name, quantized.read(name))
                     done.add(name)
                 else:
-                    writer.add_quantized(module, quantized.parse(module))
+                    writer.add_quantized(module, quantized.weight(module).weight)
                     done.add(f"{module}.weight")
         return done
 
@@ -163,15 +162,14 @@ def work_directory(target: str | os.PathLike[str], key: Mapping[str, str], resum
 
 
 def run_key(
-    source: TensorSource, methods: Mapping[str, Options], windows: Tensor | None, versions: Mapping[str, str]
+    checkpoint: Checkpoint, methods: Mapping[str, Options], windows: Tensor | None, versions: Mapping[str, str]
 ) -> dict[str, str]:
-    """What the bits of a result depend on. Tensors of the source are told by their files' names, sizes and times, for
+    """What the bits of a result depend on. Tensors of the checkpoint are told by their files' names, sizes and times, for
     hashing a large model takes longer than reading it."""
-    files = sorted({entry.path for entry in source.entries.values()})
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files()]
     tokens = b"" if windows is None else memory_of(windows.contiguous())
     return {
-        "config": _digest(json.dumps(source.config, sort_keys=True)),
+        "config": _digest(json.dumps(checkpoint.config, sort_keys=True)),
         "method": _digest(repr(sorted((name, repr(method)) for name, method in methods.items()))),
         "calibration": hashlib.sha256(tokens).hexdigest() + f" {[] if windows is None else list(windows.shape)}",
         "source": _digest(repr(stamps)),

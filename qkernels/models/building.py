@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import CheckpointError
-from ..storage import CONFIG, TensorSource
+from ..storage import CONFIG
 from ..storage.files import without_quantization
 
 # Keys by which a config.json could make transformers fetch code from the Hub: modelling files, attention kernels.
@@ -21,17 +22,20 @@ _FETCHES_CODE = {
 }  # fmt: skip
 
 
-def empty_model(source: TensorSource, dtype: torch.dtype) -> Any:
-    """The `transformers` model that a directory's config.json describes, in evaluation mode: parameters of `dtype` on meta,
-    computed buffers (rotary frequencies) real. No code of the checkpoint is run, and none is fetched.
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> Any:
+    """The `transformers` model that a config.json describes, in evaluation mode: parameters of `dtype` on meta, computed buffers
+    (rotary frequencies) real. No code of the checkpoint is run, and none is fetched.
+
+    Args:
+        path: of the checkpoint that the config belongs to, for messages and for its generation_config.json.
 
     Raises:
         CheckpointError: transformers cannot build it.
     """
     import transformers
 
-    where = source.directory / CONFIG
-    values = _harmless(without_quantization(source.config))
+    where = path / CONFIG
+    values = _harmless(without_quantization(config))
     kind, names = values.get("model_type"), values.get("architectures")
     if kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"{where}: transformers {transformers.__version__} knows no model_type {kind!r:.40}")
@@ -41,21 +45,21 @@ def empty_model(source: TensorSource, dtype: torch.dtype) -> Any:
     try:
         with _parameters_on_meta():
             model = build(transformers.CONFIG_MAPPING[kind].from_dict(values), dtype=dtype)
-        if model.can_generate() and (source.directory / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(source.directory)
+        if model.can_generate() and (path / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     except Exception as error:  # a config that makes no sense fails in as many ways as there are models
         raise CheckpointError(f"{where} does not describe a {kind} model that can be built: {error}") from error
     return model.eval()
 
 
-def named_as_in(model: nn.Module, source: TensorSource) -> TensorSource:
-    """The tensors of a float checkpoint under the names of a model. A checkpoint that was saved without its head (GPT-2's on the
-    Hub) lacks the prefix that the model with a head puts before all others."""
+def renames_for(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Name in a file -> name in the model, for the tensors whose names differ. A checkpoint that was saved without its head
+    (GPT-2's on the Hub) lacks the prefix that the model with a head puts before all others."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     own = model.state_dict().keys()
-    if any(name.startswith(prefix) for name in source.names()) or not any(name.startswith(prefix) for name in own):
-        return source
-    return source.renamed({name: f"{prefix}{name}" for name in source.names() if name not in own})
+    if any(name.startswith(prefix) for name in names) or not any(name.startswith(prefix) for name in own):
+        return {}
+    return {name: f"{prefix}{name}" for name in names if name not in own}
 
 
 def _harmless(value: Any) -> Any:
@@ -91,11 +95,13 @@ def empty_to_meta(module: nn.Module) -> None:
 
 
 def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Make these tensors the parameters and buffers of a module."""
+    """Make these tensors the parameters and buffers of a module; a tensor that is no parameter yet becomes a frozen one."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            owner._parameters[leaf] = (
+                tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            )
         else:
-            owner._buffers[leaf] = tensor
+            owner._buffers[leaf] = tensor.detach()

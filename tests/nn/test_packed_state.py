@@ -13,6 +13,7 @@ import torch
 from qkernels import QuantLinear
 from qkernels.checkpoint.packed import packed_format
 from qkernels.errors import CheckpointError, TensorError
+from qkernels.formats import Written
 from qkernels.layouts import LAYOUTS, get_layout
 from tests.strategies import random_weight, same_weight
 
@@ -93,9 +94,9 @@ def test_a_hostile_state_dict_is_refused(name: str, key: str, change: object, me
 def test_packed_checkpoints_of_another_version_are_refused(name: str) -> None:
     layout, weight = get_layout(name), random_weight(scheme_of(name), N, K, act_order=True)
     form = packed_format(layout)
-    config = form.config_of(weight.scheme, {}, act_order=True)
+    config = form.config_of(Written(weight.scheme, {}, act_order=True))
     tensors = form.write(weight)
-    assert same_weight(form.parse("layer", tensors, config), weight)
+    assert same_weight(form.parse("layer", tensors, config).weight, weight)
     for version in (layout.version + 1, layout.version - 1, None, "1"):
         with pytest.raises(CheckpointError, match=f"layer.*version {version!r} of layout {name}.*reads version"):
             form.parse("layer", tensors, {**config, "layout_version": version})
@@ -111,7 +112,7 @@ def test_a_packed_group_index_out_of_range_is_refused(name: str) -> None:
         with pytest.raises(TensorError, match="group_index"):
             type(weight)(weight.codes, weight.scales, weight.zeros, index, weight.scheme)
     form = packed_format(get_layout(name))
-    config, tensors = form.config_of(weight.scheme, {}, act_order=True), form.write(weight)
+    config, tensors = form.config_of(Written(weight.scheme, {}, act_order=True)), form.write(weight)
     tensors["k_order"][5] = K
     with pytest.raises((CheckpointError, TensorError), match="k_order must be a permutation"):
         form.parse("layer", tensors, config)

@@ -1,44 +1,47 @@
-"""`QuantizedSource`: a checkpoint directory seen as quantized modules and other tensors."""
+"""`DirectoryCheckpoint`: a Hugging Face directory (config.json, safetensors) as a `Checkpoint`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..storage import QUANTIZATION_FILES, TensorSource, read_json
-from ..tensor import QuantTensor
-from . import FORMATS, METADATA, READ_ONLY, Format, Oddity, detect
+from ..formats import METADATA, READ_ONLY, Format, Parsed
+from ..models.building import renames_for
+from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
+from .registry import WRITTEN, detect
 
 # Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: nothing there names it.
 _QUANTO = ("weight._data", "weight._data._data")
-_TELLING = {f.required[0] for f in (*FORMATS.values(), *READ_ONLY.values())} - {"weight"}
+_TELLING = {f.required[0] for f in (*WRITTEN.values(), *READ_ONLY.values())} - {"weight"}
 
 
 @dataclass(frozen=True)
-class QuantizedSource:
-    """Which tensors of a directory make up which quantized module. Make it with `QuantizedSource.open`.
+class DirectoryCheckpoint:
+    """Which tensors of a directory make up which quantized module. Make it with `DirectoryCheckpoint.open`.
 
     Args:
-        source: the directory.
+        source: all tensors of the directory.
         format: None where nothing is quantized.
-        config: its quantization_config, empty where nothing is quantized.
+        quantization: its quantization_config, empty where nothing is quantized.
         modules: module -> suffix -> name of the tensor.
         others: names of all other tensors, biases of quantized modules among them, sorted.
     """
 
     source: TensorSource
     format: Format | None
-    config: Mapping[str, Any]
+    quantization: Mapping[str, Any]
     modules: Mapping[str, Mapping[str, str]]
     others: tuple[str, ...]
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> QuantizedSource:
+    def open(cls, directory: str | os.PathLike[str]) -> DirectoryCheckpoint:
         """Read the headers and group the tensors; no weight is read.
 
         Raises:
@@ -62,24 +65,47 @@ class QuantizedSource:
         owned = {name for tensors in modules.values() for name in tensors.values()}
         return cls(source, found, config, modules, tuple(n for n in source.names() if n not in owned))
 
+    @property
+    def path(self) -> Path:
+        return self.source.directory
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.source.config
+
     def tensors(self, module: str) -> dict[str, Tensor]:
         """The tensors of a module by suffix."""
         return {suffix: self.source.read(name) for suffix, name in self.modules[module].items()}
 
-    def parse(self, module: str) -> QuantTensor:
-        """The validated weight of a module.
+    def weight(self, module: str) -> Parsed:
+        """The validated weight of a module, and what is strange about it.
 
         Raises:
             CheckpointError: naming the module and the field.
         """
-        return self.parse_with_oddities(module)[0]
-
-    def parse_with_oddities(self, module: str) -> tuple[QuantTensor, list[Oddity]]:
-        """The validated weight of a module, and what is strange about it."""
         assert self.format is not None
-        tensors = self.tensors(module)
-        weight = self.format.parse(module, tensors, self.config)
-        return weight, self.format.oddities(module, tensors, self.config)
+        return self.format.parse(module, self.tensors(module), self.quantization)
+
+    def module_nbytes(self, module: str) -> int:
+        return sum(self.source.nbytes(name) for name in self.modules[module].values())
+
+    def names(self) -> list[str]:
+        return list(self.others)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.source
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source.dtype(name)
+
+    def nbytes(self, name: str) -> int:
+        return self.source.nbytes(name)
+
+    def read(self, name: str) -> Tensor:
+        return self.source.read(name)
 
     def in_file_order(self) -> Iterator[tuple[str, str | None]]:
         """(name, module) once for each module, where its first tensor lies, and (name, None) for each other tensor."""
@@ -92,9 +118,18 @@ class QuantizedSource:
             if module is not None:
                 seen.add(module)
 
-    def nbytes(self, module: str) -> int:
-        """Bytes that the tensors of a module take in the file."""
-        return sum(self.source.nbytes(name) for name in self.modules[module].values())
+    def named_as_in(self, model: nn.Module) -> DirectoryCheckpoint:
+        """Float checkpoints only: what is quantized is named as in the model, or `load` says that it does not fit."""
+        if self.format is not None:
+            return self
+        source = self.source.renamed(renames_for(model, self.source.names()))
+        return replace(self, source=source, others=tuple(source.names()))
+
+    def files(self) -> list[Path]:
+        return sorted({entry.path for entry in self.source.entries.values()})
+
+    def copy_side_files(self, target: Path) -> None:
+        copy_side_files(self.path, target)
 
 
 def quantization_config(source: TensorSource) -> dict[str, Any] | None:
@@ -128,16 +163,6 @@ def _check_unquantized(source: TensorSource) -> None:
                 f"{source.directory} has no quantization_config, but {name} looks like part of a quantized weight; bring back "
                 "the config.json that belongs to it"
             )
-
-
-def summary(oddities: Iterable[tuple[str, Oddity]]) -> Iterator[str]:
-    """One line for each kind of oddity among (module, oddity) pairs: how many modules, and the first of them."""
-    kinds: dict[str, list[tuple[str, str]]] = {}
-    for module, oddity in oddities:
-        kinds.setdefault(oddity.kind, []).append((module, oddity.detail))
-    for kind, found in kinds.items():
-        module, detail = found[0]
-        yield f"{kind}: {len(found)} module{'s' if len(found) > 1 else ''}, first {module} ({detail})"
 
 
 def _group(names: Iterable[str], found: Format) -> dict[str, dict[str, str]]:
