@@ -143,8 +143,8 @@ def _listed(names: list[str]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..calibrate import plan, quantize
-    from ..layerwise.planning import check_disk
+    from ..calibrate import preview, quantize
+    from ..layerwise.preview import check_disk
     from ..texts import load_tokenizer
 
     method = method_of(args)
@@ -154,9 +154,9 @@ def run(args: argparse.Namespace) -> int:
         "overrides": dict(args.override),
     }
     if args.dry_run:
-        planned = plan(args.model, method, **selection, samples=args.samples, seq_len=args.seq_len)
-        print(planned.to_markdown())
-        check_disk(planned, args.out)
+        previewed = preview(args.model, method, **selection, samples=args.samples, seq_len=args.seq_len)
+        print(previewed.to_markdown())
+        check_disk(previewed, args.out)
         return 0
     report = quantize(
         args.model,

@@ -1,18 +1,33 @@
-"""Quantize the linear layers of one decoder layer, given what goes into it."""
+"""Quantize the linear layers of a host, decoder layer by decoder layer, each given what the quantized ones before it put out."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import CalibrationError
+from ..models.architectures import decoder_layers, foldable_architecture, head_dim
 from ..models.linears import linear_of, set_weight
 from ..quantizers import InputStatistics, Options, rounding_of
+from ..reports import ModuleReport
 from ..tensor import QuantTensor
-from .running import LayerInputs, LayerJob, collect_statistics, input_groups
+from ..texts import batches_of
+from .hosts import Host, Run
+from .running import (
+    LayerInputs,
+    LayerJob,
+    Place,
+    capture_inputs,
+    check_finite,
+    collect_statistics,
+    input_groups,
+    propagate,
+)
 from .scaling import fold_scales
 
 logger = logging.getLogger(__name__)
@@ -32,6 +47,93 @@ class Quantized:
     of_output: bool
     seconds: float
     fallback: str | None = None
+
+    def report(self, name: str, bytes_before: int) -> ModuleReport:
+        """As the report of the linear layer of that name, whose float weight took so many bytes."""
+        return ModuleReport(
+            name=name,
+            scheme=str(self.tensor.scheme),
+            method=self.method,
+            error=self.error,
+            error_of="output" if self.of_output else "weight",
+            seconds=self.seconds,
+            bytes_before=bytes_before,
+            bytes_after=self.tensor.nbytes,
+            fallback=self.fallback,
+        )
+
+
+def quantize_linears(host: Host, run: Run, place: Place, progress: bool) -> dict[str, ModuleReport]:
+    """Quantize every chosen linear layer of a host; the report of each, in the order of `run.methods`.
+
+    Raises:
+        CalibrationError: activations are NaN or infinite.
+        ArgumentError: a weight is; or the architecture is unknown to a method that folds scales.
+    """
+    if run.windows is None:
+        return _round_all(host, run.methods, place, progress)
+    results = _calibrate_all(host, run, run.windows, place, progress)
+    outside = {name: method for name, method in run.methods.items() if name not in results}
+    results |= _round_all(host, outside, place, progress, "it is not in a decoder layer, and only those are calibrated")
+    return {name: results[name] for name in run.methods}
+
+
+def _calibrate_all(host: Host, run: Run, windows: Tensor, place: Place, progress: bool) -> dict[str, ModuleReport]:
+    """Those inside decoder layers."""
+    prefix, layers = decoder_layers(host.model)
+    architecture = foldable_architecture(host.model, type(run.method).__name__) if run.method.folds else None
+    width = head_dim(host.model) if architecture is not None else 0
+    with host.embeddings(prefix, _head_of(host.model), place):
+        batches = [batch.to(place.device) for batch in batches_of(windows)]
+        kept_as = host.dtype(f"{next(iter(run.methods))}.weight")
+        hidden, arguments = capture_inputs(host.model, layers, batches, kept_as)
+    for index, batch in enumerate(hidden):
+        check_finite(batch, "the embedding", index)
+    hidden = host.activations() or hidden
+    results: dict[str, ModuleReport] = {}
+    with tqdm(range(len(layers)), desc=run.method.name, unit="layer", disable=not progress) as bar:
+        for index in bar:
+            name = f"{prefix}.{index}"
+            if (reports := host.finished(name)) is not None:
+                results |= {report.name: report for report in reports}
+                continue
+            inside = {
+                full.removeprefix(f"{name}."): m for full, m in run.methods.items() if full.startswith(f"{name}.")
+            }
+            stored = {leaf: host.dtype(f"{name}.{leaf}") for leaf, _ in layers[index].named_parameters()}
+            inputs = LayerInputs(hidden, arguments[index])
+            with host.layer(name, place) as (layer, weights):
+                done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, architecture, width))
+                propagate(layer, inputs, place, name)
+                weights.update({leaf: result.tensor for leaf, result in done.items()})
+            reports = []
+            for leaf, result in done.items():
+                size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
+                reports.append(result.report(f"{name}.{leaf}", size))
+            host.commit(name, reports, hidden)
+            results |= {report.name: report for report in reports}
+            if reports:
+                bar.set_postfix(error=f"{max(report.error for report in reports):.2%}")
+    return results
+
+
+def _round_all(
+    host: Host, methods: Mapping[str, Options], place: Place, progress: bool, fallback: str | None = None
+) -> dict[str, ModuleReport]:
+    """Without calibration; `fallback` says why, if the methods wanted it otherwise."""
+    results: dict[str, ModuleReport] = {}
+    with tqdm(methods.items(), desc="rounding", unit="linear", disable=not progress or not methods) as bar:
+        for name, method in bar:
+            if (finished := host.finished(name)) is not None:
+                results[name] = finished[0]
+                continue
+            weight = host.weight(name)
+            result = round_to_nearest(weight.to(place.device), method.with_scales_for(weight.dtype), name, fallback)
+            host.keep(name, result.tensor)
+            results[name] = result.report(name, weight.nbytes)
+            host.commit(name, [results[name]])
+            bar.set_postfix(error=f"{result.error:.2%}")
+    return results
 
 
 def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict[str, Quantized]:
@@ -100,3 +202,10 @@ def _quantize(
 def _ratio(error_energy: float, energy: float) -> float:
     """The relative error; 0 for a weight or an input that is all zero, and so is its error."""
     return (max(error_energy, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
+
+
+def _head_of(model: nn.Module) -> str | None:
+    """The name of the output embedding, which calibration never runs."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
