@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from qkernels import HQQ, NF4, RTN, SmoothQuant, evaluate, quantize
 from qkernels.checkpoint import load, open_checkpoint
-from qkernels.cli.common import load_tokenizer, read_text, token_ids
-from qkernels.quantizers import CalibrationFree, Options
+from qkernels.cli.common import read_text
+from qkernels.quantizers import Options
 from qkernels.text import table
+from qkernels.texts import load_tokenizer, token_ids
 
 from ..method import envelope, environment
 
@@ -78,7 +79,7 @@ def measure(model: Path, names: Sequence[str], samples: int, seq_len: int, token
     rows = []
     for name in names:
         method = METHODS[name]
-        texts = None if isinstance(method, CalibrationFree) else [read_text(str(model / "calibration.txt"))]
+        texts = None if method.needs == "weight" else [read_text(str(model / "calibration.txt"))]
         with TemporaryDirectory() as directory:
             target = Path(directory) / "out"
             quantize(model, method, calibration=texts, save_to=target, samples=samples, seq_len=seq_len, progress=False)

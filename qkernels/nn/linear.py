@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import ArgumentError, QKernelsError, TensorError
 from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
 from ..layouts import LAYOUTS, empty_buffers, get_layout, unpack_checked
-from ..quantizers import NF4, RTN
+from ..quantizers import RTN, Options
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from .huge_pages import on_huge_pages
@@ -150,7 +150,7 @@ class QuantLinear(nn.Module):
         cls,
         linear: nn.Linear,
         scheme: QuantScheme | str,
-        method: RTN | NF4 | None = None,
+        method: Options | None = None,
         on_unsupported: OnUnsupported = "raise",
         name: str = "weight",
     ) -> QuantLinear:
@@ -166,7 +166,7 @@ class QuantLinear(nn.Module):
             ArgumentError: the weight has NaN or infinite entries.
             UnsupportedProblem: no kernel takes the scheme.
         """
-        weight = (method or RTN()).with_scheme(scheme).quantize(linear.weight.detach().contiguous(), name)
+        weight = (method or RTN()).with_scheme(scheme).quantize(linear.weight.detach().contiguous(), name=name)
         return cls.from_quant_tensor(weight, linear.bias, linear.weight.device, linear.weight.dtype, on_unsupported)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How many cores this process may use, and whether torch runs more threads than that.
+"""What machine this is: how many cores this process may use, and whether torch runs more threads than that.
 
 torch counts the cores that the scheduler may use (`sched_getaffinity`) when it is imported, and knows nothing of a container's
 time quota: with two cores' worth of time on a machine of 64 it runs 64 threads (measured with one of two: `docs/cpu-decode.md`).

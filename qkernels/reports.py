@@ -1,18 +1,25 @@
-"""What a quantization run says about itself, before (`QuantPlan`) and after (`QuantReport`)."""
+"""What a quantization run says about itself, before (`QuantPreview`) and after (`QuantReport`), and that report as files
+beside a checkpoint: `quantize` writes them, `inspect` reads a line of them, `convert` hands them on."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ..checkpoint.reports import REPORT_JSON, REPORT_MARKDOWN
-from ..errors import CheckpointError
-from ..storage import read_json, write_json
-from ..text import table
+from ._version import __version__
+from .errors import CheckpointError
+from .storage import read_json, write_json
+from .storage.files import write_error
+from .text import table
 
-MIB = 1 / 2**20
+REPORT_JSON: Final = "qkernels_report.json"
+REPORT_MARKDOWN: Final = "qkernels_report.md"
+REWRITTEN: Final = "rewritten"
+
+MIB: Final = 1 / 2**20  # times bytes
 NOT_EVALUATED = "not evaluated: no evaluation text was given (--eval-text, evaluation=)"
 
 
@@ -148,8 +155,37 @@ def quality_line(directory: Path) -> str | None:
     return line
 
 
+def carry_report(source: Path, target: Path, format: str) -> None:
+    """Copy the report of a checkpoint that was rewritten in `format`, and say so in it: with the weights, what it says of their
+    quality stays true. Without a report there is nothing to do.
+
+    Raises:
+        CheckpointError: there is a report that cannot be read or written.
+    """
+    path = source / REPORT_JSON
+    if not path.is_file():
+        return
+    report = read_json(path)
+    steps = report.get(REWRITTEN, [])
+    if not isinstance(steps, list):
+        raise CheckpointError(
+            f"{path} needs {REWRITTEN} to be a list, got {steps!r:.60}; remove the file if it is not yours"
+        )
+    steps = [*steps, {"format": format, "qkernels": __version__}]
+    try:
+        write_json(target / REPORT_JSON, report | {REWRITTEN: steps})
+        if (source / REPORT_MARKDOWN).is_file():
+            shutil.copyfile(source / REPORT_MARKDOWN, target / REPORT_MARKDOWN)
+            with (target / REPORT_MARKDOWN).open("a", encoding="utf-8") as file:
+                file.write(
+                    f"- rewritten as {format} by qkernels {__version__}; the weights are the same, bit for bit\n"
+                )
+    except OSError as error:
+        raise write_error(error, target) from error
+
+
 @dataclass(frozen=True)
-class PlannedModule:
+class ModulePreview:
     """One linear layer that would be quantized."""
 
     name: str
@@ -160,7 +196,7 @@ class PlannedModule:
 
 
 @dataclass(frozen=True)
-class QuantPlan:
+class QuantPreview:
     """What `quantize` would do with a checkpoint, and what it needs.
 
     Args:
@@ -170,7 +206,7 @@ class QuantPlan:
     """
 
     method: str
-    modules: tuple[PlannedModule, ...]
+    modules: tuple[ModulePreview, ...]
     skipped: Mapping[str, str]
     bytes_before: int
     bytes_after: int
@@ -206,3 +242,11 @@ class QuantPlan:
                 *(f"- {name} is skipped: {reason}" for name, reason in self.skipped.items()),
             ]
         )
+
+
+def readable_size(nbytes: int) -> str:
+    """Bytes in the largest unit of which there is one at least: "1.50 MiB"."""
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if nbytes >= 2**shift:
+            return f"{nbytes / 2**shift:.2f} {unit}"
+    return f"{nbytes} B"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qkernels.cli import common, diagnosis
-from qkernels.cli.cores import Cores, find_cores, oversubscribed
 from qkernels.cli.main import main
+from qkernels.machine import Cores, find_cores, oversubscribed
 
 
 def tree(root: Path, cgroup: str, mounts: str, files: Mapping[str, str]) -> Path:
