@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import AWQ, GPTQ, HQQ, NF4, RTN, QuantLinear, SmoothQuant, load
-from qkernels.calibrate import plan
+from qkernels.calibrate import preview
 from qkernels.errors import (
     ArgumentError,
     CalibrationError,
@@ -35,7 +35,7 @@ METHODS = {
     "awq": AWQ(4, 16, grid=4),
     "hqq": HQQ(3, 16),
     "nf4": NF4(group_size=16, double_quant=True),
-    "smoothquant": SmoothQuant(act_bits=None),
+    "smoothquant": SmoothQuant(act=None),
     "awq symmetric": AWQ(3, 16, symmetric=True, grid=4, duo_scaling=False),
 }
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -243,7 +243,7 @@ def test_report_is_json_and_markdown() -> None:
 def test_plan_says_what_quantize_does(tmp_path: Path) -> None:
     loud_model().save_pretrained(tmp_path / "source")
     for method in (RTN(4, 16), GPTQ(4, 16), AWQ(4, 16)):
-        planned = plan(tmp_path / "source", method, overrides={"*.down_proj": "w8a16_g8"}, samples=24, seq_len=16)
+        planned = preview(tmp_path / "source", method, overrides={"*.down_proj": "w8a16_g8"}, samples=24, seq_len=16)
         report = run(tmp_path / "source", method, save_to=tmp_path / method.name, overrides={"*.down_proj": "w8a16_g8"})
         assert [(m.name, m.scheme, m.bytes_before) for m in planned.modules] == [
             (m.name, m.scheme, m.bytes_before) for m in report.modules
@@ -390,12 +390,12 @@ def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_contradicts_the_tensors(field: str, value: int, message: str, tmp_path: Path) -> None:
-    """Before anything is written, and in the plan already."""
+    """Before anything is written, and in the preview already."""
     loud_model().save_pretrained(tmp_path / "source")
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     with pytest.raises(CheckpointError, match=message):
-        plan(tmp_path / "source", RTN(4, 16))
+        preview(tmp_path / "source", RTN(4, 16))
     with pytest.raises(CheckpointError, match=message):
         run(tmp_path / "source", RTN(4, 16), save_to=tmp_path / "out")
     assert not (tmp_path / "out").exists()

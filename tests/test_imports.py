@@ -18,9 +18,9 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 
 # A room may import from rooms that stand above it in this list, and from itself.
 STOREYS = (
-    ("errors", "markdown", "_version"),
-    ("extension", "scheme", "storage"),
-    ("tensor", "models"),
+    ("errors", "text", "_version"),
+    ("extension", "machine", "scheme", "storage"),
+    ("models", "reports", "tensor", "texts"),
     ("formats", "layouts", "quantizers"),
     ("ops",),
     ("kernels",),
@@ -34,8 +34,6 @@ STOREYS = (
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
-# The loader of the compiled kernels needs nothing above it, and the ops need it.
-ALLOWED = {("ops", "extension")}
 
 
 def imports_of(source: str, module: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qkernels import GPTQ, RTN, __version__, inspect, load
-from qkernels.calibrate import plan
+from qkernels.calibrate import preview
 from qkernels.checkpoint import CheckpointWriter, convert
 from qkernels.cli.main import main
 from qkernels.errors import ArgumentError, CheckpointError
@@ -127,7 +127,7 @@ def test_evaluation_that_cannot_be_used(evaluation: Any, message: str) -> None:
 def test_a_full_disk_is_an_error_before_the_work_begins(
     method: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    planned = plan(source, method, samples=24, seq_len=16)
+    planned = preview(source, method, samples=24, seq_len=16)
     needed = planned.disk_bytes
     sizes: list[int] = []
     original = CheckpointWriter.close

@@ -17,9 +17,9 @@ from ..errors import CheckpointError, ConversionError
 from ..formats import Oddity, summary
 from ..kernels.catalogue import Problem, arch_of, select
 from ..nn import QuantLinear
+from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files
 from .registry import get_format
-from .reports import carry_report
 from .source import open_checkpoint
 from .writer import CheckpointWriter
 

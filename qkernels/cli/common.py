@@ -1,4 +1,4 @@
-"""What several commands share: argument types, the tokenizer, writing results.
+"""What several commands share: argument types, reading a text, writing results.
 
 The modules of commands import torch where they run, not at their head: `--help` needs none.
 """
@@ -9,12 +9,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, CheckpointError
-from .cores import find_cores, oversubscribed
+from ..errors import ArgumentError
+from ..machine import find_cores, oversubscribed
 
 if TYPE_CHECKING:
     import torch
@@ -120,30 +120,6 @@ def read_text(path: str) -> str:
     if not text.strip():
         raise ArgumentError(f"{path} is empty; give a file with some text")
     return text
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """The checkpoint's own tokenizer; nothing is downloaded, no code of the checkpoint is run.
-
-    Raises:
-        CheckpointError: there is no such directory, or no tokenizer in it that transformers can read.
-    """
-    from transformers import AutoTokenizer
-
-    from ..storage import require_directory
-
-    require_directory(Path(directory))  # transformers would take a name for one on the Hub
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no readable tokenizer: {error}") from None
-
-
-def token_ids(tokenizer: Callable[..., Any], text: str) -> torch.Tensor:
-    """int64 `[tokens]`, without special tokens."""
-    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
-    ids: torch.Tensor = encoded["input_ids"][0]
-    return ids
 
 
 def print_json(values: Mapping[str, Any]) -> None:

@@ -14,9 +14,9 @@ import torch
 from .. import extension
 from .._version import __version__
 from ..kernels.catalogue import KernelTable, Problem, arch_of, list_kernels
+from ..machine import find_cores, oversubscribed
 from ..nn import QuantLinear
 from ..quantizers import RTN
-from .cores import find_cores, oversubscribed
 
 # The same is said at the head of docs/kernel-log.md, and nowhere else.
 GPU_KERNELS = "verified without a GPU, never run on one: speeds are predictions (docs/kernel-log.md)"

@@ -10,11 +10,9 @@ from .common import (
     add_dtype,
     command_parser,
     dtype_of,
-    load_tokenizer,
     positive,
     print_json,
     read_text,
-    token_ids,
 )
 
 
@@ -39,7 +37,8 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint import load
-    from ..evaluate import Comparison, Perplexity, compare, perplexity, window_length
+    from ..evaluate import Comparison, Perplexity, compare, perplexity
+    from ..texts import load_tokenizer, token_ids, window_length
 
     dtype = dtype_of(args)
     ids = token_ids(load_tokenizer(args.checkpoint), read_text(args.text))

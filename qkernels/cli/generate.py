@@ -13,7 +13,6 @@ from .common import (
     add_dtype,
     command_parser,
     dtype_of,
-    load_tokenizer,
     positive,
     temperature,
     warn_of_threads,
@@ -42,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..checkpoint import load
+    from ..texts import load_tokenizer
 
     tokenizer = load_tokenizer(args.checkpoint)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)

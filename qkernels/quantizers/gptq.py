@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..errors import ArgumentError, CalibrationError
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor, validated_group_index
 from .grid import Clip, Grid, assemble, checked_weight, decode, encode, fit, stored_dtype
-from .options import Options
+from .options import Needs, Options
 
 ActOrder = Literal["none", "group", "static"]
 
@@ -54,6 +54,8 @@ class GPTQ(Options):
     >>> # quantize(model, method, calibration=[text], save_to="out/")
     """
 
+    needs: ClassVar[Needs] = "moments"
+
     clip: Clip = "mse"
     act_order: ActOrder = "group"
     damping: float = 0.01
@@ -67,8 +69,13 @@ class GPTQ(Options):
                 f"damping is a share of the Hessian's mean diagonal and must be in (0, 1], got {self.damping!r}"
             )
 
-    def quantize(self, weight: Tensor, hessian: Tensor, name: str = "weight") -> QuantTensor:
-        """Quantize a weight `[N, K]` given the Hessian `[K, K]` of its inputs (`InputStatistics.hessian`).
+    @property
+    def orders_columns(self) -> bool:
+        """With act_order="group"."""
+        return self.act_order == "group"
+
+    def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
+        """Quantize a weight `[N, K]` given the Hessian `[K, K]` of its inputs, their second moments (`InputStatistics.hessian`).
 
         The arithmetic is that of the Hessian's dtype (fp32 or fp64). A column whose input was 0 for every token is rounded
         to nearest: nothing says that it stays silent on other text.
@@ -77,6 +84,11 @@ class GPTQ(Options):
             ArgumentError: the weight or the Hessian has the wrong shape, dtype or values.
             CalibrationError: the Hessian is not positive definite with 100 times the damping.
         """
+        if moments is None:
+            raise ArgumentError(
+                f"GPTQ needs the Hessian of {name}'s inputs, [K, K] (InputStatistics.hessian), got None; RTN needs none"
+            )
+        hessian = moments
         values = checked_weight(weight, name).to(hessian.dtype)
         _check_hessian(values, hessian, name)
         scheme, scale_dtype = self.scheme, stored_dtype(weight, self.scale_dtype)

@@ -22,11 +22,12 @@ class RTN(Options):
     (torch.Size([8, 64]), torch.Size([8, 2]))
     """
 
-    def quantize(self, weight: Tensor, name: str = "weight") -> QuantTensor:
+    def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
         """Quantize a weight `[..., N, K]` (leading dimensions are experts).
 
         Args:
             weight: floating, on any device; a meta tensor gives the shapes and dtypes of the result.
+            moments: not looked at.
             name: how error messages call it.
 
         Raises:
@@ -36,3 +37,11 @@ class RTN(Options):
         scale_dtype = stored_dtype(weight, self.scale_dtype)
         grid = fit(values, self.scheme, scale_dtype, self.clip)
         return assemble(nearest(values, grid, self.scheme), grid, self.scheme, scale_dtype)
+
+
+def rounding_of(method: Options) -> Options:
+    """What a method falls back to for a weight without moments: itself if it needs none, else rounding to nearest with the same
+    scheme, dtype of scales, and clipping."""
+    if method.needs == "weight":
+        return method
+    return RTN(scale_dtype=method.scale_dtype, clip=method.clip).with_scheme(method.scheme)

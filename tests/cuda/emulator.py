@@ -7,7 +7,6 @@ with a bug, which are one object each: two workers build two of them, beside eac
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
 import platform
@@ -15,8 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +23,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from tools.locking import locked
 
 from .mutants import MUTANTS, write_mutant
 
@@ -147,14 +147,6 @@ def ninja_file_with_bug(unit: str, flavour: Flavour, bug: str) -> str:
             lines += [f"build {objects[-1]}: compile {source}", f"  headers = {headers}", f"{more} {macro}"]
     lines += [f"build {BUILDS}/{target_of(unit, flavour, bug)}: link {' '.join(objects)}", more]
     return "\n".join(lines) + "\n"
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from benchmarks.shapes import FULL_SET, layers_of
+from benchmarks.kernels.shapes import FULL_SET, layers_of
 from tests.cuda import calls, emulator
 from tests.cuda.cards import CARDS, SHARED
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qkernels import GPTQ, NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
-from qkernels.calibrate import plan
+from qkernels.calibrate import preview
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.layouts import LAYOUTS
-from qkernels.nn.replace import model_bytes
+from qkernels.nn import model_bytes
 from qkernels.storage import TensorSource
 from qkernels.tensor import QuantTensor
 
@@ -188,12 +188,12 @@ def test_gpt2_as_it_lies_on_the_hub(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_quantize_rounds_conv1d_as_replace_linear_does(stored: bool, tmp_path: Path) -> None:
-    """In memory and from a directory: the same codes, and bytes as the plan says."""
+    """In memory and from a directory: the same codes, and bytes as the preview says."""
     expected, model = tiny_gpt2(), tiny_gpt2()
     replace_linear(expected, "w4a16_g32", progress=False)
     if stored:
         model.save_pretrained(tmp_path / "plain")
-        planned = plan(tmp_path / "plain", RTN(4, 32))
+        planned = preview(tmp_path / "plain", RTN(4, 32))
         report = quantize(tmp_path / "plain", RTN(4, 32), save_to=tmp_path / "out", progress=False)
         assert [(m.shape, m.bytes_after) for m in planned.modules[:1]] == [((96, 32), report.modules[0].bytes_after)]
         model = load(tmp_path / "out")
