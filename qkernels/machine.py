@@ -12,8 +12,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 PROC = Path("/proc/self")
 
 
@@ -74,6 +72,8 @@ def oversubscribed(cores: Cores, threads: int) -> str | None:
 def _affinity(proc: Path) -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
+    import torch
+
     # With OMP_PROC_BIND the main thread is tied to one core from `import torch` on, and each thread of the pool to its
     # own: all of them say where the process may run, once a parallel region has made them.
     torch.zeros(1 << 17).exp_()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qkernels.cli import common, doctor
+from qkernels.cli import common, diagnosis
 from qkernels.cli.main import main
 from qkernels.machine import Cores, find_cores, oversubscribed
 
@@ -118,7 +118,7 @@ def test_usable_cores_are_whole_and_at_least_one(cores: Cores, usable: int) -> N
 
 def test_doctor_says_so_and_stays_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr(doctor, "find_cores", lambda: Cores(64, 2.0, ("/cg/cpu.max: no number",)))
+    monkeypatch.setattr(diagnosis, "find_cores", lambda: Cores(64, 2.0, ("/cg/cpu.max: no number",)))
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert (

@@ -1,4 +1,7 @@
-"""What several commands share: argument types, reading a text, writing results."""
+"""What several commands share: argument types, reading a text, writing results.
+
+The modules of commands import torch where they run, not at their head: `--help` needs none.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,15 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..machine import find_cores, oversubscribed
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 Subparsers = Any  # argparse keeps the type private
 
 
@@ -42,6 +46,8 @@ def positive(text: str) -> int:
 
 def any_device(text: str) -> torch.device:
     """An argparse type: a device that kernels run on, here or elsewhere."""
+    import torch
+
     try:
         found = torch.device(text)
     except RuntimeError:
@@ -53,6 +59,8 @@ def any_device(text: str) -> torch.device:
 
 def device(text: str) -> torch.device:
     """An argparse type: the CPU, or a GPU that this torch sees."""
+    import torch
+
     found = any_device(text)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
@@ -83,8 +91,17 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: that of the checkpoint)")
 
 
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """What `add_dtype` was given; None: the checkpoint's own."""
+    import torch
+
+    return getattr(torch, args.dtype) if args.dtype else None
+
+
 def warn_of_threads(place: torch.device) -> None:
     """One line on standard error if torch runs more threads on the CPU than this process has cores."""
+    import torch
+
     advice = oversubscribed(find_cores(), torch.get_num_threads()) if place.type == "cpu" else None
     if advice:
         print(f"warning: {advice}", file=sys.stderr)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from .common import (
-    DTYPES,
     Subparsers,
     add_device,
     add_dtype,
     command_parser,
+    dtype_of,
     positive,
     print_json,
     read_text,
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluate import Comparison, Perplexity, compare, perplexity
     from ..texts import load_tokenizer, token_ids, window_length
 
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    dtype = dtype_of(args)
     ids = token_ids(load_tokenizer(args.checkpoint), read_text(args.text))
     model = load(args.checkpoint, device=args.device, dtype=dtype)
     seq_len = window_length(model, args.seq_len)

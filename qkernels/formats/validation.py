@@ -14,7 +14,6 @@ from ..errors import CheckpointError, ConversionError, QKernelsError
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor, validated_group_index
 
-GroupSize = int | str
 MAX_PATTERN = 1000  # characters of a regular expression in a config
 
 

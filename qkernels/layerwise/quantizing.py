@@ -30,7 +30,7 @@ from .running import (
 )
 from .scaling import fold_scales
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str |
     rounding = rounding_of(method)
     tensor = rounding.quantize(weight, name=f"{name}.weight")
     if fallback is not None:
-        logger.warning("%s is rounded to nearest: %s", name, fallback)
+        log.warning("%s is rounded to nearest: %s", name, fallback)
     values = weight.float()
     error = _ratio(float((tensor.dequantize() - values).square().sum()), float(values.square().sum()))
     return Quantized(tensor, rounding.name, error, False, time.perf_counter() - began, fallback)

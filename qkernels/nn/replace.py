@@ -19,7 +19,7 @@ from .linear import QuantLinear
 from .modules import model_bytes, packed_bytes, set_module
 from .selection import Overrides, Patterns, Selection, select_linears
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,5 +109,5 @@ def replace_linear(
         report.add(name, layer, linear.weight.nbytes)
         set_module(model, name, layer)
     report.bytes_after = model_bytes(model)
-    logger.info("%s", report)
+    log.info("%s", report)
     return report

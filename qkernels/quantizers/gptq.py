@@ -28,7 +28,7 @@ BLOCK_COLUMNS = 128
 # The first damping that makes the Hessian positive definite is used: the asked one, then 10 and 100 times as much.
 DAMPING_STEPS = (1, 10, 100)
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,7 @@ def inverse_factor(hessian: Tensor, damping: float, name: str = "weight") -> Ten
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             if step > 1:
-                logger.warning(
-                    "%s: the Hessian needed a damping of %.3g instead of %.3g", name, damping * step, damping
-                )
+                log.warning("%s: the Hessian needed a damping of %.3g instead of %.3g", name, damping * step, damping)
             identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
             factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
             return factor

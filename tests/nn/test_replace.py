@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 import weakref
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from qkernels import GPTQ, NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
 from qkernels.calibrate import preview
 from qkernels.errors import ArgumentError, SchemeError
+from qkernels.layouts import LAYOUTS
 from qkernels.nn import model_bytes
 from qkernels.storage import TensorSource
 from qkernels.tensor import QuantTensor
@@ -337,14 +339,15 @@ def test_float_weights_are_freed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> 
     floats = [weakref.ref(layer.weight) for layer in model]
     unpacked: list[weakref.ref[torch.Tensor]] = []
     alive: list[tuple[int, int]] = []
-    pack = QuantLinear._pack
+    layout = LAYOUTS["cpu_tile_a16"]
 
-    def counting(self: QuantLinear, weight: QuantTensor, device: torch.device) -> None:
-        unpacked.append(weakref.ref(weight.codes))
-        alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
-        pack(self, weight, device)
+    def counting(weight: QuantTensor) -> dict[str, torch.Tensor | None]:
+        if not weight.codes.is_meta:
+            unpacked.append(weakref.ref(weight.codes))
+            alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
+        return layout.pack(weight)
 
-    monkeypatch.setattr(QuantLinear, "_pack", counting)
+    monkeypatch.setitem(LAYOUTS, layout.name, dataclasses.replace(layout, pack=counting))
     replace_linear(model, "w4a16_g32", progress=False)
     assert alive == [(4, 1), (3, 1), (2, 1), (1, 1)]
     assert not any(ref() is not None for ref in (*floats, *unpacked))
