@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import qkernels
-from qkernels import AWQ, GPTQ, RTN, QuantLinear, extension, markdown
+from qkernels import AWQ, GPTQ, RTN, QuantLinear, extension, text
 from qkernels.evaluate import compare, perplexity
 from qkernels.nn import model_bytes, packed_bytes
 from qkernels.quantizers import Options
@@ -198,7 +198,7 @@ def table(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    return markdown.table(header, cells)
+    return text.table(header, cells)
 
 
 def texts(rows: list[Row], prompt: str) -> str:

@@ -104,6 +104,20 @@ def quantize(
             other.
         CalibrationError: calibration is missing, too short, or gives NaN activations.
         SchemeError, UnsupportedProblem, CheckpointError, ConversionError: as they say.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import GPTQ, quantize
+    >>> model = LlamaForCausalLM(config)
+    >>> tokens = torch.randint(64, (8, 32))  # of a real text, for a real model
+    >>> report = quantize(model, GPTQ(bits=4, group_size=32), calibration=tokens, seq_len=32, progress=False)
+    >>> len(report.modules), report.skipped
+    (7, {'lm_head': 'excluded'})
+    >>> model.model.layers[0].mlp.up_proj
+    QuantLinear(in_features=64, out_features=96, bias=False, scheme=w4a16_g32, layout=cpu_tile_a16)
     """
     _check_method(method)
     began = time.perf_counter()

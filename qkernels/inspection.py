@@ -17,10 +17,10 @@ from .engines import Engine, engines_for, unequal_merges
 from .errors import CheckpointError
 from .formats import Oddity, summary
 from .formats.validation import boolean, first_of
-from .markdown import table
 from .reports import quality_line, readable_size
 from .scheme import QuantScheme
 from .tensor import QuantTensor
+from .text import dtype_name, table
 
 Columns = Literal["natural", "act-order", "static"]
 MAX_ERRORS = 20
@@ -130,6 +130,20 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
 
     Raises:
         CheckpointError: the directory is not sound; names every broken module and its field (the first 20).
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import inspect, replace_linear, save
+    >>> model = LlamaForCausalLM(config)
+    >>> report = replace_linear(model, "w4a16_g32")
+    >>> save(model, "tiny-4bit")
+    >>> found = inspect("tiny-4bit")
+    >>> found.format, found.schemes, len(found.layers)
+    ('native', {'w4a16_g32': 7}, 7)
+    >>> round(found.bits_per_weight, 1)  # 4, and a scale of 16 bits for each 32 weights
+    4.5
     """
     checkpoint = open_checkpoint(directory)
     layers: list[LayerInfo] = []
@@ -181,8 +195,7 @@ def _layer(module: str, weight: QuantTensor, checkpoint: Checkpoint) -> LayerInf
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    dtype = str(checkpoint.dtype(name)).removeprefix("torch.")
-    return TensorInfo(name, checkpoint.shape(name), dtype, checkpoint.nbytes(name))
+    return TensorInfo(name, checkpoint.shape(name), dtype_name(checkpoint.dtype(name)), checkpoint.nbytes(name))
 
 
 def _modules_of(others: Sequence[TensorInfo]) -> set[str]:

@@ -1,7 +1,7 @@
 """What machine this is: how many cores this process may use, and whether torch runs more threads than that.
 
 torch counts the cores that the scheduler may use (`sched_getaffinity`) when it is imported, and knows nothing of a container's
-time quota: with two cores' worth of time on a machine of 64 it runs 64 threads (measured with one of two: `docs/cpu-fused.md`).
+time quota: with two cores' worth of time on a machine of 64 it runs 64 threads (measured with one of two: `docs/cpu-decode.md`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def oversubscribed(cores: Cores, threads: int) -> str | None:
         return None
     return (
         f"torch runs {threads} threads, this process may use {cores}. Then a call of most linear layers takes 30 to 60 µs longer "
-        "(4 and 8 threads on 2 cores), and beyond a quota everything stops for up to 50 ms at a time (docs/cpu-fused.md). "
+        "(4 and 8 threads on 2 cores), and beyond a quota everything stops for up to 50 ms at a time (docs/cpu-decode.md). "
         f"Set OMP_NUM_THREADS={cores.usable}, or call torch.set_num_threads({cores.usable})"
     )
 

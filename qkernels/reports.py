@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from ._version import __version__
 from .errors import CheckpointError
-from .markdown import table
 from .storage import read_json, write_json
 from .storage.files import write_error
+from .text import table
 
 REPORT_JSON: Final = "qkernels_report.json"
 REPORT_MARKDOWN: Final = "qkernels_report.md"
@@ -53,6 +53,15 @@ class QuantReport:
         perplexity, comparison: what `evaluate.perplexity` and `evaluate.compare` (with the original) say, as JSON types with
             their protocol; None without an evaluation text.
         versions: of the software, and the device.
+
+    >>> import torch
+    >>> from qkernels import RTN, quantize
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    >>> report = quantize(model, RTN(bits=4, group_size=32), progress=False)  # a QuantReport
+    >>> [(module.name, module.scheme, round(module.error, 1)) for module in report.modules]
+    [('0', 'w4a16_g32', 0.1)]
+    >>> report.fallbacks
+    {}
     """
 
     method: str

@@ -35,7 +35,7 @@ METHODS = {
     "awq": AWQ(4, 16, grid=4),
     "hqq": HQQ(3, 16),
     "nf4": NF4(group_size=16, double_quant=True),
-    "smoothquant": SmoothQuant(act_bits=None),
+    "smoothquant": SmoothQuant(act=None),
     "awq symmetric": AWQ(3, 16, symmetric=True, grid=4, duo_scaling=False),
 }
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

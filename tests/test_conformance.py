@@ -32,7 +32,7 @@ kernels = pytest.mark.parametrize("kernel", [*KERNELS, *REFERENCES], ids=lambda 
 
 def scheme_for(layout: str, zeros: str = "_asym") -> str:
     """A scheme that the layout holds: those with int8 activations hold no other."""
-    return "w4a8_g32" if layout.endswith("_a8") else f"w4a16_g32{zeros}"
+    return scheme_taken(LAYOUTS[layout], f"w4a16_g32{zeros}", "w4a8_g32")
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------------
@@ -57,6 +57,10 @@ def test_layout_round_trip(layout: Layout, scheme: str, N: int, K: int, act_orde
         assert t is None or (t.shape, t.dtype, t.is_contiguous()) == (on_meta[name].shape, on_meta[name].dtype, True), (
             name
         )
+    stated = layout.on_meta(N, K, weight.scheme, torch.float16, weight.group_index is not None)
+    assert {name: None if t is None else (t.shape, t.dtype) for name, t in packed.items()} == {
+        name: None if t is None else (t.shape, t.dtype) for name, t in stated.items()
+    }
 
 
 @layouts
@@ -171,7 +175,7 @@ def test_kernel_is_exact_where_bits_are_exact(
         x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
         if weight.scheme.codebook is not None:  # its entries are no short fractions: a sum of one product is exact
             x, bias = 2 * torch.eye(K, dtype=dtype)[:M], torch.zeros(N, dtype=dtype)
-        if weight.scheme.act_bits == 8:  # max |x| / 127 = 1 for every token: quantized to themselves
+        if weight.scheme.act == "int8":  # max |x| / 127 = 1 for every token: quantized to themselves
             x[:, 5] = 127
         expected = (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
         assert torch.equal(op(*arguments(weight, x, bias, kernel.layout)), expected), M

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 
 # A room may import from rooms that stand above it in this list, and from itself.
 STOREYS = (
-    ("errors", "markdown", "_version"),
+    ("errors", "text", "_version"),
     ("extension", "machine", "scheme", "storage"),
     ("models", "reports", "tensor", "texts"),
     ("formats", "layouts", "quantizers"),

@@ -19,8 +19,8 @@ from qkernels import evaluate
 from qkernels.calibrate import quantize
 from qkernels.checkpoint import load
 from qkernels.cli.common import read_text
-from qkernels.markdown import table as markdown_table
 from qkernels.quantizers import QUANTIZERS
+from qkernels.text import table as markdown_table
 from qkernels.texts import load_tokenizer, token_ids, window_length
 
 from ..method import envelope, environment

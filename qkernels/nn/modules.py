@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .linear import BUFFERS, QuantLinear
+from .linear import QuantLinear
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -16,7 +16,7 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def packed_bytes(layer: QuantLinear) -> int:
     """Bytes of the buffers the kernel reads."""
-    return sum(t.nbytes for t in (getattr(layer, name) for name in BUFFERS) if t is not None)
+    return sum(t.nbytes for t in layer.buffers())
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -34,7 +34,16 @@ class Replaced:
 
 @dataclass
 class ReplaceReport:
-    """What `replace_linear` did. Nothing is left out: a weight is in `replaced`, or in `skipped` with the reason."""
+    """What `replace_linear` did. Nothing is left out: a weight is in `replaced`, or in `skipped` with the reason.
+
+    >>> from torch import nn
+    >>> from qkernels import replace_linear
+    >>> model = nn.ModuleDict({"body": nn.Linear(512, 512), "head": nn.Linear(512, 512)})
+    >>> report = replace_linear(model, "w8a16_g128", exclude="head")  # a ReplaceReport
+    >>> print(report)
+    replaced 1 linear layers (w8a16_g128), skipped 1; model 2.0 -> 1.3 MiB
+      skipped head: excluded
+    """
 
     replaced: dict[str, Replaced] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -93,6 +102,16 @@ def replace_linear(
         SchemeError: a scheme cannot be parsed, or is none that the method rounds to.
         ArgumentError: a pattern matches no layer, a weight is NaN or infinite, or there is nothing to replace.
         UnsupportedProblem: no kernel takes a layer; the model is untouched.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from qkernels import replace_linear
+    >>> model = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64))
+    >>> report = replace_linear(model, "w4a16_g128", overrides={"2": "w8a16_g128"})
+    >>> {name: str(layer.scheme) for name, layer in report.replaced.items()}
+    {'0': 'w4a16_g128', '2': 'w8a16_g128'}
+    >>> model(torch.zeros(3, 256)).shape
+    torch.Size([3, 64])
     """
     scheme = QuantScheme.parse(scheme)
     rules = {pattern: QuantScheme.parse(s) for pattern, s in (overrides or {}).items()}

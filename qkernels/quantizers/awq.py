@@ -42,6 +42,11 @@ class AWQ(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> from qkernels import AWQ
+    >>> str(AWQ(bits=4, group_size=64).scheme), str(AWQ(symmetric=True).scheme)
+    ('w4a16_g64_asym', 'w4a16_g128')
+    >>> # quantize(model, AWQ(), calibration=[text], save_to="out/", format="awq")
     """
 
     needs: ClassVar[Needs] = "moments"

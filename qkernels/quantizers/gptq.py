@@ -46,6 +46,12 @@ class GPTQ(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> from qkernels import GPTQ
+    >>> method = GPTQ(bits=3, group_size=64, act_order="static")
+    >>> str(method.scheme)
+    'w3a16_g64'
+    >>> # quantize(model, method, calibration=[text], save_to="out/")
     """
 
     needs: ClassVar[Needs] = "moments"

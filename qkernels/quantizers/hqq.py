@@ -49,6 +49,12 @@ class HQQ(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> import torch
+    >>> from qkernels import HQQ
+    >>> weight = HQQ(bits=3).quantize(torch.randn(8, 128))
+    >>> str(weight.scheme), weight.zeros.shape
+    ('w3a16_g64_fzero', torch.Size([8, 2]))
     """
 
     integer_zeros: ClassVar[bool] = False

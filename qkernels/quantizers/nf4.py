@@ -34,6 +34,12 @@ class NF4(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> import torch
+    >>> from qkernels import NF4
+    >>> weight = NF4(double_quant=True).quantize(torch.randn(8, 128))
+    >>> str(weight.scheme), weight.scales.dtype
+    ('nf4_g64', torch.float32)
     """
 
     integer_zeros: ClassVar[bool] = False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, SchemeError
-from ..scheme import GroupSize, QuantScheme, ZeroKind
+from ..scheme import ActBitsIsAct, GroupSize, QuantScheme, ZeroKind
 from ..tensor import QuantTensor
 from .grid import Clip, checked_scale_dtype, stored_dtype
 
@@ -53,7 +53,7 @@ class ScaleRule(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ActBitsIsAct):
     """What codes look like, whichever method chooses them, and what a run must know of the method.
 
     A method is a frozen dataclass derived from this. It overrides `quantize`, and of the other answers those that differ:
@@ -63,7 +63,7 @@ class Options:
     orders_columns, scale_search, scale_rule, with_scales_for: see there.
 
     Args:
-        bits, group_size, symmetric, act_bits, codebook: see `QuantScheme`; `symmetric=False` means integer zero points.
+        bits, group_size, symmetric, act, codebook: see `QuantScheme`; `symmetric=False` means integer zero points.
         zeros: a zero kind by name where `symmetric` does not say enough ("float", "offset").
         scale_dtype: how scales are stored; None: the dtype of a 16-bit weight, else float16.
         clip: "mse" searches a narrower range per group, "none" keeps the full range.
@@ -79,7 +79,7 @@ class Options:
     group_size: GroupSize = 128
     symmetric: bool = True
     zeros: ZeroKind | None = None
-    act_bits: int | None = None
+    act: str | None = None
     codebook: str | None = None
     scale_dtype: torch.dtype | None = None
     clip: Clip = "none"
@@ -103,7 +103,7 @@ class Options:
     def scheme(self) -> QuantScheme:
         """What the codes of this method mean."""
         zeros: ZeroKind = self.zeros or ("none" if self.symmetric else "int")
-        return QuantScheme(self.bits, self.group_size, zeros, self.act_bits, self.codebook)
+        return QuantScheme(self.bits, self.group_size, zeros, self.act, self.codebook)
 
     def with_scheme(self: Self, scheme: str | QuantScheme) -> Self:
         """The same method with another scheme."""
@@ -114,7 +114,7 @@ class Options:
             group_size=parsed.group_size,
             symmetric=parsed.symmetric,
             zeros=parsed.zeros,
-            act_bits=parsed.act_bits,
+            act=parsed.act,
             codebook=parsed.codebook,
         )
 

@@ -13,7 +13,14 @@ from .options import Options
 
 @dataclass(frozen=True)
 class RTN(Options):
-    """Round to nearest. Options as in `Options`; `RTN().with_scheme("nf4_g64")` takes any scheme."""
+    """Round to nearest. Options as in `Options`; `RTN().with_scheme("nf4_g64")` takes any scheme.
+
+    >>> import torch
+    >>> from qkernels import RTN
+    >>> weight = RTN(bits=4, group_size=32).quantize(torch.randn(8, 64))  # a QuantTensor
+    >>> weight.codes.shape, weight.scales.shape
+    (torch.Size([8, 64]), torch.Size([8, 2]))
+    """
 
     def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
         """Quantize a weight `[..., N, K]` (leading dimensions are experts).

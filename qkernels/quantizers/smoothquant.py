@@ -33,13 +33,18 @@ class SmoothQuant(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> from qkernels import SmoothQuant
+    >>> str(SmoothQuant().scheme), str(SmoothQuant(4, 128).scheme)
+    ('w8a8_channel', 'w4a8_g128')
+    >>> # quantize(model, SmoothQuant(alpha=0.5), calibration=[text], save_to="out/")
     """
 
     needs: ClassVar[Needs] = "moments"
 
     bits: int = 8
     group_size: GroupSize = "channel"
-    act_bits: int | None = 8
+    act: str | None = "int8"
     alpha: float = 0.5
 
     def __post_init__(self) -> None:

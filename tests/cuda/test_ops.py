@@ -77,7 +77,7 @@ def test_asymmetric_weights_with_int8_activations_have_no_kernel_on_cuda() -> No
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        ({"scheme": "w4a16_g128"}, "int8 activations .act_bits=8. alone"),
+        ({"scheme": "w4a16_g128"}, "int8 activations .act=.int8.. alone"),
         ({"scheme": "w4a8_g128_asym"}, "zeros='int': with int8 activations these kernels take symmetric weights alone"),
         ({"scheme": "w4a8_g128_offset"}, "zeros='offset': with int8 activations these kernels take symmetric"),
         ({"scheme": "w4a8_g16"}, "neither 32 nor a multiple of 64"),
@@ -203,7 +203,7 @@ def on_this_machine() -> Iterator[None]:
     ],
 )
 def test_opcheck_of_the_cuda_ops(op: str, scheme: str, grad: bool) -> None:
-    layout = "mma_tile_a8" if op.endswith("_a8") else "mma_tile"
+    layout = op.partition("_")[2]
     weight = random_weight(scheme, 40, 96, act_order=grad)
     for M, bias in [(0, None), (1, None), (5, integers(40, dtype=torch.bfloat16).requires_grad_(grad))]:
         args = arguments(weight, integers(M, 96, dtype=torch.bfloat16).requires_grad_(grad), bias, layout)

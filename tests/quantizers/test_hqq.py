@@ -151,7 +151,7 @@ def test_experts_and_meta_weights() -> None:
 
 def test_int8_activations_change_the_scheme_alone() -> None:
     w = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
-    one, other = HQQ(4).quantize(w), HQQ(4, act_bits=8).quantize(w)
+    one, other = HQQ(4).quantize(w), HQQ(4, act="int8").quantize(w)
     assert str(other.scheme) == "w4a8_g64_fzero"
     assert other.zeros is not None
     assert torch.equal(other.codes, one.codes)

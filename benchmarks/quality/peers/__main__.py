@@ -29,8 +29,8 @@ from torch import Tensor
 from qkernels import evaluate, inspect, load, quantize
 from qkernels.cli.common import read_text
 from qkernels.errors import QKernelsError
-from qkernels.markdown import table
 from qkernels.quantizers import AWQ, GPTQ, HQQ, RTN, Options
+from qkernels.text import table
 from qkernels.texts import calibration_windows, load_tokenizer, token_ids
 
 from ...method import envelope, environment
