@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,25 @@ def test_every_room_has_a_storey() -> None:
 )
 def test_a_wrong_arrow_is_found(source: str, module: tuple[str, ...]) -> None:
     assert violations(source, module)
+
+
+TEST_FILE = re.compile(
+    r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+|^\s*from tests(?:\.\w+)* import .*\btest_\w+", re.MULTILINE
+)
+
+
+def test_test_files_are_no_libraries() -> None:
+    """Each can be read, moved and left out alone; what several need lies beside them."""
+    tests = Path(__file__).parent
+    assert [
+        str(path) for path in sorted(tests.rglob("*.py")) if TEST_FILE.search(path.read_text(encoding="utf-8"))
+    ] == []
+    for source in (
+        "from tests.cuda.test_kernels import bound",
+        "import tests.test_calibrate",
+        "from tests import test_calibrate",
+    ):
+        assert TEST_FILE.search(source), source
 
 
 def _python(code: str) -> str:

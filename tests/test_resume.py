@@ -21,6 +21,8 @@ METHOD = GPTQ(4, 16)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Takes 20 s and more: 22 runs of three methods are killed at nine points, refused without resume, and resumed, each in a
+    fork. Together, because importing takes longer than a run."""
     root = Path(__file__).parent.parent
     child = subprocess.run(
         [sys.executable, "-m", "tests.killed_runs", str(tmp_path)],

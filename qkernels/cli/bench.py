@@ -12,12 +12,14 @@ from ..errors import ArgumentError
 from ..scheme import QuantScheme
 from .common import Subparsers, command_parser, device, positive, warn_of_threads
 
+NAME, SUMMARY = "bench", "time the kernels beside their peers, in under a minute"
+
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "bench",
-        "time the kernels beside their peers, in under a minute",
+        NAME,
+        SUMMARY,
         "  qkernels bench\n"
         "  qkernels bench --json > before.json\n"
         "  qkernels bench --compare before.json      exit code 3 if a kernel became slower\n"

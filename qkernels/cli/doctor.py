@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 from .common import Subparsers, command_parser, print_json
 
+NAME, SUMMARY = "doctor", "diagnose this installation"
+
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
-    parser = command_parser(
-        commands, "doctor", "diagnose this installation", "  qkernels doctor\n  qkernels doctor --json"
-    )
+    parser = command_parser(commands, NAME, SUMMARY, "  qkernels doctor\n  qkernels doctor --json")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -15,12 +15,14 @@ from .common import (
     read_text,
 )
 
+NAME, SUMMARY = "eval", "perplexity, and KL and top-1 agreement with the original"
+
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "eval",
-        "perplexity, and KL and top-1 agreement with the original",
+        NAME,
+        SUMMARY,
         "  qkernels eval out/ --text held-out.txt\n  qkernels eval out/ --text held-out.txt --against my-llama/ --json",
         "Perplexity of a checkpoint on a text: consecutive windows without overlap, mean over the next tokens of each "
         "window. With --against also the KL divergence per token from the original, which is far more sensitive.",

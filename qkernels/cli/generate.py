@@ -18,12 +18,14 @@ from .common import (
     warn_of_threads,
 )
 
+NAME, SUMMARY = "generate", "continue a prompt with a checkpoint"
+
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "generate",
-        "continue a prompt with a checkpoint",
+        NAME,
+        SUMMARY,
         '  qkernels generate out/ --prompt "It was a dark night"\n'
         '  qkernels generate out/ --prompt "It was" --tokens 100 --temperature 0.8 --seed 1',
     )

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..quantizers import Options
 
 
+NAME, SUMMARY = "quantize", "quantize a model directory"
+
+
 def group_size(text: str) -> GroupSize:
     """An argparse type: a positive integer, "channel" or "tensor"."""
     if text == "channel":
@@ -35,8 +38,8 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 
     parser = command_parser(
         commands,
-        "quantize",
-        "quantize a model directory",
+        NAME,
+        SUMMARY,
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --format gptq\n"
         "  qkernels quantize my-llama/ out/ --method awq --asym --calibration text.txt --format awq\n"
         "  qkernels quantize my-llama/ out/ --method rtn --bits 8 --override '*.down_proj=w8a16_channel'\n"

@@ -64,6 +64,8 @@ def select_linears(
         UnsupportedProblem: no kernel takes a layer; names it.
 
     Example:
+        >>> from torch import nn
+        >>> from qkernels.nn.selection import select_linears
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
         >>> selection = select_linears(model, "w4a16_g32", exclude="0", overrides={"1": "w8a16_channel"})
         >>> str(selection.chosen["1"]), selection.skipped

@@ -113,9 +113,8 @@ def test_doctor_names_a_missing_extension(monkeypatch: pytest.MonkeyPatch, capsy
     assert "pip install . --no-build-isolation" in shown
 
 
-@pytest.mark.parametrize("command", [c.__name__.rpartition(".")[2] for c in COMMANDS])
-def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "eval" if command == "evaluate" else command
+@pytest.mark.parametrize("name", [command.NAME for command in COMMANDS])
+def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parser().parse_args([name, "--help"])
     assert stopped.value.code == 0
@@ -220,11 +219,20 @@ def test_the_package_runs_as_a_program() -> None:
     assert done.stdout == f"qkernels {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["doctor", "--help"]])
 def test_help_is_printed_before_torch_is_imported(arguments: list[str]) -> None:
     code = f"import sys, qkernels.cli.main as m\ntry: m.main({arguments})\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: qkernels")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same text, whether commands are known in full or by name."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown == parser().format_help()
+    assert all(command.SUMMARY in " ".join(shown.split()) for command in COMMANDS)
 
 
 def test_help_is_quick() -> None:
