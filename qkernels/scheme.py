@@ -99,6 +99,13 @@ class QuantScheme(ActBitsIsAct):
 
     Raises:
         SchemeError: a field is out of range, or two fields contradict each other.
+
+    >>> from qkernels import QuantScheme
+    >>> scheme = QuantScheme.parse("w4a16_g64_asym")
+    >>> scheme.bits, scheme.group_size, scheme.zeros, scheme.num_groups(4096)
+    (4, 64, 'int', 64)
+    >>> str(QuantScheme(bits=8, group_size="channel"))
+    'w8a16_channel'
     """
 
     bits: int = 4

@@ -37,6 +37,16 @@ class QuantTensor:
 
     Raises:
         TensorError: naming the field, what was expected and what came.
+
+    >>> import torch
+    >>> from qkernels import QuantScheme, QuantTensor
+    >>> codes = torch.tensor([[0, 8, 15, 9]], dtype=torch.uint8)  # [N, K] = [1, 4]
+    >>> scales = torch.tensor([[0.5, 2.0]])  # [N, G]: two groups of two columns
+    >>> weight = QuantTensor(codes, scales, None, None, QuantScheme(bits=4, group_size=2))
+    >>> weight.dequantize()  # (codes - 8) * scales
+    tensor([[-4.,  0., 14.,  2.]])
+    >>> weight.shard("K", rank=1, world=2).dequantize()
+    tensor([[14.,  2.]])
     """
 
     codes: Tensor
@@ -176,7 +186,7 @@ class QuantTensor:
             ArgumentError: there are no parts, or they differ in what a weight has once: names it and the two values.
 
         >>> import torch
-        >>> from qkernels import RTN
+        >>> from qkernels import RTN, QuantTensor
         >>> q, k = (RTN().quantize(torch.randn(rows, 128)) for rows in (64, 16))
         >>> QuantTensor.concat([q, k]).codes.shape
         torch.Size([80, 128])

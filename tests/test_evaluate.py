@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.errors import ArgumentError
-from qkernels.evaluate import compare, perplexity, text_windows, window_length
+from qkernels.evaluate import compare, perplexity
+from qkernels.texts import text_windows, window_length
 
 VOCABULARY = 17
 

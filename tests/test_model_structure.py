@@ -22,40 +22,9 @@ from qkernels.models.architectures import (
 from qkernels.models.building import empty_model, empty_to_meta
 from qkernels.models.linears import linear_of
 from qkernels.storage import TensorSource
+from tests.tiny_models import VOCABULARY, tiny_model
 
-transformers = pytest.importorskip("transformers")
-
-VOCABULARY = 64
-
-
-def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
-    """A random model of two layers, 4 heads of 8 channels and, where the architecture can, 2 key-value heads."""
-    fields: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    if model_type == "opt":
-        fields |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
-    if model_type not in ("opt", "gpt_neox", "gpt2"):
-        fields["num_key_value_heads"] = 2
-    if model_type == "qwen3" or model_type.startswith("gemma"):
-        fields["head_dim"] = 8
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(model_type, **fields | changes)
-    )
-    with torch.no_grad():  # norms and biases start as 1 and 0, which would hide a fold that forgets them
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += torch.randn_like(parameter) * 0.2
-    return model.eval()
+pytest.importorskip("transformers")
 
 
 def first_layer_outputs(model: Any) -> tuple[nn.Module, LayerInputs, Place]:

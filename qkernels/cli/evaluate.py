@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 
 from .common import (
-    DTYPES,
     Subparsers,
     add_device,
     add_dtype,
     command_parser,
-    load_tokenizer,
+    dtype_of,
     positive,
     print_json,
     read_text,
-    token_ids,
 )
 
 
@@ -39,9 +37,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint import load
-    from ..evaluate import Comparison, Perplexity, compare, perplexity, window_length
+    from ..evaluate import Comparison, Perplexity, compare, perplexity
+    from ..texts import load_tokenizer, token_ids, window_length
 
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    dtype = dtype_of(args)
     ids = token_ids(load_tokenizer(args.checkpoint), read_text(args.text))
     model = load(args.checkpoint, device=args.device, dtype=dtype)
     seq_len = window_length(model, args.seq_len)

@@ -15,7 +15,6 @@ from ..scheme import ACTIVATIONS, QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor, validated_group_index
 from ..text import describe, dtype_name
 
-GroupSize = int | str
 MAX_PATTERN = 1000  # characters of a regular expression in a config
 
 

@@ -32,6 +32,11 @@ class Problem:
         dtype: of the activations.
         arch: "cpu", or "sm80", "sm90", … for a CUDA device (`arch_of`).
         experts: 0 for a plain linear layer.
+
+    >>> import torch
+    >>> from qkernels import Problem, QuantScheme
+    >>> print(Problem(4096, 14336, QuantScheme.parse("w4a16_g128"), torch.bfloat16, "sm90"))
+    w4a16_g128, N=4096 K=14336, bfloat16, sm90
     """
 
     N: int
@@ -113,7 +118,15 @@ _REFERENCE_HINT = 'available: on_unsupported="reference" (slow)'
 
 
 def list_kernels(problem: Problem) -> KernelTable:
-    """Every kernel and why it cannot run `problem` (empty: it can). Print the result for the table."""
+    """Every kernel and why it cannot run `problem` (empty: it can). Print the result for the table.
+
+    >>> import torch
+    >>> from qkernels import Problem, QuantScheme, list_kernels
+    >>> table = list_kernels(Problem(4096, 4096, QuantScheme.parse("w4a16_g128"), torch.bfloat16))
+    >>> reasons = dict(table.rows)
+    >>> reasons["reference"], reasons["triton.kpack"][0]
+    ((), 'runs on CUDA devices (got cpu)')
+    """
     return KernelTable(problem, tuple((spec.name, tuple(spec.reasons(problem))) for spec in (*KERNELS, *REFERENCES)))
 
 

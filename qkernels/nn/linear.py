@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import ArgumentError, QKernelsError, TensorError
 from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
 from ..layouts import LAYOUTS, empty_buffers, get_layout, unpack_checked
-from ..quantizers import NF4, RTN
+from ..quantizers import RTN, Options
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from .huge_pages import on_huge_pages
@@ -51,6 +51,15 @@ class QuantLinear(nn.Module):
     Raises:
         SchemeError: `scheme` is not one.
         UnsupportedProblem: no kernel takes it; lists the reasons.
+
+    >>> import torch
+    >>> from qkernels import QuantLinear
+    >>> layer = QuantLinear.from_linear(torch.nn.Linear(256, 128), "w4a16_g64")
+    >>> layer(torch.zeros(2, 3, 256)).shape
+    torch.Size([2, 3, 128])
+    >>> weight = layer.quant_tensor()  # in canonical form, bit for bit what was packed
+    >>> str(weight.scheme), torch.equal(weight.dequantize(), layer.dequantize())
+    ('w4a16_g64', True)
     """
 
     _buffers: dict[str, Any]
@@ -141,7 +150,7 @@ class QuantLinear(nn.Module):
         cls,
         linear: nn.Linear,
         scheme: QuantScheme | str,
-        method: RTN | NF4 | None = None,
+        method: Options | None = None,
         on_unsupported: OnUnsupported = "raise",
         name: str = "weight",
     ) -> QuantLinear:
@@ -157,7 +166,7 @@ class QuantLinear(nn.Module):
             ArgumentError: the weight has NaN or infinite entries.
             UnsupportedProblem: no kernel takes the scheme.
         """
-        weight = (method or RTN()).with_scheme(scheme).quantize(linear.weight.detach().contiguous(), name)
+        weight = (method or RTN()).with_scheme(scheme).quantize(linear.weight.detach().contiguous(), name=name)
         return cls.from_quant_tensor(weight, linear.bias, linear.weight.device, linear.weight.dtype, on_unsupported)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import _scoped_library, opcheck
 
-from qkernels import QuantLinear, extension
+from qkernels import extension
 from qkernels.errors import ArgumentError, ConversionError, UnsupportedProblem
 from qkernels.kernels.catalogue import Problem, list_kernels, select
 from qkernels.layouts import get_layout
 from qkernels.scheme import QuantScheme
-from tests.ops.helpers import arguments, exact_product, integers
+from tests.ops.helpers import arguments, exact_product, integers, layer_in
 from tests.strategies import random_weight
 
 compiled = pytest.mark.skipif(not extension.status().cuda, reason="the extension has no CUDA kernels")
@@ -162,7 +162,7 @@ def test_dequantize_on_the_cpu_is_the_reference() -> None:
 
 # ---- what torch asks of an op, with a stand-in for the kernels ----
 #
-# Fakes, autograd, graphs and dispatch are those of the CUDA ops; only the product itself is plain PyTorch. tests/cuda/test_gpu.py
+# Fakes, autograd, graphs and dispatch are those of the CUDA ops; only the product itself is plain PyTorch. tests/gpu/test_cuda.py
 # asks the same of the kernels.
 
 
@@ -216,8 +216,7 @@ def test_opcheck_of_the_cuda_ops(op: str, scheme: str, grad: bool) -> None:
 def test_a_layer_with_the_cuda_layout_is_one_graph_for_any_number_of_tokens(scheme: str) -> None:
     layout = "mma_tile_a8" if scheme == "w4a8_g32" else "mma_tile"
     weight = random_weight(scheme, 40, 96, exact=True)
-    layer = QuantLinear.from_quant_tensor(weight, dtype=torch.bfloat16)
-    layer._relayout(layout, torch.device("cpu"))
+    layer = layer_in(layout, weight, dtype=torch.bfloat16)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled_layer = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")

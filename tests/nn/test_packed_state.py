@@ -15,6 +15,7 @@ from qkernels.checkpoint.packed import packed_format
 from qkernels.errors import CheckpointError, TensorError
 from qkernels.formats import Written
 from qkernels.layouts import LAYOUTS, get_layout
+from tests.ops.helpers import layer_in
 from tests.strategies import random_weight, same_weight, scheme_taken
 
 N, K = 70, 128
@@ -29,8 +30,7 @@ def scheme_of(name: str) -> str:
 
 def state_of(name: str) -> tuple[QuantLinear, dict[str, torch.Tensor]]:
     """A layer, and its state dict with the buffers of that layout."""
-    layer = QuantLinear.from_quant_tensor(random_weight(scheme_of(name), N, K, act_order=True))
-    layer._relayout(name, torch.device("cpu"))
+    layer = layer_in(name, random_weight(scheme_of(name), N, K, act_order=True))
     state = layer.state_dict()
     assert json.loads(bytes(state["_extra_state"].tolist()))["layout"] == name
     return layer, state

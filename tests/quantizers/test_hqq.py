@@ -181,4 +181,4 @@ def test_options_out_of_range(options: dict[str, object]) -> None:
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(ArgumentError, match=r"q_proj \[1, 2\] has 1 NaN or infinite entries"):
-        HQQ().quantize(torch.tensor([[1.0, float("nan")]]).expand(1, 2), "q_proj")
+        HQQ().quantize(torch.tensor([[1.0, float("nan")]]).expand(1, 2), name="q_proj")

@@ -96,7 +96,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
     w = torch.randn(4, 8)
     w[1, 2] = value
     with pytest.raises(ArgumentError, match=r"layers\.3\.q_proj\.weight \[4, 8\] has 1 NaN or infinite entries"):
-        RTN(group_size=8).quantize(w, "layers.3.q_proj.weight")
+        RTN(group_size=8).quantize(w, name="layers.3.q_proj.weight")
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(4), torch.zeros(4, 4, dtype=torch.int32), torch.zeros(4, 0), [[1.0]]])
