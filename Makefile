@@ -1,6 +1,6 @@
 # make demo        quantize the bundled model, compare, plot      (about 5 minutes after installation)
 # make test        lint, types, formats, all tests               (needs no GPU)
-# make test-full   the same, and every Triton configuration and format compiled for every card
+# make test-full   the same, and the CUDA kernels, every Triton configuration and format compiled for every card
 # make bench       the full benchmark set on this machine, and its page  (10 minutes on a CPU; `qkernels bench`: half a minute)
 # make gpu-check   all checks and measurements that need a GPU, in parts (takes the environment as it is);
 #                  DRY=--dry-run lists them, and proves that each could start, without a GPU
@@ -10,6 +10,7 @@
 #   ENV=active         use the Python environment that is active, with the torch it has, instead of a .venv of our own
 #   PYTHON=python3.12  the interpreter to build the .venv from
 #   QKERNELS_CUDA=0    leave the CUDA kernels out even where nvcc is installed
+#   TORCH_CUDA_ARCH_LIST=8.9   compile them for these architectures and no others
 
 TORCH ?= 2.13.0
 ENV ?= .venv
@@ -27,11 +28,19 @@ else
 endif
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-EXTENSION := build/extension.stamp
-# The demo builds for the GPU that is present; without one the CPU kernels are enough. A full build serves it too.
-DEMO_EXTENSION := $(if $(wildcard $(EXTENSION)),$(EXTENSION),build/extension-demo.stamp)
-build/extension-demo.stamp: export QKERNELS_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
-
+# A stamp's name says what qkernels/_C.abi3.so is now: for every card, for the architectures that you name, for those that
+# the tests and the guard read, or for the demo. A build removes the other stamps, so none is taken for what it is not.
+EMPTY :=
+ARCHITECTURES := $(subst ;,-,$(subst $(EMPTY) ,-,$(TORCH_CUDA_ARCH_LIST)))
+EXTENSION := build/extension$(addprefix -,$(ARCHITECTURES)).stamp
+# A build for every card that is not older than its sources serves the tests as well.
+FULL := $(if $(wildcard $(EXTENSION)),$(if $(shell find $(SOURCES) -newer $(EXTENSION)),,$(EXTENSION)))
+TEST_EXTENSION := $(if $(ARCHITECTURES),$(EXTENSION),$(or $(FULL),build/extension-8.0-9.0a.stamp))
+build/extension-8.0-9.0a.stamp: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
+# The demo builds for the GPU that is present; without one the CPU kernels are enough, which every build has.
+GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo 1)
+DEMO_EXTENSION := $(or $(wildcard $(EXTENSION)),$(if $(GPU),,$(wildcard $(TEST_EXTENSION))),build/extension-demo.stamp)
+build/extension-demo.stamp: export QKERNELS_CUDA ?= $(or $(GPU),0)
 
 .PHONY: help demo test test-full bench gpu-check results-check lint format clean
 help:
@@ -40,11 +49,11 @@ help:
 demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo
 
-test: lint $(EXTENSION)
+test: lint $(TEST_EXTENSION)
 	$(PY) -m pytest -n $(JOBS) -q
 
-test-full: export QKERNELS_TEST_FULL = 1
-test-full: test
+test-full: lint $(EXTENSION)
+	QKERNELS_TEST_FULL=1 $(PY) -m pytest -n $(JOBS) -q
 
 bench: $(EXTENSION)
 	$(PY) -m benchmarks
@@ -81,9 +90,9 @@ build/active.stamp: pyproject.toml
 	mkdir -p build && touch $@
 
 # Rebuilt only when a source changes; ninja compiles what is stale.
-$(EXTENSION) build/extension-demo.stamp: $(READY) $(SOURCES)
+$(sort $(EXTENSION) $(TEST_EXTENSION) build/extension-demo.stamp): $(READY) $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace
-	mkdir -p build && touch $@
+	mkdir -p build && rm -f build/extension*.stamp && touch $@
 
 clean:
 	rm -rf build .venv demo dist *.egg-info qkernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -17,10 +17,10 @@ from .engines import Engine, engines_for, unequal_merges
 from .errors import CheckpointError
 from .formats import Oddity, summary
 from .formats.validation import boolean, first_of
-from .layerwise.report import quality_line
-from .markdown import table
+from .reports import quality_line, readable_size
 from .scheme import QuantScheme
 from .tensor import QuantTensor
+from .text import dtype_name, table
 
 Columns = Literal["natural", "act-order", "static"]
 MAX_ERRORS = 20
@@ -104,13 +104,14 @@ class Inspection:
             ["method", f"{self.method}, version {self.version}" if self.version else self.method],
             ["schemes", schemes],
             ["quantized", f"{len(self.layers)} modules, {self.quantized_weights:,} weights"],
-            ["size", _size(self.nbytes) + bits],
+            ["size", readable_size(self.nbytes) + bits],
         ]
         facts += [["quality", self.quality]] if self.quality is not None else []
         layers = [
-            [x.name, f"{x.out_features} x {x.in_features}", x.scheme, x.columns, _size(x.nbytes)] for x in self.layers
+            [x.name, f"{x.out_features} x {x.in_features}", x.scheme, x.columns, readable_size(x.nbytes)]
+            for x in self.layers
         ]
-        tensors = [[x.name, " x ".join(map(str, x.shape)), x.dtype, _size(x.nbytes)] for x in self.unquantized]
+        tensors = [[x.name, " x ".join(map(str, x.shape)), x.dtype, readable_size(x.nbytes)] for x in self.unquantized]
         engines = [[x.name, "yes" if x.serves else "no", "; ".join(x.notes)] for x in self.engines]
         parts = [f"# {self.directory}", table(["", ""], facts)]
         if layers:
@@ -129,6 +130,20 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
 
     Raises:
         CheckpointError: the directory is not sound; names every broken module and its field (the first 20).
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import inspect, replace_linear, save
+    >>> model = LlamaForCausalLM(config)
+    >>> report = replace_linear(model, "w4a16_g32")
+    >>> save(model, "tiny-4bit")
+    >>> found = inspect("tiny-4bit")
+    >>> found.format, found.schemes, len(found.layers)
+    ('native', {'w4a16_g32': 7}, 7)
+    >>> round(found.bits_per_weight, 1)  # 4, and a scale of 16 bits for each 32 weights
+    4.5
     """
     checkpoint = open_checkpoint(directory)
     layers: list[LayerInfo] = []
@@ -180,8 +195,7 @@ def _layer(module: str, weight: QuantTensor, checkpoint: Checkpoint) -> LayerInf
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    dtype = str(checkpoint.dtype(name)).removeprefix("torch.")
-    return TensorInfo(name, checkpoint.shape(name), dtype, checkpoint.nbytes(name))
+    return TensorInfo(name, checkpoint.shape(name), dtype_name(checkpoint.dtype(name)), checkpoint.nbytes(name))
 
 
 def _modules_of(others: Sequence[TensorInfo]) -> set[str]:
@@ -206,10 +220,3 @@ def _gaps(schemes: Mapping[str, QuantScheme], others: Sequence[TensorInfo]) -> l
 
 def _kind(module: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module)
-
-
-def _size(nbytes: int) -> str:
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 2**shift:
-            return f"{nbytes / 2**shift:.2f} {unit}"
-    return f"{nbytes} B"

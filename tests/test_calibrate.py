@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkernels import AWQ, GPTQ, HQQ, NF4, RTN, QuantLinear, SmoothQuant, load, quantize
-from qkernels.calibrate import plan
+from qkernels import AWQ, GPTQ, HQQ, NF4, RTN, QuantLinear, SmoothQuant, load
+from qkernels.calibrate import preview
 from qkernels.errors import (
     ArgumentError,
     CalibrationError,
@@ -23,7 +23,8 @@ from qkernels.errors import (
 )
 from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, collect_statistics, input_groups, run_layer
 from qkernels.models.architectures import decoder_layers
-from tests.test_model_structure import VOCABULARY, tiny_model
+from qkernels.quantizers import InputStatistics
+from tests.tiny_models import VOCABULARY, loud_model, run, tiny_model, token_windows
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,31 +35,12 @@ METHODS = {
     "awq": AWQ(4, 16, grid=4),
     "hqq": HQQ(3, 16),
     "nf4": NF4(group_size=16, double_quant=True),
-    "smoothquant": SmoothQuant(act_bits=None),
+    "smoothquant": SmoothQuant(act=None),
     "awq symmetric": AWQ(3, 16, symmetric=True, grid=4, duo_scaling=False),
 }
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 LLAMA_LINEARS = (*ATTENTION_INPUTS, "self_attn.o_proj", *MLP_INPUTS, "mlp.down_proj")
-
-
-def token_windows(windows: int = 24, seq_len: int = 16, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCABULARY, (windows, seq_len), generator=torch.Generator().manual_seed(seed))
-
-
-def loud_model(model_type: str = "llama", **changes: Any) -> Any:
-    """A tiny model in which a few channels are much louder than the others, as in models that were trained."""
-    model = tiny_model(model_type, **changes)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and parameter.dim() == 1:
-                parameter[::7] *= 8
-    return model
-
-
-def run(model: Any, method: Any, **options: Any) -> Any:
-    settings = {"calibration": token_windows(), "seq_len": 16, "on_unsupported": "reference", "progress": False}
-    return quantize(model, method, **settings | options)
 
 
 def divergence(model: Any, reference: Any) -> float:
@@ -160,20 +142,19 @@ def test_calibrated_methods_beat_rounding() -> None:
 
 def test_layers_are_calibrated_on_what_quantized_ones_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second layer's statistics are those of a model whose first layer is quantized; the float model's differ."""
-    import qkernels.layerwise.quantizing as quantizing
+    seen: dict[str, Tensor] = {}
+    hessian = InputStatistics.hessian
 
-    seen: list[Tensor] = []
+    def watched(statistics: InputStatistics, name: str = "") -> Tensor:
+        seen[name] = hessian(statistics, name)
+        return seen[name]
 
-    def watched(layer: nn.Module, names: list[str], inputs: LayerInputs, place: Place) -> Any:
-        result = collect_statistics(layer, names, inputs, place)
-        if names == ["self_attn.q_proj"]:
-            seen.append(result["self_attn.q_proj"].hessian())
-        return result
-
-    monkeypatch.setattr(quantizing, "collect_statistics", watched)
     model = loud_model()
     original = copy.deepcopy(model)
-    run(model, GPTQ(3, 16))
+    with monkeypatch.context() as patch:
+        patch.setattr(InputStatistics, "hessian", watched)
+        run(model, GPTQ(3, 16))
+    used = seen["model.layers.1.self_attn.q_proj"]
 
     def moments(first_layers_of: Any) -> Tensor:
         place = Place(torch.device("cpu"))
@@ -186,9 +167,9 @@ def test_layers_are_calibrated_on_what_quantized_ones_put_out(monkeypatch: pytes
 
     float_moments = moments(original)
     close = dict(rtol=0, atol=1e-4 * float(float_moments.max()))
-    torch.testing.assert_close(seen[1], moments(model), **close)
+    torch.testing.assert_close(used, moments(model), **close)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(seen[1], float_moments, **close)
+        torch.testing.assert_close(used, float_moments, **close)
 
 
 def test_input_groups_are_the_readers_of_one_tensor() -> None:
@@ -262,7 +243,7 @@ def test_report_is_json_and_markdown() -> None:
 def test_plan_says_what_quantize_does(tmp_path: Path) -> None:
     loud_model().save_pretrained(tmp_path / "source")
     for method in (RTN(4, 16), GPTQ(4, 16), AWQ(4, 16)):
-        planned = plan(tmp_path / "source", method, overrides={"*.down_proj": "w8a16_g8"}, samples=24, seq_len=16)
+        planned = preview(tmp_path / "source", method, overrides={"*.down_proj": "w8a16_g8"}, samples=24, seq_len=16)
         report = run(tmp_path / "source", method, save_to=tmp_path / method.name, overrides={"*.down_proj": "w8a16_g8"})
         assert [(m.name, m.scheme, m.bytes_before) for m in planned.modules] == [
             (m.name, m.scheme, m.bytes_before) for m in report.modules
@@ -376,7 +357,7 @@ def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
         run(tmp_path / "source", GPTQ(4, 16))
     with pytest.raises(ArgumentError, match="format must be one of native"):
         run(tmp_path / "source", GPTQ(4, 16), save_to=tmp_path / "out", format="gguf")
-    with pytest.raises(ConversionError):
+    with pytest.raises(ConversionError, match="awq cannot store this weight: columns are in act-order"):
         run(tmp_path / "source", GPTQ(4, 16), save_to=tmp_path / "out", format="awq")
     with pytest.raises(CalibrationError, match=r"calibration texts need a tokenizer, and .*source has none"):
         run(tmp_path / "source", GPTQ(4, 16), save_to=tmp_path / "out", calibration=["text"])
@@ -387,7 +368,7 @@ def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
     run(tmp_path / "source", RTN(4, 16), save_to=tmp_path / "done")
     with pytest.raises(ArgumentError, match="done is quantized already"):
         run(tmp_path / "done", RTN(4, 16), save_to=tmp_path / "out")
-    with pytest.raises(CheckpointError, match="done"):
+    with pytest.raises(CheckpointError, match="done exists and is not empty"):
         run(tmp_path / "source", RTN(4, 16), save_to=tmp_path / "done")
     run(tmp_path / "source", RTN(3, 16), save_to=tmp_path / "done", overwrite=True)
 
@@ -409,12 +390,12 @@ def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_contradicts_the_tensors(field: str, value: int, message: str, tmp_path: Path) -> None:
-    """Before anything is written, and in the plan already."""
+    """Before anything is written, and in the preview already."""
     loud_model().save_pretrained(tmp_path / "source")
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     with pytest.raises(CheckpointError, match=message):
-        plan(tmp_path / "source", RTN(4, 16))
+        preview(tmp_path / "source", RTN(4, 16))
     with pytest.raises(CheckpointError, match=message):
         run(tmp_path / "source", RTN(4, 16), save_to=tmp_path / "out")
     assert not (tmp_path / "out").exists()

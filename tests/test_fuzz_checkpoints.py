@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from qkernels import QuantScheme
 from qkernels.checkpoint.registry import WRITTEN
 from qkernels.formats import METADATA, READ_ONLY, Written
+from qkernels.layouts import LAYOUTS
 from tests.checkpoints import sound_or_refused
 
 ROOM = 512 * 2**20
@@ -76,7 +77,7 @@ configs = st.one_of(likely, st.builds(dict.__or__, likely, changes), junk)
 BASES: dict[str, dict[str, Any]] = {
     name: f.config_of(Written(scheme, {"m": scheme}))
     for name, f in WRITTEN.items()
-    for scheme in [QuantScheme(4, 32, act_bits=8 if name.endswith("_a8") else None)]
+    for scheme in [QuantScheme(4, 32, act=LAYOUTS[name].acts[0] if name in LAYOUTS else None)]
 }
 PACKED = json.dumps(BASES["compressed-tensors"])
 BASES |= {

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from qkernels import extension
-from qkernels.markdown import table as markdown_table
 from qkernels.scheme import QuantScheme
+from qkernels.text import table as markdown_table
 
 from ..method import environment, results
 from ..method.results import Row, Run

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels.text import dtype_name
+
 from ..method import environment
 from ..method.timing import ROTATION, Clock, clock_for
 
@@ -63,7 +65,7 @@ def measure(device: torch.device, cache_bytes: int, seconds: float = 2.0) -> Roo
     copy, read = bandwidth(device, cache_bytes, seconds / 2)
     rates = {}
     for dtype in (torch.bfloat16, torch.float16 if device.type == "cuda" else torch.float32):
-        rates[str(dtype).removeprefix("torch.")] = matrix_rate(device, dtype, seconds / 4)
+        rates[dtype_name(dtype)] = matrix_rate(device, dtype, seconds / 4)
     return Roofs(copy, read, rates)
 
 

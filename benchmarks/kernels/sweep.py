@@ -18,8 +18,9 @@ from qkernels.errors import QKernelsError
 from qkernels.kernels.catalogue import KERNELS, Problem, arch_of
 from qkernels.layouts import get_layout
 from qkernels.nn.huge_pages import on_huge_pages
-from qkernels.scheme import QuantScheme
+from qkernels.scheme import ACTIVATIONS, QuantScheme
 from qkernels.tensor import QuantTensor
+from qkernels.text import dtype_name
 
 from ..method import environment
 from ..method.results import Row, Run
@@ -64,9 +65,9 @@ def ours(problem: Problem, device: torch.device) -> list[Candidate]:
         packed = get_layout(layout).pack(weight)  # placed as QuantLinear does it
         buffers = {n: None if t is None else on_huge_pages(t.to(device)) for n, t in packed.items()}
         call = partial(ops.gemm, layout, in_features=weight.K, out_features=weight.N, scheme=weight.scheme)
-        return Prepared(
-            buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()), activation_bits=weight.scheme.act_bits
-        )
+        act = weight.scheme.act
+        bits = None if act is None else ACTIVATIONS[act].bits
+        return Prepared(buffers, lambda b, x: call(x, **b), bytes_of(*buffers.values()), activation_bits=bits)
 
     found = []
     for spec in KERNELS:
@@ -125,7 +126,7 @@ def measure_case(
             layer.K,
             0,
             str(case.scheme),
-            _name(case.dtype),
+            dtype_name(case.dtype),
             candidate.name,
             candidate.ours,
         )
@@ -179,10 +180,6 @@ class _NotHere(Exception):
 
 def _keyed(samplers: dict[tuple[int, str], Callable[[], float]]) -> dict[str, Callable[[], float]]:
     return {f"{M} {name}": sampler for (M, name), sampler in samplers.items()}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _said(error: BaseException) -> str:

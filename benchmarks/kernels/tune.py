@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import ArgumentError, UnsupportedProblem
-from qkernels.kernels import triton
 from qkernels.kernels.catalogue import arch_of
 from qkernels.kernels.triton.table import Config, Entry, read, user_table, with_entries, write
 from qkernels.layouts import get_layout
+from qkernels.ops.backends import missing_triton
 from qkernels.scheme import QuantScheme
 
 from ..method import environment
@@ -113,7 +113,7 @@ def require_gpu(device: torch.device) -> None:
             f"{needs}; got --device {device}{'' if torch.cuda.is_available() else ', and this torch sees no GPU'} "
             "(see qkernels doctor); without one the shipped table is used"
         )
-    if why := triton.missing():
+    if why := missing_triton():
         raise UnsupportedProblem(f"{needs}: {why}")
 
 

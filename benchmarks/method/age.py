@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qkernels.errors import ArgumentError
-from qkernels.markdown import table
+from qkernels.text import table
 
 from . import envelope, environment
 

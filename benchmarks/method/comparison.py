@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qkernels.markdown import table as markdown_table
+from qkernels.text import table as markdown_table
 
 from ..peers import CONTROL
 from .results import Row, Run

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qkernels.errors import ArgumentError
-from qkernels.markdown import table as markdown_table
+from qkernels.text import table as markdown_table
 
 from . import envelope
 

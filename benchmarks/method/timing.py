@@ -82,7 +82,7 @@ class WallClock:
 
 @dataclass(frozen=True)
 class GraphClock:
-    """CUDA: event time of a graph of at least `GRAPH_CALLS` calls that goes round all copies. Never run on a GPU so far."""
+    """CUDA: event time of a graph of at least `GRAPH_CALLS` calls that goes round all copies."""
 
     def prepare(self, calls: Sequence[Call]) -> Callable[[], float]:
         rounds = -(-GRAPH_CALLS // len(calls))

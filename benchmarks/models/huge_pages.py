@@ -13,10 +13,10 @@ from functools import partial
 import torch
 
 from qkernels import ops
-from qkernels.markdown import table as markdown_table
 from qkernels.nn import QuantLinear
 from qkernels.nn.huge_pages import begins_huge_page
 from qkernels.scheme import QuantScheme
+from qkernels.text import table as markdown_table
 
 from ..kernels import roofs
 from ..kernels.shapes import find_layer

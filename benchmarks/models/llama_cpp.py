@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import QKernelsError
-from qkernels.markdown import table as markdown_table
 from qkernels.nn import QuantLinear
 from qkernels.scheme import QuantScheme
+from qkernels.text import table as markdown_table
 
 from ..kernels import roofs
 from ..method import envelope, environment

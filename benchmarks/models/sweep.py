@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.markdown import table as markdown_table
 from qkernels.scheme import QuantScheme
+from qkernels.text import table as markdown_table
 
 from ..kernels import roofs
 from ..method import envelope, environment

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from qkernels import HQQ, NF4, RTN, SmoothQuant, evaluate, quantize
 from qkernels.checkpoint import load, open_checkpoint
-from qkernels.cli.common import load_tokenizer, read_text, token_ids
-from qkernels.markdown import table
-from qkernels.quantizers import CalibrationFree, Options
+from qkernels.cli.common import read_text
+from qkernels.quantizers import Options
+from qkernels.text import table
+from qkernels.texts import load_tokenizer, token_ids
 
 from ..method import envelope, environment
 
@@ -54,13 +55,13 @@ def int8_activations(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tenso
     return ((x / scale).round() * scale, *args[1:])
 
 
-def dequantized(original: nn.Module, directory: Path, act_bits: int | None) -> nn.Module:
+def dequantized(original: nn.Module, directory: Path, act: str | None) -> nn.Module:
     """A copy of the float model with the weights of a quantized checkpoint."""
     model, checkpoint = copy.deepcopy(original), open_checkpoint(directory)
     state = {name: checkpoint.read(name).float() for name in checkpoint.names()}
     for module in checkpoint.modules:
         state[f"{module}.weight"] = checkpoint.weight(module).weight.dequantize()
-        if act_bits == 8:
+        if act == "int8":
             model.get_submodule(module).register_forward_pre_hook(int8_activations)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = getattr(model, "_tied_weights_keys", None) or ()
@@ -78,11 +79,11 @@ def measure(model: Path, names: Sequence[str], samples: int, seq_len: int, token
     rows = []
     for name in names:
         method = METHODS[name]
-        texts = None if isinstance(method, CalibrationFree) else [read_text(str(model / "calibration.txt"))]
+        texts = None if method.needs == "weight" else [read_text(str(model / "calibration.txt"))]
         with TemporaryDirectory() as directory:
             target = Path(directory) / "out"
             quantize(model, method, calibration=texts, save_to=target, samples=samples, seq_len=seq_len, progress=False)
-            small = dequantized(original, target, method.act_bits)
+            small = dequantized(original, target, method.act)
         perplexity = evaluate.perplexity(small, ids, seq_len, progress=False).perplexity
         kl = evaluate.compare(small, original, ids, seq_len, progress=False).kl
         rows.append(

@@ -18,9 +18,10 @@ import torch
 from qkernels import evaluate
 from qkernels.calibrate import quantize
 from qkernels.checkpoint import load
-from qkernels.cli.common import load_tokenizer, read_text, token_ids
-from qkernels.markdown import table as markdown_table
-from qkernels.quantizers import QUANTIZERS, CalibrationFree
+from qkernels.cli.common import read_text
+from qkernels.quantizers import QUANTIZERS
+from qkernels.text import table as markdown_table
+from qkernels.texts import load_tokenizer, token_ids, window_length
 
 from ..method import envelope, environment
 
@@ -36,7 +37,7 @@ def measure(
     tokenizer = load_tokenizer(model)
     ids = token_ids(tokenizer, text)
     original = load(model, device=device)
-    length = evaluate.window_length(original, seq_len)
+    length = window_length(original, seq_len)
     base = evaluate.perplexity(original, ids, length)
     conditions = {"model": model.resolve().name, "tokens": len(ids), "seq_len": length, "calibration_windows": samples}
     rows = [_row("original", "16 bit", _nbytes(original), base.perplexity, 0.0, 0.0)]
@@ -46,7 +47,7 @@ def measure(
             with TemporaryDirectory() as directory:
                 target = Path(directory) / "out"
                 start = time.perf_counter()
-                texts = None if isinstance(quantizer, CalibrationFree) else [calibration]
+                texts = None if quantizer.needs == "weight" else [calibration]
                 quantize(
                     model, quantizer, calibration=texts, tokenizer=tokenizer if texts else None, save_to=target, samples=samples,
                     seq_len=length, device=device, progress=False,

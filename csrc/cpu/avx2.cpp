@@ -23,7 +23,7 @@ struct Avx2 : Avx2Sums {
   static constexpr int kStep = 1;
   // 16 registers: 6 rows x 2 vectors of sums, 2 of weights, 1 of x.
   static constexpr int kTokens = 6, kHalf = 2;
-  static constexpr int kDecodeVectors[kDecodeRows] = {8, 4, 2, 2, 2, 2, 1, 1};
+  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 2, 2, 2, 2, 1, 1};
 
   static QK_INLINE Input broadcast(const X* x) { return _mm256_broadcast_ss(x); }
   static QK_INLINE Sum multiply_add(Sum sum, Weight w, Input x) { return _mm256_fmadd_ps(w, x, sum); }
@@ -32,14 +32,14 @@ struct Avx2 : Avx2Sums {
 };
 
 // code - zero for any scheme; the zero is 2^(bits-1) where no integer zero points are given
-struct Decoder {
-  static constexpr bool kPanel = true;  // 64 rows 25 % faster: each decoded vector meets few rows in 16 registers
+struct Unpacker {
+  static constexpr bool kPanel = true;  // 64 rows 25 % faster: each unpacked vector meets few rows in 16 registers
   using Zero = __m256;
-  const Problem& p;
-  explicit Decoder(const Problem& problem) : p(problem) {}
+  const Call& call;
+  explicit Unpacker(const Call& c) : call(c) {}
   QK_INLINE Zero zero(int64_t at) const {
-    return p.zero_type == Type::kUInt8 ? Avx2::widen(Type::kUInt8, p.zeros, at)
-                                       : Avx2::set1(static_cast<float>(1 << (p.bits - 1)));
+    return call.zero_type == Type::kUInt8 ? Avx2::widen(Type::kUInt8, call.zeros, at)
+                                          : Avx2::set1(static_cast<float>(1 << (call.bits - 1)));
   }
   static QK_INLINE __m256i lanes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
   static QK_INLINE __m256 value_of(__m256i lanes, int shift, int mask, Zero zero) {
@@ -48,8 +48,8 @@ struct Decoder {
   }
 };
 
-struct Nibbles : Decoder {
-  using Decoder::Decoder;
+struct Nibbles : Unpacker {
+  using Unpacker::Unpacker;
   using Raw = __m256i;
   static constexpr int64_t kOctetBytes = kTileRows * kLaneBytes, kMemoryBytes = kOctetBytes;
   static QK_INLINE Raw load(const uint8_t* at) { return lanes(at); }
@@ -58,8 +58,8 @@ struct Nibbles : Decoder {
   }
 };
 
-struct Bytes : Decoder {
-  using Decoder::Decoder;
+struct Bytes : Unpacker {
+  using Unpacker::Unpacker;
   struct Raw {
     __m256i quad[2];
   };

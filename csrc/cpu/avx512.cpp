@@ -36,14 +36,14 @@ QK_INLINE __m512 nibble_value(__m512i lanes, int s, __m512 table) {
 struct SymmetricNibbles : RawNibbles {
   struct Zero {};
   __m512 table;
-  explicit SymmetricNibbles(const Problem& p) : table(table_of(1 << (p.bits - 1))) {}
+  explicit SymmetricNibbles(const Call& call) : table(table_of(1 << (call.bits - 1))) {}
   QK_INLINE Zero zero(int64_t) const { return {}; }
   QK_INLINE __m512 value(Raw raw, int s, Zero) const { return nibble_value(raw, s, table); }
 };
 
 struct NibblesWithZeros : RawNibbles, FloatZeros {
   __m512 table;
-  explicit NibblesWithZeros(const Problem& p) : FloatZeros(p), table(table_of(0)) {}
+  explicit NibblesWithZeros(const Call& call) : FloatZeros(call), table(table_of(0)) {}
   QK_INLINE __m512 value(Raw raw, int s, Zero zero) const { return _mm512_sub_ps(nibble_value(raw, s, table), zero); }
 };
 

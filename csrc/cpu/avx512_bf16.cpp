@@ -49,7 +49,7 @@ struct SymmetricPairs : RawNibbles {
     int mid;
     int operator()(int i) const { return (i & 15) - mid; }
   };
-  explicit SymmetricPairs(const Problem& p) : table(bf16_table(Value{1 << (p.bits - 1)})) {}
+  explicit SymmetricPairs(const Call& call) : table(bf16_table(Value{1 << (call.bits - 1)})) {}
   QK_INLINE Zero zero(int64_t) const { return {}; }
   QK_INLINE __m512i value(Raw raw, int s, Zero) const { return _mm512_permutexvar_epi16(shifted(raw, 4 * s), table); }
 };
@@ -57,14 +57,14 @@ struct SymmetricPairs : RawNibbles {
 // code + 16 - zero is 1 ... 31: an index, whose entry is code - zero.
 struct PairsWithZeros : RawNibbles {
   using Zero = __m512i;
-  const Problem& p;
+  const Call& call;
   __m512i table;
   struct Value {
     int operator()(int i) const { return i - 16; }
   };
-  explicit PairsWithZeros(const Problem& problem) : p(problem), table(bf16_table(Value{})) {}
+  explicit PairsWithZeros(const Call& c) : call(c), table(bf16_table(Value{})) {}
   QK_INLINE Zero zero(int64_t at) const {
-    const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(p.zeros) + at);
+    const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(call.zeros) + at);
     const __m512i zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes));
     const __m512i both = _mm512_or_si512(zeros, _mm512_slli_epi32(zeros, 16));
     return _mm512_sub_epi16(_mm512_set1_epi16(16), both);
@@ -88,9 +88,9 @@ struct BytePairs : RawBytes, FloatZeros {
   }
 };
 
-void multiply_by_type(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (p.x_type != Type::kBFloat16) return kAvx512.multiply(p, tile, tiles, m0, m1);
-  multiply<Avx512Bf16, SymmetricPairs, PairsWithZeros, BytePairs>(p, tile, tiles, m0, m1);
+void multiply_by_type(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (call.x_type != Type::kBFloat16) return kAvx512.multiply(call, tile, tiles, m0, m1);
+  multiply<Avx512Bf16, SymmetricPairs, PairsWithZeros, BytePairs>(call, tile, tiles, m0, m1);
 }
 
 }  // namespace

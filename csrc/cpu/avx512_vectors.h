@@ -14,7 +14,7 @@ struct Avx512Sums {
   static constexpr int kRows = 16;
   // 32 registers: 12 rows x 2 vectors of sums, 2 of weights, and room to load the next ones.
   static constexpr int kTokens = 12, kHalf = 2;
-  static constexpr int kDecodeVectors[kDecodeRows] = {8, 4, 4, 4, 2, 2, 2, 2};
+  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 4, 4, 2, 2, 2, 2};
 
   static QK_INLINE Sum zero() { return _mm512_setzero_ps(); }
   static QK_INLINE Sum set1(float f) { return _mm512_set1_ps(f); }
@@ -58,11 +58,11 @@ struct RawBytes {
 // Zeros in fp32: integer zero points, or 2^(bits-1)
 struct FloatZeros {
   using Zero = __m512;
-  const Problem& p;
-  explicit FloatZeros(const Problem& problem) : p(problem) {}
+  const Call& call;
+  explicit FloatZeros(const Call& c) : call(c) {}
   QK_INLINE Zero zero(int64_t at) const {
-    return p.zero_type == Type::kUInt8 ? Avx512Sums::widen(Type::kUInt8, p.zeros, at)
-                                       : Avx512Sums::set1(static_cast<float>(1 << (p.bits - 1)));
+    return call.zero_type == Type::kUInt8 ? Avx512Sums::widen(Type::kUInt8, call.zeros, at)
+                                          : Avx512Sums::set1(static_cast<float>(1 << (call.bits - 1)));
   }
 };
 

@@ -9,22 +9,23 @@
 namespace qkernels::cpu {
 namespace {
 
-struct Row {
+struct Isa {
   const Kernels* kernels;
   bool supported;
 };
 
-struct Table {
-  Row rows[4];
+// The instruction sets of this build, plainest first.
+struct Isas {
+  Isa all[4];
   int size = 0;
-  std::string names;  // of the supported rows
+  std::string names;  // of those that are supported
 
   void add(const Kernels& kernels, bool supported) {
-    rows[size++] = {&kernels, supported};
+    all[size++] = {&kernels, supported};
     if (supported) names.append(names.empty() ? "" : " ").append(kernels.name);
   }
 
-  Table() {
+  Isas() {
     add(kScalar, true);
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -38,19 +39,18 @@ struct Table {
   }
 };
 
-const Table& table() {
-  static const Table value;
+const Isas& isas() {
+  static const Isas value;
   return value;
 }
 
 std::string wrong_name(const char* source, const char* name) {
-  return std::string(source) + " must be one of \"" + table().names + "\" on this CPU, got \"" + name + "\"";
+  return std::string(source) + " must be one of \"" + isas().names + "\" on this CPU, got \"" + name + "\"";
 }
 
 const Kernels* find(const char* name) {
-  for (int i = 0; i < table().size; ++i) {
-    if (table().rows[i].supported && std::strcmp(table().rows[i].kernels->name, name) == 0)
-      return table().rows[i].kernels;
+  for (int i = 0; i < isas().size; ++i) {
+    if (isas().all[i].supported && std::strcmp(isas().all[i].kernels->name, name) == 0) return isas().all[i].kernels;
   }
   return nullptr;
 }
@@ -66,8 +66,8 @@ struct FirstChoice {
       if (kernels == nullptr) error = wrong_name("QKERNELS_ISA", wanted) + "; unset it for the best one";
       return;
     }
-    for (int i = 0; i < table().size; ++i) {
-      if (table().rows[i].supported) kernels = table().rows[i].kernels;
+    for (int i = 0; i < isas().size; ++i) {
+      if (isas().all[i].supported) kernels = isas().all[i].kernels;
     }
   }
 };
@@ -90,7 +90,7 @@ const Kernels& int8_kernels(const Kernels& kernels) {
   return kScalarInt8;
 }
 
-const char* available() { return table().names.c_str(); }
+const char* available() { return isas().names.c_str(); }
 
 const char* choose(const char* isa) {
   static thread_local std::string error;

@@ -1,16 +1,15 @@
-// The CPU kernels' byte contract, what one call looks like to them, and the table that each instruction set fills in.
+// The CPU kernels' byte contract, what one call looks like to them, and what each instruction set has to offer.
 //
-// No torch header here or in any file that includes this one: the kernels can be built and run alone (tests/ops does,
-// under the address sanitizer), and nothing inline that was compiled for AVX-512 can end up being called on an older
-// CPU.
+// No torch header here or in any file that includes this one, bindings.cpp aside: the kernels can be built and run
+// alone (tests/ops does, under the address sanitizer), and nothing inline that was compiled for AVX-512 can end up
+// being called on an older CPU.
 //
 // Layout cpu_tile_a16 (qkernels/layouts/cpu_tile_a16.py packs it):
 //   qweight [tiles][K_pad / 8 octets][...]   32 rows a tile, K_pad = K rounded up to 8, columns in k_order
-//     4 bit, an octet is 128 bytes: one 32-bit little-endian lane a row, code k of the octet in bits
-//       16 * (k & 1) + 4 * (k >> 1) ...      so that lane >> 4 p has the pair (2 p, 2 p + 1) at the bottom of its two
-//       words
-//     8 bit, an octet is two quads of 128 bytes: one lane a row, code k of the quad in bits 16 * (k & 1) + 8 * (k >> 1)
-//     ...
+//     4 bit, an octet is 128 bytes: one 32-bit little-endian lane a row, code k of the octet in the 4 bits from
+//       16 * (k & 1) + 4 * (k >> 1) on, so that lane >> 4 i has the pair (2 i, 2 i + 1) at the bottom of its two words
+//     8 bit, an octet is two quads of 128 bytes: one lane a row, code k of the quad in the 8 bits from
+//       16 * (k & 1) + 8 * (k >> 1) on
 //   scales, zeros [tiles][G][32]             group g holds stored columns g * group ... min(K, (g + 1) * group) - 1
 // Layout cpu_tile_a8 (qkernels/layouts/cpu_tile_a8.py), for x quantized to int8: the same, but for the lanes:
 //     4 bit, byte j of an octet's lane has code j of the octet in its low nibble and code 4 + j in its high one
@@ -20,85 +19,103 @@
 #pragma once
 #include <cstdint>
 
+#include "../types.h"
+
 namespace qkernels::cpu {
 
 constexpr int kTileRows = 32;
 constexpr int kLaneBytes = 4;
 
 // A group is summed in runs of at most this many columns, and the scale is applied to each run's fp32 sum. It bounds
-// the panel of decoded weights (16 KB in fp32) and the rounding error (see tests/ops/test_numerics.py). Every path of
+// the panel of unpacked weights (16 KB in fp32) and the rounding error (see tests/ops/test_numerics.py). Every path of
 // an instruction set adds in the same order, so that a row of y depends neither on M nor on the number of threads.
 constexpr int64_t kRun = 128;
 
-// So many rows of x meet weights that are decoded in registers and used at once. Where there are more, they take turns,
-// or a run is decoded into L1 for all rows of a block (kPanel in tile_gemm.h).
-constexpr int64_t kDecodeRows = 8;
-constexpr int64_t kBlockRows = 64;
+// The most tokens (rows of x, M) of the decode path, where weights are unpacked in registers and used at once. Where
+// there are more, they take turns, or a run is unpacked into L1 for all tokens of a block (kPanel in tile_gemm.h).
+constexpr int64_t kMaxDecodeTokens = 8;
+constexpr int64_t kBlockTokens = 64;
 // Up to this M, x is used as it lies, and several tiles are worked on together: a row of x alone leaves the multipliers
 // idle for most of the 4 to 6 cycles that a sum takes (M = 1, 57 MiB of weights: 64 % of the read bandwidth with two
 // tiles, 77 % with four, 81 % with prefetch_codes at a tile's end). Two to four rows work on two at a time, and gain 1
 // to 4 % from the longer stretch of memory.
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewTokens = 4;
 constexpr int kMostTiles = 4;
-static inline int tiles_together(int64_t M) { return M <= kFewRows ? kMostTiles : 1; }
+static inline int tiles_together(int64_t M) { return M <= kFewTokens ? kMostTiles : 1; }
 
-enum class Type : int { kNone, kUInt8, kFloat, kHalf, kBFloat16 };
-
+// What is multiplied, in numbers; no pointers.
 struct Problem {
-  int64_t M, N, K, G, group;  // group: columns that share a scale
-  int64_t K_pad, tile_bytes;
+  int64_t M, N, K;     // tokens (rows of x), rows of the weight, columns of both
+  int64_t group, G;    // columns that share a scale; groups in K
+  int64_t K_pad;       // K rounded up to whole octets
+  int64_t tile_bytes;  // of one tile's codes
   int bits;
-  const void* x;  // as the caller has it, strides in elements
-  Type x_type;
-  int64_t x_row_stride, x_column_stride;
-  const uint8_t* qweight;
-  const void* scales;
+  Type x_type;  // of x and y
   Type scale_type;
-  const void* zeros;  // kUInt8: zero points, subtracted exactly; floating: zero points, or offsets
-  Type zero_type;
-  bool zeros_are_offsets;
-  const int32_t* k_order;  // null, or the column of x that each stored column meets
-  const void* bias;        // kNone: no bias
-  Type bias_type;
-  void* y;  // [M, N] contiguous, x_type
+  Type zero_type;          // kNone: symmetric; kUInt8: zero points, subtracted exactly; floating: zero points, or
+  bool zeros_are_offsets;  // offsets, which are added after scaling
+  Type bias_type;          // kNone: no bias
+  bool int8_activations;   // layout cpu_tile_a8
+};
+
+// Without the types. static: an inline function that was compiled for AVX-512 must not stand in for one that was not
+// (target.h).
+static inline Problem make_problem(int64_t M, int64_t N, int64_t K, int bits, int64_t group) {
+  Problem p{};
+  p.M = M, p.N = N, p.K = K, p.bits = bits, p.group = group;
+  p.G = K == 0 ? 1 : (K - 1) / group + 1;
+  p.K_pad = (K + 7) / 8 * 8;
+  p.tile_bytes = p.K_pad * (kTileRows * (bits <= 4 ? 4 : 8) / 8);
+  return p;
+}
+
+static inline int64_t tiles_of(const Problem& p) { return (p.N + kTileRows - 1) / kTileRows; }
+
+// A problem with its buffers, as a kernel takes it.
+struct Call : Problem {
+  const void* x = nullptr;                        // [M, K] as the caller has it
+  int64_t x_row_stride = 0, x_column_stride = 0;  // in elements
+  const uint8_t* qweight = nullptr;
+  const void* scales = nullptr;
+  const void* zeros = nullptr;
+  const int32_t* k_order = nullptr;  // [K]: the column of x that each stored column meets; null: its own
+  const void* bias = nullptr;        // [N]
+  void* y = nullptr;                 // [M, N] contiguous
 
   // x as the kernel reads it: x itself, or a copy that is gathered, converted and padded with zeros. Column k of row m
-  // is at k / width * block_stride + m * row_stride + k % width; `width` is such that a run lies in one block. For more
-  // than kFewRows rows the copy has blocks of about one run: a run of all rows is then a few pages in a row, where
-  // rows 8 KB apart would share L1 sets and need a page each (measured: half the speed).
+  // is at k / width * block_stride + m * row_stride + k % width, in elements; `width` is such that a run lies in one
+  // block. For more than kFewTokens rows the copy has blocks of about one run: a run of all rows is then a few pages in
+  // a row, where rows 8 KB apart would share L1 sets and need a page each (measured: half the speed).
   struct {
     const void* data;
     int64_t width, block_stride, row_stride;
-  } staged;
-  // Layout cpu_tile_a8: `staged` is int8 [M, row_stride], and these are what `quantize_row` (rows_int8.h) adds to it.
-  bool int8_activations;
-  float* x_scales;  // [M]
-  int32_t* x_sums;  // [G, M] sums of the codes of x over each group
-  float* sums;      // [M, G] sums of floating x over each group, in fp32; null unless has_rest
+  } staged = {};
+  // With int8 activations `staged` is int8 [M, row_stride], and these are what `quantize_row` (rows_int8.h) adds to it.
+  float* x_scales = nullptr;  // [M]
+  int32_t* x_sums = nullptr;  // [G, M] sums of the codes of x over each group
+  float* sums = nullptr;      // [M, G] sums of floating x over each group, in fp32; null unless has_rest
 };
 
-static inline int64_t staged_at(const Problem& p, int64_t m, int64_t k) {
-  return k / p.staged.width * p.staged.block_stride + m * p.staged.row_stride + k % p.staged.width;
+static inline int64_t staged_at(const Call& call, int64_t m, int64_t k) {
+  return k / call.staged.width * call.staged.block_stride + m * call.staged.row_stride + k % call.staged.width;
 }
 
 // Floating zero points and offsets: products are with code - 2^(bits-1), which is exact, and the rest of the weight,
 // the same over a group, meets the sum of x.
-static inline bool has_rest(const Problem& p) { return p.zero_type != Type::kNone && p.zero_type != Type::kUInt8; }
+static inline bool has_rest(const Problem& p) { return is_floating(p.zero_type); }
 
-// static: an inline function that was compiled for AVX-512 must not stand in for one that was not (target.h)
-static inline int64_t tiles_of(const Problem& p) { return (p.N + kTileRows - 1) / kTileRows; }
-
+// The kernels of one instruction set.
 struct Kernels {
   const char* name;
   // What bf16 activations are multiplied as: kBFloat16 where there is a bf16 dot product, else kFloat. fp16 and fp32
   // activations are always multiplied as kFloat.
   Type bf16_operand;
   // Rows m0 ... m1 - 1: fill `staged` (if it is not x) and `sums` (if wanted).
-  void (*stage)(const Problem& p, int64_t m0, int64_t m1);
-  // y of `tiles` (at most tiles_together) tiles and rows m0 ... m1 - 1, at most kBlockRows of them.
-  void (*multiply)(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1);
-  // (M + 1) N K (twice that with more than 4 bits) that one core does in 30 to 90 us: up to there it is not slower than
-  // four threads on two cores.
+  void (*stage)(const Call& call, int64_t m0, int64_t m1);
+  // y of `tiles` (at most tiles_together) tiles and rows m0 ... m1 - 1, at most kBlockTokens of them.
+  void (*multiply)(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1);
+  // (M + 1) N K, in multiplications (twice that with more than 4 bits), that one core does in 30 to 90 us: up to there
+  // it is not slower than four threads on two cores.
   int64_t little_work;
 };
 constexpr int64_t kLittleWork = int64_t{10} << 20;
@@ -128,9 +145,9 @@ const char* choose(const char* isa);  // replaces the choice; null, or why not
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t n, void* context, Body body);
 
-// Bytes of scratch memory that `gemm` wants for this problem.
-int64_t workspace_bytes(const Problem& p, const Kernels& kernels);
+// Bytes of scratch memory that `gemm` wants for this call.
+int64_t workspace_bytes(const Call& call, const Kernels& kernels);
 // y = x W^T + bias. `workspace` is free again on return.
-void gemm(Problem p, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for);
+void gemm(Call call, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for);
 
 }  // namespace qkernels::cpu

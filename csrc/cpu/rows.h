@@ -96,16 +96,16 @@ struct WidenHalf {
 };
 
 template <class C>
-void stage_row(const Problem& p, int64_t m) {
-  const typename C::From* from = static_cast<const typename C::From*>(p.x) + m * p.x_row_stride;
-  const int64_t K = p.K, stride = p.x_column_stride;
-  for (int64_t first = 0; first < p.K_pad; first += p.staged.width) {
+void stage_row(const Call& call, int64_t m) {
+  const typename C::From* from = static_cast<const typename C::From*>(call.x) + m * call.x_row_stride;
+  const int64_t K = call.K, stride = call.x_column_stride;
+  for (int64_t first = 0; first < call.K_pad; first += call.staged.width) {
     typename C::To* __restrict to =
-        static_cast<typename C::To*>(const_cast<void*>(p.staged.data)) + staged_at(p, m, first);
-    const int64_t n = K - first < p.staged.width ? K - first : p.staged.width;
-    if (p.k_order != nullptr) {
+        static_cast<typename C::To*>(const_cast<void*>(call.staged.data)) + staged_at(call, m, first);
+    const int64_t n = K - first < call.staged.width ? K - first : call.staged.width;
+    if (call.k_order != nullptr) {
       for (int64_t i = 0; i < n; ++i) {
-        int64_t column = p.k_order[first + i];  // comes from a file: a wrong entry must not become a wild read
+        int64_t column = call.k_order[first + i];  // comes from a file: a wrong entry must not become a wild read
         column = column < 0 ? 0 : column >= K ? K - 1 : column;
         to[i] = C::convert(from[column * stride]);
       }
@@ -115,17 +115,17 @@ void stage_row(const Problem& p, int64_t m) {
     } else {
       for (int64_t i = 0; i < n; ++i) to[i] = C::convert(from[(first + i) * stride]);
     }
-    for (int64_t i = n; i < p.staged.width; ++i) to[i] = 0;
+    for (int64_t i = n; i < call.staged.width; ++i) to[i] = 0;
   }
 }
 
 // The sum of columns first ... first + n - 1 (one group) of row m: sixteen partial sums, then a tree, the same order on
 // every instruction set. Sixteen columns in a row never cross a block: see block_width in gemm.cpp.
 template <class X>
-float sum_of(const Problem& p, int64_t m, int64_t first, int64_t n) {
+float sum_of(const Call& call, int64_t m, int64_t first, int64_t n) {
   float lane[16] = {};
   for (int64_t k = 0; k < n; k += 16) {
-    const X* x = static_cast<const X*>(p.staged.data) + staged_at(p, m, first + k);
+    const X* x = static_cast<const X*>(call.staged.data) + staged_at(call, m, first + k);
     const int64_t width = n - k < 16 ? n - k : 16;
     for (int64_t i = 0; i < width; ++i) {
       if constexpr (sizeof(X) == 2) {
@@ -143,24 +143,24 @@ float sum_of(const Problem& p, int64_t m, int64_t first, int64_t n) {
 
 // Bf16Operand: what bf16 activations are multiplied as: float, or uint16_t holding their bits.
 template <class Bf16Operand>
-void stage(const Problem& p, int64_t m0, int64_t m1) {
+void stage(const Call& call, int64_t m0, int64_t m1) {
   constexpr bool kBf16 = sizeof(Bf16Operand) == 2;
-  const bool bf16_operand = kBf16 && p.x_type == Type::kBFloat16;
+  const bool bf16_operand = kBf16 && call.x_type == Type::kBFloat16;
   for (int64_t m = m0; m < m1; ++m) {
-    if (p.staged.data != p.x) {
+    if (call.staged.data != call.x) {
       if (bf16_operand) {
-        stage_row<CopyBf16>(p, m);
-      } else if (p.x_type == Type::kFloat) {
-        stage_row<CopyFloat>(p, m);
-      } else if (p.x_type == Type::kHalf) {
-        stage_row<WidenHalf>(p, m);
+        stage_row<CopyBf16>(call, m);
+      } else if (call.x_type == Type::kFloat) {
+        stage_row<CopyFloat>(call, m);
+      } else if (call.x_type == Type::kHalf) {
+        stage_row<WidenHalf>(call, m);
       } else {
-        stage_row<WidenBf16>(p, m);
+        stage_row<WidenBf16>(call, m);
       }
     }
-    for (int64_t g = 0; p.sums != nullptr && g < p.G; ++g) {
-      const int64_t first = g * p.group, n = (p.K < first + p.group ? p.K : first + p.group) - first;
-      p.sums[m * p.G + g] = bf16_operand ? sum_of<uint16_t>(p, m, first, n) : sum_of<float>(p, m, first, n);
+    for (int64_t g = 0; call.sums != nullptr && g < call.G; ++g) {
+      const int64_t first = g * call.group, n = (call.K < first + call.group ? call.K : first + call.group) - first;
+      call.sums[m * call.G + g] = bf16_operand ? sum_of<uint16_t>(call, m, first, n) : sum_of<float>(call, m, first, n);
     }
   }
 }
@@ -168,23 +168,23 @@ void stage(const Problem& p, int64_t m0, int64_t m1) {
 // --- y ---
 
 // bias of `count` rows from row n0 on; 0 where there is none and past N
-inline void load_bias(const Problem& p, int64_t n0, int count, float* bias) {
-  for (int i = 0; i < count; ++i) bias[i] = n0 + i < p.N ? load(p.bias_type, p.bias, n0 + i) : 0.0f;
+inline void load_bias(const Call& call, int64_t n0, int count, float* bias) {
+  for (int i = 0; i < count; ++i) bias[i] = n0 + i < call.N ? load(call.bias_type, call.bias, n0 + i) : 0.0f;
 }
 
 // y[m][n0 ...] = sum + bias, rounded once. `count` is a multiple of 8; rows past N are not stored.
-inline void store_row(const Problem& p, int64_t m, int64_t n0, int count, const float* sum, const float* bias) {
+inline void store_row(const Call& call, int64_t m, int64_t n0, int count, const float* sum, const float* bias) {
   constexpr int kMost = kMostTiles * kTileRows;
-  const int64_t valid = p.N - n0 < count ? p.N - n0 : count;
+  const int64_t valid = call.N - n0 < count ? call.N - n0 : count;
   float y[kMost];
   for (int i = 0; i < count; ++i) y[i] = sum[i] + bias[i];
   if (valid <= 0) return;
-  if (p.x_type == Type::kFloat) {
-    std::memcpy(static_cast<float*>(p.y) + m * p.N + n0, y, static_cast<size_t>(valid) * 4);
+  if (call.x_type == Type::kFloat) {
+    std::memcpy(static_cast<float*>(call.y) + m * call.N + n0, y, static_cast<size_t>(valid) * 4);
     return;
   }
   uint16_t rounded[kMost];
-  if (p.x_type == Type::kBFloat16) {
+  if (call.x_type == Type::kBFloat16) {
     for (int i = 0; i < count; ++i) rounded[i] = to_bf16(y[i]);
   } else {
 #if defined(__F16C__)
@@ -196,7 +196,7 @@ inline void store_row(const Problem& p, int64_t m, int64_t n0, int count, const 
     for (int i = 0; i < count; ++i) rounded[i] = to_half(y[i]);
 #endif
   }
-  std::memcpy(static_cast<uint16_t*>(p.y) + m * p.N + n0, rounded, static_cast<size_t>(valid) * 2);
+  std::memcpy(static_cast<uint16_t*>(call.y) + m * call.N + n0, rounded, static_cast<size_t>(valid) * 2);
 }
 
 }  // namespace

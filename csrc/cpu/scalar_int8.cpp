@@ -6,57 +6,57 @@
 namespace qkernels::cpu {
 namespace {
 
-int code(const Problem& p, int64_t tile, int row, int64_t k) {
-  const uint8_t* bytes = p.qweight + tile * p.tile_bytes;
-  if (p.bits <= 4) return bytes[(k / 8 * kTileRows + row) * kLaneBytes + k % 4] >> (k % 8 < 4 ? 0 : 4) & 15;
+int code(const Call& call, int64_t tile, int row, int64_t k) {
+  const uint8_t* bytes = call.qweight + tile * call.tile_bytes;
+  if (call.bits <= 4) return bytes[(k / 8 * kTileRows + row) * kLaneBytes + k % 4] >> (k % 8 < 4 ? 0 : 4) & 15;
   return bytes[(k / 4 * kTileRows + row) * kLaneBytes + k % 4];
 }
 
-void multiply_tile(const Problem& p, int64_t tile, int64_t m0, int64_t m1) {
-  float total[kBlockRows][kTileRows] = {};
+void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
+  float total[kBlockTokens][kTileRows] = {};
   float scale[kTileRows], rest[kTileRows];
   int zero[kTileRows];
   int32_t weight[kRun][kTileRows];
-  int32_t sums[kBlockRows][kTileRows];
-  for (int64_t g = 0; g < p.G; ++g) {
+  int32_t sums[kBlockTokens][kTileRows];
+  for (int64_t g = 0; g < call.G; ++g) {
     std::memset(sums, 0, sizeof sums);
     for (int r = 0; r < kTileRows; ++r) {
-      const int64_t at = (tile * p.G + g) * kTileRows + r;
-      scale[r] = load(p.scale_type, p.scales, at);
-      zero[r] = p.zero_type == Type::kUInt8 ? static_cast<const uint8_t*>(p.zeros)[at] : 1 << (p.bits - 1);
-      rest[r] = rest_of(p, scale[r], load(p.zero_type, p.zeros, at));
+      const int64_t at = (tile * call.G + g) * kTileRows + r;
+      scale[r] = load(call.scale_type, call.scales, at);
+      zero[r] = call.zero_type == Type::kUInt8 ? static_cast<const uint8_t*>(call.zeros)[at] : 1 << (call.bits - 1);
+      rest[r] = rest_of(call, scale[r], load(call.zero_type, call.zeros, at));
     }
-    const int64_t end = p.K < (g + 1) * p.group ? p.K : (g + 1) * p.group;
-    for (int64_t first = g * p.group; first < end; first += kRun) {
+    const int64_t end = call.K < (g + 1) * call.group ? call.K : (g + 1) * call.group;
+    for (int64_t first = g * call.group; first < end; first += kRun) {
       const int64_t n = end - first < kRun ? end - first : kRun;
       for (int64_t k = 0; k < n; ++k) {
-        for (int r = 0; r < kTileRows; ++r) weight[k][r] = code(p, tile, r, first + k) - zero[r];
+        for (int r = 0; r < kTileRows; ++r) weight[k][r] = code(call, tile, r, first + k) - zero[r];
       }
       for (int64_t m = m0; m < m1; ++m) {
-        const int8_t* x = static_cast<const int8_t*>(p.staged.data) + m * p.staged.row_stride + first;
+        const int8_t* x = static_cast<const int8_t*>(call.staged.data) + m * call.staged.row_stride + first;
         for (int64_t k = 0; k < n; ++k) {
           for (int r = 0; r < kTileRows; ++r) sums[m - m0][r] += weight[k][r] * x[k];
         }
       }
     }
     for (int64_t m = m0; m < m1; ++m) {
-      const float x_sum = static_cast<float>(p.x_sums[g * p.M + m]);
+      const float x_sum = static_cast<float>(call.x_sums[g * call.M + m]);
       for (int r = 0; r < kTileRows; ++r) {
         total[m - m0][r] += static_cast<float>(sums[m - m0][r]) * scale[r];
-        if (has_rest(p)) total[m - m0][r] += rest[r] * x_sum;
+        if (has_rest(call)) total[m - m0][r] += rest[r] * x_sum;
       }
     }
   }
   float bias[kTileRows];
-  load_bias(p, tile * kTileRows, kTileRows, bias);
+  load_bias(call, tile * kTileRows, kTileRows, bias);
   for (int64_t m = m0; m < m1; ++m) {
-    for (int r = 0; r < kTileRows; ++r) total[m - m0][r] *= p.x_scales[m];
-    store_row(p, m, tile * kTileRows, kTileRows, total[m - m0], bias);
+    for (int r = 0; r < kTileRows; ++r) total[m - m0][r] *= call.x_scales[m];
+    store_row(call, m, tile * kTileRows, kTileRows, total[m - m0], bias);
   }
 }
 
-void multiply(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  for (int t = 0; t < tiles; ++t) multiply_tile(p, tile + t, m0, m1);
+void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  for (int t = 0; t < tiles; ++t) multiply_tile(call, tile + t, m0, m1);
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
-// The loops that the vector instruction sets share, as templates over the vectors (V) and the way codes are decoded
-// (D).
+// The loops that the vector instruction sets share, as templates over the vectors (V) and how codes are unpacked (U).
 //
 // V, a set of vectors:
 //   X             an element of staged x                   kRows       rows of a tile in one vector
@@ -9,14 +8,13 @@
 //   kDecodeVectors[m - 1]: vectors of rows that the decode path works on for m rows of x, at most those of
 //                 tiles_together(m) tiles. A multiplication must wait for the previous one into the same sum (4 to 6
 //                 cycles), so 8 or more sums are kept in flight where there are registers.
-// D, a decoder of V, made of a Problem:
+// U, an unpacker for V, made of a Call:
 //   Zero          what is subtracted from the codes of one vector of rows, per group
 //   Raw           the bytes of one octet of columns of one vector of rows
 //   kOctetBytes   from one octet to the next
 //   kMemoryBytes  of those, how many come from memory and are worth prefetching: all, or none
-//   kPanel        whether more than kDecodeRows rows of x are worth decoding a run once, into L1, or every kDecodeRows
-//   of
-//                 them decode it again on its way into the products
+//   kPanel        whether more than kMaxDecodeTokens rows of x are worth unpacking a run once, into L1, or every
+//                 kMaxDecodeTokens of them unpack it again on its way into the products
 //   value(raw, s, zero): code - zero of columns kStep * s ... of the octet, exact
 //
 // Everything is in an unnamed namespace, so that each instruction set has its own copy.
@@ -37,28 +35,28 @@ constexpr int kOctet = 8;
 // were slower). While a run meets many rows of x nothing else would fetch it: worth 1.5 x at M = 16, and 1.2 x at M = 1
 // and 8. In a tile's last run, what comes next is `next_tile` (3 % at M = 1). Its address may lie past the
 // weights: a prefetch of nothing does nothing.
-template <class D>
-constexpr int64_t kRunBytes = kRun / kOctet * D::kOctetBytes;
-template <class D>
+template <class U>
+constexpr int64_t kRunBytes = kRun / kOctet * U::kOctetBytes;
+template <class U>
 QK_INLINE void prefetch_codes(const uint8_t* codes, int64_t ahead) {
 #pragma GCC unroll 4
-  for (int64_t line = 0; line < D::kMemoryBytes; line += 64) __builtin_prefetch(codes + ahead + line);
+  for (int64_t line = 0; line < U::kMemoryBytes; line += 64) __builtin_prefetch(codes + ahead + line);
 }
 
 // Fetches a tile's scales or zeros (`base`) four groups before they are wanted, at its end those of `next_tile`: worth
 // 8 to 12 % at M = 1 and groups of 32, whose scales are a ninth of the bytes.
-QK_INLINE void prefetch_group(const Problem& p, const void* base, Type type, int64_t tile, int64_t next_tile,
+QK_INLINE void prefetch_group(const Call& call, const void* base, Type type, int64_t tile, int64_t next_tile,
                               int64_t g) {
   constexpr int64_t kAhead = 4;
   if (base == nullptr) return;
   const int64_t bytes = kTileRows * (type == Type::kFloat ? 4 : type == Type::kUInt8 ? 1 : 2);
-  const int64_t row = g + kAhead < p.G ? tile * p.G : (next_tile - 1) * p.G;
+  const int64_t row = g + kAhead < call.G ? tile * call.G : (next_tile - 1) * call.G;
   const uint8_t* at = static_cast<const uint8_t*>(base) + (row + g + kAhead) * bytes;
   __builtin_prefetch(at);
   if (bytes > 64) __builtin_prefetch(at + 64);
 }
 
-// Weights that `decode_run` wrote to L1, read back as if they were codes.
+// Weights that `unpack_run` wrote to L1, read back as if they were codes.
 template <class V>
 struct Panel {
   struct Zero {};
@@ -72,8 +70,8 @@ struct Panel {
 };
 
 // acc[r][v] += weights of vector v times row r of x, over `octets` octets of columns.
-template <class V, class D, int kVectors, int kTokens>
-QK_INLINE void accumulate(const D& decoder, const typename D::Zero* zero, const uint8_t* codes, int64_t tile_bytes,
+template <class V, class U, int kVectors, int kTokens>
+QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const uint8_t* codes, int64_t tile_bytes,
                           int64_t ahead, const typename V::X* x, int64_t x_stride, int octets,
                           typename V::Sum (&acc)[kTokens][kVectors]) {
   constexpr int kPerTile = kTileRows / V::kRows, kSteps = kOctet / V::kStep;
@@ -88,17 +86,17 @@ QK_INLINE void accumulate(const D& decoder, const typename D::Zero* zero, const 
   }
   for (int o = 0; o < octets; ++o) {
 #pragma GCC unroll 4
-    for (int t = 0; t * kPerTile < kVectors; ++t) prefetch_codes<D>(codes + t * tile_bytes, ahead);
-    typename D::Raw raw[kVectors];
+    for (int t = 0; t * kPerTile < kVectors; ++t) prefetch_codes<U>(codes + t * tile_bytes, ahead);
+    typename U::Raw raw[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      raw[v] = D::load(codes + (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes);
+      raw[v] = U::load(codes + (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes);
     }
 #pragma GCC unroll 8
     for (int s = 0; s < kSteps; ++s) {
       typename V::Weight weight[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) weight[v] = decoder.value(raw[v], s, zero[v]);
+      for (int v = 0; v < kVectors; ++v) weight[v] = unpacker.value(raw[v], s, zero[v]);
 #pragma GCC unroll 16
       for (int r = 0; r < kTokens; ++r) {
         const typename V::Input input = V::broadcast(rows[r / 4] + (r % 4) * x_stride + s * V::kStep);
@@ -106,7 +104,7 @@ QK_INLINE void accumulate(const D& decoder, const typename D::Zero* zero, const 
         for (int v = 0; v < kVectors; ++v) acc[r][v] = V::multiply_add(acc[r][v], weight[v], input);
       }
     }
-    codes += D::kOctetBytes;
+    codes += U::kOctetBytes;
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; ++i) rows[i] += kOctet;
   }
@@ -115,47 +113,47 @@ QK_INLINE void accumulate(const D& decoder, const typename D::Zero* zero, const 
 // What a group adds once per row of x where zero points are floating: sum(x) * rest, with rest = (mid - zero) * scale,
 // or mid * scale + offset. The products with code - mid stay exact.
 template <class V>
-QK_INLINE typename V::Sum rest_of(const Problem& p, typename V::Sum scale, int64_t at) {
-  const typename V::Sum mid = V::set1(static_cast<float>(1 << (p.bits - 1)));
-  const typename V::Sum zero = V::widen(p.zero_type, p.zeros, at);
-  return p.zeros_are_offsets ? V::fma(mid, scale, zero) : V::mul(V::sub(mid, zero), scale);
+QK_INLINE typename V::Sum rest_of(const Call& call, typename V::Sum scale, int64_t at) {
+  const typename V::Sum mid = V::set1(static_cast<float>(1 << (call.bits - 1)));
+  const typename V::Sum zero = V::widen(call.zero_type, call.zeros, at);
+  return call.zeros_are_offsets ? V::fma(mid, scale, zero) : V::mul(V::sub(mid, zero), scale);
 }
 
 // Group g is columns first ... first + 8 octets - 1 of the tiles, in runs.
 struct Group {
   int64_t first, octets;
 };
-QK_INLINE Group group_of(const Problem& p, int64_t g) {
-  const int64_t first = g * p.group, left = p.K - first;
-  return {first, ((left < p.group ? left : p.group) + kOctet - 1) / kOctet};
+QK_INLINE Group group_of(const Call& call, int64_t g) {
+  const int64_t first = g * call.group, left = call.K - first;
+  return {first, ((left < call.group ? left : call.group) + kOctet - 1) / kOctet};
 }
 
-// --- kDecodeRows rows of x: decoded weights go from a register straight into the products ---
+// --- up to kMaxDecodeTokens rows of x: unpacked weights go from a register straight into the products ---
 
-template <class V, class D, int kVectors, int kTokens>
-void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int64_t next_tile, int64_t m0) {
+template <class V, class U, int kVectors, int kTokens>
+void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int64_t next_tile, int64_t m0) {
   using Sum = typename V::Sum;
   constexpr int kPerTile = kTileRows / V::kRows, kRunOctets = kRun / kOctet;
   Sum total[kTokens][kVectors];
   for (auto& of_token : total)
     for (Sum& sum : of_token) sum = V::zero();
-  const uint8_t* codes = p.qweight + tile * p.tile_bytes + row * kLaneBytes;
-  const int64_t to_next = (next_tile - tile - 1) * p.tile_bytes + kRunBytes<D>;
-  const typename V::X* x = static_cast<const typename V::X*>(p.staged.data);
-  for (int64_t g = 0; g < p.G; ++g) {
-    const Group group = group_of(p, g);
+  const uint8_t* codes = call.qweight + tile * call.tile_bytes + row * kLaneBytes;
+  const int64_t to_next = (next_tile - tile - 1) * call.tile_bytes + kRunBytes<U>;
+  const typename V::X* x = static_cast<const typename V::X*>(call.staged.data);
+  for (int64_t g = 0; g < call.G; ++g) {
+    const Group group = group_of(call, g);
     for (int t = 0; t * kPerTile < kVectors; ++t) {
-      prefetch_group(p, p.scales, p.scale_type, tile + t, next_tile + t, g);
-      prefetch_group(p, p.zeros, p.zero_type, tile + t, next_tile + t, g);
+      prefetch_group(call, call.scales, call.scale_type, tile + t, next_tile + t, g);
+      prefetch_group(call, call.zeros, call.zero_type, tile + t, next_tile + t, g);
     }
-    typename D::Zero zero[kVectors];
+    typename U::Zero zero[kVectors];
     Sum scale[kVectors];
     int64_t at[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      at[v] = ((tile + v / kPerTile) * p.G + g) * kTileRows + row + (v % kPerTile) * V::kRows;
-      zero[v] = decoder.zero(at[v]);
-      scale[v] = V::widen(p.scale_type, p.scales, at[v]);
+      at[v] = ((tile + v / kPerTile) * call.G + g) * kTileRows + row + (v % kPerTile) * V::kRows;
+      zero[v] = unpacker.zero(at[v]);
+      scale[v] = V::widen(call.scale_type, call.scales, at[v]);
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
@@ -163,71 +161,72 @@ void decode_rows(const Problem& p, const D& decoder, int64_t tile, int row, int6
       for (auto& of_token : acc)
         for (Sum& sum : of_token) sum = V::zero();
       const int64_t octet = group.first / kOctet + o;
-      const bool last = g + 1 == p.G && o + kRunOctets >= group.octets;
-      accumulate<V, D, kVectors, kTokens>(decoder, zero, codes + octet * D::kOctetBytes, p.tile_bytes,
-                                          last ? to_next : kRunBytes<D>, x + staged_at(p, m0, octet * kOctet),
-                                          p.staged.row_stride, octets, acc);
+      const bool last = g + 1 == call.G && o + kRunOctets >= group.octets;
+      accumulate<V, U, kVectors, kTokens>(unpacker, zero, codes + octet * U::kOctetBytes, call.tile_bytes,
+                                          last ? to_next : kRunBytes<U>, x + staged_at(call, m0, octet * kOctet),
+                                          call.staged.row_stride, octets, acc);
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) total[r][v] = V::fma(acc[r][v], scale[v], total[r][v]);
       }
     }
-    if (p.sums != nullptr) {
+    if (call.sums != nullptr) {
       for (int v = 0; v < kVectors; ++v) {
-        const Sum rest = rest_of<V>(p, scale[v], at[v]);
-        for (int r = 0; r < kTokens; ++r) total[r][v] = V::fma(rest, V::set1(p.sums[(m0 + r) * p.G + g]), total[r][v]);
+        const Sum rest = rest_of<V>(call, scale[v], at[v]);
+        for (int r = 0; r < kTokens; ++r)
+          total[r][v] = V::fma(rest, V::set1(call.sums[(m0 + r) * call.G + g]), total[r][v]);
       }
     }
   }
   constexpr int kCount = kVectors * V::kRows;
   const int64_t n0 = tile * kTileRows + row;
   float bias[kCount], sum[kCount];
-  load_bias(p, n0, kCount, bias);
+  load_bias(call, n0, kCount, bias);
   for (int r = 0; r < kTokens; ++r) {
     for (int v = 0; v < kVectors; ++v) V::store(sum + v * V::kRows, total[r][v]);
-    store_row(p, m0 + r, n0, kCount, sum, bias);
+    store_row(call, m0 + r, n0, kCount, sum, bias);
   }
 }
 
 // At most kTokens rows of x; `next_tile` is what comes after these.
-template <class V, class D, int kTokens>
-void decode_tiles(const Problem& p, const D& decoder, int64_t tile, int tiles, int64_t next_tile, int64_t m0,
+template <class V, class U, int kTokens>
+void decode_tiles(const Call& call, const U& unpacker, int64_t tile, int tiles, int64_t next_tile, int64_t m0,
                   int64_t tokens) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return decode_tiles<V, D, kTokens - 1>(p, decoder, tile, tiles, next_tile, m0, tokens);
+    if (tokens < kTokens) return decode_tiles<V, U, kTokens - 1>(call, unpacker, tile, tiles, next_tile, m0, tokens);
   }
   constexpr int kPerTile = kTileRows / V::kRows, kVectors = V::kDecodeVectors[kTokens - 1];
   if constexpr (kVectors > kPerTile) {
     constexpr int kTiles = kVectors / kPerTile;
     for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
       const int64_t next = tiles == kTiles ? next_tile : tile + kTiles;
-      decode_rows<V, D, kVectors, kTokens>(p, decoder, tile, 0, next, m0);
+      decode_rows<V, U, kVectors, kTokens>(call, unpacker, tile, 0, next, m0);
     }
   }
   constexpr int kAtOnce = kVectors < kPerTile ? kVectors : kPerTile;
   for (; tiles > 0; --tiles, ++tile) {
     for (int row = 0; row < kTileRows; row += kAtOnce * V::kRows) {
       const int64_t next = row + kAtOnce * V::kRows < kTileRows ? tile : tiles == 1 ? next_tile : tile + 1;
-      decode_rows<V, D, kAtOnce, kTokens>(p, decoder, tile, row, next, m0);
+      decode_rows<V, U, kAtOnce, kTokens>(call, unpacker, tile, row, next, m0);
     }
   }
 }
 
-// --- more rows: a run of a tile is decoded into L1, then meets all rows of a block ---
+// --- more rows: a run of a tile is unpacked into L1, then meets all rows of a block ---
 
-template <class V, class D>
-QK_INLINE void decode_run(const D& decoder, const typename D::Zero* zero, const uint8_t* codes, int octets,
+template <class V, class U>
+QK_INLINE void unpack_run(const U& unpacker, const typename U::Zero* zero, const uint8_t* codes, int octets,
                           uint8_t* panel) {
   constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
-  for (int o = 0; o < octets; ++o, codes += D::kOctetBytes, panel += Panel<V>::kOctetBytes) {
-    prefetch_codes<D>(codes, kRunBytes<D>);
+  for (int o = 0; o < octets; ++o, codes += U::kOctetBytes, panel += Panel<V>::kOctetBytes) {
+    prefetch_codes<U>(codes, kRunBytes<U>);
 #pragma GCC unroll 4
     for (int v = 0; v < kPerTile; ++v) {
-      const typename D::Raw raw = D::load(codes + v * kVectorBytes);
+      const typename U::Raw raw = U::load(codes + v * kVectorBytes);
 #pragma GCC unroll 8
       for (int s = 0; s < Panel<V>::kSteps; ++s) {
-        V::store_weight(panel + s * kTileRows * kLaneBytes + v * kVectorBytes, decoder.value(raw, s, zero[v]));
+        V::store_weight(panel + s * kTileRows * kLaneBytes + v * kVectorBytes, unpacker.value(raw, s, zero[v]));
       }
     }
   }
@@ -264,80 +263,81 @@ QK_INLINE void multiply_last(int64_t tokens, const uint8_t* panel, int octets, c
   if constexpr (kTokens > 1) multiply_last<V, kTokens - 1>(tokens, panel, octets, x, x_stride, scale, total);
 }
 
-template <class V, class D>
-void multiply_tile(const Problem& p, const D& decoder, int64_t tile, int64_t m0, int64_t m1) {
+template <class V, class U>
+void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0, int64_t m1) {
   using Sum = typename V::Sum;
   constexpr int kPerTile = kTileRows / V::kRows, kRunOctets = kRun / kOctet;
   alignas(64) uint8_t panel[kRunOctets * Panel<V>::kOctetBytes];
-  alignas(64) float total[kBlockRows * kTileRows], scale[kTileRows];
+  alignas(64) float total[kBlockTokens * kTileRows], scale[kTileRows];
   std::memset(total, 0, static_cast<size_t>(m1 - m0) * kTileRows * sizeof(float));
-  const uint8_t* codes = p.qweight + tile * p.tile_bytes;
-  const typename V::X* x = static_cast<const typename V::X*>(p.staged.data);
-  for (int64_t g = 0; g < p.G; ++g) {
-    const Group group = group_of(p, g);
-    const int64_t at = (tile * p.G + g) * kTileRows;
-    typename D::Zero zero[kPerTile];
+  const uint8_t* codes = call.qweight + tile * call.tile_bytes;
+  const typename V::X* x = static_cast<const typename V::X*>(call.staged.data);
+  for (int64_t g = 0; g < call.G; ++g) {
+    const Group group = group_of(call, g);
+    const int64_t at = (tile * call.G + g) * kTileRows;
+    typename U::Zero zero[kPerTile];
     for (int v = 0; v < kPerTile; ++v) {
-      zero[v] = decoder.zero(at + v * V::kRows);
-      V::store(scale + v * V::kRows, V::widen(p.scale_type, p.scales, at + v * V::kRows));
+      zero[v] = unpacker.zero(at + v * V::kRows);
+      V::store(scale + v * V::kRows, V::widen(call.scale_type, call.scales, at + v * V::kRows));
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
       const int64_t octet = group.first / kOctet + o;
-      decode_run<V, D>(decoder, zero, codes + octet * D::kOctetBytes, octets, panel);
-      const typename V::X* run = x + staged_at(p, m0, octet * kOctet);
+      unpack_run<V, U>(unpacker, zero, codes + octet * U::kOctetBytes, octets, panel);
+      const typename V::X* run = x + staged_at(call, m0, octet * kOctet);
       int64_t m = 0;
       for (; m + V::kTokens <= m1 - m0; m += V::kTokens) {
-        multiply_block<V, V::kTokens>(panel, octets, run + m * p.staged.row_stride, p.staged.row_stride, scale,
+        multiply_block<V, V::kTokens>(panel, octets, run + m * call.staged.row_stride, call.staged.row_stride, scale,
                                       total + m * kTileRows);
       }
-      multiply_last<V, V::kTokens - 1>(m1 - m0 - m, panel, octets, run + m * p.staged.row_stride, p.staged.row_stride,
-                                       scale, total + m * kTileRows);
+      multiply_last<V, V::kTokens - 1>(m1 - m0 - m, panel, octets, run + m * call.staged.row_stride,
+                                       call.staged.row_stride, scale, total + m * kTileRows);
     }
-    for (int v = 0; v < kPerTile && p.sums != nullptr; ++v) {
-      const Sum rest = rest_of<V>(p, V::load(scale + v * V::kRows), at + v * V::kRows);
+    for (int v = 0; v < kPerTile && call.sums != nullptr; ++v) {
+      const Sum rest = rest_of<V>(call, V::load(scale + v * V::kRows), at + v * V::kRows);
       for (int64_t m = m0; m < m1; ++m) {
         float* sum = total + (m - m0) * kTileRows + v * V::kRows;
-        V::store(sum, V::fma(rest, V::set1(p.sums[m * p.G + g]), V::load(sum)));
+        V::store(sum, V::fma(rest, V::set1(call.sums[m * call.G + g]), V::load(sum)));
       }
     }
   }
   float bias[kTileRows];
-  load_bias(p, tile * kTileRows, kTileRows, bias);
+  load_bias(call, tile * kTileRows, kTileRows, bias);
   for (int64_t m = m0; m < m1; ++m) {
-    store_row(p, m, tile * kTileRows, kTileRows, total + (m - m0) * kTileRows, bias);
+    store_row(call, m, tile * kTileRows, kTileRows, total + (m - m0) * kTileRows, bias);
   }
 }
 
-// Every kDecodeRows rows of x with one tile, which stays in L2.
-template <class V, class D>
-void decode_tile(const Problem& p, const D& decoder, int64_t tile, int64_t next_tile, int64_t m0, int64_t m1) {
+// Every kMaxDecodeTokens rows of x with one tile, which stays in L2.
+template <class V, class U>
+void decode_tile(const Call& call, const U& unpacker, int64_t tile, int64_t next_tile, int64_t m0, int64_t m1) {
   for (int64_t m = m0, end; m < m1; m = end) {
-    end = m + kDecodeRows < m1 ? m + kDecodeRows : m1;
-    decode_tiles<V, D, kDecodeRows>(p, decoder, tile, 1, end < m1 ? tile : next_tile, m, end - m);
+    end = m + kMaxDecodeTokens < m1 ? m + kMaxDecodeTokens : m1;
+    decode_tiles<V, U, kMaxDecodeTokens>(call, unpacker, tile, 1, end < m1 ? tile : next_tile, m, end - m);
   }
 }
 
-template <class V, class D>
-void multiply_with(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  const D decoder(p);
+template <class V, class U>
+void multiply_with(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  const U unpacker(call);
   const int64_t end = tile + tiles;
-  if (m1 - m0 <= kDecodeRows) return decode_tiles<V, D, kDecodeRows>(p, decoder, tile, tiles, end, m0, m1 - m0);
+  if (m1 - m0 <= kMaxDecodeTokens)
+    return decode_tiles<V, U, kMaxDecodeTokens>(call, unpacker, tile, tiles, end, m0, m1 - m0);
   for (; tile < end; ++tile) {
-    if constexpr (D::kPanel) {
-      multiply_tile<V, D>(p, decoder, tile, m0, m1);
+    if constexpr (U::kPanel) {
+      multiply_tile<V, U>(call, unpacker, tile, m0, m1);
     } else {
-      decode_tile<V, D>(p, decoder, tile, tile + 1, m0, m1);
+      decode_tile<V, U>(call, unpacker, tile, tile + 1, m0, m1);
     }
   }
 }
 
-// Codes of up to 4 bits have a faster decoder where no integer zero points are subtracted.
+// Codes of up to 4 bits have a faster unpacker where no integer zero points are subtracted.
 template <class V, class Symmetric4, class Zeros4, class Any8>
-void multiply(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (p.bits > 4) return multiply_with<V, Any8>(p, tile, tiles, m0, m1);
-  if (p.zero_type == Type::kUInt8) return multiply_with<V, Zeros4>(p, tile, tiles, m0, m1);
-  return multiply_with<V, Symmetric4>(p, tile, tiles, m0, m1);
+void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (call.bits > 4) return multiply_with<V, Any8>(call, tile, tiles, m0, m1);
+  if (call.zero_type == Type::kUInt8) return multiply_with<V, Zeros4>(call, tile, tiles, m0, m1);
+  return multiply_with<V, Symmetric4>(call, tile, tiles, m0, m1);
 }
 
 }  // namespace

@@ -31,24 +31,24 @@ enum class Zeros { kNone, kIntegers, kRest };
 // The fp32 totals are in registers as long as there are enough, for a store costs the multipliers 0.8 of a cycle (Zen
 // 5) where a sum over a group of 32 takes 4: with all totals in L1, 16 rows and groups of 32 were 10 % slower.
 template <class V, bool kBytes, Zeros kZeros, int kVectors, int kTokens>
-void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64_t m0) {
+void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64_t m0) {
   using Sum = typename V::Sum;
   using Integers = typename V::Integers;
   constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
   constexpr int kQuadBytes = kTileRows * kLaneBytes, kOctetBytes = kBytes ? 2 * kQuadBytes : kQuadBytes;
-  const int32_t start = (kBytes ? V::kByteBias : 0) - (1 << (p.bits - 1));
-  const int64_t row_bytes = p.staged.row_stride, G = p.G, M = p.M;
-  const uint8_t* codes = p.qweight + tile * p.tile_bytes;  // of the first vector of rows
+  const int32_t start = (kBytes ? V::kByteBias : 0) - (1 << (call.bits - 1));
+  const int64_t row_bytes = call.staged.row_stride, G = call.G, M = call.M;
+  const uint8_t* codes = call.qweight + tile * call.tile_bytes;  // of the first vector of rows
   int64_t vector_at[kVectors];
-  for (int v = 0; v < kVectors; ++v) vector_at[v] = v / kPerTile * p.tile_bytes + v % kPerTile * kVectorBytes;
-  const int8_t* x = static_cast<const int8_t*>(p.staged.data) + m0 * row_bytes;
+  for (int v = 0; v < kVectors; ++v) vector_at[v] = v / kPerTile * call.tile_bytes + v % kPerTile * kVectorBytes;
+  const int8_t* x = static_cast<const int8_t*>(call.staged.data) + m0 * row_bytes;
 
   // Codes are fetched 3 KB ahead, and at the end of a tile from `next_tile`: see prefetch_codes in tile_gemm.h. Where
   // memory gives 90 GB/s, M = 4 reads 75 with 2 KB, 80 with 3 or 4; where it gives 55, 53, 52 and 51.
   constexpr int64_t kAhead = 3072;
   const uint8_t* ahead = codes + kAhead;
-  const int64_t to_next = (next_tile - tile - 1) * p.tile_bytes;
-  int64_t until_next = (p.tile_bytes > kAhead ? p.tile_bytes - kAhead : 0) / kOctetBytes + 1;
+  const int64_t to_next = (next_tile - tile - 1) * call.tile_bytes;
+  int64_t until_next = (call.tile_bytes > kAhead ? call.tile_bytes - kAhead : 0) / kOctetBytes + 1;
 
   Sum total[kTokens][kVectors];
 #pragma GCC unroll 8
@@ -56,11 +56,11 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) total[r][v] = V::zero();
   }
-  const int32_t* x_sums = p.x_sums + m0;
+  const int32_t* x_sums = call.x_sums + m0;
   for (int64_t g = 0; g < G; ++g, x_sums += M) {
     for (int t = 0; t * kPerTile < kVectors; ++t) {
-      prefetch_group(p, p.scales, p.scale_type, tile + t, next_tile + t, g);
-      if (kZeros != Zeros::kNone) prefetch_group(p, p.zeros, p.zero_type, tile + t, next_tile + t, g);
+      prefetch_group(call, call.scales, call.scale_type, tile + t, next_tile + t, g);
+      if (kZeros != Zeros::kNone) prefetch_group(call, call.zeros, call.zero_type, tile + t, next_tile + t, g);
     }
     const auto scale_at = [&](int v) {  // the first row's scale and zero
       return ((tile + v / kPerTile) * G + g) * kTileRows + v % kPerTile * V::kRows;
@@ -70,14 +70,14 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
     for (int v = 0; v < kVectors; ++v) {
       Integers left_out = V::integers(kBytes ? V::kByteBias : 0);
       if constexpr (kZeros == Zeros::kIntegers) {
-        left_out -= V::widen_bytes(static_cast<const uint8_t*>(p.zeros) + scale_at(v));
+        left_out -= V::widen_bytes(static_cast<const uint8_t*>(call.zeros) + scale_at(v));
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
         acc[r][v] = kZeros == Zeros::kIntegers ? left_out * x_sums[r] : V::integers(start * x_sums[r]);
       }
     }
-    for (int64_t octets = group_of(p, g).octets; octets > 0; --octets) {
+    for (int64_t octets = group_of(call, g).octets; octets > 0; --octets) {
       if (--until_next == 0) ahead += to_next;
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
@@ -106,8 +106,8 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const Sum scale = V::widen(p.scale_type, p.scales, scale_at(v));
-      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(p, scale, scale_at(v)) : V::zero();
+      const Sum scale = V::widen(call.scale_type, call.scales, scale_at(v));
+      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(call, scale, scale_at(v)) : V::zero();
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
         total[r][v] = V::fma(V::to_sum(acc[r][v]), scale, total[r][v]);
@@ -117,61 +117,61 @@ void multiply_int8_rows(const Problem& p, int64_t tile, int64_t next_tile, int64
   }
   constexpr int kCount = kVectors * V::kRows;
   float bias[kCount], sum[kCount];
-  load_bias(p, tile * kTileRows, kCount, bias);
+  load_bias(call, tile * kTileRows, kCount, bias);
   for (int r = 0; r < kTokens; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      V::store(sum + v * V::kRows, V::mul(total[r][v], V::set1(p.x_scales[m0 + r])));
+      V::store(sum + v * V::kRows, V::mul(total[r][v], V::set1(call.x_scales[m0 + r])));
     }
-    store_row(p, m0 + r, tile * kTileRows, kCount, sum, bias);
+    store_row(call, m0 + r, tile * kTileRows, kCount, sum, bias);
   }
 }
 
 // As many tiles at once as kDecodeVectors says for this number of rows of x; returns how many are left.
 template <class V, bool kBytes, Zeros kZeros, int kTokens>
-int multiply_int8_together(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t tokens) {
+int multiply_int8_together(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t tokens) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return multiply_int8_together<V, kBytes, kZeros, kTokens - 1>(p, tile, tiles, m0, tokens);
+    if (tokens < kTokens) return multiply_int8_together<V, kBytes, kZeros, kTokens - 1>(call, tile, tiles, m0, tokens);
   }
   constexpr int kVectors = V::kDecodeVectors[kTokens - 1], kTiles = kVectors * V::kRows / kTileRows;
   for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
-    multiply_int8_rows<V, kBytes, kZeros, kVectors, kTokens>(p, tile, tile + kTiles, m0);
+    multiply_int8_rows<V, kBytes, kZeros, kVectors, kTokens>(call, tile, tile + kTiles, m0);
   }
   return tiles;
 }
 
 // At most kTokens rows of x and one tile
 template <class V, bool kBytes, Zeros kZeros, int kTokens>
-void multiply_int8_last(const Problem& p, int64_t tile, int64_t next_tile, int64_t m0, int64_t tokens) {
+void multiply_int8_last(const Call& call, int64_t tile, int64_t next_tile, int64_t m0, int64_t tokens) {
   constexpr int kPerTile = kTileRows / V::kRows;
-  if (tokens == kTokens) return multiply_int8_rows<V, kBytes, kZeros, kPerTile, kTokens>(p, tile, next_tile, m0);
-  if constexpr (kTokens > 1) multiply_int8_last<V, kBytes, kZeros, kTokens - 1>(p, tile, next_tile, m0, tokens);
+  if (tokens == kTokens) return multiply_int8_rows<V, kBytes, kZeros, kPerTile, kTokens>(call, tile, next_tile, m0);
+  if constexpr (kTokens > 1) multiply_int8_last<V, kBytes, kZeros, kTokens - 1>(call, tile, next_tile, m0, tokens);
 }
 
 template <class V, bool kBytes, Zeros kZeros>
-void multiply_int8_tiles(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+void multiply_int8_tiles(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
   const int64_t end = tile + tiles;
   if (m1 - m0 <= V::kDecodeTokens) {
-    tiles = multiply_int8_together<V, kBytes, kZeros, V::kDecodeTokens>(p, tile, tiles, m0, m1 - m0);
+    tiles = multiply_int8_together<V, kBytes, kZeros, V::kDecodeTokens>(call, tile, tiles, m0, m1 - m0);
   }
   for (int64_t t = end - tiles; t < end; ++t) {
     for (int64_t m = m0; m < m1; m += V::kTokens) {
       const int64_t next = m + V::kTokens < m1 ? t : t + 1;  // a tile stays in L2
-      multiply_int8_last<V, kBytes, kZeros, V::kTokens>(p, t, next, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
+      multiply_int8_last<V, kBytes, kZeros, V::kTokens>(call, t, next, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
     }
   }
 }
 
 template <class V, bool kBytes>
-void multiply_int8_width(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (p.zero_type == Type::kNone) return multiply_int8_tiles<V, kBytes, Zeros::kNone>(p, tile, tiles, m0, m1);
-  if (has_rest(p)) return multiply_int8_tiles<V, kBytes, Zeros::kRest>(p, tile, tiles, m0, m1);
-  return multiply_int8_tiles<V, kBytes, Zeros::kIntegers>(p, tile, tiles, m0, m1);
+void multiply_int8_width(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (call.zero_type == Type::kNone) return multiply_int8_tiles<V, kBytes, Zeros::kNone>(call, tile, tiles, m0, m1);
+  if (has_rest(call)) return multiply_int8_tiles<V, kBytes, Zeros::kRest>(call, tile, tiles, m0, m1);
+  return multiply_int8_tiles<V, kBytes, Zeros::kIntegers>(call, tile, tiles, m0, m1);
 }
 
 template <class V>
-void multiply_int8(const Problem& p, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (p.bits > 4) return multiply_int8_width<V, true>(p, tile, tiles, m0, m1);
-  return multiply_int8_width<V, false>(p, tile, tiles, m0, m1);
+void multiply_int8(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (call.bits > 4) return multiply_int8_width<V, true>(call, tile, tiles, m0, m1);
+  return multiply_int8_width<V, false>(call, tile, tiles, m0, m1);
 }
 
 }  // namespace

@@ -1,24 +1,19 @@
 // The ops of layouts mma_tile and mma_tile_a8 on torch's stable ABI: last checks, the choice, allocation, launches. No
-// kernel state survives a call: workspaces come from torch's allocator, everything runs on the current stream, nothing
-// waits.
+// state survives a call: workspaces come from torch's allocator, everything runs on the current stream, nothing waits.
 //
 //   QKERNELS_LOG=1             each choice of a kernel is printed once, to stderr
 //   QKERNELS_ACCUMULATE=fp16   4-bit weights and fp16 activations may be summed in fp16, 64 columns at a time: faster
-//   on
-//                              GeForce cards, and only as exact as fp16 (both are read once)
+//                              on GeForce cards, and only as exact as fp16
+// Both are read once.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <array>
 #include <cstdlib>
-#include <optional>
-#include <string>
 
-#include "../arguments.h"
+#include "../inputs.h"
 #include "checks.h"
 #include "heuristics_a8.h"
 #include "settings.h"
@@ -26,16 +21,9 @@
 namespace qkernels::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kSliceBytes = 64 << 20;  // of dequantized weight at a time: it stays in the L2 of large cards
 
-Type type_of(const Tensor& t) { return qkernels::type_of<Type>(t); }
-
-// --- torch's stream, without linking to libtorch_cuda
-// ---------------------------------------------------------------------
+// --- torch's stream, without linking to libtorch_cuda ---
 
 // `import torch` has loaded libtorch_cuda where torch has CUDA; RTLD_NOLOAD never loads it on a CPU-only one. (The
 // stable ABI's own Stream has a native handle only from torch 2.13 on.)
@@ -58,8 +46,7 @@ void check(int error, const char* what) {
   STD_TORCH_CHECK(error == 0, what, " could not be launched: ", error_text(error));
 }
 
-// --- settings
-// -----------------------------------------------------------------------------------------------------------
+// --- settings ---
 
 bool logs() {
   static const bool on = is_on(std::getenv("QKERNELS_LOG"));
@@ -72,54 +59,7 @@ bool half_accumulate() {
   return half == 1;
 }
 
-// --- arguments: checks.h asks, here is what it asks about
-// -----------------------------------------------------------------
-
-Buffer buffer_of(const Tensor& t) {
-  Buffer b{t.const_data_ptr(),
-           type_of(t),
-           t.scalar_type() == ScalarType::Int,
-           static_cast<int>(t.dim()),
-           {},
-           t.is_contiguous(),
-           t.is_cuda() ? t.get_device_index() : -1};
-  for (int i = 0; i < b.dims && i < 3; ++i) b.sizes[i] = t.size(i);
-  return b;
-}
-
-// The tensors of an op, as torch hands them over.
-struct Inputs {
-  const Tensor *x, &qweight, &scales;  // no x: dequantize
-  const OptionalTensor &zeros, &k_order, &bias;
-  int64_t out_features, bits, group_size;
-  bool zeros_are_offsets;
-};
-
-// The same as values. They point into this, so it stays where it is.
-struct Plain {
-  std::optional<Buffer> zeros, k_order, bias;
-  Arguments arguments{};
-
-  explicit Plain(const Inputs& in) {
-    const auto given = [](const OptionalTensor& t, std::optional<Buffer>& to) -> const Buffer* {
-      if (!t.has_value()) return nullptr;
-      return &to.emplace(buffer_of(*t));
-    };
-    arguments = {in.x == nullptr ? Buffer{} : buffer_of(*in.x),
-                 buffer_of(in.qweight),
-                 buffer_of(in.scales),
-                 given(in.zeros, zeros),
-                 given(in.k_order, k_order),
-                 given(in.bias, bias),
-                 in.out_features,
-                 in.bits,
-                 in.group_size,
-                 in.zeros_are_offsets};
-  }
-  Plain(const Plain&) = delete;
-};
-
-void refuse(const std::string& wrong) { STD_TORCH_CHECK(wrong.empty(), wrong); }
+// --- arguments ---
 
 const uint8_t* bytes(const Buffer* b) { return b == nullptr ? nullptr : static_cast<const uint8_t*>(b->data); }
 
@@ -139,8 +79,7 @@ Device checked_device() {
   return device;
 }
 
-// --- dequantize + mm
-// ------------------------------------------------------------------------------------------------------
+// --- dequantize + mm ---
 
 // aten::linear.out rather than linear or matmul: autocast leaves it alone, and a bias is added before the one rounding.
 void linear_out(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
@@ -152,8 +91,7 @@ void linear_out(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
 
 void dequantize_and_multiply(const Call& call, const Tensor& x, const OptionalTensor& bias, Tensor& y, void* stream) {
   const Weight& w = call.weight;
-  // x through its order into padded rows, where it is not plain: then the weight comes padded, too, and stays in its
-  // order.
+  // Where x is not plain, it goes through its order into padded rows; the weight then comes padded, and in its order.
   const bool copies = !is_aligned(call.x);
   const int columns = copies ? w.steps * kStepColumns : w.K;
   Tensor plain_x = x;
@@ -177,8 +115,7 @@ void dequantize_and_multiply(const Call& call, const Tensor& x, const OptionalTe
   }
 }
 
-// --- the ops
-// --------------------------------------------------------------------------------------------------------------
+// --- the ops ---
 
 // What a product is launched with.
 struct Prepared {
@@ -227,6 +164,7 @@ void* allocate(const Tensor& like, int64_t bytes, OptionalTensor& to) {
 
 Tensor product_a16(const Inputs& in, bool decode_only) {
   const Plain plain(in);
+  if (decode_only) refuse(wrong_decode(plain.arguments.x));
   refuse(wrong_product(plain.arguments));
   return product(in, plain.arguments, [&](const Prepared& p) {
     const Weight& w = p.call.weight;
@@ -251,25 +189,11 @@ Tensor product_a16(const Inputs& in, bool decode_only) {
   });
 }
 
-Tensor gemm_mma_tile(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-                     const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-                     int64_t group_size, bool zeros_are_offsets) {
-  return product_a16({&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets},
-                     false);
-}
+Tensor gemm_mma_tile(const Inputs& in) { return product_a16(in, false); }
 
-Tensor gemv_mma_tile(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-                     const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-                     int64_t group_size, bool zeros_are_offsets) {
-  refuse(wrong_decode(buffer_of(x)));
-  return product_a16({&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets},
-                     true);
-}
+Tensor gemv_mma_tile(const Inputs& in) { return product_a16(in, true); }
 
-Tensor gemm_mma_tile_a8(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-                        const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-                        int64_t group_size, bool zeros_are_offsets) {
-  const Inputs in{&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets};
+Tensor gemm_mma_tile_a8(const Inputs& in) {
   const Plain plain(in);
   refuse(wrong_product(plain.arguments));
   refuse(wrong_a8(plain.arguments));
@@ -281,25 +205,21 @@ Tensor gemm_mma_tile_a8(const Tensor& x, const Tensor& qweight, const Tensor& sc
   });
 }
 
-Tensor dequantize_mma_tile(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-                           const OptionalTensor& k_order, int64_t out_features, int64_t in_features, int64_t bits,
-                           int64_t group_size, bool zeros_are_offsets, ScalarType dtype) {
+Tensor dequantize_mma_tile(const Inputs& in, int64_t in_features, ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "dtype must be float32, bfloat16 or float16");
-  const OptionalTensor no_bias;
-  const Plain plain(
-      Inputs{nullptr, qweight, scales, zeros, k_order, no_bias, out_features, bits, group_size, zeros_are_offsets});
+                  "dtype must be float32, bfloat16 or float16, got ", type_of(dtype).name);
+  const Plain plain(in);
   const Arguments& a = plain.arguments;
   refuse(wrong_weight(a, in_features));
   refuse(wrong_order(a, in_features));
   const torch::stable::accelerator::DeviceGuard guard(a.qweight.device);
   checked_device();
   const Weight w = weight_of(a, in_features);
-  Tensor to = torch::stable::new_empty(qweight, {out_features, in_features}, dtype);
+  Tensor to = torch::stable::new_empty(in.qweight, {in.out_features, in_features}, dtype);
   if (w.N == 0 || w.K == 0) return to;
   const int32_t* order = a.k_order == nullptr ? nullptr : static_cast<const int32_t*>(a.k_order->data);
-  check(dequantize(w, 0, w.strips, w.K, order, type_of(to), to.mutable_data_ptr(), current_stream(a.qweight.device)),
-        "dequantize");
+  void* stream = current_stream(a.qweight.device);
+  check(dequantize(w, 0, w.strips, w.K, order, type_of(dtype).type, to.mutable_data_ptr(), stream), "dequantize");
   return to;
 }
 
@@ -307,9 +227,10 @@ Tensor dequantize_mma_tile(const Tensor& qweight, const Tensor& scales, const Op
 }  // namespace qkernels::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
-  m.impl("gemm_mma_tile", TORCH_BOX(&qkernels::cuda::gemm_mma_tile));
-  m.impl("gemv_mma_tile", TORCH_BOX(&qkernels::cuda::gemv_mma_tile));
-  m.impl("dequantize_mma_tile", TORCH_BOX(&qkernels::cuda::dequantize_mma_tile));
-  m.impl("gemm_mma_tile_a8", TORCH_BOX(&qkernels::cuda::gemm_mma_tile_a8));
-  m.impl("dequantize_mma_tile_a8", TORCH_BOX(&qkernels::cuda::dequantize_mma_tile));  // the same bytes
+  using namespace qkernels;
+  m.impl("gemm_mma_tile", TORCH_BOX(&product_op<cuda::gemm_mma_tile>));
+  m.impl("gemv_mma_tile", TORCH_BOX(&product_op<cuda::gemv_mma_tile>));
+  m.impl("dequantize_mma_tile", TORCH_BOX(&dequantize_op<cuda::dequantize_mma_tile>));
+  m.impl("gemm_mma_tile_a8", TORCH_BOX(&product_op<cuda::gemm_mma_tile_a8>));
+  m.impl("dequantize_mma_tile_a8", TORCH_BOX(&dequantize_op<cuda::dequantize_mma_tile>));  // the same bytes
 }

@@ -11,7 +11,7 @@
 // of x as of codes. It is gathered here, so act-order costs no launch. Scales and zeros ride in the same ring.
 //
 // Sums meet in a fixed order: first the warps_k warps of a strip, in shared memory, then the blocks of a split of K,
-// through the workspace and a second launch (reduce.cuh). No atomics, nothing left behind.
+// through the workspace and a second launch (side_kernels.cuh). No atomics, nothing left behind.
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"

@@ -15,7 +15,7 @@
 // One wgmma is always in flight while the fragment of the next is unpacked, into the registers of the one that the wait
 // has just seen finished; and a group begins and ends with none in flight, since where sums in flight meet sums at rest
 // in one branch ptxas puts waits of its own. Predicted at 256 tokens: a wgmma is 128 cycles of the tensor cores (4096
-// multiplications a cycle), 256 of both warpgroups, for which a lane unpacks 8 (W4A8) or 12 instructions. Unmeasured.
+// multiplications a cycle), 256 of both warpgroups, for which a lane unpacks 8 (W4A8) or 12 instructions.
 #pragma once
 #include "gemm_sm90.cuh"
 #include "multiply_a8.cuh"

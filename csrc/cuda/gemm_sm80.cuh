@@ -14,7 +14,7 @@
 // last of a step's four tiles, when all that the step reads is in registers: its slot is filled again, and the next
 // step's x and first codes are loaded, while the last tile is multiplied. Codes and groups lie in shared memory as
 // decode has them; x in 128-byte rows with swizzled chunks (multiply.cuh). x must be aligned here; what is not
-// (act-order, odd K, strides) is copied first (stage.cuh).
+// (act-order, odd K, strides) is copied first (side_kernels.cuh).
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"

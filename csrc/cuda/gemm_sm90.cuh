@@ -18,7 +18,7 @@
 // Predicted, at 128 tokens and g128: 8 wgmma of 64 cycles a group and warpgroup, against 64 FMA and 2 x 36 instructions
 // of conversion a lane; the sibling warpgroup covers the drain at a group's end. With 256 tokens, with groups of 16 and
 // 32 and with floating zeros fragments are scaled: each weight is rounded once to the type of the activations, as
-// dequantize + mm does, and nothing drains before the end of K. Unmeasured.
+// dequantize + mm does, and nothing drains before the end of K.
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"

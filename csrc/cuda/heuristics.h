@@ -1,9 +1,10 @@
 // Which way a problem is run: a pure function of values, so that it can be tested, printed and overruled.
 //
 // Every candidate gets a time from a model: the busiest multiprocessor's bytes at its share of the memory bandwidth,
-// its matrix operations at its share of the matrix rate, the waves and the launches. The numbers of the cards are those
-// of their data sheets; the shares that are reached are guesses. **Nothing here has been measured**:
-// docs/kernel-log.md.
+// its matrix operations at its share of the matrix rate, the waves and the launches.
+//
+// measured: no (docs/kernel-log.md). The numbers of the cards, here and in heuristics_a8.h, are those of their data
+// sheets; the shares that are reached, starts and barriers are guesses.
 #pragma once
 #include <cstdio>
 #include <string>
@@ -16,7 +17,7 @@ namespace qkernels::cuda {
 struct Problem {
   int M, N, K;
   int bits;
-  int group_bytes;  // of scales and zeros, per strip and 64 columns
+  int group_bytes;  // bytes of scales and zeros, per strip and 64 columns
   bool half;        // fp16 activations
   bool aligned;     // x can be read 16 bytes at a time, in order
   int sm, multiprocessors;
@@ -24,12 +25,12 @@ struct Problem {
 };
 
 struct Card {
-  double bytes_per_ns;  // memory bandwidth
+  double bytes_per_ns;  // memory bandwidth of the whole card, as all rates here
   double l2_bytes_per_ns;
-  double macs_per_ns;  // mma.sync with fp32 accumulation
+  double macs_per_ns;  // multiplications of mma.sync with fp32 accumulation
   double cublas_macs_per_ns;
   double wgmma_macs_per_ns;  // 0: the card has none
-  int shared_bytes;          // of a multiprocessor, for all of its blocks; a block may have 1 KB less
+  int shared_bytes;          // bytes of a multiprocessor, for all of its blocks; a block may have 1 KB less
   double launch_ns;          // of one more kernel in a stream
   double latency_ns;         // of memory under load
 };
@@ -95,10 +96,10 @@ inline int wgmma_shared_bytes(int tokens, int stage) {
 
 // The blocks of a fused kernel, and how they meet the card.
 struct Blocks {
-  int strips, steps, warps;  // of one block
+  int strips, steps, warps;  // of one block: strips of 64 rows, steps of 64 columns
   int stage;                 // bytes of one strip in one step
-  int resident;              // how many a multiprocessor holds at a time; 0: not one
-  int64_t busiest;           // how many the multiprocessor runs that has most
+  int resident;              // blocks that a multiprocessor holds at a time; 0: not one
+  int64_t busiest;           // blocks that the multiprocessor runs that has most
   int64_t at_once() const { return busiest < resident ? busiest : resident; }
   double codes() const { return static_cast<double>(strips) * steps * stage; }  // bytes, with scales and zeros
 };
@@ -162,9 +163,9 @@ inline double clock_ghz(int sm) { return sm >= 120 ? 2.4 : sm >= 90 ? 1.75 : sm 
 // Fewer tokens than this keep the tensor cores as long (a guess: a wgmma then waits for its 64 x 16 of A).
 constexpr int kFullRateTokens = 64;
 
-// Instructions of a warp for 64 columns, as its SASS for sm_90a and bf16 has them (docs/kernel-log.md, version 5), of
-// the branches those of 16-bit scales. gemm_sm90: 16 rows and all tokens of a block; the sums of a group of 128 take an
-// FMA each.
+// Instructions of a warp for 64 columns, counted on 2026-11-24 in the SASS of nvcc 13.0 for sm_90a and bf16, of
+// branches those of 16-bit scales. gemm_sm90: 16 rows and all tokens of a block; the sums of a group of 128 take an FMA
+// each.
 inline double wgmma_instructions(const Problem& p, int tokens) {
   const int wide = p.bits > 4 ? 50 : 0;
   if (tokens == 256 || p.short_groups || p.float_zeros) return 180 + wide + (p.short_groups ? 4 : 1) * 48;

@@ -1,14 +1,12 @@
-// Which way a product with int8 activations is run: as heuristics.h has it, by a model of predicted times. The rates
-// are those of data sheets, the shares that are reached are guesses. **Nothing here has been measured**:
-// docs/kernel-log.md.
+// Which way a product with int8 activations is run: as heuristics.h has it, by a model of predicted times.
 #pragma once
 #include "a8.h"
 #include "heuristics.h"
 
 namespace qkernels::cuda {
 
-// A block of gemm_a8_sm90: two strips, and rows of 64 bytes of x. `strip`: bytes of a strip's codes and scales in a
-// step.
+// Bytes of a stage of gemm_a8_sm90: two strips, and rows of 64 bytes of x. `strip`: bytes of a strip's codes and scales
+// in a step.
 inline int wgmma_a8_stage_bytes(int tokens, int strip) {
   return static_cast<int>(round_up(tokens * kStepColumns + 2 * strip, 1024));
 }
@@ -23,9 +21,11 @@ inline int wgmma_a8_shared_bytes(int tokens, int strip) {
   return 1024 + stages * 16 + (ring > totals ? ring : totals);
 }
 
-// Multiplications and bytes of shared memory a ns of a whole card: 128 bytes a clock and multiprocessor.
+// A whole card's rates.
 struct CardA8 {
-  double mma_macs, wgmma_macs, shared_bytes, clock;  // clock: cycles a ns, of issue slots
+  double mma_macs, wgmma_macs;  // multiplications a ns
+  double shared_bytes;          // bytes of shared memory a ns: 128 a clock and multiprocessor
+  double clock;                 // cycles a ns, of issue slots
 };
 
 // mma.sync reaches 62 % of wgmma on Hopper in fp16; that int8 does the same is a guess.
@@ -59,7 +59,7 @@ inline double predicted_a8_ns(const Weight& w, int M, const Device& device, cons
   const double codes = strips * step_bytes(w.width), x = c.tokens * double{kStepColumns};
   const double read = wgmma ? strips * x + codes : warps * (step_bytes(w.width) + 32.0 * kStepColumns);
   const double macs = strips * double{kStripRows} * c.tokens * kStepColumns;
-  const double folds = w.groups_per_step > 1 ? w.groups_per_step : 1.0 / w.steps_per_group;  // a sum and step
+  const double folds = w.groups_per_step > 1 ? w.groups_per_step : 1.0 / w.steps_per_group;  // of a sum, in a step
   const double instructions = 3 * folds * strips * kStripRows * c.tokens;                    // shift, convert, FMA
   const double of_step[] = {
       macs / (kReachedMatrixRate * (wgmma ? int8.wgmma_macs : int8.mma_macs) / sms),

@@ -15,12 +15,7 @@
 #pragma once
 #include <cstdint>
 
-// A constexpr function that kernels call, too.
-#ifdef __CUDACC__
-#define QK_CONSTEXPR __host__ __device__ constexpr
-#else
-#define QK_CONSTEXPR constexpr
-#endif
+#include "../types.h"
 
 namespace qkernels::cuda {
 

@@ -6,14 +6,6 @@
 
 namespace qkernels::cuda {
 
-enum class Type : int { kNone, kUInt8, kFloat, kHalf, kBFloat16 };
-
-QK_CONSTEXPR int size_of(Type type) {
-  return type == Type::kNone ? 0 : type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2;
-}
-
-QK_CONSTEXPR bool is_floating(Type type) { return type != Type::kNone && type != Type::kUInt8; }
-
 // The weight in layout mma_tile (layout.h), as kernels take it.
 struct Weight {
   const uint8_t* codes;  // 16-byte aligned, like scales and zeros

@@ -8,8 +8,7 @@ namespace qkernels::cuda {
 
 constexpr int kSideThreads = 256;
 
-// --- x [M, K], any strides, through k_order -> [M, steps * 64], zero past K
-// ---------------------------------------------
+// --- x [M, K], any strides, through k_order -> [M, steps * 64], zero past K ---
 
 __global__ void __launch_bounds__(kSideThreads) stage(const Activations a, int steps, uint16_t* to) {
   const int64_t chunks = static_cast<int64_t>(a.M) * steps * 8;
@@ -20,8 +19,7 @@ __global__ void __launch_bounds__(kSideThreads) stage(const Activations a, int s
   }
 }
 
-// --- partial sums [splits][M][N_pad] -> y, added in the order of the splits
-// -----------------------------------------------
+// --- partial sums [splits][M][N_pad] -> y, added in the order of the splits ---
 
 template <class T>
 __global__ void __launch_bounds__(kSideThreads) reduce(const Output out, int splits) {
@@ -38,8 +36,7 @@ __global__ void __launch_bounds__(kSideThreads) reduce(const Output out, int spl
   }
 }
 
-// --- codes -> weights [rows, columns]
-// -------------------------------------------------------------------------------------
+// --- codes -> weights [rows, columns] ---
 
 struct DequantizeArguments {
   Weight weight;

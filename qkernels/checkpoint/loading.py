@@ -19,6 +19,7 @@ from ..models.linears import as_linear
 from ..nn import QuantLinear, set_module
 from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..text import describe, dtype_name
 from .source import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ def load(
         CheckpointError: the directory is incomplete, malformed or of an unknown kind; or its tensors and the model that
             config.json describes do not fit each other. Nothing missing or left over is passed over in silence.
         UnsupportedProblem: no kernel takes a module.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import load, replace_linear, save
+    >>> model = LlamaForCausalLM(config)
+    >>> report = replace_linear(model, "w4a16_g32")
+    >>> save(model, "tiny-4bit", format="gptq")
+    >>> again = load("tiny-4bit")
+    >>> again.model.layers[0].mlp.up_proj.scheme == model.model.layers[0].mlp.up_proj.scheme
+    True
     """
     checkpoint, device = open_checkpoint(directory), torch.device(device)
     dtype = dtype or _dtype_of(checkpoint)
@@ -101,7 +114,7 @@ def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
         floats = (checkpoint.dtype(name) for name in checkpoint.names() if checkpoint.dtype(name) in FLOAT_DTYPES)
         return next(floats, torch.float32)
     for dtype in FLOAT_DTYPES:
-        if str(dtype).removeprefix("torch.") == str(named).removeprefix("torch."):
+        if dtype_name(dtype) == str(named).removeprefix("torch."):
             return dtype
     raise CheckpointError(
         f"{CONFIG} needs dtype to be float16, bfloat16 or float32, got {named!r:.40}; pass dtype=… to load"
@@ -193,9 +206,8 @@ def _parameter(model: Any, checkpoint: Checkpoint, name: str, device: torch.devi
     place: Tensor = getattr(model.get_submodule(parent), leaf)
     tensor = checkpoint.read(name)
     if tensor.shape != place.shape or tensor.is_floating_point() != place.is_floating_point():
-        kind = "a float tensor" if place.is_floating_point() else str(place.dtype).removeprefix("torch.")
-        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        raise CheckpointError(f"{name}: the model needs {kind} {list(place.shape)}, got {got}")
+        kind = "a float tensor" if place.is_floating_point() else dtype_name(place.dtype)
+        raise CheckpointError(f"{name}: the model needs {kind} {list(place.shape)}, got {describe(tensor)}")
     wanted = place.dtype
     if place.is_floating_point():
         wanted = torch.float32 if _kept_in_fp32(model, name, dtype) else dtype

@@ -25,8 +25,6 @@ from ..layouts import LAYOUTS, Layout, unpack_checked
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
 
-OPTIONAL = ("zeros", "k_order")
-
 
 def packed_format(layout: Layout) -> Format:
     """The format of checkpoints packed in `layout`; its name is that of the layout."""
@@ -41,7 +39,7 @@ def packed_format(layout: Layout) -> Format:
                 )
             scheme = native.scheme_of(module, config)
             shape = native.weight_shape(tensors["weight_shape"])
-            buffers = {name: tensors.get(name) for name in ("qweight", "scales", *OPTIONAL)}
+            buffers = {buffer.name: tensors.get(buffer.name) for buffer in layout.buffers}
             return Parsed(unpack_checked(layout, buffers, shape[-2], shape[-1], scheme))
 
     def check(scheme: QuantScheme) -> None:
@@ -63,8 +61,8 @@ def packed_format(layout: Layout) -> Format:
 
     return Format(
         name=layout.name,
-        required=("qweight", "scales", "weight_shape"),
-        optional=OPTIONAL,
+        required=(*(buffer.name for buffer in layout.buffers if not buffer.optional), "weight_shape"),
+        optional=tuple(buffer.name for buffer in layout.buffers if buffer.optional),
         matches=lambda config: config.get("quant_method") == native.METHOD and config.get("layout") == layout.name,
         parse=parse,
         write=write,

@@ -10,12 +10,13 @@ from .packed import PACKED
 
 WRITTEN: Final[dict[str, Format]] = FORMATS | PACKED
 
-# Met often enough to deserve an answer better than "unknown"; the first three have bodies that are read, and others.
-_LATER = {
-    "bitsandbytes", "auto-round", "compressed-tensors", "fp8", "marlin", "gptq_p", "bitblas", "float-quantized",
-    "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-quantized", "mxfp8-quantized",
-    "mixed-precision", "marlin-24",
+# Met in files often enough to deserve an answer better than "unknown": kinds that nothing here reads, and origins of which
+# some kinds are read (a config of theirs that no format matched is another kind).
+_UNREAD = {
+    "fp8", "marlin", "gptq_p", "bitblas", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized", "mxfp6-quantized", "mxfp8-quantized", "mixed-precision", "marlin-24",
 }  # fmt: skip
+_READ_IN_PART = {"bitsandbytes", "auto-round", "compressed-tensors"}
 
 
 def get_format(name: str) -> Format:
@@ -41,9 +42,10 @@ def detect(config: Config) -> Format:
             return candidate
     keys = ("quant_method", "method", "checkpoint_format", "format", "version", "packing_format", "is_marlin_format")
     declared = {key: config[key] for key in keys if key in config}
-    later = config.get("is_marlin_format") or any(str(value).lower() in _LATER for value in declared.values())
+    named = {str(value).lower() for value in declared.values()}
+    known = config.get("is_marlin_format") or named & (_UNREAD | _READ_IN_PART)
     raise CheckpointError(
         f"quantization_config declares {declared or 'no quant_method'!r:.200}, "
-        f"{'a kind that is not read yet' if later else 'which is not known'}; "
+        f"{'a kind that is not read yet' if known else 'which is not known'}; "
         f"read are {', '.join((*WRITTEN, *READ_ONLY))}"
     )

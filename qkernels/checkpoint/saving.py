@@ -17,9 +17,9 @@ from ..errors import CheckpointError, ConversionError
 from ..formats import Oddity, summary
 from ..kernels.catalogue import Problem, arch_of, select
 from ..nn import QuantLinear
+from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files
 from .registry import get_format
-from .reports import carry_report
 from .source import open_checkpoint
 from .writer import CheckpointWriter
 
@@ -41,6 +41,18 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
     Raises:
         ConversionError: the model has no `QuantLinear` or no config; or the format cannot express a weight, naming it.
         CheckpointError: the target exists, or the disk refuses.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import replace_linear, save
+    >>> model = LlamaForCausalLM(config)
+    >>> report = replace_linear(model, "w4a16_g32")
+    >>> save(model, "tiny-4bit", format="gptq")
+    >>> from pathlib import Path
+    >>> sorted(path.name for path in Path("tiny-4bit").iterdir())
+    ['config.json', 'generation_config.json', 'model.safetensors', 'quantize_config.json']
     """
     with atomic_directory(directory, overwrite) as temporary:
         write_model(model, temporary, format)

@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import ArgumentError
 from ..scheme import QuantScheme
 from .common import Subparsers, command_parser, device, positive, warn_of_threads
+
+NAME, SUMMARY = "bench", "time the kernels beside their peers, in under a minute"
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "bench",
-        "time the kernels beside their peers, in under a minute",
+        NAME,
+        SUMMARY,
         "  qkernels bench\n"
         "  qkernels bench --json > before.json\n"
         "  qkernels bench --compare before.json      exit code 3 if a kernel became slower\n"
@@ -68,6 +68,8 @@ def suite(module: str) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     if args.tune:
         if args.compare or args.save:
             raise ArgumentError("--tune writes your table of configurations; leave out --compare and --save")

@@ -5,24 +5,24 @@ from __future__ import annotations
 import argparse
 
 from .common import (
-    DTYPES,
     Subparsers,
     add_device,
     add_dtype,
     command_parser,
-    load_tokenizer,
+    dtype_of,
     positive,
     print_json,
     read_text,
-    token_ids,
 )
+
+NAME, SUMMARY = "eval", "perplexity, and KL and top-1 agreement with the original"
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "eval",
-        "perplexity, and KL and top-1 agreement with the original",
+        NAME,
+        SUMMARY,
         "  qkernels eval out/ --text held-out.txt\n  qkernels eval out/ --text held-out.txt --against my-llama/ --json",
         "Perplexity of a checkpoint on a text: consecutive windows without overlap, mean over the next tokens of each "
         "window. With --against also the KL divergence per token from the original, which is far more sensitive.",
@@ -39,9 +39,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint import load
-    from ..evaluate import Comparison, Perplexity, compare, perplexity, window_length
+    from ..evaluate import Comparison, Perplexity, compare, perplexity
+    from ..texts import load_tokenizer, token_ids, window_length
 
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    dtype = dtype_of(args)
     ids = token_ids(load_tokenizer(args.checkpoint), read_text(args.text))
     model = load(args.checkpoint, device=args.device, dtype=dtype)
     seq_len = window_length(model, args.seq_len)

@@ -6,27 +6,26 @@ import argparse
 import sys
 import time
 
-import torch
-
 from ..errors import ArgumentError
 from .common import (
-    DTYPES,
     Subparsers,
     add_device,
     add_dtype,
     command_parser,
-    load_tokenizer,
+    dtype_of,
     positive,
     temperature,
     warn_of_threads,
 )
 
+NAME, SUMMARY = "generate", "continue a prompt with a checkpoint"
+
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "generate",
-        "continue a prompt with a checkpoint",
+        NAME,
+        SUMMARY,
         '  qkernels generate out/ --prompt "It was a dark night"\n'
         '  qkernels generate out/ --prompt "It was" --tokens 100 --temperature 0.8 --seed 1',
     )
@@ -41,13 +40,16 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     from ..checkpoint import load
+    from ..texts import load_tokenizer
 
     tokenizer = load_tokenizer(args.checkpoint)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ArgumentError(f"--prompt must have at least one token, got {args.prompt!r}")
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    dtype = dtype_of(args)
     model = load(args.checkpoint, device=args.device, dtype=dtype)
     warn_of_threads(args.device)
     torch.manual_seed(args.seed)

@@ -15,8 +15,9 @@ COMMANDS = (quantize, pack, inspect, evaluate, generate, bench, doctor)
 BAD_INPUT, INTERRUPTED = 1, 130
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line, for `main` and for the documentation's tests."""
+def parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The command line. With `argv`, of commands that do not occur in it the name and a line of help alone: what `quantize` takes
+    is asked of the quantizers, which takes torch, and `qkernels --help` should not wait for that."""
     top = argparse.ArgumentParser(
         prog="qkernels",
         description="Quantize language models to small weights, and run them.",
@@ -26,13 +27,17 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-v", "--verbose", action="store_true", help="log what is being done to standard error")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        command.add_parser(commands).set_defaults(run=command.run)
+        if argv is None or command.NAME in argv:
+            command.add_parser(commands).set_defaults(run=command.run)
+        else:
+            commands.add_parser(command.NAME, help=command.SUMMARY)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 bad input or a failed read or write, 130 interrupted."""
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(argv).parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",

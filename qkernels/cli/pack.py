@@ -6,12 +6,14 @@ import argparse
 
 from .common import Subparsers, any_device, command_parser
 
+NAME, SUMMARY = "pack", "rewrite a quantized checkpoint for a kernel, or in another format"
+
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "pack",
-        "rewrite a quantized checkpoint for a kernel, or in another format",
+        NAME,
+        SUMMARY,
         "  qkernels pack some-gptq-model/ out/\n"
         "  qkernels pack some-awq-model/ out/ --layout cpu_tile_a16\n"
         "  qkernels pack out/ for-other-engines/ --format gptq",

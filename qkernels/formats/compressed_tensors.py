@@ -360,7 +360,7 @@ def _own_fields(scheme: QuantScheme, act_order: bool) -> dict[str, Any]:
 def _reasons(scheme: QuantScheme) -> list[str]:
     if scheme.group_size == "tensor" and scheme.zeros == "int":
         return ["one scale per tensor goes with one zero point, and ours has one a row"]
-    plain = QuantScheme(scheme.bits, "channel", scheme.zeros, scheme.act_bits, scheme.codebook)
+    plain = QuantScheme(scheme.bits, "channel", scheme.zeros, scheme.act, scheme.codebook)
     return integer_scheme_reasons(plain if scheme.group_size == "tensor" else scheme, BITS)
 
 

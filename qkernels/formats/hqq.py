@@ -32,6 +32,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..text import describe, dtype_name
 from . import Config, Format, Parsed
 from .validation import check_float, check_scales, naming
 
@@ -93,9 +94,8 @@ def _words(tensors: Mapping[str, Tensor], packing: str, rows: int, size: int) ->
         if width % dtype.itemsize == 0 and stored.numel():
             stored = stored.contiguous().view(dtype)
     if stored.dtype != dtype or list(stored.shape) != [-(-rows // fields), size]:
-        wanted = f"{str(dtype).removeprefix('torch.')} {[-(-rows // fields), size]}"
-        got = f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
-        raise CheckpointError(f"W_q must be {wanted} ({packing}, {rows} groups of {size}), got {got}")
+        wanted = f"{dtype_name(dtype)} {[-(-rows // fields), size]}"
+        raise CheckpointError(f"W_q must be {wanted} ({packing}, {rows} groups of {size}), got {describe(stored)}")
     return stored
 
 

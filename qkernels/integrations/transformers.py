@@ -36,19 +36,8 @@ from ..checkpoint.loading import bias_for, linear_at
 from ..errors import ArgumentError, CheckpointError
 from ..formats import Oddity, Written, native, summary
 from ..models.linears import is_conv1d
-from ..nn import QuantLinear, set_module
-from ..nn.replace import (
-    Replaced,
-    ReplaceReport,
-    as_patterns,
-    check_patterns,
-    choose_layers,
-    linear_names,
-    matches,
-    model_bytes,
-    packed_bytes,
-    tensor_bytes,
-)
+from ..nn import QuantLinear, ReplaceReport, model_bytes, select_linears, set_module
+from ..nn.selection import as_patterns
 from ..scheme import QuantScheme
 
 log = logging.getLogger(__name__)
@@ -127,7 +116,7 @@ class QKernelsQuantizer(HfQuantizer):
         self.report.bytes_before = model_bytes(model)
         self._conv1d = {name for name, module in model.named_modules() if is_conv1d(module)}
         if not self.pre_quantized:
-            self._plan(model)
+            self._select(model)
             return model
         if not checkpoint_files:
             raise CheckpointError("a quantized model is loaded from safetensors files, but there are none")
@@ -140,20 +129,12 @@ class QKernelsQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         return model
 
-    def _plan(self, model: Any) -> None:
+    def _select(self, model: Any) -> None:
         """Choose the layers to quantize while they load; everything else goes into the report."""
         config: Any = self.quantization_config
-        tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
-        chosen = choose_layers(model, config.include, config.exclude, self.report)
-        check_patterns([*(config.include or ()), *config.overrides], linear_names(model))
-        for name, linear in chosen.items():
-            if name in tied:
-                self.report.skipped[name] = "its weight is tied to another module's"
-                continue
-            spelled = next((s for p, s in config.overrides.items() if matches(name, p)), config.scheme)
-            scheme = QuantScheme.parse(spelled)
-            QuantLinear.check_supported(linear, scheme)
-            self._schemes[name] = scheme
+        selection = select_linears(model, config.scheme, config.include, config.exclude, config.overrides, "raise")
+        self._schemes = dict(selection.chosen)
+        self.report = ReplaceReport.of(selection, model)
         if not self._schemes:
             raise ArgumentError(f"there is no layer to quantize:\n{self.report}")
 
@@ -177,7 +158,7 @@ class QKernelsQuantizer(HfQuantizer):
         layer = QuantLinear.from_linear(loaded, scheme, name=f"{module}.weight")
         layer.bias = linear.bias
         _put(model, module, layer)
-        self.report.replaced[module] = Replaced(scheme, layer.layout, tensor_bytes(weight), packed_bytes(layer))
+        self.report.add(module, layer, weight.nbytes)
 
     # --- after weights are loaded ---------------------------------------------------------------------------------------
 
@@ -206,10 +187,9 @@ class QKernelsQuantizer(HfQuantizer):
             bias = bias_for(pending.linear, checkpoint, module, weight)
             layer = QuantLinear.from_quant_tensor(weight, bias, _device_near(model, module), dtype)
             set_module(model, module, layer)
-            float_bytes = weight.codes.numel() * dtype.itemsize
-            self.report.replaced[module] = Replaced(weight.scheme, layer.layout, float_bytes, packed_bytes(layer))
-        choose_layers(model, None, (), left := ReplaceReport())
-        self.report.skipped |= {n: why for n, why in left.skipped.items() if why != "already quantized"}
+            self.report.add(module, layer, weight.codes.numel() * dtype.itemsize)
+        left = select_linears(model, "w4a16_g128").skipped  # whatever the scheme
+        self.report.skipped |= {n: why for n, why in left.items() if n not in self.report.replaced}
         for line in summary(oddities):
             log.warning("%s: %s", checkpoint.path, line)
 

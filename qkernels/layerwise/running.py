@@ -62,10 +62,10 @@ class LayerJob:
 
     Args:
         name: of the decoder layer, for messages.
-        methods: GPTQ, AWQ or SmoothQuant with its options for each linear layer, by its name in the decoder layer.
+        methods: the method with its options for each linear layer, by its name in the decoder layer.
         stored: the dtype of each parameter in the checkpoint, by its name in the decoder layer.
         place: where it is computed.
-        architecture, head_dim: for AWQ and SmoothQuant: what feeds what, and the width of an attention head.
+        architecture, head_dim: for methods that fold scales: what feeds what, and the width of an attention head.
     """
 
     name: str

@@ -30,10 +30,10 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..errors import ArgumentError, CalibrationError, CheckpointError, ConversionError, UnsupportedProblem
 from ..quantizers import Options
+from ..reports import ModuleReport
 from ..storage import CONFIG, ShardWriter, TensorSource, atomic_directory, locked, read_json, write_json
 from ..storage.files import memory_of
 from ..tensor import QuantTensor
-from .report import ModuleReport
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,19 @@
-"""Modules: `QuantLinear`, and `replace_linear`, which swaps them into a model."""
+"""Modules: `QuantLinear`, and `replace_linear`, which swaps them into the places that `select_linears` chooses."""
 
 from __future__ import annotations
 
 from .linear import QuantLinear
-from .replace import ReplaceReport, replace_linear, set_module
+from .modules import model_bytes, packed_bytes, set_module
+from .replace import ReplaceReport, replace_linear
+from .selection import Selection, select_linears
 
 __all__ = [
     "QuantLinear",
     "ReplaceReport",
+    "Selection",
+    "model_bytes",
+    "packed_bytes",
     "replace_linear",
+    "select_linears",
     "set_module",
 ]

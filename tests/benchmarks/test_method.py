@@ -130,7 +130,7 @@ def test_the_full_set_has_every_model_and_both_ends_of_m() -> None:
     assert {case.layer.model for case in cases} >= {"llama-3-8b", "llama-3-70b-tp8", "qwen3-32b", "mixtral-8x7b"}
     assert cases[0].tokens[0] == 1
     assert cases[0].tokens[-1] == 8192
-    assert {case.scheme.act_bits for case in cases} == {None, 8}
+    assert {case.scheme.act for case in cases} == {None, "int8"}
     on_a_cpu = quick.full_cases(CPU)
     assert len(on_a_cpu) < len(cases) / 2
     assert len(quick.full_cases(CPU, models=("llama-3-70b",))) == 3 * 4 * len(quick.FULL_SCHEMES)  # 1, 2 and 8 shards

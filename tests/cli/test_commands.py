@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qkernels import extension
+from qkernels import __version__, extension
 from qkernels.cli.main import COMMANDS, main, parser
 
 
@@ -112,9 +113,8 @@ def test_doctor_names_a_missing_extension(monkeypatch: pytest.MonkeyPatch, capsy
     assert "pip install . --no-build-isolation" in shown
 
 
-@pytest.mark.parametrize("command", [c.__name__.rpartition(".")[2] for c in COMMANDS])
-def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "eval" if command == "evaluate" else command
+@pytest.mark.parametrize("name", [command.NAME for command in COMMANDS])
+def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parser().parse_args([name, "--help"])
     assert stopped.value.code == 0
@@ -214,8 +214,34 @@ def test_usage_errors_exit_with_2(arguments: list[str], message: str, capsys: py
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_module_runs_as_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qkernels.cli.main", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("qkernels ")
+def test_the_package_runs_as_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "qkernels", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"qkernels {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["doctor", "--help"]])
+def test_help_is_printed_before_torch_is_imported(arguments: list[str]) -> None:
+    code = f"import sys, qkernels.cli.main as m\ntry: m.main({arguments})\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: qkernels")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same text, whether commands are known in full or by name."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown == parser().format_help()
+    assert all(command.SUMMARY in " ".join(shown.split()) for command in COMMANDS)
+
+
+def test_help_is_quick() -> None:
+    """Under 0.3 s of processor time, the least of five."""
+
+    def seconds() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "qkernels", "--help"], capture_output=True, check=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(seconds() for _ in range(5)) < 0.3

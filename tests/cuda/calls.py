@@ -20,7 +20,7 @@ from tests.cuda.emulator import Call
 UNIT = "mma_tile"
 LAYOUT = get_layout("mma_tile")
 DTYPES = (torch.float16, torch.bfloat16)
-TYPES = {None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}  # enum Type of problem.h
+TYPES = {None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}  # enum Type of csrc/types.h
 PATHS = {"decode": 0, "gemm": 1, "dequantize": 2, "gemm_sm90": 3}
 
 

@@ -71,3 +71,21 @@ def expected(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, splits:
 
 def noise(M: int, K: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(
+    weight: QuantTensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    tokens: int | None = None,
+    splits: int = 1,
+    schedule: str = "ascending",
+    path: str = "gemm",
+) -> None:
+    """The emulator's y is the right one, bit for bit."""
+    call = multiply_call(weight, x, bias, tokens, splits, path)
+    emulator.run(calls.UNIT, call, schedule)
+    y = call.buffers["y"]
+    assert y is not None
+    wrong = (y != expected(weight, x, bias, splits)).nonzero()
+    assert len(wrong) == 0, f"{len(wrong)} of {y.numel()} differ, the first at [m, n] = {wrong[0].tolist()}"

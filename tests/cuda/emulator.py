@@ -1,7 +1,8 @@
 """Runs the CUDA launchers on the CPU: builds csrc/cuda with g++ and -DQKERNELS_HOST, and calls the result.
 
 `load(unit)` is a Python module in this process, for values; `replay(unit, call, "asan")` a program of its own, for what the
-sanitizers see. Builds live in build/cuda_host and are incremental; parallel test workers wait for each other's.
+sanitizers see. Builds live in build/cuda_host and are incremental. Parallel test workers wait for each other's, but for those
+with a bug, which are one object each: two workers build two of them, beside each other.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SCHEDULES = ("ascending", "descending", "random", "warp_ahead")
 
 FLAGS: dict[Flavour, tuple[str, ...]] = {
     "module": ("-O2", "-march=native", "-fPIC"),
-    "program": ("-O2", "-march=native"),
+    "program": ("-O2", "-march=native", "-fPIC"),  # of the same objects
     "asan": ("-O1", "-g1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "tsan": ("-O1", "-g1", "-march=native", "-fsanitize=thread"),
 }
@@ -92,7 +93,8 @@ def compiled_objects(unit: str, flavour: Flavour, bug: str | None) -> list[tuple
     """(object, source, folder of csrc/cuda's headers, macro). With a bug, objects that it does not touch are the healthy ones."""
     result = []
     for source in SOURCES[unit]:
-        healthy = (f"{target_of(unit, flavour)}-{source.name}.o", source, CUDA, "")
+        shared = target_of(unit, "module" if flavour == "program" else flavour)
+        healthy = (f"{shared}-{source.name}.o", source, CUDA, "")
         if bug is not None and unit == "sample":
             result.append((f"{target_of(unit, flavour, bug)}.o", source, CUDA, f"-DQK_BUG_{bug}"))
         elif bug is not None and MUTANTS[bug].source == source.name:
@@ -103,47 +105,73 @@ def compiled_objects(unit: str, flavour: Flavour, bug: str | None) -> list[tuple
     return result
 
 
-def ninja_file() -> str:
-    """All that can be built; an object per source, rebuilt when a header changes. Only what a test asks for is."""
-    import pybind11
-
-    python = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -DQK_MODULE_NAME=module"
-    lines = [
-        "rule compile",
-        f"  command = {CXX} {' '.join(COMMON)} -I$headers -I{HOST} $more -MMD -MF $out.d -x c++ -c $in -o $out",
+def rules() -> list[str]:
+    return [
+        "rule compile",  # the second folder: for ../types.h, which copies with a bug do not have beside them
+        f"  command = {CXX} {' '.join(COMMON)} -I$headers -I{CUDA} -I{HOST} $more -MMD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
         f"  command = {CXX} $more $in -o $out -ldl",
     ]
+
+
+def ninja_file() -> str:
+    """All that can be built without a bug; an object per source, rebuilt when a header changes. Only what a test asks for is."""
+    import pybind11
+
+    python = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -DQK_MODULE_NAME=module"
+    lines, known = rules(), set()
     for flavour, options in FLAGS.items():
         more = "  more = " + " ".join(options)
         main, shared = f"{flavour}/main.o", " -shared" if flavour == "module" else ""
         source = HOST / ("module.cpp" if flavour == "module" else "replay.cpp")
         lines += [f"build {main}: compile {source}", f"  headers = {CUDA}", f"{more} {python if shared else ''}"]
-        known = set()
         for unit in SOURCES:
-            for bug in [None, *(() if flavour == "module" else BUGS[unit])]:
-                objects = [main]
-                for compiled, source, headers, macro in compiled_objects(unit, flavour, bug):
-                    objects.append(compiled)
-                    if compiled not in known:
-                        known.add(compiled)
-                        lines += [f"build {compiled}: compile {source}", f"  headers = {headers}", f"{more} {macro}"]
-                lines += [f"build {target_of(unit, flavour, bug)}: link {' '.join(objects)}", f"{more}{shared}"]
+            objects = [main]
+            for compiled, source, headers, _ in compiled_objects(unit, flavour, None):
+                objects.append(compiled)
+                if compiled not in known:
+                    known.add(compiled)
+                    lines += [f"build {compiled}: compile {source}", f"  headers = {headers}", more]
+            lines += [f"build {target_of(unit, flavour)}: link {' '.join(objects)}", f"{more}{shared}"]
+    return "\n".join(lines) + "\n"
+
+
+def ninja_file_with_bug(unit: str, flavour: Flavour, bug: str) -> str:
+    """One program with a bug, of the healthy objects but one. In a folder of its own, below that of `ninja_file`."""
+    more, objects = "  more = " + " ".join(FLAGS[flavour]), [f"{BUILDS}/{flavour}/main.o"]
+    lines = rules()
+    for compiled, source, headers, macro in compiled_objects(unit, flavour, bug):
+        objects.append(f"{BUILDS}/{compiled}")
+        if headers != CUDA or macro:
+            lines += [f"build {objects[-1]}: compile {source}", f"  headers = {headers}", f"{more} {macro}"]
+    lines += [f"build {BUILDS}/{target_of(unit, flavour, bug)}: link {' '.join(objects)}", more]
     return "\n".join(lines) + "\n"
 
 
 @functools.cache
 def build(unit: str, flavour: Flavour, bug: str | None = None) -> Path:
     """What was built. Fails the test with the compiler's words where it does not compile."""
-    with locked(BUILDS):
-        (BUILDS / "build.ninja").write_text(ninja_file())
-        if bug in MUTANTS:
+    target = BUILDS / target_of(unit, flavour, bug)
+    if bug is None:
+        with locked(BUILDS):
+            ninja(BUILDS, ninja_file(), target_of(unit, flavour))
+        return target
+    build(unit, flavour)
+    if bug in MUTANTS:
+        with locked(BUILDS / "mutants" / bug):  # whose copies all flavours share
             write_mutant(CUDA, MUTANTS[bug], BUILDS / "mutants" / bug)
-        command = [sys.executable, "-m", "ninja", "-C", str(BUILDS), "-j", "2", target_of(unit, flavour, bug)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return BUILDS / target_of(unit, flavour, bug)
+    folder = BUILDS / "bugs" / f"{flavour}-{bug}"
+    with locked(folder):
+        ninja(folder, ninja_file_with_bug(unit, flavour, bug), str(target))
+    return target
+
+
+def ninja(folder: Path, file: str, target: str) -> None:
+    (folder / "build.ninja").write_text(file)
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", "2", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @functools.cache

@@ -76,9 +76,11 @@ def chosen(arch: str, M: int, N: int, K: int, bits: int, half: bool) -> list[Lau
 
 
 @recorded
-@every_architecture
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
 def test_what_the_heuristics_choose_fits_the_card(arch: str) -> None:
-    """Shared memory and registers of a block, for the shapes of language models from 0.1 to 70 B parameters."""
+    """Shared memory and, where the kernels are compiled for it, registers of a block, for the shapes of language models from
+    0.1 to 70 B parameters."""
+    usages = compiled_usages(KERNELS, arch) if arch in ARCHITECTURES else {}
     seen = set()
     for (N, K), M, bits, half in product(
         [(768, 768), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672)],
@@ -90,7 +92,8 @@ def test_what_the_heuristics_choose_fits_the_card(arch: str) -> None:
             seen.add(one.kernel)
             threads = one.block[0] * one.block[1] * one.block[2]
             assert one.shared_bytes <= SHARED_LIMITS[arch], one
-            assert -(-compiled_usages(KERNELS, arch)[one.kernel].registers // 8) * 8 * threads <= REGISTERS, one
+            if usages:
+                assert -(-usages[one.kernel].registers // 8) * 8 * threads <= REGISTERS, one
     assert len(seen) >= 10
 
 

@@ -1,6 +1,6 @@
 """int8 activations on Hopper's wgmma, on the emulator: products against 64-bit integers, bit for bit.
 
-Against our reading of the PTX manual; whether hardware agrees is unmeasured.
+Against our reading of the PTX manual.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from tests.cuda import calls, emulator
 from tests.cuda.calls import DTYPES, in_room
-from tests.cuda.calls_a8 import expected, multiply_call, noise
+from tests.cuda.calls_a8 import check, expected, multiply_call, noise
 from tests.cuda.emulator import SCHEDULES, Call
-from tests.cuda.test_gemm_a8 import check
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
 

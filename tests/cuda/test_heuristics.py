@@ -10,10 +10,9 @@ import torch
 
 from benchmarks.kernels.shapes import FULL_SET, layers_of
 from tests.cuda import calls, emulator
+from tests.cuda.cards import CARDS, SHARED
 
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
-CARDS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KB that one block may have
 cards = pytest.mark.parametrize("sm", CARDS)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.cuda import calls, emulator
 from tests.cuda.calls import PATHS
-from tests.cuda.test_heuristics import CARDS
+from tests.cuda.cards import CARDS
 
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 cards = pytest.mark.parametrize("sm", CARDS)

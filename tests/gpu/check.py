@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.kernels.shapes import GEOMETRIES
 from benchmarks.method import envelope, environment, results
-from qkernels.markdown import table
+from qkernels.text import table
 
 LIMIT_SECONDS = 570
 NO_GPU = 2

@@ -15,7 +15,8 @@ from qkernels.checkpoint.packed import packed_format
 from qkernels.errors import CheckpointError, TensorError
 from qkernels.formats import Written
 from qkernels.layouts import LAYOUTS, get_layout
-from tests.strategies import random_weight, same_weight
+from tests.ops.helpers import layer_in
+from tests.strategies import random_weight, same_weight, scheme_taken
 
 N, K = 70, 128
 # Layouts whose bytes are a kernel's; the canonical ones have no version to be wrong about that another test lacks.
@@ -24,13 +25,12 @@ layouts = pytest.mark.parametrize("name", NAMES)
 
 
 def scheme_of(name: str) -> str:
-    return "w4a8_g32" if name.endswith("_a8") else "w4a16_g32_asym"
+    return scheme_taken(get_layout(name), "w4a16_g32_asym", "w4a8_g32")
 
 
 def state_of(name: str) -> tuple[QuantLinear, dict[str, torch.Tensor]]:
     """A layer, and its state dict with the buffers of that layout."""
-    layer = QuantLinear.from_quant_tensor(random_weight(scheme_of(name), N, K, act_order=True))
-    layer._relayout(name, torch.device("cpu"))
+    layer = layer_in(name, random_weight(scheme_of(name), N, K, act_order=True))
     state = layer.state_dict()
     assert json.loads(bytes(state["_extra_state"].tolist()))["layout"] == name
     return layer, state
@@ -41,7 +41,7 @@ def target_of(name: str) -> QuantLinear:
 
 
 def test_every_layout_of_a_kernel_is_here() -> None:
-    assert set(NAMES) == {name for name, layout in LAYOUTS.items() if layout.device is not None}
+    assert set(NAMES) == {name for name, layout in LAYOUTS.items() if layout.backend != "torch"}
 
 
 @layouts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 import weakref
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qkernels import GPTQ, NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
-from qkernels.calibrate import plan
+from qkernels.calibrate import preview
 from qkernels.errors import ArgumentError, SchemeError
-from qkernels.nn.replace import model_bytes
+from qkernels.layouts import LAYOUTS
+from qkernels.nn import model_bytes
 from qkernels.storage import TensorSource
 from qkernels.tensor import QuantTensor
 
@@ -186,12 +188,12 @@ def test_gpt2_as_it_lies_on_the_hub(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_quantize_rounds_conv1d_as_replace_linear_does(stored: bool, tmp_path: Path) -> None:
-    """In memory and from a directory: the same codes, and bytes as the plan says."""
+    """In memory and from a directory: the same codes, and bytes as the preview says."""
     expected, model = tiny_gpt2(), tiny_gpt2()
     replace_linear(expected, "w4a16_g32", progress=False)
     if stored:
         model.save_pretrained(tmp_path / "plain")
-        planned = plan(tmp_path / "plain", RTN(4, 32))
+        planned = preview(tmp_path / "plain", RTN(4, 32))
         report = quantize(tmp_path / "plain", RTN(4, 32), save_to=tmp_path / "out", progress=False)
         assert [(m.shape, m.bytes_after) for m in planned.modules[:1]] == [((96, 32), report.modules[0].bytes_after)]
         model = load(tmp_path / "out")
@@ -337,14 +339,15 @@ def test_float_weights_are_freed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> 
     floats = [weakref.ref(layer.weight) for layer in model]
     unpacked: list[weakref.ref[torch.Tensor]] = []
     alive: list[tuple[int, int]] = []
-    pack = QuantLinear._pack
+    layout = LAYOUTS["cpu_tile_a16"]
 
-    def counting(self: QuantLinear, weight: QuantTensor, device: torch.device) -> None:
-        unpacked.append(weakref.ref(weight.codes))
-        alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
-        pack(self, weight, device)
+    def counting(weight: QuantTensor) -> dict[str, torch.Tensor | None]:
+        if not weight.codes.is_meta:
+            unpacked.append(weakref.ref(weight.codes))
+            alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
+        return layout.pack(weight)
 
-    monkeypatch.setattr(QuantLinear, "_pack", counting)
+    monkeypatch.setitem(LAYOUTS, layout.name, dataclasses.replace(layout, pack=counting))
     replace_linear(model, "w4a16_g32", progress=False)
     assert alive == [(4, 1), (3, 1), (2, 1), (1, 1)]
     assert not any(ref() is not None for ref in (*floats, *unpacked))

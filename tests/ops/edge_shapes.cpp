@@ -15,7 +15,7 @@
 #include "kernels.h"
 
 namespace cpu = qkernels::cpu;
-using cpu::Type;
+using qkernels::Type;
 
 namespace {
 
@@ -86,24 +86,22 @@ void quantize(std::vector<double>& x) {
 
 // The number of wrong entries of y.
 int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
-  cpu::Problem p{};
-  p.M = s.M, p.N = s.N, p.K = s.K, p.group = s.group, p.bits = s.bits;
-  p.G = (s.K - 1) / s.group + 1;
-  p.K_pad = (s.K + 7) / 8 * 8;
+  cpu::Call call{cpu::make_problem(s.M, s.N, s.K, s.bits, s.group)};
+  // The sizes of buffers by themselves, not from the call.
   const int width = s.bits <= 4 ? 4 : 8, per_lane = 32 / width;
-  p.tile_bytes = p.K_pad * cpu::kTileRows * width / 8;
-  const int64_t tiles = cpu::tiles_of(p), groups = tiles * p.G * cpu::kTileRows;
+  const int64_t tiles = (s.N + 31) / 32, tile_bytes = (s.K + 7) / 8 * 8 * 32 * width / 8;
+  const int64_t G = (s.K - 1) / s.group + 1, groups = tiles * G * 32;
 
   std::vector<int> codes(static_cast<size_t>(s.N * s.K));
-  uint8_t* qweight = static_cast<uint8_t*>(std::malloc(tiles * p.tile_bytes - (short_of_a_byte ? 1 : 0)));
-  std::memset(qweight, 0, tiles * p.tile_bytes - (short_of_a_byte ? 1 : 0));
+  uint8_t* qweight = static_cast<uint8_t*>(std::malloc(tiles * tile_bytes - (short_of_a_byte ? 1 : 0)));
+  std::memset(qweight, 0, tiles * tile_bytes - (short_of_a_byte ? 1 : 0));
   for (int64_t n = 0; n < s.N; ++n) {
     for (int64_t k = 0; k < s.K; ++k) {
       const int code = codes[n * s.K + k] = random_below(1 << s.bits);
       const int64_t lane = k / per_lane, i = k % per_lane;
       const int64_t bit = s.int8 ? 8 * (i & 3) + 4 * (i >> 2) : 16 * (i & 1) + width * (i >> 1);
       const int64_t at = (lane * cpu::kTileRows + n % cpu::kTileRows) * cpu::kLaneBytes + bit / 8;
-      if (!short_of_a_byte) qweight[n / cpu::kTileRows * p.tile_bytes + at] |= static_cast<uint8_t>(code << bit % 8);
+      if (!short_of_a_byte) qweight[n / cpu::kTileRows * tile_bytes + at] |= static_cast<uint8_t>(code << bit % 8);
     }
   }
   const int64_t step = s.strided ? 3 : 1, row = s.K * step + (s.strided ? 5 : 0);
@@ -114,19 +112,19 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   for (int64_t k = 0; k < s.K; ++k) order[k] = static_cast<int32_t>(s.ordered ? (k * 5 + 3) % s.K : k);
   if (s.ordered) order[0] = -7, order[s.K - 1] = 2000000000;  // clamped, not followed
 
-  p.x = x.memory, p.x_type = s.x, p.x_row_stride = row, p.x_column_stride = step;
-  p.qweight = qweight, p.scales = scales.memory, p.scale_type = s.scale;
-  if (s.zero != Type::kNone) p.zeros = zeros.memory, p.zero_type = s.zero, p.zeros_are_offsets = s.offsets;
-  if (s.bias != Type::kNone) p.bias = bias.memory, p.bias_type = s.bias;
-  p.k_order = s.ordered ? order.data() : nullptr;
-  p.int8_activations = s.int8;
-  p.y = std::malloc(bytes_of(s.x) * s.M * s.N);
-  void* workspace = std::malloc(cpu::workspace_bytes(p, kernels));
-  std::memset(workspace, 0xff, cpu::workspace_bytes(p, kernels));
-  cpu::gemm(p, kernels, workspace, 2, two_threads);
+  call.x = x.memory, call.x_type = s.x, call.x_row_stride = row, call.x_column_stride = step;
+  call.qweight = qweight, call.scales = scales.memory, call.scale_type = s.scale;
+  if (s.zero != Type::kNone) call.zeros = zeros.memory, call.zero_type = s.zero, call.zeros_are_offsets = s.offsets;
+  if (s.bias != Type::kNone) call.bias = bias.memory, call.bias_type = s.bias;
+  call.k_order = s.ordered ? order.data() : nullptr;
+  call.int8_activations = s.int8;
+  call.y = std::malloc(bytes_of(s.x) * s.M * s.N);
+  void* workspace = std::malloc(cpu::workspace_bytes(call, kernels));
+  std::memset(workspace, 0xff, cpu::workspace_bytes(call, kernels));
+  cpu::gemm(call, kernels, workspace, 2, two_threads);
 
   int wrong = 0;
-  const bool rest = cpu::has_rest(p);
+  const bool rest = cpu::has_rest(call);
   const double rounding = s.x == Type::kFloat ? 0 : s.x == Type::kHalf ? 1.0 / 2048 : 1.0 / 256;
   for (int64_t m = 0; m < s.M; ++m) {
     std::vector<double> token(static_cast<size_t>(s.K));
@@ -136,7 +134,7 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
       double magnitude = 0;  // of all terms: with a rest, the product with code - mid and that with the rest
       double y = s.bias == Type::kNone ? 0 : bias.values[n];
       for (int64_t k = 0; k < s.K; ++k) {
-        const int64_t at = (n / cpu::kTileRows * p.G + k / s.group) * cpu::kTileRows + n % cpu::kTileRows;
+        const int64_t at = (n / cpu::kTileRows * G + k / s.group) * cpu::kTileRows + n % cpu::kTileRows;
         const double zero = s.zero == Type::kNone ? 1 << (s.bits - 1) : zeros.values[at], code = codes[n * s.K + k];
         const double w = s.offsets ? code * scales.values[at] + zero : (code - zero) * scales.values[at];
         const int64_t column = order[k] < 0 ? 0 : order[k] >= s.K ? s.K - 1 : order[k];
@@ -146,12 +144,12 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
       }
       // Exact but for the output's rounding; with int8 activations, each group and the token's scale round in fp32 too
       // (tests/ops/test_int8.py counts).
-      const double roundings = static_cast<double>(rest ? 2 * p.G + 7 : p.G + 4);
+      const double roundings = static_cast<double>(rest ? 2 * G + 7 : G + 4);
       const double scaled = s.int8 ? std::ldexp(roundings * (magnitude + std::abs(y)), -24) : 0;
-      wrong += !(std::abs(read(s.x, p.y, m * s.N + n) - y) <= scaled + rounding * (std::abs(y) + scaled));
+      wrong += !(std::abs(read(s.x, call.y, m * s.N + n) - y) <= scaled + rounding * (std::abs(y) + scaled));
     }
   }
-  std::free(workspace), std::free(p.y), std::free(qweight);
+  std::free(workspace), std::free(call.y), std::free(qweight);
   return wrong;
 }
 

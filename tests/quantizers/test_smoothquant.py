@@ -14,7 +14,7 @@ from qkernels.layerwise.running import LayerInputs, LayerJob, Place, capture_inp
 from qkernels.layerwise.scaling import HeadSharing, smooth_inputs
 from qkernels.models.architectures import decoder_layers, foldable_architecture, head_dim
 from qkernels.quantizers import InputStatistics
-from tests.test_model_structure import VOCABULARY, tiny_model
+from tests.tiny_models import VOCABULARY, tiny_model
 
 X, W = torch.tensor([16.0, 1.0, 0.25, 4.0]), torch.tensor([1.0, 1.0, 4.0, 0.25])
 

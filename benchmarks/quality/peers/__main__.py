@@ -27,12 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qkernels import evaluate, inspect, load, quantize
-from qkernels.cli.common import load_tokenizer, read_text, token_ids
+from qkernels.cli.common import read_text
 from qkernels.errors import QKernelsError
-from qkernels.layerwise.windows import calibration_windows
-from qkernels.markdown import table
-from qkernels.quantizers import AWQ, GPTQ, HQQ, RTN, CalibrationFree
-from qkernels.quantizers.options import Options
+from qkernels.quantizers import AWQ, GPTQ, HQQ, RTN, Options
+from qkernels.text import table
+from qkernels.texts import calibration_windows, load_tokenizer, token_ids
 
 from ...method import envelope, environment
 
@@ -117,7 +116,7 @@ def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str
     start = time.perf_counter()
     if case.tool == OWN:
         method = own_method(case)
-        calibration = None if isinstance(method, CalibrationFree) else windows
+        calibration = None if method.needs == "weight" else windows
         quantize(model, method, calibration, out, exclude=LEFT_OUT, seq_len=SEQ_LEN, progress=False)
         return time.perf_counter() - start
     if case.tool not in tools:

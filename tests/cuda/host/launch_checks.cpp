@@ -1,14 +1,17 @@
-// checks.h, settings.h and the remembered choice, by name: what the ops do before they launch anything.
+// The checks of both devices, settings.h and the remembered choice, by name: what the ops do before they launch.
 #include <cstdlib>
 #include <thread>
 #include <vector>
 
+#include "../cpu/checks.h"
 #include "call.h"
 #include "checks.h"
 #include "settings.h"
 
 namespace {
 
+namespace cpu = qkernels::cpu;
+using namespace qkernels;
 using namespace qkernels::cuda;
 using Named = qkernels::host::Call;
 
@@ -16,16 +19,19 @@ using Named = qkernels::host::Call;
 constexpr int kFields = 10;
 
 Buffer buffer_of(const int64_t* row) {
+  const char* names[] = {row[2] != 0 ? "int32" : "float64", "uint8", "float32", "float16", "bfloat16"};
   return {reinterpret_cast<const void*>(row[9]),
           static_cast<Type>(row[1]),
           row[2] != 0,
+          names[row[1]],
           static_cast<int>(row[3]),
           {row[4], row[5], row[6]},
           row[7] != 0,
           static_cast<int>(row[8])};
 }
 
-// question: 0 product, 1 decode, 2 product with int8 activations, 3 dequantize, 4 device; text: what is wrong.
+// question, of CUDA: 0 product, 1 decode, 2 product with int8 activations, 3 dequantize, 4 device; of the CPU:
+// 5 product, 6 decode, 7 product with int8 activations. text: what is wrong.
 int run_wrong(const Named& call) {
   const int64_t* rows = call.pointer<int64_t>("tensors");  // x, qweight, scales, zeros, k_order, bias
   Buffer all[6] = {};
@@ -43,14 +49,16 @@ int run_wrong(const Named& call) {
                     call.integer("zeros_are_offsets") != 0};
   const int64_t question = call.integer("question"), K = call.integer("K");
   std::string wrong;
-  if (question == 1) wrong = wrong_decode(a.x);
-  if (wrong.empty() && question <= 2) wrong = wrong_product(a);
+  if (question == 1) wrong = cuda::wrong_decode(a.x);
+  if (wrong.empty() && question <= 2) wrong = cuda::wrong_product(a);
   if (wrong.empty() && question == 2) wrong = wrong_a8(a);
   if (question == 3) {
     wrong = wrong_weight(a, K);
-    if (wrong.empty()) wrong = wrong_order(a, K);
+    if (wrong.empty()) wrong = cuda::wrong_order(a, K);
   }
   if (question == 4) wrong = wrong_device({static_cast<int>(call.integer("sm")), 100});
+  if (question == 6) wrong = cpu::wrong_decode(a.x, false);
+  if (wrong.empty() && question >= 5) wrong = cpu::wrong_product(a, question == 7);
   std::snprintf(call.pointer<char>("text"), 512, "%s", wrong.c_str());
   return 0;
 }

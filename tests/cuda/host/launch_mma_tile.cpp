@@ -9,6 +9,7 @@
 namespace {
 
 using namespace qkernels::cuda;
+using qkernels::Type;
 using Named = qkernels::host::Call;
 
 Type type_named(const Named& call, const char* name) { return static_cast<Type>(call.integer(name)); }

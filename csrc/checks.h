@@ -1,0 +1,109 @@
+// What the ops ask of their arguments, on plain values: no torch and no CUDA in here, so that the host build of the
+// tests (tests/cuda/test_checks.py) runs it too. cpu/checks.h and cuda/checks.h say what each side wants of it.
+//
+// Every `wrong_...` returns what is wrong, in words: what, what was expected, what came; or "". Values in buffers are
+// not looked at: kernels clamp what they index with.
+#pragma once
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+#include "types.h"
+
+namespace qkernels {
+
+// A tensor.
+struct Buffer {
+  const void* data;
+  Type type;          // kNone: none of Type's
+  bool int32;         // torch.int32, which Type does not have
+  const char* dtype;  // torch's name of it, for words alone
+  int dims;
+  int64_t sizes[3];  // the first three
+  bool contiguous;
+  int device;  // the index of its CUDA device; -1: it is on none
+};
+
+// What an op is called with, by the names of its schema (qkernels/ops/weight.py). Null: not given.
+struct Arguments {
+  Buffer x, qweight, scales;
+  const Buffer *zeros, *k_order, *bias;
+  int64_t out_features, bits, group_size;
+  bool zeros_are_offsets;
+};
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+using Shape = std::initializer_list<int64_t>;
+
+inline bool has_shape(const Buffer& b, Shape shape) {
+  if (b.dims != static_cast<int>(shape.size())) return false;
+  const int64_t* size = b.sizes;
+  for (const int64_t wanted : shape) {
+    if (*size++ != wanted) return false;
+  }
+  return true;
+}
+
+// [2, 8192]
+inline std::string in_words(Shape shape) {
+  std::string words = "[";
+  for (const int64_t size : shape) words += (words.size() > 1 ? ", " : "") + std::to_string(size);
+  return words + "]";
+}
+
+// uint8 [2, 8192]
+inline std::string described(const Buffer& b) {
+  std::string words = text(b.dtype, " [");
+  for (int i = 0; i < b.dims && i < 3; ++i) words += (i > 0 ? ", " : "") + std::to_string(b.sizes[i]);
+  return words + (b.dims > 3 ? ", ...]" : "]") + (b.contiguous ? "" : " that is not contiguous");
+}
+
+// The buffers that all layouts share. `contiguous`: whether that is asked here, with the type and the shape, or by the
+// caller in a question of its own.
+
+inline const char* contiguous_if(bool contiguous) { return contiguous ? "contiguous " : ""; }
+
+inline std::string wrong_scales(const Arguments& a, Shape shape, bool contiguous) {
+  if (is_floating(a.scales.type) && has_shape(a.scales, shape) && (a.scales.contiguous || !contiguous)) return "";
+  return text("scales must be ", contiguous_if(contiguous), "floating ", in_words(shape), ", got ",
+              described(a.scales));
+}
+
+inline std::string wrong_zeros(const Arguments& a, Shape shape, bool contiguous) {
+  if (a.zeros == nullptr) {
+    return a.zeros_are_offsets ? "zeros must be given where zeros_are_offsets is true, got None" : "";
+  }
+  const Buffer& zeros = *a.zeros;
+  const bool fits = is_floating(zeros.type) || (zeros.type == Type::kUInt8 && !a.zeros_are_offsets);
+  if (fits && has_shape(zeros, shape) && (zeros.contiguous || !contiguous)) return "";
+  return text("zeros must be ", contiguous_if(contiguous), a.zeros_are_offsets ? "floating " : "uint8 or floating ",
+              in_words(shape), " like scales, got ", described(zeros));
+}
+
+inline std::string wrong_order(const Arguments& a, int64_t K, bool contiguous) {
+  if (a.k_order == nullptr) return "";
+  const Buffer& order = *a.k_order;
+  if (order.int32 && has_shape(order, {K}) && (order.contiguous || !contiguous)) return "";
+  return text("k_order must be ", contiguous_if(contiguous), "int32 [K] = [", K, "], got ", described(order));
+}
+
+inline std::string wrong_bias(const Arguments& a) {
+  if (a.bias == nullptr || (is_floating(a.bias->type) && has_shape(*a.bias, {a.out_features}))) return "";
+  return text("bias must be floating [N] = [", a.out_features, "], got ", described(*a.bias));
+}
+
+// What gemv_<layout> asks for beyond what gemm_<layout> does.
+inline std::string wrong_decode(const char* layout, const Buffer& x, int64_t most) {
+  if (x.dims == 2 && x.sizes[0] <= most) return "";
+  return text("gemv_", layout, " takes M <= ", most, " rows of x, got ",
+              x.dims == 2 ? std::to_string(x.sizes[0]) : described(x), "; call gemm_", layout);
+}
+
+}  // namespace qkernels

@@ -1,0 +1,55 @@
+// The last checks of the CPU ops (../checks.h has what they share with CUDA's).
+#pragma once
+#include <algorithm>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace qkernels::cpu {
+
+inline const char* layout_of(bool int8_activations) { return int8_activations ? "cpu_tile_a8" : "cpu_tile_a16"; }
+
+// Of arguments that are right.
+inline Problem problem_of(const Arguments& a, bool int8_activations) {
+  Problem p = make_problem(a.x.sizes[0], a.out_features, a.x.sizes[1], static_cast<int>(a.bits), a.group_size);
+  p.x_type = a.x.type, p.scale_type = a.scales.type;
+  p.zero_type = a.zeros == nullptr ? Type::kNone : a.zeros->type;
+  p.zeros_are_offsets = a.zeros_are_offsets;
+  p.bias_type = a.bias == nullptr ? Type::kNone : a.bias->type;
+  p.int8_activations = int8_activations;
+  return p;
+}
+
+inline std::string wrong_product(const Arguments& a, bool int8_activations) {
+  if (a.x.dims != 2 || !is_floating(a.x.type)) {
+    return text("x must be float32, bfloat16 or float16 [M, K], got ", described(a.x));
+  }
+  if (a.bits < 2 || a.bits > 8 || a.group_size < 1 || a.out_features < 0) {
+    return text("bits must be 2 to 8, group_size positive and out_features not negative, got bits=", a.bits,
+                ", group_size=", a.group_size, ", out_features=", a.out_features);
+  }
+  const Problem p = problem_of(a, int8_activations);
+  const int64_t tiles = tiles_of(p);
+  if (p.G != 1 && p.group % 8 != 0) return text("group_size must be a multiple of 8, got ", p.group);
+  const Buffer& qweight = a.qweight;
+  if (qweight.type != Type::kUInt8 || !has_shape(qweight, {tiles, p.tile_bytes}) || !qweight.contiguous) {
+    return text("qweight must be contiguous uint8 ", in_words({tiles, p.tile_bytes}), " for N=", p.N, ", K=", p.K,
+                ", bits=", p.bits, ", got ", described(qweight));
+  }
+  const Shape groups = {tiles, p.G, kTileRows};
+  if (const auto wrong = wrong_scales(a, groups, true); !wrong.empty()) return wrong;
+  if (const auto wrong = wrong_zeros(a, groups, true); !wrong.empty()) return wrong;
+  // What fits an int32 sum: see layouts/cpu_tile_a8.py
+  const int64_t longest = int64_t{1} << (p.zero_type == Type::kUInt8 ? 16 : 17);
+  if (int8_activations && std::min(p.K, p.group) > longest) {
+    return text("groups must be at most ", longest, " long with int8 activations, got ", p.group, " of K=", p.K);
+  }
+  if (const auto wrong = wrong_order(a, p.K, true); !wrong.empty()) return wrong;
+  return wrong_bias(a);
+}
+
+inline std::string wrong_decode(const Buffer& x, bool int8_activations) {
+  return qkernels::wrong_decode(layout_of(int8_activations), x, kMaxDecodeTokens);
+}
+
+}  // namespace qkernels::cpu

@@ -1,0 +1,19 @@
+// What the library exports beside the ops that register themselves: for qkernels/extension.py, through ctypes.
+#include "cpu/kernels.h"
+
+#define QK_EXPORT extern "C" __attribute__((visibility("default")))
+
+QK_EXPORT const char* qkernels_cpu_isa() {
+  const qkernels::cpu::Kernels* kernels = qkernels::cpu::current().kernels;
+  return kernels == nullptr ? nullptr : kernels->name;
+}
+QK_EXPORT const char* qkernels_cpu_isa_error() { return qkernels::cpu::current().error; }
+QK_EXPORT const char* qkernels_cpu_isas() { return qkernels::cpu::available(); }
+QK_EXPORT const char* qkernels_cpu_use_isa(const char* name) { return qkernels::cpu::choose(name); }
+QK_EXPORT int qkernels_has_cuda() {
+#if defined(QKERNELS_CUDA)
+  return 1;
+#else
+  return 0;
+#endif
+}

@@ -1,0 +1,122 @@
+// An op's arguments as torch hands them over, and how the bindings of the CPU and of CUDA see them. The positional
+// order of the ops is written here and in qkernels/layouts/__init__.py (BUFFERS, NUMBERS); one more number or buffer
+// of all ops is one more here.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+#include "checks.h"
+
+namespace qkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct Inputs {
+  const Tensor* x;  // null: dequantize
+  const Tensor &qweight, &scales;
+  const OptionalTensor &zeros, &k_order, &bias;
+  int64_t out_features, bits, group_size;
+  bool zeros_are_offsets;
+};
+
+// `op` as torch calls gemm_<layout> and gemv_<layout>.
+template <Tensor (*op)(const Inputs&)>
+Tensor product_op(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+                  const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
+                  int64_t group_size, bool zeros_are_offsets) {
+  return op({&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets});
+}
+
+// `op` as torch calls dequantize_<layout>.
+template <Tensor (*op)(const Inputs&, int64_t in_features, ScalarType dtype)>
+Tensor dequantize_op(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+                     const OptionalTensor& k_order, int64_t out_features, int64_t in_features, int64_t bits,
+                     int64_t group_size, bool zeros_are_offsets, ScalarType dtype) {
+  const OptionalTensor no_bias;
+  return op({nullptr, qweight, scales, zeros, k_order, no_bias, out_features, bits, group_size, zeros_are_offsets},
+            in_features, dtype);
+}
+
+// --- the same as plain values, which checks.h asks about ---
+
+struct NamedType {
+  Type type;
+  const char* name;
+};
+
+inline NamedType type_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return {Type::kUInt8, "uint8"};
+    case ScalarType::Float:
+      return {Type::kFloat, "float32"};
+    case ScalarType::Half:
+      return {Type::kHalf, "float16"};
+    case ScalarType::BFloat16:
+      return {Type::kBFloat16, "bfloat16"};
+    case ScalarType::Double:
+      return {Type::kNone, "float64"};
+    case ScalarType::Char:
+      return {Type::kNone, "int8"};
+    case ScalarType::Short:
+      return {Type::kNone, "int16"};
+    case ScalarType::Int:
+      return {Type::kNone, "int32"};
+    case ScalarType::Long:
+      return {Type::kNone, "int64"};
+    case ScalarType::Bool:
+      return {Type::kNone, "bool"};
+    default:
+      return {Type::kNone, torch::headeronly::toString(type)};
+  }
+}
+
+inline Buffer buffer_of(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  const auto [type, name] = type_of(dtype);
+  const auto sizes = t.sizes();
+  Buffer b{t.const_data_ptr(),
+           type,
+           dtype == ScalarType::Int,
+           name,
+           static_cast<int>(sizes.size()),
+           {},
+           t.is_contiguous(),
+           t.is_cuda() ? t.get_device_index() : -1};
+  for (int i = 0; i < b.dims && i < 3; ++i) b.sizes[i] = sizes[i];
+  return b;
+}
+
+// Points into itself, so it stays where it is.
+struct Plain {
+  std::optional<Buffer> zeros, k_order, bias;
+  Arguments arguments{};
+
+  explicit Plain(const Inputs& in) {
+    const auto given = [](const OptionalTensor& t, std::optional<Buffer>& to) -> const Buffer* {
+      if (!t.has_value()) return nullptr;
+      return &to.emplace(buffer_of(*t));
+    };
+    arguments = {in.x == nullptr ? Buffer{} : buffer_of(*in.x),
+                 buffer_of(in.qweight),
+                 buffer_of(in.scales),
+                 given(in.zeros, zeros),
+                 given(in.k_order, k_order),
+                 given(in.bias, bias),
+                 in.out_features,
+                 in.bits,
+                 in.group_size,
+                 in.zeros_are_offsets};
+  }
+  Plain(const Plain&) = delete;
+};
+
+inline void refuse(const std::string& wrong) { STD_TORCH_CHECK(wrong.empty(), wrong); }
+
+}  // namespace qkernels

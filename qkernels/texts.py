@@ -1,0 +1,197 @@
+"""Texts and token ids: a directory's tokenizer, texts -> token ids -> windows of equal length, to calibrate or to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, CalibrationError, CheckpointError, QKernelsError
+from .storage import require_directory
+
+Calibration = Sequence[str] | Sequence[Sequence[int]] | Tensor | str
+Evaluation = Sequence[str] | Tensor | None
+Tokenizer = Callable[..., Any]
+
+DEFAULT_SEQ_LEN = 2048
+
+_ACCEPTED = "a list of texts, lists of token ids, or a tensor of token ids [windows, seq_len]"
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The checkpoint's own tokenizer; nothing is downloaded, no code of the checkpoint is run.
+
+    Raises:
+        CheckpointError: there is no such directory, or no tokenizer in it that transformers can read; its cause says why.
+    """
+    from transformers import AutoTokenizer
+
+    require_directory(Path(directory))  # transformers would take a name for one on the Hub
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} has no readable tokenizer: {error}") from error
+
+
+def token_rows(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
+    """The token ids of each text, without special tokens."""
+    return [list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+
+
+def token_ids(tokenizer: Tokenizer, *texts: str) -> Tensor:
+    """int64 `[tokens]`: the token ids of texts, one after the other, without special tokens."""
+    return _joined(token_rows(tokenizer, texts))
+
+
+def has_texts(texts: object) -> bool:
+    """Whether it is a list with a text in it, which needs a tokenizer."""
+    return isinstance(texts, (list, tuple)) and any(isinstance(item, str) for item in texts)
+
+
+def capped(model: nn.Module, seq_len: int) -> int:
+    """`seq_len`, at most the longest sequence that the model's positions allow."""
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(seq_len, longest) if isinstance(longest, int) and isinstance(seq_len, int) else seq_len
+
+
+def window_length(model: nn.Module, seq_len: int | None = None) -> int:
+    """`seq_len` (2048 if None), at most the longest sequence that the model's positions allow.
+
+    Raises:
+        ArgumentError: fewer than 2 tokens, which predict nothing.
+    """
+    return capped(model, _predicting(DEFAULT_SEQ_LEN if seq_len is None else seq_len))
+
+
+def batches_of(windows: Tensor, tokens: int = 4096) -> list[Tensor]:
+    """Cut windows into batches of about so many tokens each."""
+    return list(windows.split(max(1, tokens // windows.shape[1])))
+
+
+# --- to evaluate on -------------------------------------------------------------------------------------------------------
+
+
+def text_windows(token_ids: Tensor, seq_len: int) -> Tensor:
+    """int64 `[windows, seq_len]`: consecutive, without overlap; a short rest is dropped.
+
+    Raises:
+        ArgumentError: not a row of token ids, or less than one window.
+    """
+    _predicting(seq_len)
+    if token_ids.dim() != 1 or token_ids.is_floating_point():
+        raise ArgumentError(
+            f"token_ids must be an integer tensor [tokens], got {token_ids.dtype} {list(token_ids.shape)}"
+        )
+    return _cut(token_ids, seq_len, "the text", ArgumentError).long()
+
+
+def evaluation_ids(evaluation: Evaluation, tokenizer: Tokenizer | None = None) -> Tensor | None:
+    """Token ids `[tokens]` of a text to evaluate on; None for None.
+
+    Raises:
+        ArgumentError: it is no list of texts and no row of token ids; there is no tokenizer for texts; or fewer than 2 tokens.
+    """
+    if evaluation is None:
+        return None
+    if isinstance(evaluation, Tensor):
+        ids = evaluation
+    elif not has_texts(evaluation) or not all(isinstance(text, str) for text in evaluation):
+        raise ArgumentError(f"evaluation must be a list of texts or token ids [tokens], got {evaluation!r:.60}")
+    elif tokenizer is None:
+        raise ArgumentError("evaluation texts need a tokenizer: pass tokenizer=, or token ids instead of texts")
+    else:
+        ids = token_ids(tokenizer, *evaluation)
+    text_windows(ids, 2)  # raises for what is no row of token ids
+    return ids
+
+
+# --- to calibrate on ------------------------------------------------------------------------------------------------------
+
+
+def calibration_windows(
+    calibration: Calibration | None,
+    samples: int,
+    seq_len: int,
+    tokenizer: Tokenizer | None = None,
+    vocabulary: int | None = None,
+) -> Tensor:
+    """int64 `[windows, seq_len]`: the windows to calibrate on.
+
+    Texts, or lists of token ids of unequal lengths, are joined and cut into consecutive windows without overlap, of which
+    `samples` are taken evenly over the whole. A tensor, or lists of equal length, is taken as windows already; longer ones
+    are cut to `seq_len`, shorter ones keep their length.
+
+    Args:
+        tokenizer: for texts; called as transformers tokenizers are, without special tokens.
+        vocabulary: token ids must be below.
+
+    Raises:
+        CalibrationError: nothing was given, there is less than one window, or ids that are no token ids.
+    """
+    for name, value in (("samples", samples), ("seq_len", seq_len)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CalibrationError(f"{name} must be a positive integer, got {value!r}")
+    if isinstance(calibration, str):
+        raise CalibrationError(f"calibration must be {_ACCEPTED}, got one string: put it into a list")
+    if calibration is None or len(calibration) == 0:
+        raise CalibrationError(
+            f"this method needs calibration: give {_ACCEPTED} like what the model will see (--calibration FILE)"
+        )
+    windows = _windows(calibration, seq_len, tokenizer)
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        bound = f"0 … {vocabulary - 1}" if vocabulary is not None else "not negative"
+        raise CalibrationError(
+            f"calibration token ids must be {bound}, got {low if low < 0 else high}; is it another tokenizer's?"
+        )
+    count = min(samples, len(windows))
+    return windows[torch.arange(count) * len(windows) // count]
+
+
+def _windows(calibration: Any, seq_len: int, tokenizer: Tokenizer | None) -> Tensor:
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.is_floating_point() or calibration.shape[1] == 0:
+            raise CalibrationError(
+                f"calibration must be {_ACCEPTED}, got a {calibration.dtype} tensor of shape {list(calibration.shape)}"
+            )
+        return calibration[:, :seq_len].cpu().long()
+    if all(isinstance(item, str) for item in calibration):
+        if tokenizer is None:
+            raise CalibrationError("calibration texts need a tokenizer: pass tokenizer=, or token ids instead of texts")
+        rows = token_rows(tokenizer, calibration)
+    else:
+        rows = [_token_row(item) for item in calibration]
+        if len({len(row) for row in rows}) == 1 and rows[0]:
+            return torch.tensor(rows, dtype=torch.long)[:, :seq_len]
+    return _cut(_joined(rows), seq_len, "calibration", CalibrationError)
+
+
+def _token_row(item: Any) -> list[int]:
+    row = item.tolist() if isinstance(item, Tensor) else item
+    if not isinstance(row, (list, tuple)) or not all(isinstance(token, int) for token in row):
+        raise CalibrationError(f"calibration must be {_ACCEPTED}, got an item {item!r:.60}")
+    return list(row)
+
+
+def _joined(rows: Iterable[Iterable[int]]) -> Tensor:
+    return torch.tensor([token for row in rows for token in row], dtype=torch.long)
+
+
+def _cut(ids: Tensor, seq_len: int, whose: str, error: type[QKernelsError]) -> Tensor:
+    """Consecutive windows `[windows, seq_len]` of token ids `[tokens]`, without overlap; a short rest is dropped."""
+    if len(ids) < seq_len:
+        raise error(
+            f"{whose} has {len(ids)} tokens, less than one window of seq_len={seq_len}; give more text or a smaller seq_len"
+        )
+    return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+
+
+def _predicting(seq_len: int) -> int:
+    if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 2:
+        raise ArgumentError(
+            f"seq_len must be an integer of at least 2 (each token but the first is predicted), got {seq_len!r}"
+        )
+    return seq_len
