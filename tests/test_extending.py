@@ -72,7 +72,10 @@ def test_its_ops_run_in_plain_pytorch(scheme: str) -> None:
     assert torch.equal(y, x @ weight.dequantize().T + bias)
     assert torch.equal(ops.dequantize("toy", **packed, **shape), weight.dequantize())  # type: ignore[arg-type]
     assert set(opcheck(torch.ops.qkernels.gemm_toy.default, arguments(weight, x, bias)).values()) == {"SUCCESS"}
-    with pytest.raises(ArgumentError, match=r"sums must be float32 \[40\] in layout toy for N=40, K=96, got None"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"sums must be float32 \[40\] in layout toy for N=40, K=96, on the device of qweight, cpu, got None",
+    ):
         ops.gemm("toy", x, **packed | {"sums": None}, **shape)  # type: ignore[arg-type]
 
 

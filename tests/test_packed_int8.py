@@ -66,7 +66,7 @@ def test_a_machine_without_that_kernel(models: dict[str, tuple[object, Path]], m
     """It has to allow the plain-PyTorch kernel by name, and then has the same weights in that kernel's layout."""
     model, directory = models["w4a8_g32"]
     monkeypatch.setattr(catalogue, "KERNELS", tuple(k for k in catalogue.KERNELS if k.layout != LAYOUT))
-    with pytest.raises(UnsupportedProblem, match="int8"):
+    with pytest.raises(UnsupportedProblem, match="cpu_tile_a16  8-bit activations"):
         load(directory)
     foreign = load(directory, on_unsupported="reference")
     for name, layer in layers_of(foreign).items():

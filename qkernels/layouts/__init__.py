@@ -154,7 +154,7 @@ class Layout:
 
     def numbers_of(self, N: int, K: int, scheme: QuantScheme) -> tuple[float, ...]:
         """What the ops are told of a weight beside its buffers, in the order of `numbers`."""
-        return tuple(number.of(N, K, scheme) for number in self.numbers)
+        return tuple([number.of(N, K, scheme) for number in self.numbers])
 
     def on_meta(self, N: int, K: int, scheme: QuantScheme, scale_dtype: torch.dtype, ordered: bool) -> Buffers:
         """Dtypes and shapes of a weight's buffers, without a weight.

@@ -16,7 +16,7 @@ from ..layouts import Layout, get_layout
 from ..scheme import QuantScheme
 from . import schema
 from .schema import GEMM, GEMV, Op, register
-from .weight import Product, Weight, dequantize_arguments, weight_of
+from .weight import Product, Weight, dequantize_arguments, weight_from_buffers
 
 __all__ = ["GEMM", "Weight", "call", "dequantize", "gemm", "gemv", "records_gradient", "register"]
 
@@ -101,7 +101,9 @@ def dequantize(
     """
     value = get_layout(layout)
     buffers = {"qweight": qweight, "scales": scales, "zeros": zeros, "k_order": k_order, **own}
-    weight = weight_of(value, buffers, out_features, in_features, scheme)
+    in_order = [buffers[buffer.name] for buffer in value.buffers]
+    numbers = value.numbers_of(out_features, in_features, scheme)
+    weight = weight_from_buffers(value, in_order, numbers, in_features)
     schema.check_weight(value, weight)
     op: Callable[..., Tensor] = getattr(torch.ops.qkernels, f"dequantize_{layout}")
     return op(*dequantize_arguments(value, weight, dtype))
@@ -116,9 +118,11 @@ def _product(
     table = scheme.codebook is not None  # some ops take it in the place of zeros
     if (buffers["zeros"] is None) != (scheme.symmetric and not table):
         raise ArgumentError(f"zeros must {'be given' if table or not scheme.symmetric else 'be None'} for {scheme}")
-    weight = weight_of(layout, buffers, out_features, in_features, scheme)
+    numbers = layout.numbers_of(out_features, in_features, scheme)
+    op = ops[layout.name]
+    weight = weight_from_buffers(layout, [buffers[name] for name in op.buffers], numbers, in_features)
     schema.check_product(layout, Product(x, weight, bias), max_tokens)
-    return call(ops[layout.name], x, buffers, bias, layout.numbers_of(out_features, in_features, scheme))
+    return call(op, x, buffers, bias, numbers)
 
 
 def call(

@@ -22,7 +22,7 @@ from torch.library import Library, register_autograd, register_fake
 
 from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
-from ..layouts import BUFFERS, LAYOUTS, Layout
+from ..layouts import BUFFERS, LAYOUTS, Layout, Shapes
 from ..tensor import FLOAT_DTYPES
 from ..text import describe, dtype_name
 from . import reference
@@ -92,17 +92,17 @@ def check_weight(layout: Layout, weight: Weight) -> int:
         )
     shapes = layout.shapes(N, K, bits, group_size)
     codes = shapes["qweight"]
-    where = f"in layout {layout.name} for N={N}, K={K}"
     if qweight.dtype != torch.uint8 or qweight.shape[-len(codes) :] != codes:
         raise ArgumentError(
-            f"qweight must be uint8 {list(codes)} {where} (x is [M, K]), bits={bits}, got "
+            f"qweight must be uint8 {list(codes)} in layout {layout.name} for N={N}, K={K} (x is [M, K]), bits={bits}, got "
             f"{describe(qweight)}; a weight packed for another shape or layout?"
         )
     lead = qweight.shape[: -len(codes)]
     shape = (*lead, *shapes["scales"])
     if scales.dtype not in FLOAT_DTYPES or scales.shape != shape:
         raise ArgumentError(
-            f"scales must be floating {list(shape)} {where}, group_size={group_size}, got {describe(scales)}"
+            f"scales must be floating {list(shape)} in layout {layout.name} for N={N}, K={K}, group_size={group_size}, got "
+            f"{describe(scales)}"
         )
     if zeros is None:
         if offsets:
@@ -114,15 +114,24 @@ def check_weight(layout: Layout, weight: Weight) -> int:
         raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {describe(zeros)}")
     if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
         raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {describe(k_order)}")
-    for name, optional, dtype, tiled in layout.buffers[len(BUFFERS) :]:
-        t, wanted = own[name], ((dtype or scales.dtype), (*(lead if tiled else ()), *shapes[name]))
-        if not optional if t is None else (t.dtype, t.shape) != wanted:
-            raise ArgumentError(f"{name} must be {dtype_name(wanted[0])} {list(wanted[1])} {where}, got {describe(t)}")
-    for name, *_ in layout.buffers[1:]:
-        t = weight.value(name)
+    for name, t in (("scales", scales), ("zeros", zeros), ("k_order", k_order)):
         if t is not None and t.device != qweight.device:
             raise ArgumentError(f"{name} must be on the device of qweight, {qweight.device}, got {t.device}")
+    if own:
+        _check_own(layout, weight, shapes, lead)
     return len(lead)
+
+
+def _check_own(layout: Layout, weight: Weight, shapes: Shapes, lead: tuple[int, ...]) -> None:
+    """The same for the buffers that this layout alone has."""
+    for name, optional, dtype, tiled in layout.buffers[len(BUFFERS) :]:
+        t, shape, dtype = weight.own[name], (*(lead if tiled else ()), *shapes[name]), dtype or weight.scales.dtype
+        fits = optional if t is None else (t.dtype, t.shape, t.device) == (dtype, shape, weight.qweight.device)
+        if not fits:
+            raise ArgumentError(
+                f"{name} must be {dtype_name(dtype)} {list(shape)} in layout {layout.name} for N={weight.out_features}, "
+                f"K={weight.in_features}, on the device of qweight, {weight.qweight.device}, got {describe(t)}"
+            )
 
 
 def _is_table(layout: Layout, weight: Weight) -> bool:

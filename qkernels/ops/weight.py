@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..layouts import BUFFERS, NUMBERS, Buffer, Layout
-from ..scheme import QuantScheme
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _B, _N = len(BUFFERS), len(NUMBERS)
@@ -77,12 +76,6 @@ class Product(NamedTuple):
     x: Tensor
     weight: Weight
     bias: Tensor | None
-
-
-def weight_of(layout: Layout, buffers: Mapping[str, Tensor | None], N: int, K: int, scheme: QuantScheme) -> Weight:
-    """The weight that a layout packed into `buffers`."""
-    in_order = [buffers[buffer.name] for buffer in layout.buffers]
-    return weight_from_buffers(layout, in_order, layout.numbers_of(N, K, scheme), K)
 
 
 def read_product(layout: Layout, arguments: Sequence[Any]) -> Product:
