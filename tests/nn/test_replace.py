@@ -345,9 +345,9 @@ def test_float_weights_are_freed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> 
         if not weight.codes.is_meta:
             unpacked.append(weakref.ref(weight.codes))
             alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
-        return layout.pack(weight)
+        return layout.arrange(weight)
 
-    monkeypatch.setitem(LAYOUTS, layout.name, dataclasses.replace(layout, pack=counting))
+    monkeypatch.setitem(LAYOUTS, layout.name, dataclasses.replace(layout, arrange=counting))
     replace_linear(model, "w4a16_g32", progress=False)
     assert alive == [(4, 1), (3, 1), (2, 1), (1, 1)]
     assert not any(ref() is not None for ref in (*floats, *unpacked))
