@@ -42,7 +42,7 @@ REFUSED: dict[str, Reasons] = {
     "cpu_tile_a8": {"16-bit activations: these kernels quantize them to int8": A16_SCHEMES},
     "mma_tile": {**_NO_CODEBOOK, "8-bit activations: these kernels take bfloat16 and float16 ones": A8_SCHEMES},
     "mma_tile_a8": {
-        "these kernels take int8 activations": A16_SCHEMES,
+        "16-bit activations: these kernels quantize them to int8": A16_SCHEMES,
         "group_size 16 is neither 32 nor a multiple of 64": ["w6a8_g16"],
         "with int8 activations these kernels take symmetric weights alone": [*A8_INTEGER_ZEROS, *A8_FLOATING],
     },
