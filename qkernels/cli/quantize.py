@@ -119,8 +119,8 @@ def method_of(args: argparse.Namespace) -> Options:
     options = {name: value for name, value in given.items() if value is not None}
     if args.asym and not method.integer_zeros:
         raise ArgumentError(
-            f"--asym gives {_listed(_names(lambda known: known.integer_zeros))} integer zero points; {args.method} has zero "
-            f"points of its own or none"
+            f"--asym gives {_listed(_names(lambda known: known.integer_zeros))} integer zero points; {args.method} has "
+            f"zero points of its own or none"
         )
     if args.act_order is not None and not _orders(method):
         raise ArgumentError(f"--act-order is an option of {_listed(_names(_orders))}, got --method {args.method}")

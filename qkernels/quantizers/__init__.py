@@ -1,4 +1,4 @@
-"""Quantizers: float weight (and second moments of its inputs) -> `QuantTensor`. One file a method, one line in `QUANTIZERS`.
+"""Quantizers: float weight (and second moments of its inputs) -> `QuantTensor`. One file a method, one line below.
 
 `quantize`, its preview and the command line know methods by this registry and by what they answer (`Options`).
 """
