@@ -1,5 +1,5 @@
-"""What a quantization run says about itself, before (`QuantPreview`) and after (`QuantReport`), and that report as files
-beside a checkpoint: `quantize` writes them, `inspect` reads a line of them, `convert` hands them on."""
+"""What a quantization run says about itself, before (`QuantPreview`) and after (`QuantReport`), and that report as
+files beside a checkpoint: `quantize` writes them, `inspect` reads a line of them, `convert` hands them on."""
 
 from __future__ import annotations
 

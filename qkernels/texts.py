@@ -1,4 +1,4 @@
-"""Texts and token ids: a directory's tokenizer, texts -> token ids -> windows of equal length, to calibrate or to evaluate on."""
+"""Texts and token ids: a directory's tokenizer, and windows of equal length to calibrate or to evaluate on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def load_tokenizer(directory: str | Path) -> Any:
     """The checkpoint's own tokenizer; nothing is downloaded, no code of the checkpoint is run.
 
     Raises:
-        CheckpointError: there is no such directory, or no tokenizer in it that transformers can read; its cause says why.
+        CheckpointError: there is no such directory, or no tokenizer in it that transformers can read; its cause says
+            why.
     """
     from transformers import AutoTokenizer
 
@@ -71,7 +72,7 @@ def batches_of(windows: Tensor, tokens: int = 4096) -> list[Tensor]:
     return list(windows.split(max(1, tokens // windows.shape[1])))
 
 
-# --- to evaluate on -------------------------------------------------------------------------------------------------------
+# --- to evaluate on ---------------------------------------------------------------------------------------------------
 
 
 def text_windows(token_ids: Tensor, seq_len: int) -> Tensor:
@@ -92,7 +93,8 @@ def evaluation_ids(evaluation: Evaluation, tokenizer: Tokenizer | None = None) -
     """Token ids `[tokens]` of a text to evaluate on; None for None.
 
     Raises:
-        ArgumentError: it is no list of texts and no row of token ids; there is no tokenizer for texts; or fewer than 2 tokens.
+        ArgumentError: it is no list of texts and no row of token ids; there is no tokenizer for texts; or there are fewer
+            than 2 tokens.
     """
     if evaluation is None:
         return None
@@ -108,7 +110,7 @@ def evaluation_ids(evaluation: Evaluation, tokenizer: Tokenizer | None = None) -
     return ids
 
 
-# --- to calibrate on ------------------------------------------------------------------------------------------------------
+# --- to calibrate on --------------------------------------------------------------------------------------------------
 
 
 def calibration_windows(
@@ -184,7 +186,8 @@ def _cut(ids: Tensor, seq_len: int, whose: str, error: type[QKernelsError]) -> T
     """Consecutive windows `[windows, seq_len]` of token ids `[tokens]`, without overlap; a short rest is dropped."""
     if len(ids) < seq_len:
         raise error(
-            f"{whose} has {len(ids)} tokens, less than one window of seq_len={seq_len}; give more text or a smaller seq_len"
+            f"{whose} has {len(ids)} tokens, less than one window of seq_len={seq_len}; give more text or a smaller "
+            f"seq_len"
         )
     return ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 

@@ -55,7 +55,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--method",
         choices=QUANTIZERS,
         default="gptq",
-        help="how codes are chosen; one that needs calibration says so (default: gptq)",
+        help=f"{_listed(_names(lambda method: method.needs == 'weight'))} need no calibration (default: gptq)",
     )
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="width of a weight (default: 4; smoothquant: 8)")
     parser.add_argument(
@@ -63,9 +63,8 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         type=group_size,
         help='weights that share a scale: an integer, "channel" or "tensor" (default: 128; hqq, nf4: 64; smoothquant: channel)',
     )
-    parser.add_argument(
-        "--asym", action="store_true", help="integer zero points, for methods that have no zero points of their own"
-    )
+    with_zeros = ", ".join(_names(lambda method: method.integer_zeros))
+    parser.add_argument("--asym", action="store_true", help=f"integer zero points ({with_zeros})")
     parser.add_argument(
         "--act-order",
         choices=("none", "group", "static"),
@@ -74,7 +73,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="UTF-8 text like what the model will see, for methods that need calibration",
+        help=f"UTF-8 text like what the model will see ({', '.join(_names(lambda method: method.needs == 'moments'))})",
     )
     parser.add_argument(
         "--eval-text", metavar="FILE", help="UTF-8 text the model has not seen: the report says perplexity and KL on it"
@@ -120,8 +119,8 @@ def method_of(args: argparse.Namespace) -> Options:
     options = {name: value for name, value in given.items() if value is not None}
     if args.asym and not method.integer_zeros:
         raise ArgumentError(
-            f"--asym gives {_listed(_names(lambda known: known.integer_zeros))} integer zero points; {args.method} has zero "
-            f"points of its own or none"
+            f"--asym gives {_listed(_names(lambda known: known.integer_zeros))} integer zero points; {args.method} has "
+            f"zero points of its own or none"
         )
     if args.act_order is not None and not _orders(method):
         raise ArgumentError(f"--act-order is an option of {_listed(_names(_orders))}, got --method {args.method}")

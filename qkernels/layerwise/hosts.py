@@ -101,7 +101,7 @@ class Host(Protocol):
         """A quantized weight takes a linear layer's place."""
 
     def finished(self, unit: str) -> list[ModuleReport] | None:
-        """The report of a unit (a decoder layer, or a linear layer outside of one) that an earlier run finished, or None."""
+        """The report of a unit (a decoder layer, or a linear layer outside of one) that an earlier run finished."""
 
     def activations(self) -> list[Tensor] | None:
         """What the first unfinished decoder layer is fed with; None if that is the first of all."""
@@ -198,7 +198,8 @@ class MemoryHost:
 
 
 class DirectoryHost:
-    """A checkpoint directory, streamed: layers are read when their turn comes, and kept in the work directory once quantized.
+    """A checkpoint directory, streamed: layers are read when their turn comes, and kept in the work directory once they
+    are quantized.
 
     Args:
         model: the directory's model with parameters on meta (`models.building.empty_model`).
@@ -222,13 +223,14 @@ class DirectoryHost:
 
         Raises:
             ArgumentError: it is quantized already.
-            CheckpointError: it is not sound, or its tensors and the model that config.json describes do not fit each other.
+            CheckpointError: it is not sound, or its tensors and the model that config.json describes do not fit each
+                other.
         """
         checkpoint = open_checkpoint(directory)
         if checkpoint.format is not None:
             raise ArgumentError(
-                f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or change the "
-                f"format with qkernels.checkpoint.convert"
+                f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or "
+                f"change the format with qkernels.checkpoint.convert"
             )
         model = empty_model(checkpoint.config, torch.float32, checkpoint.path)
         checkpoint = checkpoint.named_as_in(model)
@@ -291,8 +293,8 @@ class DirectoryHost:
 
     @contextmanager
     def layer(self, name: str, place: Place) -> Iterator[tuple[nn.Module, Weights]]:
-        """Read for a while; its quantized weights are kept together with its other tensors, which folded scales may have
-        changed."""
+        """Read for a while; its quantized weights are kept together with its other tensors, which folded scales may
+        have changed."""
         layer = self.model.get_submodule(name)
         weights: Weights = {}
         assign(layer, {leaf: self.checkpoint.read(f"{name}.{leaf}") for leaf, _ in layer.named_parameters()})
@@ -325,7 +327,7 @@ class DirectoryHost:
         self._quantized, self._plain = {}, {}
 
     def write(self, target: Path, format: str) -> None:
-        """What is finished, then every tensor of the source that it does not stand for, and what lies beside weights."""
+        """What is finished, then every tensor of the source that it does not stand for, and the files beside them."""
         writer = CheckpointWriter(target, self.checkpoint.config, format)
         done = self.work.copy_to(writer)
         for name in self.checkpoint.names():

@@ -37,7 +37,7 @@ def preview_of(
     Args:
         methods: by the name of the linear layer; at least one.
         skipped: the reasons for all other matrices.
-        samples, seq_len: how many calibration windows there will be, and tokens in each; not asked where none are needed.
+        samples, seq_len: how many calibration windows there will be, and tokens in each; for methods that need them.
     """
     modules = tuple(
         _previewed(checkpoint, linear_of(model, name).weight.shape, name, chosen) for name, chosen in methods.items()

@@ -1,4 +1,4 @@
-"""Quantize the linear layers of a host, decoder layer by decoder layer, each given what the quantized ones before it put out."""
+"""Quantize the linear layers of a host: decoder layer by decoder layer, given what the quantized ones before put out."""
 
 from __future__ import annotations
 
@@ -139,9 +139,9 @@ def _round_all(
 def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict[str, Quantized]:
     """Quantize linear layers of a decoder layer. Afterwards it holds the dequantized weights, ready to `propagate`.
 
-    Methods that fold scales first scale the whole layer. Then the linears are quantized in the order of the forward pass: those
-    that read the same input are one step, and each step's statistics come from a layer whose earlier steps are quantized
-    already ("true sequential" in the GPTQ authors' code).
+    Methods that fold scales first scale the whole layer. Then the linears are quantized in the order of the forward
+    pass: those that read the same input are one step, and each step's statistics come from a layer whose earlier steps
+    are quantized already ("true sequential" in the GPTQ authors' code).
 
     Args:
         layer: on the compute device, in its dtype.

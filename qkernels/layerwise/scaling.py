@@ -1,5 +1,5 @@
-"""Scales folded into what feeds a linear layer. A method says whether it searches them, as AWQ does (Lin et al. 2023, section
-3.2), or computes them, as SmoothQuant does (Xiao et al. 2022, section 4)."""
+"""Scales folded into what feeds a linear layer. A method says whether it searches them, as AWQ does (Lin et al. 2023,
+section 3.2), or computes them, as SmoothQuant does (Xiao et al. 2022, section 4)."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def scale_inputs(
 
     Args:
         layer: on the compute device.
-        methods: for those of the fold's targets that will be quantized; at least one. The others are scaled too, since they
-            read the same input, but have no say in how.
+        methods: for those of the fold's targets that will be quantized; at least one. The others are scaled too, since
+            they read the same input, but have no say in how.
         job: with the architecture that the fold is of.
     """
     method = next(iter(methods.values()))

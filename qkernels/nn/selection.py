@@ -29,8 +29,8 @@ class Selection:
 
     Args:
         chosen: the scheme of each linear layer that is to be quantized, by its name, in the model's order.
-        skipped: the reason for every other matrix, by the name of its linear layer, or of the parameter where it is in none;
-            embeddings and convolutions are not mentioned.
+        skipped: the reason for every other matrix, by the name of its linear layer, or of the parameter where it is in
+            none; embeddings and convolutions are not mentioned.
     """
 
     chosen: Mapping[str, QuantScheme]
@@ -55,8 +55,8 @@ def select_linears(
         include: only layers that match; None means all.
         exclude: never these layers.
         overrides: pattern -> scheme; the first match wins.
-        on_unsupported: what a layer without a kernel means: "raise", "skip", or "reference" to run it on the slow one; None
-            where no kernel is asked for, since only files are made.
+        on_unsupported: what a layer without a kernel means: "raise", "skip", or "reference" to run it on the slow one;
+            None where no kernel is asked for, since only files are made.
 
     Raises:
         SchemeError: a scheme cannot be parsed.
@@ -132,7 +132,8 @@ def _sorted_out(
 
 
 def _tied_later(model: nn.Module) -> set[str]:
-    """Modules on meta whose weight transformers ties to another's once it is there; a weight that is there is told by itself."""
+    """Modules whose weight is on meta, and which transformers ties to another's once it is there. Weights that are there
+    say it themselves: they are one."""
     table: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     both = {name for pair in table.items() for name in pair}

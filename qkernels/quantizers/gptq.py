@@ -75,7 +75,8 @@ class GPTQ(Options):
         return self.act_order == "group"
 
     def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
-        """Quantize a weight `[N, K]` given the Hessian `[K, K]` of its inputs, their second moments (`InputStatistics.hessian`).
+        """Quantize a weight `[N, K]` given the Hessian of its inputs, their second moments `[K, K]`
+        (`InputStatistics.hessian`).
 
         The arithmetic is that of the Hessian's dtype (fp32 or fp64). A column whose input was 0 for every token is rounded
         to nearest: nothing says that it stays silent on other text.

@@ -1,7 +1,7 @@
 """What every quantization method is: options as one frozen value, and answers to what a run asks of it.
 
-A run asks a method what it needs, which scales it folds, whether it orders columns, and for the codes of a weight; it asks no
-method for its name or class. So a new method is one file, and one line in the registry (`quantizers/__init__.py`).
+A run asks a method what it needs, which scales it folds, whether it orders columns, and for the codes of a weight; it
+asks no method for its class. So a new method is one file, and one line in the registry (`quantizers/__init__.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ScaleSearch(Protocol):
     def scheme(self) -> QuantScheme: ...
 
     def candidates(self, input_magnitude: Tensor, weight_magnitude: Tensor) -> Sequence[Tensor]:
-        """The scales `[K]` to try, from mean magnitudes `[K]` of the inputs and of the weights; the first is no scale."""
+        """The scales `[K]` to try, from mean magnitudes `[K]` of inputs and weights; the first is no scale."""
         ...
 
     def rounded(self, weight: Tensor, scales: Tensor) -> Tensor:
@@ -56,10 +56,12 @@ class ScaleRule(Protocol):
 class Options(ActBitsIsAct):
     """What codes look like, whichever method chooses them, and what a run must know of the method.
 
-    A method is a frozen dataclass derived from this. It overrides `quantize`, and of the other answers those that differ:
+    A method is a frozen dataclass derived from this. It overrides `quantize`, and of the other answers those that
+    differ:
 
     needs: "moments" where `quantize` or the scales to fold take calibration.
-    integer_zeros: whether zero points may be integers (`symmetric=False`); False for methods with zeros of their own or none.
+    integer_zeros: whether zero points may be integers (`symmetric=False`); False where a method has zeros of its own or
+        none.
     orders_columns, scale_search, scale_rule, with_scales_for: see there.
 
     Args:
@@ -119,8 +121,8 @@ class Options(ActBitsIsAct):
         )
 
     def with_scales_for(self: Self, dtype: torch.dtype) -> Self:
-        """The same method with the dtype of its scales settled by that of the weight in the checkpoint, not the one it is
-        computed in."""
+        """The same method with the dtype of its scales settled by that of the weight in the checkpoint, not the one it
+        is computed in."""
         return replace(self, scale_dtype=stored_dtype(torch.empty(0, dtype=dtype), self.scale_dtype))
 
     def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
@@ -128,8 +130,8 @@ class Options(ActBitsIsAct):
 
         Args:
             weight: floating; its input channels are already scaled where the method folds scales.
-            moments: `[K, K]` second moments of its inputs, up to a factor (`InputStatistics.hessian`); a method that needs
-                none does not look at them.
+            moments: `[K, K]` second moments of its inputs, up to a factor (`InputStatistics.hessian`); a method that
+                needs none does not look at them.
             name: of the weight, ".weight" included: for error messages, and for what concerns some layers only.
 
         Raises:

@@ -21,7 +21,7 @@ from qkernels import QuantTensor, load, quantize, replace_linear
 from qkernels.calibrate import preview
 from qkernels.cli.main import main, parser
 from qkernels.errors import ArgumentError, CalibrationError
-from qkernels.quantizers import QUANTIZERS, REGISTERED, Options, rounding_of
+from qkernels.quantizers import QUANTIZERS, Options, rounding_of
 from qkernels.quantizers.grid import checked_weight
 from qkernels.quantizers.options import Needs, ScaleRule
 from tests.tiny_models import loud_model, run, token_windows
@@ -69,8 +69,8 @@ class Halves(Options):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(REGISTERED, "power", f"{__name__}:Power")  # the one line
-    monkeypatch.setitem(REGISTERED, "halves", f"{__name__}:Halves")
+    monkeypatch.setitem(QUANTIZERS, Power().name, Power)  # the one line
+    monkeypatch.setitem(QUANTIZERS, Halves().name, Halves)
 
 
 def test_weights_alone_are_enough_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +119,11 @@ def test_the_second_is_calibrated_folds_and_falls_back(tmp_path: Path) -> None:
 def test_the_command_line_asks_the_registry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["quantize", "--help"])
-    assert "nf4,smoothquant,power,halves" in re.sub(r"\s", "", capsys.readouterr().out)
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "--method {rtn,gptq,awq,hqq,nf4,smoothquant,power,halves}" in shown
+    assert "rtn, hqq, nf4 and power need no calibration" in shown
+    assert "like what the model will see (gptq, awq, smoothquant, halves)" in shown
+    assert "integer zero points (rtn, gptq, awq, smoothquant, halves)" in shown
     command = ["quantize", "a", "b", "--method", "power"]
     assert main([*command, "--asym"]) == 1
     assert (
@@ -133,7 +137,7 @@ def test_the_command_line_asks_the_registry(tmp_path: Path, capsys: pytest.Captu
         quantize(loud_model(), 3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [*REGISTERED, "power", "halves"])
+@pytest.mark.parametrize("name", [*QUANTIZERS, "power", "halves"])
 def test_every_method_has_the_one_signature(name: str) -> None:
     method, weight = QUANTIZERS[name](), torch.randn(8, 128)
     assert method.name == name
