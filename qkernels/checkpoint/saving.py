@@ -104,7 +104,7 @@ def convert(
     source = open_checkpoint(source_dir)
     if source.format is None:
         raise ConversionError(f"{source_dir} holds no quantized weights; quantize it first (qkernels quantize)")
-    oddities: list[tuple[str, Oddity]] = []
+    oddities: list[tuple[str, Oddity]] = [*source.oddities]
     with atomic_directory(target_dir, overwrite) as temporary:
         writer = CheckpointWriter(temporary, source.config, chosen)
         parts = list(source.in_file_order())
