@@ -28,7 +28,7 @@ _CACHE_SCALE: Final = re.compile(
 _ACTIVATION_SCALES: Final = re.compile(r"(?:^|\.)act\.scales$")
 _ROTATES: Final = re.compile(r"rotat|hadamard|(?:^|_)had(?:_|$)|(?:^|_)transforms?(?:_config)?$", re.IGNORECASE)
 _IN_THE_WEIGHTS: Final = ("weight_input", "weight_output")
-_NO: Final = (None, False, 0, "", "none", "None", [], {})
+_NO: Final[tuple[Any, ...]] = (None, False, 0, "", "none", "None", [], {})
 
 _WAY_OUT = "quantize the original without it, or run this checkpoint with the software that made it"
 
