@@ -440,12 +440,16 @@ def test_convert_refuses_what_the_target_cannot_hold(tmp_path: Path, plain: Path
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(ordered)))
 
 
-def test_convert_can_replace_its_own_source(tmp_path: Path, quantized: dict[str, Path]) -> None:
+def test_convert_keeps_its_source(tmp_path: Path, quantized: dict[str, Path]) -> None:
     copy = rewritten(quantized["gptq"], tmp_path / "m", lambda t: None)
-    before = logits(load(copy))
-    convert(copy, copy, "native", overwrite=True)
-    assert "quantize_config.json" not in file_bytes(copy)
-    assert torch.equal(logits(load(copy)), before)
+    before = file_bytes(copy)
+    with pytest.raises(CheckpointError, match="is read to write it, and is kept; choose another target"):
+        convert(copy, copy, "native", overwrite=True)
+    assert file_bytes(copy) == before
+    convert(copy, tmp_path / "native")
+    assert "quantize_config.json" not in file_bytes(tmp_path / "native")
+    convert(copy, tmp_path / "native", "gptq", overwrite=True)  # what was written here may be replaced
+    assert "quantize_config.json" in file_bytes(tmp_path / "native")
 
 
 # --- writer -----------------------------------------------------------------------------------------------------------

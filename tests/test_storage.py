@@ -190,7 +190,8 @@ def test_folders_beside_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFix
     (source / "modules.json").write_text(json.dumps(parts))
     files = [
         "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/.cache/x",
-        "custom_generate/generate.py", "original/params.json", "original/consolidated.00.pth", "onnx/model.onnx", "out-4bit/model.safetensors", ".cache/y/z",
+        "custom_generate/generate.py", "original/params.json", "original/consolidated.00.pth", "onnx/model.onnx",
+        "out-4bit/model.safetensors", ".cache/y/z",
     ]  # fmt: skip
     for name in files:
         (source / name).parent.mkdir(parents=True, exist_ok=True)

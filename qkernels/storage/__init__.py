@@ -1,6 +1,6 @@
 """Checkpoint directories on disk: lazy validated reading, streamed sharded writing, all or nothing."""
 
-from .atomic import atomic_directory, locked
+from .atomic import MANIFEST, atomic_directory, locked, read_from
 from .beside import Beside, copy_side_files
 from .files import CONFIG, INDEX, QUANTIZATION_FILES, SINGLE, read_json, require_directory, write_json
 from .source import TensorEntry, TensorSource
@@ -14,10 +14,12 @@ __all__ = [
     "Beside",
     "copy_side_files",
     "locked",
+    "read_from",
     "read_json",
     "require_directory",
     "write_json",
     "CONFIG",
+    "MANIFEST",
     "INDEX",
     "QUANTIZATION_FILES",
     "SINGLE",
