@@ -35,6 +35,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.loading import bias_for, linear_at
 from ..errors import ArgumentError, CheckpointError
 from ..formats import Oddity, Written, native, summary
+from ..memory import give_back
 from ..models.linears import is_conv1d
 from ..nn import QuantLinear, ReplaceReport, model_bytes, select_linears, set_module
 from ..nn.selection import as_patterns
@@ -174,6 +175,7 @@ class QKernelsQuantizer(HfQuantizer):
             if "experts" in why:
                 log.warning("not quantized: %s: %s", name, why)
         log.info("%s", self.report)
+        give_back()
         return model
 
     def _unpack(self, model: Any, checkpoint: Checkpoint) -> None:
