@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +33,7 @@ from .nn import ReplaceReport, Selection, select_linears
 from .nn.selection import Overrides, Patterns
 from .quantizers import QUANTIZERS, Options
 from .reports import ModuleReport, QuantPreview, QuantReport, write_report
-from .storage import atomic_directory
+from .storage import atomic_directory, read_from
 from .texts import (
     Calibration,
     Evaluation,
@@ -91,7 +91,7 @@ def quantize(
             a layer, or "reference" to allow the slow one, or "skip" to leave the layer.
         evaluation: texts, or token ids `[tokens]`, that the model has not seen: the report then says perplexity, and KL and top-1
             agreement with the original. For that both models are in memory at the end (of a model in memory, a copy is).
-        overwrite: `save_to` may be an existing checkpoint.
+        overwrite: `save_to` may be a checkpoint that qkernels wrote and nobody changed since; never the source.
         resume: for a directory: go on with what an interrupted run for `save_to` has finished (see `layerwise/work.py`). The
             result has the same bits as that of one run, on the same machine with as many threads.
         progress: show a progress bar.
@@ -133,7 +133,8 @@ def quantize(
     windows = _windows(host.model, method, calibration, samples, seq_len, tokenizer)
     text = evaluation_ids(evaluation, tokenizer)
     run = Run(method, methods, windows, text is not None, save_to, resume, _versions(place))
-    with host.running(run), _target_of(save_to, overwrite) as target, torch.no_grad():
+    sources = () if isinstance(model_or_dir, nn.Module) else read_from(model_or_dir)
+    with host.running(run), _target_of(save_to, overwrite, sources) as target, torch.no_grad():
         modules = quantize_linears(host, run, place, progress)
         if target is not None:
             host.write(target, format)
@@ -213,12 +214,14 @@ def _windows(
 
 
 @contextmanager
-def _target_of(save_to: str | os.PathLike[str] | None, overwrite: bool) -> Iterator[Path | None]:
+def _target_of(
+    save_to: str | os.PathLike[str] | None, overwrite: bool, sources: Collection[Path]
+) -> Iterator[Path | None]:
     """The directory that appears complete or not at all, if one is to be made."""
     if save_to is None:
         yield None
     else:
-        with atomic_directory(save_to, overwrite) as target:
+        with atomic_directory(save_to, overwrite, sources) as target:
             yield target
 
 

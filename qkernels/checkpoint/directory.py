@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..formats import METADATA, READ_ONLY, Format, Parsed
+from ..formats import METADATA, READ_ONLY, Format, Oddity, Parsed
+from ..formats.beyond import beyond_weights, check_below
 from ..models.building import renames_for
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
 from .registry import WRITTEN, detect
@@ -32,6 +33,7 @@ class DirectoryCheckpoint:
         quantization: its quantization_config, empty where nothing is quantized.
         modules: module -> suffix -> name of the tensor.
         others: names of all other tensors, biases of quantized modules among them, sorted.
+        oddities: what is strange about it apart from single weights, by module or field.
     """
 
     source: TensorSource
@@ -39,6 +41,7 @@ class DirectoryCheckpoint:
     quantization: Mapping[str, Any]
     modules: Mapping[str, Mapping[str, str]]
     others: tuple[str, ...]
+    oddities: tuple[tuple[str, Oddity], ...] = ()
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> DirectoryCheckpoint:
@@ -47,7 +50,8 @@ class DirectoryCheckpoint:
         Raises:
             CheckpointError: see `TensorSource.open` and `detect`; or a module lacks a tensor of its format, has a float
                 weight as well, or is called quantized by the config but is not; or the config says nothing, but tensors
-                look quantized.
+                look quantized; or the file asks for what is not done here (`formats/beyond.py`), or has a tensor under a
+                quantized module that nobody knows.
         """
         source = TensorSource.open(directory)
         config = quantization_config(source)
@@ -57,13 +61,16 @@ class DirectoryCheckpoint:
         found = detect(config)
         if found.needs_metadata:
             config = config | {METADATA: source.metadata}
-        modules = _group(source.names(), found)
+        beyond = beyond_weights(config, source.names())
+        modules = _group([name for name in source.names() if name not in beyond.aside], found)
         if not modules:
             raise CheckpointError(
                 f"{source.directory} declares the format {found.name} but has no tensor *.{found.required[0]}"
             )
-        owned = {name for tensors in modules.values() for name in tensors.values()}
-        return cls(source, found, config, modules, tuple(n for n in source.names() if n not in owned))
+        owned = {name for tensors in modules.values() for name in tensors.values()} | beyond.aside
+        others = tuple(name for name in source.names() if name not in owned)
+        check_below(modules, others)
+        return cls(source, found, config, modules, others, beyond.oddities)
 
     @property
     def path(self) -> Path:
@@ -110,13 +117,14 @@ class DirectoryCheckpoint:
     def in_file_order(self) -> Iterator[tuple[str, str | None]]:
         """(name, module) once for each module, where its first tensor lies, and (name, None) for each other tensor."""
         owner = {name: module for module, tensors in self.modules.items() for name in tensors.values()}
-        seen: set[str] = set()
+        kept, seen = set(self.others), set[str]()
         for name in self.source.entries:
             module = owner.get(name)
-            if module is None or module not in seen:
-                yield name, module
-            if module is not None:
+            if module is None and name in kept:
+                yield name, None
+            elif module is not None and module not in seen:
                 seen.add(module)
+                yield name, module
 
     def named_as_in(self, model: nn.Module) -> DirectoryCheckpoint:
         """Float checkpoints only: what is quantized is named as in the model, or `load` says that it does not fit."""

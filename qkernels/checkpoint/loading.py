@@ -70,7 +70,7 @@ def load(
     model = empty_model(checkpoint.config, dtype, checkpoint.path)
     checkpoint = checkpoint.named_as_in(model)
     slots = _slots(model)
-    oddities: list[tuple[str, Oddity]] = []
+    oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     used = {f"{module}.bias" for module in checkpoint.modules}
     for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
         linear = linear_at(model, module)

@@ -18,7 +18,7 @@ from ..formats import Oddity, summary
 from ..kernels.catalogue import Problem, arch_of, select
 from ..nn import QuantLinear
 from ..reports import carry_report
-from ..storage import CONFIG, atomic_directory, copy_side_files
+from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
 from .registry import get_format
 from .source import open_checkpoint
 from .writer import CheckpointWriter
@@ -36,7 +36,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
         model: every `QuantLinear` in it is written quantized, every other tensor as it is.
         directory: must not exist or be empty, unless `overwrite`.
         format: "native" (takes every weight), "gptq", "gptq_v2", "awq" or "compressed-tensors".
-        overwrite: replace an existing checkpoint.
+        overwrite: replace a checkpoint that qkernels wrote and nobody changed since.
 
     Raises:
         ConversionError: the model has no `QuantLinear` or no config; or the format cannot express a weight, naming it.
@@ -51,7 +51,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
     >>> report = replace_linear(model, "w4a16_g32")
     >>> save(model, "tiny-4bit", format="gptq")
     >>> from pathlib import Path
-    >>> sorted(path.name for path in Path("tiny-4bit").iterdir())
+    >>> sorted(path.name for path in Path("tiny-4bit").glob("[!.]*"))
     ['config.json', 'generation_config.json', 'model.safetensors', 'quantize_config.json']
     """
     with atomic_directory(directory, overwrite) as temporary:
@@ -104,8 +104,8 @@ def convert(
     source = open_checkpoint(source_dir)
     if source.format is None:
         raise ConversionError(f"{source_dir} holds no quantized weights; quantize it first (qkernels quantize)")
-    oddities: list[tuple[str, Oddity]] = []
-    with atomic_directory(target_dir, overwrite) as temporary:
+    oddities: list[tuple[str, Oddity]] = [*source.oddities]
+    with atomic_directory(target_dir, overwrite, read_from(source.path)) as temporary:
         writer = CheckpointWriter(temporary, source.config, chosen)
         parts = list(source.in_file_order())
         for name, module in tqdm(parts, desc="packing", unit="tensor", leave=False, delay=2):

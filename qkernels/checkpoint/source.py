@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..formats import Format, Parsed
+from ..formats import Format, Oddity, Parsed
 from .directory import DirectoryCheckpoint
 
 
@@ -42,6 +42,10 @@ class Checkpoint(Protocol):
     @property
     def modules(self) -> Collection[str]:
         """The quantized modules."""
+
+    @property
+    def oddities(self) -> Collection[tuple[str, Oddity]]:
+        """What is strange about it apart from single weights, or left aside, by module or field."""
 
     def weight(self, module: str) -> Parsed:
         """The weight of a quantized module, and what is strange about it."""

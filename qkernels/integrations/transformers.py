@@ -179,7 +179,7 @@ class QKernelsQuantizer(HfQuantizer):
     def _unpack(self, model: Any, checkpoint: Checkpoint) -> None:
         """Every placeholder becomes a `QuantLinear`, one module in memory at a time."""
         dtype = model.dtype
-        oddities: list[tuple[str, Oddity]] = []
+        oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
         for module in checkpoint.modules:
             pending = model.get_submodule(module)
             weight, found = checkpoint.weight(module)
@@ -280,7 +280,10 @@ def enable(methods: Iterable[str] = FOREIGN) -> None:
         if method not in FOREIGN:
             raise ArgumentError(f"methods must be of {', '.join(FOREIGN)}, got {method!r}")
     for method in chosen:
-        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CheckpointConfig
+        # Scripts pass `quantization_config=GPTQConfig(…)` for a checkpoint of GPTQ, too; transformers takes it, and goes by the
+        # checkpoint, where the two classes have one name.
+        name = AUTO_QUANTIZATION_CONFIG_MAPPING[method].__name__
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = type(name, (CheckpointConfig,), {"__module__": __name__})
         AUTO_QUANTIZER_MAPPING[method] = QKernelsQuantizer
 
 
