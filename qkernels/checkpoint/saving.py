@@ -70,7 +70,7 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
         )
     config = json.loads(model_config.to_json_string()) | {"architectures": [type(model).__name__]}
     origin = str(getattr(model_config, "_name_or_path", "") or "")
-    writer = CheckpointWriter(directory, config, chosen)
+    writer = CheckpointWriter(directory, config, chosen, named_for=model)
     for name, layer in layers.items():
         writer.add_quantized(name, layer.quant_tensor())
         if layer.bias is not None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,6 @@ class TensorSource:
                 raise CheckpointError(f"{INDEX} says that tensor {name} is in {file}, but {where}")
         return cls(root, config, metadata, entries)
 
-    def renamed(self, names: Mapping[str, str]) -> TensorSource:
-        """The same tensors under other names; those that are not in `names` keep theirs."""
-        return replace(self, entries={names.get(name, name): entry for name, entry in self.entries.items()})
-
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
         return sorted(self.entries)
@@ -160,7 +157,8 @@ def _weight_files(root: Path) -> tuple[list[Path], dict[str, str] | None]:
             raise CheckpointError(
                 f"{root} lacks {len(missing)} of the {len(files)} shards that {INDEX} names: {missing[0]}"
             )
-        stray = [name for name in names if name not in files and "-of-" in name]
+        kinds = {_shard_kind(file) for file in files}  # Mistral's repositories also have consolidated-…-of-… shards
+        stray = [name for name in names if name not in files and "-of-" in name and _shard_kind(name) in kinds]
         if stray:
             raise CheckpointError(f"{root} has the shard {stray[0]}, which {INDEX} does not name; remove what is stale")
         if SINGLE in names and SINGLE not in files:
@@ -183,6 +181,11 @@ def _weight_files(root: Path) -> tuple[list[Path], dict[str, str] | None]:
             "qkernels reads safetensors only: load them with transformers on a machine you trust and save_pretrained"
         )
     raise CheckpointError(f"{root} has no *.safetensors file")
+
+
+def _shard_kind(file: str) -> str:
+    """`model` of model-00001-of-00003.safetensors."""
+    return re.sub(r"-\d+-of-\d+", "", file)
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
