@@ -91,6 +91,10 @@ class DirectoryCheckpoint:
         assert self.format is not None
         return self.format.parse(self.spelled.get(module, module), self.tensors(module), self.quantization)
 
+    def parts(self, module: str) -> list[str]:
+        """The names in the files of the tensors that make it up."""
+        return list(self.modules[module].values())
+
     def module_nbytes(self, module: str) -> int:
         return sum(self.source.nbytes(name) for name in self.modules[module].values())
 

@@ -165,7 +165,9 @@ def linear_at(model: nn.Module, module: str, spelled: str | None = None) -> nn.L
     try:
         linear = model.get_submodule(module)
     except AttributeError:
-        raise CheckpointError(f"{what}, which {type(model).__name__} does not{meant}{_nearest(model, module)}") from None
+        raise CheckpointError(
+            f"{what}, which {type(model).__name__} does not{meant}{_nearest(model, module)}"
+        ) from None
     as_one = as_linear(linear)
     if as_one is None:
         raise CheckpointError(f"{what}, which is a {type(linear).__name__}, not a Linear{meant}")

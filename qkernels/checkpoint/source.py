@@ -46,6 +46,9 @@ class Checkpoint(Protocol):
     def weight(self, module: str) -> Parsed:
         """The weight of a quantized module, and what is strange about it."""
 
+    def parts(self, module: str) -> Collection[str]:
+        """The names in the files of the tensors that make up a quantized module, its bias aside."""
+
     def module_nbytes(self, module: str) -> int:
         """Bytes that a quantized module takes in the file."""
 

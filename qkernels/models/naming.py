@@ -113,7 +113,9 @@ def into_model(
             raise CheckpointError(
                 f"{group.target} of {type(model).__name__} cannot be made of {some} ({len(group.sources)} tensors): {error}"
             ) from error
-    taken = [(f"{name}.weight", f"{target}.weight") if name in modules else (name, target) for name, target in names.items()]
+    taken = [
+        (f"{name}.weight", f"{target}.weight") if name in modules else (name, target) for name, target in names.items()
+    ]
     taken += [(next(iter(group.sources)), target) for group, targets in made for target in targets]
     _check_distinct(((name, target) for name, target in taken if target in way.places), model)
     return IntoModel(names, tuple(made), tuple(way.used()))
@@ -304,7 +306,9 @@ def _check_distinct(names: Iterable[tuple[str, str]], model: object) -> None:
     for name, target in names:
         other = taken.setdefault(target, name)
         if other != name:
-            raise CheckpointError(f"{other} and {name} are both {target} of {type(model).__name__}; one of them is left over")
+            raise CheckpointError(
+                f"{other} and {name} are both {target} of {type(model).__name__}; one of them is left over"
+            )
 
 
 def _module_of(weight: str) -> str | None:
