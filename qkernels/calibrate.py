@@ -56,7 +56,7 @@ def quantize(
     format: str = "native",
     *,
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     tokenizer: Tokenizer | None = None,
     samples: int = 128,
@@ -82,7 +82,8 @@ def quantize(
         save_to: the directory to make; needed with a directory. It appears complete or not at all.
         format: of `save_to`: "native", "gptq", "gptq_v2" or "awq".
         include: only layers that match; None means all.
-        exclude: never these layers.
+        exclude: never these layers; None means heads (`lm_head`, `score`, `classifier`, …: see `nn.selection.heads`), unless
+            `include` names them, and () means none.
         overrides: pattern -> scheme; the first match wins. The method and its other options stay.
         tokenizer: for texts; that of the directory if None.
         seq_len: capped to the model's longest.
@@ -115,7 +116,7 @@ def quantize(
     >>> tokens = torch.randint(64, (8, 32))  # of a real text, for a real model
     >>> report = quantize(model, GPTQ(bits=4, group_size=32), calibration=tokens, seq_len=32, progress=False)
     >>> len(report.modules), report.skipped
-    (7, {'lm_head': 'excluded'})
+    (7, {'lm_head': 'a head; name it in include to quantize it'})
     >>> model.model.layers[0].mlp.up_proj
     QuantLinear(in_features=64, out_features=96, bias=False, scheme=w4a16_g32, layout=cpu_tile_a16)
     """
@@ -151,7 +152,7 @@ def preview(
     method: Options,
     *,
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     samples: int = 128,
     seq_len: int = 2048,
