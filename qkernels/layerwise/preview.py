@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
-from ..models.architectures import decoder_layers
+from ..models.architectures import block_lists, text_config
 from ..models.linears import linear_of
 from ..quantizers import RTN, Options
 from ..reports import MIB, ModulePreview, QuantPreview
@@ -47,8 +47,8 @@ def preview_of(
     widest = max(module.shape[0] * module.shape[1] for module in modules)
     activations, device_bytes = 0, 4 * widest
     if method.needs == "moments":
-        _, layers = decoder_layers(model)
-        config: Any = model.config
+        layers = [layer for blocks in block_lists(model).values() for layer in blocks]
+        config: Any = text_config(model)
         activations = samples * seq_len * checkpoint.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
         # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
