@@ -26,6 +26,7 @@ from .formats import Written
 from .kernels.catalogue import OnUnsupported
 from .layerwise.capturing import check_calibratable
 from .layerwise.hosts import DirectoryHost, Host, Run, host_of
+from .layerwise.limits import check_limits
 from .layerwise.preview import preview_of
 from .layerwise.quantizing import quantize_linears
 from .layerwise.running import Place
@@ -93,7 +94,8 @@ def quantize(
         seq_len: capped to the model's longest.
         device: where layers are computed, in fp32.
         on_unsupported: for a model in memory, as in `replace_linear`: "raise" before anything is changed where no kernel takes
-            a layer, or "reference" to allow the slow one, or "skip" to leave the layer.
+            a layer, or "reference" to allow the slow one, or "skip" to leave the layer. For a directory, whose checkpoint may run
+            elsewhere, "raise" means a layer that no kernel of any machine takes.
         evaluation: texts, or token ids `[tokens]`, that the model has not seen: the report then says perplexity, and KL and top-1
             agreement with the original. For that both models are in memory at the end (of a model in memory, a copy is).
         overwrite: `save_to` may be an existing checkpoint.
@@ -133,6 +135,7 @@ def quantize(
     selection, methods = _choose(host, method, include, exclude, overrides)
     if save_to is not None:
         _check_format(format, method, selection)
+    check_limits(host, methods, format if save_to is not None else None, on_unsupported)
     if tokenizer is None and (needs_tokenizer(calibration) or has_texts(evaluation)):
         tokenizer = host.tokenizer()
     windows = _windows(host.model, method, calibration, samples, seq_len, tokenizer)
@@ -159,17 +162,22 @@ def preview(
     overrides: Overrides = None,
     samples: int = 128,
     seq_len: int = 2048,
+    format: str = "native",
+    on_unsupported: OnUnsupported = "raise",
 ) -> QuantPreview:
     """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only.
 
     Args: as for `quantize`.
 
     Raises:
-        ArgumentError, SchemeError, CheckpointError: as `quantize` before the work begins.
+        ArgumentError, SchemeError, CheckpointError, ConversionError, UnsupportedProblem: as `quantize` before the work begins.
     """
     _check_method(method)
     host = DirectoryHost.open(model_dir)
     selection, methods = _choose(host, method, include, exclude, overrides)
+    _check_format(format, method, selection)
+    check_limits(host, methods, format, on_unsupported)
+    _check_model(host.model, method)
     seq_len = capped(host.model, seq_len)
     return preview_of(host.checkpoint, host.model, method, methods, selection.skipped, samples, seq_len)
 
@@ -199,6 +207,14 @@ def _check_format(format: str, method: Options, selection: Selection) -> None:
     get_format(format).config_of(Written.of(selection.chosen, method.orders_columns, selection.skipped))
 
 
+def _check_model(model: nn.Module, method: Options) -> None:
+    """Raise before the work begins where the model cannot be calibrated as the method wants it."""
+    if method.needs != "weight":
+        check_calibratable(model)
+    if method.folds:
+        foldable_architecture(model, type(method).__name__)
+
+
 def _windows(
     model: nn.Module,
     method: Options,
@@ -210,9 +226,7 @@ def _windows(
     """What to calibrate on; whether the model can be calibrated so is asked before the work begins."""
     if method.needs == "weight":
         return None
-    check_calibratable(model)
-    if method.folds:
-        foldable_architecture(model, type(method).__name__)
+    _check_model(model, method)
     vocabulary = getattr(text_config(model), "vocab_size", None)
     return calibration_windows(calibration, samples, capped(model, seq_len), tokenizer, vocabulary)
 

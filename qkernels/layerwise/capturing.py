@@ -179,9 +179,9 @@ def _first_batch(
         if chain.names and (tainted or hidden is not latest[0] or not latest[1]):
             chain.follows = True
             raise Stop
-        if not chain.names and (tainted or _is_nan(hidden)):
+        if progress.done and not chain.names and (tainted or _is_nan(hidden)):
             raise CalibrationError(
-                f"{name} of {type(model).__name__} reads what blocks long before it put out, or their NaN; use RTN, HQQ or NF4, "
+                f"{name} of {type(model).__name__} reads what blocks long before it put out; use RTN, HQQ or NF4, "
                 f"which need no calibration"
             )
         output, shown = _nan(progress, name, block, hidden, call, run)
