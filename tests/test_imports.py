@@ -20,8 +20,8 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 STOREYS = (
     ("errors", "text", "_version"),
     ("extension", "machine", "scheme", "storage"),
-    ("models", "reports", "tensor", "texts"),
-    ("formats", "layouts", "quantizers"),
+    ("models", "reports", "tensor"),
+    ("formats", "layouts", "quantizers", "texts"),
     ("ops",),
     ("kernels",),
     ("nn",),

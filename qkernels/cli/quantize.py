@@ -157,7 +157,9 @@ def run(args: argparse.Namespace) -> int:
         "overrides": dict(args.override),
     }
     if args.dry_run:
-        previewed = preview(args.model, method, **selection, samples=args.samples, seq_len=args.seq_len)
+        previewed = preview(
+            args.model, method, **selection, samples=args.samples, seq_len=args.seq_len, format=args.format
+        )
         print(previewed.to_markdown())
         check_disk(previewed, args.out)
         return 0
