@@ -32,7 +32,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.loading import bias_for, linear_at
+from ..checkpoint.loading import bias_for, check_strays, linear_at
 from ..checkpoint.saving import plain_tensors
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, Written, native, summary
@@ -113,6 +113,7 @@ class QKernelsQuantizer(HfQuantizer):
         self._placed: list[str] = []  # quantized modules of the checkpoint that the model has
         self._conversions: list[Any] | None = None
         self._conv1d: set[str] = set()
+        self._cut_first: set[str] = set()
 
     # --- before weights are loaded: the model is on meta ----------------------------------------------------------------
 
@@ -136,6 +137,7 @@ class QKernelsQuantizer(HfQuantizer):
         """Put placeholders where quantized modules will be, by the names that transformers gives to tensors of files: here
         it says what they are, a `key_mapping` included."""
         checkpoint, model, self._model = self._checkpoint, self._model, None
+        self._cut_first = set(_asked_in_place_of(self._schemes, weight_conversions))
         if checkpoint is None or model is None:
             return weight_conversions
         checkpoint = self._checkpoint = checkpoint.named_as_in(model, weight_conversions)
@@ -144,6 +146,7 @@ class QKernelsQuantizer(HfQuantizer):
         self._placed = [module for module in checkpoint.modules if module not in absent]
         if absent or not self._placed:
             log.warning("%s has no place for %s of the checkpoint", type(model).__name__, ", ".join(absent))
+        check_strays(model, checkpoint)
         for module in self._placed:
             _untie(model, module)
             _put(model, module, _Pending(linear_at(model, module, checkpoint.spelling(module))))
@@ -163,7 +166,11 @@ class QKernelsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and module in self._schemes
+        return (leaf == "weight" and module in self._schemes) or param_name in self._cut_first
+
+    def is_chosen(self, module: str) -> bool:
+        """Whether it is to be quantized while it loads."""
+        return module in self._schemes
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeWeight(self)
@@ -314,10 +321,11 @@ class _QuantizeWeight(ConversionOps):
         left: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            if not self.quantizer.param_needs_quantization(model, name):
-                left[name] = weight  # cut from the same tensor as one that does
+            module = name.rpartition(".")[0]
+            if not self.quantizer.is_chosen(module):
+                left[name] = weight  # cut from the same tensor as one that is
                 continue
-            self.quantizer.quantize_weight(model, name.rpartition(".")[0], weight)
+            self.quantizer.quantize_weight(model, module, weight)
             if missing is not None:
                 missing.discard(name)
         return left
@@ -387,6 +395,14 @@ class _Packed(WeightRenaming):
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """(name, None), whether it is one of them or not: it is renamed for nobody else."""
         return self._keys.get(source_key, source_key), None
+
+
+def _asked_in_place_of(modules: Iterable[str], conversions: Iterable[Any]) -> Iterator[str]:
+    """The weights that transformers asks about in place of these modules: the first of those that it cuts from one tensor."""
+    for conversion in conversions:
+        first, *others = conversion.target_patterns
+        for other in others:
+            yield from (f"{m}.weight".replace(other, first) for m in modules if other in f"{m}.weight")
 
 
 def _belongs_to_a_head(module: str, model: Any, checkpoint: Checkpoint) -> bool:
