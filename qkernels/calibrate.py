@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +35,7 @@ from .nn import ReplaceReport, Selection, select_linears
 from .nn.selection import Overrides, Patterns
 from .quantizers import QUANTIZERS, Options
 from .reports import ModuleReport, QuantPreview, QuantReport, write_report
-from .storage import atomic_directory
+from .storage import atomic_directory, read_from
 from .texts import (
     Calibration,
     Evaluation,
@@ -61,7 +61,7 @@ def quantize(
     format: str = "native",
     *,
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     tokenizer: Tokenizer | None = None,
     samples: int = 128,
@@ -88,7 +88,8 @@ def quantize(
         save_to: the directory to make; needed with a directory. It appears complete or not at all.
         format: of `save_to`: "native", "gptq", "gptq_v2" or "awq".
         include: only layers that match; None means all.
-        exclude: never these layers.
+        exclude: never these layers; None means heads (`lm_head`, `score`, `classifier`, …: see `nn.selection.heads`), unless
+            `include` names them, and () means none.
         overrides: pattern -> scheme; the first match wins. The method and its other options stay.
         tokenizer: for texts; that of the directory if None.
         seq_len: capped to the model's longest.
@@ -98,7 +99,7 @@ def quantize(
             elsewhere, "raise" means a layer that no kernel of any machine takes.
         evaluation: texts, or token ids `[tokens]`, that the model has not seen: the report then says perplexity, and KL and top-1
             agreement with the original. For that both models are in memory at the end (of a model in memory, a copy is).
-        overwrite: `save_to` may be an existing checkpoint.
+        overwrite: `save_to` may be a checkpoint that qkernels wrote and nobody changed since; never the source.
         resume: for a directory: go on with what an interrupted run for `save_to` has finished (see `layerwise/work.py`). The
             result has the same bits as that of one run, on the same machine with as many threads.
         progress: show a progress bar.
@@ -122,7 +123,7 @@ def quantize(
     >>> tokens = torch.randint(64, (8, 32))  # of a real text, for a real model
     >>> report = quantize(model, GPTQ(bits=4, group_size=32), calibration=tokens, seq_len=32, progress=False)
     >>> len(report.modules), report.skipped
-    (7, {'lm_head': 'excluded'})
+    (7, {'lm_head': 'a head; name it in include to quantize it'})
     >>> model.model.layers[0].mlp.up_proj
     QuantLinear(in_features=64, out_features=96, bias=False, scheme=w4a16_g32, layout=cpu_tile_a16)
     """
@@ -141,7 +142,8 @@ def quantize(
     windows = _windows(host.model, method, calibration, samples, seq_len, tokenizer)
     text = evaluation_ids(evaluation, tokenizer)
     run = Run(method, methods, windows, text is not None, save_to, resume, _versions(place))
-    with host.running(run, place), _target_of(save_to, overwrite) as target, torch.no_grad():
+    sources = () if isinstance(model_or_dir, nn.Module) else read_from(model_or_dir)
+    with host.running(run, place), _target_of(save_to, overwrite, sources) as target, torch.no_grad():
         modules = quantize_linears(host, run, place, progress)
         if target is not None:
             host.write(target, format)
@@ -158,7 +160,7 @@ def preview(
     method: Options,
     *,
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     samples: int = 128,
     seq_len: int = 2048,
@@ -232,12 +234,14 @@ def _windows(
 
 
 @contextmanager
-def _target_of(save_to: str | os.PathLike[str] | None, overwrite: bool) -> Iterator[Path | None]:
+def _target_of(
+    save_to: str | os.PathLike[str] | None, overwrite: bool, sources: Collection[Path]
+) -> Iterator[Path | None]:
     """The directory that appears complete or not at all, if one is to be made."""
     if save_to is None:
         yield None
     else:
-        with atomic_directory(save_to, overwrite) as target:
+        with atomic_directory(save_to, overwrite, sources) as target:
             yield target
 
 

@@ -23,6 +23,7 @@ from qkernels.errors import (
 )
 from qkernels.layerwise.running import LayerInputs, Place, collect_statistics, input_groups, run_layer
 from qkernels.models.architectures import decoder_layers
+from qkernels.nn.selection import A_HEAD
 from qkernels.quantizers import InputStatistics
 from tests.tiny_models import VOCABULARY, first_inputs, loud_model, run, tiny_model, token_windows
 
@@ -58,7 +59,7 @@ def test_in_memory(name: str) -> None:
     replaced = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert set(replaced) == {f"model.layers.{i}.{leaf}" for i in (0, 1) for leaf in LLAMA_LINEARS}
     assert [m.name for m in report.modules] == list(replaced)
-    assert report.skipped == {"lm_head": "excluded"}
+    assert report.skipped == {"lm_head": A_HEAD}
     assert not report.fallbacks
     for module in report.modules:
         assert module.scheme == str(METHODS[name].scheme) == str(replaced[module.name].scheme)
@@ -239,7 +240,7 @@ def test_report_is_json_and_markdown() -> None:
     assert lines[0].startswith("rtn w4a16_g16: 14 layers quantized in ")
     assert lines[2].startswith("| module ")
     assert len(lines) == 2 + 2 + 14 + 1
-    assert lines[-1] == "- lm_head was skipped: excluded"
+    assert lines[-1] == "- lm_head was skipped: " + A_HEAD
 
 
 def test_plan_says_what_quantize_does(tmp_path: Path) -> None:

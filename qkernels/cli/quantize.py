@@ -86,7 +86,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--format", default="native", help="native, gptq, gptq_v2, awq or compressed-tensors (default: native)"
     )
     parser.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
-    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: lm_head)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: heads)")
     parser.add_argument(
         "--override",
         action="append",
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     method = method_of(args)
     selection = {
         "include": args.include,
-        "exclude": args.exclude if args.exclude is not None else ("lm_head",),
+        "exclude": args.exclude,
         "overrides": dict(args.override),
     }
     if args.dry_run:

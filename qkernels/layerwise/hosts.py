@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, CheckpointWriter, load, open_checkpoint
-from ..checkpoint.loading import check_fits
+from ..checkpoint.loading import check_fits, model_of
 from ..checkpoint.saving import write_model
 from ..errors import ArgumentError, CalibrationError, CheckpointError
 from ..evaluate import evaluating
 from ..kernels.catalogue import OnUnsupported
-from ..models.building import assign, empty_model, empty_to_meta
+from ..models.building import assign, empty_to_meta
 from ..models.linears import as_stored, linear_of
 from ..nn import QuantLinear, model_bytes, set_module
 from ..quantizers import Options
@@ -237,8 +237,7 @@ class DirectoryHost:
                 f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or "
                 f"change the format with qkernels.checkpoint.convert"
             )
-        model = empty_model(checkpoint.config, torch.float32, checkpoint.path)
-        checkpoint = checkpoint.named_as_in(model)
+        model, checkpoint = model_of(checkpoint, torch.float32)
         check_fits(model, checkpoint)
         return cls(model, checkpoint)
 
@@ -336,7 +335,7 @@ class DirectoryHost:
 
     def write(self, target: Path, format: str) -> None:
         """What is finished, then every tensor of the source that it does not stand for, and the files beside them."""
-        writer = CheckpointWriter(target, self.checkpoint.config, format)
+        writer = CheckpointWriter(target, self.checkpoint.config, format, named_for=self.model)
         done = self.work.copy_to(writer)
         for name in self.checkpoint.names():
             if name not in done:
