@@ -70,7 +70,9 @@ def capped(model: nn.Module, seq_len: int) -> int:
     """`seq_len`, at most the longest sequence that the model's positions allow."""
     config = text_config(model)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-    longest = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    longest = next(
+        (value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0), None
+    )
     if longest is None or not isinstance(seq_len, int):
         return seq_len
     for name, module in model.named_modules():

@@ -9,7 +9,7 @@ T5's position bias, which its first block computes for the others, or where an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
@@ -66,6 +66,7 @@ class Chain:
         names: of the blocks, in the order in which they run.
         hidden: what the first is called with, on the host, one tensor a batch.
         calls: for each block, the rest of its call, one a batch.
+        carried: what blocks write into and read from, by keyword, one a batch: keys and values that later blocks reuse.
         follows: other blocks may come after it, which need the outputs of the last.
         ended_by: the error after the last block, where the model raised one.
     """
@@ -73,13 +74,14 @@ class Chain:
     names: list[str] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    carried: dict[str, list[Any]] = field(default_factory=dict)
     follows: bool = False
     ended_by: Exception | None = None
 
     @property
     def carries(self) -> bool:
         """Whether something besides the hidden states goes from block to block."""
-        return self.follows or any(call.carries for calls in self.calls.values() for call in calls)
+        return self.follows or bool(self.carried)
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Progress:
         blocks: all of them, by name.
         done: those that are quantized.
         outputs: what blocks that are done put out, one value a batch: the last of each list, and the last of all.
+        carried: what blocks that are done wrote into, as in `Chain`.
         kinds: what the outputs of a kind of call look like.
         looks: the same by the block's name.
     """
@@ -97,6 +100,7 @@ class Progress:
     blocks: Mapping[str, nn.Module]
     done: list[str] = field(default_factory=list)
     outputs: dict[str, list[Any]] = field(default_factory=dict)
+    carried: dict[str, list[Any]] = field(default_factory=dict)
     kinds: dict[Any, Output] = field(default_factory=dict)
     looks: dict[str, Output] = field(default_factory=dict)
 
@@ -112,6 +116,13 @@ class Progress:
         self.done += chain.names
         self.outputs = {name: kept for name, kept in self.outputs.items() if name in last.values()}
         self.outputs[chain.names[-1]] = outputs
+        self.carried |= chain.carried
+
+    def carry(self, call: Call, batch: int, place: Place) -> None:
+        """What blocks that are done wrote is there again, in another pass over the same batch."""
+        for name, values in self.carried.items():
+            if isinstance(call.kwargs.get(name), MutableMapping):
+                call.kwargs[name].update(place.move(dict(values[batch])))
 
 
 def check_calibratable(model: nn.Module) -> None:
@@ -171,12 +182,13 @@ def _first_batch(
             raise Stop
         if name in progress.done:
             seen.append(name)
+            progress.carry(call, 0, place)
             if name in progress.outputs:
                 return place.move(progress.outputs[name][0])
             return _nan(progress, name, block, hidden, call, run)[0]
         others = [tensor for tensor in tensors_in((call.args, dict(call.kwargs)))]
         tainted = any(map(_is_nan, others)) or _has_unknown(call)
-        if chain.names and (tainted or hidden is not latest[0] or not latest[1]):
+        if chain.names and (tainted or not _same(hidden, latest[0]) or not latest[1]):
             chain.follows = True
             raise Stop
         if progress.done and not chain.names and (tainted or _is_nan(hidden)):
@@ -224,6 +236,8 @@ def _all_batches(
 
     def stand_in(name: str, block: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         hidden, call = _split(name, args, options)
+        if name in progress.done:
+            progress.carry(call, shared.batch, place)
         if name in progress.outputs:
             return place.move(progress.outputs[name][shared.batch])
         if name in chain.calls:
@@ -231,6 +245,9 @@ def _all_batches(
                 chain.hidden.append(kept(hidden, keep_dtype))
             kwargs = {keyword: shared(value) for keyword, value in call.kwargs.items()}
             chain.calls[name].append(Call(shared(call.args), kwargs, call.keyword))
+            for keyword, value in kwargs.items():
+                if isinstance(value, MutableMapping) and name == chain.names[0]:
+                    chain.carried.setdefault(keyword, []).append(value)
             if name == chain.names[-1]:
                 raise Stop
         return progress.looks[name].like(hidden, call, _as_nan)
@@ -294,6 +311,13 @@ def _kind(block: nn.Module, hidden: Tensor, call: Call) -> Any:
         hidden.shape,
         kinds,
         tuple(sorted((name, type(value).__name__) for name, value in call.kwargs.items())),
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether they are one tensor, or a view of all of it."""
+    return one is other or (
+        one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
     )
 
 

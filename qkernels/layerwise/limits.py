@@ -63,7 +63,7 @@ def _check_kernels(name: str, N: int, K: int, method: Options, dtype: torch.dtyp
     if all(reasons.values()):
         lines = "\n".join(f"  {kernel:<16} {'; '.join(why)}" for kernel, why in reasons.items())
         raise UnsupportedProblem(
-            f"{name}: no kernel of any machine takes {what}, it would run on the slow reference only\n{lines}\n"
+            f"{name}: no kernel of any machine takes {what}, and the slow reference alone would run it\n{lines}\n"
             f'choose another scheme or group size (128, 64, 32), or pass on_unsupported="reference"'
         )
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -71,7 +71,7 @@ def _check_kernels(name: str, N: int, K: int, method: Options, dtype: torch.dtyp
     if not any(not spec.reasons(problem) for spec in KERNELS for problem in problems):
         able = ", ".join(kernel for kernel, why in reasons.items() if not why)
         log.warning(
-            "%s: no kernel of this machine takes %s (%s does); here it loads with on_unsupported='reference' only, "
-            "which is slow; a group size of 128, 64 or 32 runs everywhere",
+            "%s: no kernel of this machine takes %s (%s does); here it loads with on_unsupported='reference' only, which is "
+            "slow; a group size of 128, 64 or 32 runs everywhere",
             name, what, able,
         )  # fmt: skip

@@ -7,7 +7,7 @@ Activations live on the host; only the block in hand is on the compute device. W
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,14 +65,12 @@ class Call:
             )
         return kwargs[keyword], cls((), {name: value for name, value in kwargs.items() if name != keyword}, keyword)
 
-    @property
-    def carries(self) -> bool:
-        """Whether something goes from block to block that blocks write into (keys and values that later ones reuse)."""
-        return any(isinstance(value, MutableMapping) for value in (*self.args, *self.kwargs.values()))
-
     def run(self, block: nn.Module, hidden: Tensor, place: Place) -> Any:
         """Call a block on the compute device. What it writes into dictionaries that it is given is there for the next."""
-        args, kwargs = place.move(self.args), place.move(dict(self.kwargs))
+        args, kwargs = (
+            place.move(tuple(map(_unused, self.args))),
+            place.move({k: _unused(v) for k, v in self.kwargs.items()}),
+        )
         written = {name: dict(value) for name, value in kwargs.items() if isinstance(value, dict)}
         if self.keyword is None:
             output = block(place.move(hidden), *args, **kwargs)
@@ -82,6 +80,12 @@ class Call:
             news = {key: value for key, value in kwargs[name].items() if before.get(key) is not value}
             self.kwargs[name].update(news)
         return output
+
+
+def _unused(value: Any) -> Any:
+    """A key-value cache that some models make whether it is asked for or not, as it was before the block: a block runs many times
+    on the same call, and would find its own keys in it."""
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
 @dataclass
