@@ -8,6 +8,7 @@ remembered for `qkernels doctor` and for the catalogue's reasons.
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -72,7 +73,7 @@ def _library() -> tuple[Path | None, ctypes.CDLL | None, str | None]:
     package = Path(__file__).resolve().parent
     found = sorted(package.glob("_C*.so"))
     if not found:
-        return None, None, f"there is no _C*.so in {package}; it was installed or checked out without building it"
+        return None, None, _not_built(package)
     path = found[0]
     try:
         torch.ops.load_library(str(path))
@@ -85,6 +86,18 @@ def _library() -> tuple[Path | None, ctypes.CDLL | None, str | None]:
     except (OSError, AttributeError) as error:  # another torch, another libstdc++, another version of this package
         return path, None, f"{path.name} does not load with torch {torch.__version__}: {error}"
     return path, library, None
+
+
+def _not_built(package: Path) -> str:
+    """Why there is no library, and the way out. A clone that was never built hides the installed package from every Python that
+    is started in it."""
+    places = [Path(entry or ".").resolve() / package.name for entry in sys.path]
+    hidden = next((place for place in places if place != package and any(place.glob("_C*.so"))), None)
+    elsewhere = f"{hidden} is built, and hidden by this one" if hidden else "if qkernels is installed"
+    return (
+        f"there is no _C*.so in {package}, which was checked out or installed without building it; build it there "
+        f"(pip install . --no-build-isolation), or start Python in another directory: {elsewhere}"
+    )
 
 
 def _text(value: bytes | None) -> str | None:

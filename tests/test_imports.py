@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 # A room may import from rooms that stand above it in this list, and from itself.
 STOREYS = (
     ("errors", "text", "_version"),
-    ("extension", "machine", "scheme", "storage"),
+    ("extension", "machine", "memory", "optional", "scheme", "storage"),
     ("models", "reports", "tensor"),
     ("formats", "layouts", "quantizers", "texts"),
     ("ops",),

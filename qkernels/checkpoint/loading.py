@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..formats import Oddity, summary
+from ..memory import give_back
 from ..models.building import assign, empty_model
 from ..models.linears import as_linear
 from ..models.naming import float_state
@@ -84,6 +85,7 @@ def load(
     missing = _fill(model, slots, checkpoint, used, device, dtype)
     _check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, device)
+    give_back()
     for line in summary(oddities):
         log.warning("%s: %s", checkpoint.path, line)
     model.config._name_or_path = str(checkpoint.path)

@@ -13,9 +13,11 @@ import torch
 
 from .. import extension
 from .._version import __version__
+from ..errors import MissingPackage
 from ..kernels.catalogue import KernelTable, Problem, arch_of, list_kernels
 from ..machine import find_cores, oversubscribed
 from ..nn import QuantLinear
+from ..optional import need_transformers
 from ..quantizers import RTN
 
 # The same is said at the head of docs/kernel-log.md, and nowhere else.
@@ -39,6 +41,7 @@ def diagnose() -> list[Check]:
         Check("qkernels", True, f"{__version__} on Python {platform.python_version()}, {platform.machine()}"),
         Check("packages", True, ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
         _extension(),
+        _transformers(),
         _threads(),
         _gpu(),
         Check("gpu kernels", True, GPU_KERNELS),
@@ -63,6 +66,15 @@ def _extension() -> Check:
         return Check("extension", False, f"not loaded: {status.error}", advice)
     cuda = "with" if status.cuda else "without"
     return Check("extension", True, f"{status.path}, {status.isa} of {', '.join(status.isas)}, {cuda} CUDA kernels")
+
+
+def _transformers() -> Check:
+    """Layers run without it: advice, but no failure."""
+    try:
+        need_transformers("whatever reads a model's directory (load, quantize, eval, generate)")
+    except MissingPackage as error:
+        return Check("transformers", True, "absent, or cannot be imported", str(error))
+    return Check("transformers", True, _version("transformers"))
 
 
 def _threads() -> Check:

@@ -36,6 +36,7 @@ from ..checkpoint.loading import bias_for, check_strays, linear_at
 from ..checkpoint.saving import plain_tensors
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, Written, native, summary
+from ..memory import give_back
 from ..models.linears import is_conv1d
 from ..models.naming import FileNames
 from ..nn import QuantLinear, ReplaceReport, model_bytes, select_linears, set_module
@@ -206,6 +207,7 @@ class QKernelsQuantizer(HfQuantizer):
             if "experts" in why:
                 log.warning("not quantized: %s: %s", name, why)
         log.info("%s", self.report)
+        give_back()
         return model
 
     def _unpack(self, model: Any, checkpoint: Checkpoint) -> None:
