@@ -14,14 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from qkernels import QuantLinear, QuantScheme, UnsupportedProblem, load, replace_linear, save
 from qkernels.checkpoint import CheckpointWriter, convert, open_checkpoint
@@ -225,22 +218,6 @@ def test_no_kernel_no_load_unless_allowed(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedProblem, match="no kernel for w4a16_g4, "):
         load(tmp_path / "m")
     assert torch.equal(logits(load(tmp_path / "m", on_unsupported="reference")), logits(model))
-
-
-def test_stacked_experts_are_refused_with_that_reason(tmp_path: Path) -> None:
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_local_experts": 2,
-    }
-    config = MixtralConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(
-        CheckpointError, match=r"does not fit MixtralForCausalLM: .*stacked experts are not supported yet"
-    ):
-        load(tmp_path / "m")
 
 
 def set_field(name: str, index: Any, value: Any) -> Callable[[dict[str, Tensor]], object]:

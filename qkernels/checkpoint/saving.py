@@ -70,12 +70,12 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
         )
     config = json.loads(model_config.to_json_string()) | {"architectures": [type(model).__name__]}
     origin = str(getattr(model_config, "_name_or_path", "") or "")
-    writer = CheckpointWriter(directory, config, chosen)
+    writer = CheckpointWriter(directory, config, chosen, named_for=model)
     for name, layer in layers.items():
         writer.add_quantized(name, layer.quant_tensor())
         if layer.bias is not None:
             writer.add_tensor(f"{name}.bias", layer.bias)
-    for name, tensor in _plain_tensors(model, layers):
+    for name, tensor in plain_tensors(model, layers):
         writer.add_tensor(name, tensor)
     writer.close()
     if origin and (Path(origin) / CONFIG).is_file():
@@ -136,7 +136,7 @@ def layout_of(directory: str | os.PathLike[str], device: torch.device | str = "c
     return select(Problem(weight.N, weight.K, weight.scheme, torch.bfloat16, arch_of(device))).layout
 
 
-def _plain_tensors(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+def plain_tensors(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """What is not part of a `QuantLinear`. Of tied names the first is written, as `transformers` expects."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -95,7 +95,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--format", default="native", help="native, gptq, gptq_v2, awq or compressed-tensors (default: native)"
     )
     parser.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
-    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: lm_head)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: heads)")
     parser.add_argument(
         "--override",
         action="append",
@@ -173,11 +173,13 @@ def run(args: argparse.Namespace) -> int:
     method = method_of(args)
     selection = {
         "include": args.include,
-        "exclude": args.exclude if args.exclude is not None else ("lm_head",),
+        "exclude": args.exclude,
         "overrides": dict(args.override),
     }
     if args.dry_run:
-        previewed = preview(args.model, method, **selection, samples=args.samples, seq_len=args.seq_len)
+        previewed = preview(
+            args.model, method, **selection, samples=args.samples, seq_len=args.seq_len, format=args.format
+        )
         print(previewed.to_markdown())
         check_disk(previewed, args.out)
         return 0

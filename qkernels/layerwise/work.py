@@ -25,15 +25,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..errors import ArgumentError, CalibrationError, CheckpointError, ConversionError, UnsupportedProblem
+from ..models.linears import as_stored
 from ..quantizers import Options
 from ..reports import ModuleReport
 from ..storage import CONFIG, ShardWriter, TensorSource, atomic_directory, locked, read_json, write_json
 from ..storage.files import memory_of
 from ..tensor import QuantTensor
+from ..texts import Windows
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,21 @@ class WorkDirectory:
         source = TensorSource.open(with_some[-1] / ACTIVATIONS)
         return [source.read(name) for name in source.names()]
 
+    def tensors(self, unit: str, layer: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a decoder layer that is finished, dequantized, by their names in it; empty where it is not, or where
+        nothing in it was quantized."""
+        if unit not in self.finished:
+            return {}
+        path = self._unit(list(self.finished).index(unit))
+        if not (path / CONFIG).is_file():
+            return {}
+        quantized = open_checkpoint(path)
+        found = {name.removeprefix(f"{unit}."): quantized.read(name) for name in quantized.names()}
+        for module in quantized.modules:
+            leaf = module.removeprefix(f"{unit}.")
+            found[f"{leaf}.weight"] = as_stored(layer.get_submodule(leaf), quantized.weight(module).weight.dequantize())
+        return found
+
     def copy_to(self, writer: CheckpointWriter) -> set[str]:
         """Write every finished unit, one tensor at a time; returns the names in the float model that they stand for."""
         done: set[str] = set()
@@ -171,16 +188,16 @@ def work_directory(target: str | os.PathLike[str], key: Mapping[str, str], resum
 
 
 def run_key(
-    checkpoint: Checkpoint, methods: Mapping[str, Options], windows: Tensor | None, versions: Mapping[str, str]
+    checkpoint: Checkpoint, methods: Mapping[str, Options], windows: Windows | None, versions: Mapping[str, str]
 ) -> dict[str, str]:
     """What the bits of a result depend on. Tensors of the checkpoint are told by their files' names, sizes and times, for
     hashing a large model takes longer than reading it."""
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files()]
-    tokens = b"" if windows is None else memory_of(windows.contiguous())
+    tokens = b"".join(memory_of(group.contiguous()) for group in windows or ())
     return {
         "config": _digest(json.dumps(checkpoint.config, sort_keys=True)),
         "method": _digest(repr(sorted((name, repr(method)) for name, method in methods.items()))),
-        "calibration": hashlib.sha256(tokens).hexdigest() + f" {[] if windows is None else list(windows.shape)}",
+        "calibration": hashlib.sha256(tokens).hexdigest() + f" {[list(group.shape) for group in windows or ()]}",
         "source": _digest(repr(stamps)),
         "software": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,16 +52,6 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> An
     except Exception as error:  # a config that makes no sense fails in as many ways as there are models
         raise CheckpointError(f"{where} does not describe a {kind} model that can be built: {error}") from error
     return model.eval()
-
-
-def renames_for(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """Name in a file -> name in the model, for the tensors whose names differ. A checkpoint that was saved without its head
-    (GPT-2's on the Hub) lacks the prefix that the model with a head puts before all others."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    own = model.state_dict().keys()
-    if any(name.startswith(prefix) for name in names) or not any(name.startswith(prefix) for name in own):
-        return {}
-    return {name: f"{prefix}{name}" for name in names if name not in own}
 
 
 def _harmless(value: Any) -> Any:

@@ -17,6 +17,7 @@ from ..quantizers import RTN, Options
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from .huge_pages import on_huge_pages
+from .pretrained import mind_save_pretrained
 
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -135,6 +136,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.dtype = scheme, dtype
         self.on_unsupported: OnUnsupported = on_unsupported
+        mind_save_pretrained(QuantLinear)
 
     @staticmethod
     def check_supported(linear: nn.Linear, scheme: QuantScheme, on_unsupported: OnUnsupported = "raise") -> None:

@@ -74,7 +74,7 @@ def replace_linear(
     model: nn.Module,
     scheme: QuantScheme | str = "w4a16_g128",
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     on_unsupported: OnUnsupported = "raise",
     progress: bool = True,
@@ -89,7 +89,8 @@ def replace_linear(
         model: any `nn.Module`; no particular architecture is assumed. Transformers' `Conv1D` (GPT-2) is a linear layer too.
         scheme: for all layers, unless an override matches.
         include: only layers that match one of these patterns; None means all.
-        exclude: never layers that match one of these.
+        exclude: never layers that match one of these; None means heads (`lm_head`, `score`, `classifier`, …: see
+            `nn.selection.heads`), unless `include` names them, and () means none.
         overrides: pattern -> scheme; the first match wins.
         on_unsupported: "raise" before anything is changed; "skip" leaves the layer as it is, with the reason in the report;
             "reference" runs it on the slow plain-PyTorch kernel.

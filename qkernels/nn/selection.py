@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -17,6 +17,13 @@ from ..kernels.catalogue import OnUnsupported
 from ..models.linears import is_conv1d, linear_of
 from ..scheme import QuantScheme
 from .linear import QuantLinear
+
+# What transformers, timm and older checkpoints call heads, wherever they are.
+HEADS = (
+    "lm_head", "*.lm_heads.*", "embed_out", "output_projection", "score", "scorer", "classifier", "classification_head",
+    "qa_outputs", "qa_classifier", "seq_relationship", "start_logits", "end_logits", "bbox_predictor",
+)  # fmt: skip
+A_HEAD = "a head; name it in include to quantize it"
 
 Patterns = Iterable[str] | str | None
 Overrides = Mapping[str, QuantScheme | str] | None
@@ -41,7 +48,7 @@ def select_linears(
     model: nn.Module,
     scheme: QuantScheme | str,
     include: Patterns = None,
-    exclude: Patterns = (),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     on_unsupported: OnUnsupported | None = None,
 ) -> Selection:
@@ -53,7 +60,7 @@ def select_linears(
         model: its parameters may be on meta. `Conv1D` (GPT-2) is a linear layer too.
         scheme: for every layer that no override matches.
         include: only layers that match; None means all.
-        exclude: never these layers.
+        exclude: never these layers; None means heads (see `heads`), unless `include` names them, and () means none.
         overrides: pattern -> scheme; the first match wins.
         on_unsupported: what a layer without a kernel means: "raise", "skip", or "reference" to run it on the slow one;
             None where no kernel is asked for, since only files are made.
@@ -73,7 +80,7 @@ def select_linears(
     """
     default = QuantScheme.parse(scheme)
     rules = {pattern: QuantScheme.parse(spelled) for pattern, spelled in (overrides or {}).items()}
-    wanted, unwanted = as_patterns(include), as_patterns(exclude) or ()
+    wanted, unwanted = as_patterns(include), as_patterns(exclude)
     names, skipped = _sorted_out(model, wanted, unwanted)
     _check_patterns([*(wanted or ()), *rules], model)
     chosen = {name: first_match(name, rules, default) for name in names}
@@ -82,6 +89,28 @@ def select_linears(
         chosen = {name: scheme for name, scheme in chosen.items() if name not in lacking}
         skipped |= lacking
     return Selection(chosen, skipped)
+
+
+def heads(model: nn.Module) -> set[str]:
+    """The linear layers that turn what a model thinks into its answer: few, sensitive, and often new. They are the layer that
+    transformers calls the output embeddings, those outside of a model's base, and those with a usual name.
+
+    >>> from torch import nn
+    >>> from qkernels.nn.selection import heads
+    >>> heads(nn.ModuleDict({"body": nn.Linear(8, 8), "classifier": nn.Linear(8, 2)}))
+    {'classifier'}
+    """
+    base: Any = getattr(model, "base_model", None)
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    inside = set(base.modules()) if isinstance(base, nn.Module) else set()
+    if not any(_is_linear(module) for module in inside):
+        inside = set(model.modules())
+    return {
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module)
+        and (module is output or module not in inside or any(matches(name, pattern) for pattern in HEADS))
+    }
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -100,13 +129,14 @@ def as_patterns(patterns: Patterns) -> tuple[str, ...] | None:
 
 
 def _sorted_out(
-    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...]
+    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
 ) -> tuple[list[str], dict[str, str]]:
     """The linear layers to quantize, and the reason for every other matrix."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     tied = _tied_later(model)
+    spared = heads(model) if exclude is None else set()
     chosen: list[str] = []
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -114,10 +144,13 @@ def _sorted_out(
             skipped[name] = "already quantized"
         elif _is_linear(module):
             shared = [other for other in users[id(module._parameters["weight"])] if other != name]
-            if any(matches(name, pattern) for pattern in exclude):
+            named = include is not None and any(matches(name, pattern) for pattern in include)
+            if any(matches(name, pattern) for pattern in exclude or ()):
                 skipped[name] = "excluded"
-            elif include is not None and not any(matches(name, pattern) for pattern in include):
+            elif include is not None and not named:
                 skipped[name] = "not in include"
+            elif name in spared and not named:
+                skipped[name] = A_HEAD
             elif shared:
                 skipped[name] = f"its weight is shared with {', '.join(shared)}"
             elif type(module) is not nn.Linear and not is_conv1d(module):

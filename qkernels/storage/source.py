@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,6 @@ class TensorSource:
                 where = f"it is in {entries[name].path.name}" if name in entries else "no shard holds it"
                 raise CheckpointError(f"{INDEX} says that tensor {name} is in {file}, but {where}")
         return cls(root, config, metadata, entries)
-
-    def renamed(self, names: Mapping[str, str]) -> TensorSource:
-        """The same tensors under other names; those that are not in `names` keep theirs."""
-        return replace(self, entries={names.get(name, name): entry for name, entry in self.entries.items()})
 
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
