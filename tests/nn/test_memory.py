@@ -75,6 +75,7 @@ def test_resident_memory_is_what_the_report_says(tmp_path: Path) -> None:
         assert found["resident"] < 1.15 * found["says"] + 8 * MIB, (journey, found)
 
 
+@pytest.mark.large
 def test_without_giving_back_it_is_not(tmp_path: Path) -> None:
     """The measuring sees the fault."""
     keep = "import qkernels.memory; qkernels.memory._malloc_trim = lambda: None"
