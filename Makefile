@@ -4,6 +4,7 @@
 # make bench       the full benchmark set on this machine, and its page  (10 minutes on a CPU; `qkernels bench`: half a minute)
 # make gpu-check   all checks and measurements that need a GPU, in parts (takes the environment as it is);
 #                  DRY=--dry-run lists them, and proves that each could start, without a GPU
+# make results-check  how many commits of csrc/ and qkernels/ lie between each result and now; names files that are no results
 #
 #   TORCH=2.11.0       another torch version than the pinned one
 #   ENV=active         use the Python environment that is active, with the torch it has, instead of a .venv of our own
@@ -41,7 +42,7 @@ GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo 1)
 DEMO_EXTENSION := $(or $(wildcard $(EXTENSION)),$(if $(GPU),,$(wildcard $(TEST_EXTENSION))),build/extension-demo.stamp)
 build/extension-demo.stamp: export QKERNELS_CUDA ?= $(or $(GPU),0)
 
-.PHONY: help demo test test-full bench gpu-check lint format clean
+.PHONY: help demo test test-full bench gpu-check results-check lint format clean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 12
 
@@ -56,11 +57,14 @@ test-full: lint $(EXTENSION)
 
 bench: $(EXTENSION)
 	$(PY) -m benchmarks
-	$(PY) -m benchmarks.report
+	$(PY) -m benchmarks.method.report
 
-# No prerequisite on purpose: it takes the environment that is there, builds and downloads nothing.
+# No prerequisites on purpose: they take the environment that is there, build and download nothing.
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu_check $(DRY)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.gpu.check $(DRY)
+
+results-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.method.age
 
 lint: $(READY)
 	$(PY) -m ruff check .

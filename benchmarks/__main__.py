@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from . import environment, results
-from .kernels import Case, run_cases
-from .quick import full_cases
-from .shapes import GEOMETRIES
+from .kernels.quick import full_cases
+from .kernels.shapes import GEOMETRIES
+from .kernels.sweep import Case, run_cases
+from .method import environment, results
 
 
 def earlier(out: Path, device: torch.device) -> results.Run | None:

@@ -25,7 +25,7 @@ struct Buffer {
   int device;  // the index of its CUDA device; -1: it is on none
 };
 
-// What an op is called with, by the names of its schema (qkernels/ops/schema.py). Null: not given.
+// What an op is called with, by the names of its schema (qkernels/ops/weight.py). Null: not given.
 struct Arguments {
   Buffer x, qweight, scales;
   const Buffer *zeros, *k_order, *bias;

@@ -1,6 +1,6 @@
-// An op's arguments as torch hands them over, and how the bindings of the CPU and of CUDA see them. In C++ the
-// positional order of the ops stands here alone (qkernels/ops/schema.py defines it): one more number or buffer of all
-// ops is one more here, and in the Arguments of checks.h.
+// An op's arguments as torch hands them over, and how the bindings of the CPU and of CUDA see them. The positional
+// order of the ops is written here and in qkernels/layouts/__init__.py (BUFFERS, NUMBERS); one more number or buffer
+// of all ops is one more here, and in the Arguments of checks.h.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>

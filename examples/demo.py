@@ -23,11 +23,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import qkernels
-from qkernels import AWQ, GPTQ, RTN, QuantLinear, markdown
+from qkernels import AWQ, GPTQ, RTN, QuantLinear, extension, text
 from qkernels.evaluate import compare, perplexity
-from qkernels.kernels import native
-from qkernels.nn.replace import model_bytes, packed_bytes
-from qkernels.quantizers import CalibrationFree, Options
+from qkernels.nn import model_bytes, packed_bytes
+from qkernels.quantizers import Options
 
 HERE = Path(__file__).parent
 SEQ_LEN = 256  # what the model was trained on
@@ -106,7 +105,7 @@ def compare_all(model_dir: Path, out: Path, tokens: int, prompt: str) -> list[Ro
     rows = [measure("original", "bfloat16", original, "torch (oneDNN)")]
     for name, method in tqdm(CONFIGURATIONS, desc="configurations", unit="model", leave=False):
         directory = out / name.replace(" ", "-").lower()
-        needs_text = not isinstance(method, CalibrationFree)
+        needs_text = method.needs == "moments"
         qkernels.quantize(
             model_dir, method, calibration=calibration if needs_text else None, samples=64, seq_len=SEQ_LEN, save_to=directory,
             progress=False,
@@ -155,7 +154,7 @@ def linear_sizes(model: PreTrainedModel) -> tuple[int, int, int]:
 
 def kernel_of(model: PreTrainedModel) -> str:
     layouts = {m.layout for m in decoder_linears(model)}
-    return f"{', '.join(sorted(layouts))} ({native.status().isa})"
+    return f"{', '.join(sorted(layouts))} ({extension.status().isa})"
 
 
 def heading(model: Path, tokens: int) -> str:
@@ -199,7 +198,7 @@ def table(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    return markdown.table(header, cells)
+    return text.table(header, cells)
 
 
 def texts(rows: list[Row], prompt: str) -> str:

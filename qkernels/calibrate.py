@@ -6,44 +6,52 @@ Memory stays at one layer plus the activations of the calibration windows.
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .checkpoint import CheckpointWriter, load
-from .checkpoint.loading import check_fits
-from .checkpoint.saving import write_model
-from .errors import ArgumentError, CalibrationError
-from .evaluate import compare, perplexity, text_windows, window_length
-from .formats import get_format
+from ._version import __version__
+from .checkpoint.registry import get_format
+from .errors import ArgumentError
+from .evaluate import compare, perplexity
+from .formats import Written
 from .kernels.catalogue import OnUnsupported
-from .layerwise.hosts import DirectoryHost, Host, MemoryHost
-from .layerwise.planning import check_disk, plan_of
-from .layerwise.quantizing import Quantized, quantize_layer, round_to_nearest, with_stored_scales
-from .layerwise.report import ModuleReport, QuantPlan, QuantReport, write_report
-from .layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, check_finite, propagate
-from .layerwise.selection import Overrides, Patterns, check_kernels, select_layers
-from .layerwise.windows import Calibration, Tokenizer, batches_of, calibration_windows
-from .layerwise.work import run_key, work_directory
-from .model_structure import decoder_layers, empty_model, foldable_architecture, head_dim, named_as_in
-from .quantizers import AWQ, GPTQ, CalibrationFree, Options, SmoothQuant
-from .storage import CONFIG, TensorSource, atomic_directory, copy_side_files
+from .layerwise.capturing import check_calibratable
+from .layerwise.hosts import DirectoryHost, Host, Run, host_of
+from .layerwise.limits import check_limits
+from .layerwise.preview import preview_of
+from .layerwise.quantizing import quantize_linears
+from .layerwise.running import Place
+from .memory import GivingBack
+from .models.architectures import foldable_architecture, text_config
+from .nn import ReplaceReport, Selection, select_linears
+from .nn.selection import Overrides, Patterns
+from .quantizers import QUANTIZERS, Options
+from .reports import ModuleReport, QuantPreview, QuantReport, write_report
+from .storage import atomic_directory, read_from
+from .texts import (
+    Calibration,
+    Evaluation,
+    Tokenizer,
+    Windows,
+    calibration_windows,
+    capped,
+    evaluation_ids,
+    has_texts,
+    needs_tokenizer,
+    shape_of,
+    window_length,
+)
 
-__all__ = ["quantize", "plan", "QuantReport", "QuantPlan"]
-
-Evaluation = Sequence[str] | Tensor | None
-Results = dict[str, ModuleReport]  # by module name
+__all__ = ["quantize", "preview", "QuantReport", "QuantPreview"]
 
 
 def quantize(
@@ -54,7 +62,7 @@ def quantize(
     format: str = "native",
     *,
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     tokenizer: Tokenizer | None = None,
     samples: int = 128,
@@ -75,21 +83,24 @@ def quantize(
             part); or a checkpoint directory, which is read layer by layer and never as a whole.
         method: `GPTQ(…)`, `AWQ(…)` or `SmoothQuant(…)`; or `RTN(…)`, `HQQ(…)` or `NF4(…)`, which take any module and need no
             calibration.
-        calibration: a list of texts, lists of token ids, or a tensor of token ids `[windows, seq_len]`; text like what the
-            model will see. Cut into windows of `seq_len` tokens, of which `samples` are used.
+        calibration: a list of texts, of chats (messages with a role and a content) or of token ids, what a tokenizer returns
+            (its padding is taken off), or a tensor of token ids `[windows, seq_len]`; text like what the model will see. Cut into
+            windows of `seq_len` tokens, of which `samples` are used (see `texts.calibration_windows`).
         save_to: the directory to make; needed with a directory. It appears complete or not at all.
         format: of `save_to`: "native", "gptq", "gptq_v2" or "awq".
         include: only layers that match; None means all.
-        exclude: never these layers.
+        exclude: never these layers; None means heads (`lm_head`, `score`, `classifier`, …: see `nn.selection.heads`), unless
+            `include` names them, and () means none.
         overrides: pattern -> scheme; the first match wins. The method and its other options stay.
         tokenizer: for texts; that of the directory if None.
         seq_len: capped to the model's longest.
         device: where layers are computed, in fp32.
         on_unsupported: for a model in memory, as in `replace_linear`: "raise" before anything is changed where no kernel takes
-            a layer, or "reference" to allow the slow one, or "skip" to leave the layer.
+            a layer, or "reference" to allow the slow one, or "skip" to leave the layer. For a directory, whose checkpoint may run
+            elsewhere, "raise" means a layer that no kernel of any machine takes.
         evaluation: texts, or token ids `[tokens]`, that the model has not seen: the report then says perplexity, and KL and top-1
             agreement with the original. For that both models are in memory at the end (of a model in memory, a copy is).
-        overwrite: `save_to` may be an existing checkpoint.
+        overwrite: `save_to` may be a checkpoint that qkernels wrote and nobody changed since; never the source.
         resume: for a directory: go on with what an interrupted run for `save_to` has finished (see `layerwise/work.py`). The
             result has the same bits as that of one run, on the same machine with as many threads.
         progress: show a progress bar.
@@ -102,155 +113,109 @@ def quantize(
             other.
         CalibrationError: calibration is missing, too short, or gives NaN activations.
         SchemeError, UnsupportedProblem, CheckpointError, ConversionError: as they say.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import GPTQ, quantize
+    >>> model = LlamaForCausalLM(config)
+    >>> tokens = torch.randint(64, (8, 32))  # of a real text, for a real model
+    >>> report = quantize(model, GPTQ(bits=4, group_size=32), calibration=tokens, seq_len=32, progress=False)
+    >>> len(report.modules), report.skipped
+    (7, {'lm_head': 'a head; name it in include to quantize it'})
+    >>> model.model.layers[0].mlp.up_proj
+    QuantLinear(in_features=64, out_features=96, bias=False, scheme=w4a16_g32, layout=cpu_tile_a16)
     """
-    if not isinstance(method, (CalibrationFree, GPTQ, AWQ, SmoothQuant)):
-        names = "RTN(…), HQQ(…), NF4(…), GPTQ(…), AWQ(…) or SmoothQuant(…)"
-        raise ArgumentError(f"method must be {names}, got {method!r:.80}")
+    _check_method(method)
     began = time.perf_counter()
     place = Place(torch.device(device))
-    windows: Tensor | None = None
-    if isinstance(model_or_dir, nn.Module):
-        model = model_or_dir
-        methods, skipped = select_layers(model, method, include, exclude, overrides)
-        check_kernels(model, methods, skipped, on_unsupported)
-        if save_to is not None:
-            _check_format(format, method, methods, skipped)
-        windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
-        text = _evaluation_ids(evaluation, tokenizer)
-        original = copy.deepcopy(model) if text is not None else None
-        memory = MemoryHost(model, on_unsupported)
-        with _evaluating(model), torch.no_grad():
-            results = _run(memory, method, methods, windows, place, progress)
-        report = _report(method, results, skipped, windows, memory.bytes_before, began, place)
-        if text is not None and original is not None:
-            report = _evaluated(report, model, original, text, seq_len, progress)
-        if save_to is not None:
-            with atomic_directory(save_to, overwrite) as target:
-                write_model(model, target, format)
-                write_report(target, report)
-        return report
-    if save_to is None:
+    host = host_of(model_or_dir, on_unsupported)
+    if host.needs_target and save_to is None:
         raise ArgumentError(f"quantizing the directory {model_or_dir} needs save_to=, the directory to make")
-    source, model = _float_source(model_or_dir)
-    methods, skipped = select_layers(model, method, include, exclude, overrides)
-    _check_format(format, method, methods, skipped)
-    if tokenizer is None and (_has_texts(calibration) or _has_texts(evaluation)):
-        tokenizer = _tokenizer_of(model_or_dir)
-    windows = _windows(model, method, calibration, samples, seq_len, tokenizer)
-    text = _evaluation_ids(evaluation, tokenizer)
-    planned = plan_of(source, model, method, methods, skipped, *(windows.shape if windows is not None else (0, 0)))
-    check_disk(planned, save_to)
-    key = run_key(source, methods, windows, _versions(place))
-    with (
-        work_directory(save_to, key, resume) as work,
-        atomic_directory(save_to, overwrite=overwrite) as target,
-        torch.no_grad(),
-    ):
-        directory = DirectoryHost(model, source, work)
-        results = _run(directory, method, methods, windows, place, progress)
-        writer = CheckpointWriter(target, source.config, format)
-        directory.copy_to(writer)
-        writer.close()
-        copy_side_files(source.directory, target)
-        report = _report(method, results, skipped, windows, directory.bytes_before, began, place)
+    selection, methods = _choose(host, method, include, exclude, overrides)
+    if save_to is not None:
+        _check_format(format, method, selection)
+    check_limits(host, methods, format if save_to is not None else None, on_unsupported)
+    if tokenizer is None and (needs_tokenizer(calibration) or has_texts(evaluation)):
+        tokenizer = host.tokenizer()
+    windows = _windows(host.model, method, calibration, samples, seq_len, tokenizer)
+    text = evaluation_ids(evaluation, tokenizer)
+    run = Run(method, methods, windows, text is not None, save_to, resume, _versions(place))
+    sources = () if isinstance(model_or_dir, nn.Module) else read_from(model_or_dir)
+    with GivingBack(), host.running(run, place), _target_of(save_to, overwrite, sources) as target, torch.no_grad():
+        modules = quantize_linears(host, run, place, progress)
+        if target is not None:
+            host.write(target, format)
+        report = _report(run, modules, selection, host.bytes_before, began)
         if text is not None:
-            quantized, original = (
-                load(path, place.device, on_unsupported="reference") for path in (target, source.directory)
-            )
-            report = _evaluated(report, quantized, original, text, seq_len, progress)
-        write_report(target, report)
+            report = _evaluated(report, *host.evaluation_pair(target, place), text, seq_len, progress)
+        if target is not None:
+            write_report(target, report)
     return report
 
 
-def plan(
+def preview(
     model_dir: str | os.PathLike[str],
     method: Options,
     *,
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     samples: int = 128,
     seq_len: int = 2048,
-) -> QuantPlan:
-    """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only."""
-    source, model = _float_source(model_dir)
-    methods, skipped = select_layers(model, method, include, exclude, overrides)
-    return plan_of(source, model, method, methods, skipped, samples, _capped(model, seq_len))
+    format: str = "native",
+    on_unsupported: OnUnsupported = "raise",
+) -> QuantPreview:
+    """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only.
+
+    Args: as for `quantize`.
+
+    Raises:
+        ArgumentError, SchemeError, CheckpointError, ConversionError, UnsupportedProblem: as `quantize` before the work begins.
+    """
+    _check_method(method)
+    host = DirectoryHost.open(model_dir)
+    selection, methods = _choose(host, method, include, exclude, overrides)
+    _check_format(format, method, selection)
+    check_limits(host, methods, format, on_unsupported)
+    _check_model(host.model, method)
+    seq_len = capped(host.model, seq_len)
+    return preview_of(host.checkpoint, host.model, method, methods, selection.skipped, samples, seq_len)
 
 
-def _run(
-    host: Host, method: Options, methods: Mapping[str, Options], windows: Tensor | None, place: Place, progress: bool
-) -> Results:
-    """Quantize every chosen layer of the host."""
-    if windows is None:
-        return _round_all(host, methods, place, progress)
-    prefix, layers = decoder_layers(host.model)
-    folds = isinstance(method, (AWQ, SmoothQuant))
-    architecture = foldable_architecture(host.model, type(method).__name__) if folds else None
-    width = head_dim(host.model) if architecture is not None else 0
-    with host.embeddings(prefix, _head_of(host.model), place):
-        batches = [batch.to(place.device) for batch in batches_of(windows)]
-        hidden, arguments = capture_inputs(host.model, layers, batches, host.dtype(f"{next(iter(methods))}.weight"))
-    for index, batch in enumerate(hidden):
-        check_finite(batch, "the embedding", index)
-    hidden = host.activations() or hidden
-    results: Results = {}
-    with tqdm(range(len(layers)), desc=method.name, unit="layer", disable=not progress) as bar:
-        for index in bar:
-            name = f"{prefix}.{index}"
-            if (reports := host.finished(name)) is not None:
-                results |= {report.name: report for report in reports}
-                continue
-            inside = {full.removeprefix(f"{name}."): m for full, m in methods.items() if full.startswith(f"{name}.")}
-            stored = {leaf: host.dtype(f"{name}.{leaf}") for leaf, _ in layers[index].named_parameters()}
-            inputs = LayerInputs(hidden, arguments[index])
-            with host.layer(name, place) as (layer, weights):
-                done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, architecture, width))
-                propagate(layer, inputs, place, name)
-                weights.update({leaf: result.tensor for leaf, result in done.items()})
-            reports = []
-            for leaf, result in done.items():
-                size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
-                reports.append(_module_report(f"{name}.{leaf}", result, size))
-            host.commit(name, reports, hidden)
-            results |= {report.name: report for report in reports}
-            if reports:
-                bar.set_postfix(error=f"{max(report.error for report in reports):.2%}")
-    outside = {name: chosen for name, chosen in methods.items() if name not in results}
-    results |= _round_all(host, outside, place, progress, "it is not in a decoder layer, and only those are calibrated")
-    return {name: results[name] for name in methods}
+def _check_method(method: object) -> None:
+    if not isinstance(method, Options):
+        by_needs = sorted(QUANTIZERS.values(), key=lambda known: known.needs == "moments")
+        *names, last = (f"{known.__name__}(…)" for known in by_needs)
+        raise ArgumentError(f"method must be {', '.join(names)} or {last}, got {method!r:.80}")
 
 
-def _round_all(
-    host: Host, methods: Mapping[str, Options], place: Place, progress: bool, fallback: str | None = None
-) -> Results:
-    results: Results = {}
-    with tqdm(methods.items(), desc="rounding", unit="linear", disable=not progress or not methods) as bar:
-        for name, method in bar:
-            if (finished := host.finished(name)) is not None:
-                results[name] = finished[0]
-                continue
-            weight = host.weight(name)
-            result = round_to_nearest(weight.to(place.device), with_stored_scales(method, weight.dtype), name, fallback)
-            host.keep(name, result.tensor)
-            results[name] = _module_report(name, result, weight.numel() * weight.element_size())
-            host.commit(name, [results[name]])
-            bar.set_postfix(error=f"{result.error:.2%}")
-    return results
+def _choose(
+    host: Host, method: Options, include: Patterns, exclude: Patterns, overrides: Overrides
+) -> tuple[Selection, dict[str, Options]]:
+    """Which linear layers are quantized, and the method of each."""
+    rules = {pattern: method.with_scheme(scheme) for pattern, scheme in (overrides or {}).items()}
+    schemes = {pattern: rule.scheme for pattern, rule in rules.items()}
+    selection = select_linears(host.model, method.scheme, include, exclude, schemes, host.on_unsupported)
+    if not selection.chosen:
+        raise ArgumentError(f"there is no linear layer to quantize:\n{ReplaceReport.of(selection)}")
+    by_scheme = {rule.scheme: rule for rule in rules.values()} | {method.scheme: method}
+    return selection, {name: by_scheme[scheme] for name, scheme in selection.chosen.items()}
 
 
-def _float_source(directory: str | os.PathLike[str]) -> tuple[TensorSource, Any]:
-    """A checkpoint directory and its model, without weights, with the same names in both."""
-    source = TensorSource.open(directory)
-    if source.config.get("quantization_config") is not None:
-        raise ArgumentError(
-            f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or change the format "
-            f"with qkernels.checkpoint.convert"
-        )
-    model = empty_model(source, torch.float32)
-    source = named_as_in(model, source)
-    check_fits(model, source)
-    return source, model
+def _check_format(format: str, method: Options, selection: Selection) -> None:
+    """Raise before the work begins where the format has no spelling for these schemes."""
+    get_format(format).config_of(Written.of(selection.chosen, method.orders_columns, selection.skipped))
+
+
+def _check_model(model: nn.Module, method: Options) -> None:
+    """Raise before the work begins where the model cannot be calibrated as the method wants it."""
+    if method.needs != "weight":
+        check_calibratable(model)
+    if method.folds:
+        foldable_architecture(model, type(method).__name__)
 
 
 def _windows(
@@ -260,79 +225,29 @@ def _windows(
     samples: int,
     seq_len: int,
     tokenizer: Tokenizer | None,
-) -> Tensor | None:
-    if isinstance(method, CalibrationFree):
+) -> Windows | None:
+    """What to calibrate on; whether the model can be calibrated so is asked before the work begins."""
+    if method.needs == "weight":
         return None
-    decoder_layers(model)  # raises where there are none, before the work begins
-    if isinstance(method, (AWQ, SmoothQuant)):
-        foldable_architecture(model, type(method).__name__)
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    return calibration_windows(calibration, samples, _capped(model, seq_len), tokenizer, vocabulary)
-
-
-def _capped(model: nn.Module, seq_len: int) -> int:
-    """seq_len, at most what the model's positions allow."""
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(seq_len, longest) if isinstance(longest, int) and isinstance(seq_len, int) else seq_len
-
-
-def _check_format(format: str, method: Options, methods: Mapping[str, Options], skipped: Mapping[str, str]) -> None:
-    """Raise before the work begins where the format has no spelling for these schemes."""
-    schemes = {name: chosen.scheme for name, chosen in methods.items()}
-    ordered = isinstance(method, GPTQ) and method.act_order == "group"
-    default = Counter(schemes.values()).most_common(1)[0][0]
-    get_format(format).config_of(default, schemes, act_order=ordered, unquantized=tuple(skipped))
-
-
-def _head_of(model: nn.Module) -> str | None:
-    """The name of the output embedding, which calibration never runs."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
-    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
-
-
-def _tokenizer_of(directory: str | os.PathLike[str]) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"calibration texts need a tokenizer, and {directory} has none that can be read: {error}; pass tokenizer=, or "
-            f"token ids instead of texts"
-        ) from error
-    return tokenizer
+    _check_model(model, method)
+    vocabulary = getattr(text_config(model), "vocab_size", None)
+    return calibration_windows(calibration, samples, capped(model, seq_len), tokenizer, vocabulary)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _module_report(name: str, result: Quantized, bytes_before: int) -> ModuleReport:
-    return ModuleReport(
-        name=name,
-        scheme=str(result.tensor.scheme),
-        method=result.method,
-        error=result.error,
-        error_of="output" if result.of_output else "weight",
-        seconds=result.seconds,
-        bytes_before=bytes_before,
-        bytes_after=result.tensor.nbytes,
-        fallback=result.fallback,
-    )
+def _target_of(
+    save_to: str | os.PathLike[str] | None, overwrite: bool, sources: Collection[Path]
+) -> Iterator[Path | None]:
+    """The directory that appears complete or not at all, if one is to be made."""
+    if save_to is None:
+        yield None
+    else:
+        with atomic_directory(save_to, overwrite, sources) as target:
+            yield target
 
 
 def _versions(place: Place) -> dict[str, str]:
     """What computes: software and device."""
-    from . import __version__
-
     found = {"qkernels": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     with suppress(PackageNotFoundError):  # a model in memory need not be one of transformers'
         found["transformers"] = version("transformers")
@@ -340,30 +255,22 @@ def _versions(place: Place) -> dict[str, str]:
 
 
 def _report(
-    method: Options,
-    results: Results,
-    skipped: Mapping[str, str],
-    windows: Tensor | None,
-    bytes_before: int,
-    began: float,
-    place: Place,
+    run: Run, modules: Mapping[str, ModuleReport], selection: Selection, bytes_before: int, began: float
 ) -> QuantReport:
-    modules = tuple(results.values())
-    saved = sum(module.bytes_before - module.bytes_after for module in modules)
-    count, seq_len = windows.shape if windows is not None else (0, 0)
-    seconds = time.perf_counter() - began
+    saved = sum(module.bytes_before - module.bytes_after for module in modules.values())
+    count, seq_len = shape_of(run.windows)
     return QuantReport(
-        method.name,
-        str(method.scheme),
-        modules,
-        dict(skipped),
-        count,
-        seq_len,
-        bytes_before,
-        bytes_before - saved,
-        seconds,
-        repr(method),
-        versions=_versions(place),
+        method=run.method.name,
+        scheme=str(run.method.scheme),
+        modules=tuple(modules.values()),
+        skipped=dict(selection.skipped),
+        calibration_windows=count,
+        seq_len=seq_len,
+        bytes_before=bytes_before,
+        bytes_after=bytes_before - saved,
+        seconds=time.perf_counter() - began,
+        options=repr(run.method),
+        versions=run.versions,
     )
 
 
@@ -376,24 +283,3 @@ def _evaluated(
     return replace(
         report, perplexity=surprise, comparison=compare(model, original, text, length, progress=progress).to_json()
     )
-
-
-def _evaluation_ids(evaluation: Evaluation, tokenizer: Tokenizer | None) -> Tensor | None:
-    """Token ids `[tokens]` of an evaluation text."""
-    if evaluation is None:
-        return None
-    if isinstance(evaluation, Tensor):
-        ids = evaluation
-    elif not _has_texts(evaluation) or not all(isinstance(text, str) for text in evaluation):
-        raise ArgumentError(f"evaluation must be a list of texts or token ids [tokens], got {evaluation!r:.60}")
-    elif tokenizer is None:
-        raise ArgumentError("evaluation texts need a tokenizer: pass tokenizer=, or token ids instead of texts")
-    else:
-        rows = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in evaluation]
-        ids = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    text_windows(ids, 2)  # raises for what is no row of token ids, before the work begins
-    return ids
-
-
-def _has_texts(texts: object) -> bool:
-    return isinstance(texts, (list, tuple)) and any(isinstance(item, str) for item in texts)

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 
 class QKernelsError(ValueError):
-    """Base of all errors raised by qkernels."""
+    """Base of all errors raised by qkernels.
+
+    >>> from qkernels import QKernelsError, QuantScheme
+    >>> try:
+    ...     QuantScheme.parse("int4")
+    ... except QKernelsError as error:
+    ...     print(error)
+    a scheme looks like w4a16_g128, w4a16_g64_asym, w8a16_channel, w4a8_g128 or nf4_g64, got 'int4'
+    """
 
 
 class SchemeError(QKernelsError):
@@ -35,5 +43,19 @@ class ConversionError(QKernelsError):
     """A format or layout cannot express this `QuantTensor` without losing something."""
 
 
+class MissingPackage(QKernelsError, ImportError):
+    """A package that only some of the library needs is not installed; the message has the command that installs it."""
+
+
 class UnsupportedProblem(QKernelsError):
-    """No kernel takes this problem; the message lists every kernel with its reasons."""
+    """No kernel takes this problem; the message lists every kernel with its reasons.
+
+    >>> import torch
+    >>> from qkernels import UnsupportedProblem, replace_linear
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32)).double()
+    >>> try:
+    ...     replace_linear(model, "w4a16_g32")  # or on_unsupported="skip", or "reference"
+    ... except UnsupportedProblem as error:
+    ...     print(str(error).splitlines()[0])
+    0: no kernel for w4a16_g32, N=32 K=64, float64, cpu
+    """

@@ -19,8 +19,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from tqdm import tqdm
 
 from .errors import ArgumentError
-
-DEFAULT_SEQ_LEN = 2048
+from .texts import batches_of, text_windows
 
 # Windows of one forward pass together have about this many tokens, and log-probabilities are held for so many entries at a
 # time: with a vocabulary of 128 k, 64 MiB a copy.
@@ -76,21 +75,6 @@ class Comparison:
         )
 
 
-def window_length(model: nn.Module, seq_len: int | None = None) -> int:
-    """`seq_len` (2048 if None), at most the longest sequence that the model's positions allow.
-
-    Raises:
-        ArgumentError: fewer than 2 tokens, which predict nothing.
-    """
-    wanted = DEFAULT_SEQ_LEN if seq_len is None else seq_len
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 2:
-        raise ArgumentError(
-            f"seq_len must be an integer of at least 2 (each token but the first is predicted), got {seq_len!r}"
-        )
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(wanted, longest) if isinstance(longest, int) else wanted
-
-
 def perplexity(
     model: nn.Module, token_ids: Tensor, seq_len: int, batch_tokens: int = BATCH_TOKENS, progress: bool = True
 ) -> Perplexity:
@@ -108,7 +92,7 @@ def perplexity(
     """
     windows = text_windows(token_ids, seq_len)
     total = 0.0
-    with _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         for rows in _batches(windows, batch_tokens, progress):
             targets = rows[:, 1:].flatten()
             for logits, span in _logit_slices(model, rows):
@@ -137,7 +121,7 @@ def compare(
     """
     windows = text_windows(token_ids, seq_len)
     divergence, agreements, surprise = 0.0, 0, 0.0
-    with _evaluating(model), _evaluating(reference):
+    with torch.inference_mode(), evaluating(model), evaluating(reference):
         for rows in _batches(windows, batch_tokens, progress):
             targets = rows[:, 1:].flatten()
             pairs = zip(_logit_slices(model, rows), _logit_slices(reference, rows), strict=True)
@@ -157,30 +141,8 @@ def compare(
     return Comparison(kl, agreements / tokens, _exp(mean), tokens, len(windows), seq_len, _protocol(token_ids, windows))
 
 
-def text_windows(token_ids: Tensor, seq_len: int) -> Tensor:
-    """int64 `[windows, seq_len]`: consecutive, without overlap; a short rest is dropped.
-
-    Raises:
-        ArgumentError: not a row of token ids, or less than one window.
-    """
-    if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 2:
-        raise ArgumentError(
-            f"seq_len must be an integer of at least 2 (each token but the first is predicted), got {seq_len!r}"
-        )
-    if token_ids.dim() != 1 or token_ids.is_floating_point():
-        raise ArgumentError(
-            f"token_ids must be an integer tensor [tokens], got {token_ids.dtype} {list(token_ids.shape)}"
-        )
-    if len(token_ids) < seq_len:
-        raise ArgumentError(
-            f"the text has {len(token_ids)} tokens, less than one window of seq_len={seq_len}; "
-            "give more text or a smaller seq_len"
-        )
-    return token_ids[: len(token_ids) // seq_len * seq_len].view(-1, seq_len).long()
-
-
 def _batches(windows: Tensor, batch_tokens: int, progress: bool) -> Iterator[Tensor]:
-    batches = windows.split(max(1, batch_tokens // windows.shape[1]))
+    batches = batches_of(windows, batch_tokens)
     return iter(tqdm(batches, desc="evaluating", unit="batch", leave=False, delay=2, disable=not progress))
 
 
@@ -215,12 +177,11 @@ def _exp(value: float) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inference mode, without dropout, for a while."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, for a while."""
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         model.train(training)

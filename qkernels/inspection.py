@@ -6,36 +6,24 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from tqdm import tqdm
 
+from .checkpoint import Checkpoint, open_checkpoint
+from .engines import Engine, engines_for, unequal_merges
 from .errors import CheckpointError
-from .formats import Oddity
-from .formats.directory import QuantizedSource, summary
+from .formats import Oddity, summary
 from .formats.validation import boolean, first_of
-from .layerwise.report import quality_line
-from .markdown import table
+from .reports import quality_line, readable_size
 from .scheme import QuantScheme
 from .tensor import QuantTensor
+from .text import dtype_name, table
 
 Columns = Literal["natural", "act-order", "static"]
 MAX_ERRORS = 20
-
-# Modules that serving engines merge into one matrix, which needs one scheme.
-_MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# What transformers itself needs for a format, by the beginning of its name; with `integrations.transformers.enable()` nothing.
-_NEEDS = {
-    "awq": "needs gptqmodel and accelerate",
-    "compressed-tensors": "needs compressed-tensors",
-    "bitsandbytes": "needs bitsandbytes",
-    "hqq": "needs hqq",
-    "auto-round": "needs auto-round",
-    "torchao": "needs torchao",
-}
-_VLLM_GROUPS = (16, 32, 64, 128, "channel")
 
 
 @dataclass(frozen=True)
@@ -62,15 +50,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Whether an inference engine can serve the checkpoint, and what it needs or why it cannot."""
-
-    name: str
-    serves: bool
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -125,13 +104,14 @@ class Inspection:
             ["method", f"{self.method}, version {self.version}" if self.version else self.method],
             ["schemes", schemes],
             ["quantized", f"{len(self.layers)} modules, {self.quantized_weights:,} weights"],
-            ["size", _size(self.nbytes) + bits],
+            ["size", readable_size(self.nbytes) + bits],
         ]
         facts += [["quality", self.quality]] if self.quality is not None else []
         layers = [
-            [x.name, f"{x.out_features} x {x.in_features}", x.scheme, x.columns, _size(x.nbytes)] for x in self.layers
+            [x.name, f"{x.out_features} x {x.in_features}", x.scheme, x.columns, readable_size(x.nbytes)]
+            for x in self.layers
         ]
-        tensors = [[x.name, " x ".join(map(str, x.shape)), x.dtype, _size(x.nbytes)] for x in self.unquantized]
+        tensors = [[x.name, " x ".join(map(str, x.shape)), x.dtype, readable_size(x.nbytes)] for x in self.unquantized]
         engines = [[x.name, "yes" if x.serves else "no", "; ".join(x.notes)] for x in self.engines]
         parts = [f"# {self.directory}", table(["", ""], facts)]
         if layers:
@@ -150,57 +130,76 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
 
     Raises:
         CheckpointError: the directory is not sound; names every broken module and its field (the first 20).
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import inspect, replace_linear, save
+    >>> model = LlamaForCausalLM(config)
+    >>> report = replace_linear(model, "w4a16_g32")
+    >>> save(model, "tiny-4bit")
+    >>> found = inspect("tiny-4bit")
+    >>> found.format, found.schemes, len(found.layers)
+    ('native', {'w4a16_g32': 7}, 7)
+    >>> round(found.bits_per_weight, 1)  # 4, and a scale of 16 bits for each 32 weights
+    4.5
     """
-    quantized = QuantizedSource.open(directory)
+    checkpoint = open_checkpoint(directory)
     layers: list[LayerInfo] = []
-    oddities: list[tuple[str, Oddity]] = []
+    oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     errors: list[str] = []
     schemes: dict[str, QuantScheme] = {}
-    for module in tqdm(quantized.modules, desc="checking", unit="layer", leave=False, delay=2):
+    for module in tqdm(checkpoint.modules, desc="checking", unit="layer", leave=False, delay=2):
         try:
-            weight, found = quantized.parse_with_oddities(module)
+            weight, found = checkpoint.weight(module)
         except CheckpointError as error:
             errors.append(str(error))
             continue
         oddities += [(module, oddity) for oddity in found]
         schemes[module] = weight.scheme
-        layers.append(_layer(module, weight, quantized))
+        layers.append(_layer(module, weight, checkpoint))
     if errors:
         more = f" (and {len(errors) - MAX_ERRORS} more)" if len(errors) > MAX_ERRORS else ""
         listed = "\n  ".join(errors[:MAX_ERRORS])
         raise CheckpointError(
-            f"{len(errors)} of {len(quantized.modules)} quantized modules are broken{more}:\n  {listed}"
+            f"{len(errors)} of {len(checkpoint.modules)} quantized modules are broken{more}:\n  {listed}"
         )
-    source, config = quantized.source, quantized.config
-    others = tuple(_tensor(quantized, name) for name in quantized.others)
-    architectures = source.config.get("architectures")
+    config = checkpoint.quantization
+    others = tuple(_tensor(checkpoint, name) for name in checkpoint.names())
+    architectures = checkpoint.config.get("architectures")
+    format_name = None if checkpoint.format is None else checkpoint.format.name
+    ordered = [layer.name for layer in layers if layer.columns == "act-order"]
     return Inspection(
-        directory=str(source.directory),
+        directory=str(checkpoint.path),
         architecture=str(architectures[0] if isinstance(architectures, list) and architectures else "unknown"),
         method=str(first_of(config, "quant_method", "method", default="unnamed" if config else "none")),
         version=str(first_of(config, "checkpoint_format", "version", "format", default="")),
-        format=None if quantized.format is None else quantized.format.name,
+        format=format_name,
         schemes=dict(Counter(layer.scheme for layer in layers).most_common()),
         layers=tuple(layers),
         unquantized=others,
         oddities=(*summary(oddities), *summary(_gaps(schemes, others))),
-        engines=_engines(quantized, layers, schemes),
-        quality=quality_line(source.directory),
+        engines=engines_for(format_name, schemes, ordered, _modules_of(others)),
+        quality=quality_line(checkpoint.path),
     )
 
 
-def _layer(module: str, weight: QuantTensor, quantized: QuantizedSource) -> LayerInfo:
+def _layer(module: str, weight: QuantTensor, checkpoint: Checkpoint) -> LayerInfo:
     columns: Columns = "natural"
     if weight.group_index is not None:
         columns = "act-order"
-    elif boolean(quantized.config, "desc_act"):
+    elif boolean(checkpoint.quantization, "desc_act"):
         columns = "static"
-    return LayerInfo(module, weight.N, weight.K, str(weight.scheme), columns, quantized.nbytes(module))
+    return LayerInfo(module, weight.N, weight.K, str(weight.scheme), columns, checkpoint.module_nbytes(module))
 
 
-def _tensor(quantized: QuantizedSource, name: str) -> TensorInfo:
-    entry = quantized.source.entry(name)
-    return TensorInfo(name, entry.shape, str(entry.dtype).removeprefix("torch."), entry.nbytes)
+def _tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    return TensorInfo(name, checkpoint.shape(name), dtype_name(checkpoint.dtype(name)), checkpoint.nbytes(name))
+
+
+def _modules_of(others: Sequence[TensorInfo]) -> set[str]:
+    return {tensor.name.removesuffix(".weight") for tensor in others}
 
 
 def _gaps(schemes: Mapping[str, QuantScheme], others: Sequence[TensorInfo]) -> list[tuple[str, Oddity]]:
@@ -214,58 +213,10 @@ def _gaps(schemes: Mapping[str, QuantScheme], others: Sequence[TensorInfo]) -> l
             found.append((module, Oddity("not quantized, although the same module of other layers is", shape)))
         elif schemes and len(tensor.shape) == 3 and ".experts." in tensor.name:
             found.append((tensor.name, Oddity("stacked experts are not quantized", shape)))
-    floats = {tensor.name.removesuffix(".weight") for tensor in others}
-    for module, detail in _unequal_merges(schemes, floats).items():
+    for module, detail in unequal_merges(schemes, _modules_of(others)).items():
         found.append((module, Oddity("modules that engines merge have different schemes", detail)))
     return found
 
 
-def _unequal_merges(schemes: Mapping[str, QuantScheme], floats: Collection[str]) -> dict[str, str]:
-    """Parent -> its modules that engines merge although their schemes differ."""
-    unequal = {}
-    for parent in dict.fromkeys(module.rpartition(".")[0] for module in schemes):
-        for names in _MERGED:
-            paths = [f"{parent}.{name}" for name in names]
-            found = {path: str(schemes.get(path, "float")) for path in paths if path in schemes or path in floats}
-            if len(set(found.values())) > 1:
-                unequal[parent] = ", ".join(f"{path.rpartition('.')[2]} {scheme}" for path, scheme in found.items())
-    return unequal
-
-
 def _kind(module: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module)
-
-
-def _engines(
-    quantized: QuantizedSource, layers: Sequence[LayerInfo], schemes: Mapping[str, QuantScheme]
-) -> tuple[Engine, ...]:
-    """Who can serve it, as far as the formats decide; the state of 2026."""
-    if quantized.format is None:
-        return ()
-    name = quantized.format.name
-    own = Engine("qkernels", True, ())
-    if name == "native":
-        why = ("its format is our own; convert it with `qkernels pack … --format gptq`",)
-        return own, Engine("transformers", False, why), Engine("vLLM", False, why)
-    needs = next((text for start, text in _NEEDS.items() if name.startswith(start)), "needs optimum and gptqmodel")
-    limits = []
-    ordered = [layer.name for layer in layers if layer.columns == "act-order"]
-    if ordered:
-        limits.append(f"act-order was removed in 2026 (RFC 48148): {len(ordered)} modules, first {ordered[0]}")
-    narrow = sorted({scheme.bits for scheme in schemes.values()} & {2, 3})
-    if narrow:
-        limits.append(f"no {' or '.join(map(str, narrow))}-bit kernels but Humming's")
-    groups = sorted({str(s.group_size) for s in schemes.values() if s.group_size not in _VLLM_GROUPS})
-    if groups:
-        limits.append(f"group sizes are {', '.join(map(str, _VLLM_GROUPS))}, got {', '.join(groups)}")
-    differing = list(_unequal_merges(schemes, {name.removesuffix(".weight") for name in quantized.others}))
-    if differing:
-        limits.append(f"merged modules need one scheme: {len(differing)} differ, first {differing[0]}")
-    return own, Engine("transformers", True, (needs,)), Engine("vLLM", not limits, tuple(limits))
-
-
-def _size(nbytes: int) -> str:
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 2**shift:
-            return f"{nbytes / 2**shift:.2f} {unit}"
-    return f"{nbytes} B"

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from .errors import SchemeError
 
+Self = TypeVar("Self", bound="ActBitsIsAct")
 ZeroKind = Literal["none", "int", "float", "offset"]
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -29,14 +30,62 @@ _FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0
 FP4 = (*_FP4, *(-value for value in _FP4))
 CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 
+
+@dataclass(frozen=True)
+class Activation:
+    """What a kernel makes of x before it multiplies: an entry of `ACTIVATIONS`.
+
+    Args:
+        spelling: what follows the "a" of a short form, digits first.
+        bits: width of the values that meet the weight's codes.
+        integers: whether those values are integers, which multiply integer codes and no codebook's entries.
+    """
+
+    spelling: str
+    bits: int
+    integers: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit activations"
+
+
+# The one table of activations: a scheme's `act` is a key of it, and layouts name the keys that their kernels take.
+ACTIVATIONS: dict[str | None, Activation] = {
+    None: Activation("16", 16),  # as they come: float16 or bfloat16, on some kernels also float32
+    "int8": Activation("8", 8, integers=True),  # one scale a token, max |x| / 127, made while the kernel runs
+}
+
+_ACTS = " or ".join(f'"{name}"' for name in ACTIVATIONS if name is not None)
+
 _ZERO_SUFFIX: dict[ZeroKind, str] = {"none": "", "int": "_asym", "float": "_fzero", "offset": "_offset"}
 _SHORT_FORM = re.compile(
-    r"(?:w(?P<bits>\d+)a(?P<act>\d+)|(?P<codebook>[a-z]+\d*))_(?P<group>g\d+|channel|tensor)(?P<zeros>_[a-z]+)?"
+    r"(?:w(?P<bits>\d+)a(?P<act>\d+[a-z\d]*)|(?P<codebook>[a-z]+\d*))_(?P<group>g\d+|channel|tensor)(?P<zeros>_[a-z]+)?"
 )
 
 
+class ActBitsIsAct:
+    """For values whose field `act` was once an integer `act_bits`, None or 8: old pickles load, the old keyword says so.
+
+    A base class, so that the signature of the value stays the one that its dataclass made.
+    """
+
+    def __new__(cls: type[Self], *fields: Any, **named: Any) -> Self:
+        if "act_bits" in named:
+            raise SchemeError(
+                'act_bits is called act: None for 16-bit activations, "int8" for int8 ones; or give the scheme in its short form '
+                "(w4a16_g128, w4a8_g128)"
+            )
+        return object.__new__(cls)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fields = dict(state)
+        if "act_bits" in fields:
+            fields["act"] = None if fields.pop("act_bits") is None else "int8"
+        self.__dict__.update(fields)
+
+
 @dataclass(frozen=True)
-class QuantScheme:
+class QuantScheme(ActBitsIsAct):
     """How codes turn into weights.
 
     Args:
@@ -44,17 +93,25 @@ class QuantScheme:
         group_size: how many neighbours along K share a scale: a positive integer, "channel" (a whole row) or "tensor".
         zeros: "none" is symmetric, code 2^(bits-1) means 0; "int" and "float" are zero points subtracted from the code
             before scaling; "offset" is added after scaling.
-        act_bits: None keeps activations in 16 (or 32) bits; 8 quantizes them to int8 per token inside the kernel.
+        act: None keeps activations in 16 (or 32) bits; "int8" quantizes them per token inside the kernel. A key of
+            `ACTIVATIONS`.
         codebook: None, or the name of a table in `CODEBOOKS` that maps a code to a value in [-1, 1].
 
     Raises:
         SchemeError: a field is out of range, or two fields contradict each other.
+
+    >>> from qkernels import QuantScheme
+    >>> scheme = QuantScheme.parse("w4a16_g64_asym")
+    >>> scheme.bits, scheme.group_size, scheme.zeros, scheme.num_groups(4096)
+    (4, 64, 'int', 64)
+    >>> str(QuantScheme(bits=8, group_size="channel"))
+    'w8a16_channel'
     """
 
     bits: int = 4
     group_size: GroupSize = 128
     zeros: ZeroKind = "none"
-    act_bits: int | None = None
+    act: str | None = None
     codebook: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,10 +126,12 @@ class QuantScheme:
             )
         if self.zeros not in get_args(ZeroKind):
             raise SchemeError(f"zeros must be one of {', '.join(get_args(ZeroKind))}, got {self.zeros!r}")
-        if self.act_bits not in (None, 8):
-            raise SchemeError(f"act_bits must be None (16-bit activations) or 8, got {self.act_bits!r}")
-        if self.act_bits == 8 and self.codebook is not None:
-            raise SchemeError(f"int8 activations need integer codes (no codebook), got codebook={self.codebook!r}")
+        if not isinstance(self.act, str | None) or self.act not in ACTIVATIONS:
+            raise SchemeError(f"act must be None (16-bit activations) or {_ACTS}, got {self.act!r}")
+        if ACTIVATIONS[self.act].integers and self.codebook is not None:
+            raise SchemeError(
+                f"{self.act} activations need integer codes (no codebook), got codebook={self.codebook!r}"
+            )
         if self.codebook is not None:
             if self.codebook not in CODEBOOKS:
                 raise SchemeError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")
@@ -106,7 +165,7 @@ class QuantScheme:
         return max(1, -(-in_features // self.group_length(in_features)))
 
     def __str__(self) -> str:
-        weights = self.codebook or f"w{self.bits}a{self.act_bits or 16}"
+        weights = self.codebook or f"w{self.bits}a{ACTIVATIONS[self.act].spelling}"
         group = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
         return f"{weights}_{group}{_ZERO_SUFFIX[self.zeros]}"
 
@@ -121,13 +180,13 @@ class QuantScheme:
             return text
         match = _SHORT_FORM.fullmatch(text.strip().lower()) if isinstance(text, str) else None
         kinds = {suffix: kind for kind, suffix in _ZERO_SUFFIX.items()}
+        acts = {None: None} | {activation.spelling: name for name, activation in ACTIVATIONS.items()}
         zeros = (match["zeros"] or "") if match else ""
-        if not match or zeros not in kinds or (match["act"] not in (None, "8", "16")):
+        if not match or zeros not in kinds or match["act"] not in acts:
             raise SchemeError(
                 f"a scheme looks like w4a16_g128, w4a16_g64_asym, w8a16_channel, w4a8_g128 or nf4_g64, got {text!r}"
             )
         spelled = match["group"]
         group: GroupSize = int(spelled[1:]) if spelled[0] == "g" else "channel" if spelled == "channel" else "tensor"
         bits = int(match["bits"]) if match["bits"] else 4
-        act_bits = 8 if match["act"] == "8" else None
-        return cls(bits, group, kinds[zeros], act_bits, match["codebook"])
+        return cls(bits, group, kinds[zeros], acts[match["act"]], match["codebook"])

@@ -6,7 +6,8 @@ against `QuantTensor.dequantize()`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, TensorError
 from .scheme import CODEBOOKS, QuantScheme
+from .text import describe, dtype_name
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -35,6 +37,16 @@ class QuantTensor:
 
     Raises:
         TensorError: naming the field, what was expected and what came.
+
+    >>> import torch
+    >>> from qkernels import QuantScheme, QuantTensor
+    >>> codes = torch.tensor([[0, 8, 15, 9]], dtype=torch.uint8)  # [N, K] = [1, 4]
+    >>> scales = torch.tensor([[0.5, 2.0]])  # [N, G]: two groups of two columns
+    >>> weight = QuantTensor(codes, scales, None, None, QuantScheme(bits=4, group_size=2))
+    >>> weight.dequantize()  # (codes - 8) * scales
+    tensor([[-4.,  0., 14.,  2.]])
+    >>> weight.shard("K", rank=1, world=2).dequantize()
+    tensor([[14.,  2.]])
     """
 
     codes: Tensor
@@ -158,6 +170,78 @@ class QuantTensor:
         zeros = None if self.zeros is None else self.zeros[..., first:last]
         return QuantTensor(self.codes[..., part], self.scales[..., first:last], zeros, None, self.scheme)
 
+    @classmethod
+    def concat(cls, parts: Sequence[QuantTensor]) -> QuantTensor:
+        """Weights that read the same input as one, their rows one after another: q, k, v or gate, up of one layer.
+
+        Exact: each row keeps its codes, scales and zeros. Per-tensor scales become one a channel.
+
+        Args:
+            parts: `[..., N_i, K]` weights of one scheme, K and dtypes.
+
+        Returns:
+            `[..., ΣN_i, K]`.
+
+        Raises:
+            ArgumentError: there are no parts, or they differ in what a weight has once: names it and the two values.
+
+        >>> import torch
+        >>> from qkernels import RTN, QuantTensor
+        >>> q, k = (RTN().quantize(torch.randn(rows, 128)) for rows in (64, 16))
+        >>> QuantTensor.concat([q, k]).codes.shape
+        torch.Size([80, 128])
+        """
+        _check_alike(parts, "experts and K", lambda weight: [*weight.codes.shape[:-2], weight.K])
+        scheme = parts[0].scheme
+        if scheme.group_size == "tensor" and len(parts) > 1:
+            scheme = replace(scheme, group_size="channel")
+        return _joined(parts, lambda tensors: torch.cat(tensors, dim=-2), scheme)
+
+    @classmethod
+    def stack(cls, parts: Sequence[QuantTensor]) -> QuantTensor:
+        """Weights of one shape as the experts of one weight: `[..., N, K]` each, `[E, ..., N, K]` together.
+
+        Raises:
+            ArgumentError: there are no parts, or they differ in shape or in what a weight has once: names it and the two values.
+        """
+        _check_alike(parts, "shape", lambda weight: list(weight.codes.shape))
+        return _joined(parts, torch.stack, parts[0].scheme)
+
+
+def _check_alike(parts: Sequence[QuantTensor], shape: str, shape_of: Callable[[QuantTensor], list[int]]) -> None:
+    """Raise unless weights can be joined: everything that a weight has once is the same in all of them."""
+    if not parts:
+        raise ArgumentError("there must be at least one weight to join, got none")
+
+    def once(weight: QuantTensor) -> dict[str, object]:
+        zeros = None if weight.zeros is None else dtype_name(weight.zeros.dtype)
+        return {
+            "scheme": str(weight.scheme), shape: shape_of(weight), "dtype of scales": dtype_name(weight.scales.dtype),
+            "dtype of zeros": zeros, "device": str(weight.device), "order of columns": weight.group_index is not None,
+        }  # fmt: skip
+
+    expected = once(parts[0])
+    for index, part in enumerate(parts[1:], 1):
+        for what, got in once(part).items():
+            if got != expected[what]:
+                raise ArgumentError(
+                    f"weights that are joined need one {what}, got {expected[what]} (the first) and {got} (number {index})"
+                )
+        a, b = parts[0].group_index, part.group_index
+        if a is not None and b is not None and not a.is_meta and not torch.equal(a, b):
+            raise ArgumentError(f"weights that are joined need one group_index (act-order), number {index} has another")
+
+
+def _joined(parts: Sequence[QuantTensor], join: Callable[[list[Tensor]], Tensor], scheme: QuantScheme) -> QuantTensor:
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return QuantTensor(
+        join([part.codes for part in parts]),
+        join([part.scales for part in parts]),
+        join(zeros) if zeros else None,
+        parts[0].group_index,
+        scheme,
+    )
+
 
 def group_index_of(k_order: Tensor | None, in_features: int, scheme: QuantScheme) -> Tensor | None:
     """The int32 `[K]` group index whose columns, sorted by group, come in `k_order` (the inverse of `QuantTensor.k_order`)."""
@@ -183,9 +267,7 @@ def validated_group_index(
     """
     groups = scheme.num_groups(in_features)
     if group_index.dtype not in (torch.int32, torch.int64) or tuple(group_index.shape) != (in_features,):
-        raise TensorError(
-            f"{name} must be int32 [K] = [{in_features}], got {_name(group_index.dtype)} {list(group_index.shape)}"
-        )
+        raise TensorError(f"{name} must be int32 [K] = [{in_features}], got {describe(group_index)}")
     if in_features == 0:
         return None
     low, high = int(group_index.min()), int(group_index.max())
@@ -203,33 +285,30 @@ def validated_group_index(
     return None if torch.equal(group_index.int(), natural) else group_index.int()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check_shapes(qt: QuantTensor) -> None:
     codes, scheme = qt.codes, qt.scheme
     if codes.dtype != torch.uint8 or codes.dim() < 2:
-        raise TensorError(f"codes must be uint8 [..., N, K], got {_name(codes.dtype)} {list(codes.shape)}")
+        raise TensorError(f"codes must be uint8 [..., N, K], got {describe(codes)}")
     K = codes.shape[-1]
     shape = [*codes.shape[:-1], scheme.num_groups(K)]
     if qt.scales.dtype not in FLOAT_DTYPES or list(qt.scales.shape) != shape:
         raise TensorError(
             f"scales must be float16, bfloat16 or float32 [..., N, G] = {shape} for {scheme} and K={K}, "
-            f"got {_name(qt.scales.dtype)} {list(qt.scales.shape)}"
+            f"got {describe(qt.scales)}"
         )
     if (qt.zeros is None) != (scheme.zeros == "none"):
         raise TensorError(
-            f"zeros must {'be None' if scheme.symmetric else 'be given'} for {scheme}, got {_describe(qt.zeros)}"
+            f"zeros must {'be None' if scheme.symmetric else 'be given'} for {scheme}, got {describe(qt.zeros)}"
         )
     if qt.zeros is not None:
         wanted = (torch.uint8,) if scheme.zeros == "int" else FLOAT_DTYPES
         if qt.zeros.dtype not in wanted or list(qt.zeros.shape) != shape:
             raise TensorError(
-                f"zeros must be {' or '.join(map(_name, wanted))} [..., N, G] = {shape} for {scheme}, got {_describe(qt.zeros)}"
+                f"zeros must be {' or '.join(map(dtype_name, wanted))} [..., N, G] = {shape} for {scheme}, "
+                f"got {describe(qt.zeros)}"
             )
     if qt.group_index is not None and (qt.group_index.dtype != torch.int32 or list(qt.group_index.shape) != [K]):
-        raise TensorError(f"group_index must be int32 [K] = [{K}], got {_describe(qt.group_index)}")
+        raise TensorError(f"group_index must be int32 [K] = [{K}], got {describe(qt.group_index)}")
     devices = {t.device for t in (codes, qt.scales, qt.zeros, qt.group_index) if t is not None}
     if len(devices) > 1:
         raise TensorError(
@@ -251,7 +330,3 @@ def _check_values(qt: QuantTensor) -> None:
         raise TensorError(f"scales of {scheme} must all be equal: one scale for the whole matrix")
     if qt.group_index is not None:
         validated_group_index(qt.group_index, qt.K, scheme)
-
-
-def _describe(t: Tensor | None) -> str:
-    return "None" if t is None else f"{_name(t.dtype)} {list(t.shape)}"

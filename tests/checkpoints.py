@@ -12,12 +12,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qkernels import inspect
+from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError
-from qkernels.formats import FORMATS, Format
+from qkernels.formats import Format
+from qkernels.layouts import LAYOUTS
 from qkernels.storage import ShardWriter, TensorSource, read_json, write_json
 
 # Formats that hold weights with 16-bit activations, as the models here are: a layout for int8 activations holds no others.
-A16_FORMATS: dict[str, Format] = {name: fmt for name, fmt in FORMATS.items() if not name.endswith("_a8")}
+A16_FORMATS: dict[str, Format] = {
+    name: fmt for name, fmt in WRITTEN.items() if name not in LAYOUTS or None in LAYOUTS[name].acts
+}
 IDS = torch.arange(12)[None] * 7 % 64
 
 
@@ -79,7 +83,8 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def file_bytes(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """Those that a user sees."""
+    return {path.name: path.read_bytes() for path in directory.glob("[!.]*")}
 
 
 def sound_or_refused(directory: Path) -> bool:

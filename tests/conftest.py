@@ -1,10 +1,12 @@
-"""Shared by all tests: one torch thread per worker, GPU tests only where there is a GPU."""
+"""Shared by all tests: one torch thread per worker, one seed, GPU tests only where there is a GPU."""
 
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -19,8 +21,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu") is not None:  # the folder tests/gpu is a keyword too
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def one_seed() -> None:
+    """Draws without a generator of their own are the same in every run, in whatever order tests come. Another seed shows
+    whether an inequality over random draws holds by luck: QKERNELS_TEST_SEED=1 python -m pytest tests/quantizers"""
+    seed = int(os.environ.get("QKERNELS_TEST_SEED", "0"))
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 WORDS = "the cat sat on a mat and looked at the moon while rain fell over the quiet little town by the sea".split()  # noqa: SIM905

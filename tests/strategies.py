@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from qkernels import QuantScheme, QuantTensor
 from qkernels.layouts import Layout
+from qkernels.scheme import ACTIVATIONS
 from qkernels.tensor import validated_group_index
 
 
@@ -19,7 +20,7 @@ def schemes(
         bits=st.integers(2, 8),
         group_size=st.sampled_from(group_sizes),
         zeros=st.sampled_from(["none", "int", "float", "offset"]),
-        act_bits=st.sampled_from([None, 8]),
+        act=st.sampled_from(list(ACTIVATIONS)),
     )
     nf4 = st.builds(QuantScheme, group_size=st.sampled_from(group_sizes), codebook=st.just("nf4"))
     return st.one_of(integers, nf4)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkernels import AWQ, GPTQ, HQQ, NF4, RTN, QuantLinear, SmoothQuant, load, quantize
-from qkernels.calibrate import plan
+from qkernels import AWQ, GPTQ, HQQ, NF4, RTN, QuantLinear, SmoothQuant, load
+from qkernels.calibrate import preview
 from qkernels.errors import (
     ArgumentError,
     CalibrationError,
@@ -21,9 +21,11 @@ from qkernels.errors import (
     SchemeError,
     UnsupportedProblem,
 )
-from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, collect_statistics, input_groups, run_layer
-from qkernels.model_structure import decoder_layers
-from tests.test_model_structure import VOCABULARY, tiny_model
+from qkernels.layerwise.running import LayerInputs, Place, collect_statistics, input_groups, run_layer
+from qkernels.models.architectures import decoder_layers
+from qkernels.nn.selection import A_HEAD
+from qkernels.quantizers import InputStatistics
+from tests.tiny_models import VOCABULARY, first_inputs, loud_model, run, tiny_model, token_windows
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,31 +36,12 @@ METHODS = {
     "awq": AWQ(4, 16, grid=4),
     "hqq": HQQ(3, 16),
     "nf4": NF4(group_size=16, double_quant=True),
-    "smoothquant": SmoothQuant(act_bits=None),
+    "smoothquant": SmoothQuant(act=None),
     "awq symmetric": AWQ(3, 16, symmetric=True, grid=4, duo_scaling=False),
 }
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 LLAMA_LINEARS = (*ATTENTION_INPUTS, "self_attn.o_proj", *MLP_INPUTS, "mlp.down_proj")
-
-
-def token_windows(windows: int = 24, seq_len: int = 16, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCABULARY, (windows, seq_len), generator=torch.Generator().manual_seed(seed))
-
-
-def loud_model(model_type: str = "llama", **changes: Any) -> Any:
-    """A tiny model in which a few channels are much louder than the others, as in models that were trained."""
-    model = tiny_model(model_type, **changes)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and parameter.dim() == 1:
-                parameter[::7] *= 8
-    return model
-
-
-def run(model: Any, method: Any, **options: Any) -> Any:
-    settings = {"calibration": token_windows(), "seq_len": 16, "on_unsupported": "reference", "progress": False}
-    return quantize(model, method, **settings | options)
 
 
 def divergence(model: Any, reference: Any) -> float:
@@ -76,7 +59,7 @@ def test_in_memory(name: str) -> None:
     replaced = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert set(replaced) == {f"model.layers.{i}.{leaf}" for i in (0, 1) for leaf in LLAMA_LINEARS}
     assert [m.name for m in report.modules] == list(replaced)
-    assert report.skipped == {"lm_head": "excluded"}
+    assert report.skipped == {"lm_head": A_HEAD}
     assert not report.fallbacks
     for module in report.modules:
         assert module.scheme == str(METHODS[name].scheme) == str(replaced[module.name].scheme)
@@ -160,43 +143,44 @@ def test_calibrated_methods_beat_rounding() -> None:
 
 def test_layers_are_calibrated_on_what_quantized_ones_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second layer's statistics are those of a model whose first layer is quantized; the float model's differ."""
-    import qkernels.layerwise.quantizing as quantizing
+    seen: dict[str, Tensor] = {}
+    hessian = InputStatistics.hessian
 
-    seen: list[Tensor] = []
+    def watched(statistics: InputStatistics, name: str = "") -> Tensor:
+        seen[name] = hessian(statistics, name)
+        return seen[name]
 
-    def watched(layer: nn.Module, names: list[str], inputs: LayerInputs, place: Place) -> Any:
-        result = collect_statistics(layer, names, inputs, place)
-        if names == ["self_attn.q_proj"]:
-            seen.append(result["self_attn.q_proj"].hessian())
-        return result
-
-    monkeypatch.setattr(quantizing, "collect_statistics", watched)
     model = loud_model()
     original = copy.deepcopy(model)
-    run(model, GPTQ(3, 16))
+    with monkeypatch.context() as patch:
+        patch.setattr(InputStatistics, "hessian", watched)
+        run(model, GPTQ(3, 16))
+    used = seen["model.layers.1.self_attn.q_proj"]
 
     def moments(first_layers_of: Any) -> Tensor:
         place = Place(torch.device("cpu"))
         _, layers = decoder_layers(original)
+        chain = first_inputs(original, token_windows())
+        calls = list(chain.calls.values())
         with torch.no_grad():
-            hidden, arguments = capture_inputs(original, layers, [token_windows()], torch.float32)
-            first = list(run_layer(first_layers_of.model.layers[0], LayerInputs(hidden, arguments[0]), place))
-            after = LayerInputs(first, arguments[1])
+            first = list(run_layer(first_layers_of.model.layers[0], LayerInputs(chain.hidden, calls[0]), place))
+            after = LayerInputs(first, calls[1])
             return collect_statistics(layers[1], ["self_attn.q_proj"], after, place)["self_attn.q_proj"].hessian()
 
     float_moments = moments(original)
     close = dict(rtol=0, atol=1e-4 * float(float_moments.max()))
-    torch.testing.assert_close(seen[1], moments(model), **close)
+    torch.testing.assert_close(used, moments(model), **close)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(seen[1], float_moments, **close)
+        torch.testing.assert_close(used, float_moments, **close)
 
 
 def test_input_groups_are_the_readers_of_one_tensor() -> None:
     model = loud_model()
     _, layers = decoder_layers(model)
+    chain = first_inputs(model, token_windows())
+    inputs = LayerInputs(chain.hidden, chain.calls["model.layers.0"])
     with torch.no_grad():
-        hidden, arguments = capture_inputs(model, layers, [token_windows()], torch.float32)
-        groups = input_groups(layers[0], LLAMA_LINEARS, LayerInputs(hidden, arguments[0]), Place(torch.device("cpu")))
+        groups = input_groups(layers[0], LLAMA_LINEARS, inputs, Place(torch.device("cpu")))
     assert groups == [list(ATTENTION_INPUTS), ["self_attn.o_proj"], list(MLP_INPUTS), ["mlp.down_proj"]]
 
 
@@ -256,13 +240,13 @@ def test_report_is_json_and_markdown() -> None:
     assert lines[0].startswith("rtn w4a16_g16: 14 layers quantized in ")
     assert lines[2].startswith("| module ")
     assert len(lines) == 2 + 2 + 14 + 1
-    assert lines[-1] == "- lm_head was skipped: excluded"
+    assert lines[-1] == "- lm_head was skipped: " + A_HEAD
 
 
 def test_plan_says_what_quantize_does(tmp_path: Path) -> None:
     loud_model().save_pretrained(tmp_path / "source")
     for method in (RTN(4, 16), GPTQ(4, 16), AWQ(4, 16)):
-        planned = plan(tmp_path / "source", method, overrides={"*.down_proj": "w8a16_g8"}, samples=24, seq_len=16)
+        planned = preview(tmp_path / "source", method, overrides={"*.down_proj": "w8a16_g8"}, samples=24, seq_len=16)
         report = run(tmp_path / "source", method, save_to=tmp_path / method.name, overrides={"*.down_proj": "w8a16_g8"})
         assert [(m.name, m.scheme, m.bytes_before) for m in planned.modules] == [
             (m.name, m.scheme, m.bytes_before) for m in report.modules
@@ -287,7 +271,7 @@ def test_texts_are_tokenized_joined_and_cut() -> None:
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
-        (None, "this method needs calibration: give a list of texts"),
+        (None, "this method needs calibration: give a list of texts, of chats"),
         ([], "this method needs calibration"),
         ("text", "got one string: put it into a list"),
         (["text"], "calibration texts need a tokenizer: pass tokenizer="),
@@ -296,7 +280,7 @@ def test_texts_are_tokenized_joined_and_cut() -> None:
             "calibration has 5 tokens, less than one window of seq_len=16; give more text or a smaller seq_len",
         ),
         ([[1, 2.5]], r"got an item \[1, 2.5\]"),
-        ([{"input_ids": [1]}], "got an item {'input_ids'"),
+        ([{"pixel_values": [1]}], "got an item {'pixel_values'"),
         (torch.zeros(4), r"got a torch.float32 tensor of shape \[4\]"),
         (torch.full((2, 16), VOCABULARY), r"token ids must be 0 … 63, got 64; is it another tokenizer's\?"),
         (torch.full((2, 16), -1), r"token ids must be 0 … 63, got -1"),
@@ -328,24 +312,40 @@ def test_nan_activations_are_located(where: str) -> None:
         else:
             model.model.layers[0].input_layernorm.weight[5] = float("inf")
     expected = {
-        "embedding": r"the embedding has \d+ NaN or infinite activations in calibration batch 0 \(torch.float32\)",
+        "embedding": r"the embedding has \d+ NaN or infinite activations in calibration batch 0, computed in float32",
         "layer": r"inputs of model\.layers\.0\.self_attn\.q_proj are NaN or infinite during calibration",
     }
     with pytest.raises(CalibrationError, match=expected[where]):
         run(model, GPTQ(4, 16))
 
 
-def test_a_layer_that_overflows_is_named() -> None:
-    """The residual leaves float16 behind: nothing is wrong with any linear's input, only with the layer's output."""
+def test_a_residual_beyond_float16_is_kept_in_float32(tmp_path: Path) -> None:
+    """Layers are computed in fp32, and what goes from one to the next may be larger than the checkpoint's dtype can say."""
     model = loud_model().half()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight *= 2000
         model.model.layers[0].mlp.up_proj.weight *= 20000
+    model.save_pretrained(tmp_path / "source")
+    full = copy.deepcopy(model).float()
+    last = full(input_ids=token_windows(), output_hidden_states=True).hidden_states[-2]
+    assert float(last.abs().max()) > 65504 * 10
+    report = run(tmp_path / "source", GPTQ(8, 16), save_to=tmp_path / "out")
+    assert not report.fallbacks
+    loaded = load(tmp_path / "out", dtype=torch.float32, on_unsupported="reference")
+    assert divergence(loaded, full) < 1e-3
+
+
+def test_a_layer_that_overflows_is_named() -> None:
+    """Nothing is wrong with any linear's input, only with the layer's output."""
+    model = loud_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(1e18)
+        model.model.layers[0].mlp.up_proj.weight.fill_(1e18)
+        model.model.layers[0].mlp.gate_proj.weight.fill_(1e3)
     with pytest.raises(
-        CalibrationError, match=r"the output of model\.layers\.0 has \d+ NaN or infinite .*\(torch.float16\)"
+        CalibrationError, match=r"the output of model\.layers\.0 has \d+ NaN or infinite .* computed in float32"
     ):
         run(model, GPTQ(4, 16))
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("method", [RTN(4, 16), GPTQ(4, 16), AWQ(4, 16)])
@@ -376,7 +376,7 @@ def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
         run(tmp_path / "source", GPTQ(4, 16))
     with pytest.raises(ArgumentError, match="format must be one of native"):
         run(tmp_path / "source", GPTQ(4, 16), save_to=tmp_path / "out", format="gguf")
-    with pytest.raises(ConversionError):
+    with pytest.raises(ConversionError, match="awq cannot store this weight: columns are in act-order"):
         run(tmp_path / "source", GPTQ(4, 16), save_to=tmp_path / "out", format="awq")
     with pytest.raises(CalibrationError, match=r"calibration texts need a tokenizer, and .*source has none"):
         run(tmp_path / "source", GPTQ(4, 16), save_to=tmp_path / "out", calibration=["text"])
@@ -387,7 +387,7 @@ def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
     run(tmp_path / "source", RTN(4, 16), save_to=tmp_path / "done")
     with pytest.raises(ArgumentError, match="done is quantized already"):
         run(tmp_path / "done", RTN(4, 16), save_to=tmp_path / "out")
-    with pytest.raises(CheckpointError, match="done"):
+    with pytest.raises(CheckpointError, match="done exists and is not empty"):
         run(tmp_path / "source", RTN(4, 16), save_to=tmp_path / "done")
     run(tmp_path / "source", RTN(3, 16), save_to=tmp_path / "done", overwrite=True)
 
@@ -409,12 +409,12 @@ def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_contradicts_the_tensors(field: str, value: int, message: str, tmp_path: Path) -> None:
-    """Before anything is written, and in the plan already."""
+    """Before anything is written, and in the preview already."""
     loud_model().save_pretrained(tmp_path / "source")
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     with pytest.raises(CheckpointError, match=message):
-        plan(tmp_path / "source", RTN(4, 16))
+        preview(tmp_path / "source", RTN(4, 16))
     with pytest.raises(CheckpointError, match=message):
         run(tmp_path / "source", RTN(4, 16), save_to=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from qkernels import QuantLinear, QuantScheme, UnsupportedProblem, load, replace_linear, save
-from qkernels.checkpoint import CheckpointWriter, convert
+from qkernels.checkpoint import CheckpointWriter, convert, open_checkpoint
+from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats import FORMATS
-from qkernels.formats.directory import QuantizedSource
-from qkernels.model_structure import _parameters_on_meta, empty_model
+from qkernels.models.building import empty_model
 from qkernels.storage import TensorSource, atomic_directory, read_json
 from tests.checkpoints import A16_FORMATS, edit_json, file_bytes, logits, plain_checkpoint, rewritten, small_llama
 from tests.strategies import random_weight, same_weight
@@ -147,19 +148,28 @@ def test_a_config_cannot_fetch_code(tmp_path: Path, plain: Path, key: str) -> No
 
 
 def test_parameters_are_on_meta_while_the_model_is_built(plain: Path) -> None:
-    model = empty_model(TensorSource.open(plain), torch.bfloat16)
+    model = empty_model(TensorSource.open(plain).config, torch.bfloat16, plain)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
     assert not model.model.rotary_emb.inv_freq.is_meta
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_other_threads_keep_their_parameters() -> None:
-    built: list[nn.Module] = []
-    with _parameters_on_meta():
-        thread = threading.Thread(target=lambda: built.append(nn.Linear(2, 2)))
-        thread.start()
-        thread.join()
-        assert nn.Linear(2, 2).weight.is_meta
+def test_other_threads_keep_their_parameters(plain: Path) -> None:
+    """While a model is built on meta, another thread builds a layer, which is real; and so is one that is built afterwards."""
+    built: list[nn.Linear] = []
+
+    def meanwhile(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if not built and threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: built.append(nn.Linear(2, 2)))
+            thread.start()
+            thread.join()
+
+    handle = register_module_parameter_registration_hook(meanwhile)
+    try:
+        model = empty_model(TensorSource.open(plain).config, torch.bfloat16, plain)
+    finally:
+        handle.remove()
+    assert all(parameter.is_meta for parameter in model.parameters())
     assert not built[0].weight.is_meta
     assert not nn.Linear(2, 2).weight.is_meta
 
@@ -205,25 +215,9 @@ def test_no_kernel_no_load_unless_allowed(tmp_path: Path) -> None:
     model = small_llama()
     replace_linear(model, "w4a16_g4", on_unsupported="reference")
     save(model, tmp_path / "m")
-    with pytest.raises(UnsupportedProblem, match="w4a16_g4"):
+    with pytest.raises(UnsupportedProblem, match="no kernel for w4a16_g4, "):
         load(tmp_path / "m")
     assert torch.equal(logits(load(tmp_path / "m", on_unsupported="reference")), logits(model))
-
-
-def test_stacked_experts_are_refused_with_that_reason(tmp_path: Path) -> None:
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_local_experts": 2,
-    }
-    config = MixtralConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(
-        CheckpointError, match=r"does not fit MixtralForCausalLM: .*stacked experts are not supported yet"
-    ):
-        load(tmp_path / "m")
 
 
 def set_field(name: str, index: Any, value: Any) -> Callable[[dict[str, Tensor]], object]:
@@ -277,7 +271,7 @@ def set_field(name: str, index: Any, value: Any) -> Callable[[dict[str, Tensor]]
         ),
         (
             lambda t: t.update(
-                {f"{Q}.{s}": v for s, v in FORMATS["gptq"].write(random_weight("w4a16_g32", 32, 64)).items()}
+                {f"{Q}.{s}": v for s, v in WRITTEN["gptq"].write(random_weight("w4a16_g32", 32, 64)).items()}
             ),
             rf"{Q}: the model needs a weight \[64, 64\], got \[32, 64\]",
         ),
@@ -395,10 +389,10 @@ def test_converting_there_and_back_gives_the_same_bytes(
 
 def with_act_order(directory: Path, target: Path) -> Path:
     with atomic_directory(target) as temporary:
-        source = QuantizedSource.open(directory)
+        source = open_checkpoint(directory)
         writer = CheckpointWriter(temporary, source.source.config, "gptq")
         for module in source.modules:
-            weight = source.parse(module)
+            weight = source.weight(module).weight
             writer.add_quantized(module, random_weight(weight.scheme, weight.N, weight.K, act_order=True))
         for name in source.others:
             writer.add_tensor(name, source.source.read(name))
@@ -409,7 +403,10 @@ def with_act_order(directory: Path, target: Path) -> Path:
 def test_convert_refuses_what_the_target_cannot_hold(tmp_path: Path, plain: Path, quantized: dict[str, Path]) -> None:
     ordered = with_act_order(quantized["gptq"], tmp_path / "ordered")
     assert read_json(ordered / "config.json")["quantization_config"]["desc_act"] is True
-    with pytest.raises(ConversionError, match=rf"{Q}|.*: awq cannot store this weight: its columns are in act-order"):
+    with pytest.raises(
+        ConversionError,
+        match=r"^model\.layers\.0\.mlp\.down_proj: awq cannot store this weight: its columns are in act-order",
+    ):
         convert(ordered, tmp_path / "out", "awq")
     with pytest.raises(ConversionError, match="holds no quantized weights; quantize it first"):
         convert(plain, tmp_path / "out", "gptq")
@@ -420,12 +417,16 @@ def test_convert_refuses_what_the_target_cannot_hold(tmp_path: Path, plain: Path
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(ordered)))
 
 
-def test_convert_can_replace_its_own_source(tmp_path: Path, quantized: dict[str, Path]) -> None:
+def test_convert_keeps_its_source(tmp_path: Path, quantized: dict[str, Path]) -> None:
     copy = rewritten(quantized["gptq"], tmp_path / "m", lambda t: None)
-    before = logits(load(copy))
-    convert(copy, copy, "native", overwrite=True)
-    assert "quantize_config.json" not in file_bytes(copy)
-    assert torch.equal(logits(load(copy)), before)
+    before = file_bytes(copy)
+    with pytest.raises(CheckpointError, match="is read to write it, and is kept; choose another target"):
+        convert(copy, copy, "native", overwrite=True)
+    assert file_bytes(copy) == before
+    convert(copy, tmp_path / "native")
+    assert "quantize_config.json" not in file_bytes(tmp_path / "native")
+    convert(copy, tmp_path / "native", "gptq", overwrite=True)  # what was written here may be replaced
+    assert "quantize_config.json" in file_bytes(tmp_path / "native")
 
 
 # --- writer -----------------------------------------------------------------------------------------------------------
@@ -448,10 +449,10 @@ def test_the_writer_streams_shards(tmp_path: Path) -> None:
     assert sorted(quantization_config["dynamic"]) == [
         r"+:^layers\.0\.a$", *(rf"-:^layers\.{i}\.b$" for i in range(4))
     ]  # fmt: skip
-    source = QuantizedSource.open(tmp_path)
+    source = open_checkpoint(tmp_path)
     for i in range(4):
         expected = random_weight(default if i else other, 32, 64, seed=i)
-        assert same_weight(source.parse(f"layers.{i}.a"), expected)
+        assert same_weight(source.weight(f"layers.{i}.a").weight, expected)
 
 
 def test_the_writer_refuses(tmp_path: Path) -> None:
@@ -466,3 +467,27 @@ def test_the_writer_refuses(tmp_path: Path) -> None:
     writer.add_quantized("b", random_weight("w4a16_g64", 8, 64))
     with pytest.raises(ConversionError, match="one file has one group size, got w4a16_g32 and w4a16_g64"):
         writer.close()
+
+
+def test_infinity_in_a_config(tmp_path: Path) -> None:
+    """transformers spells it as an object, which JSON can hold; ours reads it back as it does, and writes it so."""
+    config = Mamba2Config(
+        vocab_size=64,
+        hidden_size=32,
+        state_size=8,
+        num_hidden_layers=1,
+        num_heads=4,
+        head_dim=16,
+        n_groups=1,
+        chunk_size=8,
+    )
+    model = Mamba2ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "plain")
+    assert read_json(tmp_path / "plain" / "config.json")["time_step_limit"][1] == {"__float__": "Infinity"}
+    loaded = load(tmp_path / "plain")
+    assert tuple(loaded.config.time_step_limit) == (0.0, math.inf)
+    assert torch.equal(logits(loaded), logits(model))
+    replace_linear(loaded, "w8a16_g16", include="*.in_proj", progress=False)
+    save(loaded, tmp_path / "quantized")
+    assert read_json(tmp_path / "quantized" / "config.json")["time_step_limit"][1] == {"__float__": "Infinity"}
+    assert torch.equal(logits(load(tmp_path / "quantized")), logits(loaded))

@@ -11,32 +11,28 @@ import torch
 from torch.library import opcheck
 
 from qkernels import QuantScheme, QuantTensor
+from qkernels.checkpoint.registry import WRITTEN, detect
 from qkernels.errors import ConversionError, QKernelsError
-from qkernels.formats import FORMATS, Format, detect
+from qkernels.formats import Format, Written
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
 from qkernels.layouts import LAYOUTS, Layout, empty_buffers, unpack_checked
 from qkernels.quantizers import QUANTIZERS, RTN
 from tests.ops.helpers import arguments, integers
+from tests.refusals import REFUSED, SCHEMES, reasons_for
 from tests.strategies import random_weight, same_weight, scheme_taken
 
-SCHEMES = [
-    *(f"w{bits}a16_g32{zeros}" for bits in (2, 3, 4, 8) for zeros in ("", "_asym")),
-    "w4a16_g16_asym", "w4a16_g64_fzero", "w4a16_g128_offset", "w4a16_channel", "w8a16_tensor", "w5a16_g32", "nf4_g64",
-    "w4a8_g128", "w4a8_g32", "w8a8_channel", "w6a8_g16",
-    "w4a8_g32_asym", "w8a8_channel_asym", "w4a8_g64_fzero", "w6a8_g32_offset",
-]  # fmt: skip
 SHAPES = [(32, 64), (33, 75), (1, 1), (70, 200)]
 weights = pytest.mark.parametrize(("N", "K"), SHAPES)
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
 act_orders = pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
-formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+formats = pytest.mark.parametrize("fmt", WRITTEN.values(), ids=lambda fmt: fmt.name)
 kernels = pytest.mark.parametrize("kernel", [*KERNELS, *REFERENCES], ids=lambda kernel: kernel.name)
 
 
 def scheme_for(layout: str, zeros: str = "_asym") -> str:
     """A scheme that the layout holds: those with int8 activations hold no other."""
-    return "w4a8_g32" if layout.endswith("_a8") else f"w4a16_g32{zeros}"
+    return scheme_taken(LAYOUTS[layout], f"w4a16_g32{zeros}", "w4a8_g32")
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------------
@@ -61,6 +57,10 @@ def test_layout_round_trip(layout: Layout, scheme: str, N: int, K: int, act_orde
         assert t is None or (t.shape, t.dtype, t.is_contiguous()) == (on_meta[name].shape, on_meta[name].dtype, True), (
             name
         )
+    stated = layout.on_meta(N, K, weight.scheme, torch.float16, weight.group_index is not None)
+    assert {name: None if t is None else (t.shape, t.dtype) for name, t in packed.items()} == {
+        name: None if t is None else (t.shape, t.dtype) for name, t in stated.items()
+    }
 
 
 @layouts
@@ -100,33 +100,36 @@ def test_empty_buffers_are_a_weight_of_zeros(layout: Layout) -> None:
 @schemes
 @act_orders
 def test_format_round_trip_or_refusal(fmt: Format, scheme: str, act_order: bool) -> None:
-    """What is written reads back as an equal weight; what cannot be written is refused before anything is made."""
+    """What is written reads back as an equal weight; what cannot be written is refused with every reason (tests/refusals.py)
+    before anything is made."""
     weight = random_weight(scheme, 64, 256, act_order=act_order)
-    try:
-        config = fmt.config_of(weight.scheme, {"layer": weight.scheme}, act_order=weight.group_index is not None)
-        tensors = fmt.write(weight)
-    except ConversionError as error:
-        refusal = str(error)
-    else:
-        refusal = ""
-    if refusal:
-        assert len(refusal) > 20, "a refusal gives its reason"
+    ordered = weight.group_index is not None
+    if reasons := reasons_for(fmt.name, scheme, ordered):
+        with pytest.raises(ConversionError) as refused:
+            fmt.write(weight)
+        assert all(reason in str(refused.value) for reason in reasons), refused.value
         return
+    config = fmt.config_of(Written(weight.scheme, {"layer": weight.scheme}, act_order=ordered))
+    tensors = fmt.write(weight)
     assert detect(config) is fmt
     assert set(fmt.required) <= tensors.keys() <= set(fmt.suffixes)
-    again = fmt.parse("layer", tensors, config)
+    again = fmt.parse("layer", tensors, config).weight
     assert torch.equal(again.dequantize(), weight.dequantize())
     assert again.scheme.bits == weight.scheme.bits
     rewritten = fmt.write(again)
     assert all(torch.equal(rewritten[name], t) for name, t in tensors.items())
 
 
+def test_what_every_format_refuses_is_written_down() -> None:
+    assert list(REFUSED) == list(WRITTEN)
+
+
 def test_every_integer_scheme_has_a_lossless_format() -> None:
     for scheme, act_order in itertools.product(SCHEMES, [False, True]):
         weight = random_weight(scheme, 40, 96, act_order=act_order)
-        native = FORMATS["native"]
-        config = native.config_of(weight.scheme, {"layer": weight.scheme}, act_order=act_order)
-        assert same_weight(native.parse("layer", native.write(weight), config), weight), scheme
+        native = WRITTEN["native"]
+        config = native.config_of(Written(weight.scheme, {"layer": weight.scheme}, act_order=act_order))
+        assert same_weight(native.parse("layer", native.write(weight), config).weight, weight), scheme
 
 
 # --- quantizers -------------------------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ def test_kernel_is_exact_where_bits_are_exact(
         x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
         if weight.scheme.codebook is not None:  # its entries are no short fractions: a sum of one product is exact
             x, bias = 2 * torch.eye(K, dtype=dtype)[:M], torch.zeros(N, dtype=dtype)
-        if weight.scheme.act_bits == 8:  # max |x| / 127 = 1 for every token: quantized to themselves
+        if weight.scheme.act == "int8":  # max |x| / 127 = 1 for every token: quantized to themselves
             x[:, 5] = 127
         expected = (x.double() @ weight.dequantize().double().T + bias.double()).to(dtype)
         assert torch.equal(op(*arguments(weight, x, bias, kernel.layout)), expected), M

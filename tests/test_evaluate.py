@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.errors import ArgumentError
-from qkernels.evaluate import compare, perplexity, text_windows, window_length
+from qkernels.evaluate import compare, perplexity
+from qkernels.texts import text_windows, window_length
 
 VOCABULARY = 17
 
@@ -64,7 +66,7 @@ def test_perplexity_is_that_of_the_definition(tokens: int, seq_len: int, batch_t
 
 @pytest.mark.parametrize("entries", [1 << 24, VOCABULARY * 7])
 def test_comparison_is_that_of_the_definition(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qkernels.evaluate.LOGIT_ENTRIES", entries)
+    monkeypatch.setattr(sys.modules[compare.__module__], "LOGIT_ENTRIES", entries)
     reference = Bigram(1)
     model = copy.deepcopy(reference)
     with torch.no_grad():

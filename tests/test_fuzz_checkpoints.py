@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme
-from qkernels.formats import FORMATS, METADATA, READ_ONLY
+from qkernels.checkpoint.registry import WRITTEN
+from qkernels.formats import METADATA, READ_ONLY, Written
+from qkernels.layouts import LAYOUTS
 from tests.checkpoints import sound_or_refused
 
 ROOM = 512 * 2**20
-SUFFIXES = sorted({suffix for f in (*FORMATS.values(), *READ_ONLY.values()) for suffix in f.suffixes})
+SUFFIXES = sorted({suffix for f in (*WRITTEN.values(), *READ_ONLY.values()) for suffix in f.suffixes})
 METHODS = [
     "gptq",
     "awq",
@@ -73,9 +75,9 @@ likely = st.fixed_dictionaries(
 changes = st.dictionaries(st.sampled_from(KEYS), junk, max_size=2)
 configs = st.one_of(likely, st.builds(dict.__or__, likely, changes), junk)
 BASES: dict[str, dict[str, Any]] = {
-    name: f.config_of(scheme, {"m": scheme})
-    for name, f in FORMATS.items()
-    for scheme in [QuantScheme(4, 32, act_bits=8 if name.endswith("_a8") else None)]
+    name: f.config_of(Written(scheme, {"m": scheme}))
+    for name, f in WRITTEN.items()
+    for scheme in [QuantScheme(4, 32, act=LAYOUTS[name].acts[0] if name in LAYOUTS else None)]
 }
 PACKED = json.dumps(BASES["compressed-tensors"])
 BASES |= {
@@ -101,7 +103,7 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Any], int, Any]:
     """A header whose tensors follow each other, mostly; how many bytes they claim together; and a quantization_config, mostly of
     the format whose tensors they are."""
     name = draw(st.sampled_from([*BASES, None]))
-    fmt = (FORMATS | READ_ONLY).get(str(name))
+    fmt = (WRITTEN | READ_ONLY).get(str(name))
     suffixes = draw(st.lists(st.sampled_from(SUFFIXES if fmt is None else fmt.suffixes), unique=True, max_size=6))
     if fmt is not None and draw(st.integers(0, 9)):
         suffixes = [*fmt.required, *(suffix for suffix in suffixes if suffix not in fmt.required)]
@@ -159,7 +161,7 @@ def test_headers_and_configs(tmp_path: Path, little_room: None, drawn: tuple[dic
 
 
 def test_every_format_is_fuzzed() -> None:
-    assert BASES.keys() == (FORMATS | READ_ONLY).keys()
+    assert BASES.keys() == (WRITTEN | READ_ONLY).keys()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")

@@ -12,7 +12,7 @@ import torch
 
 from qkernels import QuantScheme, inspect
 from qkernels.checkpoint import CheckpointWriter
-from qkernels.storage import TensorSource, read_json, write_json
+from qkernels.storage import ShardWriter, TensorSource, read_json, write_json
 from tests.checkpoints import A16_FORMATS, sound_or_refused
 from tests.strategies import random_weight
 
@@ -109,10 +109,10 @@ def test_tensors_of_every_other_dtype_and_shape(checkpoint: Path) -> None:
         for other in others:
             directory = checkpoint / "changed"
             directory.mkdir()
-            writer = CheckpointWriter(directory, {}, "native")
+            writer = ShardWriter(directory)
             for key, tensor in (tensors | {name: other}).items():
-                writer.add_tensor(key, tensor)
-            writer._shards.close()
+                writer.add(key, tensor)
+            writer.close()
             write_json(directory / "config.json", source.config)
             assert not sound_or_refused(directory), (name, other.dtype, list(other.shape))
             for path in directory.iterdir():

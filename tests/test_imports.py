@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import qkernels
+
 PACKAGE = Path(__file__).parent.parent / "qkernels"
 
 # A room may import from rooms that stand above it in this list, and from itself.
 STOREYS = (
-    ("errors", "markdown"),
-    ("scheme", "storage"),
-    ("tensor",),
-    ("formats", "layouts", "quantizers"),
+    ("errors", "text", "_version"),
+    ("extension", "machine", "memory", "optional", "scheme", "storage"),
+    ("models", "reports", "tensor"),
+    ("formats", "layouts", "quantizers", "texts"),
     ("ops",),
     ("kernels",),
-    ("model_structure",),
     ("nn",),
     ("checkpoint", "evaluate"),
     ("layerwise",),
-    ("calibrate", "inspection"),
+    ("calibrate", "engines"),
+    ("inspection",),
     ("integrations",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
-# The loader of the compiled kernels needs nothing above it, and the ops need it.
-ALLOWED = {("ops", "kernels.native")}
 
 
 def imports_of(source: str, module: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -56,7 +60,7 @@ def violations(source: str, module: tuple[str, ...]) -> list[str]:
         if room not in LEVEL:  # a plain name of qkernels/__init__.py, such as __version__
             continue
         sideways = LEVEL[room] == LEVEL[own] and room != own
-        if (LEVEL[room] > LEVEL[own] or sideways) and (own, ".".join(target[:2])) not in ALLOWED:
+        if LEVEL[room] > LEVEL[own] or sideways:
             wrong.append(f"{'.'.join(module)} imports {'.'.join(target)}")
     return wrong
 
@@ -90,22 +94,86 @@ def test_a_wrong_arrow_is_found(source: str, module: tuple[str, ...]) -> None:
     assert violations(source, module)
 
 
+TEST_FILE = re.compile(
+    r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+|^\s*from tests(?:\.\w+)* import .*\btest_\w+", re.MULTILINE
+)
+
+
+def test_test_files_are_no_libraries() -> None:
+    """Each can be read, moved and left out alone; what several need lies beside them."""
+    tests = Path(__file__).parent
+    assert [
+        str(path) for path in sorted(tests.rglob("*.py")) if TEST_FILE.search(path.read_text(encoding="utf-8"))
+    ] == []
+    for source in (
+        "from tests.cuda.test_kernels import bound",
+        "import tests.test_calibrate",
+        "from tests import test_calibrate",
+    ):
+        assert TEST_FILE.search(source), source
+
+
 def _python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    """What a fresh interpreter prints; it may keep what it compiles, as an installed package does."""
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return done.stdout.strip()
 
 
+EVERYTHING = "for name in qkernels.__all__: getattr(qkernels, name)\n"
+
+
 def test_import_is_silent_and_lean() -> None:
     heavy = "('triton', 'transformers', 'matplotlib', 'tokenizers')"
-    assert _python(f"import sys, qkernels; print([m for m in {heavy} if m in sys.modules])") == "[]"
+    code = f"import sys, qkernels\n{EVERYTHING}print([m for m in {heavy} if m in sys.modules])"
+    assert _python(code) == "[]"
+    assert _python("import sys, qkernels; dir(qkernels); print('torch' in sys.modules)") == "False"
 
 
 def test_import_touches_no_gpu() -> None:
-    assert _python("import qkernels, torch; print(torch.cuda.is_initialized())") == "False"
+    assert _python(f"import qkernels, torch\n{EVERYTHING}print(torch.cuda.is_initialized())") == "False"
 
 
 def test_import_is_fast() -> None:
-    """Under 0.2 s on top of torch; processor time, because wall time says more about what else the machine does."""
-    code = "import torch, time; t = time.process_time(); import qkernels; print(time.process_time() - t)"
-    assert min(float(_python(code)) for _ in range(5)) < 0.2
+    """`import qkernels`, and then everything public, each under 0.1 s on top of torch; processor time, because wall time says
+    more about what else the machine does. Of five, the first may compile. torch leaves so many young objects that somebody
+    pays for one whole collection soon after it (60 ms and more): not counted to whoever imports next."""
+    code = (
+        "import gc, time, torch\ngc.collect()\ngc.freeze()\nt = time.process_time()\nimport qkernels\n"
+        f"u = time.process_time()\n{EVERYTHING}print(u - t, time.process_time() - u)"
+    )
+    times = [tuple(map(float, _python(code).split())) for _ in range(5)]
+    assert min(first for first, _ in times) < 0.1
+    assert min(rest for _, rest in times) < 0.1
+
+
+# --- names that are imported when they are asked for ------------------------------------------------------------------------
+
+
+def test_type_checkers_see_the_names_that_there_are() -> None:
+    """The imports that only they read, `__all__`, and what `__getattr__` finds are the same names from the same places."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and isinstance(n.test, ast.Name))
+    seen = {alias.name: str(n.module) for n in block.body if isinstance(n, ast.ImportFrom) for alias in n.names}
+    assert seen == qkernels._HOME_OF
+    assert sorted(seen) == sorted(qkernels.__all__)
+    for name, home in seen.items():
+        assert getattr(qkernels, name) is getattr(importlib.import_module(f"qkernels.{home}"), name)
+
+
+def test_modules_are_attributes_as_before() -> None:
+    code = "import qkernels; print(qkernels.nn.QuantLinear is qkernels.QuantLinear, qkernels.layouts.__name__)"
+    assert _python(code) == "True qkernels.layouts"
+    code = "from qkernels import *; from qkernels import formats; print(RTN().name, formats.__name__)"
+    assert _python(code) == "rtn qkernels.formats"
+    assert {"nn", "quantize", "QuantScheme", "__version__"} <= set(dir(qkernels))
+    with pytest.raises(AttributeError, match="module 'qkernels' has no attribute 'lood'"):
+        qkernels.lood  # noqa: B018
+
+
+def test_with_torch_there_the_ops_are_defined_at_once() -> None:
+    """As an exported program needs them; and by any public name that computes, in the other order."""
+    assert _python("import torch, qkernels; print(hasattr(torch.ops.qkernels, 'gemm_reference'))") == "True"
+    code = "from qkernels import QuantLinear; import torch; print(hasattr(torch.ops.qkernels, 'gemm_kpack'))"
+    assert _python(code) == "True"

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from qkernels import QuantLinear, UnsupportedProblem, load, replace_linear, save
-from qkernels.checkpoint import convert
+from qkernels.checkpoint import convert, open_checkpoint
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats.directory import QuantizedSource
 from qkernels.kernels import catalogue
 from qkernels.storage import read_json
 from tests.checkpoints import edit_json, logits, plain_checkpoint
@@ -41,7 +40,7 @@ def layers_of(model: object) -> dict[str, QuantLinear]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_was_packed_comes_back(models: dict[str, tuple[object, Path]], scheme: str) -> None:
     model, directory = models[scheme]
-    stored = QuantizedSource.open(directory)
+    stored = open_checkpoint(directory)
     back = load(directory)
     assert len(layers_of(back)) == 14
     for name, layer in layers_of(model).items():
@@ -67,7 +66,7 @@ def test_a_machine_without_that_kernel(models: dict[str, tuple[object, Path]], m
     """It has to allow the plain-PyTorch kernel by name, and then has the same weights in that kernel's layout."""
     model, directory = models["w4a8_g32"]
     monkeypatch.setattr(catalogue, "KERNELS", tuple(k for k in catalogue.KERNELS if k.layout != LAYOUT))
-    with pytest.raises(UnsupportedProblem, match="int8"):
+    with pytest.raises(UnsupportedProblem, match="cpu_tile_a16  8-bit activations"):
         load(directory)
     foreign = load(directory, on_unsupported="reference")
     for name, layer in layers_of(foreign).items():

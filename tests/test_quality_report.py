@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-import qkernels.calibrate
 from qkernels import GPTQ, RTN, __version__, inspect, load
-from qkernels.calibrate import plan
-from qkernels.checkpoint import convert
+from qkernels.calibrate import preview
+from qkernels.checkpoint import CheckpointWriter, convert
 from qkernels.cli.main import main
 from qkernels.errors import ArgumentError, CheckpointError
 from qkernels.evaluate import compare, perplexity
-from tests.test_calibrate import loud_model, run, token_windows
+from tests.tiny_models import loud_model, run, token_windows
 
 TEXT = token_windows(4, 16, seed=5).flatten()
 
@@ -128,21 +127,21 @@ def test_evaluation_that_cannot_be_used(evaluation: Any, message: str) -> None:
 def test_a_full_disk_is_an_error_before_the_work_begins(
     method: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    planned = plan(source, method, samples=24, seq_len=16)
+    planned = preview(source, method, samples=24, seq_len=16)
     needed = planned.disk_bytes
-    peak: list[int] = []
-    original = qkernels.calibrate.copy_side_files
+    sizes: list[int] = []
+    original = CheckpointWriter.close
 
-    def at_the_end(*args: Any) -> list[str]:
-        """Both the result and every finished layer are there."""
-        peak.append(sum(file.stat().st_size for file in tmp_path.rglob(".out.*/**/*") if file.is_file()))
-        return original(*args)
+    def measuring(writer: CheckpointWriter) -> None:
+        """The last to be closed is that of the result, while every finished layer is still there."""
+        original(writer)
+        sizes.append(sum(file.stat().st_size for file in tmp_path.rglob(".out.*/**/*") if file.is_file()))
 
     with monkeypatch.context() as patch:
-        patch.setattr(qkernels.calibrate, "copy_side_files", at_the_end)
+        patch.setattr(CheckpointWriter, "close", measuring)
         patch.setattr(shutil, "disk_usage", lambda path: Usage(needed, 0, needed))
         run(source, method, save_to=tmp_path / "out")
-    assert planned.bytes_after < peak[0] <= needed
+    assert planned.bytes_after < max(sizes) == sizes[-1] <= needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed, 1, needed - 1))
     with pytest.raises(CheckpointError, match=r"other needs \d+ MiB of disk while it is made .*, and \d+ MiB are free"):
         run(source, method, save_to=tmp_path / "other")

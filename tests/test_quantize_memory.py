@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig
 
 from qkernels import GPTQ
-from qkernels.calibrate import plan
-from qkernels.model_structure import empty_model
+from qkernels.calibrate import preview
+from qkernels.models.building import empty_model
 from qkernels.storage import CONFIG, ShardWriter, TensorSource, write_json
 
 MIB = 2**20
@@ -63,7 +63,7 @@ def sharded(directory: Path, hidden: int, intermediate: int, layers: int, shard_
     )  # fmt: skip
     directory.mkdir()
     write_json(directory / CONFIG, json.loads(config.to_json_string()))
-    model = empty_model(TensorSource(directory, json.loads(config.to_json_string()), {}, {}), torch.bfloat16)
+    model = empty_model(json.loads(config.to_json_string()), torch.bfloat16, directory)
     writer = ShardWriter(directory, shard_bytes)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -88,11 +88,11 @@ def measured(source: Path, out: Path, how: str, threads: str = "1") -> dict[str,
 
 
 def bound(source: Path) -> int:
-    """The plan's memory (activations; the layer in fp32 and three matrices of second moments) and what is small beside it:
+    """The preview's memory (activations; the layer in fp32 and three matrices of second moments) and what is small beside it:
     the layer in 16 bits and its codes in bytes until they are written, the weight in hand in fp32 four times (itself, what
     rounding makes of it, what is left, their difference), the layer's inner activations in fp32 (Q, K, V, gate, up and their
     products: not twelve times as wide as the input, which is counted in 16 bits) and 16 MiB for Python."""
-    planned = plan(source, METHOD, include=INCLUDE, samples=WINDOWS, seq_len=SEQ_LEN)
+    planned = preview(source, METHOD, include=INCLUDE, samples=WINDOWS, seq_len=SEQ_LEN)
     opened = TensorSource.open(source)
     layer = sum(opened.nbytes(name) for name in opened.names() if name.startswith("model.layers.0."))
     widest = max(m.shape[0] * m.shape[1] for m in planned.modules)

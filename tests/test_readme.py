@@ -15,10 +15,16 @@ import torch
 from torch import nn
 
 import qkernels
-from qkernels import markdown
+from qkernels import extension, text
+from qkernels.checkpoint.registry import WRITTEN
 from qkernels.cli.main import parser
-from qkernels.kernels import native, triton
+from qkernels.errors import ConversionError
+from qkernels.formats import READ_ONLY, Format
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
+from qkernels.layouts import LAYOUTS
+from qkernels.ops import backends
+from tests.refusals import SCHEMES
+from tests.strategies import random_weight
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,12 +61,13 @@ def support_matrix() -> str:
             cells.append("✓" if len(dtypes) == len(DTYPES) else ", ".join(dtypes) or "–")
         rows.append([feature, *cells])
     note = f"✓ means bf16, fp16 and fp32 activations. Every kernel takes act-order and any N and K (here {ODD_N} × {ODD_K})."
-    return markdown.table(["", *(f"`{kernel.name}`" for kernel in kernels)], rows) + "\n\n" + note
+    return text.table(["", *(f"`{kernel.name}`" for kernel in kernels)], rows) + "\n\n" + note
 
 
-@pytest.mark.skipif(not native.status().loaded, reason="the matrix is that of a full build")
+@pytest.mark.skipif(not extension.status().loaded, reason="the matrix is that of a full build")
 def test_support_matrix_is_that_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "missing", lambda: None)  # it is an install away, and the matrix that of a full build
+    # It is an install away, and the matrix that of a full build.
+    monkeypatch.setattr(backends, "missing_triton", lambda: None)
     begin, end = "<!-- support-matrix:begin -->\n", "<!-- support-matrix:end -->"
     before, rest = README.split(begin)
     shown, after = rest.split(end)
@@ -68,6 +75,55 @@ def test_support_matrix_is_that_of_the_catalogue(monkeypatch: pytest.MonkeyPatch
         (ROOT / "README.md").write_text(before + begin + support_matrix() + "\n" + end + after, encoding="utf-8")
         return
     assert shown.strip() == support_matrix(), "run UPDATE_README=1 python -m pytest tests/test_readme.py"
+
+
+# The rows of the table of checkpoint formats, and the formats of the registries that each stands for.
+FORMAT_ROWS = {
+    "GPTQ v1, v2": ["gptq", "gptq_v2"],
+    "AWQ gemm": ["awq"],
+    "compressed-tensors pack-quantized": ["compressed-tensors"],
+    "compressed-tensors int-quantized (W8A8, read with 16-bit activations)": ["compressed-tensors int-quantized"],
+    "AWQ gemv, gemv_fast": ["awq gemv", "awq gemv_fast"],
+    "auto-round (GPTQ bodies; AWQ bodies with 4 bits)": ["auto-round"],
+    "bitsandbytes NF4, FP4, int8": ["bitsandbytes 4-bit", "bitsandbytes int8"],
+    "HQQ, axis 1": ["hqq"],
+    "torchao int8, intx and int4 weight-only (safetensors)": ["torchao"],
+    "native": ["native"],
+    "packed (the bytes of a kernel's layout)": [
+        layout.name for layout in LAYOUTS.values() if layout.backend != "torch"
+    ],
+}
+
+
+def stores(fmt: Format, scheme: str, act_order: bool = False) -> bool:
+    try:
+        fmt.write(random_weight(scheme, 64, 256, act_order=act_order))
+    except ConversionError:
+        return False
+    return True
+
+
+def widths(fmt: Format) -> str:
+    bits = [str(bits) for bits in range(2, 9) if stores(fmt, f"w{bits}a16_g32")]
+    return f"{bits[0]} – {bits[-1]}" if len(bits) == 7 else ", ".join(bits)
+
+
+def test_the_table_of_formats_is_that_of_the_registries() -> None:
+    """Which are written, and with which widths and act-order, is asked of the writers; a reader has a tensor for act-order."""
+    table = re.search(r"\| checkpoint format .*?\n\|[-|]+\|\n(.*?)\n\n", README, re.DOTALL)
+    assert table is not None
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+    assert [row[0] for row in rows] == list(FORMAT_ROWS)
+    assert {name for names in FORMAT_ROWS.values() for name in names} == {*WRITTEN, *READ_ONLY}
+    for title, read, written, act_order, bits in rows:
+        for fmt in (WRITTEN.get(name) or READ_ONLY[name] for name in FORMAT_ROWS[title]):
+            assert (read, written) == ("✓", "✓" if fmt.name in WRITTEN else "–"), title
+            orders = any(stores(fmt, scheme, True) for scheme in ("w4a16_g32", "w4a8_g32"))
+            ordered = orders if written == "✓" else any("g_idx" in name for name in fmt.suffixes)
+            assert act_order == ("✓" if ordered else "–"), title
+            if written == "✓" and not title.startswith("packed"):
+                assert bits.removesuffix(", every scheme") == widths(fmt), title
+    assert all(stores(WRITTEN["native"], scheme) for scheme in SCHEMES)
 
 
 def test_the_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,11 +147,6 @@ def _commands() -> list[str]:
 @pytest.mark.parametrize("command", _commands())
 def test_commands_parse(command: str) -> None:
     parser().parse_args(shlex.split(command)[1:])
-
-
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
-def test_links_lead_somewhere(path: str) -> None:
-    assert (ROOT / path).exists(), path
 
 
 def test_make_targets_exist() -> None:

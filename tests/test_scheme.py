@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+
 import pytest
 from hypothesis import given
 
+from qkernels import RTN, SmoothQuant
 from qkernels.errors import SchemeError
-from qkernels.scheme import CODEBOOKS, QuantScheme
+from qkernels.scheme import ACTIVATIONS, CODEBOOKS, QuantScheme
 from tests.strategies import schemes
 
 
@@ -24,9 +29,9 @@ def test_short_form_round_trips(scheme: QuantScheme) -> None:
         ("w4a16_g32_offset", QuantScheme(4, 32, "offset")),
         ("w8a16_channel", QuantScheme(8, "channel")),
         ("w8a16_tensor", QuantScheme(8, "tensor")),
-        ("w4a8_g128", QuantScheme(4, 128, act_bits=8)),
-        ("w8a8_channel_asym", QuantScheme(8, "channel", "int", act_bits=8)),
-        ("w4a8_g32_offset", QuantScheme(4, 32, "offset", act_bits=8)),
+        ("w4a8_g128", QuantScheme(4, 128, act="int8")),
+        ("w8a8_channel_asym", QuantScheme(8, "channel", "int", act="int8")),
+        ("w4a8_g32_offset", QuantScheme(4, 32, "offset", act="int8")),
         ("nf4_g64", QuantScheme(4, 64, codebook="nf4")),
         (" W4A16_G128 ", QuantScheme(4, 128)),
     ],
@@ -54,8 +59,12 @@ def test_other_spellings_are_refused(text: str) -> None:
         ({"group_size": -1}, 'the -1 of GPTQ configs is spelled "channel" here'),
         ({"group_size": "row"}, "got 'row'"),
         ({"zeros": "asym"}, "zeros must be one of none, int, float, offset, got 'asym'"),
-        ({"act_bits": 16}, r"act_bits must be None \(16-bit activations\) or 8, got 16"),
-        ({"act_bits": 8, "codebook": "nf4"}, "int8 activations need integer codes .no codebook., got codebook='nf4'"),
+        ({"act": 16}, r'act must be None \(16-bit activations\) or "int8", got 16'),
+        ({"act": "fp8"}, r'act must be None \(16-bit activations\) or "int8", got \'fp8\''),
+        ({"act": ["int8"]}, r"act must be None .*, got \['int8'\]"),
+        ({"act_bits": 8}, r'act_bits is called act: None for 16-bit .*, "int8" for int8 ones; .*w4a8_g128'),
+        ({"act_bits": None}, "act_bits is called act"),
+        ({"act": "int8", "codebook": "nf4"}, "int8 activations need integer codes .no codebook., got codebook='nf4'"),
         ({"codebook": "nf3"}, "codebook must be one of nf4, fp4, got 'nf3'"),
         ({"codebook": "nf4", "bits": 3}, "codebook 'nf4' has 16 entries"),
         ({"codebook": "nf4", "zeros": "int"}, 'takes zeros="none"'),
@@ -77,3 +86,46 @@ def test_nf4_is_sorted_has_an_exact_zero_and_reaches_both_ends() -> None:
     table = CODEBOOKS["nf4"]
     assert list(table) == sorted(table)
     assert (table[0], table[7], table[15]) == (-1.0, 0.0, 1.0)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_activation_has_one_spelling() -> None:
+    spellings = [activation.spelling for activation in ACTIVATIONS.values()]
+    assert len(set(spellings)) == len(spellings)
+    for name, activation in ACTIVATIONS.items():
+        assert QuantScheme.parse(f"w4a{activation.spelling}_g128") == QuantScheme(4, 128, act=name)
+        assert activation.spelling.startswith(str(activation.bits))
+
+
+def as_before(value: object) -> bytes:
+    """A scheme's or a method's pickle as it was when `act` was an integer called act_bits."""
+    fields = dict(value.__dict__)
+    fields["act_bits"] = None if fields.pop("act") is None else 8
+    old = copy.copy(value)
+    old.__dict__.clear()
+    old.__dict__.update(fields)
+    return pickle.dumps(old)
+
+
+@pytest.mark.parametrize("value", [QuantScheme(), QuantScheme.parse("w8a8_channel"), RTN(4, act="int8"), SmoothQuant()])
+def test_pickles_of_act_bits_load(value: object) -> None:
+    """Not as a scheme that has quietly lost its int8 activations: the class has a default for what an instance lacks."""
+    old = as_before(value)
+    assert b"act_bits" in old
+    loaded = pickle.loads(old)
+    assert loaded == value
+    assert not hasattr(loaded, "act_bits")
+    assert pickle.loads(pickle.dumps(value)) == copy.deepcopy(value) == value
+
+
+def test_signatures_are_those_of_the_fields() -> None:
+    assert list(inspect.signature(QuantScheme).parameters) == ["bits", "group_size", "zeros", "act", "codebook"]
+    assert list(inspect.signature(RTN).parameters)[:3] == ["bits", "group_size", "symmetric"]
+
+
+@pytest.mark.parametrize("method", [RTN, SmoothQuant])
+def test_methods_say_what_became_of_act_bits(method: type[RTN]) -> None:
+    with pytest.raises(SchemeError, match="act_bits is called act: .*w4a8_g128"):
+        method(act_bits=8)  # type: ignore[call-arg]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -150,3 +151,51 @@ def test_meta_tensors_carry_shapes_only() -> None:
     qt = random_weight("w4a16_g8_asym", 4, 16).to("meta")
     assert qt.dequantize().shape == (4, 16)
     assert qt.dequantize().is_meta
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w4a16_g32", "w4a16_g32_asym", "w4a16_g64_offset", "nf4_g64", "w8a16_channel", "w8a16_tensor"]
+)
+def test_concat_joins_rows_exactly(scheme: str) -> None:
+    parts = [random_weight(scheme, rows, 75) for rows in (8, 0, 3)]
+    whole = QuantTensor.concat(parts)
+    assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts]))
+    assert str(whole.scheme) == scheme.replace("tensor", "channel")  # each part had a scale of its own
+
+
+def test_concat_and_stack_are_the_inverse_of_shard_and_indexing() -> None:
+    weight = random_weight("w4a16_g32_asym", 12, 64, act_order=True)
+    again = QuantTensor.concat([weight.shard("N", rank, 3) for rank in range(3)])
+    assert same_weight(again, weight)
+    experts = [random_weight("w4a16_g32_asym", 12, 64) for _ in range(3)]
+    stacked = QuantTensor.stack(experts)
+    assert stacked.codes.shape == (3, 12, 64)
+    assert torch.equal(stacked.dequantize(), torch.stack([expert.dequantize() for expert in experts]))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            lambda: random_weight("w4a16_g64", 4, 64),
+            r"one scheme, got w4a16_g32 \(the first\) and w4a16_g64 \(number 1\)",
+        ),
+        (lambda: random_weight("w4a16_g32", 4, 96), r"one experts and K, got \[64\] \(the first\) and \[96\]"),
+        (lambda: random_weight("w4a16_g32", 4, 64, act_order=True), r"one order of columns, got False .* and True"),
+    ],
+)
+def test_weights_that_differ_are_not_joined(other: Callable[[], QuantTensor], message: str) -> None:
+    weight = random_weight("w4a16_g32", 4, 64)
+    with pytest.raises(ArgumentError, match=message):
+        QuantTensor.concat([weight, other()])
+    if other().K != 64:
+        with pytest.raises(ArgumentError, match=r"one shape, got \[4, 64\]"):
+            QuantTensor.stack([weight, other()])
+
+
+def test_joining_nothing_or_two_orders_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="at least one weight"):
+        QuantTensor.concat([])
+    a, b = (random_weight("w4a16_g32", 4, 64, act_order=True, seed=seed) for seed in (0, 1))
+    with pytest.raises(ArgumentError, match="one group_index"):
+        QuantTensor.concat([a, b])

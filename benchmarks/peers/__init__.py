@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qkernels.kernels.catalogue import Problem
 from qkernels.tensor import QuantTensor
+from qkernels.text import dtype_name
 
 PEER_PACKAGES = ("humming-kernels", "gemlite", "gptqmodel", "bitsandbytes", "torchao", "llama-cpp-python", "triton")
 
@@ -107,23 +108,18 @@ def unlike(
     groups: tuple[int | str, ...],
     zeros: tuple[str, ...] = ("none",),
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
-    act_bits: tuple[int | None, ...] = (None,),
+    acts: tuple[str | None, ...] = (None,),
     n_multiple: int = 1,
     k_multiple: int = 1,
 ) -> str | None:
     """The usual reasons: what a peer takes, against what the problem is."""
     scheme = problem.scheme
-    if (
-        scheme.codebook is not None
-        or scheme.act_bits not in act_bits
-        or scheme.bits not in bits
-        or scheme.zeros not in zeros
-    ):
+    if scheme.codebook is not None or scheme.act not in acts or scheme.bits not in bits or scheme.zeros not in zeros:
         return f"has no kernel for {scheme}"
     if scheme.group_size not in groups:
         return f"takes groups of {', '.join(map(str, groups))}, got {scheme.group_size}"
     if problem.dtype not in dtypes:
-        return f"takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)} activations, got {problem.dtype}"
+        return f"takes {', '.join(map(dtype_name, dtypes))} activations, got {problem.dtype}"
     if problem.N % n_multiple or problem.K % k_multiple:
         return f"takes N % {n_multiple} == 0 and K % {k_multiple} == 0, got N={problem.N} K={problem.K}"
     return None

@@ -24,7 +24,7 @@ def available(device: torch.device) -> str | None:
 
 def reason(problem: Problem) -> str | None:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return unlike(problem, bits=(8,), groups=("channel",), dtypes=dtypes, act_bits=(None, 8))
+    return unlike(problem, bits=(8,), groups=("channel",), dtypes=dtypes, acts=(None, "int8"))
 
 
 def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Prepared:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CheckpointError
-from ..formats import Oddity
-from ..formats.directory import QuantizedSource, summary
-from ..model_structure import empty_model, named_as_in
-from ..nn import QuantLinear, fuse_linear, set_module
-from ..nn.replace import as_linear
-from ..storage import CONFIG, TensorSource
+from ..formats import Oddity, summary
+from ..memory import give_back
+from ..models.building import assign, empty_model
+from ..models.linears import as_linear
+from ..models.naming import float_state
+from ..nn import QuantLinear, set_module
+from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..text import describe, dtype_name
+from .source import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from ..kernels.catalogue import OnUnsupported
@@ -33,7 +36,6 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     on_unsupported: OnUnsupported = "raise",
-    fuse: bool = False,
 ) -> Any:
     """Any known checkpoint, quantized or not, as a `transformers` model in which quantized modules are `QuantLinear`.
 
@@ -45,72 +47,120 @@ def load(
         device: where the model goes.
         dtype: of activations and unquantized weights; that of the checkpoint if None. Scales keep their own.
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
-        fuse: let q, k, v and gate, up share one packed matrix where that is possible, with the same results (`nn.fuse_linear`);
-            what is left alone is logged.
 
     Returns:
-        The class that config.json names, else that of `AutoModelForCausalLM`, in eval mode.
+        The class that config.json names, else that of `AutoModelForCausalLM`, in eval mode. Where the files were saved from
+        the model without its head, and there is none to tie to the embeddings (Qwen3-Embedding), the model without it.
 
     Raises:
         CheckpointError: the directory is incomplete, malformed or of an unknown kind; or its tensors and the model that
             config.json describes do not fit each other. Nothing missing or left over is passed over in silence.
         UnsupportedProblem: no kernel takes a module.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import load, replace_linear, save
+    >>> model = LlamaForCausalLM(config)
+    >>> report = replace_linear(model, "w4a16_g32")
+    >>> save(model, "tiny-4bit", format="gptq")
+    >>> again = load("tiny-4bit")
+    >>> again.model.layers[0].mlp.up_proj.scheme == model.model.layers[0].mlp.up_proj.scheme
+    True
     """
-    quantized = QuantizedSource.open(directory)
-    source, device = quantized.source, torch.device(device)
-    dtype = dtype or _dtype_of(source)
-    model = empty_model(source, dtype)
-    if quantized.format is None:
-        source = named_as_in(model, source)
-        quantized = replace(quantized, source=source, others=tuple(source.names()))
+    checkpoint, device = open_checkpoint(directory), torch.device(device)
+    dtype = dtype or _dtype_of(checkpoint)
+    model, checkpoint = model_of(checkpoint, dtype)
     slots = _slots(model)
-    oddities: list[tuple[str, Oddity]] = []
-    used = {f"{module}.bias" for module in quantized.modules}
-    for module in tqdm(quantized.modules, desc="loading", unit="layer", leave=False, delay=2):
-        linear = _linear(model, module)
-        weight, found = quantized.parse_with_oddities(module)
+    oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
+    used = {f"{module}.bias" for module in checkpoint.modules}
+    for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
+        linear = linear_at(model, module, checkpoint.spelling(module))
+        weight, found = checkpoint.weight(module)
         oddities += [(module, oddity) for oddity in found]
-        bias = _bias(source, module, linear, weight)
+        bias = bias_for(linear, checkpoint, module, weight)
         layer = QuantLinear.from_quant_tensor(weight, bias, device, dtype, on_unsupported)
         set_module(model, module, layer)
-    missing = _fill(model, slots, quantized, used, device, dtype)
-    _check_names(model, missing, [name for name in quantized.others if name not in used])
+    missing = _fill(model, slots, checkpoint, used, device, dtype)
+    _check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, device)
+    give_back()
     for line in summary(oddities):
-        log.warning("%s: %s", source.directory, line)
-    model.config._name_or_path = str(source.directory)
-    if fuse and (fusing := fuse_linear(model)).unfused:
-        log.warning("%s: %s", source.directory, fusing)
+        log.warning("%s: %s", checkpoint.path, line)
+    model.config._name_or_path = str(checkpoint.path)
     return model.eval()
 
 
-def check_fits(model: nn.Module, source: TensorSource) -> None:
+def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoint]:
+    """The model of a checkpoint, without weights (see `empty_model`), and the checkpoint under its names.
+
+    Raises:
+        CheckpointError: transformers cannot build the model, or cannot give all tensors a place of their own.
+    """
+    model = empty_model(checkpoint.config, dtype, checkpoint.path)
+    named, base = checkpoint.named_as_in(model), model.base_model
+    inside = f"{model.base_model_prefix}."
+    in_files = [*checkpoint.names(), *checkpoint.modules]
+    if base is model or any(name.startswith(inside) for name in in_files):
+        return model, named
+    missing = [slot for slot in _slots(model) if not any(name in named or _quantized(name, named) for name in slot)]
+    if not missing or any(name.startswith(inside) for slot in missing for name in slot):
+        return model, named
+    log.warning(
+        "%s: the files hold a %s, without %s of a %s",
+        checkpoint.path, type(base).__name__, ", ".join(slot[0] for slot in missing), type(model).__name__,
+    )  # fmt: skip
+    return base, checkpoint.named_as_in(base)
+
+
+def _quantized(name: str, checkpoint: Checkpoint) -> bool:
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and module in checkpoint.modules
+
+
+def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise unless a float checkpoint holds what its model needs, in the same shapes, and nothing else; reads headers only.
-    Of models with experts only shapes are compared: files have experts one by one and other names than the model.
 
     Raises:
         CheckpointError: names the tensors.
     """
     needed = model.state_dict()
     for name, tensor in needed.items():
-        if name in source and source.shape(name) != tuple(tensor.shape):
+        if name in checkpoint and checkpoint.shape(name) != tuple(tensor.shape):
             raise CheckpointError(
-                f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(source.shape(name))}"
+                f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(checkpoint.shape(name))}"
             )
-    if any(".experts." in name for name in (*needed, *source.names())):
-        return
-    missing = [slot[0] for slot in _slots(model) if not any(name in source for name in slot)]
-    _check_names(model, missing, [name for name in source.names() if name not in needed])
+    missing = [slot[0] for slot in _slots(model) if not any(name in checkpoint for name in slot)]
+    _check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
 
 
-def _dtype_of(source: TensorSource) -> torch.dtype:
-    """What config.json says, else the dtype of the first float tensor."""
-    named = source.config.get("dtype", source.config.get("torch_dtype"))
+def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise for tensors that look like parts of quantized weights and have no place, where others may be left over (a class of
+    model with another head).
+
+    Raises:
+        CheckpointError: names them.
+    """
+    assert checkpoint.format is not None
+    places, suffixes = float_state(model).keys(), set(checkpoint.format.suffixes)
+    strays = []
+    for name in checkpoint.names():
+        module, _, leaf = name.rpartition(".")
+        belongs = module in checkpoint.modules and leaf != "bias"
+        if name not in places and (belongs or leaf in suffixes - {"weight"}):
+            strays.append(name)
+    _check_names(model, [], strays, checkpoint)
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """What config.json says, else the dtype of the first float tensor that is not quantized."""
+    named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
     if named is None:
-        floats = (source.dtype(name) for name in source.names() if source.dtype(name) in FLOAT_DTYPES)
+        floats = (checkpoint.dtype(name) for name in checkpoint.names() if checkpoint.dtype(name) in FLOAT_DTYPES)
         return next(floats, torch.float32)
     for dtype in FLOAT_DTYPES:
-        if str(dtype).removeprefix("torch.") == str(named).removeprefix("torch."):
+        if dtype_name(dtype) == str(named).removeprefix("torch."):
             return dtype
     raise CheckpointError(
         f"{CONFIG} needs dtype to be float16, bfloat16 or float32, got {named!r:.40}; pass dtype=… to load"
@@ -125,29 +175,44 @@ def _slots(model: nn.Module) -> list[list[str]]:
     return list(slots.values())
 
 
-def _linear(model: nn.Module, module: str) -> nn.Linear:
+def linear_at(model: nn.Module, module: str, spelled: str | None = None) -> nn.Linear:
+    """The linear layer that a quantized module of a checkpoint belongs to; `spelled` is its name in the files.
+
+    Raises:
+        CheckpointError: the model has none there.
+    """
+    what = f"the checkpoint has a quantized {spelled or module}"
+    meant = "" if spelled in (None, module) else f" (as {module})"
     try:
         linear = model.get_submodule(module)
     except AttributeError:
         raise CheckpointError(
-            f"the checkpoint has a quantized {module}, which {type(model).__name__} does not"
+            f"{what}, which {type(model).__name__} does not{meant}{_nearest(model, module)}"
         ) from None
     as_one = as_linear(linear)
     if as_one is None:
-        raise CheckpointError(
-            f"the checkpoint has a quantized {module}, which is a {type(linear).__name__}, not a Linear"
-        )
+        raise CheckpointError(f"{what}, which is a {type(linear).__name__}, not a Linear{meant}")
     return as_one
 
 
-def _bias(source: TensorSource, module: str, linear: nn.Linear, weight: QuantTensor) -> Tensor | None:
-    """Check a weight against its place in the model, and read its bias."""
+def _nearest(model: nn.Module, module: str) -> str:
+    linears = [name for name, found in model.named_modules() if as_linear(found) is not None]
+    close = difflib.get_close_matches(module, linears, n=1)
+    return f"; its nearest linear layer is {close[0]}" if close else ""
+
+
+def bias_for(linear: nn.Linear, checkpoint: Checkpoint, module: str, weight: QuantTensor) -> Tensor | None:
+    """Check a weight against its place in the model, and read its bias.
+
+    Raises:
+        CheckpointError: the shapes differ, or one of them has a bias and the other none.
+    """
     if list(linear.weight.shape) != [weight.N, weight.K]:
         raise CheckpointError(
             f"{module}: the model needs a weight {list(linear.weight.shape)}, got {[weight.N, weight.K]}"
         )
     name = f"{module}.bias"
-    bias = source.read(name) if name in source else None
+    bias = checkpoint.read(name) if name in checkpoint else None
     place = linear._parameters["bias"]
     if place is not None and (bias is None or bias.shape != place.shape):
         got = "none" if bias is None else list(bias.shape)
@@ -162,42 +227,39 @@ def _bias(source: TensorSource, module: str, linear: nn.Linear, weight: QuantTen
 def _fill(
     model: Any,
     slots: list[list[str]],
-    quantized: QuantizedSource,
+    checkpoint: Checkpoint,
     used: set[str],
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[str]:
     """Load what is not quantized; returns the names that the checkpoint lacks."""
-    source = quantized.source
     missing = []
     for slot in slots:
-        names = [name for name in slot if name.rpartition(".")[0] not in quantized.modules]
-        present = [name for name in names if name in source]
+        names = [name for name in slot if name.rpartition(".")[0] not in checkpoint.modules]
+        present = [name for name in names if name in checkpoint]
         used.update(present)
         if len(names) < len(slot) and names:
             _untie(model, f"{slot[0]} and {slot[-1]} are tied by {CONFIG}, but one of them is quantized")
         if not present:
             missing += names[:1]
             continue
-        first = _parameter(model, source, present[0], device, dtype)
+        first = _parameter(model, checkpoint, present[0], device, dtype)
         values = dict.fromkeys(names, first)
         for name in present[1:]:
-            if not torch.equal(source.read(present[0]), source.read(name)):
+            if not torch.equal(checkpoint.read(present[0]), checkpoint.read(name)):
                 _untie(model, f"{present[0]} and {name} are tied by {CONFIG}, but differ in the checkpoint")
-                values[name] = _parameter(model, source, name, device, dtype)
-        for name, value in values.items():
-            _assign(model, name, value)
+                values[name] = _parameter(model, checkpoint, name, device, dtype)
+        assign(model, values)
     return missing
 
 
-def _parameter(model: Any, source: TensorSource, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _parameter(model: Any, checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     parent, _, leaf = name.rpartition(".")
     place: Tensor = getattr(model.get_submodule(parent), leaf)
-    tensor = source.read(name)
+    tensor = checkpoint.read(name)
     if tensor.shape != place.shape or tensor.is_floating_point() != place.is_floating_point():
-        kind = "a float tensor" if place.is_floating_point() else str(place.dtype).removeprefix("torch.")
-        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        raise CheckpointError(f"{name}: the model needs {kind} {list(place.shape)}, got {got}")
+        kind = "a float tensor" if place.is_floating_point() else dtype_name(place.dtype)
+        raise CheckpointError(f"{name}: the model needs {kind} {list(place.shape)}, got {describe(tensor)}")
     wanted = place.dtype
     if place.is_floating_point():
         wanted = torch.float32 if _kept_in_fp32(model, name, dtype) else dtype
@@ -212,21 +274,12 @@ def _kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
     return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns)
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    if leaf in module._parameters:
-        module._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-    else:
-        module._buffers[leaf] = value.detach()
-
-
 def _untie(model: Any, why: str) -> None:
     log.warning("%s; they are not tied", why)
     model.config.tie_word_embeddings = False
 
 
-def _check_names(model: Any, missing: list[str], left_over: Iterable[str]) -> None:
+def _check_names(model: Any, missing: list[str], left_over: Iterable[str], checkpoint: Checkpoint) -> None:
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     ignored |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}  # computed; older files still store them
     unexpected = [name for name in left_over if not any(re.search(pattern, name) for pattern in ignored)]
@@ -234,13 +287,13 @@ def _check_names(model: Any, missing: list[str], left_over: Iterable[str]) -> No
         return
     parts = [
         f"{len(names)} {what}, for example {', '.join(names[:3])}"
-        for names, what in ((missing, "tensors it needs are missing"), (unexpected, "tensors are unknown to it"))
+        for names, what in (
+            (missing, "tensors it needs are missing"),
+            ([checkpoint.spelling(name) for name in unexpected], "tensors are unknown to it"),
+        )
         if names
     ]
-    hint = (
-        "; stacked experts are not supported yet" if any(".experts." in name for name in unexpected + missing) else ""
-    )
-    raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}{hint}")
+    raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}")
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -12,29 +12,24 @@ whose kernels read another layout re-lays the weights out while it loads them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError
-from ..formats import FORMATS, Config, Format, Oddity, native
-from ..formats.directory import QuantizedSource
+from ..formats import Config, Format, Parsed, Written, native
 from ..formats.validation import naming
-from ..kernels.catalogue import REFERENCES, Problem, arch_of, select
+from ..kernels.catalogue import REFERENCES
 from ..layouts import LAYOUTS, Layout, unpack_checked
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
-
-OPTIONAL = ("zeros", "k_order")
 
 
 def packed_format(layout: Layout) -> Format:
     """The format of checkpoints packed in `layout`; its name is that of the layout."""
 
-    def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+    def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
         with naming(module):
             version = config.get("layout_version")
             if version != layout.version:
@@ -44,8 +39,8 @@ def packed_format(layout: Layout) -> Format:
                 )
             scheme = native.scheme_of(module, config)
             shape = native.weight_shape(tensors["weight_shape"])
-            buffers = {name: tensors.get(name) for name in ("qweight", "scales", *OPTIONAL)}
-            return unpack_checked(layout, buffers, shape[-2], shape[-1], scheme)
+            buffers = {buffer.name: tensors.get(buffer.name) for buffer in layout.buffers}
+            return Parsed(unpack_checked(layout, buffers, shape[-2], shape[-1], scheme))
 
     def check(scheme: QuantScheme) -> None:
         # Asked for several groups: a scheme that the layout holds only for one is refused for all weights alike.
@@ -59,49 +54,25 @@ def packed_format(layout: Layout) -> Format:
         packed = {name: t for name, t in layout.pack(weight).items() if t is not None}
         return packed | {"weight_shape": native.shape_tensor(weight)}
 
-    def config_of(
-        default: QuantScheme,
-        modules: Mapping[str, QuantScheme],
-        *,
-        act_order: bool = False,
-        unquantized: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        for scheme in {default, *modules.values()}:
+    def config_of(written: Written) -> dict[str, Any]:
+        for scheme in written.schemes:
             check(scheme)
-        plain = native.config_of(default, modules, act_order=act_order, unquantized=unquantized)
-        return plain | {"layout": layout.name, "layout_version": layout.version}
-
-    def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
-        return []
+        return native.config_of(written) | {"layout": layout.name, "layout_version": layout.version}
 
     return Format(
         name=layout.name,
-        required=("qweight", "scales", "weight_shape"),
-        optional=OPTIONAL,
+        required=(*(buffer.name for buffer in layout.buffers if not buffer.optional), "weight_shape"),
+        optional=tuple(buffer.name for buffer in layout.buffers if buffer.optional),
         matches=lambda config: config.get("quant_method") == native.METHOD and config.get("layout") == layout.name,
         parse=parse,
         write=write,
         config_of=config_of,
-        oddities=oddities,
     )
 
 
-def register() -> None:
-    """Make every layout that a kernel reads known as a format."""
-    for layout in LAYOUTS.values():
-        if layout.name not in (spec.layout for spec in REFERENCES):  # one byte a code: nobody's kernel is faster for it
-            FORMATS.setdefault(layout.name, packed_format(layout))
-
-
-def layout_of(directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> str:
-    """The layout that the catalogue chooses for the first weight of a quantized checkpoint on `device`.
-
-    Raises:
-        CheckpointError: the directory is not sound, or nothing in it is quantized.
-        UnsupportedProblem: no kernel takes the weight; lists the reasons.
-    """
-    quantized = QuantizedSource.open(directory)
-    if not quantized.modules:
-        raise CheckpointError(f"{directory} holds no quantized weights; quantize it first (qkernels quantize)")
-    weight = quantized.parse(next(iter(quantized.modules)))
-    return select(Problem(weight.N, weight.K, weight.scheme, torch.bfloat16, arch_of(device))).layout
+# One byte a code: nobody's kernel is faster for the references' layouts.
+PACKED: Final[dict[str, Format]] = {
+    layout.name: packed_format(layout)
+    for layout in LAYOUTS.values()
+    if layout.name not in {spec.layout for spec in REFERENCES}
+}

@@ -9,15 +9,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import ConversionError
-from ..formats import Oddity, get_format
-from ..formats.directory import QuantizedSource, summary
+from ..errors import CheckpointError, ConversionError
+from ..formats import Oddity, summary
+from ..kernels.catalogue import Problem, arch_of, select
 from ..nn import QuantLinear
-from ..storage import CONFIG, atomic_directory, copy_side_files
-from .reports import carry_report
+from ..reports import carry_report
+from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
+from .registry import get_format
+from .source import open_checkpoint
 from .writer import CheckpointWriter
 
 log = logging.getLogger(__name__)
@@ -33,11 +36,23 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
         model: every `QuantLinear` in it is written quantized, every other tensor as it is.
         directory: must not exist or be empty, unless `overwrite`.
         format: "native" (takes every weight), "gptq", "gptq_v2", "awq" or "compressed-tensors".
-        overwrite: replace an existing checkpoint.
+        overwrite: replace a checkpoint that qkernels wrote and nobody changed since.
 
     Raises:
         ConversionError: the model has no `QuantLinear` or no config; or the format cannot express a weight, naming it.
         CheckpointError: the target exists, or the disk refuses.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> from qkernels import replace_linear, save
+    >>> model = LlamaForCausalLM(config)
+    >>> report = replace_linear(model, "w4a16_g32")
+    >>> save(model, "tiny-4bit", format="gptq")
+    >>> from pathlib import Path
+    >>> sorted(path.name for path in Path("tiny-4bit").glob("[!.]*"))
+    ['config.json', 'generation_config.json', 'model.safetensors', 'quantize_config.json']
     """
     with atomic_directory(directory, overwrite) as temporary:
         write_model(model, temporary, format)
@@ -55,12 +70,12 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
         )
     config = json.loads(model_config.to_json_string()) | {"architectures": [type(model).__name__]}
     origin = str(getattr(model_config, "_name_or_path", "") or "")
-    writer = CheckpointWriter(directory, config, chosen)
+    writer = CheckpointWriter(directory, config, chosen, named_for=model)
     for name, layer in layers.items():
         writer.add_quantized(name, layer.quant_tensor())
         if layer.bias is not None:
             writer.add_tensor(f"{name}.bias", layer.bias)
-    for name, tensor in _plain_tensors(model, layers):
+    for name, tensor in plain_tensors(model, layers):
         writer.add_tensor(name, tensor)
     writer.close()
     if origin and (Path(origin) / CONFIG).is_file():
@@ -86,28 +101,42 @@ def convert(
         CheckpointError: the source is not sound, the target exists, or the disk refuses.
     """
     chosen = get_format(format)
-    quantized = QuantizedSource.open(source_dir)
-    if quantized.format is None:
+    source = open_checkpoint(source_dir)
+    if source.format is None:
         raise ConversionError(f"{source_dir} holds no quantized weights; quantize it first (qkernels quantize)")
-    oddities: list[tuple[str, Oddity]] = []
-    with atomic_directory(target_dir, overwrite) as temporary:
-        writer = CheckpointWriter(temporary, quantized.source.config, chosen)
-        parts = list(quantized.in_file_order())
+    oddities: list[tuple[str, Oddity]] = [*source.oddities]
+    with atomic_directory(target_dir, overwrite, read_from(source.path)) as temporary:
+        writer = CheckpointWriter(temporary, source.config, chosen)
+        parts = list(source.in_file_order())
         for name, module in tqdm(parts, desc="packing", unit="tensor", leave=False, delay=2):
             if module is None:
-                writer.add_tensor(name, quantized.source.read(name))
+                writer.add_tensor(name, source.read(name))
                 continue
-            weight, found = quantized.parse_with_oddities(module)
+            weight, found = source.weight(module)
             oddities += [(module, oddity) for oddity in found]
             writer.add_quantized(module, weight)
         writer.close()
-        copy_side_files(source_dir, temporary)
-        carry_report(quantized.source.directory, temporary, format)
+        source.copy_side_files(temporary)
+        carry_report(source.path, temporary, format)
     for line in summary(oddities):
-        log.warning("%s: %s", quantized.source.directory, line)
+        log.warning("%s: %s", source.path, line)
 
 
-def _plain_tensors(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+def layout_of(directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> str:
+    """The layout that the catalogue chooses for the first weight of a quantized checkpoint on `device`.
+
+    Raises:
+        CheckpointError: the directory is not sound, or nothing in it is quantized.
+        UnsupportedProblem: no kernel takes the weight; lists the reasons.
+    """
+    checkpoint = open_checkpoint(directory)
+    if not checkpoint.modules:
+        raise CheckpointError(f"{directory} holds no quantized weights; quantize it first (qkernels quantize)")
+    weight = checkpoint.weight(next(iter(checkpoint.modules))).weight
+    return select(Problem(weight.N, weight.K, weight.scheme, torch.bfloat16, arch_of(device))).layout
+
+
+def plain_tensors(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """What is not part of a `QuantLinear`. Of tied names the first is written, as `transformers` expects."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -1,1 +1,1 @@
-"""The command line: one file a command, each with `add_parser` and `run`."""
+"""The command line: one file a command, each with `NAME`, `SUMMARY`, `add_parser` and `run`."""

@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import ArgumentError
 from ..scheme import QuantScheme
 from .common import Subparsers, command_parser, device, positive, warn_of_threads
+
+NAME, SUMMARY = "bench", "time the kernels beside their peers, in under a minute"
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "bench",
-        "time the kernels beside their peers, in under a minute",
+        NAME,
+        SUMMARY,
         "  qkernels bench\n"
         "  qkernels bench --json > before.json\n"
         "  qkernels bench --compare before.json      exit code 3 if a kernel became slower\n"
@@ -68,24 +68,26 @@ def suite(module: str) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     if args.tune:
         if args.compare or args.save:
             raise ArgumentError("--tune writes your table of configurations; leave out --compare and --save")
-        tuning = suite("tune")
+        tuning = suite("kernels.tune")
         shapes = [tuning.shape_of(text) for text in args.tune]
         tuning.run(args.device or torch.device("cuda:0"), shapes, QuantScheme.parse(args.scheme))
         return 0
-    results = suite("results")
+    results = suite("method.results")
     place = args.device or torch.device("cpu")
     old = results.read(args.compare) if args.compare else None  # before a minute is spent
     if args.threads:
         torch.set_num_threads(args.threads)
     warn_of_threads(place)
-    measured = suite("quick").quick(place, float(args.seconds))
+    measured = suite("kernels.quick").quick(place, float(args.seconds))
     if args.save:
         results.write(measured, Path(args.save))
     if old is not None:
-        comparison = suite("comparison")
+        comparison = suite("method.comparison")
         found = comparison.compare(old, measured)
         print(comparison.to_markdown(found))
         return 3 if found.slower else 0

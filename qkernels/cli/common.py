@@ -1,4 +1,7 @@
-"""What several commands share: argument types, the tokenizer, writing results."""
+"""What several commands share: argument types, reading a text, writing results.
+
+The modules of commands import torch where they run, not at their head: `--help` needs none.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,17 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from ..errors import ArgumentError
+from ..machine import find_cores, oversubscribed
 
-from ..errors import ArgumentError, CheckpointError
-from ..storage import require_directory
-from .cores import find_cores, oversubscribed
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 Subparsers = Any  # argparse keeps the type private
 
 
@@ -37,13 +39,24 @@ def command_parser(
 
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
+    if not text.isdecimal() or not 1 <= (value := int(text[:20])) < 2**31:  # Python refuses to read thousands of digits
+        raise argparse.ArgumentTypeError(f"expected a positive integer below 2^31, got {text[:40]!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: what torch's generators take, -2^63 … 2^64 - 1."""
+    digits = text.removeprefix("-")
+    value = int(text[:22]) if digits.isdecimal() else None
+    if value is None or not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected an integer of -2^63 … 2^64 - 1, got {text[:40]!r}")
+    return value
 
 
 def any_device(text: str) -> torch.device:
     """An argparse type: a device that kernels run on, here or elsewhere."""
+    import torch
+
     try:
         found = torch.device(text)
     except RuntimeError:
@@ -55,6 +68,8 @@ def any_device(text: str) -> torch.device:
 
 def device(text: str) -> torch.device:
     """An argparse type: the CPU, or a GPU that this torch sees."""
+    import torch
+
     found = any_device(text)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
@@ -85,8 +100,26 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: that of the checkpoint)")
 
 
+def add_on_unsupported(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-unsupported",
+        choices=("raise", "reference"),
+        default="raise",
+        help="where no kernel takes a layer: an error with the reasons, or the slow plain-PyTorch one (default: raise)",
+    )
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """What `add_dtype` was given; None: the checkpoint's own."""
+    import torch
+
+    return getattr(torch, args.dtype) if args.dtype else None
+
+
 def warn_of_threads(place: torch.device) -> None:
     """One line on standard error if torch runs more threads on the CPU than this process has cores."""
+    import torch
+
     advice = oversubscribed(find_cores(), torch.get_num_threads()) if place.type == "cpu" else None
     if advice:
         print(f"warning: {advice}", file=sys.stderr)
@@ -107,27 +140,5 @@ def read_text(path: str) -> str:
     return text
 
 
-def load_tokenizer(directory: str | Path) -> Any:
-    """The checkpoint's own tokenizer; nothing is downloaded, no code of the checkpoint is run.
-
-    Raises:
-        CheckpointError: there is no such directory, or no tokenizer in it that transformers can read.
-    """
-    from transformers import AutoTokenizer
-
-    require_directory(Path(directory))  # transformers would take a name for one on the Hub
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no readable tokenizer: {error}") from None
-
-
-def token_ids(tokenizer: Callable[..., Any], text: str) -> Tensor:
-    """int64 `[tokens]`, without special tokens."""
-    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
-    ids: Tensor = encoded["input_ids"][0]
-    return ids
-
-
 def print_json(values: Mapping[str, Any]) -> None:
-    print(json.dumps(values, indent=2, ensure_ascii=False))
+    print(json.dumps(values, indent=2, ensure_ascii=False))  # a terminal without such characters: see `streams`

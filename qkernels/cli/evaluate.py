@@ -5,24 +5,25 @@ from __future__ import annotations
 import argparse
 
 from .common import (
-    DTYPES,
     Subparsers,
     add_device,
     add_dtype,
+    add_on_unsupported,
     command_parser,
-    load_tokenizer,
+    dtype_of,
     positive,
     print_json,
     read_text,
-    token_ids,
 )
+
+NAME, SUMMARY = "eval", "perplexity, and KL and top-1 agreement with the original"
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "eval",
-        "perplexity, and KL and top-1 agreement with the original",
+        NAME,
+        SUMMARY,
         "  qkernels eval out/ --text held-out.txt\n  qkernels eval out/ --text held-out.txt --against my-llama/ --json",
         "Perplexity of a checkpoint on a text: consecutive windows without overlap, mean over the next tokens of each "
         "window. With --against also the KL divergence per token from the original, which is far more sensitive.",
@@ -33,21 +34,24 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=positive, help="tokens in a window (default: 2048, capped to the model's)")
     add_device(parser)
     add_dtype(parser)
+    add_on_unsupported(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint import load
-    from ..evaluate import Comparison, Perplexity, compare, perplexity, window_length
+    from ..evaluate import Comparison, Perplexity, compare, perplexity
+    from ..texts import load_tokenizer, token_ids, window_length
 
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    dtype = dtype_of(args)
     ids = token_ids(load_tokenizer(args.checkpoint), read_text(args.text))
-    model = load(args.checkpoint, device=args.device, dtype=dtype)
+    model = load(args.checkpoint, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
     seq_len = window_length(model, args.seq_len)
     results: list[Perplexity | Comparison] = [perplexity(model, ids, seq_len)]
     if args.against:
-        results.append(compare(model, load(args.against, device=args.device, dtype=dtype), ids, seq_len))
+        original = load(args.against, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
+        results.append(compare(model, original, ids, seq_len))
     if args.json:
         print_json({key: value for result in results for key, value in result.to_json().items()})
     else:

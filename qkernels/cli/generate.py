@@ -6,27 +6,28 @@ import argparse
 import sys
 import time
 
-import torch
-
 from ..errors import ArgumentError
 from .common import (
-    DTYPES,
     Subparsers,
     add_device,
     add_dtype,
+    add_on_unsupported,
     command_parser,
-    load_tokenizer,
+    dtype_of,
     positive,
+    seed,
     temperature,
     warn_of_threads,
 )
+
+NAME, SUMMARY = "generate", "continue a prompt with a checkpoint"
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "generate",
-        "continue a prompt with a checkpoint",
+        NAME,
+        SUMMARY,
         '  qkernels generate out/ --prompt "It was a dark night"\n'
         '  qkernels generate out/ --prompt "It was" --tokens 100 --temperature 0.8 --seed 1',
     )
@@ -34,26 +35,25 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--tokens", type=positive, default=60, help="how many tokens to add (default: 60)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument(
-        "--fuse",
-        action="store_true",
-        help="run q, k, v and gate, up as one packed matrix each: same output, fewer calls",
-    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
     add_device(parser)
     add_dtype(parser)
+    add_on_unsupported(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     from ..checkpoint import load
+    from ..texts import load_tokenizer
 
     tokenizer = load_tokenizer(args.checkpoint)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ArgumentError(f"--prompt must have at least one token, got {args.prompt!r}")
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    model = load(args.checkpoint, device=args.device, dtype=dtype, fuse=args.fuse)
+    dtype = dtype_of(args)
+    model = load(args.checkpoint, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
     warn_of_threads(args.device)
     torch.manual_seed(args.seed)
     start = time.perf_counter()

@@ -6,12 +6,14 @@ import argparse
 
 from .common import Subparsers, command_parser
 
+NAME, SUMMARY = "inspect", "show what a checkpoint holds, and whether it is sound"
+
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser = command_parser(
         commands,
-        "inspect",
-        "show what a checkpoint holds, and whether it is sound",
+        NAME,
+        SUMMARY,
         "  qkernels inspect out/\n  qkernels inspect out/ --json",
     )
     parser.add_argument("checkpoint", help="a directory with safetensors and config.json")

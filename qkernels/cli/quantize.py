@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..scheme import GroupSize
-from .common import Subparsers, add_device, command_parser, load_tokenizer, positive, read_text
+from .common import Subparsers, add_device, command_parser, positive, read_text
 
 if TYPE_CHECKING:
     from ..quantizers import Options
 
-METHODS = ("rtn", "gptq", "awq", "hqq", "nf4", "smoothquant")
+
+NAME, SUMMARY = "quantize", "quantize a model directory"
 
 
 def group_size(text: str) -> GroupSize:
@@ -31,14 +34,20 @@ def override(text: str) -> tuple[str, str]:
 
 
 def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
+    from ..quantizers import QUANTIZERS
+
     parser = command_parser(
         commands,
-        "quantize",
-        "quantize a model directory",
+        NAME,
+        SUMMARY,
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --format gptq\n"
         "  qkernels quantize my-llama/ out/ --method awq --asym --calibration text.txt --format awq\n"
         "  qkernels quantize my-llama/ out/ --method rtn --bits 8 --override '*.down_proj=w8a16_channel'\n"
         "  qkernels quantize my-llama/ out/ --method hqq --bits 3\n"
+        "  qkernels quantize my-llama/ out/ --method nf4\n"
+        "  qkernels quantize my-llama/ out/ --method rtn --bits 6 --group-size 32\n"
+        "  qkernels quantize my-llama/ out/ --method rtn --scheme w4a16_g32_offset\n"
+        "  qkernels quantize my-llama/ out/ --method gptq --scheme w4a8_g128 --calibration text.txt\n"
         "  qkernels quantize my-llama/ out/ --method smoothquant --calibration text.txt    (w8a8_channel)\n"
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run",
         "Quantize a model directory, one decoder layer at a time: memory stays at one layer plus the calibration "
@@ -47,22 +56,33 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("model", help="a directory with safetensors, config.json and a tokenizer")
     parser.add_argument("out", help="the directory to make; it must not exist yet")
     parser.add_argument(
-        "--method", choices=METHODS, default="gptq", help="rtn, hqq and nf4 need no calibration (default: gptq)"
+        "--method",
+        choices=QUANTIZERS,
+        default="gptq",
+        help=f"{_listed(_names(lambda method: method.needs == 'weight'))} need no calibration (default: gptq)",
     )
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="width of a weight (default: 4; smoothquant: 8)")
+    parser.add_argument("--bits", type=int, choices=range(2, 9), help="width of a weight (default: 4; smoothquant: 8)")
+    parser.add_argument(
+        "--scheme",
+        help="instead of --bits, --group-size and --asym, in short form: w4a16_g128, w4a16_g64_asym, w4a16_g32_offset, "
+        "w3a16_g64_fzero, w8a16_channel, w4a8_g128 (activations in 8 bits), nf4_g64, fp4_g64",
+    )
     parser.add_argument(
         "--group-size",
         type=group_size,
         help='weights that share a scale: an integer, "channel" or "tensor" (default: 128; hqq, nf4: 64; smoothquant: channel)',
     )
-    parser.add_argument("--asym", action="store_true", help="integer zero points (rtn, gptq, awq, smoothquant)")
+    with_zeros = ", ".join(_names(lambda method: method.integer_zeros))
+    parser.add_argument("--asym", action="store_true", help=f"integer zero points ({with_zeros})")
     parser.add_argument(
         "--act-order",
         choices=("none", "group", "static"),
         help="gptq: the order of columns (default: the best measured)",
     )
     parser.add_argument(
-        "--calibration", metavar="FILE", help="UTF-8 text like what the model will see (gptq, awq, smoothquant)"
+        "--calibration",
+        metavar="FILE",
+        help=f"UTF-8 text like what the model will see ({', '.join(_names(lambda method: method.needs == 'moments'))})",
     )
     parser.add_argument(
         "--eval-text", metavar="FILE", help="UTF-8 text the model has not seen: the report says perplexity and KL on it"
@@ -75,7 +95,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--format", default="native", help="native, gptq, gptq_v2, awq or compressed-tensors (default: native)"
     )
     parser.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
-    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: lm_head)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: heads)")
     parser.add_argument(
         "--override",
         action="append",
@@ -85,7 +105,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="another scheme for some layers",
     )
     add_device(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that qkernels wrote")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -103,34 +123,65 @@ def method_of(args: argparse.Namespace) -> Options:
     """
     from ..quantizers import QUANTIZERS
 
+    method = QUANTIZERS[args.method]
+    if args.scheme is not None:
+        if args.bits is not None or args.group_size is not None or args.asym:
+            raise ArgumentError(f"--scheme {args.scheme} says it all: leave out --bits, --group-size and --asym")
+        ordered = {} if args.act_order is None else {"act_order": args.act_order}
+        if ordered and not _orders(method):
+            raise _no_act_order(args)
+        return method(**ordered).with_scheme(args.scheme)
     given: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "act_order": args.act_order}
     options = {name: value for name, value in given.items() if value is not None}
-    zero_points = args.method in ("rtn", "gptq", "awq", "smoothquant")
-    if args.asym and not zero_points:
+    if args.asym and not method.integer_zeros:
         raise ArgumentError(
-            f"--asym gives rtn, gptq, awq and smoothquant integer zero points; {args.method} has zero points of its own or none"
+            f"--asym gives {_listed(_names(lambda known: known.integer_zeros))} integer zero points; {args.method} has "
+            f"zero points of its own or none"
         )
-    if args.act_order is not None and args.method != "gptq":
-        raise ArgumentError(f"--act-order is an option of gptq, got --method {args.method}")
-    if zero_points:
+    if args.act_order is not None and not _orders(method):
+        raise _no_act_order(args)
+    if method.integer_zeros:
         options["symmetric"] = not args.asym
-    return QUANTIZERS[args.method](**options)
+    return method(**options)
+
+
+def _no_act_order(args: argparse.Namespace) -> ArgumentError:
+    return ArgumentError(f"--act-order is an option of {_listed(_names(_orders))}, got --method {args.method}")
+
+
+def _names(which: Callable[[type[Options]], bool]) -> list[str]:
+    """The registered methods of which something is true."""
+    from ..quantizers import QUANTIZERS
+
+    return [name for name, method in QUANTIZERS.items() if which(method)]
+
+
+def _orders(method: type[Options]) -> bool:
+    return any(field.name == "act_order" for field in fields(method))
+
+
+def _listed(names: list[str]) -> str:
+    """Names as in a sentence: `a, b and c`."""
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..calibrate import plan, quantize
-    from ..layerwise.planning import check_disk
+    from ..calibrate import preview, quantize
+    from ..layerwise.preview import check_disk
+    from ..texts import load_tokenizer
 
     method = method_of(args)
     selection = {
         "include": args.include,
-        "exclude": args.exclude if args.exclude is not None else ("lm_head",),
+        "exclude": args.exclude,
         "overrides": dict(args.override),
     }
     if args.dry_run:
-        planned = plan(args.model, method, **selection, samples=args.samples, seq_len=args.seq_len)
-        print(planned.to_markdown())
-        check_disk(planned, args.out)
+        previewed = preview(
+            args.model, method, **selection, samples=args.samples, seq_len=args.seq_len, format=args.format
+        )
+        print(previewed.to_markdown())
+        check_disk(previewed, args.out)
         return 0
     report = quantize(
         args.model,

@@ -1,21 +1,22 @@
 """Formats: checkpoint tensors <-> `QuantTensor`. One file each, one registration line here.
 
-A format is a value made of pure functions. `parse` validates everything that comes from a file and raises
-`CheckpointError` naming the module, the field, what was expected and what came; `write` raises `ConversionError` for
-what the format cannot express, so that whatever is written reads back as an equal weight.
+A format is a value made of pure functions. `parse` validates everything that comes from a file, tells the weight and its
+oddities at once, and raises `CheckpointError` naming the module, the field, what was expected and what came; `write` raises
+`ConversionError` for what the format cannot express, so that whatever is written reads back as an equal weight.
 
 Tensors of a module are named `<module>.<suffix>`; a bias is an ordinary tensor and none of a format's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..errors import ArgumentError, CheckpointError, ConversionError
+from ..errors import ConversionError
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
 
@@ -30,39 +31,58 @@ class Oddity(NamedTuple):
     detail: str
 
 
-class ConfigOf(Protocol):
-    """The `quantization_config` of a checkpoint: `default` holds for every module that `modules` does not give another
-    scheme; `act_order` says whether any weight has a group index; `unquantized` names linear modules left in 16 bits.
+def summary(oddities: Iterable[tuple[str, Oddity]]) -> Iterator[str]:
+    """One line for each kind of oddity among (module, oddity) pairs: how many modules, and the first of them."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for module, oddity in oddities:
+        kinds.setdefault(oddity.kind, []).append((module, oddity.detail))
+    for kind, found in kinds.items():
+        module, detail = found[0]
+        yield f"{kind}: {len(found)} module{'s' if len(found) > 1 else ''}, first {module} ({detail})"
 
-    Raises `ConversionError` if the format has no spelling for these schemes, so that it can be asked before the work.
+
+class Parsed(NamedTuple):
+    """What a module's tensors mean, and what is strange about them."""
+
+    weight: QuantTensor
+    oddities: tuple[Oddity, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a checkpoint holds, as far as its `quantization_config` has to say it.
+
+    Args:
+        default: the scheme of every module that `modules` does not give another.
+        modules: the scheme of each quantized module by name.
+        act_order: whether any weight has a group index.
+        unquantized: linear modules left in 16 bits.
     """
 
-    def __call__(
-        self,
-        default: QuantScheme,
-        modules: Mapping[str, QuantScheme],
-        *,
-        act_order: bool = False,
-        unquantized: Sequence[str] = (),
-    ) -> dict[str, Any]: ...
+    default: QuantScheme
+    modules: Mapping[str, QuantScheme]
+    act_order: bool = False
+    unquantized: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls, modules: Mapping[str, QuantScheme], act_order: bool = False, unquantized: Iterable[str] = ()
+    ) -> Written:
+        """The most frequent scheme is the default. There must be a module."""
+        default = Counter(modules.values()).most_common(1)[0][0]
+        return cls(default, modules, act_order, tuple(unquantized))
 
-def no_oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
-    """Of a format that leaves nothing to guess."""
-    return []
+    @property
+    def schemes(self) -> set[QuantScheme]:
+        """Every scheme that occurs."""
+        return {self.default, *self.modules.values()}
 
 
 def _not_written(weight: QuantTensor) -> dict[str, Tensor]:
     raise ConversionError(f"this format is only read; written are {', '.join(FORMATS)}")
 
 
-def _no_config(
-    default: QuantScheme,
-    modules: Mapping[str, QuantScheme],
-    *,
-    act_order: bool = False,
-    unquantized: Sequence[str] = (),
-) -> dict[str, Any]:
+def _no_config(written: Written) -> dict[str, Any]:
     raise ConversionError(f"this format is only read; written are {', '.join(FORMATS)}")
 
 
@@ -76,23 +96,22 @@ class Format:
             may have dots of its own ("weight.absmax").
         optional: suffixes that a module may have.
         matches: whether a `quantization_config` means this format.
-        parse: (module, tensors by suffix, quantization_config) -> the weight.
+        parse: (module, tensors by suffix, quantization_config) -> the weight, and what is strange about it.
         write: weight -> tensors by suffix; a format that is only read leaves it out.
-        config_of: the `quantization_config` to write beside them.
-        oddities: (module, tensors by suffix, quantization_config) -> what is strange about a module that parses.
+        config_of: the `quantization_config` to write beside them. Raises `ConversionError` if the format has no spelling for
+            these schemes, so that it can be asked before the work.
         config_file: a file beside config.json that also gets the quantization_config, for older readers.
-        needs_metadata: the metadata of the safetensors headers says what the tensors are; `parse` and `oddities` find it in
-            the quantization_config, under `METADATA`.
+        needs_metadata: the metadata of the safetensors headers says what the tensors are; `parse` finds it in the
+            quantization_config, under `METADATA`.
     """
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
     matches: Callable[[Config], bool]
-    parse: Callable[[str, Mapping[str, Tensor], Config], QuantTensor]
+    parse: Callable[[str, Mapping[str, Tensor], Config], Parsed]
     write: Callable[[QuantTensor], dict[str, Tensor]] = _not_written
-    config_of: ConfigOf = _no_config
-    oddities: Callable[[str, Mapping[str, Tensor], Config], list[Oddity]] = no_oddities
+    config_of: Callable[[Written], dict[str, Any]] = _no_config
     config_file: str | None = None
     needs_metadata: bool = False
 
@@ -123,41 +142,3 @@ READ_ONLY: dict[str, Format] = {
         auto_round.FORMAT, torchao.FORMAT,
     )
 }  # fmt: skip
-
-# Read from files often enough to deserve an answer better than "unknown".
-_LATER = {
-    "bitsandbytes", "auto-round", "fp8", "marlin", "gptq_p", "bitblas", "compressed-tensors",
-    "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-quantized",
-    "mxfp8-quantized", "mixed-precision", "marlin-24",
-}  # fmt: skip
-
-
-def get_format(name: str) -> Format:
-    """The format of that name, to write.
-
-    Raises:
-        ArgumentError: there is none.
-    """
-    if name not in FORMATS:
-        known = f"{name!r}, which is only read" if name in READ_ONLY else repr(name)
-        raise ArgumentError(f"format must be one of {', '.join(FORMATS)}, got {known}")
-    return FORMATS[name]
-
-
-def detect(config: Config) -> Format:
-    """The format that a `quantization_config` declares.
-
-    Raises:
-        CheckpointError: none that is read here; names what was declared.
-    """
-    for candidate in (*FORMATS.values(), *READ_ONLY.values()):
-        if candidate.matches(config):
-            return candidate
-    keys = ("quant_method", "method", "checkpoint_format", "format", "version", "packing_format", "is_marlin_format")
-    declared = {key: config[key] for key in keys if key in config}
-    later = config.get("is_marlin_format") or any(str(value).lower() in _LATER for value in declared.values())
-    raise CheckpointError(
-        f"quantization_config declares {declared or 'no quant_method'!r:.200}, "
-        f"{'a kind that is not read yet' if later else 'which is not known'}; "
-        f"read are {', '.join((*FORMATS, *READ_ONLY))}"
-    )

@@ -25,8 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..tensor import QuantTensor
-from . import Config, Format, Oddity, awq, gptq
+from . import Config, Format, Parsed, awq, gptq
 from .validation import naming, pattern_of
 
 METHOD = "auto-round"
@@ -36,7 +35,7 @@ _VERSIONS: dict[str, gptq.Version] = {"auto_round:auto_gptq": 1, "auto_round": 2
 _FIELDS = ("bits", "group_size", "sym")
 
 
-def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one module; see the head of this file.
 
     Raises:
@@ -47,14 +46,6 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTe
     if version is None:
         return awq.GEMM.parse(module, tensors, translated)
     return gptq.parse(version, module, tensors, translated, WIDTHS)
-
-
-def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
-    """Those of the body."""
-    version, translated = _translate(module, config)
-    if version is None:
-        return awq.GEMM.oddities(module, tensors, translated)
-    return gptq.oddities(version, module, tensors, translated, WIDTHS)
 
 
 def _translate(module: str, config: Config) -> tuple[gptq.Version | None, dict[str, Any]]:
@@ -97,5 +88,4 @@ FORMAT: Format = Format(
         and _packing(config) in (_AWQ, *_VERSIONS)
     ),
     parse=parse,
-    oddities=oddities,
 )

@@ -17,7 +17,7 @@ The kinds "gemv" and "gemv_fast" are read by `awq_gemv`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
-from . import Config, Format, Oddity
+from . import Config, Format, Oddity, Parsed, Written
 from .validation import (
     boolean,
     check_float,
@@ -45,7 +45,7 @@ from .validation import (
 ROW_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one module; see the head of this file for `tensors`.
 
     Raises:
@@ -68,7 +68,8 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTe
         zeros: Tensor | None = _deinterleave(qzeros)
         if boolean(config, "sym") and zeros is not None and bool((zeros == 8).all()):
             scheme, zeros = QuantScheme(4, scheme.group_size), None
-        return QuantTensor(_deinterleave(qweight), scales.T.contiguous(), zeros, None, scheme)
+        weight = QuantTensor(_deinterleave(qweight), scales.T.contiguous(), zeros, None, scheme)
+        return Parsed(weight, denied_zeros(config))
 
 
 def write(weight: QuantTensor) -> dict[str, Tensor]:
@@ -93,17 +94,11 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
     }
 
 
-def config_of(
-    default: QuantScheme,
-    modules: Mapping[str, QuantScheme],
-    *,
-    act_order: bool = False,
-    unquantized: Sequence[str] = (),
-) -> dict[str, Any]:
-    """See `ConfigOf`. A file has one group size; symmetric and asymmetric modules may be mixed."""
-    schemes = {default, *modules.values()}
+def config_of(written: Written) -> dict[str, Any]:
+    """See `Format`. A file has one group size; symmetric and asymmetric modules may be mixed."""
+    default, modules, schemes = written.default, written.modules, written.schemes
     reasons = [reason for scheme in sorted(schemes, key=str) for reason in _reasons(scheme)]
-    if act_order:
+    if written.act_order:
         reasons.append("columns are in act-order, and AWQ has no group index")
     if len({scheme.group_size for scheme in schemes}) > 1:
         other = next(name for name, scheme in sorted(modules.items()) if scheme.group_size != default.group_size)
@@ -116,15 +111,15 @@ def config_of(
         "zero_point": True,
         "version": "gemm",
         "sym": all(scheme.symmetric for scheme in modules.values()) and default.symmetric,
-        "modules_to_not_convert": sorted(unquantized) or None,
+        "modules_to_not_convert": sorted(written.unquantized) or None,
     }
 
 
-def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
-    """A config that denies the zero points which the tensors have."""
+def denied_zeros(config: Config) -> tuple[Oddity, ...]:
+    """The oddity of a config that denies the zero points which the tensors have."""
     if boolean(config, "zero_point") is False:
-        return [Oddity("zero_point is false, which no AWQ packer writes", "the stored zero points are used")]
-    return []
+        return (Oddity("zero_point is false, which no AWQ packer writes", "the stored zero points are used"),)
+    return ()
 
 
 def scheme_of(config: Config) -> QuantScheme:
@@ -172,5 +167,4 @@ GEMM: Format = Format(
     parse=parse,
     write=write,
     config_of=config_of,
-    oddities=oddities,
 )

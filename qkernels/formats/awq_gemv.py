@@ -29,14 +29,14 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
-from . import Config, Format, awq
+from . import Config, Format, Parsed, awq
 from .bitstream import unpack
 from .validation import check_float, check_scales, expect, first_of, naming
 
 _ZERO_WORDS = {64: 2, 32: 4}  # ZW is a multiple of these
 
 
-def parse_gemv(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse_gemv(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one module of the kind gemv; see the head of this file for `tensors`.
 
     Raises:
@@ -54,10 +54,11 @@ def parse_gemv(module: str, tensors: Mapping[str, Tensor], config: Config) -> Qu
         check_float("scales", scales, (N, 8 * words), why)
         used = scales[:, :G].contiguous()
         check_scales(used)
-        return QuantTensor(unpack(qweight, 4, K), used, unpack(qzeros, 4, G), None, scheme)
+        weight = QuantTensor(unpack(qweight, 4, K), used, unpack(qzeros, 4, G), None, scheme)
+        return Parsed(weight, awq.denied_zeros(config))
 
 
-def parse_gemv_fast(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse_gemv_fast(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one module of the kind gemv_fast; see the head of this file for `tensors`.
 
     Raises:
@@ -77,7 +78,8 @@ def parse_gemv_fast(module: str, tensors: Mapping[str, Tensor], config: Config) 
         expect("qzeros", qzeros, (scales.dtype,), (8 * words, N), why)
         used = scales[:G].T.contiguous()
         check_scales(used)
-        return QuantTensor(_rows(qweight), used, _integer_zeros(qzeros[:G].T.contiguous(), used), None, scheme)
+        zeros = _integer_zeros(qzeros[:G].T.contiguous(), used)
+        return Parsed(QuantTensor(_rows(qweight), used, zeros, None, scheme), awq.denied_zeros(config))
 
 
 def _geometry(K: int, config: Config) -> tuple[QuantScheme, int]:
@@ -128,7 +130,6 @@ GEMV: Format = Format(
     optional=(),
     matches=lambda config: _matches(("gemv",), config),
     parse=parse_gemv,
-    oddities=awq.oddities,
 )
 GEMV_FAST: Format = Format(
     name="awq gemv_fast",
@@ -136,5 +137,4 @@ GEMV_FAST: Format = Format(
     optional=(),
     matches=lambda config: _matches(("gemv_fast", "llm-awq"), config),
     parse=parse_gemv_fast,
-    oddities=awq.oddities,
 )

@@ -35,7 +35,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import CODEBOOKS, QuantScheme
 from ..tensor import QuantTensor
-from . import Config, Format, Oddity
+from . import Config, Format, Oddity, Parsed
 from .validation import check_scales, expect, naming
 
 METHOD = "bitsandbytes"
@@ -53,7 +53,10 @@ class _State(NamedTuple):
     nested_offset: float
 
 
-def parse_4bit(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+_ACTIVATIONS = Oddity("LLM.int8() quantizes activations too", "the weights are used with 16-bit activations instead")
+
+
+def parse_4bit(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one 4-bit module; see the head of this file for `tensors`.
 
     Raises:
@@ -77,10 +80,10 @@ def parse_4bit(module: str, tensors: Mapping[str, Tensor], config: Config) -> Qu
         scales = _absmax(tensors, state, blocks).reshape(N, K // state.block)
         check_scales(scales)
         _check_table(tensors["weight.quant_map"], state.codebook)
-        return QuantTensor(codes, scales, None, None, QuantScheme(4, state.block, codebook=state.codebook))
+        return Parsed(QuantTensor(codes, scales, None, None, QuantScheme(4, state.block, codebook=state.codebook)))
 
 
-def parse_int8(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse_int8(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one int8 module; see the head of this file for `tensors`.
 
     Raises:
@@ -98,12 +101,8 @@ def parse_int8(module: str, tensors: Mapping[str, Tensor], config: Config) -> Qu
             )
         scales = (largest / 127)[:, None].contiguous()
         check_scales(scales)
-        return QuantTensor((weight.short() + 128).to(torch.uint8), scales, None, None, QuantScheme(8, "channel"))
-
-
-def oddities_int8(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
-    """Activations that the origin quantizes."""
-    return [Oddity("LLM.int8() quantizes activations too", "the weights are used with 16-bit activations instead")]
+        codes = (weight.short() + 128).to(torch.uint8)
+        return Parsed(QuantTensor(codes, scales, None, None, QuantScheme(8, "channel")), (_ACTIVATIONS,))
 
 
 def _state(tensors: Mapping[str, Tensor]) -> _State:
@@ -181,5 +180,4 @@ INT8: Format = Format(
     optional=("weight_format",),
     matches=lambda config: _matches("load_in_8bit", config),
     parse=parse_int8,
-    oddities=oddities_int8,
 )

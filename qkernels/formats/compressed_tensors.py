@@ -16,7 +16,7 @@ since then codes straddle words. Nothing but the version says so, but the number
 ceil(K * bits / 32). (Rows so short that both need the same number go by the version.)
 
 `int-quantized` keeps `weight` as int8 `[N, K]`, one code a byte, and is made for int8 activations. Its weights are read as
-what they are, with 16-bit activations, which lose nothing; `oddities` says what the file asked for.
+what they are, with 16-bit activations, which lose nothing; an oddity says what the file asked for, of inputs and of outputs.
 
 The scheme of a module comes from the `config_groups` entry whose `targets` fit it best: its name, else a pattern ("re:…"),
 else the class name "Linear".
@@ -24,7 +24,7 @@ else the class name "Linear".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import GroupSize, QuantScheme
 from ..tensor import QuantTensor
-from . import Config, Format, Oddity
+from . import Config, Format, Oddity, Parsed, Written
 from .bitstream import pack, unpack, word_count
 from .native import shape_tensor, weight_shape
 from .validation import (
@@ -66,7 +66,7 @@ class _Fields(NamedTuple):
     activations: str  # what the group wants done to activations, "" for nothing
 
 
-def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one module of a pack-quantized file; see the head of this file for `tensors`.
 
     Raises:
@@ -85,10 +85,11 @@ def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> 
         width = _words(K, fields.bits, dense)
         why = f"{fields.bits} bits, weight_shape {sizes}"
         expect("weight_packed", packed, (torch.int32,), (N, width), why)
-        return _weight(_unpack(packed, fields.bits, K, dense), tensors, fields, dense)
+        weight = _weight(_unpack(packed, fields.bits, K, dense), tensors, fields, dense)
+        return Parsed(weight, tuple(_oddities(tensors, fields, dense)))
 
 
-def parse_integers(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse_integers(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one module of an int-quantized file.
 
     Raises:
@@ -100,7 +101,8 @@ def parse_integers(module: str, tensors: Mapping[str, Tensor], config: Config) -
         if stored.dim() != 2:
             raise CheckpointError(f"weight must be int8 [N, K], got {list(stored.shape)}")
         expect("weight", stored, (torch.int8,), tuple(stored.shape))
-        return _weight(_unsigned("weight", stored, fields.bits), tensors, fields, True)
+        weight = _weight(_unsigned("weight", stored, fields.bits), tensors, fields, True)
+        return Parsed(weight, tuple(_oddities(tensors, fields, True)))
 
 
 def write(weight: QuantTensor) -> dict[str, Tensor]:
@@ -128,15 +130,10 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
     return tensors | {"weight_shape": shape_tensor(weight)}
 
 
-def config_of(
-    default: QuantScheme,
-    modules: Mapping[str, QuantScheme],
-    *,
-    act_order: bool = False,
-    unquantized: Sequence[str] = (),
-) -> dict[str, Any]:
-    """See `ConfigOf`. "Linear" has the default scheme; every other scheme becomes a group that names its modules."""
-    for scheme in {default, *modules.values()}:
+def config_of(written: Written) -> dict[str, Any]:
+    """See `Format`. "Linear" has the default scheme; every other scheme becomes a group that names its modules."""
+    default, modules = written.default, written.modules
+    for scheme in written.schemes:
         refuse(PACKED.name, _reasons(scheme))
     targets: dict[QuantScheme, list[str]] = {default: ["Linear"]}
     for name, scheme in sorted(modules.items()):
@@ -145,7 +142,7 @@ def config_of(
     groups = {
         f"group_{i}": {
             "targets": names,
-            "weights": _own_fields(scheme, act_order),
+            "weights": _own_fields(scheme, written.act_order),
             "input_activations": None,
             "output_activations": None,
             "format": PACK,
@@ -157,32 +154,25 @@ def config_of(
         "format": PACK,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*([] if "lm_head" in modules else ["lm_head"]), *sorted(unquantized)],
+        "ignore": [*([] if "lm_head" in modules else ["lm_head"]), *sorted(written.unquantized)],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,
     }
 
 
-def oddities(body: str, module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
+def _oddities(tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> Iterator[Oddity]:
     """Activations that the file wants quantized, the older packing, act-order that is natural or denied."""
-    fields = _fields(module, config, body)
-    found = []
     if fields.activations:
-        found.append(
-            Oddity(f"the config asks for {fields.activations}", "the weights are used with 16-bit activations instead")
+        yield Oddity(
+            f"the config asks for {fields.activations}", "the weights are used with 16-bit activations instead"
         )
-    if body == PACK and fields.bits in (3, 5, 6, 7):
-        K = weight_shape(tensors["weight_shape"])[-1]
-        if not _dense(tensors["weight_packed"], K, fields.bits, config):
-            found.append(Oddity("codes are packed as before version 0.18", f"{32 // fields.bits} in a word"))
+    if fields.bits in (3, 5, 6, 7) and not dense:
+        yield Oddity("codes are packed as before version 0.18", f"{32 // fields.bits} in a word")
     if "weight_g_idx" in tensors and not fields.ordered and not _unset(tensors["weight_g_idx"]):
-        found.append(Oddity("weight_g_idx is there although actorder is not group", "read as it is"))
+        yield Oddity("weight_g_idx is there although actorder is not group", "read as it is")
     if fields.ordered and "weight_g_idx" not in tensors:
-        found.append(
-            Oddity("weight_g_idx is missing although actorder is group", "its columns are read in natural order")
-        )
-    return found
+        yield Oddity("weight_g_idx is missing although actorder is group", "its columns are read in natural order")
 
 
 def _weight(codes: Tensor, tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> QuantTensor:
@@ -306,13 +296,16 @@ def _group_size(weights: Mapping[str, Any]) -> GroupSize:
 
 def _activations(group: Mapping[str, Any]) -> str:
     """What a group says about activations, in words; "" where it leaves them in 16 bits."""
-    args = group.get("input_activations")
-    if args is None:
-        return ""
-    if not isinstance(args, dict):
-        raise CheckpointError(f"input_activations must be an object or null, got {args!r:.40}")
-    when = "quantized per token" if args.get("dynamic") else "with scales of their own in the file"
-    return f"{args.get('num_bits')!r:.10}-bit {args.get('type', 'int')!s:.10} activations, {when}"
+    said = []
+    for key, what in (("input_activations", "activations"), ("output_activations", "output activations")):
+        args = group.get(key)
+        if args is None:
+            continue
+        if not isinstance(args, dict):
+            raise CheckpointError(f"{key} must be an object or null, got {args!r:.40}")
+        when = "quantized per token" if args.get("dynamic") else "with scales of their own in the file"
+        said.append(f"{args.get('num_bits')!r:.10}-bit {args.get('type', 'int')!s:.10} {what}, {when}")
+    return ", and ".join(said)
 
 
 def _group_of(module: str, config: Config) -> Mapping[str, Any]:
@@ -370,7 +363,7 @@ def _own_fields(scheme: QuantScheme, act_order: bool) -> dict[str, Any]:
 def _reasons(scheme: QuantScheme) -> list[str]:
     if scheme.group_size == "tensor" and scheme.zeros == "int":
         return ["one scale per tensor goes with one zero point, and ours has one a row"]
-    plain = QuantScheme(scheme.bits, "channel", scheme.zeros, scheme.act_bits, scheme.codebook)
+    plain = QuantScheme(scheme.bits, "channel", scheme.zeros, scheme.act, scheme.codebook)
     return integer_scheme_reasons(plain if scheme.group_size == "tensor" else scheme, BITS)
 
 
@@ -380,21 +373,22 @@ def _matches(body: str, config: Config) -> bool:
     return config.get("quant_method") == METHOD and config.get("format") == body and not sparse
 
 
+# Scales that no kernel here looks at: see `_activations`.
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
+
 PACKED: Format = Format(
     name="compressed-tensors",
     required=("weight_packed", "weight_scale", "weight_shape"),
-    optional=("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"),
+    optional=("weight_zero_point", "weight_g_idx", *_OF_ACTIVATIONS),
     matches=lambda config: _matches(PACK, config),
     parse=parse_packed,
     write=write,
     config_of=config_of,
-    oddities=lambda module, tensors, config: oddities(PACK, module, tensors, config),
 )
 INTEGERS: Format = Format(
     name="compressed-tensors int-quantized",
     required=("weight_scale", "weight"),
-    optional=("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"),
+    optional=("weight_zero_point", "weight_g_idx", *_OF_ACTIVATIONS),
     matches=lambda config: _matches(INT, config),
     parse=parse_integers,
-    oddities=lambda module, tensors, config: oddities(INT, module, tensors, config),
 )

@@ -26,18 +26,18 @@ auto-round's files they lie in a stream, which `widths` says).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._version import __version__
 from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor, natural_group_index
-from . import Config, Format, Oddity
+from . import Config, Format, Oddity, Parsed, Written
 from .bitstream import pack, unpack, word_count
 from .validation import (
     boolean,
@@ -78,7 +78,7 @@ class _Zeros(NamedTuple):
 
 def parse(
     version: Version, module: str, tensors: Mapping[str, Tensor], config: Config, widths: Sequence[int] = BITS
-) -> QuantTensor:
+) -> Parsed:
     """Read one module; see the head of this file for `tensors`. `widths`: the bits whose codes are known to lie in a stream.
 
     A weight is symmetric if the config does not say `sym: false` and all zero points are 2^(bits-1).
@@ -101,13 +101,14 @@ def parse(
         zeros = _read_zeros(version, tensors["qzeros"], scales, fields)
         if zeros.values is not None:
             scheme = QuantScheme(scheme.bits, scheme.group_size, "int")
-        return QuantTensor(
+        weight = QuantTensor(
             unpack(qweight.T, fields.bits, K),
             scales.T.contiguous(),
             None if zeros.values is None else zeros.values.T.contiguous(),
             group_index_of("g_idx", g_idx, K, scheme),
             scheme,
         )
+        return Parsed(weight, tuple(_oddities(version, weight, tensors["qzeros"], zeros, fields, config)))
 
 
 def write(version: Version, weight: QuantTensor) -> dict[str, Tensor]:
@@ -128,61 +129,46 @@ def write(version: Version, weight: QuantTensor) -> dict[str, Tensor]:
     }
 
 
-def config_of(
-    version: Version,
-    default: QuantScheme,
-    modules: Mapping[str, QuantScheme],
-    *,
-    act_order: bool = False,
-    unquantized: Sequence[str] = (),
-) -> dict[str, Any]:
-    """See `ConfigOf`. Modules with a scheme of their own, and those left in 16 bits, become rules of `dynamic`."""
-    for scheme in {default, *modules.values()}:
+def config_of(version: Version, written: Written) -> dict[str, Any]:
+    """See `Format`. Modules with a scheme of their own, and those left in 16 bits, become rules of `dynamic`."""
+    for scheme in written.schemes:
         refuse(_NAMES[version], integer_scheme_reasons(scheme, BITS))
     config: dict[str, Any] = {
         "quant_method": "gptq",
-        **_own_fields(default),
-        "desc_act": act_order,
+        **_own_fields(written.default),
+        "desc_act": written.act_order,
         "static_groups": False,
         "true_sequential": True,
-        "lm_head": "lm_head" in modules,
+        "lm_head": "lm_head" in written.modules,
         "checkpoint_format": _NAMES[version],
         "pack_dtype": "int32",
-        "meta": {"quantizer": [f"qkernels:{_version()}"]},
+        "meta": {"quantizer": [f"qkernels:{__version__}"]},
     }
-    rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(unquantized)}
-    rules |= {f"+:^{re.escape(n)}$": _own_fields(s) for n, s in sorted(modules.items()) if s != default}
+    rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(written.unquantized)}
+    differing = {name: scheme for name, scheme in sorted(written.modules.items()) if scheme != written.default}
+    rules |= {f"+:^{re.escape(name)}$": _own_fields(scheme) for name, scheme in differing.items()}
     return config | ({"dynamic": rules} if rules else {})
 
 
-def oddities(
-    version: Version, module: str, tensors: Mapping[str, Tensor], config: Config, widths: Sequence[int] = BITS
-) -> list[Oddity]:
+def _oddities(
+    version: Version, weight: QuantTensor, qzeros: Tensor, zeros: _Zeros, fields: _Fields, config: Config
+) -> Iterator[Oddity]:
     """What is strange about a module that parses: a label that the zero points contradict, act-order that the config
     denies, the overflow of AutoGPTQ."""
-    fields = _fields(module, config, widths)
-    scales, qzeros, g_idx = tensors["scales"], tensors["qzeros"], tensors.get("g_idx")
-    zeros = _read_zeros(version, qzeros, scales, fields)
-    found = []
     if zeros.stored_as is not None and zeros.stored_as != version:
         label = f"the config says {_NAMES[version]}"
-        found.append(Oddity(f"zero points are stored as {_NAMES[zeros.stored_as]} although {label}", "read by value"))
+        yield Oddity(f"zero points are stored as {_NAMES[zeros.stored_as]} although {label}", "read by value")
     if zeros.values is not None and fields.sym:
-        found.append(Oddity("asymmetric zero points although the config says sym", "read as they are"))
+        yield Oddity("asymmetric zero points although the config says sym", "read as they are")
     if version == 1 and zeros.values is not None and not _trusted(config):
-        damaged = _overflowed_words(qzeros, scales.shape[1], fields.bits)
+        damaged = _overflowed_words(qzeros, weight.N, fields.bits)
         if damaged:
-            found.append(
-                Oddity(
-                    "zero points of 0 look damaged by AutoGPTQ, which set all fields above them to ones",
-                    f"{damaged} of {qzeros.numel()} words; the weights there are wrong, quantize the model again",
-                )
+            yield Oddity(
+                "zero points of 0 look damaged by AutoGPTQ, which set all fields above them to ones",
+                f"{damaged} of {qzeros.numel()} words; the weights there are wrong, quantize the model again",
             )
-    if g_idx is not None and config.get("desc_act") is False:
-        K = g_idx.shape[0]
-        if not torch.equal(g_idx.int(), natural_group_index(K, QuantScheme(4, fields.group_size or "channel"))):
-            found.append(Oddity("g_idx is in act-order although the config says desc_act: false", "read as it is"))
-    return found
+    if weight.group_index is not None and config.get("desc_act") is False:
+        yield Oddity("g_idx is in act-order although the config says desc_act: false", "read as it is")
 
 
 def _matches(version: Version, config: Config) -> bool:
@@ -293,13 +279,6 @@ def _own_fields(scheme: QuantScheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric}
 
 
-def _version() -> str:
-    try:
-        return metadata.version("qkernels")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "0"
-
-
 def _format(version: Version) -> Format:
     return Format(
         name=_NAMES[version],
@@ -309,7 +288,6 @@ def _format(version: Version) -> Format:
         parse=partial(parse, version),
         write=partial(write, version),
         config_of=partial(config_of, version),
-        oddities=partial(oddities, version),
         config_file="quantize_config.json",
     )
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
-from . import Config, Format
+from ..text import describe, dtype_name
+from . import Config, Format, Parsed
 from .validation import check_float, check_scales, naming
 
 METHOD = "hqq"
@@ -45,7 +46,7 @@ _PACKINGS = {  # name: dtype of a word, bits of a field, fields in a word
 _BITS = {"8bit_u8": (5, 6, 8), "4bit_u8": (4,), "3bit_32": (3,), "2bit_u8": (2,)}
 
 
-def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one module; see the head of this file for `tensors`.
 
     Raises:
@@ -80,7 +81,7 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTe
             parts.append(tensors[name].reshape(N, K // size))
         check_scales(parts[0])
         scheme = QuantScheme(bits, "channel" if "group_size" not in tensors else size, "float")
-        return QuantTensor(codes, parts[0], parts[1], None, scheme)
+        return Parsed(QuantTensor(codes, parts[0], parts[1], None, scheme))
 
 
 def _words(tensors: Mapping[str, Tensor], packing: str, rows: int, size: int) -> Tensor:
@@ -93,9 +94,8 @@ def _words(tensors: Mapping[str, Tensor], packing: str, rows: int, size: int) ->
         if width % dtype.itemsize == 0 and stored.numel():
             stored = stored.contiguous().view(dtype)
     if stored.dtype != dtype or list(stored.shape) != [-(-rows // fields), size]:
-        wanted = f"{str(dtype).removeprefix('torch.')} {[-(-rows // fields), size]}"
-        got = f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
-        raise CheckpointError(f"W_q must be {wanted} ({packing}, {rows} groups of {size}), got {got}")
+        wanted = f"{dtype_name(dtype)} {[-(-rows // fields), size]}"
+        raise CheckpointError(f"W_q must be {wanted} ({packing}, {rows} groups of {size}), got {describe(stored)}")
     return stored
 
 

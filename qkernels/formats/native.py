@@ -16,7 +16,7 @@ with the schemes of those modules that differ from `scheme`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
-from . import Config, Format, Oddity
+from . import Config, Format, Parsed, Written
 from .bitstream import pack_bytes, unpack_bytes
 from .validation import check_float, expect, group_index_of, integer, naming
 
@@ -34,7 +34,7 @@ VERSION = 1
 MAX_WEIGHTS = 2**48  # products of sizes beyond this overflow before any check could compare them
 
 
-def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one module; see the head of this file for `tensors`.
 
     Raises:
@@ -58,7 +58,7 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTe
             expect("zeros", zeros, FLOAT_DTYPES, (*rows, groups), f"{scheme}, G={groups}")
         codes = unpack_bytes(tensors["qweight"], scheme.bits, in_features)
         index = group_index_of("group_index", tensors.get("group_index"), in_features, scheme)
-        return QuantTensor(codes, tensors["scales"], zeros, index, scheme)
+        return Parsed(QuantTensor(codes, tensors["scales"], zeros, index, scheme))
 
 
 def write(weight: QuantTensor) -> dict[str, Tensor]:
@@ -73,21 +73,11 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
     return tensors | {"weight_shape": shape_tensor(weight)}
 
 
-def config_of(
-    default: QuantScheme,
-    modules: Mapping[str, QuantScheme],
-    *,
-    act_order: bool = False,
-    unquantized: Sequence[str] = (),
-) -> dict[str, Any]:
-    """See `ConfigOf`. Which modules are quantized and in which order their columns are, the tensors say themselves."""
-    differing = {name: str(scheme) for name, scheme in sorted(modules.items()) if scheme != default}
+def config_of(written: Written) -> dict[str, Any]:
+    """See `Format`. Which modules are quantized and in which order their columns are, the tensors say themselves."""
+    default, modules = written.default, sorted(written.modules.items())
+    differing = {name: str(scheme) for name, scheme in modules if scheme != default}
     return {"quant_method": METHOD, "version": VERSION, "scheme": str(default), "modules": differing}
-
-
-def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
-    """None: this format leaves nothing to guess."""
-    return []
 
 
 def scheme_of(module: str, config: Config) -> QuantScheme:
@@ -136,5 +126,4 @@ FORMAT: Format = Format(
     parse=parse,
     write=write,
     config_of=config_of,
-    oddities=oddities,
 )

@@ -34,13 +34,14 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
-from . import METADATA, Config, Format, Oddity
+from . import METADATA, Config, Format, Oddity, Parsed
 from .validation import check_float, check_scales, expect, naming
 
 METHOD = "torchao"
 MAX_ENTRY = 4096  # characters of the JSON of one weight
 _PREFIX = "_weight_"
 _ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")
+_WITHOUT = Oddity("torchao quantizes activations too", "the weights are used with 16-bit activations instead")
 
 
 class _Entry(NamedTuple):
@@ -52,7 +53,7 @@ class _Entry(NamedTuple):
     fields: Mapping[str, Any]
 
 
-def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTensor:
+def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """Read one module; see the head of this file for `tensors`.
 
     Raises:
@@ -68,15 +69,8 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> QuantTe
                 f"its type is {entry.kind!r:.60}, which is not read; read are {', '.join(_READERS)}. Dequantize it with torchao "
                 "and quantize the model again"
             )
-        return _READERS[entry.kind](entry, parts)
-
-
-def oddities(module: str, tensors: Mapping[str, Tensor], config: Config) -> list[Oddity]:
-    """Activations that the origin quantizes."""
-    fields = _entry(module, config).fields
-    if any(fields.get(key) is not None for key in _ACTIVATIONS):
-        return [Oddity("torchao quantizes activations too", "the weights are used with 16-bit activations instead")]
-    return []
+        quantizes_activations = any(entry.fields.get(key) is not None for key in _ACTIVATIONS)
+        return Parsed(_READERS[entry.kind](entry, parts), (_WITHOUT,) if quantizes_activations else ())
 
 
 def _entry(module: str, config: Config) -> _Entry:
@@ -246,6 +240,5 @@ FORMAT: Format = Format(
     ),
     matches=lambda config: config.get("quant_method") == METHOD,
     parse=parse,
-    oddities=oddities,
     needs_metadata=True,
 )

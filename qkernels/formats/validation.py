@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError, QKernelsError
-from ..scheme import QuantScheme
+from ..scheme import ACTIVATIONS, QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor, validated_group_index
+from ..text import describe, dtype_name
 
-GroupSize = int | str
 MAX_PATTERN = 1000  # characters of a regular expression in a config
 
 
@@ -88,9 +88,8 @@ def expect(field: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Seq
         CheckpointError: naming the field, what was expected and what came.
     """
     if tensor.dtype not in dtypes or list(tensor.shape) != list(shape):
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        raise CheckpointError(f"{field} must be {names} {list(shape)}{why and f' ({why})'}, got {got}")
+        names = " or ".join(map(dtype_name, dtypes))
+        raise CheckpointError(f"{field} must be {names} {list(shape)}{why and f' ({why})'}, got {describe(tensor)}")
 
 
 def check_scales(scales: Tensor) -> None:
@@ -143,8 +142,8 @@ def integer_scheme_reasons(scheme: QuantScheme, bits: Sequence[int]) -> list[str
         reasons.append(f"zero points must be integers, {scheme} has zeros={scheme.zeros!r}")
     if scheme.group_size == "tensor":
         reasons.append("it has no spelling for one scale per tensor")
-    if scheme.act_bits is not None:
-        reasons.append(f"it has no field for {scheme.act_bits}-bit activations")
+    if scheme.act is not None:
+        reasons.append(f"it has no field for {ACTIVATIONS[scheme.act]}")
     return reasons
 
 
@@ -154,7 +153,7 @@ def weight_reasons(weight: QuantTensor) -> list[str]:
         return [
             f"it holds one [N, K] weight a module, got {list(weight.codes.shape)}; write each expert as its own module"
         ]
-    if weight.scales.numel() and not bool(weight.scales.any()):
+    if weight.scales.numel() and not weight.scales.is_meta and not bool(weight.scales.any()):
         return ["all scales are zero, which its readers refuse"]
     return []
 

@@ -1,1 +1,1 @@
-"""The catalogue of kernels, and the loader of the compiled ones."""
+"""The catalogue of kernels, and the Triton kernels."""

@@ -6,17 +6,17 @@ and the plain-PyTorch reference runs only where the caller allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
 import torch
 
 from ..errors import ArgumentError, UnsupportedProblem
-from ..layouts import get_layout
+from ..layouts import Layout, canonical, cpu_tile_a8, cpu_tile_a16, get_layout, kpack, mma_tile
+from ..ops.backends import BACKENDS
 from ..scheme import QuantScheme
-from . import native, triton
+from ..text import dtype_name
+from . import triton  # noqa: F401  (attaches its kernels to their ops)
 
 OnUnsupported = Literal["raise", "skip", "reference"]
 
@@ -28,10 +28,15 @@ class Problem:
     Args:
         N: out_features.
         K: in_features.
-        scheme: how the weight is quantized.
+        scheme: how the weight is quantized; its short form is taken, too.
         dtype: of the activations.
         arch: "cpu", or "sm80", "sm90", … for a CUDA device (`arch_of`).
         experts: 0 for a plain linear layer.
+
+    >>> import torch
+    >>> from qkernels import Problem
+    >>> print(Problem(4096, 14336, "w4a16_g128", torch.bfloat16, "sm90"))
+    w4a16_g128, N=4096 K=14336, bfloat16, sm90
     """
 
     N: int
@@ -41,19 +46,40 @@ class Problem:
     arch: str = "cpu"
     experts: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scheme", QuantScheme.parse(self.scheme))
+
     def __str__(self) -> str:
         experts = f", {self.experts} experts" if self.experts else ""
-        return f"{self.scheme}, N={self.N} K={self.K}, {str(self.dtype).removeprefix('torch.')}, {self.arch}{experts}"
+        return f"{self.scheme}, N={self.N} K={self.K}, {dtype_name(self.dtype)}, {self.arch}{experts}"
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A kernel the catalogue can choose: its layout, the `torch.ops.qkernels` op that runs it, and why it may not."""
+    """A kernel that the catalogue can choose; all that is known of it, its layout says.
+
+    Args:
+        name: "cpu.cpu_tile_a16", or the layout's name alone where plain PyTorch runs it.
+        layout: the layout's name.
+        op: the `torch.ops.qkernels` op that runs it.
+    """
 
     name: str
     layout: str
     op: str
-    reasons: Callable[[Problem], list[str]]
+
+    @classmethod
+    def of(cls, layout: Layout) -> KernelSpec:
+        """The kernel of a layout's backend."""
+        backend = "" if layout.backend == "torch" else f"{layout.backend}."
+        return cls(f"{backend}{layout.name}", layout.name, f"gemm_{layout.name}")
+
+    def reasons(self, problem: Problem) -> list[str]:
+        """Why it cannot run the problem; empty if it can."""
+        layout = get_layout(self.layout)
+        experts = [f"stacked experts are not implemented yet (got {problem.experts})"] if problem.experts else []
+        here = BACKENDS[layout.backend].reasons(layout, problem.dtype, problem.arch)
+        return experts + here + layout.reasons(problem.N, problem.K, problem.scheme)
 
 
 def arch_of(device: torch.device | str) -> str:
@@ -65,74 +91,14 @@ def arch_of(device: torch.device | str) -> str:
     return device.type
 
 
-def _common(problem: Problem) -> list[str]:
-    return [f"stacked experts are not implemented yet (got {problem.experts})"] if problem.experts else []
-
-
-def _cpu_tile(layout: str, problem: Problem) -> list[str]:
-    reasons = _common(problem)
-    # A meta layer takes the layout of the CPU: it is where it will be filled first.
-    if problem.arch not in ("cpu", "meta"):
-        reasons.append(f"runs on the CPU (got {problem.arch})")
-    status = native.status()
-    if not status.loaded:
-        reasons.append(f"the compiled extension is not loaded: {status.error}")
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"activations must be float32, bfloat16 or float16 (got {problem.dtype})")
-    return reasons + get_layout(layout).reasons(problem.N, problem.K, problem.scheme)
-
-
-def _needs_sm80(arch: str) -> list[str]:
-    sm = int(arch[2:]) if arch.startswith("sm") else None
-    if arch != "cuda" and sm is None:  # "cuda": a device that this process cannot ask
-        return [f"runs on CUDA devices (got {arch})"]
-    if sm is not None and sm < 80:
-        return [f"needs compute capability 8.0 (A100, RTX 30) or later (got {arch})"]
-    return []
-
-
-def _cuda_mma_tile(layout: str, problem: Problem) -> list[str]:
-    reasons = _common(problem) + _needs_sm80(problem.arch)
-    status = native.status()
-    if not status.loaded:
-        reasons.append(f"the compiled extension is not loaded: {status.error}")
-    elif not status.cuda:
-        reasons.append("the compiled extension was built without CUDA (no CUDA toolkit, or QKERNELS_CUDA=0)")
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"activations must be bfloat16 or float16 (got {problem.dtype})")
-    return reasons + get_layout(layout).reasons(problem.N, problem.K, problem.scheme)
-
-
-def _triton_kpack(problem: Problem) -> list[str]:
-    reasons = _common(problem) + _needs_sm80(problem.arch)
-    if why := triton.missing():
-        reasons.append(why)
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"activations must be bfloat16 or float16 (got {problem.dtype})")
-    return reasons + get_layout("kpack").reasons(problem.N, problem.K, problem.scheme)
-
-
-def _reference(problem: Problem) -> list[str]:
-    act8 = ["int8 activations (act_bits=8): reference_a8 has them"] if problem.scheme.act_bits == 8 else []
-    return _common(problem) + act8
-
-
-def _reference_a8(problem: Problem) -> list[str]:
-    act16 = ["16-bit activations: reference has them"] if problem.scheme.act_bits is None else []
-    return _common(problem) + act16
-
-
 KERNELS: tuple[KernelSpec, ...] = (
-    KernelSpec("cuda.mma_tile", "mma_tile", "gemm_mma_tile", partial(_cuda_mma_tile, "mma_tile")),
-    KernelSpec("cuda.mma_tile_a8", "mma_tile_a8", "gemm_mma_tile_a8", partial(_cuda_mma_tile, "mma_tile_a8")),
-    KernelSpec("triton.kpack", "kpack", "gemm_kpack", _triton_kpack),
-    KernelSpec("cpu.cpu_tile_a16", "cpu_tile_a16", "gemm_cpu_tile_a16", partial(_cpu_tile, "cpu_tile_a16")),
-    KernelSpec("cpu.cpu_tile_a8", "cpu_tile_a8", "gemm_cpu_tile_a8", partial(_cpu_tile, "cpu_tile_a8")),
+    KernelSpec.of(mma_tile.LAYOUT),
+    KernelSpec.of(mma_tile.LAYOUT_A8),
+    KernelSpec.of(kpack.LAYOUT),
+    KernelSpec.of(cpu_tile_a16.LAYOUT),
+    KernelSpec.of(cpu_tile_a8.LAYOUT),
 )
-REFERENCES: tuple[KernelSpec, ...] = (
-    KernelSpec("reference", "reference", "gemm_reference", _reference),
-    KernelSpec("reference_a8", "reference_a8", "gemm_reference_a8", _reference_a8),
-)
+REFERENCES: tuple[KernelSpec, ...] = (KernelSpec.of(canonical.LAYOUT), KernelSpec.of(canonical.LAYOUT_A8))
 
 
 @dataclass(frozen=True)
@@ -155,7 +121,15 @@ _REFERENCE_HINT = 'available: on_unsupported="reference" (slow)'
 
 
 def list_kernels(problem: Problem) -> KernelTable:
-    """Every kernel and why it cannot run `problem` (empty: it can). Print the result for the table."""
+    """Every kernel and why it cannot run `problem` (empty: it can). Print the result for the table.
+
+    >>> import torch
+    >>> from qkernels import Problem, list_kernels
+    >>> table = list_kernels(Problem(4096, 4096, "w4a16_g128", torch.bfloat16))
+    >>> reasons = dict(table.rows)
+    >>> reasons["reference"], reasons["triton.kpack"][0]
+    ((), 'runs on CUDA devices (got cpu)')
+    """
     return KernelTable(problem, tuple((spec.name, tuple(spec.reasons(problem))) for spec in (*KERNELS, *REFERENCES)))
 
 

@@ -1,23 +1,29 @@
-"""Quantize the linear layers of one decoder layer, given what goes into it."""
+"""Quantize the linear layers of a host: decoder layer by decoder layer, given what the quantized ones before put out."""
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import CalibrationError
-from ..quantizers import AWQ, GPTQ, NF4, RTN, CalibrationFree, InputStatistics, Options, SmoothQuant
-from ..quantizers.awq import clips
-from ..quantizers.grid import stored_dtype
-from ..tensor import QuantTensor
-from .running import LayerInputs, LayerJob, collect_statistics, input_groups, linear_of, set_weight
-from .scaling import scale_inputs, smooth_inputs
+from ..models.architectures import Architecture, block_lists, decoder_layers, foldable_architecture, head_dim
+from ..models.linears import linear_of, set_weight
+from ..quantizers import InputStatistics, Options, rounding_of
+from ..reports import ModuleReport
+from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..texts import Windows, batches_of
+from .capturing import Progress, capture, head_of
+from .hosts import Host, Run
+from .running import Call, LayerInputs, LayerJob, Place, collect_statistics, input_groups, propagate
+from .scaling import fold_scales
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,28 +41,157 @@ class Quantized:
     seconds: float
     fallback: str | None = None
 
+    def report(self, name: str, bytes_before: int) -> ModuleReport:
+        """As the report of the linear layer of that name, whose float weight took so many bytes."""
+        return ModuleReport(
+            name=name,
+            scheme=str(self.tensor.scheme),
+            method=self.method,
+            error=self.error,
+            error_of="output" if self.of_output else "weight",
+            seconds=self.seconds,
+            bytes_before=bytes_before,
+            bytes_after=self.tensor.nbytes,
+            fallback=self.fallback,
+        )
+
+
+def quantize_linears(host: Host, run: Run, place: Place, progress: bool) -> dict[str, ModuleReport]:
+    """Quantize every chosen linear layer of a host; the report of each, in the order of `run.methods`.
+
+    Raises:
+        CalibrationError: activations are NaN or infinite.
+        ArgumentError: a weight is; or the architecture is unknown to a method that folds scales.
+    """
+    if run.windows is None:
+        return _round_all(host, run.methods, place, progress)
+    results, reason = _calibrate_all(host, run, run.windows, place, progress)
+    outside = {name: method for name, method in run.methods.items() if name not in results}
+    results |= _round_all(host, outside, place, progress, reason)
+    return {name: results[name] for name in run.methods}
+
+
+def _calibrate_all(
+    host: Host, run: Run, windows: Windows, place: Place, progress: bool
+) -> tuple[dict[str, ModuleReport], Callable[[str], str]]:
+    """Those inside the blocks that run on token ids; and, for the name of any other, why it was not calibrated."""
+    architecture = foldable_architecture(host.model, type(run.method).__name__) if run.method.folds else None
+    width = head_dim(host.model) if architecture is not None else 0
+    decoder = f"{decoder_layers(host.model)[0]}." if architecture is not None else ""
+    state = Progress.of(host.model)
+    outside = (*block_lists(host.model), head_of(host.model))
+    stored_as = host.dtype(f"{next(iter(run.methods))}.weight")
+    keep_dtype = stored_as if stored_as in FLOAT_DTYPES else torch.float32
+    results: dict[str, ModuleReport] = {}
+
+    def once(name: str, block: nn.Module, hidden: Tensor, call: Call) -> object:
+        with host.layer(name, place) as (layer, _):
+            return call.run(layer, hidden, place)
+
+    with tqdm(total=len(state.blocks), desc=run.method.name, unit="layer", disable=not progress) as bar:
+        while True:
+            with host.embeddings(outside, place):
+                batches = [batch.to(place.device) for group in windows for batch in batches_of(group)]
+                chain = capture(host.model, state, batches, keep_dtype, place, once)
+            if not chain.names:
+                break
+            alone = not state.done and not chain.carries  # hidden states are all that goes from block to block
+            hidden = (host.activations() if alone else None) or chain.hidden
+            outputs: list[object] = []
+            for name in chain.names:
+                reports = host.finished(name)
+                if reports is None or not alone:
+                    inputs = LayerInputs(hidden, chain.calls.pop(name))
+                    here = architecture if name.startswith(decoder) else None
+                    keep = chain.follows and name == chain.names[-1]
+                    reports, outputs = _one_block(host, run, name, inputs, place, here, width, keep, reports)
+                    if host.finished(name) is None:
+                        host.commit(name, reports, hidden if alone else None)
+                results |= {report.name: report for report in reports}
+                if reports:
+                    bar.set_postfix(error=f"{max(report.error for report in reports):.2%}")
+                bar.update()
+            state.finish(chain, outputs)
+            if not chain.follows:
+                break
+    idle = [name for name in state.blocks if name not in state.done]
+
+    def reason(name: str) -> str:
+        block = next((block for block in idle if name.startswith(f"{block}.")), None)
+        if block is None:
+            return "it is not in a decoder layer, and only those are calibrated"
+        error = f" ({chain.ended_by})" if chain.ended_by is not None else ""
+        return f"token ids do not run through {block}, and calibration is on token ids{error}"
+
+    return results, reason
+
+
+def _one_block(
+    host: Host,
+    run: Run,
+    name: str,
+    inputs: LayerInputs,
+    place: Place,
+    architecture: Architecture | None,
+    width: int,
+    keep: bool,
+    finished: list[ModuleReport] | None,
+) -> tuple[list[ModuleReport], list[object]]:
+    """Quantize a block and run it; the reports of its linear layers, and what it put out where that is to be kept. One that an
+    earlier run finished is only run."""
+    inside = {full.removeprefix(f"{name}."): m for full, m in run.methods.items() if full.startswith(f"{name}.")}
+    block = host.model.get_submodule(name)
+    stored = {leaf: host.dtype(f"{name}.{leaf}") for leaf, _ in block.named_parameters()}
+    with host.layer(name, place) as (layer, weights):
+        if finished is not None:
+            return finished, propagate(layer, inputs, place, name, keep)
+        done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, architecture, width))
+        outputs = propagate(layer, inputs, place, name, keep)
+        weights.update({leaf: result.tensor for leaf, result in done.items()})
+    reports = []
+    for leaf, result in done.items():
+        size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
+        reports.append(result.report(f"{name}.{leaf}", size))
+    return reports, outputs
+
+
+def _round_all(
+    host: Host,
+    methods: Mapping[str, Options],
+    place: Place,
+    progress: bool,
+    reason: Callable[[str], str | None] = lambda name: None,
+) -> dict[str, ModuleReport]:
+    """Without calibration; `reason` says why, by the layer's name, if the methods wanted it otherwise."""
+    results: dict[str, ModuleReport] = {}
+    with tqdm(methods.items(), desc="rounding", unit="linear", disable=not progress or not methods) as bar:
+        for name, method in bar:
+            if (finished := host.finished(name)) is not None:
+                results[name] = finished[0]
+                continue
+            weight = host.weight(name)
+            result = round_to_nearest(weight.to(place.device), method.with_scales_for(weight.dtype), name, reason(name))
+            host.keep(name, result.tensor)
+            results[name] = result.report(name, weight.nbytes)
+            host.commit(name, [results[name]])
+            bar.set_postfix(error=f"{result.error:.2%}")
+    return results
+
 
 def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict[str, Quantized]:
     """Quantize linear layers of a decoder layer. Afterwards it holds the dequantized weights, ready to `propagate`.
 
-    AWQ and SmoothQuant first scale the whole layer. Then the linears are quantized in the order of the forward pass: those
-    that read the same input are one step, and each step's statistics come from a layer whose earlier steps are quantized
-    already ("true sequential" in the GPTQ authors' code).
+    Methods that fold scales first scale the whole layer. Then the linears are quantized in the order of the forward
+    pass: those that read the same input are one step, and each step's statistics come from a layer whose earlier steps
+    are quantized already ("true sequential" in the GPTQ authors' code).
 
     Args:
         layer: on the compute device, in its dtype.
     """
-    methods = {
-        target: with_stored_scales(method, job.stored[f"{target}.weight"]) for target, method in job.methods.items()
-    }
+    methods = {target: method.with_scales_for(job.stored[f"{target}.weight"]) for target, method in job.methods.items()}
     if job.architecture is not None:
         for fold in job.architecture.folds:
-            scaled = {target: m for target in fold.targets if isinstance(m := methods.get(target), AWQ)}
-            if scaled:
-                scale_inputs(layer, fold, scaled, inputs, job)
-            smooth = next((m for target in fold.targets if isinstance(m := methods.get(target), SmoothQuant)), None)
-            if smooth is not None:
-                smooth_inputs(layer, fold, smooth, inputs, job)
+            fold_scales(layer, fold, methods, inputs, job)
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
@@ -72,22 +207,13 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
     return {target: results[target] for target in methods}
 
 
-def with_stored_scales(method: Options, dtype: torch.dtype) -> Options:
-    """The method with its scale dtype settled by the weight's dtype in the checkpoint, not the one it is computed in."""
-    if isinstance(method, NF4) and method.double_quant:
-        return method  # its scales are fp32, whatever the weight
-    return replace(method, scale_dtype=stored_dtype(torch.empty(0, dtype=dtype), method.scale_dtype))
-
-
 def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str | None = None) -> Quantized:
     """Quantize without calibration; `fallback` says why, if `method` wanted it otherwise."""
     began = time.perf_counter()
-    rounding = method
-    if not isinstance(rounding, CalibrationFree):
-        rounding = RTN(scale_dtype=method.scale_dtype, clip=method.clip).with_scheme(method.scheme)
-    tensor = rounding.quantize(weight, f"{name}.weight")
+    rounding = rounding_of(method)
+    tensor = rounding.quantize(weight, name=f"{name}.weight")
     if fallback is not None:
-        logger.warning("%s is rounded to nearest: %s", name, fallback)
+        log.warning("%s is rounded to nearest: %s", name, fallback)
     values = weight.float()
     error = _ratio(float((tensor.dequantize() - values).square().sum()), float(values.square().sum()))
     return Quantized(tensor, rounding.name, error, False, time.perf_counter() - began, fallback)
@@ -101,24 +227,17 @@ def _quantize(
     name = f"{layer_name}.{target}"
     weight = linear_of(layer, target).weight.data.float()
     hessian = statistics.hessian(name)
-    fallback = None
-    if isinstance(method, GPTQ):
-        try:
-            tensor = method.quantize(weight, hessian, f"{name}.weight")
-        except CalibrationError as hopeless:
-            fallback = str(hopeless)
-            tensor = round_to_nearest(weight, method, name, fallback).tensor
-    elif isinstance(method, AWQ):
-        tensor = method.quantize(weight, hessian if clips(target) else None, f"{name}.weight")
-    elif isinstance(method, SmoothQuant):
-        tensor = method.quantize(weight, f"{name}.weight")
-    else:
-        tensor = round_to_nearest(weight, method, name).tensor
+    used, fallback = method.name, None
+    try:
+        tensor = method.quantize(weight, hessian, f"{name}.weight")
+    except CalibrationError as hopeless:
+        fallback = str(hopeless)
+        rounded = round_to_nearest(weight, method, name, fallback)
+        tensor, used = rounded.tensor, rounded.method
     restored = tensor.dequantize()
     difference = restored - weight
     error = _ratio(float(((difference @ hessian) * difference).sum()), float(((weight @ hessian) * weight).sum()))
     set_weight(layer, target, restored)
-    used = "rtn" if fallback is not None else method.name
     return Quantized(tensor, used, error, True, shared + time.perf_counter() - began, fallback)
 
 

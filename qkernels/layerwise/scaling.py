@@ -1,5 +1,5 @@
-"""Scales folded into what feeds a linear layer: AWQ searches them (Lin et al. 2023, section 3.2), SmoothQuant computes them
-(Xiao et al. 2022, section 4)."""
+"""Scales folded into what feeds a linear layer. A method says whether it searches them, as AWQ does (Lin et al. 2023,
+section 3.2), or computes them, as SmoothQuant does (Xiao et al. 2022, section 4)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model_structure import Fold
-from ..quantizers import AWQ, SmoothQuant
+from ..models.architectures import Fold
+from ..models.linears import linear_of, set_weight
+from ..quantizers import Options
 from ..quantizers.awq import ScaleChoice, fold_into_norm, fold_into_rows, search, weight_magnitude
 from ..quantizers.grid import checked_weight
-from .running import (
-    LayerInputs,
-    LayerJob,
-    Place,
-    Stop,
-    collect_statistics,
-    first_output,
-    linear_of,
-    map_tensors,
-    run_to_stop,
-    set_weight,
-)
+from ..quantizers.options import ScaleRule, ScaleSearch
+from .running import LayerInputs, LayerJob, Place, Stop, collect_statistics, first_output, map_tensors, run_to_stop
 
 
 @dataclass(frozen=True)
@@ -49,14 +40,31 @@ class HeadSharing:
         return channels.view(-1, 1, self.width).expand(-1, self.repeats, -1).flatten()
 
 
+def fold_scales(
+    layer: nn.Module, fold: Fold, methods: Mapping[str, Options], inputs: LayerInputs, job: LayerJob
+) -> None:
+    """Scale the inputs of one fold as the methods of its targets say, in place: the layer still computes what it did.
+
+    Args:
+        methods: those of all linear layers that will be quantized, by their names in the layer.
+    """
+    own = {target: methods[target] for target in fold.targets if target in methods}
+    searches = {target: found for target, method in own.items() if (found := method.scale_search()) is not None}
+    if searches:
+        scale_inputs(layer, fold, searches, inputs, job)
+    rule = next((rule for method in own.values() if (rule := method.scale_rule()) is not None), None)
+    if rule is not None:
+        smooth_inputs(layer, fold, rule, inputs, job)
+
+
 def scale_inputs(
-    layer: nn.Module, fold: Fold, methods: Mapping[str, AWQ], inputs: LayerInputs, job: LayerJob
+    layer: nn.Module, fold: Fold, methods: Mapping[str, ScaleSearch], inputs: LayerInputs, job: LayerJob
 ) -> ScaleChoice:
     """Search the scale of one fold and apply it, in place: the layer still computes what it did.
 
     Args:
         layer: on the compute device.
-        methods: AWQ for those of the fold's targets that will be quantized; at least one. The others are scaled too, since
+        methods: for those of the fold's targets that will be quantized; at least one. The others are scaled too, since
             they read the same input, but have no say in how.
         job: with the architecture that the fold is of.
     """
@@ -80,8 +88,8 @@ def scale_inputs(
     return choice
 
 
-def smooth_inputs(layer: nn.Module, fold: Fold, method: SmoothQuant, inputs: LayerInputs, job: LayerJob) -> Tensor:
-    """Apply SmoothQuant's scale of one fold, in place: the layer still computes what it did. Returns the scales of the
+def smooth_inputs(layer: nn.Module, fold: Fold, method: ScaleRule, inputs: LayerInputs, job: LayerJob) -> Tensor:
+    """Apply the computed scale of one fold, in place: the layer still computes what it did. Returns the scales of the
     source's output channels.
 
     Every target of the fold counts, whether it will be quantized or not: all of them read the scaled input. Where several
@@ -128,7 +136,9 @@ def _head_sharing(source: nn.Module, channels: int, head_dim: int) -> HeadSharin
     return HeadSharing()
 
 
-def _own_loss(weights: Mapping[str, Tensor], methods: Mapping[str, AWQ], hessian: Tensor) -> Callable[[Tensor], float]:
+def _own_loss(
+    weights: Mapping[str, Tensor], methods: Mapping[str, ScaleSearch], hessian: Tensor
+) -> Callable[[Tensor], float]:
     """The squared output error of a single linear layer, from the second moments of its input: no forward pass."""
     (name,) = weights
 
@@ -143,7 +153,7 @@ def _parent_loss(
     layer: nn.Module,
     parent: str,
     weights: Mapping[str, Tensor],
-    methods: Mapping[str, AWQ],
+    methods: Mapping[str, ScaleSearch],
     inputs: LayerInputs,
     place: Place,
 ) -> Callable[[Tensor], float]:

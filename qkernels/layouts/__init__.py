@@ -1,53 +1,188 @@
 """Layouts: `QuantTensor` <-> the memory a kernel reads. One file each, one registration line here.
 
 A layout is a value made of pure functions, all of which run on cpu and on meta tensors. `pack` loses nothing:
-`unpack(pack(w), …)` is bit-identical to `w`. Packing a meta tensor gives the shapes and dtypes of the buffers.
+`unpack(pack(w), …)` is bit-identical to `w`. What a layout says of itself (activations, codebooks, dtypes, buffers, numbers) is
+said once: the ops' schemas and checks (`qkernels.ops`) and the catalogue's reasons are made from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, TensorError
-from ..scheme import QuantScheme
+from ..errors import ArgumentError, ConversionError, TensorError
+from ..scheme import ACTIVATIONS, CODEBOOKS, QuantScheme
 from ..tensor import QuantTensor
+from ..text import describe, dtype_names
 
 Buffers = Mapping[str, Tensor | None]
+Shapes = dict[str, tuple[int, ...]]
+BackendName = Literal["cpu", "cuda", "triton", "torch"]
+
+
+class Buffer(NamedTuple):
+    """A tensor of a packed weight, and an argument of the layout's ops.
+
+    Args:
+        name: of both.
+        optional: whether a weight may do without.
+        dtype: its dtype; None: that of the scales.
+        tiled: whether its first dimension is that of the tiles of rows, so that slices of it are weights.
+    """
+
+    name: str
+    optional: bool = False
+    dtype: torch.dtype | None = None
+    tiled: bool = True
+
+
+class Number(NamedTuple):
+    """A number that the layout's ops are told beside the buffers.
+
+    Args:
+        name: of the argument.
+        type: as a schema spells it.
+        of: (N, K, scheme) -> its value for a weight.
+    """
+
+    name: str
+    type: Literal["int", "bool", "float"]
+    of: Callable[[int, int, QuantScheme], float]
+
+
+# What every layout has, in the order of the ops' arguments; a layout's own follow. A codebook's table rides in the place of
+# zeros (`table_of`): a codebook has no zero points, and one optional argument less is one check less a call.
+BUFFERS = (
+    Buffer("qweight", dtype=torch.uint8),
+    Buffer("scales"),
+    Buffer("zeros", optional=True),
+    Buffer("k_order", optional=True, dtype=torch.int32, tiled=False),
+)
+NUMBERS = (
+    Number("out_features", "int", lambda N, K, scheme: N),
+    Number("bits", "int", lambda N, K, scheme: scheme.bits),
+    Number("group_size", "int", lambda N, K, scheme: scheme.group_length(K)),
+    Number("zeros_are_offsets", "bool", lambda N, K, scheme: scheme.zeros == "offset"),
+)
+
+
+def no_limits(N: int, K: int, scheme: QuantScheme) -> list[str]:
+    """For layouts that take any shape, group and kind of zero."""
+    return []
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to lay a weight out in memory.
+    """One way to lay a weight out in memory, and what the kernels that read it take.
 
     Args:
         name: the suffix of its ops (`gemm_<name>`).
         version: raised whenever the bytes change meaning; stored beside packed weights.
-        reasons: (N, K, scheme) -> why a weight cannot be packed so; empty if it can.
-        pack: weight -> buffers by name ("qweight", "scales", "zeros", "k_order"; None where absent).
+        backend: whose kernels read it; "torch": plain PyTorch, on any device.
+        arrange: weight -> buffers by name, None where absent; called for weights without `reasons` alone.
         unpack: (buffers, N, K, scheme) -> the weight that was packed. Buffers from outside go through `unpack_checked`.
-        shapes: (N, K, bits, group_length) -> shapes of qweight and of scales (zeros likewise), without expert dimensions.
-        rows_per_tile: rows of the weight per entry of the buffers' first dimension, so that slices of it are weights.
+        shapes: (N, K, bits, group_length) -> the shape of each buffer but zeros (that of scales) and k_order (`[K]`), without
+            expert dimensions.
+        stored_bits: bits of a code -> how many it takes up.
+        rows_per_tile: rows of the weight per entry of the first dimension of tiled buffers.
+        acts: the activations that the kernels take, keys of `ACTIVATIONS`.
+        dtypes: of x, that the kernels take.
+        codebooks: names of those that the kernels look values up in.
+        limits: (N, K, scheme) -> why a weight cannot be packed so, apart from activations and codebooks; empty if it can.
         gemv_tokens: the largest M of an op `gemv_<name>`; None: the layout has none.
-        device: the device type whose kernels read it, "cpu" or "cuda"; None: plain PyTorch, on any.
-        compiled: whether its kernels live in the compiled extension.
-        fusible: whether a row's result has the same bits whatever other rows the matrix has, so that layers can be one.
+        buffers: `BUFFERS`, and its own.
+        numbers: `NUMBERS`, and its own.
     """
 
     name: str
     version: int
-    reasons: Callable[[int, int, QuantScheme], list[str]]
-    pack: Callable[[QuantTensor], dict[str, Tensor | None]]
+    backend: BackendName
+    arrange: Callable[[QuantTensor], dict[str, Tensor | None]]
     unpack: Callable[[Buffers, int, int, QuantScheme], QuantTensor]
-    shapes: Callable[[int, int, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
+    shapes: Callable[[int, int, int, int], Shapes]
+    stored_bits: Callable[[int], int]
     rows_per_tile: int
+    acts: tuple[str | None, ...] = (None,)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    codebooks: tuple[str, ...] = ()
+    limits: Callable[[int, int, QuantScheme], list[str]] = no_limits
     gemv_tokens: int | None = None
-    device: str | None = None
-    compiled: bool = False
-    fusible: bool = False
+    buffers: tuple[Buffer, ...] = BUFFERS
+    numbers: tuple[Number, ...] = NUMBERS
+
+    def __post_init__(self) -> None:
+        if self.buffers[: len(BUFFERS)] != BUFFERS or self.numbers[: len(NUMBERS)] != NUMBERS:
+            raise ArgumentError(f"layout {self.name}: buffers and numbers must begin with BUFFERS and NUMBERS")
+
+    def reasons(self, N: int, K: int, scheme: QuantScheme) -> list[str]:
+        """Why an `[N, K]` weight of this scheme cannot be packed so; empty if it can."""
+        why = []
+        if scheme.act not in self.acts:
+            why.append(f"{ACTIVATIONS[scheme.act]}: these kernels {self._activations()}")
+        elif scheme.codebook is not None and scheme.codebook not in self.codebooks:
+            known = (
+                f"only {', '.join(self.codebooks)} and integer codes are"
+                if self.codebooks
+                else "only integer codes are"
+            )
+            why.append(f"codebook {scheme.codebook!r}: {known} supported")
+        return why + self.limits(N, K, scheme)
+
+    def _activations(self) -> str:
+        if None in self.acts:
+            return f"take {dtype_names(self.dtypes, 'and')} ones"
+        example = QuantScheme(act=self.acts[0])
+        return f"quantize them to {' or '.join(map(str, self.acts))}, which a scheme like {example} asks for"
+
+    def check(self, N: int, K: int, scheme: QuantScheme) -> None:
+        """Raises ConversionError where there are `reasons`."""
+        if why := self.reasons(N, K, scheme):
+            raise ConversionError(f"layout {self.name} cannot hold {scheme} with N={N}, K={K}: {'; '.join(why)}")
+
+    def pack(self, weight: QuantTensor) -> dict[str, Tensor | None]:
+        """Weight -> buffers by name, on the weight's device; None where one is absent. Expert dimensions stay in front.
+
+        Raises:
+            ConversionError: there are `reasons` against it.
+        """
+        self.check(weight.N, weight.K, weight.scheme)
+        return self.arrange(weight)
+
+    def numbers_of(self, N: int, K: int, scheme: QuantScheme) -> tuple[float, ...]:
+        """What the ops are told of a weight beside its buffers, in the order of `numbers`."""
+        return tuple([number.of(N, K, scheme) for number in self.numbers])
+
+    def on_meta(self, N: int, K: int, scheme: QuantScheme, scale_dtype: torch.dtype, ordered: bool) -> Buffers:
+        """Dtypes and shapes of a weight's buffers, without a weight.
+
+        Raises:
+            ConversionError: there are `reasons` against it.
+        """
+        self.check(N, K, scheme)
+        shapes = self.shapes(N, K, scheme.bits, scheme.group_length(K))
+        table = table_of(scheme, "meta")
+        zeros = (torch.uint8 if scheme.zeros == "int" else scale_dtype, shapes["scales"])
+        found: dict[str, Tensor | None] = {}
+        for buffer in self.buffers:
+            dtype, shape = buffer.dtype or scale_dtype, shapes.get(buffer.name)
+            if buffer.name == "zeros":
+                dtype, shape = zeros if table is None else (table.dtype, tuple(table.shape))
+                shape = None if scheme.symmetric and table is None else shape
+            elif buffer.name == "k_order":
+                shape = (K,) if ordered else None
+            found[buffer.name] = None if shape is None else torch.empty(shape, dtype=dtype, device="meta")
+        return found
+
+
+def table_of(scheme: QuantScheme, device: torch.device | str) -> Tensor | None:
+    """fp32 `[2^bits]`: the values of a scheme's codebook, which buffers and ops carry in the place of zeros; None without one."""
+    if scheme.codebook is None:
+        return None
+    return torch.tensor(CODEBOOKS[scheme.codebook], dtype=torch.float32, device=device)
 
 
 from . import canonical, cpu_tile_a8, cpu_tile_a16, kpack, mma_tile  # noqa: E402  (they need Layout)
@@ -87,7 +222,7 @@ def empty_buffers(
     device: torch.device | str,
 ) -> dict[str, Tensor | None]:
     """Buffers of the right shapes for a weight that is still to come, filled with zeros (`ordered`: with act-order)."""
-    shapes = layout.pack(_meta_weight(N, K, scheme, scale_dtype, ordered))
+    shapes = layout.on_meta(N, K, scheme, scale_dtype, ordered)
     empty = {name: None if t is None else torch.zeros_like(t, device=device) for name, t in shapes.items()}
     if ordered:
         empty["k_order"] = torch.arange(K, dtype=torch.int32, device=device)
@@ -98,13 +233,13 @@ def unpack_checked(layout: Layout, buffers: Buffers, N: int, K: int, scheme: Qua
     """`layout.unpack` for buffers that come from outside: nothing is indexed before shapes, dtypes and column order hold.
 
     Raises:
+        ConversionError: the layout cannot hold such a weight.
         TensorError: a buffer is missing, has the wrong dtype or shape, or holds values that no weight packs to.
     """
     scales, order = buffers.get("scales"), buffers.get("k_order")
     if scales is None or not scales.dtype.is_floating_point:
-        raise TensorError(f"scales must be a floating tensor, got {_describe(scales)}")
-    expected = layout.pack(_meta_weight(N, K, scheme, scales.dtype, order is not None))
-    for name, want in expected.items():
+        raise TensorError(f"scales must be a floating tensor, got {describe(scales, 'absent')}")
+    for name, want in layout.on_meta(N, K, scheme, scales.dtype, order is not None).items():
         got = buffers.get(name)
         if want is None or got is None:
             fits = want is got
@@ -113,24 +248,9 @@ def unpack_checked(layout: Layout, buffers: Buffers, N: int, K: int, scheme: Qua
             fits = got.shape == want.shape and (got.dtype == want.dtype or floats)
         if not fits:
             raise TensorError(
-                f"{name} must be {_describe(want)} in layout {layout.name} for {scheme}, N={N} K={K}, got {_describe(got)}"
+                f"{name} must be {describe(want, 'absent')} in layout {layout.name} for {scheme}, N={N} K={K}, "
+                f"got {describe(got, 'absent')}"
             )
     if order is not None and not torch.equal(order.long().sort().values, torch.arange(K, device=order.device)):
         raise TensorError(f"k_order must be a permutation of 0 … {K - 1}, got repeated or out-of-range entries")
     return layout.unpack(buffers, N, K, scheme)
-
-
-def _meta_weight(N: int, K: int, scheme: QuantScheme, scale_dtype: torch.dtype, ordered: bool) -> QuantTensor:
-    G = scheme.num_groups(K)
-    zero_dtype = torch.uint8 if scheme.zeros == "int" else scale_dtype
-    return QuantTensor(
-        codes=torch.empty(N, K, dtype=torch.uint8, device="meta"),
-        scales=torch.empty(N, G, dtype=scale_dtype, device="meta"),
-        zeros=None if scheme.symmetric else torch.empty(N, G, dtype=zero_dtype, device="meta"),
-        group_index=torch.empty(K, dtype=torch.int32, device="meta") if ordered else None,
-        scheme=scheme,
-    )
-
-
-def _describe(t: Tensor | None) -> str:
-    return "absent" if t is None else f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

@@ -11,39 +11,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..scheme import CODEBOOKS, QuantScheme
 from ..tensor import QuantTensor, group_index_of
-from . import Buffers, Layout
+from . import Buffers, Layout, Shapes, table_of
 
 
-def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
-    """None: it holds every scheme."""
-    return []
+def shapes(N: int, K: int, bits: int, group_length: int) -> Shapes:
+    """See `Layout.shapes`."""
+    return {"qweight": (N, K), "scales": (N, max(1, -(-K // group_length)))}
 
 
-def buffer_shapes(N: int, K: int, bits: int, group_length: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Shapes of qweight and of scales (zeros likewise), without leading dimensions."""
-    return (N, K), (N, max(1, -(-K // group_length)))
-
-
-def pack(qt: QuantTensor) -> dict[str, Tensor | None]:
+def arrange(weight: QuantTensor) -> dict[str, Tensor | None]:
     """The tensors as they are; nothing is copied unless it is not contiguous."""
-    zeros = None if qt.zeros is None else qt.zeros.contiguous()
-    if qt.scheme.codebook is not None:
-        zeros = torch.tensor(CODEBOOKS[qt.scheme.codebook], dtype=torch.float32, device=qt.device)
+    zeros = table_of(weight.scheme, weight.device) if weight.zeros is None else weight.zeros.contiguous()
     return {
-        "qweight": qt.codes.contiguous(),
-        "scales": qt.scales.contiguous(),
+        "qweight": weight.codes.contiguous(),
+        "scales": weight.scales.contiguous(),
         "zeros": zeros,
-        "k_order": qt.k_order(),
+        "k_order": weight.k_order(),
     }
 
 
 def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor:
-    """The weight that was packed. Buffers from outside go through `layouts.unpack_checked`."""
+    """See `Layout.unpack`."""
     qweight, scales = buffers["qweight"], buffers["scales"]
     assert qweight is not None
     assert scales is not None
@@ -51,5 +43,8 @@ def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor
     return QuantTensor(qweight, scales, zeros, group_index_of(buffers["k_order"], K, scheme), scheme)
 
 
-LAYOUT: Layout = Layout("reference", 1, reasons, pack, unpack, buffer_shapes, rows_per_tile=1)
-LAYOUT_A8: Layout = replace(LAYOUT, name="reference_a8")
+LAYOUT: Layout = Layout(
+    "reference", 1, "torch", arrange, unpack, shapes, stored_bits=lambda bits: 8, rows_per_tile=1,
+    codebooks=tuple(CODEBOOKS),
+)  # fmt: skip
+LAYOUT_A8: Layout = replace(LAYOUT, name="reference_a8", acts=("int8",), codebooks=())

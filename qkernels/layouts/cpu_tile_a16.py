@@ -18,128 +18,52 @@ they are written below: the lowest bit of k picks the word. `csrc/cpu/kernels.h`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..errors import ConversionError
 from ..scheme import QuantScheme
-from ..tensor import QuantTensor, group_index_of
-from . import Buffers, Layout
+from . import Layout
+from .tiles import Tiles, stored_bits
 
 ROWS_PER_TILE = 32
 COLUMNS = 8  # K is padded to a multiple of this
 
 
-def code_width(bits: int) -> int:
-    """Bits that a code takes up in the tiles: 4 or 8."""
-    return 4 if bits <= 4 else 8
-
-
-def buffer_shapes(N: int, K: int, bits: int, group_length: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Shapes of qweight and of scales (zeros likewise), without leading dimensions."""
-    tiles, columns = -(-N // ROWS_PER_TILE), -(-K // COLUMNS) * COLUMNS
-    groups = max(1, -(-K // group_length))
-    return (tiles, columns * ROWS_PER_TILE * code_width(bits) // 8), (tiles, groups, ROWS_PER_TILE)
-
-
-def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
-    """Why an [N, K] weight of this scheme has no such tiles."""
-    why = []
-    if scheme.codebook is not None:
-        why.append(f"codebook {scheme.codebook!r}: only integer codes are supported")
-    if scheme.act_bits is not None:
-        why.append(f"{scheme.act_bits}-bit activations: these kernels take float32, bfloat16 and float16 ones")
+def limits(N: int, K: int, scheme: QuantScheme) -> list[str]:
+    """Groups that end inside an octet."""
     if scheme.num_groups(K) > 1 and scheme.group_length(K) % COLUMNS:
-        why.append(f"group_size {scheme.group_size} is not a multiple of {COLUMNS}")
-    return why
+        return [f"group_size {scheme.group_size} is not a multiple of {COLUMNS}"]
+    return []
 
 
-def pack(qt: QuantTensor) -> dict[str, Tensor | None]:
-    """Weight -> buffers; leading (expert) dimensions stay in front of qweight, scales and zeros.
-
-    Raises:
-        ConversionError: the scheme has a reason (see `reasons`).
-    """
-    N, K, scheme = qt.N, qt.K, qt.scheme
-    if why := reasons(N, K, scheme):
-        raise ConversionError(f"layout cpu_tile_a16 cannot hold {scheme} with N={N}, K={K}: {'; '.join(why)}")
-    return pack_tiles(qt, _lanes)
-
-
-def pack_tiles(qt: QuantTensor, lanes_of: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor | None]:
-    """`pack`, with the order of the codes inside a lane left to `lanes_of`: (codes [..., rows, octets, 8], width) -> bytes
-    [..., rows, lanes of a row, 4]."""
-    k_order = qt.k_order()
-    codes = qt.codes if k_order is None else qt.codes[..., k_order.long()]
-    codes = pad(codes, (0, -qt.K % COLUMNS, 0, -qt.N % ROWS_PER_TILE))
-    lead, octets, tiles = codes.shape[:-2], codes.shape[-1] // COLUMNS, codes.shape[-2] // ROWS_PER_TILE
-    width = code_width(qt.scheme.bits)
-    lanes = lanes_of(codes.reshape(*lead, tiles, ROWS_PER_TILE, octets, COLUMNS), width)
-    return {
-        "qweight": lanes.movedim(-3, -2).reshape(*lead, tiles, octets * 4 * width * 8).contiguous(),
-        "scales": _pack_groups(qt.scales),
-        "zeros": None if qt.zeros is None else _pack_groups(qt.zeros),
-        "k_order": k_order,
-    }
-
-
-def _lanes(codes: Tensor, width: int) -> Tensor:
-    *lead, octets, _ = codes.shape
+def _lay(codes: Tensor, width: int) -> Tensor:
+    *lead, columns = codes.shape
     if width == 4:  # k = 4 i + 2 h + e is nibble h of byte 2 e + i
-        i_h_e = codes.reshape(*lead, octets, 2, 2, 2)
-        return (i_h_e[..., 0, :] | (i_h_e[..., 1, :] << 4)).transpose(-1, -2).reshape(*lead, octets, 4)
-    # k = 2 h + e is byte 2 e + h
-    return codes.reshape(*lead, octets * 2, 2, 2).transpose(-1, -2).reshape(*lead, octets * 2, 4)
+        i_h_e = codes.reshape(*lead, columns // 8, 2, 2, 2)
+        lanes = (i_h_e[..., 0, :] | (i_h_e[..., 1, :] << 4)).transpose(-1, -2).reshape(*lead, columns // 8, 4)
+    else:  # k = 2 h + e is byte 2 e + h
+        lanes = codes.reshape(*lead, columns // 4, 2, 2).transpose(-1, -2).reshape(*lead, columns // 4, 4)
+    return rows_inside(lanes)
 
 
-def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor:
-    """The weight that was packed, bit for bit. Buffers from outside go through `layouts.unpack_checked`."""
-    return unpack_tiles(buffers, N, K, scheme, _codes)
+def _lift(qweight: Tensor, columns: int, width: int) -> Tensor:
+    lanes = rows_outside(qweight, columns * width // 32)
+    pairs = lanes.reshape(*lanes.shape[:-1], 2, 2).transpose(-1, -2)
+    return torch.stack([pairs & 15, pairs >> 4], dim=-2) if width == 4 else pairs
 
 
-def unpack_tiles(
-    buffers: Buffers, N: int, K: int, scheme: QuantScheme, codes_of: Callable[[Tensor, int], Tensor]
-) -> QuantTensor:
-    """`unpack` with the inverse of `pack_tiles`' `lanes_of`: (bytes [..., rows, lanes, 4], width) -> the
-    codes of each lane, in the order of k."""
-    qweight, scales, zeros, k_order = (buffers[name] for name in ("qweight", "scales", "zeros", "k_order"))
-    assert qweight is not None
-    assert scales is not None
-    *lead, tiles, _ = qweight.shape
-    width, octets = code_width(scheme.bits), -(-K // COLUMNS)
-    lanes = qweight.reshape(*lead, tiles, octets * width // 4, ROWS_PER_TILE, 4).movedim(-2, -3)
-    codes = codes_of(lanes, width).reshape(*lead, tiles * ROWS_PER_TILE, octets * COLUMNS)[..., :N, :K]
-    if k_order is not None:
-        codes = torch.empty_like(codes, memory_format=torch.contiguous_format).index_copy_(-1, k_order.long(), codes)
-    group_index = group_index_of(k_order, K, scheme)
-    true_zeros = None if zeros is None else _unpack_groups(zeros, N)
-    return QuantTensor(codes.contiguous(), _unpack_groups(scales, N), true_zeros, group_index, scheme)
+def rows_inside(lanes: Tensor) -> Tensor:
+    """[..., tiles, 32 rows, lanes of a row, 4 bytes] -> [..., tiles, lanes, rows, bytes]"""
+    return lanes.movedim(-3, -2)
 
 
-def _codes(lanes: Tensor, width: int) -> Tensor:
-    byte_pairs = lanes.reshape(*lanes.shape[:-1], 2, 2).transpose(-1, -2)
-    if width == 4:
-        byte_pairs = torch.stack([byte_pairs & 15, byte_pairs >> 4], dim=-2)
-    return byte_pairs
+def rows_outside(qweight: Tensor, lanes: int) -> Tensor:
+    """Bytes [..., tiles, lanes * 32 * 4] -> [..., tiles, 32 rows, lanes, 4 bytes]"""
+    return qweight.reshape(*qweight.shape[:-1], lanes, ROWS_PER_TILE, 4).movedim(-2, -3)
 
 
-def _pack_groups(values: Tensor) -> Tensor:
-    """[..., N, G] -> [..., tiles, G, 32]"""
-    padded = pad(values, (0, 0, 0, -values.shape[-2] % ROWS_PER_TILE))
-    shape = (*padded.shape[:-2], padded.shape[-2] // ROWS_PER_TILE, ROWS_PER_TILE, padded.shape[-1])
-    return padded.reshape(shape).transpose(-1, -2).contiguous()
-
-
-def _unpack_groups(values: Tensor, N: int) -> Tensor:
-    """[..., tiles, G, 32] -> [..., N, G]"""
-    *lead, tiles, groups, rows = values.shape
-    return values.transpose(-1, -2).reshape(*lead, tiles * rows, groups)[..., :N, :].contiguous()
-
-
+TILES = Tiles(ROWS_PER_TILE, COLUMNS, _lay, _lift)
 LAYOUT: Layout = Layout(
-    "cpu_tile_a16", 1, reasons, pack, unpack, buffer_shapes, ROWS_PER_TILE, gemv_tokens=8, device="cpu", compiled=True,
-    fusible=True,
+    "cpu_tile_a16", 1, "cpu", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
+    limits=limits, gemv_tokens=8,
 )  # fmt: skip

@@ -24,20 +24,20 @@ Width 8: two words per 16 columns, bytes a0 a2 a1 a3 and a4 a6 a5 a7.
 Scales and zeros of a strip: row 8 j + r is at 8 r + j, so that the eight rows that one lane meets (r + 0, 8, … 56) are next to
 each other: 16 bytes in 16-bit types. `csrc/cuda/layout.h` states the same contract for C++.
 
-`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act_bits=8`), with ops of its own:
+`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act="int8"`), with ops of its own:
 `gemm_mma_tile_a8` quantizes x per token, in the order of columns that these bytes ask of `mma.m16n8k32`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..errors import ConversionError
 from ..scheme import QuantScheme
-from ..tensor import QuantTensor, group_index_of
-from . import Buffers, Layout
+from . import Layout
+from .tiles import Tiles, num_groups, stored_bits
 
 ROWS_PER_TILE = 64  # rows of a strip, the first dimension of every buffer
 COLUMNS = 64  # K is padded to a multiple of this
@@ -45,41 +45,24 @@ SHORT_GROUPS = (16, 32)
 MOST_GROUP_COLUMNS_A8 = 131072  # 131072 · 128 · 127 < 2³¹: the int32 sum of a group
 
 
-def code_width(bits: int) -> int:
-    """Bits that a code takes up in the tiles: 4 or 8."""
-    return 4 if bits <= 4 else 8
-
-
 def padded_groups(K: int, group_length: int) -> int:
     """G_pad: how many groups are stored."""
-    groups = max(1, -(-K // group_length))
+    groups = num_groups(K, group_length)
     return -(-K // COLUMNS) * (COLUMNS // group_length) if groups > 1 and group_length in SHORT_GROUPS else groups
 
 
-def buffer_shapes(N: int, K: int, bits: int, group_length: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Shapes of qweight and of scales (zeros likewise), without leading dimensions."""
-    strips, columns = -(-N // ROWS_PER_TILE), -(-K // COLUMNS) * COLUMNS
-    codes = (strips, columns * ROWS_PER_TILE * code_width(bits) // 8)
-    return codes, (strips, padded_groups(K, group_length), ROWS_PER_TILE)
-
-
-def reasons(N: int, K: int, scheme: QuantScheme) -> list[str]:
-    """Why an [N, K] weight of this scheme has no such tiles."""
-    why = []
-    if scheme.codebook is not None:
-        why.append(f"codebook {scheme.codebook!r}: only integer codes are supported")
-    if scheme.act_bits is not None:
-        why.append(f"{scheme.act_bits}-bit activations: these kernels take bfloat16 and float16 ones")
+def limits(N: int, K: int, scheme: QuantScheme) -> list[str]:
+    """Groups whose borders are not those of 64 columns."""
     group = scheme.group_length(K)
     if scheme.num_groups(K) > 1 and group not in SHORT_GROUPS and group % COLUMNS:
-        why.append(f"group_size {scheme.group_size} is neither 16 nor 32 nor a multiple of {COLUMNS}")
-    return why
+        return [f"group_size {scheme.group_size} is neither 16 nor 32 nor a multiple of {COLUMNS}"]
+    return []
 
 
-def reasons_a8(N: int, K: int, scheme: QuantScheme) -> list[str]:
-    """Why an [N, K] weight of this scheme is none for the kernels with int8 activations."""
-    if scheme.act_bits != 8:
-        return [f"{scheme}: these kernels take int8 activations (act_bits=8) alone"]
+def limits_a8(N: int, K: int, scheme: QuantScheme) -> list[str]:
+    """What the kernels with int8 activations leave to others."""
+    if scheme.act is None:  # of no concern, and said
+        return []
     why = []
     if not scheme.symmetric:
         why.append(f"zeros={scheme.zeros!r}: with int8 activations these kernels take symmetric weights alone")
@@ -93,89 +76,39 @@ def reasons_a8(N: int, K: int, scheme: QuantScheme) -> list[str]:
     return why
 
 
-def pack(qt: QuantTensor) -> dict[str, Tensor | None]:
-    """Weight -> buffers, on the weight's device; leading (expert) dimensions stay in front of qweight, scales and zeros.
-
-    Raises:
-        ConversionError: the scheme has a reason (see `reasons`).
-    """
-    return _tiles(qt, LAYOUT)
-
-
-def pack_a8(qt: QuantTensor) -> dict[str, Tensor | None]:
-    """`pack` for layout mma_tile_a8 (see `reasons_a8`): the same bytes."""
-    return _tiles(qt, LAYOUT_A8)
-
-
-def _tiles(qt: QuantTensor, layout: Layout) -> dict[str, Tensor | None]:
-    N, K, scheme = qt.N, qt.K, qt.scheme
-    if why := layout.reasons(N, K, scheme):
-        raise ConversionError(f"layout {layout.name} cannot hold {scheme} with N={N}, K={K}: {'; '.join(why)}")
-    k_order = qt.k_order()
-    codes = qt.codes if k_order is None else qt.codes[..., k_order.long()]
-    codes = pad(codes, (0, -K % COLUMNS, 0, -N % ROWS_PER_TILE))
-    lead, strips, columns = codes.shape[:-2], codes.shape[-2] // ROWS_PER_TILE, codes.shape[-1]
+def _lay(codes: Tensor, width: int) -> Tensor:
+    *lead, strips, _, columns = codes.shape
     L = len(lead)
-    steps = 4 if code_width(scheme.bits) == 4 else 2  # of 16 columns in a tile
+    steps = 4 if width == 4 else 2  # of 16 columns in a tile
     # row = 16 tile + 8 high + r, column = 16 steps * block + 16 step + 8 right + 2 c + odd
     split = codes.reshape(*lead, strips, 4, 2, 8, columns // (16 * steps), steps, 2, 4, 2)
     strip, tile, high, r, block, step, right, c, odd = range(L, L + 9)
-    if steps == 4:  # byte 2 odd + right of a word has row r in its low nibble, row r + 8 in its high one
+    if width == 4:  # byte 2 odd + right of a word has row r in its low nibble, row r + 8 in its high one
         lanes = split.permute(*range(L), strip, block, tile, r, c, step, odd, right, high)
-        lanes = lanes[..., 0] | (lanes[..., 1] << 4)
-    else:  # byte 2 odd + high of word 2 step + right
-        lanes = split.permute(*range(L), strip, block, tile, r, c, step, right, odd, high)
-    _, groups = buffer_shapes(N, K, scheme.bits, scheme.group_length(K))
-    return {
-        "qweight": lanes.reshape(*lead, strips, columns * ROWS_PER_TILE * code_width(scheme.bits) // 8).contiguous(),
-        "scales": _pack_groups(qt.scales, groups[1]),
-        "zeros": None if qt.zeros is None else _pack_groups(qt.zeros, groups[1]),
-        "k_order": k_order,
-    }
+        return lanes[..., 0] | (lanes[..., 1] << 4)
+    # byte 2 odd + high of word 2 step + right
+    return split.permute(*range(L), strip, block, tile, r, c, step, right, odd, high)
 
 
-def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor:
-    """The weight that was packed, bit for bit. Buffers from outside go through `layouts.unpack_checked`."""
-    qweight, scales, zeros, k_order = (buffers[name] for name in ("qweight", "scales", "zeros", "k_order"))
-    assert qweight is not None
-    assert scales is not None
-    lead, strips, columns = qweight.shape[:-2], qweight.shape[-2], -(-K // COLUMNS) * COLUMNS
+def _lift(qweight: Tensor, columns: int, width: int) -> Tensor:
+    *lead, strips, _ = qweight.shape
     L = len(lead)
-    if code_width(scheme.bits) == 4:
+    if width == 4:
         lanes = qweight.reshape(*lead, strips, columns // 64, 4, 8, 4, 4, 2, 2)
         lanes = torch.stack([lanes & 15, lanes >> 4], dim=-1)
         strip, block, tile, r, c, step, odd, right, high = range(L, L + 9)
     else:
         lanes = qweight.reshape(*lead, strips, columns // 32, 4, 8, 4, 2, 2, 2, 2)
         strip, block, tile, r, c, step, right, odd, high = range(L, L + 9)
-    split = lanes.permute(*range(L), strip, tile, high, r, block, step, right, c, odd)
-    codes = split.reshape(*lead, strips * ROWS_PER_TILE, columns)[..., :N, :K]
-    if k_order is not None:
-        codes = torch.empty_like(codes, memory_format=torch.contiguous_format).index_copy_(-1, k_order.long(), codes)
-    G = scheme.num_groups(K)
-    true_zeros = None if zeros is None else _unpack_groups(zeros, N, G)
-    group_index = group_index_of(k_order, K, scheme)
-    return QuantTensor(codes.contiguous(), _unpack_groups(scales, N, G), true_zeros, group_index, scheme)
+    return lanes.permute(*range(L), strip, tile, high, r, block, step, right, c, odd)
 
 
-def _pack_groups(values: Tensor, groups: int) -> Tensor:
-    """[..., N, G] -> [..., strips, G_pad, 64]"""
-    padded = pad(values, (0, groups - values.shape[-1], 0, -values.shape[-2] % ROWS_PER_TILE))
-    *lead, rows, _ = padded.shape
-    split = padded.reshape(*lead, rows // ROWS_PER_TILE, 8, 8, groups)  # strip, j, r, group
-    return split.movedim(-1, -3).transpose(-1, -2).reshape(*lead, rows // ROWS_PER_TILE, groups, 64).contiguous()
-
-
-def _unpack_groups(values: Tensor, N: int, G: int) -> Tensor:
-    """[..., strips, G_pad, 64] -> [..., N, G]"""
-    *lead, strips, groups, _ = values.shape
-    split = values.reshape(*lead, strips, groups, 8, 8).transpose(-1, -2).movedim(-3, -1)  # strip, j, r, group
-    return split.reshape(*lead, strips * ROWS_PER_TILE, groups)[..., :N, :G].contiguous()
-
-
+TILES = Tiles(
+    ROWS_PER_TILE, COLUMNS, _lay, _lift, groups=padded_groups,
+    row_order=tuple(8 * j + r for r in range(8) for j in range(8)),
+)  # fmt: skip
 LAYOUT: Layout = Layout(
-    "mma_tile", 1, reasons, pack, unpack, buffer_shapes, ROWS_PER_TILE, gemv_tokens=32, device="cuda", compiled=True
-)
-LAYOUT_A8: Layout = Layout(
-    "mma_tile_a8", 1, reasons_a8, pack_a8, unpack, buffer_shapes, ROWS_PER_TILE, device="cuda", compiled=True
-)
+    "mma_tile", 1, "cuda", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
+    dtypes=(torch.bfloat16, torch.float16), limits=limits, gemv_tokens=32,
+)  # fmt: skip
+LAYOUT_A8: Layout = replace(LAYOUT, name="mma_tile_a8", acts=("int8",), limits=limits_a8, gemv_tokens=None)

@@ -1,17 +1,19 @@
-"""Modules: `QuantLinear`, and `replace_linear`, which swaps them into a model; `fuse_linear`."""
+"""Modules: `QuantLinear`, and `replace_linear`, which swaps them into the places that `select_linears` chooses."""
 
 from __future__ import annotations
 
-from .fused import FuseReport, fuse_linear, unfuse_linear
 from .linear import QuantLinear
-from .replace import ReplaceReport, replace_linear, set_module
+from .modules import model_bytes, packed_bytes, set_module
+from .replace import ReplaceReport, replace_linear
+from .selection import Selection, select_linears
 
 __all__ = [
-    "FuseReport",
     "QuantLinear",
     "ReplaceReport",
-    "fuse_linear",
+    "Selection",
+    "model_bytes",
+    "packed_bytes",
     "replace_linear",
+    "select_linears",
     "set_module",
-    "unfuse_linear",
 ]

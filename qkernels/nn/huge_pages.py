@@ -2,7 +2,7 @@
 
 A Llama layer's weight is thousands of 4 KB pages but a dozen of 2 MB. Where Linux gives them only to those who ask
 (`/sys/kernel/mm/transparent_hugepage/enabled` says madvise, as most distributions have it), torch's allocator does not: its
-memory is neither aligned nor advised. Measured: docs/cpu-huge-pages.md.
+memory is neither aligned nor advised. Measured: docs/cpu-decode.md.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,13 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import ArgumentError, QKernelsError, TensorError
 from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
-from ..layouts import empty_buffers, get_layout, unpack_checked
-from ..quantizers import NF4, RTN
+from ..layouts import LAYOUTS, empty_buffers, get_layout, unpack_checked
+from ..quantizers import RTN, Options
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from .huge_pages import on_huge_pages
+from .pretrained import mind_save_pretrained
 
-if TYPE_CHECKING:
-    from .fused import FusedGroup
-
-BUFFERS = ("qweight", "scales", "zeros", "k_order")
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -55,6 +52,15 @@ class QuantLinear(nn.Module):
     Raises:
         SchemeError: `scheme` is not one.
         UnsupportedProblem: no kernel takes it; lists the reasons.
+
+    >>> import torch
+    >>> from qkernels import QuantLinear
+    >>> layer = QuantLinear.from_linear(torch.nn.Linear(256, 128), "w4a16_g64")
+    >>> layer(torch.zeros(2, 3, 256)).shape
+    torch.Size([2, 3, 128])
+    >>> weight = layer.quant_tensor()  # in canonical form, bit for bit what was packed
+    >>> str(weight.scheme), torch.equal(weight.dequantize(), layer.dequantize())
+    ('w4a16_g64', True)
     """
 
     _buffers: dict[str, Any]
@@ -62,7 +68,6 @@ class QuantLinear(nn.Module):
     scales: Tensor
     zeros: Tensor | None
     k_order: Tensor | None
-    fused: FusedGroup | None = None  # set by fuse_linear: the layers that this one forms one matrix with
 
     def __init__(
         self,
@@ -78,15 +83,9 @@ class QuantLinear(nn.Module):
         layout: str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.scheme = QuantScheme.parse(scheme)
-        # What the ops are told beside the buffers.
-        offsets = self.scheme.zeros == "offset"
-        self._numbers = (out_features, self.scheme.bits, self.scheme.group_length(in_features), offsets)
-        self.on_unsupported: OnUnsupported = on_unsupported
         device = torch.device(device) if device is not None else torch.get_default_device()
         dtype = dtype or torch.get_default_dtype()
-        self.dtype = dtype
+        self._describe(in_features, out_features, QuantScheme.parse(scheme), dtype, on_unsupported)
         self.layout = layout or self._select(device, dtype)
         self._set_buffers(self._empty(dtype if dtype.itemsize == 2 else torch.float32, ordered, device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -116,16 +115,28 @@ class QuantLinear(nn.Module):
             dtype = bias.dtype if bias is not None else scales if scales.itemsize == 2 else torch.get_default_dtype()
         device = torch.device(device) if device is not None else weight.device
         problem = Problem(weight.N, weight.K, weight.scheme, dtype, arch_of(device))
-        # Built on meta and filled below: a layer is never allocated twice.
-        layer = cls(
-            weight.K, weight.N, bias is not None, scheme=weight.scheme, device="meta", dtype=dtype,
-            ordered=weight.group_index is not None, on_unsupported=on_unsupported,
-            layout=select(problem, on_unsupported).layout,
-        )  # fmt: skip
+        layer = cls.__new__(cls)  # without empty buffers to be replaced at once
+        nn.Module.__init__(layer)
+        layer._describe(weight.K, weight.N, weight.scheme, dtype, on_unsupported)
+        layer.layout = select(problem, on_unsupported).layout
         layer._pack(weight, device)
+        layer.bias = None
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(device, dtype).clone(), requires_grad=bias.requires_grad)
         return layer
+
+    def _describe(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: QuantScheme,
+        dtype: torch.dtype,
+        on_unsupported: OnUnsupported,
+    ) -> None:
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.dtype = scheme, dtype
+        self.on_unsupported: OnUnsupported = on_unsupported
+        mind_save_pretrained(QuantLinear)
 
     @staticmethod
     def check_supported(linear: nn.Linear, scheme: QuantScheme, on_unsupported: OnUnsupported = "raise") -> None:
@@ -141,7 +152,7 @@ class QuantLinear(nn.Module):
         cls,
         linear: nn.Linear,
         scheme: QuantScheme | str,
-        method: RTN | NF4 | None = None,
+        method: Options | None = None,
         on_unsupported: OnUnsupported = "raise",
         name: str = "weight",
     ) -> QuantLinear:
@@ -157,15 +168,11 @@ class QuantLinear(nn.Module):
             ArgumentError: the weight has NaN or infinite entries.
             UnsupportedProblem: no kernel takes the scheme.
         """
-        weight = (method or RTN()).with_scheme(scheme).quantize(linear.weight.detach().contiguous(), name)
+        weight = (method or RTN()).with_scheme(scheme).quantize(linear.weight.detach().contiguous(), name=name)
         return cls.from_quant_tensor(weight, linear.bias, linear.weight.device, linear.weight.dtype, on_unsupported)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]` in x's dtype (under autocast: in autocast's)."""
-        if self.fused is not None and not torch.compiler.is_compiling():
-            part = self.fused.multiply(self, x)
-            if part is not None:
-                return part
         buffers = self._buffers  # `self.qweight` would be looked up in Python, 0.5 us each
         device = buffers["qweight"].device
         device_type = device.type
@@ -175,12 +182,11 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device_type))
         flat = x.dim() == 2
         rows = x if flat else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-        weight = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["k_order"], self.bias)
         if rows.shape[1] == self.in_features and rows.dtype in FLOAT_DTYPES and rows.device == device:
-            y = ops.call(f"gemm_{self.layout}", rows, *weight, *self._numbers)
+            y = ops.call(ops.GEMM[self.layout], rows, buffers, self.bias, self._numbers)
         else:  # says what is wrong
             y = ops.gemm(
-                self.layout, rows, *weight,
+                self.layout, rows, **self._packed(), bias=self.bias,
                 in_features=self.in_features, out_features=self.out_features, scheme=self.scheme,
             )  # fmt: skip
         return y if flat else y.view(*x.shape[:-1], self.out_features)
@@ -205,15 +211,21 @@ class QuantLinear(nn.Module):
         problem = Problem(self.out_features, self.in_features, self.scheme, dtype, arch_of(device))
         return select(problem, self.on_unsupported).layout
 
-    def _packed(self) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in BUFFERS}
+    def _packed(self) -> dict[str, Any]:
+        return {buffer.name: self._buffers[buffer.name] for buffer in get_layout(self.layout).buffers}
 
-    def _set_buffers(self, buffers: dict[str, Tensor | None]) -> None:
-        for name in BUFFERS:
-            self.register_buffer(name, buffers.get(name))
+    def _set_buffers(self, buffers: Mapping[str, Tensor | None]) -> None:
+        """Take the buffers of `self.layout`, in the place of those that were there."""
+        layout = get_layout(self.layout)
+        self._numbers = layout.numbers_of(self.out_features, self.in_features, self.scheme)
+        self._drop_buffers()
+        for buffer in layout.buffers:
+            self.register_buffer(buffer.name, buffers.get(buffer.name))
         self._device_type = self.qweight.device.type
-        if self.fused is not None:
-            self.fused.part_changed()
+
+    def _drop_buffers(self) -> None:
+        for name in _buffer_names():
+            self._buffers.pop(name, None)
 
     def _pack(self, weight: QuantTensor, device: torch.device) -> None:
         packed = get_layout(self.layout).pack(weight)
@@ -240,7 +252,8 @@ class QuantLinear(nn.Module):
         # `fn` moves or casts. Casting must reach the bias but not the scales, whose dtype is that of their source: `fn` sees
         # the buffers as integers, which no float cast touches.
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device))
-        packed = {name: self._buffers.pop(name) for name in BUFFERS}
+        packed = self._packed()
+        self._drop_buffers()
         super()._apply(fn, recurse)
         was, now = self._device_type, probe.device.type
         layout = self.layout if now in (was, "meta") else self._select(probe.device, probe.dtype)
@@ -278,8 +291,9 @@ class QuantLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take packed buffers from outside: validated first, re-laid out if they were packed for another device."""
-        given = {name: state_dict.get(prefix + name) for name in BUFFERS}
-        own = {prefix + name for name in (*BUFFERS, "bias", "_extra_state")}
+        names = _buffer_names()
+        given = {name: state_dict.get(prefix + name) for name in names}  # of whichever layout
+        own = {prefix + name for name in (*names, "bias", "_extra_state")}
         unexpected_keys += [k for k in state_dict if strict and k.startswith(prefix) and k not in own]
         if given["qweight"] is None or given["scales"] is None:
             missing_keys += [prefix + name for name in ("qweight", "scales") if given[name] is None]
@@ -331,6 +345,11 @@ class QuantLinear(nn.Module):
             raise TensorError(
                 f"buffers hold {packing.scheme} {list(packing.shape)}, this layer is {want[0]} {list(want[1])}"
             )
+
+
+def _buffer_names() -> list[str]:
+    """Of all layouts together."""
+    return list(dict.fromkeys(buffer.name for layout in LAYOUTS.values() for buffer in layout.buffers))
 
 
 def _apply_bitwise(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

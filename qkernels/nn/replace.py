@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from ..errors import ArgumentError, UnsupportedProblem
+from ..errors import ArgumentError
 from ..kernels.catalogue import OnUnsupported
-from ..model_structure import is_conv1d
-from ..quantizers import NF4, RTN
+from ..memory import GivingBack
+from ..models.linears import linear_of
+from ..quantizers import RTN, Options
 from ..quantizers.grid import checked_weight
+from ..reports import MIB
 from ..scheme import QuantScheme
-from .fused import FuseReport, fuse_linear
-from .linear import BUFFERS, QuantLinear
+from .linear import QuantLinear
+from .modules import model_bytes, packed_bytes, set_module
+from .selection import Overrides, Patterns, Selection, select_linears
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,35 +35,50 @@ class Replaced:
 
 @dataclass
 class ReplaceReport:
-    """What `replace_linear` did. Nothing is left out: a weight is in `replaced`, or in `skipped` with the reason."""
+    """What `replace_linear` did. Nothing is left out: a weight is in `replaced`, or in `skipped` with the reason.
+
+    >>> from torch import nn
+    >>> from qkernels import replace_linear
+    >>> model = nn.ModuleDict({"body": nn.Linear(512, 512), "head": nn.Linear(512, 512)})
+    >>> report = replace_linear(model, "w8a16_g128", exclude="head")  # a ReplaceReport
+    >>> print(report)
+    replaced 1 linear layers (w8a16_g128), skipped 1; model 2.0 -> 1.3 MiB
+      skipped head: excluded
+    """
 
     replaced: dict[str, Replaced] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
-    fusing: FuseReport | None = None
+
+    @classmethod
+    def of(cls, selection: Selection, model: nn.Module | None = None) -> ReplaceReport:
+        """The report of a selection of which nothing is replaced yet."""
+        return cls(skipped=dict(selection.skipped), bytes_before=0 if model is None else model_bytes(model))
+
+    def add(self, name: str, layer: QuantLinear, bytes_before: int) -> None:
+        """A layer now stands in the place of a float weight of so many bytes."""
+        self.replaced[name] = Replaced(layer.scheme, layer.layout, bytes_before, packed_bytes(layer))
 
     def __str__(self) -> str:
         schemes = sorted({str(r.scheme) for r in self.replaced.values()})
-        mib = 1 / 2**20
         lines = [
             f"replaced {len(self.replaced)} linear layers ({', '.join(schemes) or 'none'}), skipped {len(self.skipped)}; "
-            f"model {self.bytes_before * mib:.1f} -> {self.bytes_after * mib:.1f} MiB"
+            f"model {self.bytes_before * MIB:.1f} -> {self.bytes_after * MIB:.1f} MiB"
         ]
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines if self.fusing is None else [*lines, str(self.fusing)])
+        return "\n".join(lines)
 
 
 def replace_linear(
     model: nn.Module,
     scheme: QuantScheme | str = "w4a16_g128",
-    include: Iterable[str] | str | None = None,
-    exclude: Iterable[str] | str = ("lm_head",),
-    overrides: Mapping[str, QuantScheme | str] | None = None,
-    fuse: bool = False,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    overrides: Overrides = None,
     on_unsupported: OnUnsupported = "raise",
     progress: bool = True,
-    method: RTN | NF4 | None = None,
+    method: Options | None = None,
 ) -> ReplaceReport:
     """Round every linear layer's weight to `scheme` and swap in a `QuantLinear`, in place.
 
@@ -73,158 +89,50 @@ def replace_linear(
         model: any `nn.Module`; no particular architecture is assumed. Transformers' `Conv1D` (GPT-2) is a linear layer too.
         scheme: for all layers, unless an override matches.
         include: only layers that match one of these patterns; None means all.
-        exclude: never layers that match one of these.
+        exclude: never layers that match one of these; None means heads (`lm_head`, `score`, `classifier`, …: see
+            `nn.selection.heads`), unless `include` names them, and () means none.
         overrides: pattern -> scheme; the first match wins.
-        fuse: let q, k, v and gate, up share one packed matrix where the architecture is known and a kernel allows it, with the
-            same results and state dict (see `fuse_linear`); the report's `fusing` says where, and why not elsewhere.
         on_unsupported: "raise" before anything is changed; "skip" leaves the layer as it is, with the reason in the report;
             "reference" runs it on the slow plain-PyTorch kernel.
         progress: show a progress bar if it takes more than two seconds.
         method: how to round; `RTN()` if None. Its options are taken, its scheme is not: `NF4(double_quant=True)` with "nf4_g64".
 
     Returns:
-        The report: `.replaced`, `.skipped[name] = reason`, `.bytes_before`, `.bytes_after` of the whole model, `.fusing`.
+        The report: `.replaced`, `.skipped[name] = reason`, `.bytes_before`, `.bytes_after` of the whole model.
 
     Raises:
         SchemeError: a scheme cannot be parsed, or is none that the method rounds to.
         ArgumentError: a pattern matches no layer, a weight is NaN or infinite, or there is nothing to replace.
         UnsupportedProblem: no kernel takes a layer; the model is untouched.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from qkernels import replace_linear
+    >>> model = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64))
+    >>> report = replace_linear(model, "w4a16_g128", overrides={"2": "w8a16_g128"})
+    >>> {name: str(layer.scheme) for name, layer in report.replaced.items()}
+    {'0': 'w4a16_g128', '2': 'w8a16_g128'}
+    >>> model(torch.zeros(3, 256)).shape
+    torch.Size([3, 64])
     """
     scheme = QuantScheme.parse(scheme)
     rules = {pattern: QuantScheme.parse(s) for pattern, s in (overrides or {}).items()}
     rounding = {s: (method or RTN()).with_scheme(s) for s in (scheme, *rules.values())}
-    include, exclude = as_patterns(include), as_patterns(exclude) or ()
-    report = ReplaceReport(bytes_before=model_bytes(model))
-    chosen = choose_layers(model, include, exclude, report)
-    check_patterns([*(include or ()), *rules], linear_names(model))
-    schemes = {name: next((s for p, s in rules.items() if matches(name, p)), scheme) for name in chosen}
-    _check_supported(chosen, schemes, on_unsupported, report)
-    for name in tqdm(list(chosen), desc="quantizing", unit="layer", delay=2, disable=not progress):
-        linear = chosen.pop(name)  # so that the float weight is freed when its layer is swapped, not at the end
-        if name in report.skipped:
-            continue
-        layer = QuantLinear.from_linear(
-            linear, schemes[name], rounding[schemes[name]], on_unsupported, f"{name}.weight"
-        )
-        report.replaced[name] = Replaced(schemes[name], layer.layout, tensor_bytes(linear.weight), packed_bytes(layer))
-        set_module(model, name, layer)
-    if not report.replaced:
+    selection = select_linears(model, scheme, include, exclude, rules, on_unsupported)
+    report = ReplaceReport.of(selection, model)
+    if not selection.chosen:
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")
+    for name in selection.chosen:
+        checked_weight(linear_of(model, name).weight, f"{name}.weight")
+    bar = tqdm(selection.chosen.items(), desc="quantizing", unit="layer", delay=2, disable=not progress)
+    with GivingBack() as memory:
+        for name, chosen in bar:
+            linear = linear_of(model, name)
+            layer = QuantLinear.from_linear(linear, chosen, rounding[chosen], on_unsupported, f"{name}.weight")
+            report.add(name, layer, linear.weight.nbytes)
+            set_module(model, name, layer)
+            memory.freed(linear.weight.nbytes)
+            del linear
     report.bytes_after = model_bytes(model)
-    report.fusing = fuse_linear(model) if fuse else None
-    logger.info("%s", report)
+    log.info("%s", report)
     return report
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` stands in `model`, in the same training mode."""
-    parent, _, leaf = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a shell pattern matches a module's full name or its last part."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
-
-
-def tensor_bytes(t: Tensor) -> int:
-    return t.numel() * t.element_size()
-
-
-def packed_bytes(layer: QuantLinear) -> int:
-    """Bytes of the buffers the kernel reads."""
-    return sum(tensor_bytes(t) for t in (getattr(layer, name) for name in BUFFERS) if t is not None)
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(map(tensor_bytes, tensors.values()))
-
-
-def as_patterns(patterns: Iterable[str] | str | None) -> tuple[str, ...] | None:
-    return None if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def as_linear(module: nn.Module) -> nn.Linear | None:
-    """A linear layer, or transformers' `Conv1D` (GPT-2: `y = x W + b`, W `[K, N]`) as the one that computes the same; None
-    for other modules. The weight of the latter is a transposed view, and the bias is shared."""
-    if isinstance(module, nn.Linear):
-        return module
-    if not is_conv1d(module):
-        return None
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
-    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
-    linear.bias = module.bias  # type: ignore[assignment]
-    return linear
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Every linear layer that a pattern may mean, those included that are quantized already."""
-    return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, QuantLinear)) or is_conv1d(m)]
-
-
-def choose_layers(
-    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...], report: ReplaceReport
-) -> dict[str, nn.Linear]:
-    """The layers to replace by name, `Conv1D` as linear layers (see `as_linear`); every other matrix of the model, but
-    embeddings and convolutions, goes to `report.skipped` with its reason."""
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    chosen: dict[str, nn.Linear] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            report.skipped[name] = "already quantized"
-        elif (linear := as_linear(module)) is not None:
-            shared = [other for other in users[id(module._parameters["weight"])] if other != name]
-            if any(matches(name, p) for p in exclude):
-                report.skipped[name] = "excluded"
-            elif include is not None and not any(matches(name, p) for p in include):
-                report.skipped[name] = "not in include"
-            elif shared:
-                report.skipped[name] = f"its weight is shared with {', '.join(shared)}"
-            elif type(module) is not nn.Linear and not is_conv1d(module):
-                report.skipped[name] = f"{type(module).__name__} is a subclass of nn.Linear with a forward of its own"
-            else:
-                chosen[name] = linear
-        else:
-            _note_other_matrices(name, module, report)
-    return chosen
-
-
-def _note_other_matrices(name: str, module: nn.Module, report: ReplaceReport) -> None:
-    """Matrices outside linear layers: experts in one tensor, routers."""
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)):
-        return
-    for leaf, parameter in module.named_parameters(recurse=False):
-        full = f"{name}.{leaf}".lstrip(".")
-        size = f"{list(parameter.shape)}, {tensor_bytes(parameter):,} bytes"
-        if parameter.dim() == 3:
-            report.skipped[full] = f"stacked experts ({size}) are not supported yet"
-        elif parameter.dim() == 2 and min(parameter.shape) > 1:
-            report.skipped[full] = f"a matrix ({size}) of {type(module).__name__}, which is not an nn.Linear"
-
-
-def check_patterns(patterns: list[str], names: list[str]) -> None:
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            raise ArgumentError(
-                f"pattern {pattern!r} matches no linear layer; names look like {', '.join(names[:3]) or '(there are none)'}"
-            )
-
-
-def _check_supported(
-    chosen: dict[str, nn.Linear], schemes: dict[str, QuantScheme], on_unsupported: OnUnsupported, report: ReplaceReport
-) -> None:
-    """Ask the catalogue about every layer, and look at every weight, before the first is changed."""
-    for name, linear in chosen.items():
-        checked_weight(linear.weight, f"{name}.weight")
-        try:
-            QuantLinear.check_supported(linear, schemes[name], "raise" if on_unsupported == "skip" else on_unsupported)
-        except UnsupportedProblem as error:
-            if on_unsupported != "skip":
-                raise UnsupportedProblem(f"{name}: {error}") from None
-            report.skipped[name] = str(error)

@@ -5,15 +5,17 @@ Slow on purpose: the whole weight is dequantized to fp32 on every call.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..layouts import get_layout
+from ..layouts import Layout
 from ..scheme import CODEBOOKS, QuantScheme, ZeroKind
-from ..tensor import QuantTensor, group_index_of
+from ..tensor import QuantTensor
+from .weight import Weight, read_dequantize, read_product
 
 
 def gemm(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor:
@@ -85,22 +87,27 @@ def _rests(weight: QuantTensor) -> Tensor | None:
     return mid * scales + zeros if weight.scheme.zeros == "offset" else (mid - zeros) * scales
 
 
-def scheme_of(zeros: Tensor | None, bits: int, group_size: int, zeros_are_offsets: bool) -> QuantScheme:
+PRODUCTS: dict[str | None, Callable[[Tensor, QuantTensor, Tensor | None], Tensor]] = {None: gemm, "int8": gemm_a8}
+"""The product with each of `ACTIVATIONS`."""
+
+
+def scheme_of(weight: Weight, act: str | None = None) -> QuantScheme:
     """The scheme that an op's arguments spell out. "channel" and "tensor" come back as one group of K, which means the same.
 
     Raises:
         ArgumentError: zeros `[2^bits]` are the table of no codebook.
+        SchemeError: they are one, and the activations need integer codes.
     """
-    if zeros is not None and zeros.dim() == 1:
-        return QuantScheme(bits, group_size, codebook=_codebook_of(zeros))
+    if weight.table is not None:
+        return QuantScheme(weight.bits, weight.group_size, act=act, codebook=_codebook_of(weight.table))
     kind: ZeroKind
-    if zeros is None:
+    if weight.zeros is None:
         kind = "none"
-    elif zeros_are_offsets:
+    elif weight.zeros_are_offsets:
         kind = "offset"
     else:
-        kind = "int" if zeros.dtype == torch.uint8 else "float"
-    return QuantScheme(bits, group_size, kind)
+        kind = "int" if weight.zeros.dtype == torch.uint8 else "float"
+    return QuantScheme(weight.bits, weight.group_size, kind, act)
 
 
 def _codebook_of(table: Tensor) -> str:
@@ -112,34 +119,23 @@ def _codebook_of(table: Tensor) -> str:
     )
 
 
-def gemm_op(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None, bias: Tensor | None,
-    out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
-) -> Tensor:  # fmt: skip
-    """The op `gemm_reference`; arguments as in `schema`."""
-    scheme = scheme_of(zeros, bits, group_size, zeros_are_offsets)
-    zeros = None if scheme.codebook is not None else zeros
-    return gemm(x, QuantTensor(qweight, scales, zeros, group_index_of(k_order, x.shape[1], scheme), scheme), bias)
-
-
-def gemm_a8_op(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None, bias: Tensor | None,
-    out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
-) -> Tensor:  # fmt: skip
-    """The op `gemm_reference_a8`; arguments as in `schema`.
+def product_op(layout: Layout, *arguments: Any) -> Tensor:
+    """`gemm_<layout>` for a layout that plain PyTorch runs: unpack, then the product with its activations.
 
     Raises:
-        SchemeError: zeros are a codebook's table: int8 activations need integer codes.
+        ArgumentError, SchemeError: see `scheme_of`.
     """
-    scheme = replace(scheme_of(zeros, bits, group_size, zeros_are_offsets), act_bits=8)
-    return gemm_a8(x, QuantTensor(qweight, scales, zeros, group_index_of(k_order, x.shape[1], scheme), scheme), bias)
+    x, weight, bias = read_product(layout, arguments)
+    act = layout.acts[0]
+    return PRODUCTS[act](x, _unpacked(layout, weight, act), bias)
 
 
-def dequantize_op(
-    layout: str, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
-    out_features: int, in_features: int, bits: int, group_size: int, zeros_are_offsets: bool, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def dequantize_op(layout: Layout, *arguments: Any) -> Tensor:
     """`dequantize_<layout>` for a layout that has no faster one: unpack, then `QuantTensor.dequantize`."""
-    buffers = {"qweight": qweight, "scales": scales, "zeros": zeros, "k_order": k_order}
-    scheme = scheme_of(zeros, bits, group_size, zeros_are_offsets)
-    return get_layout(layout).unpack(buffers, out_features, in_features, scheme).dequantize(dtype)
+    weight, dtype = read_dequantize(layout, arguments)
+    return _unpacked(layout, weight).dequantize(dtype)
+
+
+def _unpacked(layout: Layout, weight: Weight, act: str | None = None) -> QuantTensor:
+    buffers = {buffer.name: weight.value(buffer.name) for buffer in layout.buffers}
+    return layout.unpack(buffers, weight.out_features, weight.in_features, scheme_of(weight, act))

@@ -5,185 +5,200 @@
     dequantize_<layout>  the weight, for gradients, tests and benchmarks
 
 C++ and Triton only implement these; an install without the compiled extension has the same ops, which then say why they
-cannot run. Shapes: x `[M, K]`, result `[M, N]` in x's dtype; the buffers are those of the layout, for one 2-D weight.
-`group_size` is `QuantScheme.group_length(K)`. Gradients flow to x and bias; weights are frozen.
-Where a layout's kernels quantize x to int8 (`_a8`), the gradient is that of the same product without it (straight-through).
+cannot run. Shapes: x `[M, K]`, result `[M, N]` in x's dtype; the buffers are those of the layout, for one 2-D weight. Schemas are
+made from the layout (`ops.weight`). Gradients flow to x and bias; weights are frozen. Where a layout's kernels quantize x
+(`Layout.acts`), the gradient is that of the same product without it (straight-through).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
+from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
-from ..kernels import native
-from ..layouts import LAYOUTS, Layout
+from ..layouts import BUFFERS, LAYOUTS, Layout, Shapes
 from ..tensor import FLOAT_DTYPES
+from ..text import describe, dtype_name
 from . import reference
+from .backends import BACKENDS, Backend
+from .weight import (
+    Product,
+    Weight,
+    dequantize_arguments,
+    dequantize_schema,
+    product_names,
+    product_schema,
+    read_dequantize,
+    read_product,
+    weight_from_buffers,
+)
 
-GEMM = (
-    "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? bias, int out_features, int bits, "
-    "int group_size, bool zeros_are_offsets) -> Tensor"
-)
-DEQUANTIZE = (
-    "(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, int out_features, int in_features, int bits, "
-    "int group_size, bool zeros_are_offsets, ScalarType dtype) -> Tensor"
-)
-TABLE_LAYOUTS = ("reference", "kpack")  # whose ops take a codebook's table in the place of zeros
 _SLICE_BYTES = 64 << 20  # a gradient dequantizes at most this much of the weight at a time
 
 LIBRARY = Library("qkernels", "DEF")  # the ops live as long as this object
 
 
+class Op(NamedTuple):
+    """An op of the library, and which buffers it takes, in its order."""
+
+    run: Callable[..., Tensor]
+    buffers: tuple[str, ...]
+
+
+GEMM: dict[str, Op] = {}  # by layout
+GEMV: dict[str, Op] = {}
+
+
 # --- arguments ------------------------------------------------------------------------------------------------------------
 
 
-def check_gemm(
-    layout: str, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
-    bias: Tensor | None, out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
-    *, max_tokens: int | None = None,
-) -> None:  # fmt: skip
+def check_product(layout: Layout, product: Product, max_tokens: int | None = None) -> None:
     """Everything a kernel relies on, except the values inside the buffers.
 
     Raises:
         ArgumentError: an argument has the wrong dtype, shape, device or value.
     """
+    x, weight, bias = product
     if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
-        raise ArgumentError(f"x must be float32, bfloat16 or float16 [M, K], got {_describe(x)}")
+        raise ArgumentError(f"x must be float32, bfloat16 or float16 [M, K], got {describe(x)}")
     if max_tokens is not None and x.shape[0] > max_tokens:
-        raise ArgumentError(f"gemv_{layout} takes M <= {max_tokens} rows of x, got {x.shape[0]}; call gemm_{layout}")
-    if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.dim() != 1 or bias.shape[0] != out_features):
-        raise ArgumentError(f"bias must be None or floating [N] = [{out_features}], got {_describe(bias)}")
-    K = x.shape[1]
-    if check_weight(layout, qweight, scales, zeros, k_order, out_features, K, bits, group_size, zeros_are_offsets):
+        name = layout.name
+        raise ArgumentError(f"gemv_{name} takes M <= {max_tokens} rows of x, got {x.shape[0]}; call gemm_{name}")
+    N = weight.out_features
+    if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.dim() != 1 or bias.shape[0] != N):
+        raise ArgumentError(f"bias must be None or floating [N] = [{N}], got {describe(bias)}")
+    if check_weight(layout, weight):
         raise ArgumentError(
-            f"qweight must be of one weight: stacked experts are not taken here, got {_describe(qweight)}"
+            f"qweight must be of one weight: stacked experts are not taken here, got {describe(weight.qweight)}"
         )
-    for name, t in (("qweight", qweight), ("bias", bias)):
+    for name, t in (("qweight", weight.qweight), ("bias", bias)):
         if t is not None and t.device != x.device:
             raise ArgumentError(f"{name} must be on the device of x, {x.device}, got {t.device}; move one of them")
 
 
-def check_weight(
-    layout: str, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
-    out_features: int, in_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
-) -> int:  # fmt: skip
-    """The same for the buffers alone; returns how many leading (expert) dimensions they have."""
-    N, K = out_features, in_features
+def check_weight(layout: Layout, weight: Weight) -> int:
+    """The same for the weight alone; returns how many leading (expert) dimensions its buffers have."""
+    qweight, scales, zeros, k_order, N, K, bits, group_size, offsets, own = weight
     if not 2 <= bits <= 8 or group_size < 1 or N < 0:
         raise ArgumentError(
             f"bits must be 2 to 8, group_size positive (group_length(K)) and out_features not negative, got bits={bits}, "
             f"group_size={group_size}, out_features={N}"
         )
-    codes, groups = LAYOUTS[layout].shapes(N, K, bits, group_size)
+    shapes = layout.shapes(N, K, bits, group_size)
+    codes = shapes["qweight"]
     if qweight.dtype != torch.uint8 or qweight.shape[-len(codes) :] != codes:
         raise ArgumentError(
-            f"qweight must be uint8 {list(codes)} in layout {layout} for N={N}, K={K} (x is [M, K]), bits={bits}, got "
-            f"{_describe(qweight)}; a weight packed for another shape or layout?"
+            f"qweight must be uint8 {list(codes)} in layout {layout.name} for N={N}, K={K} (x is [M, K]), bits={bits}, got "
+            f"{describe(qweight)}; a weight packed for another shape or layout?"
         )
-    shape = (*qweight.shape[: -len(codes)], *groups)
+    lead = qweight.shape[: -len(codes)]
+    shape = (*lead, *shapes["scales"])
     if scales.dtype not in FLOAT_DTYPES or scales.shape != shape:
         raise ArgumentError(
-            f"scales must be floating {list(shape)} in layout {layout} for N={N}, K={K}, group_size={group_size}, got "
-            f"{_describe(scales)}"
+            f"scales must be floating {list(shape)} in layout {layout.name} for N={N}, K={K}, group_size={group_size}, got "
+            f"{describe(scales)}"
         )
     if zeros is None:
-        if zeros_are_offsets:
+        if offsets:
             raise ArgumentError("zeros must be given where zeros_are_offsets is true, got None")
-    elif not _is_table(layout, zeros, bits, zeros_are_offsets) and (
-        zeros.shape != shape
-        or not (zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not zeros_are_offsets))
+    elif not _is_table(layout, weight) and (
+        zeros.shape != shape or not (zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not offsets))
     ):
-        kinds = "floating" if zeros_are_offsets else "uint8 or floating"
-        raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {_describe(zeros)}")
+        kinds = "floating" if offsets else "uint8 or floating"
+        raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {describe(zeros)}")
     if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
-        raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {_describe(k_order)}")
+        raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {describe(k_order)}")
     for name, t in (("scales", scales), ("zeros", zeros), ("k_order", k_order)):
         if t is not None and t.device != qweight.device:
             raise ArgumentError(f"{name} must be on the device of qweight, {qweight.device}, got {t.device}")
-    return qweight.dim() - len(codes)
+    if own:
+        _check_own(layout, weight, shapes, lead)
+    return len(lead)
 
 
-def _is_table(layout: str, zeros: Tensor, bits: int, zeros_are_offsets: bool) -> bool:
-    """Whether `zeros` is a codebook's table, which some layouts take in their place; which one, its values say."""
-    shaped = zeros.dtype == torch.float32 and zeros.dim() == 1 and zeros.shape[0] == 1 << bits
-    return layout in TABLE_LAYOUTS and shaped and not zeros_are_offsets
+def _check_own(layout: Layout, weight: Weight, shapes: Shapes, lead: tuple[int, ...]) -> None:
+    """The same for the buffers that this layout alone has."""
+    for name, optional, dtype, tiled in layout.buffers[len(BUFFERS) :]:
+        t, shape, dtype = weight.own[name], (*(lead if tiled else ()), *shapes[name]), dtype or weight.scales.dtype
+        fits = optional if t is None else (t.dtype, t.shape, t.device) == (dtype, shape, weight.qweight.device)
+        if not fits:
+            raise ArgumentError(
+                f"{name} must be {dtype_name(dtype)} {list(shape)} in layout {layout.name} for N={weight.out_features}, "
+                f"K={weight.in_features}, on the device of qweight, {weight.qweight.device}, got {describe(t)}"
+            )
 
 
-def _describe(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+def _is_table(layout: Layout, weight: Weight) -> bool:
+    """Whether zeros are a codebook's table, of a layout that takes them; which one, its values say."""
+    table = weight.table
+    if table is None or not layout.codebooks or weight.zeros_are_offsets:
+        return False
+    return table.dtype == torch.float32 and table.shape[0] == 1 << weight.bits
 
 
 # --- fake kernels and gradients -------------------------------------------------------------------------------------------
 
 
-def _fake_gemm(layout: str, max_tokens: int | None, x: Tensor, *weight: Any) -> Tensor:
-    check_gemm(layout, x, *weight, max_tokens=max_tokens)
-    return x.new_empty((x.shape[0], weight[5]))
+def _fake_product(layout: Layout, max_tokens: int | None, *arguments: Any) -> Tensor:
+    product = read_product(layout, arguments)
+    check_product(layout, product, max_tokens)
+    return product.x.new_empty((product.x.shape[0], product.weight.out_features))
 
 
-def _fake_dequantize(layout: str, qweight: Tensor, *rest: Any) -> Tensor:
-    *weight, dtype = rest
-    leading = check_weight(layout, qweight, *weight)
-    out_features, in_features = weight[3], weight[4]
-    return qweight.new_empty((*qweight.shape[:leading], out_features, in_features), dtype=dtype)
+def _fake_dequantize(layout: Layout, *arguments: Any) -> Tensor:
+    weight, dtype = read_dequantize(layout, arguments)
+    leading = weight.qweight.shape[: check_weight(layout, weight)]
+    return weight.qweight.new_empty((*leading, weight.out_features, weight.in_features), dtype=dtype)
 
 
-def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scales, zeros, k_order, bias, *numbers = inputs
-    ctx.save_for_backward(qweight, scales, zeros, k_order)
-    ctx.numbers = numbers
-    ctx.in_features, ctx.x_dtype = x.shape[1], x.dtype
+def _save_for_gradient(layout: Layout, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = read_product(layout, inputs)
+    ctx.save_for_backward(*(weight.value(buffer.name) for buffer in layout.buffers))
+    ctx.numbers = tuple(weight.value(number.name) for number in layout.numbers)
+    ctx.in_features, ctx.x_dtype = weight.in_features, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradient(layout: str, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = _gradient_of_x(layout, ctx.in_features, dy, *ctx.saved_tensors, *ctx.numbers).to(ctx.x_dtype)
-    if ctx.needs_input_grad[5]:
-        dbias = dy.float().sum(0).to(ctx.bias_dtype)
-    return (dx, None, None, None, None, dbias, None, None, None, None)
+def _gradient(layout: Layout, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    names = product_names(layout)
+    wanted = dict(zip(names, ctx.needs_input_grad, strict=True))
+    found: dict[str, Tensor] = {}
+    if wanted["x"]:
+        weight = weight_from_buffers(layout, ctx.saved_tensors, ctx.numbers, ctx.in_features)
+        found["x"] = _gradient_of_x(layout, weight, dy).to(ctx.x_dtype)
+    if wanted["bias"]:
+        found["bias"] = dy.float().sum(0).to(ctx.bias_dtype)
+    return tuple(found.get(name) for name in names)
 
 
-def _gradient_of_x(
-    layout: str, in_features: int, dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
-    out_features: int, bits: int, group_size: int, zeros_are_offsets: bool,
-) -> Tensor:  # fmt: skip
+def _gradient_of_x(layout: Layout, weight: Weight, dy: Tensor) -> Tensor:
     """dx = dy W in fp32, W dequantized a slice of rows at a time."""
-    dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout}")
-    rows = LAYOUTS[layout].rows_per_tile
-    tiles = max(1, _SLICE_BYTES // (4 * rows * max(in_features, 1)))
-    dx = dy.new_zeros((dy.shape[0], in_features), dtype=torch.float32)
-    for first in range(0, qweight.shape[0], tiles):
-        part = slice(first, first + tiles)
-        begin, end = first * rows, min((first + tiles) * rows, out_features)
-        weight = dequantize(
-            qweight[part], scales[part], zeros if zeros is None or zeros.dim() == 1 else zeros[part], k_order,
-            end - begin, in_features, bits, group_size, zeros_are_offsets, torch.float32,
-        )  # fmt: skip
-        dx = dx + dy[:, begin:end].float() @ weight
+    dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout.name}")
+    rows = layout.rows_per_tile
+    tiles = max(1, _SLICE_BYTES // (4 * rows * max(weight.in_features, 1)))
+    dx = dy.new_zeros((dy.shape[0], weight.in_features), dtype=torch.float32)
+    for first in range(0, weight.qweight.shape[0], tiles):
+        part = weight.tiles(layout, first, first + tiles)
+        begin = first * rows
+        w = dequantize(*dequantize_arguments(layout, part, torch.float32))
+        dx = dx + dy[:, begin : begin + part.out_features].float() @ w
     return dx
 
 
 # --- definitions ----------------------------------------------------------------------------------------------------------
 
 
-def _not_built(op: str, *_: Any) -> Tensor:
-    status = native.status()
+def _not_built(op: str, backend: Backend, *_: Any) -> Tensor:
     raise UnsupportedProblem(
-        f"torch.ops.qkernels.{op} is compiled code, and {_why_not_built(status)}; build it with "
+        f"torch.ops.qkernels.{op} is compiled code, and {backend.missing()}; build it with "
         f'`pip install . --no-build-isolation`, or allow the slow path with on_unsupported="reference"'
     )
-
-
-def _why_not_built(status: native.NativeStatus) -> str:
-    return "the extension was built without CUDA" if status.loaded else f"the extension is not loaded: {status.error}"
 
 
 def _needs_cuda(op: str, x: Tensor, *_: Any) -> Tensor:
@@ -193,41 +208,61 @@ def _needs_cuda(op: str, x: Tensor, *_: Any) -> Tensor:
     )
 
 
-def _built_for(device: str) -> bool:
-    status = native.status()
-    return status.cuda if device == "cuda" else bool(status.isas)
-
-
-def _ops_of(layout: Layout) -> dict[str, int | None]:
+def _products_of(layout: Layout) -> dict[str, int | None]:
     """The names of a layout's matrix products, with the largest M that each takes (None: any)."""
     gemv = {} if layout.gemv_tokens is None else {f"gemv_{layout.name}": layout.gemv_tokens}
     return {f"gemm_{layout.name}": None} | gemv
 
 
-def _define(op: str, schema: str, fake: Callable[..., Tensor]) -> None:
+def _define_op(op: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
     LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     register_fake(f"qkernels::{op}", fake, lib=LIBRARY)
+    defined: Callable[..., Tensor] = getattr(torch.ops.qkernels, op).default
+    return defined
 
 
-def _define_all() -> None:
-    for layout, value in LAYOUTS.items():
-        for op, max_tokens in _ops_of(value).items():
-            _define(op, GEMM, partial(_fake_gemm, layout, max_tokens))
-            register_autograd(
-                f"qkernels::{op}", partial(_gradient, layout), setup_context=_save_for_gradient, lib=LIBRARY
-            )
-        op = f"dequantize_{layout}"
-        _define(op, DEQUANTIZE, partial(_fake_dequantize, layout))
-        LIBRARY.impl(op, partial(reference.dequantize_op, layout), "CompositeExplicitAutograd")
-    LIBRARY.impl("gemm_reference", reference.gemm_op, "CompositeExplicitAutograd")
-    LIBRARY.impl("gemm_reference_a8", reference.gemm_a8_op, "CompositeExplicitAutograd")
-    native.load()
-    for value in LAYOUTS.values():
-        for op in _ops_of(value):
-            if value.device == "cuda":
-                LIBRARY.impl(op, partial(_needs_cuda, op), "CPU")
-            if value.device is not None and value.compiled and not _built_for(value.device):
-                LIBRARY.impl(op, partial(_not_built, op), value.device.upper())
+def _define(layout: Layout) -> None:
+    buffers = tuple(buffer.name for buffer in layout.buffers)
+    for op, max_tokens in _products_of(layout).items():
+        run = _define_op(op, product_schema(layout), partial(_fake_product, layout, max_tokens))
+        save = partial(_save_for_gradient, layout)
+        register_autograd(f"qkernels::{op}", partial(_gradient, layout), setup_context=save, lib=LIBRARY)
+        if layout.backend == "torch":
+            LIBRARY.impl(op, partial(reference.product_op, layout), "CompositeExplicitAutograd")
+        (GEMM if max_tokens is None else GEMV)[layout.name] = Op(run, buffers)
+    op = f"dequantize_{layout.name}"
+    _define_op(op, dequantize_schema(layout), partial(_fake_dequantize, layout))
+    LIBRARY.impl(op, partial(reference.dequantize_op, layout), "CompositeExplicitAutograd")
 
 
-_define_all()
+def _refuse_what_is_not_there(layout: Layout) -> None:
+    backend = BACKENDS[layout.backend]
+    for op in _products_of(layout):
+        if backend.device == "cuda":
+            LIBRARY.impl(op, partial(_needs_cuda, op), "CPU")
+        if backend.device is not None and not backend.built():
+            LIBRARY.impl(op, partial(_not_built, op, backend), backend.device.upper())
+
+
+def register(layout: Layout) -> None:
+    """Make a layout of one's own known, with its ops: what a line in `layouts/__init__.py` does for those of this package.
+
+    Args:
+        layout: of backend "torch" it runs in plain PyTorch from then on; for the others, its kernels implement its ops
+            (`LIBRARY.impl`, or an extension of one's own).
+
+    Raises:
+        ArgumentError: there is a layout of that name.
+    """
+    if layout.name in LAYOUTS:
+        raise ArgumentError(f"layout {layout.name!r} is there already; give the new one another name")
+    _define(layout)
+    _refuse_what_is_not_there(layout)
+    LAYOUTS[layout.name] = layout
+
+
+for _layout in LAYOUTS.values():
+    _define(_layout)
+extension.load()
+for _layout in LAYOUTS.values():
+    _refuse_what_is_not_there(_layout)

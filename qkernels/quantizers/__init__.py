@@ -1,4 +1,7 @@
-"""Quantizers: float weight (and statistics of its inputs) -> `QuantTensor`. One file a method, one registration line here."""
+"""Quantizers: float weight (and second moments of its inputs) -> `QuantTensor`. One file a method, one line below.
+
+`quantize`, its preview and the command line know methods by this registry and by what they answer (`Options`).
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,20 @@ from .gptq import GPTQ
 from .hqq import HQQ
 from .nf4 import NF4
 from .options import Options
-from .rtn import RTN
+from .rtn import RTN, rounding_of
 from .smoothquant import SmoothQuant
 from .statistics import InputStatistics
 
+# By its name on the command line and in reports, which is `Options.name`.
 QUANTIZERS: dict[str, type[Options]] = {
-    "rtn": RTN, "gptq": GPTQ, "awq": AWQ, "hqq": HQQ, "nf4": NF4, "smoothquant": SmoothQuant,
-}  # fmt: skip
-
-# Methods that look at weights alone: `quantize(weight, name)`.
-CalibrationFree = RTN | HQQ | NF4
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "hqq": HQQ,
+    "nf4": NF4,
+    "smoothquant": SmoothQuant,
+}
 
 __all__ = [
-    "QUANTIZERS", "RTN", "GPTQ", "AWQ", "HQQ", "NF4", "SmoothQuant", "CalibrationFree", "InputStatistics", "Options",
+    "QUANTIZERS", "RTN", "GPTQ", "AWQ", "HQQ", "NF4", "SmoothQuant", "InputStatistics", "Options", "rounding_of",
 ]  # fmt: skip

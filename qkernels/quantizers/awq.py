@@ -10,7 +10,8 @@ the norm or linear layer that makes x, so inference pays nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..tensor import QuantTensor
 from .grid import Clip, assemble, checked_weight, fit, nearest, stored_dtype
-from .options import Options
+from .options import Needs, Options, ScaleSearch
 from .rtn import RTN
 
 # Keeps a scale away from 0 where a channel hardly ever fires.
@@ -41,7 +42,14 @@ class AWQ(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> from qkernels import AWQ
+    >>> str(AWQ(bits=4, group_size=64).scheme), str(AWQ(symmetric=True).scheme)
+    ('w4a16_g64_asym', 'w4a16_g128')
+    >>> # quantize(model, AWQ(), calibration=[text], save_to="out/", format="awq")
     """
+
+    needs: ClassVar[Needs] = "moments"
 
     symmetric: bool = False
     clip: Clip = "mse"
@@ -58,26 +66,33 @@ class AWQ(Options):
         if not isinstance(self.duo_scaling, bool):
             raise ArgumentError(f"duo_scaling must be True or False, got {self.duo_scaling!r}")
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None, name: str = "weight") -> QuantTensor:
+    def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
         """Quantize a weight `[N, K]` whose input channels are already scaled.
 
         Args:
-            hessian: `[K, K]` second moments of the inputs (up to a factor), for the clipping search; None leaves the range
+            moments: `[K, K]` second moments of the inputs (up to a factor), for the clipping search; None leaves the range
                 as it is.
+            name: queries' and keys' (`UNCLIPPED`) keep their range, too.
 
         Raises:
             ArgumentError: the weight is not floating `[N, K]`, or has NaN or infinite entries.
         """
         values = checked_weight(weight, name)
         scale_dtype = stored_dtype(weight, self.scale_dtype)
-        grid = fit(values, self.scheme, scale_dtype, "none" if hessian is None else self.clip, hessian)
+        if moments is None or not clips(name.removesuffix(".weight")):
+            grid = fit(values, self.scheme, scale_dtype)
+        else:
+            grid = fit(values, self.scheme, scale_dtype, self.clip, moments)
         return assemble(nearest(values, grid, self.scheme), grid, self.scheme, scale_dtype)
+
+    def scale_search(self) -> ScaleSearch:
+        """Itself: `candidates`, judged by `rounded`."""
+        return self
 
     def rounded(self, weight: Tensor, scales: Tensor) -> Tensor:
         """The weight `[N, K]` that inference would see if its input channels were scaled by `scales` `[K]` and rounded to
         the full range: `Q(W s) / s` (equation 4)."""
-        plain = RTN(**{name: getattr(self, name) for name in RTN.__dataclass_fields__ if name != "clip"})
-        plain = replace(plain, scale_dtype=stored_dtype(weight, self.scale_dtype))
+        plain = RTN(scale_dtype=stored_dtype(weight, self.scale_dtype)).with_scheme(self.scheme)
         return plain.quantize(weight * scales).dequantize().to(weight.dtype) / scales
 
     def candidates(self, input_magnitude: Tensor, weight_magnitude: Tensor) -> list[Tensor]:

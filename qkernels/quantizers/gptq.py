@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..errors import ArgumentError, CalibrationError
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor, validated_group_index
 from .grid import Clip, Grid, assemble, checked_weight, decode, encode, fit, stored_dtype
-from .options import Options
+from .options import Needs, Options
 
 ActOrder = Literal["none", "group", "static"]
 
@@ -28,7 +28,7 @@ BLOCK_COLUMNS = 128
 # The first damping that makes the Hessian positive definite is used: the asked one, then 10 and 100 times as much.
 DAMPING_STEPS = (1, 10, 100)
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,15 @@ class GPTQ(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> from qkernels import GPTQ
+    >>> method = GPTQ(bits=3, group_size=64, act_order="static")
+    >>> str(method.scheme)
+    'w3a16_g64'
+    >>> # quantize(model, method, calibration=[text], save_to="out/")
     """
+
+    needs: ClassVar[Needs] = "moments"
 
     clip: Clip = "mse"
     act_order: ActOrder = "group"
@@ -61,8 +69,14 @@ class GPTQ(Options):
                 f"damping is a share of the Hessian's mean diagonal and must be in (0, 1], got {self.damping!r}"
             )
 
-    def quantize(self, weight: Tensor, hessian: Tensor, name: str = "weight") -> QuantTensor:
-        """Quantize a weight `[N, K]` given the Hessian `[K, K]` of its inputs (`InputStatistics.hessian`).
+    @property
+    def orders_columns(self) -> bool:
+        """With act_order="group"."""
+        return self.act_order == "group"
+
+    def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
+        """Quantize a weight `[N, K]` given the Hessian of its inputs, their second moments `[K, K]`
+        (`InputStatistics.hessian`).
 
         The arithmetic is that of the Hessian's dtype (fp32 or fp64). A column whose input was 0 for every token is rounded
         to nearest: nothing says that it stays silent on other text.
@@ -71,6 +85,11 @@ class GPTQ(Options):
             ArgumentError: the weight or the Hessian has the wrong shape, dtype or values.
             CalibrationError: the Hessian is not positive definite with 100 times the damping.
         """
+        if moments is None:
+            raise ArgumentError(
+                f"GPTQ needs the Hessian of {name}'s inputs, [K, K] (InputStatistics.hessian), got None; RTN needs none"
+            )
+        hessian = moments
         values = checked_weight(weight, name).to(hessian.dtype)
         _check_hessian(values, hessian, name)
         scheme, scale_dtype = self.scheme, stored_dtype(weight, self.scale_dtype)
@@ -119,9 +138,7 @@ def inverse_factor(hessian: Tensor, damping: float, name: str = "weight") -> Ten
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             if step > 1:
-                logger.warning(
-                    "%s: the Hessian needed a damping of %.3g instead of %.3g", name, damping * step, damping
-                )
+                log.warning("%s: the Hessian needed a damping of %.3g instead of %.3g", name, damping * step, damping)
             identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
             factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
             return factor

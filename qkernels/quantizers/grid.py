@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..scheme import CODEBOOKS, QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..text import dtype_name
 
 Clip = Literal["none", "mse"]
 
@@ -200,10 +201,9 @@ def _grid_of_range(low: Tensor, high: Tensor, scheme: QuantScheme, scale_dtype: 
 def _rounded_scale(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
     stored = scales.to(scale_dtype).to(scales.dtype)
     if stored.device.type != "meta" and bool(torch.isinf(stored).any()):
-        name = str(scale_dtype).removeprefix("torch.")
         raise ArgumentError(
-            f"a scale of {float(scales.max()):.3g} overflows {name} (largest {torch.finfo(scale_dtype).max:.3g}); "
-            f"use scale_dtype=torch.float32, or smaller groups"
+            f"a scale of {float(scales.max()):.3g} overflows {dtype_name(scale_dtype)} "
+            f"(largest {torch.finfo(scale_dtype).max:.3g}); use scale_dtype=torch.float32, or smaller groups"
         )
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 

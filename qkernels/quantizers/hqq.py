@@ -17,6 +17,7 @@ right as 0, get an error of up to half a step: HQQ then costs more than rounding
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +49,15 @@ class HQQ(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> import torch
+    >>> from qkernels import HQQ
+    >>> weight = HQQ(bits=3).quantize(torch.randn(8, 128))
+    >>> str(weight.scheme), weight.zeros.shape
+    ('w3a16_g64_fzero', torch.Size([8, 2]))
     """
+
+    integer_zeros: ClassVar[bool] = False
 
     group_size: GroupSize = 64
     symmetric: bool = False
@@ -69,11 +78,12 @@ class HQQ(Options):
         if isinstance(self.p, bool) or not isinstance(self.p, (int, float)) or not 0 < self.p <= 2:
             raise ArgumentError(f"p must be in (0, 2], got {self.p!r}")
 
-    def quantize(self, weight: Tensor, name: str = "weight") -> QuantTensor:
+    def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
         """Quantize a weight `[..., N, K]` (leading dimensions are experts).
 
         Args:
             weight: floating, on any device; a meta tensor gives the shapes and dtypes of the result.
+            moments: not looked at.
             name: how error messages call it.
 
         Raises:

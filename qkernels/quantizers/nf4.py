@@ -7,6 +7,7 @@ that paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +34,15 @@ class NF4(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> import torch
+    >>> from qkernels import NF4
+    >>> weight = NF4(double_quant=True).quantize(torch.randn(8, 128))
+    >>> str(weight.scheme), weight.scales.dtype
+    ('nf4_g64', torch.float32)
     """
+
+    integer_zeros: ClassVar[bool] = False
 
     group_size: GroupSize = 64
     codebook: str | None = "nf4"
@@ -53,13 +62,18 @@ class NF4(Options):
         if self.double_quant and self.group_size == "tensor":
             raise ArgumentError("double_quant needs several scales, got group_size='tensor'")
 
-    def quantize(self, weight: Tensor, name: str = "weight") -> QuantTensor:
+    def with_scales_for(self, dtype: torch.dtype) -> NF4:
+        """Double quantization has fp32 scales, whatever the weight."""
+        return self if self.double_quant else super().with_scales_for(dtype)
+
+    def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
         """Quantize a weight `[..., N, K]` (leading dimensions are experts): absmax scales, nearest table entry (section 2).
 
         Codes are chosen for the scale as it is stored, also after double quantization; bitsandbytes chooses them before.
 
         Args:
             weight: floating, on any device; a meta tensor gives the shapes and dtypes of the result.
+            moments: not looked at.
             name: how error messages call it.
 
         Raises:

@@ -13,13 +13,21 @@ from .options import Options
 
 @dataclass(frozen=True)
 class RTN(Options):
-    """Round to nearest. Options as in `Options`; `RTN().with_scheme("nf4_g64")` takes any scheme."""
+    """Round to nearest. Options as in `Options`; `RTN().with_scheme("nf4_g64")` takes any scheme.
 
-    def quantize(self, weight: Tensor, name: str = "weight") -> QuantTensor:
+    >>> import torch
+    >>> from qkernels import RTN
+    >>> weight = RTN(bits=4, group_size=32).quantize(torch.randn(8, 64))  # a QuantTensor
+    >>> weight.codes.shape, weight.scales.shape
+    (torch.Size([8, 64]), torch.Size([8, 2]))
+    """
+
+    def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
         """Quantize a weight `[..., N, K]` (leading dimensions are experts).
 
         Args:
             weight: floating, on any device; a meta tensor gives the shapes and dtypes of the result.
+            moments: not looked at.
             name: how error messages call it.
 
         Raises:
@@ -29,3 +37,11 @@ class RTN(Options):
         scale_dtype = stored_dtype(weight, self.scale_dtype)
         grid = fit(values, self.scheme, scale_dtype, self.clip)
         return assemble(nearest(values, grid, self.scheme), grid, self.scheme, scale_dtype)
+
+
+def rounding_of(method: Options) -> Options:
+    """What a method falls back to for a weight without moments: itself if it needs none, else rounding to nearest with
+    the same scheme, dtype of scales, and clipping."""
+    if method.needs == "weight":
+        return method
+    return RTN(scale_dtype=method.scale_dtype, clip=method.clip).with_scheme(method.scheme)

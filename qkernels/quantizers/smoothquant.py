@@ -9,6 +9,7 @@ Models" (2022). Section and equation numbers below are that paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..scheme import GroupSize
 from ..tensor import QuantTensor
-from .options import Options
-from .rtn import RTN
+from .options import Needs, Options, ScaleRule
+from .rtn import rounding_of
 
 # Keeps a scale away from 0 where a channel hardly ever fires, or has hardly any weight.
 SMALLEST_MAGNITUDE = 1e-5
@@ -32,11 +33,18 @@ class SmoothQuant(Options):
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
+
+    >>> from qkernels import SmoothQuant
+    >>> str(SmoothQuant().scheme), str(SmoothQuant(4, 128).scheme)
+    ('w8a8_channel', 'w4a8_g128')
+    >>> # quantize(model, SmoothQuant(alpha=0.5), calibration=[text], save_to="out/")
     """
+
+    needs: ClassVar[Needs] = "moments"
 
     bits: int = 8
     group_size: GroupSize = "channel"
-    act_bits: int | None = 8
+    act: str | None = "int8"
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
@@ -48,13 +56,17 @@ class SmoothQuant(Options):
         ):
             raise ArgumentError(f"alpha must be in [0, 1], got {self.alpha!r}")
 
-    def quantize(self, weight: Tensor, name: str = "weight") -> QuantTensor:
-        """Round a weight `[N, K]` whose input channels are already scaled to nearest.
+    def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
+        """Round a weight `[N, K]` whose input channels are already scaled to nearest; moments are not looked at.
 
         Raises:
             ArgumentError: the weight is not floating `[N, K]`, or has NaN or infinite entries.
         """
-        return RTN(scale_dtype=self.scale_dtype, clip=self.clip).with_scheme(self.scheme).quantize(weight, name)
+        return rounding_of(self).quantize(weight, name=name)
+
+    def scale_rule(self) -> ScaleRule:
+        """Itself: `scales`."""
+        return self
 
     def scales(self, largest_input: Tensor, largest_weight: Tensor) -> Tensor:
         """`[K]`: `max|X_j|^α / max|W_j|^(1-α)` (equation 4), from both magnitudes `[K]`.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.cpu_targets import TARGETS, TOKENS, Target, targets_of, verdict
-from benchmarks.results import Row
+from benchmarks.kernels.cpu_targets import TARGETS, TOKENS, Target, targets_of, verdict
+from benchmarks.method.results import Row
 from qkernels.scheme import QuantScheme
 
 TARGET = Target("w4a16_g128", ("a", "b"), (2.0, 1.0, 1.0, 1.0))

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from benchmarks.checking import mismatch
-from benchmarks.kernels import random_weight
+from benchmarks.kernels.checking import mismatch
+from benchmarks.kernels.weights import random_weight
 from benchmarks.peers import ggml
 from qkernels.kernels.catalogue import Problem
 from qkernels.scheme import QuantScheme

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as full_set
-from benchmarks import environment, kernels, quick, results, roofs, shapes, timing
-from benchmarks.checking import checked_rows, mismatch
-from benchmarks.comparison import compare, to_markdown
+from benchmarks.kernels import quick, roofs, shapes, weights
+from benchmarks.kernels import sweep as kernels
+from benchmarks.kernels.checking import checked_rows, mismatch
+from benchmarks.method import environment, results, timing
+from benchmarks.method.comparison import compare, to_markdown
+from benchmarks.method.results import Row, Run
+from benchmarks.method.statistics import median_interval, ratio_interval, verdict
 from benchmarks.peers import CONTROL, PEERS, Peer, Prepared, torch_int4pack, torch_linear
-from benchmarks.results import Row, Run
-from benchmarks.statistics import median_interval, ratio_interval, verdict
 from qkernels.errors import ArgumentError
 from qkernels.kernels.catalogue import Problem
 from qkernels.nn.huge_pages import HUGE_PAGE, begins_huge_page, on_huge_pages
@@ -128,7 +130,7 @@ def test_the_full_set_has_every_model_and_both_ends_of_m() -> None:
     assert {case.layer.model for case in cases} >= {"llama-3-8b", "llama-3-70b-tp8", "qwen3-32b", "mixtral-8x7b"}
     assert cases[0].tokens[0] == 1
     assert cases[0].tokens[-1] == 8192
-    assert {case.scheme.act_bits for case in cases} == {None, 8}
+    assert {case.scheme.act for case in cases} == {None, "int8"}
     on_a_cpu = quick.full_cases(CPU)
     assert len(on_a_cpu) < len(cases) / 2
     assert len(quick.full_cases(CPU, models=("llama-3-70b",))) == 3 * 4 * len(quick.FULL_SCHEMES)  # 1, 2 and 8 shards
@@ -162,7 +164,7 @@ def test_a_stopped_full_set_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     full_set.main(["--out", str(out)])
     assert taken == ["a", "b", "b", "c"]
     assert [row.layer for row in results.read(out).rows] == ["a", "a", "b", "b", "c", "c"]
-    monkeypatch.setattr(environment, "commit", lambda: "another")
+    monkeypatch.setattr(environment, "commit", lambda: "0123456789ab")
     full_set.main(["--out", str(out)])
     assert taken[4:] == ["a", "b", "c"]
 
@@ -274,7 +276,7 @@ def test_a_deadline_leaves_enough_rounds_for_an_interval() -> None:
 
 
 def test_a_right_output_matches_and_small_errors_do_not_pass() -> None:
-    weight = kernels.random_weight(64, 512, SCHEME, torch.bfloat16).dequantize(torch.float32)
+    weight = weights.random_weight(64, 512, SCHEME, torch.bfloat16).dequantize(torch.float32)
     x = torch.randn(9, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
     y = (x.double() @ weight.double().T).bfloat16()
     assert mismatch(y, x, weight) is None
@@ -290,7 +292,7 @@ def test_a_right_output_matches_and_small_errors_do_not_pass() -> None:
 
 def test_the_bound_for_int8_activations_tells_wrong_from_quantized() -> None:
     """What our kernels and the coarsest peer make of x passes; a wrong row, a scale off by a tenth and 4-bit codes do not."""
-    weight = kernels.random_weight(256, 512, SCHEME, torch.bfloat16).dequantize(torch.float32)
+    weight = weights.random_weight(256, 512, SCHEME, torch.bfloat16).dequantize(torch.float32)
     x = torch.randn(9, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
 
     def product(largest: Tensor, steps: int) -> Tensor:

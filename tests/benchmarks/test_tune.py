@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import tune
-from benchmarks.tune import Config, Shape, candidates, shape_of
+from benchmarks.kernels import tune
+from benchmarks.kernels.tune import Config, Shape, candidates, shape_of
 from qkernels import QuantScheme
 from qkernels.cli.main import main
 from qkernels.errors import ArgumentError, UnsupportedProblem

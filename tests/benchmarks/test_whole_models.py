@@ -1,23 +1,61 @@
-"""The comparison with llama.cpp: the file it reads, the check before the clock, and the run itself where it is installed."""
+"""Whole models: what they take, a row of them, and the comparison with llama.cpp, where that is installed the run itself."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gguf_file, llama, llama_cpp
-from benchmarks.llama import SIZES, Llama
+from benchmarks.method import envelope, environment
+from benchmarks.models import gguf_file, llama, llama_cpp, sweep
+from benchmarks.models.llama import SIZES, Llama, predicted_memory
 from benchmarks.peers import ggml
 from qkernels.errors import ConversionError
 from qkernels.nn import QuantLinear
 from qkernels.scheme import QuantScheme
 
+CPU = torch.device("cpu")
 HERE = importlib.util.find_spec("llama_cpp") is not None
 needs_llama_cpp = pytest.mark.skipif(not HERE, reason="SKIPPED: llama-cpp-python is not installed")
+
+
+def test_predicted_memory_is_what_the_weights_take() -> None:
+    g = SIZES["tiny"]
+    for scheme in (None, QuantScheme.parse("w4a16_g128"), QuantScheme.parse("w8a16_g128")):
+        model = Llama(g, scheme, 40, torch.bfloat16, CPU)
+        taken = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        predicted = predicted_memory(g, scheme, 40, 32)
+        # norms, rotary tables and positions are not in the arithmetic: less than 1 %
+        assert predicted.total - predicted.activations == pytest.approx(taken, rel=0.01)
+
+
+def test_the_model_decodes_as_it_prefills() -> None:
+    torch.manual_seed(0)
+    model = Llama(SIZES["tiny"], None, 8, torch.float32, CPU)
+    tokens = torch.randint(0, 100, (1, 6))
+    places = torch.arange(8)
+    with torch.inference_mode():
+        whole = model(tokens, places[:6])
+        model(tokens[:, :4], places[:4])
+        for i in (4, 5):
+            last = model(tokens[:, i : i + 1], places[i : i + 1])
+    assert torch.allclose(whole, last, rtol=1e-3, atol=1e-3 * float(whole.std()))
+
+
+def test_rows_of_the_same_commit_stay_in_their_file(tmp_path: Path) -> None:
+    row = sweep.measure("tiny", "int4", "eager", CPU, prompt=8, new_tokens=2, repeats=1)
+    assert row.prefill_tokens_per_s > 0
+    assert row.predicted_bytes > row.weight_bytes / 2
+    where = environment.describe(CPU)
+    sweep.write([row], where, tmp_path / "models-tiny.json")
+    assert sweep.rows_of(tmp_path / "models-tiny.json", where["commit"]) == [row]
+    assert sweep.rows_of(tmp_path / "models-tiny.json", "0123456789ab") == []
+    assert "| tiny " in (tmp_path / "models-tiny.md").read_text()
+
+
+# --- llama.cpp
 
 
 def tiny(scheme: str) -> Llama:
@@ -81,6 +119,20 @@ def test_without_llama_cpp_it_says_so(capsys: pytest.CaptureFixture[str], tmp_pa
     assert not (tmp_path / "r.json").exists()
 
 
+def test_a_comparison_keeps_its_rows_and_conditions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The file and the page, without llama.cpp: what was compared is given."""
+    row = llama_cpp.SpeedRow("llama.cpp Q4_0", 300.0, 75.0, 55.0, 0.01, [1.0, 1.0, 1.0], [1.0, 0.9, 1.1])
+    given = llama_cpp.Comparison([row], ["w4a8_g32: no kernel"], 10**6, 1e-4)
+    monkeypatch.setattr(llama_cpp, "compare", lambda *_: given)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert llama_cpp.main(["--size", "tiny", "--prompt", "16", "--out", str(tmp_path / "r.json")]) == 0
+    found = envelope.read(tmp_path / "r.json", "llama.cpp")
+    assert [llama_cpp.SpeedRow(**fields) for fields in found.rows] == [row]
+    kept = ("size", "prompt", "new_tokens", "reasons", "token_bytes", "reading")
+    assert [found.conditions[name] for name in kept] == ["tiny", 16, 32, given.reasons, 10**6, 1e-4]
+    assert "* unmeasured: w4a8_g32: no kernel" in (tmp_path / "r.md").read_text()
+
+
 @needs_llama_cpp
 def test_the_same_model_runs_in_both(tmp_path: Path) -> None:
     options = [
@@ -96,7 +148,7 @@ def test_the_same_model_runs_in_both(tmp_path: Path) -> None:
         str(tmp_path / "r.json"),
     ]
     assert llama_cpp.main(options) == 0
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    rows = envelope.read(tmp_path / "r.json", "llama.cpp").rows
     assert [row["candidate"] for row in rows][:2] == ["llama.cpp Q4_0", "qkernels w4a16_g32"]
     assert all(row["logit_error"] < llama_cpp.SAME for row in rows)
 

@@ -7,7 +7,6 @@ with a bug, which are one object each: two workers build two of them, beside eac
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
 import platform
@@ -15,8 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +23,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from tools.locking import locked
 
 from .mutants import MUTANTS, write_mutant
 
@@ -61,11 +61,14 @@ SAMPLE_BUGS = (
 SOURCES: dict[str, tuple[Path, ...]] = {
     "sample": (SAMPLE,),
     "wgmma": (HOST / "launch_wgmma.cpp",),
+    "runtime": (HOST / "launch_runtime.cpp",),
     "mma_tile": (*sorted(CUDA.glob("*.cu")), HOST / "launch_mma_tile.cpp", HOST / "launch_checks.cpp"),
 }
 # The bugs that the sample can be asked to contain (-DQK_BUG_...). The kernels have none in their text: for them a bug is a
 # change of one line, made to a copy of csrc/cuda (mutants.py).
-BUGS: dict[str, tuple[str, ...]] = {"sample": SAMPLE_BUGS, "wgmma": (), "mma_tile": tuple(MUTANTS)}
+BUGS: dict[str, tuple[str, ...]] = {
+    "sample": SAMPLE_BUGS, "wgmma": (), "runtime": ("SHARED_OF_ITS_OWN",), "mma_tile": tuple(MUTANTS),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def compiled_objects(unit: str, flavour: Flavour, bug: str | None) -> list[tuple
             result.append((f"{target_of(unit, flavour, bug)}.o", source, CUDA, f"-DQK_BUG_{bug}"))
         elif bug is not None and MUTANTS[bug].source == source.name:
             folder = BUILDS / "mutants" / bug
-            result.append((f"{target_of(unit, flavour, bug)}.o", folder / source.name, folder, ""))
+            changed = folder / source.name if source.parent == CUDA else source
+            result.append((f"{target_of(unit, flavour, bug)}.o", changed, folder, ""))
         else:
             result.append(healthy)
     return result
@@ -112,7 +116,7 @@ def rules() -> list[str]:
         f"  command = {CXX} {' '.join(COMMON)} -I$headers -I{CUDA} -I{HOST} $more -MMD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = {CXX} $more $in -o $out -ldl",
+        f"  command = {CXX} $more $in -o $out -ldl -pthread",
     ]
 
 
@@ -152,14 +156,6 @@ def ninja_file_with_bug(unit: str, flavour: Flavour, bug: str) -> str:
     # The broken object first: where others have the same inline function, the linker takes the first.
     lines += [f"build {BUILDS}/{target_of(unit, flavour, bug)}: link {' '.join(broken + healthy)}", more]
     return "\n".join(lines) + "\n"
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @functools.cache

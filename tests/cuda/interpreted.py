@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from .compiled import ptx_with
 from .emulator import Call, Launch, raw, record
 from .ptx.interpreter import Outcome, launch
 from .ptx.memory import Traffic
 from .ptx.program import Program, parse
+from .units import ptx_with
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,23 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks.guard_cuda import inner_loop, kernel_texts
-
-from .calls import PATHS, TYPES
-from .compiled import (
+from tools.guard_cuda import inner_loop, kernel_texts
+from tools.nvcc import (
     ARCHITECTURES,
+    KERNELS,
     NVCC,
     REGISTERS,
     SHARED_LIMITS,
     compiled_usages,
-    device_sources,
     find_nvdisasm,
-    needs_nvcc,
     sass,
     usages,
 )
+
+from .calls import PATHS, TYPES
 from .emulator import WHY_NOT, Call, Launch, record, run
 from .kernel_log import LOG
+from .units import device_sources, needs_nvcc
 
 pytestmark = needs_nvcc
 needs_nvdisasm = pytest.mark.skipif(NVCC is not None and find_nvdisasm() is None, reason="no nvdisasm")
@@ -36,7 +36,7 @@ MULTIPROCESSORS = {"80": 108, "86": 82, "89": 128, "90a": 132, "120": 170}  # A1
 
 @every_architecture
 def test_no_kernel_spills(arch: str) -> None:
-    kernels = compiled_usages("mma_tile", arch)
+    kernels = compiled_usages(KERNELS, arch)
     assert 40 < len(kernels) <= 120  # 46 of which are more than traps on sm_90a alone
     assert f"**{len(kernels)} kernel instances**" in LOG.read_text()
     for kernel in kernels.values():
@@ -54,7 +54,9 @@ def chosen(arch: str, M: int, N: int, K: int, bits: int, half: bool) -> list[Lau
     )
     card = {
         "group_bytes": 128,
-        "short_groups": 0,
+        "groups_per_step": 1,
+        "steps_per_group": 2,
+        "groups": -(-K // 128),
         "float_zeros": 0,
         "half": int(half),
         "aligned": 1,
@@ -80,7 +82,7 @@ def chosen(arch: str, M: int, N: int, K: int, bits: int, half: bool) -> list[Lau
 def test_what_the_heuristics_choose_fits_the_card(arch: str) -> None:
     """Shared memory and, where the kernels are compiled for it, registers of a block, for the shapes of language models from
     0.1 to 70 B parameters."""
-    usages = compiled_usages("mma_tile", arch) if arch in ARCHITECTURES else {}
+    usages = compiled_usages(KERNELS, arch) if arch in ARCHITECTURES else {}
     seen = set()
     for (N, K), M, bits, half in product(
         [(768, 768), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672)],

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
-from .compiled import ARCHITECTURES, compile_source, device_sources, find_nvdisasm, needs_nvcc, sass, usages
+from tools.nvcc import ARCHITECTURES, compile_source, find_nvdisasm, sass, usages
+
 from .test_compiled_sm90 import complaints
+from .units import device_sources, needs_nvcc
 
 pytestmark = [needs_nvcc, pytest.mark.skipif(find_nvdisasm() is None, reason="no nvdisasm")]
 (SOURCE,) = (source for source in device_sources("mma_tile") if source.name == "gemm_a8_sm90.cu")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from .compiled import BUILDS, compile_source, device_sources, find_nvdisasm, needs_nvcc, sass
+from tools.nvcc import BUILDS, compile_source, find_nvdisasm, sass
+
 from .emulator import CUDA
 from .mutants import MUTANTS, write_mutant
+from .units import device_sources, needs_nvcc
 
 pytestmark = [needs_nvcc, pytest.mark.skipif(find_nvdisasm() is None, reason="no nvdisasm")]
 (HOPPER,) = (source for source in device_sources("mma_tile") if source.name == "gemm_sm90.cu")

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels import QuantTensor
 from tests.cuda import calls, emulator
 from tests.cuda.calls import DTYPES, TYPES, in_room
-from tests.cuda.calls_a8 import expected, multiply_call, noise, quantized
+from tests.cuda.calls_a8 import check, expected, multiply_call, noise, quantized
 from tests.cuda.emulator import SCHEDULES, Call
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
@@ -17,23 +16,6 @@ from tests.strategies import random_weight
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 DATA_RACE = "WARNING: ThreadSanitizer: data race"
-
-
-def check(
-    weight: QuantTensor,
-    x: Tensor,
-    bias: Tensor | None = None,
-    tokens: int | None = None,
-    splits: int = 1,
-    schedule: str = "ascending",
-    path: str = "gemm",
-) -> None:
-    call = multiply_call(weight, x, bias, tokens, splits, path)
-    emulator.run(calls.UNIT, call, schedule)
-    y = call.buffers["y"]
-    assert y is not None
-    wrong = (y != expected(weight, x, bias, splits)).nonzero()
-    assert len(wrong) == 0, f"{len(wrong)} of {y.numel()} differ, the first at [m, n] = {wrong[0].tolist()}"
 
 
 @dtypes
@@ -186,7 +168,7 @@ def test_what_is_not_finite_is_not_hidden(value: float, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("wrong", [{"zero_type": 1}, {"group": 16}, {"splits": 0}, {"tokens": 96}])
 def test_what_it_cannot_do_is_an_error(wrong: dict[str, int]) -> None:
     call = multiply_call(random_weight("w4a8_g32", 64, 128), torch.zeros(1, 128, dtype=torch.float16))
-    with pytest.raises(RuntimeError, match="multiply_a8 returned error"):
+    with pytest.raises(RuntimeError, match="multiply returned error"):
         emulator.run(calls.UNIT, Call(call.launcher, call.buffers, {**call.integers, **wrong}))
 
 

@@ -1,6 +1,6 @@
 """Hopper's kernel on the emulator: wgmma, TMA and mbarriers happen as late as the manual allows (tests/cuda/host/async_host.h).
 
-Against our reading of the PTX manual; whether hardware agrees is unmeasured.
+Against our reading of the PTX manual.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qkernels import QuantTensor
 from tests.cuda import calls, emulator
+from tests.cuda.bounds import ZEROS, bound
 from tests.cuda.calls import DTYPES, Config, gemm_sm90, in_room, multiply
 from tests.cuda.emulator import SCHEDULES
-from tests.cuda.test_kernels import ZEROS, bound
 from tests.ops.helpers import exact_product, integers
 from tests.strategies import random_weight
 

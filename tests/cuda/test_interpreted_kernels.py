@@ -11,9 +11,9 @@ from .calls_a8 import expected as expected_a8
 from .calls_a8 import multiply_call as multiply_a8_call
 from .calls_a8 import noise
 from .cases import CASES, Case
-from .compiled import needs_nvcc
 from .emulator import WHY_NOT
 from .interpreted import interpret
+from .units import needs_nvcc
 
 pytest.importorskip("numpy", minversion="2.0")
 pytestmark = [needs_nvcc, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]

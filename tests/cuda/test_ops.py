@@ -13,16 +13,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import _scoped_library, opcheck
 
-from qkernels import QuantLinear
+from qkernels import extension
 from qkernels.errors import ArgumentError, ConversionError, UnsupportedProblem
-from qkernels.kernels import native
 from qkernels.kernels.catalogue import Problem, list_kernels, select
 from qkernels.layouts import get_layout
 from qkernels.scheme import QuantScheme
-from tests.ops.helpers import arguments, exact_product, integers
+from tests.ops.helpers import arguments, exact_product, integers, layer_in
 from tests.strategies import random_weight
 
-compiled = pytest.mark.skipif(not native.status().cuda, reason="the extension has no CUDA kernels")
+compiled = pytest.mark.skipif(not extension.status().cuda, reason="the extension has no CUDA kernels")
 
 
 def reasons(
@@ -78,7 +77,7 @@ def test_asymmetric_weights_with_int8_activations_have_no_kernel_on_cuda() -> No
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        ({"scheme": "w4a16_g128"}, "int8 activations .act_bits=8. alone"),
+        ({"scheme": "w4a16_g128"}, "16-bit activations: these kernels quantize them to int8, which a scheme like w4a8"),
         ({"scheme": "w4a8_g128_asym"}, "zeros='int': with int8 activations these kernels take symmetric weights alone"),
         ({"scheme": "w4a8_g128_offset"}, "zeros='offset': with int8 activations these kernels take symmetric"),
         ({"scheme": "w4a8_g16"}, "neither 32 nor a multiple of 64"),
@@ -163,7 +162,7 @@ def test_dequantize_on_the_cpu_is_the_reference() -> None:
 
 # ---- what torch asks of an op, with a stand-in for the kernels ----
 #
-# Fakes, autograd, graphs and dispatch are those of the CUDA ops; only the product itself is plain PyTorch. tests/cuda/test_gpu.py
+# Fakes, autograd, graphs and dispatch are those of the CUDA ops; only the product itself is plain PyTorch. tests/gpu/test_cuda.py
 # asks the same of the kernels.
 
 
@@ -204,7 +203,7 @@ def on_this_machine() -> Iterator[None]:
     ],
 )
 def test_opcheck_of_the_cuda_ops(op: str, scheme: str, grad: bool) -> None:
-    layout = "mma_tile_a8" if op.endswith("_a8") else "mma_tile"
+    layout = op.partition("_")[2]
     weight = random_weight(scheme, 40, 96, act_order=grad)
     for M, bias in [(0, None), (1, None), (5, integers(40, dtype=torch.bfloat16).requires_grad_(grad))]:
         args = arguments(weight, integers(M, 96, dtype=torch.bfloat16).requires_grad_(grad), bias, layout)
@@ -217,8 +216,7 @@ def test_opcheck_of_the_cuda_ops(op: str, scheme: str, grad: bool) -> None:
 def test_a_layer_with_the_cuda_layout_is_one_graph_for_any_number_of_tokens(scheme: str) -> None:
     layout = "mma_tile_a8" if scheme == "w4a8_g32" else "mma_tile"
     weight = random_weight(scheme, 40, 96, exact=True)
-    layer = QuantLinear.from_quant_tensor(weight, dtype=torch.bfloat16)
-    layer._relayout(layout, torch.device("cpu"))
+    layer = layer_in(layout, weight, dtype=torch.bfloat16)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled_layer = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .compiled import needs_nvcc
 from .emulator import WHY_NOT, run
 from .interpreted import Interpreted, interpret
 from .ptx.memory import Traffic, count_sectors, count_wavefronts
 from .ptx.program import PtxError, parse
 from .sample.calls import sample_call, wrappers_call
+from .units import needs_nvcc
 
 np = pytest.importorskip("numpy", minversion="2.0")
 recorded = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))  # launches come from the host build

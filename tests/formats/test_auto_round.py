@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qkernels import QuantTensor
+from qkernels.checkpoint.registry import WRITTEN, detect
 from qkernels.errors import CheckpointError
-from qkernels.formats import FORMATS, detect
 from qkernels.formats.auto_round import FORMAT
 from tests.strategies import random_weight, same_weight
 
@@ -24,7 +24,7 @@ def config(packing: str, **fields: Any) -> dict[str, Any]:
 
 
 def stored(weight: QuantTensor, packing: str) -> dict[str, torch.Tensor]:
-    tensors = FORMATS[BODIES[packing]].write(weight)
+    tensors = WRITTEN[BODIES[packing]].write(weight)
     return tensors if packing == "auto_round:gptqmodel" else {k: t for k, t in tensors.items() if k != "g_idx"}
 
 
@@ -36,15 +36,15 @@ def test_bodies(packing: str) -> None:
     weight = QuantTensor(weight.codes, -weight.scales, zeros.clamp(1, 15), None, weight.scheme)  # negative scales
     fields = config(packing)
     assert detect(fields) is FORMAT
-    assert same_weight(FORMAT.parse("m", stored(weight, packing), fields), weight)
-    assert FORMAT.oddities("m", stored(weight, packing), fields) == []
+    assert same_weight(FORMAT.parse("m", stored(weight, packing), fields).weight, weight)
+    assert FORMAT.parse("m", stored(weight, packing), fields).oddities == ()
 
 
 def test_the_two_gptq_bodies_differ_by_one() -> None:
     weight = random_weight("w4a16_g32_asym", 64, 96)
     assert weight.zeros is not None
     weight = QuantTensor(weight.codes, weight.scales, weight.zeros.clamp(1, 14), None, weight.scheme)
-    read = FORMAT.parse("m", stored(weight, "auto_round"), config("auto_round:auto_gptq"))
+    read = FORMAT.parse("m", stored(weight, "auto_round"), config("auto_round:auto_gptq")).weight
     assert read.zeros is not None
     assert torch.equal(read.zeros, weight.zeros + 1)
 
@@ -52,7 +52,7 @@ def test_the_two_gptq_bodies_differ_by_one() -> None:
 def test_act_order() -> None:
     weight = random_weight("w4a16_g32_asym", 64, 96, act_order=True)
     assert same_weight(
-        FORMAT.parse("m", stored(weight, "auto_round:gptqmodel"), config("auto_round:gptqmodel")), weight
+        FORMAT.parse("m", stored(weight, "auto_round:gptqmodel"), config("auto_round:gptqmodel")).weight, weight
     )
 
 
@@ -61,7 +61,7 @@ def test_layers_with_schemes_of_their_own() -> None:
     fields = config("auto_round", extra_config=extra)
     for name, scheme in {"l.0.a": "w8a16_g32_asym", "l.1.b": "w2a16_channel", "l.1.a": "w4a16_g32_asym"}.items():
         weight = random_weight(scheme, 64, 96)
-        assert same_weight(FORMAT.parse(name, stored(weight, "auto_round"), fields), weight), name
+        assert same_weight(FORMAT.parse(name, stored(weight, "auto_round"), fields).weight, weight), name
     with pytest.raises(CheckpointError, match=r"^l\.0\.c: bits must be 2, 3, 4, 5, 6, 7 or 8 in a GPTQ file, got 16"):
         FORMAT.parse("l.0.c", stored(random_weight("w4a16_g32_asym", 64, 96), "auto_round"), fields)
     with pytest.raises(CheckpointError, match="^m: .*extra_config to map names to fields"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qkernels import QuantScheme, QuantTensor
 from qkernels.errors import CheckpointError, ConversionError
+from qkernels.formats import Written
 from qkernels.formats.awq import GEMM
 from tests.strategies import random_weight, same_weight
 
@@ -43,35 +44,35 @@ def test_words_of_an_independent_packer() -> None:
 @pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_channel"])
 def test_a_symmetric_weight_has_zero_points_of_8(scheme: str) -> None:
     weight = random_weight(scheme, 16, 64)
-    tensors, written = GEMM.write(weight), GEMM.config_of(weight.scheme, {})
+    tensors, written = GEMM.write(weight), GEMM.config_of(Written(weight.scheme, {}))
     assert set(tensors["qzeros"].flatten().tolist()) == {0x88888888 - 2**32}
     assert written["zero_point"] is True
-    assert same_weight(GEMM.parse("m", tensors, written), weight)
-    foreign = GEMM.parse("m", tensors, {k: v for k, v in written.items() if k != "sym"})
+    assert same_weight(GEMM.parse("m", tensors, written).weight, weight)
+    foreign = GEMM.parse("m", tensors, {k: v for k, v in written.items() if k != "sym"}).weight
     assert foreign.scheme.zeros == "int"
     assert torch.equal(foreign.dequantize(), weight.dequantize())
 
 
 def test_symmetric_and_asymmetric_modules_in_one_file_stay_equal() -> None:
     schemes = {"a": QuantScheme(4, 32), "b": QuantScheme(4, 32, "int")}
-    written = GEMM.config_of(schemes["a"], schemes)
+    written = GEMM.config_of(Written(schemes["a"], schemes))
     assert written["sym"] is False
     for name, scheme in schemes.items():
         weight = random_weight(scheme, 16, 64)
-        assert torch.equal(GEMM.parse(name, GEMM.write(weight), written).dequantize(), weight.dequantize())
+        assert torch.equal(GEMM.parse(name, GEMM.write(weight), written).weight.dequantize(), weight.dequantize())
 
 
 def test_the_keys_of_autoawq() -> None:
     weight = random_weight("w4a16_g32_asym", 16, 64)
     fields = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
-    assert same_weight(GEMM.parse("m", GEMM.write(weight), fields), weight)
+    assert same_weight(GEMM.parse("m", GEMM.write(weight), fields).weight, weight)
 
 
 def test_a_config_without_zero_points_is_odd() -> None:
     tensors = GEMM.write(random_weight("w4a16_g32_asym", 16, 64))
-    (oddity,) = GEMM.oddities("m", tensors, config(zero_point=False))
+    (oddity,) = GEMM.parse("m", tensors, config(zero_point=False)).oddities
     assert oddity.kind == "zero_point is false, which no AWQ packer writes"
-    assert GEMM.oddities("m", tensors, config()) == []
+    assert GEMM.parse("m", tensors, config()).oddities == ()
 
 
 @pytest.mark.parametrize(
@@ -94,11 +95,11 @@ def test_what_it_cannot_hold(weight: QuantTensor, reason: str) -> None:
 def test_what_one_file_cannot_hold() -> None:
     default = QuantScheme(4, 128)
     with pytest.raises(ConversionError, match=r"one file has one group size, got w4a16_g128 and w4a16_g64 \(x.b\)"):
-        GEMM.config_of(default, {"x.a": default, "x.b": QuantScheme(4, 64)})
+        GEMM.config_of(Written(default, {"x.a": default, "x.b": QuantScheme(4, 64)}))
     with pytest.raises(ConversionError, match="bits must be 4, got 8"):
-        GEMM.config_of(default, {"x.b": QuantScheme(8, 128)})
+        GEMM.config_of(Written(default, {"x.b": QuantScheme(8, 128)}))
     with pytest.raises(ConversionError, match="columns are in act-order"):
-        GEMM.config_of(default, {}, act_order=True)
+        GEMM.config_of(Written(default, {}, act_order=True))
 
 
 @pytest.mark.parametrize(

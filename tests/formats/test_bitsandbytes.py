@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from qkernels import QuantTensor
+from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats import FORMATS
+from qkernels.formats import Written
 from qkernels.formats.bitsandbytes import FOUR_BIT, INT8
 from qkernels.scheme import CODEBOOKS
 from tests.strategies import random_weight, same_weight
@@ -45,9 +46,9 @@ def packed(weight: QuantTensor, kind: str = "nf4", **fields: Any) -> dict[str, T
 def test_every_bit_is_where_it_belongs(kind: str, block: int) -> None:
     weight = random_weight(f"{kind}_g{block}", 12, 128, dtype=torch.float32)
     tensors = packed(weight, kind)
-    assert same_weight(FOUR_BIT.parse("m", tensors, {}), weight)
+    assert same_weight(FOUR_BIT.parse("m", tensors, {}).weight, weight)
     viewed = tensors | {"weight": tensors["weight"].flatten().view(torch.bfloat16)[:, None]}
-    assert same_weight(FOUR_BIT.parse("m", viewed, {}), weight)
+    assert same_weight(FOUR_BIT.parse("m", viewed, {}).weight, weight)
 
 
 def test_the_tables() -> None:
@@ -66,7 +67,7 @@ def test_double_quantization() -> None:
     tensors = packed(weight, nested_blocksize=256, nested_dtype="float32", nested_offset=0.37)
     tensors |= {"weight.absmax": index, "weight.nested_quant_map": table, "weight.nested_absmax": nested}
     scales = [float(table[int(c)] * nested[i // 256] + 0.37) for i, c in enumerate(index)]
-    read = FOUR_BIT.parse("m", tensors, {})
+    read = FOUR_BIT.parse("m", tensors, {}).weight
     assert torch.equal(read.scales.flatten(), torch.tensor(scales))
     del tensors["weight.nested_absmax"]
     with pytest.raises(CheckpointError, match=r"absmax is uint8, but weight\.nested_absmax or .* is missing"):
@@ -74,11 +75,13 @@ def test_double_quantization() -> None:
 
 
 def test_a_codebook_goes_into_the_native_format_only() -> None:
-    weight = FOUR_BIT.parse("m", packed(random_weight("fp4_g64", 8, 128, dtype=torch.float32), "fp4"), {})
-    native = FORMATS["native"]
-    assert same_weight(native.parse("m", native.write(weight), native.config_of(weight.scheme, {})), weight)
+    weight = FOUR_BIT.parse("m", packed(random_weight("fp4_g64", 8, 128, dtype=torch.float32), "fp4"), {}).weight
+    native = WRITTEN["native"]
+    assert same_weight(
+        native.parse("m", native.write(weight), native.config_of(Written(weight.scheme, {}))).weight, weight
+    )
     with pytest.raises(ConversionError, match="fp4_g64 has a codebook"):
-        FORMATS["gptq"].write(weight)
+        WRITTEN["gptq"].write(weight)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_a_codebook_goes_into_the_native_format_only() -> None:
 def test_broken_files(changes: dict[str, Tensor], fields: dict[str, Any], message: str | None) -> None:
     tensors = packed(random_weight("nf4_g64", 8, 128, dtype=torch.float32), **fields) | changes
     if message is None:  # the same bytes as another shape are sound
-        assert FOUR_BIT.parse("m", tensors, {}).N == 16
+        assert FOUR_BIT.parse("m", tensors, {}).weight.N == 16
         return
     with pytest.raises(CheckpointError, match=f"^m: .*{message}"):
         FOUR_BIT.parse("m", tensors, {})
@@ -116,13 +119,13 @@ def test_int8() -> None:
     stored = torch.randint(-128, 128, (16, 40), generator=g).to(torch.int8)
     largest = torch.rand(16, generator=g) + 0.1
     tensors = {"weight": stored, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    weight = INT8.parse("m", tensors, {})
+    weight = INT8.parse("m", tensors, {}).weight
     exact = stored.double() * largest.double()[:, None] / 127
     assert (weight.dequantize().double() - exact).abs().le(exact.abs() * 2**-23).all()  # two roundings of 2^-24
-    gptq = FORMATS["gptq"]
-    again = gptq.parse("m", gptq.write(weight), gptq.config_of(weight.scheme, {}))
+    gptq = WRITTEN["gptq"]
+    again = gptq.parse("m", gptq.write(weight), gptq.config_of(Written(weight.scheme, {}))).weight
     assert torch.equal(again.dequantize(), weight.dequantize())
-    assert INT8.oddities("m", tensors, {})[0].kind == "LLM.int8() quantizes activations too"
+    assert INT8.parse("m", tensors, {}).oddities[0].kind == "LLM.int8() quantizes activations too"
     for changes, message in (
         ({"weight_format": torch.tensor(1, dtype=torch.uint8)}, r"weight_format must be 0 \(rows\), got \[1\]"),
         ({"SCB": torch.ones(15)}, r"SCB must be float32 \[16\]"),

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qkernels import QuantScheme
+from qkernels.checkpoint.registry import detect
 from qkernels.errors import CheckpointError
-from qkernels.formats import detect
+from qkernels.formats import Written
 from qkernels.formats.compressed_tensors import INTEGERS, PACKED
 from tests.strategies import random_weight, same_weight
 
@@ -21,7 +22,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "compressed_tensors"
 
 
 def config(scheme: str = "w4a16_g32_asym", **fields: Any) -> dict[str, Any]:
-    made = PACKED.config_of(QuantScheme.parse(scheme), {})
+    made = PACKED.config_of(Written(QuantScheme.parse(scheme), {}))
     made["config_groups"]["group_0"]["weights"] |= fields
     return made
 
@@ -59,12 +60,12 @@ def test_files_of_compressed_tensors_itself() -> None:
     assert detect(fields) is PACKED
     assert len(layers) == 18
     for module, tensors in layers.items():
-        weight = PACKED.parse(module, tensors, fields)
+        weight = PACKED.parse(module, tensors, fields).weight
         assert torch.equal(weight.dequantize(expected[module].dtype), expected[module]), module
         again = PACKED.write(weight)
         assert again.keys() == tensors.keys(), module
         assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items()), module
-        assert PACKED.oddities(module, tensors, fields) == []
+        assert PACKED.parse(module, tensors, fields).oddities == ()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
@@ -79,9 +80,9 @@ def test_both_packings(bits: int, symmetric: bool) -> None:
     if weight.zeros is not None:
         assert torch.equal(tensors["weight_zero_point"], dense_words(weight.zeros.T, bits).T)
         older["weight_zero_point"] = padded_words(weight.zeros.T, bits).T.contiguous()
-    assert same_weight(PACKED.parse("m", tensors, fields), weight)
-    assert same_weight(PACKED.parse("m", older, fields), weight)
-    odd = [oddity.kind for oddity in PACKED.oddities("m", older, fields)]
+    assert same_weight(PACKED.parse("m", tensors, fields).weight, weight)
+    assert same_weight(PACKED.parse("m", older, fields).weight, weight)
+    odd = [oddity.kind for oddity in PACKED.parse("m", older, fields).oddities]
     assert odd == (["codes are packed as before version 0.18"] if 32 % bits else [])
 
 
@@ -91,21 +92,23 @@ def test_rows_too_short_to_tell_go_by_the_version() -> None:
     older = tensors | {"weight_packed": padded_words(weight.codes, 3)}
     assert older["weight_packed"].shape == tensors["weight_packed"].shape
     for version, stored in (("0.17.1", older), ("0.18.0", tensors), ("1.0.0a2", tensors)):
-        assert same_weight(PACKED.parse("m", stored, config("w3a16_channel") | {"version": version}), weight), version
+        assert same_weight(PACKED.parse("m", stored, config("w3a16_channel") | {"version": version}).weight, weight), (
+            version
+        )
 
 
 def test_act_order() -> None:
     weight = random_weight("w4a16_g32_asym", 16, 96, act_order=True)
-    fields = PACKED.config_of(weight.scheme, {}, act_order=True)
+    fields = PACKED.config_of(Written(weight.scheme, {}, act_order=True))
     assert fields["config_groups"]["group_0"]["weights"]["actorder"] == "group"
     tensors = PACKED.write(weight)
-    assert same_weight(PACKED.parse("m", tensors, fields), weight)
-    (oddity,) = PACKED.oddities("m", tensors, config())
+    assert same_weight(PACKED.parse("m", tensors, fields).weight, weight)
+    (oddity,) = PACKED.parse("m", tensors, config()).oddities
     assert oddity.kind == "weight_g_idx is there although actorder is not group"
-    unset = PACKED.parse("m", tensors | {"weight_g_idx": torch.full((96,), -1, dtype=torch.int32)}, fields)
+    unset = PACKED.parse("m", tensors | {"weight_g_idx": torch.full((96,), -1, dtype=torch.int32)}, fields).weight
     assert unset.group_index is None
     natural = {name: t for name, t in tensors.items() if name != "weight_g_idx"}
-    (oddity,) = PACKED.oddities("m", natural, fields)
+    (oddity,) = PACKED.parse("m", natural, fields).oddities
     assert oddity.kind == "weight_g_idx is missing although actorder is group"
 
 
@@ -114,17 +117,17 @@ def test_zero_points_that_are_not_packed() -> None:
     assert weight.zeros is not None
     plain = (weight.zeros.short() - 8).to(torch.int8)
     tensors = PACKED.write(weight) | {"weight_zero_point": plain}
-    assert same_weight(PACKED.parse("m", tensors, config()), weight)
+    assert same_weight(PACKED.parse("m", tensors, config()).weight, weight)
     symmetric = random_weight("w4a16_g32", 16, 96)
     tensors = PACKED.write(symmetric) | {"weight_zero_point": torch.zeros(16, 3, dtype=torch.int8)}
-    assert same_weight(PACKED.parse("m", tensors, config("w4a16_g32")), symmetric)
+    assert same_weight(PACKED.parse("m", tensors, config("w4a16_g32")).weight, symmetric)
 
 
 def test_one_scale_for_the_whole_weight() -> None:
     weight = random_weight("w8a16_tensor", 16, 96)
     tensors = PACKED.write(weight)
     assert list(tensors["weight_scale"].shape) == [1]
-    assert same_weight(PACKED.parse("m", tensors, config("w8a16_tensor")), weight)
+    assert same_weight(PACKED.parse("m", tensors, config("w8a16_tensor")).weight, weight)
 
 
 def test_a_name_comes_before_a_pattern_and_a_pattern_before_a_class() -> None:
@@ -135,7 +138,7 @@ def test_a_name_comes_before_a_pattern_and_a_pattern_before_a_class() -> None:
     }
     fields = config() | {"config_groups": groups}
     for name, weight in weights.items():
-        assert same_weight(PACKED.parse(name, PACKED.write(weight), fields), weight), name
+        assert same_weight(PACKED.parse(name, PACKED.write(weight), fields).weight, weight), name
     del groups["group_0"]
     with pytest.raises(CheckpointError, match=r"^b\.x: none of the 2 config_groups targets it"):
         PACKED.parse("b.x", PACKED.write(weights["b.x"]), fields)
@@ -143,13 +146,13 @@ def test_a_name_comes_before_a_pattern_and_a_pattern_before_a_class() -> None:
 
 def test_modules_with_schemes_of_their_own_are_named() -> None:
     schemes = {"l.0.a": QuantScheme(4, 32), "l.0.b": QuantScheme(8, "channel"), "l.1.b": QuantScheme(8, "channel")}
-    written = PACKED.config_of(QuantScheme(4, 32), schemes, unquantized=["l.0.c"])
+    written = PACKED.config_of(Written(QuantScheme(4, 32), schemes, unquantized=("l.0.c",)))
     assert [group["targets"] for group in written["config_groups"].values()] == [["Linear"], ["l.0.b", "l.1.b"]]
     assert written["ignore"] == ["lm_head", "l.0.c"]
     for name, scheme in schemes.items():
         weight = random_weight(scheme, 16, 96)
-        assert same_weight(PACKED.parse(name, PACKED.write(weight), written), weight)
-    assert PACKED.config_of(QuantScheme(4, 32), {"lm_head": QuantScheme(4, 32)})["ignore"] == []
+        assert same_weight(PACKED.parse(name, PACKED.write(weight), written).weight, weight)
+    assert PACKED.config_of(Written(QuantScheme(4, 32), {"lm_head": QuantScheme(4, 32)}))["ignore"] == []
 
 
 W8A8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
@@ -164,8 +167,8 @@ def test_int_quantized(symmetric: bool) -> None:
     if weight.zeros is not None:
         tensors["weight_zero_point"] = (weight.zeros.short() - 128).to(torch.int8)
     assert detect(fields) is INTEGERS
-    assert same_weight(INTEGERS.parse("m", tensors, fields), weight)
-    (oddity,) = INTEGERS.oddities("m", tensors, fields)
+    assert same_weight(INTEGERS.parse("m", tensors, fields).weight, weight)
+    (oddity,) = INTEGERS.parse("m", tensors, fields).oddities
     assert oddity.kind == "the config asks for 8-bit int activations, quantized per token"
     narrow = config("w4a16_channel", symmetric=symmetric) | {"format": "int-quantized"}
     narrow["config_groups"]["group_0"]["format"] = None

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qkernels import NF4, inspect
+from qkernels.checkpoint import open_checkpoint
 from qkernels.errors import CheckpointError
-from qkernels.formats.directory import QuantizedSource
 from qkernels.quantizers.nf4 import dynamic_map, twice_quantized
 from qkernels.storage import write_json
 
@@ -62,10 +62,10 @@ def test_every_tool_has_its_file() -> None:
 @pytest.mark.parametrize("name", READ)
 def test_read_to_the_weights_of_the_tool(name: str, tmp_path: Path) -> None:
     directory, _, expected, _ = golden(name, tmp_path)
-    source = QuantizedSource.open(directory)
+    source = open_checkpoint(directory)
     assert source.modules.keys() == expected.keys()
     for module, weight in expected.items():
-        read = source.parse(module).dequantize(weight.dtype)
+        read = source.weight(module).weight.dequantize(weight.dtype)
         if name in TOLERANCE:
             assert bool(((read - weight).abs() <= TOLERANCE[name] * weight.abs()).all()), module
         else:
@@ -77,10 +77,10 @@ def test_read_to_the_weights_of_the_tool(name: str, tmp_path: Path) -> None:
 def test_what_we_write_are_the_bytes_of_the_tool(name: str, tmp_path: Path) -> None:
     """Read and written again, nothing has changed."""
     directory, tensors, expected, _ = golden(name, tmp_path)
-    source = QuantizedSource.open(directory)
+    source = open_checkpoint(directory)
     assert source.format is not None
     for module in expected:
-        for suffix, tensor in source.format.write(source.parse(module)).items():
+        for suffix, tensor in source.format.write(source.weight(module).weight).items():
             stored = tensors[f"{module}.{suffix}"]
             assert tensor.dtype == stored.dtype and torch.equal(tensor, stored), (module, suffix)
 
@@ -88,10 +88,13 @@ def test_what_we_write_are_the_bytes_of_the_tool(name: str, tmp_path: Path) -> N
 def test_nf4_and_fp4_have_the_codes_and_scales_of_bitsandbytes(tmp_path: Path) -> None:
     """Bit for bit, weights on the edges between codes included. With double quantization it chooses codes by the first scale."""
     directory, tensors, _, originals = golden("bitsandbytes-4bit", tmp_path)
-    source = QuantizedSource.open(directory)
+    source = open_checkpoint(directory)
     assert len(originals) == 6
     for module, weight in originals.items():
-        ours, theirs = NF4(codebook=module[9:12], scale_dtype=torch.float32).quantize(weight), source.parse(module)
+        ours, theirs = (
+            NF4(codebook=module[9:12], scale_dtype=torch.float32).quantize(weight),
+            source.weight(module).weight,
+        )
         assert torch.equal(ours.codes, theirs.codes), module
         if module.endswith("nested"):
             check_nested_scales(ours.scales, theirs.scales, tensors, module)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qkernels import QuantTensor
+from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats import FORMATS
+from qkernels.formats import Written
 from qkernels.formats.hqq import FORMAT
 from tests.strategies import random_weight, same_weight
 
@@ -52,7 +53,7 @@ def packed(weight: QuantTensor, **changes: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [32, 64])
 def test_every_bit_is_where_it_belongs(bits: int, size: int) -> None:
     weight = random_weight(f"w{bits}a16_g{size}_fzero", 12, 128)
-    assert same_weight(FORMAT.parse("m", packed(weight), {}), weight)
+    assert same_weight(FORMAT.parse("m", packed(weight), {}).weight, weight)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -60,22 +61,24 @@ def test_words_declared_as_floats(bits: int) -> None:
     weight = random_weight(f"w{bits}a16_g64_fzero", 12, 128)
     tensors = packed(weight)
     tensors |= {"W_q": tensors["W_q"].view(torch.float16), "view_as_float": torch.tensor(1, dtype=torch.uint8)}
-    assert same_weight(FORMAT.parse("m", tensors, {}), weight)
+    assert same_weight(FORMAT.parse("m", tensors, {}).weight, weight)
 
 
 @pytest.mark.parametrize("nbits", [torch.tensor(1.58), torch.tensor(1, dtype=torch.int32)])
 def test_ternary_codes_are_two_bits_wide(nbits: Tensor) -> None:
     weight = random_weight("w2a16_g64_fzero", 12, 128)
-    assert same_weight(FORMAT.parse("m", packed(weight, nbits=nbits), {}), weight)
+    assert same_weight(FORMAT.parse("m", packed(weight, nbits=nbits), {}).weight, weight)
 
 
 def test_float_zero_points_are_not_squeezed_into_integers() -> None:
-    weight = FORMAT.parse("m", packed(random_weight("w4a16_g64_fzero", 12, 128)), {})
+    weight = FORMAT.parse("m", packed(random_weight("w4a16_g64_fzero", 12, 128)), {}).weight
     for name in ("gptq", "awq", "compressed-tensors"):
         with pytest.raises(ConversionError, match="zero points must be integers"):
-            FORMATS[name].write(weight)
-    native = FORMATS["native"]
-    assert same_weight(native.parse("m", native.write(weight), native.config_of(weight.scheme, {})), weight)
+            WRITTEN[name].write(weight)
+    native = WRITTEN["native"]
+    assert same_weight(
+        native.parse("m", native.write(weight), native.config_of(Written(weight.scheme, {}))).weight, weight
+    )
 
 
 @pytest.mark.parametrize(

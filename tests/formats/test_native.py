@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qkernels import QuantScheme
 from qkernels.errors import CheckpointError
+from qkernels.formats import Written
 from qkernels.formats.native import FORMAT
 from tests.strategies import random_weight, same_weight
 
@@ -28,11 +29,11 @@ def test_no_byte_is_wasted(scheme: str) -> None:
 
 def test_the_config_names_only_what_differs() -> None:
     default, other = QuantScheme(4, 32), QuantScheme.parse("nf4_g64")
-    written = FORMAT.config_of(default, {"a": default, "b": other})
+    written = FORMAT.config_of(Written(default, {"a": default, "b": other}))
     assert written == config("w4a16_g32", modules={"b": "nf4_g64"})
     for name, scheme in (("a", default), ("b", other)):
         weight = random_weight(scheme, 16, 64)
-        assert same_weight(FORMAT.parse(name, FORMAT.write(weight), written), weight)
+        assert same_weight(FORMAT.parse(name, FORMAT.write(weight), written).weight, weight)
 
 
 @pytest.mark.parametrize(
@@ -94,4 +95,4 @@ def test_codes_beyond_a_codebook_scheme_cannot_be_spelled() -> None:
     tensors = FORMAT.write(weight)
     tensors["qweight"] = tensors["qweight"].clone()
     tensors["qweight"][:, -1] |= 0x80
-    assert same_weight(FORMAT.parse("m", tensors, config("w3a16_channel")), weight)
+    assert same_weight(FORMAT.parse("m", tensors, config("w3a16_channel")).weight, weight)

@@ -8,21 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme, QuantTensor
+from qkernels.checkpoint.registry import WRITTEN, detect, get_format
 from qkernels.errors import ArgumentError, CheckpointError, ConversionError
-from qkernels.formats import FORMATS, READ_ONLY, Format, detect, get_format
+from qkernels.formats import READ_ONLY, Format, Written
 from qkernels.tensor import validated_group_index
 from tests.checkpoints import A16_FORMATS
 from tests.strategies import random_weight, same_weight, schemes
 
-ALL = pytest.mark.parametrize("chosen", FORMATS.values(), ids=FORMATS)
+ALL = pytest.mark.parametrize("chosen", WRITTEN.values(), ids=WRITTEN)
 A16 = pytest.mark.parametrize("chosen", A16_FORMATS.values(), ids=A16_FORMATS)
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 
 
 def parsed(chosen: Format, weight: QuantTensor) -> QuantTensor:
-    config = chosen.config_of(weight.scheme, {}, act_order=weight.group_index is not None)
+    config = chosen.config_of(Written(weight.scheme, {}, act_order=weight.group_index is not None))
     assert detect(config) is chosen
-    return chosen.parse("m", chosen.write(weight), config)
+    return chosen.parse("m", chosen.write(weight), config).weight
 
 
 def canonical(weight: QuantTensor) -> QuantTensor:
@@ -73,7 +74,7 @@ def test_config_of_and_write_refuse_the_same_schemes(chosen: Format, scheme: Qua
 
     K = 8 * (scheme.group_size if isinstance(scheme.group_size, int) else 4)
     weight = random_weight(scheme, 8, K)
-    assert refused(lambda: chosen.config_of(scheme, {})) == refused(lambda: chosen.write(weight))
+    assert refused(lambda: chosen.config_of(Written(scheme, {}))) == refused(lambda: chosen.write(weight))
 
 
 @A16
@@ -103,9 +104,9 @@ def test_extreme_codes_and_zeros(chosen: Format) -> None:
 @pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "w4a16_g32", "w4a16_channel"])
 def test_there_and_back(first: str, second: str, scheme: str) -> None:
     weight = random_weight(scheme, 48, 96)
-    there = parsed(FORMATS[second], parsed(FORMATS[first], weight))
+    there = parsed(WRITTEN[second], parsed(WRITTEN[first], weight))
     assert same_weight(there, weight)
-    tensors, again = FORMATS[first].write(weight), FORMATS[first].write(there)
+    tensors, again = WRITTEN[first].write(weight), WRITTEN[first].write(there)
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
 
 
@@ -113,7 +114,7 @@ def test_there_and_back(first: str, second: str, scheme: str) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_act_order_survives(name: str, bits: int) -> None:
     weight = random_weight(QuantScheme(bits, 32), 33, 100, act_order=True)
-    assert same_weight(parsed(FORMATS[name], weight), weight)
+    assert same_weight(parsed(WRITTEN[name], weight), weight)
 
 
 @ALL
@@ -143,7 +144,7 @@ def test_experts_are_kept_or_refused(chosen: Format) -> None:
 )
 def test_refusals_say_why(name: str, scheme: str, reason: str) -> None:
     with pytest.raises(ConversionError, match=f"{name} cannot store this weight: .*{reason}.*native"):
-        FORMATS[name].write(random_weight(scheme, 16, 64))
+        WRITTEN[name].write(random_weight(scheme, 16, 64))
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq", "compressed-tensors"])
@@ -151,8 +152,8 @@ def test_scales_of_zero_only_are_not_written(name: str) -> None:
     weight = random_weight("w4a16_g32", 16, 64)
     weight = QuantTensor(weight.codes, torch.zeros_like(weight.scales), None, None, weight.scheme)
     with pytest.raises(ConversionError, match="all scales are zero"):
-        FORMATS[name].write(weight)
-    assert same_weight(parsed(FORMATS["native"], weight), weight)
+        WRITTEN[name].write(weight)
+    assert same_weight(parsed(WRITTEN["native"], weight), weight)
 
 
 def test_unknown_names() -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from qkernels import QuantTensor
+from qkernels.checkpoint.registry import WRITTEN, detect
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats import FORMATS, METADATA, detect
+from qkernels.formats import METADATA
 from qkernels.formats.torchao import FORMAT
 from tests.strategies import random_weight, same_weight
 
@@ -88,39 +89,39 @@ def test_a_byte_a_code(bits: int, kind: str) -> None:
     target = {"_type": "torch.dtype", "_data": f"int{bits}"}
     fields = config("IntxUnpackedToInt8Tensor", block_of(weight), target_dtype=target, activation_quantization=None)
     assert detect(fields) is FORMAT
-    assert same_weight(FORMAT.parse("m", signed(weight), fields), weight)
-    assert FORMAT.oddities("m", signed(weight), fields) == []
+    assert same_weight(FORMAT.parse("m", signed(weight), fields).weight, weight)
+    assert FORMAT.parse("m", signed(weight), fields).oddities == ()
     if bits == 8:
-        assert same_weight(FORMAT.parse("m", signed(weight), config("Int8Tensor", block_of(weight))), weight)
+        assert same_weight(FORMAT.parse("m", signed(weight), config("Int8Tensor", block_of(weight))).weight, weight)
 
 
 def test_float_zero_points_stay_floats() -> None:
     weight = random_weight("w4a16_g32_fzero", 12, 96)
     fields = config("IntxUnpackedToInt8Tensor", [1, 32], target_dtype={"_type": "torch.dtype", "_data": "int4"})
-    read = FORMAT.parse("m", signed(weight), fields)
+    read = FORMAT.parse("m", signed(weight), fields).weight
     assert str(read.scheme) == "w4a16_g32_fzero"
     assert torch.equal(read.dequantize(), weight.dequantize())
     with pytest.raises(ConversionError, match="zero points must be integers"):
-        FORMATS["gptq"].write(read)
+        WRITTEN["gptq"].write(read)
 
 
 def test_nibbles() -> None:
     weight = int4_weight(12, 96)
-    assert same_weight(FORMAT.parse("m", nibbles(weight), config("Int4Tensor", [1, 32], shape=[12, 96])), weight)
+    assert same_weight(FORMAT.parse("m", nibbles(weight), config("Int4Tensor", [1, 32], shape=[12, 96])).weight, weight)
     symmetric = nibbles(weight) | {"_weight_zero_point": torch.zeros(3, 12)}
-    assert str(FORMAT.parse("m", symmetric, config("Int4Tensor", [1, 32])).scheme) == "w4a16_g32"
+    assert str(FORMAT.parse("m", symmetric, config("Int4Tensor", [1, 32])).weight.scheme) == "w4a16_g32"
 
 
 @pytest.mark.parametrize(("N", "K"), [(8, 1024), (13, 96), (24, 1152)])
 def test_tiles(N: int, K: int) -> None:
     weight = int4_weight(N, K)
     fields = config("Int4TilePackedTo4dTensor", [1, 32], shape=[N, K])
-    assert same_weight(FORMAT.parse("m", tiles(weight), fields), weight)
+    assert same_weight(FORMAT.parse("m", tiles(weight), fields).weight, weight)
 
 
 def test_quantized_activations_are_an_oddity() -> None:
     weight = random_weight("w8a16_channel", 12, 96)
-    found = FORMAT.oddities("m", signed(weight), config("Int8Tensor", [1, 96], act_quant_kwargs={"_type": "x"}))
+    found = FORMAT.parse("m", signed(weight), config("Int8Tensor", [1, 96], act_quant_kwargs={"_type": "x"})).oddities
     assert [oddity.kind for oddity in found] == ["torchao quantizes activations too"]
 
 

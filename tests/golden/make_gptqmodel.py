@@ -2,11 +2,14 @@
 symmetric and not, with and without desc_act; AWQ gemm.
 
 pip install gptqmodel==7.7.0; GPTQMODEL_CPU_WORKERS=2 python tests/golden/make_gptqmodel.py
+
+GPTQModel writes a log for each run into the working directory, which is therefore a temporary one here.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -55,6 +58,7 @@ def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
         plain_model(Path(folder) / "narrow", NARROW)
         plain_model(Path(folder) / "wide", WIDE)
         examples = [

@@ -13,8 +13,10 @@ import torch
 from qkernels import QuantLinear
 from qkernels.checkpoint.packed import packed_format
 from qkernels.errors import CheckpointError, TensorError
+from qkernels.formats import Written
 from qkernels.layouts import LAYOUTS, get_layout
-from tests.strategies import random_weight, same_weight
+from tests.ops.helpers import layer_in
+from tests.strategies import random_weight, same_weight, scheme_taken
 
 N, K = 70, 128
 # Layouts whose bytes are a kernel's; the canonical ones have no version to be wrong about that another test lacks.
@@ -23,13 +25,12 @@ layouts = pytest.mark.parametrize("name", NAMES)
 
 
 def scheme_of(name: str) -> str:
-    return "w4a8_g32" if name.endswith("_a8") else "w4a16_g32_asym"
+    return scheme_taken(get_layout(name), "w4a16_g32_asym", "w4a8_g32")
 
 
 def state_of(name: str) -> tuple[QuantLinear, dict[str, torch.Tensor]]:
     """A layer, and its state dict with the buffers of that layout."""
-    layer = QuantLinear.from_quant_tensor(random_weight(scheme_of(name), N, K, act_order=True))
-    layer._relayout(name, torch.device("cpu"))
+    layer = layer_in(name, random_weight(scheme_of(name), N, K, act_order=True))
     state = layer.state_dict()
     assert json.loads(bytes(state["_extra_state"].tolist()))["layout"] == name
     return layer, state
@@ -40,7 +41,7 @@ def target_of(name: str) -> QuantLinear:
 
 
 def test_every_layout_of_a_kernel_is_here() -> None:
-    assert set(NAMES) == {name for name, layout in LAYOUTS.items() if layout.device is not None}
+    assert set(NAMES) == {name for name, layout in LAYOUTS.items() if layout.backend != "torch"}
 
 
 @layouts
@@ -93,9 +94,9 @@ def test_a_hostile_state_dict_is_refused(name: str, key: str, change: object, me
 def test_packed_checkpoints_of_another_version_are_refused(name: str) -> None:
     layout, weight = get_layout(name), random_weight(scheme_of(name), N, K, act_order=True)
     form = packed_format(layout)
-    config = form.config_of(weight.scheme, {}, act_order=True)
+    config = form.config_of(Written(weight.scheme, {}, act_order=True))
     tensors = form.write(weight)
-    assert same_weight(form.parse("layer", tensors, config), weight)
+    assert same_weight(form.parse("layer", tensors, config).weight, weight)
     for version in (layout.version + 1, layout.version - 1, None, "1"):
         with pytest.raises(CheckpointError, match=f"layer.*version {version!r} of layout {name}.*reads version"):
             form.parse("layer", tensors, {**config, "layout_version": version})
@@ -111,7 +112,7 @@ def test_a_packed_group_index_out_of_range_is_refused(name: str) -> None:
         with pytest.raises(TensorError, match="group_index"):
             type(weight)(weight.codes, weight.scales, weight.zeros, index, weight.scheme)
     form = packed_format(get_layout(name))
-    config, tensors = form.config_of(weight.scheme, {}, act_order=True), form.write(weight)
+    config, tensors = form.config_of(Written(weight.scheme, {}, act_order=True)), form.write(weight)
     tensors["k_order"][5] = K
     with pytest.raises((CheckpointError, TensorError), match="k_order must be a permutation"):
         form.parse("layer", tensors, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 import weakref
 from pathlib import Path
@@ -13,9 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qkernels import GPTQ, NF4, RTN, QuantLinear, UnsupportedProblem, load, quantize, replace_linear, save
-from qkernels.calibrate import plan
+from qkernels.calibrate import preview
 from qkernels.errors import ArgumentError, SchemeError
-from qkernels.nn.replace import model_bytes
+from qkernels.layouts import LAYOUTS
+from qkernels.nn import model_bytes
+from qkernels.nn.selection import A_HEAD
 from qkernels.storage import TensorSource
 from qkernels.tensor import QuantTensor
 
@@ -65,7 +68,7 @@ def test_replaces_in_place_and_accounts_for_everything(model: Model) -> None:
     report = replace_linear(model, "w8a16_g32", progress=False)
     assert list(report.replaced) == [f"layers.{i}.{name}" for i in range(2) for name in ("up_proj", "down_proj")]
     assert report.skipped == {
-        "lm_head": "excluded",
+        "lm_head": A_HEAD,
         "experts": "stacked experts ([2, 8, 64], 4,096 bytes) are not supported yet",
     }
     assert isinstance(model.layers[0].up_proj, QuantLinear)
@@ -76,7 +79,7 @@ def test_replaces_in_place_and_accounts_for_everything(model: Model) -> None:
     assert one.bytes_before == 64 * 96 * 4
     assert one.bytes_after == 64 * 96 + 2 * 96 * 2  # codes, and fp16 scales of two groups
     assert "replaced 4 linear layers (w8a16_g32), skipped 2" in str(report)
-    assert "skipped lm_head: excluded" in str(report)
+    assert f"skipped lm_head: {A_HEAD}" in str(report)
 
 
 def test_the_model_still_computes_nearly_the_same(model: Model) -> None:
@@ -150,7 +153,7 @@ def test_conv1d_of_gpt2_becomes_a_quant_linear(tmp_path: Path) -> None:
     assert list(report.replaced) == [
         f"transformer.h.{i}.{leaf}" for i in (0, 1) for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
-    assert report.skipped == {"lm_head": "excluded"}
+    assert report.skipped == {"lm_head": A_HEAD}
     assert report.replaced["transformer.h.0.attn.c_attn"].bytes_before == 32 * 96 * 4
     layer, before = model.transformer.h[0].attn.c_attn, original.transformer.h[0].attn.c_attn
     expected = RTN(8, 32).quantize(before.weight.detach().T.contiguous())
@@ -186,18 +189,18 @@ def test_gpt2_as_it_lies_on_the_hub(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_quantize_rounds_conv1d_as_replace_linear_does(stored: bool, tmp_path: Path) -> None:
-    """In memory and from a directory: the same codes, and bytes as the plan says."""
+    """In memory and from a directory: the same codes, and bytes as the preview says."""
     expected, model = tiny_gpt2(), tiny_gpt2()
     replace_linear(expected, "w4a16_g32", progress=False)
     if stored:
         model.save_pretrained(tmp_path / "plain")
-        planned = plan(tmp_path / "plain", RTN(4, 32))
+        planned = preview(tmp_path / "plain", RTN(4, 32))
         report = quantize(tmp_path / "plain", RTN(4, 32), save_to=tmp_path / "out", progress=False)
         assert [(m.shape, m.bytes_after) for m in planned.modules[:1]] == [((96, 32), report.modules[0].bytes_after)]
         model = load(tmp_path / "out")
     else:
         report = quantize(model, RTN(4, 32), progress=False)
-    assert report.skipped == {"lm_head": "excluded"}
+    assert report.skipped == {"lm_head": A_HEAD}
     assert len(report.modules) == 8
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -337,14 +340,15 @@ def test_float_weights_are_freed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> 
     floats = [weakref.ref(layer.weight) for layer in model]
     unpacked: list[weakref.ref[torch.Tensor]] = []
     alive: list[tuple[int, int]] = []
-    pack = QuantLinear._pack
+    layout = LAYOUTS["cpu_tile_a16"]
 
-    def counting(self: QuantLinear, weight: QuantTensor, device: torch.device) -> None:
-        unpacked.append(weakref.ref(weight.codes))
-        alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
-        pack(self, weight, device)
+    def counting(weight: QuantTensor) -> dict[str, torch.Tensor | None]:
+        if not weight.codes.is_meta:
+            unpacked.append(weakref.ref(weight.codes))
+            alive.append((sum(ref() is not None for ref in floats), sum(ref() is not None for ref in unpacked)))
+        return layout.arrange(weight)
 
-    monkeypatch.setattr(QuantLinear, "_pack", counting)
+    monkeypatch.setitem(LAYOUTS, layout.name, dataclasses.replace(layout, arrange=counting))
     replace_linear(model, "w4a16_g32", progress=False)
     assert alive == [(4, 1), (3, 1), (2, 1), (1, 1)]
     assert not any(ref() is not None for ref in (*floats, *unpacked))

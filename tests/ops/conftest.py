@@ -7,22 +7,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qkernels.kernels import native
+from qkernels import extension
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    status = native.status()
+    status = extension.status()
     if not status.loaded:
         pytest.skip(f"the extension is not loaded: {status.error}")
     if request.param not in status.isas:
         pytest.skip(f"this CPU has no {request.param}")
     assert status.isa is not None
-    native.use_isa(request.param)
+    extension.use_isa(request.param)
     yield request.param
-    native.use_isa(status.isa)
+    extension.use_isa(status.isa)
 
 
 @pytest.fixture

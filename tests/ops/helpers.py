@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkernels import QuantTensor
+from qkernels import QuantLinear, QuantTensor
 from qkernels.layouts import get_layout
 from qkernels.tensor import FLOAT_DTYPES
 
@@ -25,6 +25,19 @@ def multiply(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, op: str
     result = getattr(torch.ops.qkernels, op)(*arguments(weight, x, bias))
     assert isinstance(result, Tensor)
     return result
+
+
+def layer_in(
+    layout: str, weight: QuantTensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> QuantLinear:
+    """A layer on the CPU whose weight lies in that layout, whichever the catalogue would choose there."""
+    chosen = QuantLinear.from_quant_tensor(weight, bias, dtype=dtype, on_unsupported="reference")
+    layer = QuantLinear(
+        weight.K, weight.N, bias is not None,
+        scheme=weight.scheme, dtype=chosen.dtype, ordered=weight.group_index is not None, layout=layout,
+    )  # fmt: skip
+    layer.load_state_dict(chosen.state_dict())
+    return layer
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1, most: int = 3) -> Tensor:

@@ -61,7 +61,7 @@ def test_integers_are_exact(isa: str, poisoned_memory: None, scheme: str, N: int
 def test_extreme_codes_do_not_saturate(isa: str, bits: int, code: str, sign: int) -> None:
     """Every product as large as it gets: where int16 sums would saturate, they would here."""
     N, K = 40, 512
-    scheme = QuantScheme(bits, "channel", act_bits=8)
+    scheme = QuantScheme(bits, "channel", act="int8")
     codes = torch.full((N, K), 0 if code == "lowest" else scheme.max_code, dtype=torch.uint8)
     weight = QuantTensor(codes, torch.ones(N, 1), None, None, scheme)
     for M in (1, 3, 7):
@@ -78,7 +78,7 @@ def test_extreme_zero_points_do_not_saturate(isa: str, bits: int, zero: int, sig
     refuses such zeros, so they are put into the packed buffer. The sum fits an int32, although it may wrap on the way there.
     """
     N, K, group = 40, 4112, 4096
-    scheme = QuantScheme(bits, group, "int", act_bits=8)
+    scheme = QuantScheme(bits, group, "int", act="int8")
     code = scheme.max_code if zero == 0 else 0
     weight = QuantTensor(
         torch.full((N, K), code, dtype=torch.uint8),
@@ -153,7 +153,7 @@ def test_ties_and_tiny_tokens_are_quantized_as_the_reference_does(isa: str, dtyp
     K = 64
     weight = QuantTensor(
         torch.full((K, K), 8, dtype=torch.uint8) + torch.eye(K, dtype=torch.uint8), torch.ones(K, 1), None, None,
-        QuantScheme(4, "channel", act_bits=8),
+        QuantScheme(4, "channel", act="int8"),
     )  # fmt: skip
     ties = torch.arange(K).to(dtype) - 31.5
     ties[0] = 127

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import Library, opcheck, register_fake
 
-from qkernels import QuantScheme, QuantTensor, ops
+from qkernels import QuantScheme, QuantTensor, extension, ops
 from qkernels.errors import ArgumentError
-from qkernels.kernels import native
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, Problem
 from qkernels.layouts import LAYOUTS, get_layout
 from qkernels.ops import schema
@@ -27,7 +26,7 @@ SMALL = Problem(64, 64, QuantScheme.parse("w4a16_g32"), torch.float32)
 NAMES = [kernel.layout for kernel in (*REFERENCES, *KERNELS) if not kernel.reasons(SMALL)]
 layouts = pytest.mark.parametrize("layout", NAMES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-compiled = pytest.mark.skipif(not native.status().isas, reason=f"no compiled extension: {native.status().error}")
+compiled = pytest.mark.skipif(not extension.status().isas, reason=f"no compiled extension: {extension.status().error}")
 
 
 def operator(name: str) -> Any:
@@ -87,10 +86,23 @@ def test_opcheck_notices_wrong_fakes() -> None:
         assert any(outcome != "SUCCESS" for outcome in result.values()), name
 
 
-@layouts
+# Made from `Layout.buffers` and `Layout.numbers`; what implements them in C++ goes by position.
+PRODUCT = (
+    "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? bias, int out_features, int bits, "
+    "int group_size, bool zeros_are_offsets) -> Tensor"
+)
+DEQUANTIZE = (
+    "(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, int out_features, int in_features, int bits, "
+    "int group_size, bool zeros_are_offsets, ScalarType dtype) -> Tensor"
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_schemas_are_the_same_for_all_layouts(layout: str) -> None:
-    assert str(operator(f"gemm_{layout}")._schema) == f"qkernels::gemm_{layout}{schema.GEMM}"
-    assert str(operator(f"dequantize_{layout}")._schema) == f"qkernels::dequantize_{layout}{schema.DEQUANTIZE}"
+    assert str(operator(f"gemm_{layout}")._schema) == f"qkernels::gemm_{layout}{PRODUCT}"
+    assert str(operator(f"dequantize_{layout}")._schema) == f"qkernels::dequantize_{layout}{DEQUANTIZE}"
+    if get_layout(layout).gemv_tokens is not None:
+        assert str(operator(f"gemv_{layout}")._schema) == f"qkernels::gemv_{layout}{PRODUCT}"
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qkernels.kernels import native
+from qkernels import extension
 
 CSRC = Path(__file__).parent.parent.parent / "csrc" / "cpu"
 KERNELS = sorted(source for source in CSRC.glob("*.cpp") if source.name != "bindings.cpp")  # which are torch's
@@ -50,7 +50,7 @@ def test_edge_shapes_under_the_sanitizers(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stdout + result.stderr
         assert ", 0 wrong" in result.stdout
         ran.append(isa)
-    assert tuple(ran) == native.status().isas or not native.status().isas
+    assert tuple(ran) == extension.status().isas or not extension.status().isas
     # Negative control: a qweight that is one byte short.
     result = subprocess.run([program, "scalar", "short"], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode != 0

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from qkernels.kernels import native
+from qkernels import extension
 
 PROGRAM = """
 import json, os
@@ -33,7 +33,7 @@ print(json.dumps([workers(little, one, 3), workers(little, cores, 2), workers(mu
 """
 
 
-@pytest.mark.skipif(not native.status().isas, reason=f"no compiled extension: {native.status().error}")
+@pytest.mark.skipif(not extension.status().isas, reason=f"no compiled extension: {extension.status().error}")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, to have as many as threads")
 def test_with_more_threads_than_cores_a_little_product_runs_on_the_calling_one() -> None:
     """With as many cores as threads it does not (the control), nor does a large product."""

@@ -90,6 +90,9 @@ def test_quantize_clips_only_with_second_moments() -> None:
 )
 def test_queries_and_keys_are_not_clipped(name: str, clipped: bool) -> None:
     assert clips(name) is clipped
+    w, gram = torch.randn(32, 64, generator=torch.Generator().manual_seed(2)), torch.eye(64)
+    whole, made = AWQ(3, 32).quantize(w).scales, AWQ(3, 32).quantize(w, gram, f"layers.0.{name}.weight").scales
+    assert torch.equal(made, whole) is not clipped
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -151,7 +151,7 @@ def test_experts_and_meta_weights() -> None:
 
 def test_int8_activations_change_the_scheme_alone() -> None:
     w = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
-    one, other = HQQ(4).quantize(w), HQQ(4, act_bits=8).quantize(w)
+    one, other = HQQ(4).quantize(w), HQQ(4, act="int8").quantize(w)
     assert str(other.scheme) == "w4a8_g64_fzero"
     assert other.zeros is not None
     assert torch.equal(other.codes, one.codes)
@@ -181,4 +181,4 @@ def test_options_out_of_range(options: dict[str, object]) -> None:
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(ArgumentError, match=r"q_proj \[1, 2\] has 1 NaN or infinite entries"):
-        HQQ().quantize(torch.tensor([[1.0, float("nan")]]).expand(1, 2), "q_proj")
+        HQQ().quantize(torch.tensor([[1.0, float("nan")]]).expand(1, 2), name="q_proj")

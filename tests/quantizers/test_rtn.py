@@ -65,7 +65,7 @@ def test_registry_names_are_the_methods_own() -> None:
         ({"group_size": -1}, 'the -1 of GPTQ configs is spelled "channel" here'),
         ({"symmetric": 1}, "symmetric must be True or False, got 1"),
         ({"symmetric": True, "zeros": "int"}, "zeros='int' contradicts symmetric=True"),
-        ({"symmetric": True, "act_bits": 4}, "act_bits must be None .* or 8, got 4"),
+        ({"symmetric": True, "act": "int4"}, "act must be None .* or \"int8\", got 'int4'"),
         ({"codebook": "nf5"}, "codebook must be one of nf4, fp4, got 'nf5'"),
     ],
 )
@@ -96,7 +96,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
     w = torch.randn(4, 8)
     w[1, 2] = value
     with pytest.raises(ArgumentError, match=r"layers\.3\.q_proj\.weight \[4, 8\] has 1 NaN or infinite entries"):
-        RTN(group_size=8).quantize(w, "layers.3.q_proj.weight")
+        RTN(group_size=8).quantize(w, name="layers.3.q_proj.weight")
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(4), torch.zeros(4, 4, dtype=torch.int32), torch.zeros(4, 0), [[1.0]]])

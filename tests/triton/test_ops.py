@@ -11,9 +11,9 @@ import torch
 
 from qkernels import QuantScheme, ops
 from qkernels.errors import ArgumentError, UnsupportedProblem
-from qkernels.kernels import triton as triton_kernels
 from qkernels.kernels.catalogue import Problem, list_kernels
 from qkernels.layouts import LAYOUTS
+from qkernels.ops import backends
 from tests.strategies import random_weight
 
 
@@ -30,24 +30,24 @@ def reasons(scheme: str = "w4a16_g128", dtype: torch.dtype = torch.bfloat16, arc
 
 
 def test_the_catalogue_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "missing", lambda: None)
+    monkeypatch.setattr(backends, "missing_triton", lambda: None)
     for scheme in ("w4a16_g128", "w3a16_g24_asym", "nf4_g64", "w8a16_channel"):
         assert not reasons(scheme)
     assert "8.0" in reasons(arch="sm75")
     assert "runs on CUDA devices" in reasons(arch="cpu")
     assert "bfloat16 or float16" in reasons(dtype=torch.float32)
     assert "8-bit activations" in reasons("w4a8_g128")
-    monkeypatch.setattr(triton_kernels, "missing", lambda: "Triton is not installed (pip install triton)")
+    monkeypatch.setattr(backends, "missing_triton", lambda: "Triton is not installed (pip install triton)")
     assert "not installed" in reasons()
 
 
 def test_too_old_a_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "version", lambda _: "3.1.0")
-    triton_kernels.missing.cache_clear()
+    monkeypatch.setattr(backends, "version", lambda _: "3.1.0")
+    backends.missing_triton.cache_clear()
     try:
-        assert "3.1.0" in (triton_kernels.missing() or "")
+        assert "3.1.0" in (backends.missing_triton() or "")
     finally:
-        triton_kernels.missing.cache_clear()
+        backends.missing_triton.cache_clear()
 
 
 def test_cpu_tensors_and_many_tokens_are_refused() -> None:

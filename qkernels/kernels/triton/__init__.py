@@ -5,28 +5,13 @@ Importing this registers the ops for CUDA; Triton itself is imported at their fi
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
 
 from ...errors import UnsupportedProblem
+from ...ops.backends import missing_triton
 from ...ops.schema import LIBRARY
-
-OLDEST = (3, 6)  # compiles these kernels (tests/triton/README.md says which versions were tried)
-
-
-@lru_cache(maxsize=1)
-def missing() -> str | None:
-    """Why the kernels cannot be compiled here, or None. Imports nothing."""
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return "Triton is not installed (pip install triton)"
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-        return f"needs Triton {OLDEST[0]}.{OLDEST[1]} or later (got {found})"
-    return None
 
 
 def _gemm(*args: Any) -> Tensor:
@@ -40,7 +25,7 @@ def _dequantize(*args: Any) -> Tensor:
 
 
 def _launcher() -> Any:
-    if why := missing():
+    if why := missing_triton():
         raise UnsupportedProblem(f"the Triton kernels on layout kpack cannot run: {why}")
     from . import launch
 

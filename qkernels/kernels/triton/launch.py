@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...layouts import kpack
+from ...ops.weight import Weight, read_dequantize, read_product
 from . import jit
 from .table import ANY_CARD, Config, choose
 
@@ -20,19 +21,18 @@ _DEQUANTIZE_ROWS, _DEQUANTIZE_BYTES = 16, 64
 _REDUCE_BLOCK = 1024
 
 
-def gemm(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None, bias: Tensor | None,
-    out_features: int, bits: int, group_size: int, zeros_are_offsets: bool, config: Config | None = None,
-) -> Tensor:  # fmt: skip
-    """`y [M, N]`; `config` in the place of the table's, for tests and tuning."""
-    M, K, N = x.shape[0], x.shape[1], out_features
+def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
+    """`y [M, N]`: the op `gemm_kpack`; `config` in the place of the table's, for tests and tuning."""
+    x, weight, bias = read_product(kpack.LAYOUT, arguments)
+    qweight, scales, zeros, k_order, N, K, _, group_size, *_ = weight
+    M = x.shape[0]
     out = x.new_empty((M, N))
     if out.numel() == 0:
         return out
     card, multiprocessors = _card(x.device)
     config = config or choose(card, M, N, max(K, 1))
     x = x if x.stride(1) == 1 else x.contiguous()
-    constants = _constants(zeros, k_order, bits, zeros_are_offsets)
+    constants = _constants(weight)
     groups, row_bytes, halves = scales.shape[-2], qweight.shape[-1], constants["HALVES"]
     block_bytes = config.block_bytes(halves, groups, group_size)
     part = config.bytes_per_split(M, N, row_bytes, block_bytes, multiprocessors)
@@ -61,47 +61,45 @@ def gemm(
     return out
 
 
-def dequantize(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None, out_features: int, in_features: int,
-    bits: int, group_size: int, zeros_are_offsets: bool, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The weight `[..., N, K]`, one launch per expert."""
-    N, K = out_features, in_features
+def dequantize(*arguments: Any) -> Tensor:
+    """The weight `[..., N, K]`: the op `dequantize_kpack`, one launch per expert."""
+    weight, dtype = read_dequantize(kpack.LAYOUT, arguments)
+    qweight, scales, zeros, k_order, N, K, *_ = weight
     lead = qweight.shape[:-3]
     out = qweight.new_empty((*lead, N, K), dtype=dtype)
     if out.numel() == 0:
         return out
-    constants = _constants(zeros, k_order, bits, zeros_are_offsets)
+    constants = _constants(weight)
     row_bytes, groups = qweight.shape[-1], scales.shape[-2]
     weights, targets = qweight.reshape(-1, *qweight.shape[-3:]), out.view(-1, N, K)
     all_scales = scales.reshape(-1, *scales.shape[-3:])
-    all_zeros = zeros if zeros is None or zeros.dim() == 1 else zeros.reshape(-1, *zeros.shape[-3:])
+    all_zeros = zeros if zeros is None or weight.table is not None else zeros.reshape(-1, *zeros.shape[-3:])
     grid = (-(-N // _DEQUANTIZE_ROWS), -(-row_bytes // _DEQUANTIZE_BYTES))
     with _on(qweight.device):
-        for i, weight in enumerate(weights):
-            own_zeros = all_zeros if all_zeros is None or all_zeros.dim() == 1 else all_zeros[i]
+        for i, codes in enumerate(weights):
+            own_zeros = all_zeros if all_zeros is None or weight.table is not None else all_zeros[i]
             jit.dequantize[grid](
-                weight, all_scales[i], own_zeros, k_order, targets[i], N, K, groups, group_size, row_bytes, **constants,
+                codes, all_scales[i], own_zeros, k_order, targets[i], N, K, groups, weight.group_size, row_bytes, **constants,
                 BLOCK_N=_DEQUANTIZE_ROWS, BLOCK_BYTES=_DEQUANTIZE_BYTES, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 
 
-def zero_kind(zeros: Tensor | None, zeros_are_offsets: bool) -> int:
+def zero_kind(weight: Weight) -> int:
     """What the kernels call ZEROS."""
-    if zeros is None:
+    if weight.zeros is None:
         return int(jit.SYMMETRIC.value)
-    if zeros.dim() == 1:
+    if weight.table is not None:
         return int(jit.TABLE.value)
-    return int(jit.OFFSETS.value if zeros_are_offsets else jit.POINTS.value)
+    return int(jit.OFFSETS.value if weight.zeros_are_offsets else jit.POINTS.value)
 
 
-def _constants(zeros: Tensor | None, k_order: Tensor | None, bits: int, zeros_are_offsets: bool) -> dict[str, Any]:
+def _constants(weight: Weight) -> dict[str, Any]:
     return {
-        "MID": 1 << (bits - 1),
-        "ZEROS": zero_kind(zeros, zeros_are_offsets),
-        "HALVES": 8 // kpack.code_width(bits),
-        "ORDERED": k_order is not None,
+        "MID": 1 << (weight.bits - 1),
+        "ZEROS": zero_kind(weight),
+        "HALVES": 8 // kpack.LAYOUT.stored_bits(weight.bits),
+        "ORDERED": weight.k_order is not None,
     }
 
 

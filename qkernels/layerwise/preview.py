@@ -1,0 +1,94 @@
+"""What a run needs, told from headers alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError
+from ..models.architectures import block_lists, text_config
+from ..models.linears import linear_of
+from ..quantizers import RTN, Options
+from ..reports import MIB, ModulePreview, QuantPreview
+from ..storage.files import SHARD_BYTES
+from ..tensor import QuantTensor
+from .work import work_path
+
+FILE_BYTES = 16 * 1024  # allowed for headers, configs and reports, a linear layer
+
+
+def preview_of(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    method: Options,
+    methods: Mapping[str, Options],
+    skipped: Mapping[str, str],
+    samples: int,
+    seq_len: int,
+) -> QuantPreview:
+    """What a run takes for a checkpoint, its model on meta, and the method of every layer that is chosen.
+
+    Args:
+        methods: by the name of the linear layer; at least one.
+        skipped: the reasons for all other matrices.
+        samples, seq_len: how many calibration windows there will be, and tokens in each; for methods that need them.
+    """
+    modules = tuple(
+        _previewed(checkpoint, linear_of(model, name).weight.shape, name, chosen) for name, chosen in methods.items()
+    )
+    before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+    after = before - sum(module.bytes_before - module.bytes_after for module in modules)
+    widest = max(module.shape[0] * module.shape[1] for module in modules)
+    activations, device_bytes = 0, 4 * widest
+    if method.needs == "moments":
+        layers = [layer for blocks in block_lists(model).values() for layer in blocks]
+        config: Any = text_config(model)
+        activations = samples * seq_len * checkpoint.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
+        largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+        # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
+        device_bytes = 4 * (largest + 3 * max(module.shape[1] for module in modules) ** 2)
+    # The result, the finished layers beside it, one shard once more while its header is put before it, and the activations of
+    # two layers while one replaces the other.
+    disk = 2 * after + min(after, SHARD_BYTES) + 2 * activations + FILE_BYTES * len(modules)
+    return QuantPreview(method.name, modules, skipped, before, after, activations, device_bytes, disk)
+
+
+def check_disk(preview: QuantPreview, target: str | os.PathLike[str]) -> None:
+    """Raise where the disk of a target has less room than a run needs, what an interrupted one has written counted as room.
+
+    Raises:
+        CheckpointError: says how much is needed and how much there is.
+    """
+    path = Path(target).expanduser().resolve()
+    existing = next(parent for parent in path.parents if parent.exists())
+    try:
+        free = shutil.disk_usage(existing).free
+        kept = sum(file.stat().st_size for file in work_path(target).rglob("*") if file.is_file())
+    except OSError as error:
+        raise CheckpointError(f"cannot tell how much room {existing} has: {error}") from error
+    if free + kept < preview.disk_bytes:
+        raise CheckpointError(
+            f"{target} needs {preview.disk_bytes * MIB:.0f} MiB of disk while it is made (the result, the finished layers beside "
+            f"it and activations), and {(free + kept) * MIB:.0f} MiB are free; free some, choose another target, or take fewer "
+            f"samples"
+        )
+
+
+def as_quantized(weight: Tensor, method: Options) -> QuantTensor:
+    """What a method makes of a weight on meta: shapes without values."""
+    return RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
+
+
+def _previewed(checkpoint: Checkpoint, shape: torch.Size, name: str, method: Options) -> ModulePreview:
+    """Sizes without weights: quantizing a meta tensor gives the shapes."""
+    weight = torch.empty(shape, dtype=checkpoint.dtype(f"{name}.weight"), device="meta")
+    result = as_quantized(weight, method)
+    nbytes = result.nbytes + (4 * result.K if method.orders_columns else 0)
+    return ModulePreview(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)

@@ -1,0 +1,115 @@
+"""What tiled layouts share: rows in tiles, columns sorted and padded, scales beside each other. They differ in one permutation.
+
+    qweight  uint8 [..., tiles, K_pad * rows * width / 8]   or [..., tiles, rows, K_pad * width / 8] where rows lie apart
+    scales   [..., tiles, G_pad, rows]                      source dtype
+    zeros    [..., tiles, G_pad, rows]                      uint8 for integer zero points, floating for the other kinds, or None;
+                                                            for a codebook: its table (`layouts.table_of`)
+    k_order  int32 [K]                                      which column of x each stored column multiplies, or None
+
+Columns are stored in `k_order` (act-order: sorted by group). N is padded to whole tiles, K to K_pad, both with code 0; padded
+rows and groups have scale 0, and padded columns meet x = 0. `width` is `stored_bits(bits)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..scheme import QuantScheme
+from ..tensor import QuantTensor, group_index_of
+from . import Buffers, Shapes, table_of
+
+
+def stored_bits(bits: int) -> int:
+    """Bits that a code takes up in a tile: 4 or 8."""
+    return 4 if bits <= 4 else 8
+
+
+def num_groups(K: int, group_length: int) -> int:
+    """G = ceil(K / group_length), at least 1."""
+    return max(1, -(-K // group_length))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One order of a tile's codes, with everything around it.
+
+    Args:
+        rows: of the weight in a tile, the first dimension of every buffer.
+        columns: K is padded to a multiple of this.
+        lay: (codes `[..., tiles, rows, K_pad]`, width) -> the bytes of qweight, in their order.
+        lift: its inverse: (qweight, K_pad, width) -> the codes in their order.
+        rows_apart: whether the bytes of a row are an axis of their own.
+        row_order: row of the tile whose scale comes first, second, …; None: as they are.
+        groups: (K, group_length) -> G_pad.
+    """
+
+    rows: int
+    columns: int
+    lay: Callable[[Tensor, int], Tensor]
+    lift: Callable[[Tensor, int, int], Tensor]
+    rows_apart: bool = False
+    row_order: tuple[int, ...] | None = None
+    groups: Callable[[int, int], int] = num_groups
+
+    def shapes(self, N: int, K: int, bits: int, group_length: int) -> Shapes:
+        """See `Layout.shapes`."""
+        tiles, columns, width = -(-N // self.rows), -(-K // self.columns) * self.columns, stored_bits(bits)
+        codes = (self.rows, columns * width // 8) if self.rows_apart else (columns * self.rows * width // 8,)
+        return {"qweight": (tiles, *codes), "scales": (tiles, self.groups(K, group_length), self.rows)}
+
+    def pack(self, weight: QuantTensor) -> dict[str, Tensor | None]:
+        """See `Layout.arrange`; leading (expert) dimensions stay in front of qweight, scales and zeros."""
+        N, K, scheme, k_order = weight.N, weight.K, weight.scheme, weight.k_order()
+        shape = self.shapes(N, K, scheme.bits, scheme.group_length(K))["qweight"]
+        codes = weight.codes if k_order is None else weight.codes[..., k_order.long()]
+        codes = pad(codes, (0, -K % self.columns, 0, -N % self.rows))
+        lead = codes.shape[:-2]
+        codes = codes.reshape(*lead, shape[0], self.rows, codes.shape[-1])
+        zeros = table_of(scheme, weight.device) if weight.zeros is None else self._pack_groups(weight.zeros, weight)
+        return {
+            "qweight": self.lay(codes, stored_bits(scheme.bits)).reshape(*lead, *shape).contiguous(),
+            "scales": self._pack_groups(weight.scales, weight),
+            "zeros": zeros,
+            "k_order": k_order,
+        }
+
+    def unpack(self, buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor:
+        """See `Layout.unpack`."""
+        qweight, scales, zeros, k_order = (buffers[name] for name in ("qweight", "scales", "zeros", "k_order"))
+        assert qweight is not None
+        assert scales is not None
+        *lead, tiles, _, rows = scales.shape
+        columns = -(-K // self.columns) * self.columns
+        codes = self.lift(qweight, columns, stored_bits(scheme.bits))
+        codes = codes.reshape(*lead, tiles * rows, columns)[..., :N, :K]
+        if k_order is not None:
+            codes = torch.empty_like(codes, memory_format=torch.contiguous_format).index_copy_(
+                -1, k_order.long(), codes
+            )
+        G = scheme.num_groups(K)
+        true_zeros = None if zeros is None or scheme.codebook is not None else self._unpack_groups(zeros, N, G)
+        group_index = group_index_of(k_order, K, scheme)
+        return QuantTensor(codes.contiguous(), self._unpack_groups(scales, N, G), true_zeros, group_index, scheme)
+
+    def _pack_groups(self, values: Tensor, weight: QuantTensor) -> Tensor:
+        """[..., N, G] -> [..., tiles, G_pad, rows]"""
+        groups = self.groups(weight.K, weight.scheme.group_length(weight.K))
+        padded = pad(values, (0, groups - values.shape[-1], 0, -values.shape[-2] % self.rows))
+        split = padded.reshape(*padded.shape[:-2], padded.shape[-2] // self.rows, self.rows, groups)
+        if self.row_order is not None:
+            split = split[..., list(self.row_order), :]
+        # Not contiguous(): where there is one group it would leave the strides of the transpose.
+        return split.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+
+    def _unpack_groups(self, values: Tensor, N: int, G: int) -> Tensor:
+        """[..., tiles, G_pad, rows] -> [..., N, G]"""
+        *lead, tiles, groups, rows = values.shape
+        split = values.transpose(-1, -2)
+        if self.row_order is not None:
+            split = split[..., sorted(range(rows), key=self.row_order.__getitem__), :]
+        return split.reshape(*lead, tiles * rows, groups)[..., :N, :G].contiguous()

@@ -1,0 +1,1 @@
+"""What models look like: the table of architectures, building one without weights, and what counts as a linear layer."""

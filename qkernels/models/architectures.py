@@ -1,0 +1,268 @@
+"""What decoder models look like inside: one table, one entry per architecture.
+
+A new architecture is one `Architecture` in `ARCHITECTURES`. RTN and GPTQ work without an entry; AWQ and SmoothQuant need
+to know which norm or linear feeds which linears, and there is no telling that from outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..errors import ArgumentError
+from .linears import is_conv1d
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A scale on the input channels of `targets` can be taken out of the output channels of `source`.
+
+    Names are relative to a decoder layer. `source` feeds `targets` and nothing else, with nothing between them that does
+    not let a positive scale per channel through.
+
+    Args:
+        source: a norm, or a linear layer.
+        targets: linear layers that read it.
+        parent: the block whose output error judges a scale ("" is the decoder layer); None where there is one target, and
+            its own output is as good.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    parent: str | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where things are in a model of these `config.model_type`s.
+
+    Args:
+        layers, embeddings, final_norm, head: module names.
+        folds: see `Fold`, in the order of the forward pass.
+        unit_offset_norms: norms multiply by 1 + weight.
+        requires: config fields that must have these values for the folds to hold.
+    """
+
+    model_types: tuple[str, ...]
+    folds: tuple[Fold, ...]
+    layers: str = "model.layers"
+    embeddings: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    unit_offset_norms: bool = False
+    requires: tuple[tuple[str, Any], ...] = ()
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_VALUES = Fold("self_attn.v_proj", ("self_attn.o_proj",))
+_UP = Fold("mlp.up_proj", ("mlp.down_proj",))
+
+_LLAMA = Architecture(
+    model_types=("llama", "mistral", "qwen2", "qwen3", "granite"),
+    folds=(
+        Fold("input_layernorm", _QKV, "self_attn"),
+        _VALUES,
+        Fold("post_attention_layernorm", _GATE_UP, "mlp"),
+        _UP,
+    ),
+)
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    _LLAMA,
+    replace(_LLAMA, model_types=("gemma",), unit_offset_norms=True),
+    replace(  # Gemma 2 and 3 also normalize what attention and MLP return: the norm before the MLP has another name
+        _LLAMA,
+        model_types=("gemma2", "gemma3_text"),
+        folds=(
+            Fold("input_layernorm", _QKV, "self_attn"),
+            _VALUES,
+            Fold("pre_feedforward_layernorm", _GATE_UP, "mlp"),
+            _UP,
+        ),
+        unit_offset_norms=True,
+    ),
+    replace(_LLAMA, model_types=("olmo2",), folds=(_VALUES, _UP)),  # its norms follow the blocks and feed the residual
+    Architecture(  # q, k, v are one matrix, and so are gate and up: v -> o and up -> down would need half a fold
+        model_types=("phi3",),
+        folds=(
+            Fold("input_layernorm", ("self_attn.qkv_proj",), "self_attn"),
+            Fold("post_attention_layernorm", ("mlp.gate_up_proj",), "mlp"),
+        ),
+    ),
+    Architecture(  # attention and MLP read the same norm side by side; GELU lets no scale through from fc1 to fc2
+        model_types=("phi",),
+        folds=(Fold("input_layernorm", (*_QKV, "mlp.fc1"), ""), Fold("self_attn.v_proj", ("self_attn.dense",))),
+        final_norm="model.final_layernorm",
+    ),
+    Architecture(  # ReLU does let a positive scale through
+        model_types=("opt",),
+        folds=(
+            Fold("self_attn_layer_norm", _QKV, "self_attn"),
+            Fold("self_attn.v_proj", ("self_attn.out_proj",)),
+            Fold("final_layer_norm", ("fc1",), ""),
+            Fold("fc1", ("fc2",)),
+        ),
+        layers="model.decoder.layers",
+        embeddings="model.decoder.embed_tokens",
+        final_norm="model.decoder.final_layer_norm",
+        requires=(
+            ("do_layer_norm_before", True),
+            ("activation_function", "relu"),
+            ("layer_norm_elementwise_affine", True),
+        ),
+    ),
+    Architecture(  # q, k, v interleaved per head in one matrix
+        model_types=("gpt_neox",),
+        folds=(
+            Fold("input_layernorm", ("attention.query_key_value",), "attention"),
+            Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",), "mlp"),
+        ),
+        layers="gpt_neox.layers",
+        embeddings="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+    ),
+    Architecture(  # q, k, v in one matrix, GELU between c_fc and c_proj
+        model_types=("gpt2",),
+        folds=(Fold("ln_1", ("attn.c_attn",), "attn"), Fold("ln_2", ("mlp.c_fc",), "mlp")),
+        layers="transformer.h",
+        embeddings="transformer.wte",
+        final_norm="transformer.ln_f",
+    ),
+)
+
+
+def known_architectures() -> list[str]:
+    """Every `config.model_type` in the table."""
+    return sorted(name for architecture in ARCHITECTURES for name in architecture.model_types)
+
+
+def find_architecture(model_type: str | None) -> Architecture | None:
+    """The table's entry for a `config.model_type`, or None."""
+    return next((a for a in ARCHITECTURES if model_type in a.model_types), None)
+
+
+def foldable_architecture(model: nn.Module, method: str = "AWQ") -> Architecture:
+    """The table's entry for a model whose scales are to be folded; `method` is who asks, for messages.
+
+    Raises:
+        ArgumentError: the architecture is unknown, or this variant of it does not allow the folds.
+    """
+    config = text_config(model)
+    model_type = getattr(config, "model_type", None)
+    architecture = find_architecture(model_type)
+    if architecture is None:
+        raise ArgumentError(
+            f"{method} folds scales into the layers before, and how is known for {', '.join(known_architectures())}, "
+            f"got {model_type or type(model).__name__}; use GPTQ or RTN, or add an entry to qkernels/models/architectures.py"
+        )
+    for name, expected in architecture.requires:
+        if getattr(config, name, expected) != expected:
+            raise ArgumentError(
+                f"{method} can fold scales in {model_type} models with {name}={expected!r} only, got {getattr(config, name)!r}; "
+                f"use GPTQ or RTN"
+            )
+    return architecture
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a model's text part, which is the whole config where there is only text; None for a model without one."""
+    config = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    if getter is None:
+        return config
+    try:
+        return getter()
+    except ValueError:  # several text parts: none of them speaks for the model
+        return config
+
+
+def text_part(model: nn.Module) -> nn.Module:
+    """The text decoder inside a model, as transformers' `get_decoder` finds it: the language model of a multimodal model, the
+    decoder of an encoder-decoder; the model itself where it has no such parts."""
+    part = model
+    while (getter := getattr(part, "get_decoder", None)) is not None:
+        inner = getter()
+        if inner is part or not isinstance(inner, nn.Module):
+            break
+        part = inner
+    return part
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Every outermost list of blocks with linear layers in them, by name: a decoder's, an encoder's, a vision tower's. Which of
+    them run on text, and in which order, only running the model tells (`layerwise.capturing`).
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():  # parents come first: experts inside a layer are not layers
+        inside_another = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(module, nn.ModuleList) and not inside_another and _holds_blocks(module):
+            found[name] = module
+    if not found:
+        raise ArgumentError(
+            f"{type(model).__name__} has no list of decoder layers that could be calibrated one by one; "
+            f"use replace_linear, which needs no calibration"
+        )
+    return found
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: from the table; else the list of blocks in the text part, and where that has several,
+    the one of the classes that transformers never splits between devices.
+
+    Raises:
+        ArgumentError: there is no such list, or there are several.
+    """
+    lists = block_lists(model)
+    architecture = find_architecture(getattr(text_config(model), "model_type", None))
+    if architecture is not None and architecture.layers in lists:
+        return architecture.layers, lists[architecture.layers]
+    part = text_part(model)
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is part).lstrip(".")
+    inside = {name: blocks for name, blocks in lists.items() if name.startswith(prefix)}
+    whole = set(getattr(part, "_no_split_modules", None) or ())
+    named = {name: blocks for name, blocks in inside.items() if any(type(block).__name__ in whole for block in blocks)}
+    for candidates in (inside, named):
+        if len(candidates) == 1:
+            return next(iter(candidates.items()))
+    raise ArgumentError(
+        f"{type(model).__name__} has several lists of layers ({', '.join(inside or lists)}) and does not say which is its decoder"
+    )
+
+
+def shared_blocks(model: nn.Module) -> tuple[str, str] | None:
+    """Two names of one parameter that two blocks use, if there is such a parameter: quantizing one block would change the
+    other. Also where the parameters are on meta, and transformers ties them later."""
+    owner: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for prefix, blocks in block_lists(model).items():
+        for index, block in enumerate(blocks):
+            for leaf, parameter in block.named_parameters(remove_duplicate=False):
+                name = f"{prefix}.{index}.{leaf}"
+                owner[name] = f"{prefix}.{index}"
+                other = first.setdefault(id(parameter), name)
+                if owner[other] != owner[name]:
+                    return other, name
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return next(((b, a) for a, b in tied.items() if a in owner and b in owner and owner[a] != owner[b]), None)
+
+
+def head_dim(model: nn.Module) -> int:
+    """The width of an attention head."""
+    config: Any = text_config(model)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _holds_blocks(blocks: nn.ModuleList) -> bool:
+    """Whether these are blocks with linear layers in them: not linear layers themselves, and not lists of something."""
+    bare = any(_is_linear(block) or isinstance(block, (nn.ModuleList, nn.ModuleDict)) for block in blocks)
+    return not bare and any(_is_linear(module) for block in blocks for module in block.modules())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)

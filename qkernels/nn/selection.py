@@ -1,0 +1,219 @@
+"""`Selection`: which linear layers of a model are quantized, with which scheme, and why the others are not.
+
+`replace_linear`, `quantize`, its dry run and the transformers plug-in all ask `select_linears`, so that they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..errors import ArgumentError, UnsupportedProblem
+from ..kernels.catalogue import OnUnsupported
+from ..models.linears import is_conv1d, linear_of
+from ..scheme import QuantScheme
+from .linear import QuantLinear
+
+# What transformers, timm and older checkpoints call heads, wherever they are.
+HEADS = (
+    "lm_head", "*.lm_heads.*", "embed_out", "output_projection", "score", "scorer", "classifier", "classification_head",
+    "qa_outputs", "qa_classifier", "seq_relationship", "start_logits", "end_logits", "bbox_predictor",
+)  # fmt: skip
+A_HEAD = "a head; name it in include to quantize it"
+
+Patterns = Iterable[str] | str | None
+Overrides = Mapping[str, QuantScheme | str] | None
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is to be done with the matrices of a model, none left out.
+
+    Args:
+        chosen: the scheme of each linear layer that is to be quantized, by its name, in the model's order.
+        skipped: the reason for every other matrix, by the name of its linear layer, or of the parameter where it is in
+            none; embeddings and convolutions are not mentioned.
+    """
+
+    chosen: Mapping[str, QuantScheme]
+    skipped: Mapping[str, str]
+
+
+def select_linears(
+    model: nn.Module,
+    scheme: QuantScheme | str,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    overrides: Overrides = None,
+    on_unsupported: OnUnsupported | None = None,
+) -> Selection:
+    """Choose the linear layers to quantize; nothing is changed, and no weight is read.
+
+    Patterns are shell patterns on the module's name as `model.named_modules()` spells it, or on its last part.
+
+    Args:
+        model: its parameters may be on meta. `Conv1D` (GPT-2) is a linear layer too.
+        scheme: for every layer that no override matches.
+        include: only layers that match; None means all.
+        exclude: never these layers; None means heads (see `heads`), unless `include` names them, and () means none.
+        overrides: pattern -> scheme; the first match wins.
+        on_unsupported: what a layer without a kernel means: "raise", "skip", or "reference" to run it on the slow one;
+            None where no kernel is asked for, since only files are made.
+
+    Raises:
+        SchemeError: a scheme cannot be parsed.
+        ArgumentError: a pattern matches no linear layer.
+        UnsupportedProblem: no kernel takes a layer; names it.
+
+    Example:
+        >>> from torch import nn
+        >>> from qkernels.nn.selection import select_linears
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+        >>> selection = select_linears(model, "w4a16_g32", exclude="0", overrides={"1": "w8a16_channel"})
+        >>> str(selection.chosen["1"]), selection.skipped
+        ('w8a16_channel', {'0': 'excluded'})
+    """
+    default = QuantScheme.parse(scheme)
+    rules = {pattern: QuantScheme.parse(spelled) for pattern, spelled in (overrides or {}).items()}
+    wanted, unwanted = as_patterns(include), as_patterns(exclude)
+    names, skipped = _sorted_out(model, wanted, unwanted)
+    _check_patterns([*(wanted or ()), *rules], model)
+    chosen = {name: first_match(name, rules, default) for name in names}
+    if on_unsupported is not None:
+        lacking = _without_kernel(model, chosen, on_unsupported)
+        chosen = {name: scheme for name, scheme in chosen.items() if name not in lacking}
+        skipped |= lacking
+    return Selection(chosen, skipped)
+
+
+def heads(model: nn.Module) -> set[str]:
+    """The linear layers that turn what a model thinks into its answer: few, sensitive, and often new. They are the layer that
+    transformers calls the output embeddings, those outside of a model's base, and those with a usual name.
+
+    >>> from torch import nn
+    >>> from qkernels.nn.selection import heads
+    >>> heads(nn.ModuleDict({"body": nn.Linear(8, 8), "classifier": nn.Linear(8, 2)}))
+    {'classifier'}
+    """
+    base: Any = getattr(model, "base_model", None)
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    inside = set(base.modules()) if isinstance(base, nn.Module) else set()
+    if not any(_is_linear(module) for module in inside):
+        inside = set(model.modules())
+    return {
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module)
+        and (module is output or module not in inside or any(matches(name, pattern) for pattern in HEADS))
+    }
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell pattern matches a module's full name or its last part."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
+
+
+def first_match(name: str, rules: Mapping[str, T], default: T) -> T:
+    """What the first pattern that matches says."""
+    return next((value for pattern, value in rules.items() if matches(name, pattern)), default)
+
+
+def as_patterns(patterns: Patterns) -> tuple[str, ...] | None:
+    """One pattern or several, as a tuple."""
+    return None if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _sorted_out(
+    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
+) -> tuple[list[str], dict[str, str]]:
+    """The linear layers to quantize, and the reason for every other matrix."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    tied = _tied_later(model)
+    spared = heads(model) if exclude is None else set()
+    chosen: list[str] = []
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            skipped[name] = "already quantized"
+        elif _is_linear(module):
+            shared = [other for other in users[id(module._parameters["weight"])] if other != name]
+            named = include is not None and any(matches(name, pattern) for pattern in include)
+            if any(matches(name, pattern) for pattern in exclude or ()):
+                skipped[name] = "excluded"
+            elif include is not None and not named:
+                skipped[name] = "not in include"
+            elif name in spared and not named:
+                skipped[name] = A_HEAD
+            elif shared:
+                skipped[name] = f"its weight is shared with {', '.join(shared)}"
+            elif type(module) is not nn.Linear and not is_conv1d(module):
+                skipped[name] = f"{type(module).__name__} is a subclass of nn.Linear with a forward of its own"
+            elif name in tied:
+                skipped[name] = "its weight is tied to another module's"
+            else:
+                chosen.append(name)
+        else:
+            skipped |= _other_matrices(name, module)
+    return chosen, skipped
+
+
+def _tied_later(model: nn.Module) -> set[str]:
+    """Modules whose weight is on meta, and which transformers ties to another's once it is there. Weights that are there
+    say it themselves: they are one."""
+    table: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    both = {name for pair in table.items() for name in pair}
+    return {name.rpartition(".")[0] for name in both if name in parameters and parameters[name].is_meta}
+
+
+def _other_matrices(name: str, module: nn.Module) -> dict[str, str]:
+    """Matrices outside linear layers: experts in one tensor, routers."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)):
+        return {}
+    found = {}
+    for leaf, parameter in module.named_parameters(recurse=False):
+        full = f"{name}.{leaf}".lstrip(".")
+        size = f"{list(parameter.shape)}, {parameter.nbytes:,} bytes"
+        if parameter.dim() == 3:
+            found[full] = f"stacked experts ({size}) are not supported yet"
+        elif parameter.dim() == 2 and min(parameter.shape) > 1:
+            found[full] = f"a matrix ({size}) of {type(module).__name__}, which is not an nn.Linear"
+    return found
+
+
+def _check_patterns(patterns: Sequence[str], model: nn.Module) -> None:
+    """Every pattern must mean a linear layer, of which some may be quantized already."""
+    names = [name for name, module in model.named_modules() if _is_linear(module) or isinstance(module, QuantLinear)]
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            raise ArgumentError(
+                f"pattern {pattern!r} matches no linear layer; names look like {', '.join(names[:3]) or '(there are none)'}"
+            )
+
+
+def _without_kernel(
+    model: nn.Module, chosen: Mapping[str, QuantScheme], on_unsupported: OnUnsupported
+) -> dict[str, str]:
+    """Ask the catalogue about every layer; the reasons for those to skip."""
+    lacking = {}
+    for name, scheme in chosen.items():
+        try:
+            QuantLinear.check_supported(
+                linear_of(model, name), scheme, "raise" if on_unsupported == "skip" else on_unsupported
+            )
+        except UnsupportedProblem as error:
+            if on_unsupported != "skip":
+                raise UnsupportedProblem(f"{name}: {error}") from None
+            lacking[name] = str(error)
+    return lacking
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)

@@ -1,0 +1,57 @@
+"""What each format refuses to store, of the schemes that the conformance suite goes through, and why; all else it stores.
+
+The expectation is written down, not computed, so that a format that begins to refuse (or to take) something shows it here.
+"""
+
+from __future__ import annotations
+
+INTEGER_SCHEMES = [
+    *(f"w{bits}a16_g32{zeros}" for bits in (2, 3, 4, 8) for zeros in ("", "_asym")),
+    "w4a16_g16_asym", "w4a16_channel", "w8a16_tensor", "w5a16_g32",
+]  # fmt: skip
+FLOATING_SCHEMES = ["w4a16_g64_fzero", "w4a16_g128_offset"]
+CODEBOOK_SCHEMES = ["nf4_g64"]
+A8_SYMMETRIC = ["w4a8_g128", "w4a8_g32", "w8a8_channel", "w6a8_g16"]
+A8_INTEGER_ZEROS = ["w4a8_g32_asym", "w8a8_channel_asym"]
+A8_FLOATING = ["w4a8_g64_fzero", "w6a8_g32_offset"]
+A8_SCHEMES = [*A8_SYMMETRIC, *A8_INTEGER_ZEROS, *A8_FLOATING]
+A16_SCHEMES = [*INTEGER_SCHEMES, *FLOATING_SCHEMES, *CODEBOOK_SCHEMES]
+SCHEMES = [*A16_SCHEMES, *A8_SCHEMES]
+
+Reasons = dict[str, list[str]]  # a part of the message -> the schemes that it is said of
+_NO_FIELDS: Reasons = {
+    "zero points must be integers, ": [*FLOATING_SCHEMES, *A8_FLOATING],
+    " has a codebook": CODEBOOK_SCHEMES,
+    "it has no field for 8-bit activations": A8_SCHEMES,
+}
+_PER_TENSOR: Reasons = {"it has no spelling for one scale per tensor": ["w8a16_tensor"]}
+_GPTQ: Reasons = {
+    **_NO_FIELDS,
+    **_PER_TENSOR,
+    "bits must be 2 or 3 or 4 or 8, got ": ["w5a16_g32", "w6a8_g16", "w6a8_g32_offset"],
+}
+_NO_CODEBOOK: Reasons = {"codebook 'nf4': only integer codes are supported": CODEBOOK_SCHEMES}
+
+REFUSED: dict[str, Reasons] = {
+    "native": {},
+    "gptq": _GPTQ,
+    "gptq_v2": _GPTQ,
+    "awq": {**_NO_FIELDS, **_PER_TENSOR, "bits must be 4, got ": [s for s in SCHEMES if s[:2] not in ("w4", "nf")]},
+    "compressed-tensors": _NO_FIELDS,
+    "cpu_tile_a16": {**_NO_CODEBOOK, "8-bit activations: these kernels take float32, bfloat16 and float16 ones": A8_SCHEMES},
+    "cpu_tile_a8": {"16-bit activations: these kernels quantize them to int8": A16_SCHEMES},
+    "mma_tile": {**_NO_CODEBOOK, "8-bit activations: these kernels take bfloat16 and float16 ones": A8_SCHEMES},
+    "mma_tile_a8": {
+        "16-bit activations: these kernels quantize them to int8": A16_SCHEMES,
+        "group_size 16 is neither 32 nor a multiple of 64": ["w6a8_g16"],
+        "with int8 activations these kernels take symmetric weights alone": [*A8_INTEGER_ZEROS, *A8_FLOATING],
+    },
+    "kpack": {"8-bit activations: these kernels take bfloat16 and float16 ones": A8_SCHEMES},
+}  # fmt: skip
+REFUSED_IN_ACT_ORDER = {"awq": "columns are in act-order, and AWQ has no group index"}
+
+
+def reasons_for(fmt: str, scheme: str, ordered: bool) -> list[str]:
+    """What the refusal has to say; empty: the format stores it."""
+    reasons = [reason for reason, refused in REFUSED[fmt].items() if scheme in refused]
+    return reasons + ([REFUSED_IN_ACT_ORDER[fmt]] if ordered and fmt in REFUSED_IN_ACT_ORDER else [])

@@ -1,0 +1,1 @@
+"""Tools of the source tree that need no GPU: the guard of compiled figures, and what nvcc makes of the CUDA kernels."""

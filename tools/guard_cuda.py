@@ -1,0 +1,124 @@
+"""The guard's figures of the CUDA kernels, from nvcc and nvdisasm alone: registers, spills, and what the inner loop is made of.
+
+The inner loop of a kernel is the shortest of those that hold the most tensor-core instructions. Figures are the worst of all
+instances of a template, so that a renamed or added instance is no change by itself. Bank conflicts of shared memory need no value
+here: tests/cuda/test_interpreted_kernels.py holds every hot access at exactly none.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from . import nvcc
+
+Figures = dict[str, dict[str, float]]
+
+ARCHITECTURES = ("80", "90a")
+# What the mix counts; everything else is "other".
+CLASSES = {
+    "HMMA": "tensor core", "HGMMA": "tensor core", "IMMA": "tensor core",
+    "IGMMA": "tensor core",
+    "LDGSTS": "global to shared", "UTMALDG": "global to shared", "LDSM": "shared", "LDS": "shared", "STS": "shared",
+    "LDG": "global", "STG": "global", "LDL": "local", "STL": "local", "LOP3": "logic", "PRMT": "logic", "SHF": "logic",
+    "I2F": "conversion", "F2F": "conversion", "F2FP": "conversion", "HFMA2": "half arithmetic", "HADD2": "half arithmetic",
+    "HMUL2": "half arithmetic", "FFMA": "float arithmetic", "FADD": "float arithmetic", "FMUL": "float arithmetic",
+}  # fmt: skip
+
+
+def missing() -> list[str]:
+    """Tools that measuring needs and that are not here."""
+    found = {"nvcc": nvcc.NVCC, "nvdisasm": nvcc.find_nvdisasm(), "c++filt": shutil.which("c++filt")}
+    return [tool for tool, where in found.items() if where is None]
+
+
+def compiler() -> str:
+    """nvcc's version."""
+    done = subprocess.run([str(nvcc.NVCC), "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release \S+, (V\S+)", done.stdout)
+    return f"nvcc {found[1] if found else 'unknown'}"
+
+
+def loops(lines: list[str]) -> list[tuple[int, int]]:
+    """[first, last] instruction of every backward branch's loop in nvdisasm's lines; labels stand on lines of their own."""
+    labels: dict[str, int] = {}
+    found, count = [], 0
+    for line in lines:
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            branch = re.search(r"\bBRA\b[^`;]*`\((\.L_x_\d+)\)", line)
+            if branch and branch[1] in labels:
+                found.append((labels[branch[1]], count))
+            count += 1
+    return found
+
+
+def opcodes(lines: list[str]) -> list[str]:
+    """The first part of each instruction: `HMMA` of `@P0 HMMA.16816.F32 …`."""
+    found = [re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", line) for line in lines]
+    return [match[1] for match in found if match]
+
+
+def inner_loop(lines: list[str]) -> list[str]:
+    """Opcodes of the shortest of those loops that hold the most tensor-core instructions; [] without loops."""
+    names = opcodes(lines)
+    bodies = [names[first : last + 1] for first, last in loops(lines)]
+    return max(bodies, key=lambda body: (_tensor(body), -len(body)), default=[])
+
+
+def _tensor(body: list[str]) -> int:
+    return sum(CLASSES.get(name) == "tensor core" for name in body)
+
+
+def mix(body: list[str]) -> dict[str, int]:
+    """Instructions by class."""
+    return dict(sorted(Counter(CLASSES.get(name, "other") for name in body).items()))
+
+
+def families(names: list[str]) -> dict[str, str]:
+    """Mangled name -> name of the template or function, without namespaces and arguments."""
+    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {
+        name: re.sub(r"[<(].*", "", plain.removeprefix("void ")).split("::")[-1] for name, plain in zip(names, done)
+    }
+
+
+def kernel_texts(source: Path, arch: str) -> dict[str, list[str]]:
+    """nvdisasm's lines of each kernel of a file, by mangled name."""
+    command = [str(nvcc.find_nvdisasm()), "-c", str(nvcc.compile_source(source, arch, "cubin")[0])]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"\.section\s+\.text\.([\w$]+)", text)
+    return {name: body.splitlines() for name, body in zip(sections[1::2], sections[2::2])}
+
+
+def measure() -> tuple[Figures, dict[str, Any]]:
+    """(figures, instruction mix of the loop that was the worst of its family)."""
+    figures: dict[str, dict[str, float]] = defaultdict(dict)
+    mixes: dict[str, Any] = {}
+    for arch in ARCHITECTURES:
+        usages = nvcc.compiled_usages(nvcc.KERNELS, arch)
+        texts = {name: t for s in nvcc.KERNELS for name, t in kernel_texts(s, arch).items()}
+        family = families(list(texts))
+        for name, lines in texts.items():
+            key = f"{family[name]} sm_{arch}"
+            usage, body = usages[name], inner_loop(lines)
+            _worst(figures["cuda registers"], key, float(usage.registers))
+            _worst(figures["cuda spill bytes"], key, float(usage.spill_stores + usage.spill_loads))
+            if products := _tensor(body):
+                dearest = figures["cuda loop instructions per product"]
+                if _worst(dearest, key, round(len(body) / products, 3)):
+                    mixes[key] = mix(body)
+    return dict(figures), mixes
+
+
+def _worst(values: dict[str, float], key: str, value: float) -> bool:
+    """Keep the larger; whether it is this one."""
+    larger = value > values.get(key, -1.0)
+    if larger:
+        values[key] = value
+    return larger
