@@ -30,6 +30,7 @@ from .layerwise.limits import check_limits
 from .layerwise.preview import preview_of
 from .layerwise.quantizing import quantize_linears
 from .layerwise.running import Place
+from .memory import GivingBack
 from .models.architectures import foldable_architecture, text_config
 from .nn import ReplaceReport, Selection, select_linears
 from .nn.selection import Overrides, Patterns
@@ -143,7 +144,7 @@ def quantize(
     text = evaluation_ids(evaluation, tokenizer)
     run = Run(method, methods, windows, text is not None, save_to, resume, _versions(place))
     sources = () if isinstance(model_or_dir, nn.Module) else read_from(model_or_dir)
-    with host.running(run, place), _target_of(save_to, overwrite, sources) as target, torch.no_grad():
+    with GivingBack(), host.running(run, place), _target_of(save_to, overwrite, sources) as target, torch.no_grad():
         modules = quantize_linears(host, run, place, progress)
         if target is not None:
             host.write(target, format)

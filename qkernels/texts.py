@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, CalibrationError, CheckpointError, QKernelsError
 from .models.architectures import text_config
+from .optional import need_transformers
 from .storage import require_directory
 
 Calibration = Sequence[str] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Tensor | str
@@ -37,6 +38,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         CheckpointError: there is no such directory, or no tokenizer in it that transformers can read; its cause says
             why.
     """
+    need_transformers("reading a tokenizer")
     from transformers import AutoTokenizer
 
     require_directory(Path(directory))  # transformers would take a name for one on the Hub

@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..formats import Oddity, summary
+from ..memory import give_back
 from ..models.building import assign, empty_model
 from ..models.linears import as_linear
+from ..models.naming import float_state
 from ..nn import QuantLinear, set_module
 from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
@@ -83,6 +85,7 @@ def load(
     missing = _fill(model, slots, checkpoint, used, device, dtype)
     _check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, device)
+    give_back()
     for line in summary(oddities):
         log.warning("%s: %s", checkpoint.path, line)
     model.config._name_or_path = str(checkpoint.path)
@@ -130,6 +133,24 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
             )
     missing = [slot[0] for slot in _slots(model) if not any(name in checkpoint for name in slot)]
     _check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
+
+
+def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise for tensors that look like parts of quantized weights and have no place, where others may be left over (a class of
+    model with another head).
+
+    Raises:
+        CheckpointError: names them.
+    """
+    assert checkpoint.format is not None
+    places, suffixes = float_state(model).keys(), set(checkpoint.format.suffixes)
+    strays = []
+    for name in checkpoint.names():
+        module, _, leaf = name.rpartition(".")
+        belongs = module in checkpoint.modules and leaf != "bias"
+        if name not in places and (belongs or leaf in suffixes - {"weight"}):
+            strays.append(name)
+    _check_names(model, [], strays, checkpoint)
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:

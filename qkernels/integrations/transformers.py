@@ -9,7 +9,7 @@ enable()                                                    # from here on also 
 model = AutoModelForCausalLM.from_pretrained("some-gptq-model/")
 
 All of them yield `QuantLinear` modules. `model.hf_quantizer.report` lists what was quantized and, with reasons, every matrix that
-was not. Written for the hooks of transformers 5.23 (`transformers/quantizers/base.py`).
+was not. Written for the hooks of transformers 5.8.1 to 5.24 (`transformers/quantizers/base.py`); tested with both ends.
 
 While loading, a quantized module of a checkpoint is a placeholder without parameters: transformers has nothing to allocate or to
 initialize for it. Its weight is read, validated and packed afterwards, one module at a time.
@@ -32,10 +32,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.loading import bias_for, linear_at
+from ..checkpoint.loading import bias_for, check_strays, linear_at
 from ..checkpoint.saving import plain_tensors
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, Written, native, summary
+from ..memory import give_back
 from ..models.linears import is_conv1d
 from ..models.naming import FileNames
 from ..nn import QuantLinear, ReplaceReport, model_bytes, select_linears, set_module
@@ -113,6 +114,7 @@ class QKernelsQuantizer(HfQuantizer):
         self._placed: list[str] = []  # quantized modules of the checkpoint that the model has
         self._conversions: list[Any] | None = None
         self._conv1d: set[str] = set()
+        self._cut_first: set[str] = set()
 
     # --- before weights are loaded: the model is on meta ----------------------------------------------------------------
 
@@ -136,6 +138,7 @@ class QKernelsQuantizer(HfQuantizer):
         """Put placeholders where quantized modules will be, by the names that transformers gives to tensors of files: here
         it says what they are, a `key_mapping` included."""
         checkpoint, model, self._model = self._checkpoint, self._model, None
+        self._cut_first = set(_asked_in_place_of(self._schemes, weight_conversions))
         if checkpoint is None or model is None:
             return weight_conversions
         checkpoint = self._checkpoint = checkpoint.named_as_in(model, weight_conversions)
@@ -144,10 +147,14 @@ class QKernelsQuantizer(HfQuantizer):
         self._placed = [module for module in checkpoint.modules if module not in absent]
         if absent or not self._placed:
             log.warning("%s has no place for %s of the checkpoint", type(model).__name__, ", ".join(absent))
+        check_strays(model, checkpoint)
         for module in self._placed:
             _untie(model, module)
             _put(model, module, _Pending(linear_at(model, module, checkpoint.spelling(module))))
-        model._keys_to_ignore_on_load_unexpected = {_Packed.KEY} | set(model._keys_to_ignore_on_load_unexpected or ())
+        ignored = model._keys_to_ignore_on_load_unexpected  # a list until transformers 5.8, then a set
+        model._keys_to_ignore_on_load_unexpected = (set if isinstance(ignored, set) else list)(
+            [_Packed.KEY, *(ignored or ())]
+        )
         return [_Packed(checkpoint), *weight_conversions]
 
     def _select(self, model: Any) -> None:
@@ -163,7 +170,11 @@ class QKernelsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and module in self._schemes
+        return (leaf == "weight" and module in self._schemes) or param_name in self._cut_first
+
+    def is_chosen(self, module: str) -> bool:
+        """Whether it is to be quantized while it loads."""
+        return module in self._schemes
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeWeight(self)
@@ -199,6 +210,7 @@ class QKernelsQuantizer(HfQuantizer):
             if "experts" in why:
                 log.warning("not quantized: %s: %s", name, why)
         log.info("%s", self.report)
+        give_back()
         return model
 
     def _unpack(self, model: Any, checkpoint: Checkpoint) -> None:
@@ -314,10 +326,11 @@ class _QuantizeWeight(ConversionOps):
         left: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            if not self.quantizer.param_needs_quantization(model, name):
-                left[name] = weight  # cut from the same tensor as one that does
+            module = name.rpartition(".")[0]
+            if not self.quantizer.is_chosen(module):
+                left[name] = weight  # cut from the same tensor as one that is
                 continue
-            self.quantizer.quantize_weight(model, name.rpartition(".")[0], weight)
+            self.quantizer.quantize_weight(model, module, weight)
             if missing is not None:
                 missing.discard(name)
         return left
@@ -387,6 +400,14 @@ class _Packed(WeightRenaming):
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """(name, None), whether it is one of them or not: it is renamed for nobody else."""
         return self._keys.get(source_key, source_key), None
+
+
+def _asked_in_place_of(modules: Iterable[str], conversions: Iterable[Any]) -> Iterator[str]:
+    """The weights that transformers asks about in place of these modules: the first of those that it cuts from one tensor."""
+    for conversion in conversions:
+        first, *others = conversion.target_patterns
+        for other in others:
+            yield from (f"{m}.weight".replace(other, first) for m in modules if other in f"{m}.weight")
 
 
 def _belongs_to_a_head(module: str, model: Any, checkpoint: Checkpoint) -> bool:

@@ -28,14 +28,14 @@ class Problem:
     Args:
         N: out_features.
         K: in_features.
-        scheme: how the weight is quantized.
+        scheme: how the weight is quantized; its short form is taken, too.
         dtype: of the activations.
         arch: "cpu", or "sm80", "sm90", … for a CUDA device (`arch_of`).
         experts: 0 for a plain linear layer.
 
     >>> import torch
-    >>> from qkernels import Problem, QuantScheme
-    >>> print(Problem(4096, 14336, QuantScheme.parse("w4a16_g128"), torch.bfloat16, "sm90"))
+    >>> from qkernels import Problem
+    >>> print(Problem(4096, 14336, "w4a16_g128", torch.bfloat16, "sm90"))
     w4a16_g128, N=4096 K=14336, bfloat16, sm90
     """
 
@@ -45,6 +45,9 @@ class Problem:
     dtype: torch.dtype
     arch: str = "cpu"
     experts: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scheme", QuantScheme.parse(self.scheme))
 
     def __str__(self) -> str:
         experts = f", {self.experts} experts" if self.experts else ""
@@ -121,8 +124,8 @@ def list_kernels(problem: Problem) -> KernelTable:
     """Every kernel and why it cannot run `problem` (empty: it can). Print the result for the table.
 
     >>> import torch
-    >>> from qkernels import Problem, QuantScheme, list_kernels
-    >>> table = list_kernels(Problem(4096, 4096, QuantScheme.parse("w4a16_g128"), torch.bfloat16))
+    >>> from qkernels import Problem, list_kernels
+    >>> table = list_kernels(Problem(4096, 4096, "w4a16_g128", torch.bfloat16))
     >>> reasons = dict(table.rows)
     >>> reasons["reference"], reasons["triton.kpack"][0]
     ((), 'runs on CUDA devices (got cpu)')

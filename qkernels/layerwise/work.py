@@ -52,8 +52,11 @@ class WorkDirectory:
         self.path = path
         self.finished: dict[str, list[ModuleReport]] = {}
         for unit in self._units():
-            values = read_json(unit / UNIT)
-            self.finished[values["name"]] = [ModuleReport(**fields) for fields in values["modules"]]
+            try:
+                values = read_json(unit / UNIT)
+                self.finished[values["name"]] = [ModuleReport(**fields) for fields in values["modules"]]
+            except (CheckpointError, KeyError, TypeError) as error:
+                raise _unusable(path, error) from error
 
     def add(
         self,
@@ -172,7 +175,13 @@ def work_directory(target: str | os.PathLike[str], key: Mapping[str, str], resum
             shutil.rmtree(path, ignore_errors=True)
             raise
         except BaseException:
-            if not work.finished:
+            if work.finished:
+                log.warning(
+                    "%s: %d finished layers are kept; the same command with --resume (resume=True) goes on after them",
+                    target,
+                    len(work.finished),
+                )
+            else:
                 shutil.rmtree(path, ignore_errors=True)
             raise
         shutil.rmtree(path, ignore_errors=True)
@@ -194,9 +203,19 @@ def run_key(
     }
 
 
+def _unusable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}, which an interrupted run left, is damaged or of another version of qkernels ({error}); remove the directory to "
+        "start anew"
+    )
+
+
 def _check_resumable(work: WorkDirectory, target: str | os.PathLike[str], key: Mapping[str, str], resume: bool) -> None:
     """Refuse to mix two runs, and to throw away what one has finished."""
-    kept: dict[str, Any] = read_json(work.path / KEY)
+    try:
+        kept: dict[str, Any] = read_json(work.path / KEY)
+    except CheckpointError as error:
+        raise _unusable(work.path, error) from error
     differing = [part for part in key if kept.get(part) != key[part]]
     what = f"{work.path} keeps {len(work.finished)} finished layers of an interrupted run for {target}"
     if differing:

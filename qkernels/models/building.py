@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import CheckpointError
+from ..optional import need_transformers
 from ..storage import CONFIG
 from ..storage.files import without_quantization
 
@@ -32,6 +33,7 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> An
     Raises:
         CheckpointError: transformers cannot build it.
     """
+    need_transformers("building the model of a checkpoint")
     import transformers
 
     where = path / CONFIG

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError
 from ..kernels.catalogue import OnUnsupported
+from ..memory import GivingBack
 from ..models.linears import linear_of
 from ..quantizers import RTN, Options
 from ..quantizers.grid import checked_weight
@@ -123,11 +124,15 @@ def replace_linear(
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")
     for name in selection.chosen:
         checked_weight(linear_of(model, name).weight, f"{name}.weight")
-    for name, chosen in tqdm(selection.chosen.items(), desc="quantizing", unit="layer", delay=2, disable=not progress):
-        linear = linear_of(model, name)
-        layer = QuantLinear.from_linear(linear, chosen, rounding[chosen], on_unsupported, f"{name}.weight")
-        report.add(name, layer, linear.weight.nbytes)
-        set_module(model, name, layer)
+    bar = tqdm(selection.chosen.items(), desc="quantizing", unit="layer", delay=2, disable=not progress)
+    with GivingBack() as memory:
+        for name, chosen in bar:
+            linear = linear_of(model, name)
+            layer = QuantLinear.from_linear(linear, chosen, rounding[chosen], on_unsupported, f"{name}.weight")
+            report.add(name, layer, linear.weight.nbytes)
+            set_module(model, name, layer)
+            memory.freed(linear.weight.nbytes)
+            del linear
     report.bytes_after = model_bytes(model)
     log.info("%s", report)
     return report

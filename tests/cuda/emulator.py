@@ -60,11 +60,14 @@ SAMPLE_BUGS = (
 SOURCES: dict[str, tuple[Path, ...]] = {
     "sample": (SAMPLE,),
     "wgmma": (HOST / "launch_wgmma.cpp",),
+    "runtime": (HOST / "launch_runtime.cpp",),
     "mma_tile": (*sorted(CUDA.glob("*.cu")), HOST / "launch_mma_tile.cpp", HOST / "launch_checks.cpp"),
 }
 # The bugs that the sample can be asked to contain (-DQK_BUG_...). The kernels have none in their text: for them a bug is a
 # change of one line, made to a copy of csrc/cuda (mutants.py).
-BUGS: dict[str, tuple[str, ...]] = {"sample": SAMPLE_BUGS, "wgmma": (), "mma_tile": tuple(MUTANTS)}
+BUGS: dict[str, tuple[str, ...]] = {
+    "sample": SAMPLE_BUGS, "wgmma": (), "runtime": ("SHARED_OF_ITS_OWN",), "mma_tile": tuple(MUTANTS),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ def compiled_objects(unit: str, flavour: Flavour, bug: str | None) -> list[tuple
             result.append((f"{target_of(unit, flavour, bug)}.o", source, CUDA, f"-DQK_BUG_{bug}"))
         elif bug is not None and MUTANTS[bug].source == source.name:
             folder = BUILDS / "mutants" / bug
-            result.append((f"{target_of(unit, flavour, bug)}.o", folder / source.name, folder, ""))
+            changed = folder / source.name if source.parent == CUDA else source
+            result.append((f"{target_of(unit, flavour, bug)}.o", changed, folder, ""))
         else:
             result.append(healthy)
     return result
@@ -111,7 +115,7 @@ def rules() -> list[str]:
         f"  command = {CXX} {' '.join(COMMON)} -I$headers -I{CUDA} -I{HOST} $more -MMD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = {CXX} $more $in -o $out -ldl",
+        f"  command = {CXX} $more $in -o $out -ldl -pthread",
     ]
 
 

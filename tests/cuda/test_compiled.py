@@ -54,7 +54,9 @@ def chosen(arch: str, M: int, N: int, K: int, bits: int, half: bool) -> list[Lau
     )
     card = {
         "group_bytes": 128,
-        "short_groups": 0,
+        "groups_per_step": 1,
+        "steps_per_group": 2,
+        "groups": -(-K // 128),
         "float_zeros": 0,
         "half": int(half),
         "aligned": 1,

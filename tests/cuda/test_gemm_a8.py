@@ -168,7 +168,7 @@ def test_what_is_not_finite_is_not_hidden(value: float, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("wrong", [{"zero_type": 1}, {"group": 16}, {"splits": 0}, {"tokens": 96}])
 def test_what_it_cannot_do_is_an_error(wrong: dict[str, int]) -> None:
     call = multiply_call(random_weight("w4a8_g32", 64, 128), torch.zeros(1, 128, dtype=torch.float16))
-    with pytest.raises(RuntimeError, match="multiply_a8 returned error"):
+    with pytest.raises(RuntimeError, match="multiply returned error"):
         emulator.run(calls.UNIT, Call(call.launcher, call.buffers, {**call.integers, **wrong}))
 
 

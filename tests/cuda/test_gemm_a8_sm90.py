@@ -19,7 +19,7 @@ from tests.strategies import random_weight
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 DATA_RACE = "WARNING: ThreadSanitizer: data race"
-SM90 = "gemm_sm90"
+SM90 = "gemm_a8_sm90"
 
 
 @dtypes
@@ -104,7 +104,7 @@ def test_it_gives_the_bits_of_the_other_kernel() -> None:
 )
 def test_what_it_cannot_do_is_an_error(scheme: str, wrong: dict[str, int]) -> None:
     call = multiply_call(random_weight(scheme, 64, 256), torch.zeros(1, 256, dtype=torch.float16), tokens=64, path=SM90)
-    with pytest.raises(RuntimeError, match="multiply_a8 returned error"):
+    with pytest.raises(RuntimeError, match="multiply returned error"):
         emulator.run(calls.UNIT, Call(call.launcher, call.buffers, {**call.integers, **wrong}))
 
 
