@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Mamba2Config, M
 from qkernels import QuantLinear, QuantScheme, UnsupportedProblem, load, replace_linear, save
 from qkernels.checkpoint import CheckpointWriter, convert, open_checkpoint
 from qkernels.checkpoint.registry import WRITTEN
-from qkernels.errors import CheckpointError, ConversionError
+from qkernels.errors import ArgumentError, CheckpointError, ConversionError
 from qkernels.models.building import empty_model
 from qkernels.storage import TensorSource, atomic_directory, read_json
 from tests.checkpoints import A16_FORMATS, edit_json, file_bytes, logits, plain_checkpoint, rewritten, small_llama
@@ -491,3 +491,24 @@ def test_infinity_in_a_config(tmp_path: Path) -> None:
     save(loaded, tmp_path / "quantized")
     assert read_json(tmp_path / "quantized" / "config.json")["time_step_limit"][1] == {"__float__": "Infinity"}
     assert torch.equal(logits(load(tmp_path / "quantized")), logits(loaded))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_dtypes_by_name(dtype: Any, tmp_path: Path) -> None:
+    assert load(plain_checkpoint(tmp_path / "m"), dtype=dtype).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"torch_dtype": "auto"}, "load takes no torch_dtype=: it is called dtype here"),
+        ({"device_map": "auto"}, "load takes no device_map=: the whole model goes to device= here"),
+        ({"trust_remote_code": True}, "no code of a checkpoint is run here"),
+        ({"dtype": "int8"}, "dtype must be float16, bfloat16 or float32, also by name, or None, got 'int8'"),
+    ],
+)
+def test_arguments_of_transformers_get_a_way_out(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        load("nowhere", **arguments)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        load("nowhere", nonsense=1)

@@ -6,14 +6,14 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..formats import Oddity, summary
 from ..memory import give_back
 from ..models.building import assign, empty_model
@@ -22,7 +22,7 @@ from ..models.naming import float_state
 from ..nn import QuantLinear, set_module
 from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
-from ..text import describe, dtype_name
+from ..text import describe, dtype_name, dtype_names
 from .source import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 def load(
     directory: str | os.PathLike[str],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     on_unsupported: OnUnsupported = "raise",
+    **others: Any,
 ) -> Any:
     """Any known checkpoint, quantized or not, as a `transformers` model in which quantized modules are `QuantLinear`.
 
@@ -45,8 +46,10 @@ def load(
     Args:
         directory: a local checkpoint with config.json and safetensors.
         device: where the model goes.
-        dtype: of activations and unquantized weights; that of the checkpoint if None. Scales keep their own.
+        dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
+            Scales keep their own.
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
+        others: none; those of transformers' `from_pretrained` get an error that says what to pass instead.
 
     Returns:
         The class that config.json names, else that of `AutoModelForCausalLM`, in eval mode. Where the files were saved from
@@ -56,6 +59,7 @@ def load(
         CheckpointError: the directory is incomplete, malformed or of an unknown kind; or its tensors and the model that
             config.json describes do not fit each other. Nothing missing or left over is passed over in silence.
         UnsupportedProblem: no kernel takes a module.
+        ArgumentError: an argument that `load` does not have, or a dtype that no model is loaded in.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
@@ -69,8 +73,10 @@ def load(
     >>> again.model.layers[0].mlp.up_proj.scheme == model.model.layers[0].mlp.up_proj.scheme
     True
     """
+    _refuse_others(others)
+    named = _named_dtype(dtype)
     checkpoint, device = open_checkpoint(directory), torch.device(device)
-    dtype = dtype or _dtype_of(checkpoint)
+    dtype = named or _dtype_of(checkpoint)
     model, checkpoint = model_of(checkpoint, dtype)
     slots = _slots(model)
     oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
@@ -90,6 +96,39 @@ def load(
         log.warning("%s: %s", checkpoint.path, line)
     model.config._name_or_path = str(checkpoint.path)
     return model.eval()
+
+
+# What scripts pass to `from_pretrained`, and what it is here.
+_OF_TRANSFORMERS: Final = {
+    "torch_dtype": "it is called dtype here",
+    "device_map": 'the whole model goes to device= here, for example device="cuda"; to spread it over several, load it with '
+    "transformers (qkernels.integrations.transformers)",
+    "quantization_config": "the checkpoint says how it is quantized; to quantize, use replace_linear or quantize",
+    "trust_remote_code": "no code of a checkpoint is run here",
+    "low_cpu_mem_usage": "memory stays near the size of the result anyway",
+    **dict.fromkeys(
+        ("revision", "token", "cache_dir", "subfolder"), "a checkpoint is a local directory here; download it first"
+    ),
+    **dict.fromkeys(("attn_implementation", "use_safetensors", "local_files_only"), "leave it out"),
+}
+
+
+def _refuse_others(others: Mapping[str, Any]) -> None:
+    for name in others:
+        if name in _OF_TRANSFORMERS:
+            raise ArgumentError(f"load takes no {name}=: {_OF_TRANSFORMERS[name]}")
+        raise TypeError(f"load() got an unexpected keyword argument {name!r}")
+
+
+def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    for known in FLOAT_DTYPES:
+        if dtype_name(known) == str(dtype).removeprefix("torch."):
+            return known
+    raise ArgumentError(f"dtype must be {dtype_names(FLOAT_DTYPES)}, also by name, or None, got {dtype!r:.40}")
 
 
 def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoint]:

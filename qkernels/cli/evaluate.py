@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 
 from .common import (
     Subparsers,
@@ -48,10 +50,12 @@ def run(args: argparse.Namespace) -> int:
     ids = token_ids(load_tokenizer(args.checkpoint), read_text(args.text))
     model = load(args.checkpoint, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
     seq_len = window_length(model, args.seq_len)
+    start = time.perf_counter()
     results: list[Perplexity | Comparison] = [perplexity(model, ids, seq_len)]
     if args.against:
         original = load(args.against, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
         results.append(compare(model, original, ids, seq_len))
+    print(f"{len(ids)} tokens in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     if args.json:
         print_json({key: value for result in results for key, value in result.to_json().items()})
     else:
