@@ -41,7 +41,7 @@ class Backend:
         why = self.elsewhere(arch)
         if missing := self.missing():
             why.append(missing)
-        if self.device is not None and dtype not in layout.dtypes:
+        if dtype not in layout.dtypes:
             why.append(f"activations must be {dtype_names(layout.dtypes)} (got {dtype})")
         return why
 
