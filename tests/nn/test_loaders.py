@@ -1,4 +1,4 @@
-"""Ways into a model of `QuantLinear` from outside: as for `nn.Linear`, or an error; never "all keys matched" and nothing loaded."""
+"""Ways into a model of `QuantLinear` from outside: as for `nn.Linear`, or an error; no "all keys matched" with nothing loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Derivatives that `requires_grad` says nothing of, and counted FLOPs: as through a float layer, or an error; never a silent zero."""
+"""Derivatives that `requires_grad` says nothing of, and counted FLOPs: as through a float layer, or an error, no silent zero."""
 
 from __future__ import annotations
 
