@@ -54,7 +54,7 @@ class UnsupportedProblem(QKernelsError):
     >>> from qkernels import UnsupportedProblem, replace_linear
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32)).double()
     >>> try:
-    ...     replace_linear(model, "w4a16_g32")  # or on_unsupported="skip", or "reference"
+    ...     replace_linear(model, "w4a16_g32")  # or on_unsupported="skip"
     ... except UnsupportedProblem as error:
     ...     print(str(error).splitlines()[0])
     0: no kernel for w4a16_g32, N=32 K=64, float64, cpu

@@ -15,9 +15,24 @@ from torch import Tensor
 
 from .errors import ArgumentError, TensorError
 from .scheme import CODEBOOKS, QuantScheme
-from .text import describe, dtype_name
+from .text import describe, dtype_name, dtype_named
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def as_dtype(dtype: torch.dtype | str, name: str = "dtype") -> torch.dtype:
+    """A dtype, which may be given by its name ("bfloat16", "torch.bfloat16").
+
+    Args:
+        name: how the error calls it.
+
+    Raises:
+        ArgumentError: torch has no such dtype.
+    """
+    found = dtype_named(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ArgumentError(f"{name} must be a torch.dtype or the name of one, such as 'bfloat16', got {dtype!r}")
+    return found
 
 
 @dataclass(frozen=True, eq=False)

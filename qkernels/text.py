@@ -22,6 +22,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def dtype_named(name: str) -> torch.dtype | None:
+    """`torch.float16` of "float16" or "torch.float16"; None where torch has no such dtype."""
+    import torch
+
+    found = getattr(torch, name.removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
 def dtype_names(dtypes: Sequence[torch.dtype], last: str = "or") -> str:
     """ "float32, bfloat16 or float16"."""
     *rest, final = map(dtype_name, dtypes)

@@ -21,7 +21,15 @@ from qkernels.errors import (
     SchemeError,
     UnsupportedProblem,
 )
-from qkernels.layerwise.running import LayerInputs, Place, collect_statistics, input_groups, run_layer
+from qkernels.layerwise.running import (
+    Call,
+    LayerInputs,
+    Place,
+    collect_statistics,
+    input_groups,
+    propagate,
+    run_layer,
+)
 from qkernels.models.architectures import decoder_layers
 from qkernels.nn.selection import A_HEAD
 from qkernels.quantizers import InputStatistics
@@ -327,7 +335,8 @@ def test_a_residual_beyond_float16_is_kept_in_float32(tmp_path: Path) -> None:
         model.model.layers[0].mlp.up_proj.weight *= 20000
     model.save_pretrained(tmp_path / "source")
     full = copy.deepcopy(model).float()
-    last = full(input_ids=token_windows(), output_hidden_states=True).hidden_states[-2]
+    with torch.no_grad():
+        last = full(input_ids=token_windows(), output_hidden_states=True).hidden_states[-2]
     assert float(last.abs().max()) > 65504 * 10
     report = run(tmp_path / "source", GPTQ(8, 16), save_to=tmp_path / "out")
     assert not report.fallbacks
@@ -337,15 +346,17 @@ def test_a_residual_beyond_float16_is_kept_in_float32(tmp_path: Path) -> None:
 
 def test_a_layer_that_overflows_is_named() -> None:
     """Nothing is wrong with any linear's input, only with the layer's output."""
-    model = loud_model()
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight.fill_(1e18)
-        model.model.layers[0].mlp.up_proj.weight.fill_(1e18)
-        model.model.layers[0].mlp.gate_proj.weight.fill_(1e3)
+
+    class Overflowing(nn.Module):
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+            return (hidden_states * 1e38 * 1e38,)
+
+    inputs = LayerInputs([torch.ones(2, 3, 4, dtype=torch.float16)], [Call((), {})])
     with pytest.raises(
-        CalibrationError, match=r"the output of model\.layers\.0 has \d+ NaN or infinite .* computed in float32"
+        CalibrationError,
+        match=r"the output of model\.layers\.0 has 24 NaN or infinite activations in calibration batch 0, computed in float32",
     ):
-        run(model, GPTQ(4, 16))
+        propagate(Overflowing(), inputs, Place(torch.device("cpu")), "model.layers.0")
 
 
 @pytest.mark.parametrize("method", [RTN(4, 16), GPTQ(4, 16), AWQ(4, 16)])

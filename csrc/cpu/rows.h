@@ -72,6 +72,24 @@ inline float rest_of(const Problem& p, float scale, float zero) {
   return p.zeros_are_offsets ? mid * scale + zero : (mid - zero) * scale;
 }
 
+// The code of stored column k of a row of a tile, in layout cpu_tile_a16.
+inline int code_at(const Call& call, int64_t tile, int row, int64_t k) {
+  const uint8_t* bytes = call.qweight + tile * call.tile_bytes;
+  if (call.bits <= 4) {
+    const int64_t octet = k / 8, i = k % 8, bit = 16 * (i & 1) + 4 * (i >> 1);
+    return bytes[(octet * kTileRows + row) * kLaneBytes + bit / 8] >> (bit % 8) & 15;
+  }
+  const int64_t quad = k / 4, i = k % 4, bit = 16 * (i & 1) + 8 * (i >> 1);
+  return bytes[(quad * kTileRows + row) * kLaneBytes + bit / 8];
+}
+
+// The column of x that stored column k meets. k_order comes from a file: a wrong entry must not become a wild read.
+inline int64_t column_of(const Call& call, int64_t k) {
+  if (call.k_order == nullptr) return k;
+  const int64_t column = call.k_order[k];
+  return column < 0 ? 0 : column >= call.K ? call.K - 1 : column;
+}
+
 // --- x ---
 
 struct CopyBf16 {
@@ -104,11 +122,7 @@ void stage_row(const Call& call, int64_t m) {
         static_cast<typename C::To*>(const_cast<void*>(call.staged.data)) + staged_at(call, m, first);
     const int64_t n = K - first < call.staged.width ? K - first : call.staged.width;
     if (call.k_order != nullptr) {
-      for (int64_t i = 0; i < n; ++i) {
-        int64_t column = call.k_order[first + i];  // comes from a file: a wrong entry must not become a wild read
-        column = column < 0 ? 0 : column >= K ? K - 1 : column;
-        to[i] = C::convert(from[column * stride]);
-      }
+      for (int64_t i = 0; i < n; ++i) to[i] = C::convert(from[column_of(call, first + i) * stride]);
     } else if (stride == 1) {
       const typename C::From* __restrict row = from + first;
       for (int64_t i = 0; i < n; ++i) to[i] = C::convert(row[i]);
@@ -172,6 +186,41 @@ inline void load_bias(const Call& call, int64_t n0, int count, float* bias) {
   for (int i = 0; i < count; ++i) bias[i] = n0 + i < call.N ? load(call.bias_type, call.bias, n0 + i) : 0.0f;
 }
 
+inline bool finite(float f) { return (as_bits(f) & 0x7fffffff) < 0x7f800000; }
+
+// Rows n0 ... n0 + count - 1 of y whose sum is not finite, once more: weight by weight, in double. A product with the code
+// alone is up to 2^8 / scale times larger than one with the weight and overflows before it (x = 1e36), and where zero points
+// are floating an infinity is split into two of opposite signs. Where x has infinities, nothing else decides.
+inline __attribute__((noinline)) void sum_again(const Call& call, int64_t m, int64_t n0, int64_t count,
+                                                const float* bias, float* y) {
+  const auto x_at = [&](int64_t k) {
+    return load(call.x_type, call.x, m * call.x_row_stride + column_of(call, k) * call.x_column_stride);
+  };
+  bool infinite = false;
+  for (int64_t k = 0; k < call.K; ++k) {
+    const float x = x_at(k);
+    if (x != x) return;  // a NaN, as is all of y
+    infinite |= !finite(x);
+  }
+  const float mid = static_cast<float>(1 << (call.bits - 1));
+  for (int64_t i = 0; i < count; ++i) {
+    if (finite(y[i])) continue;
+    const int64_t tile = (n0 + i) / kTileRows;
+    const int row = static_cast<int>((n0 + i) % kTileRows);
+    double sum = bias[i];
+    for (int64_t k = 0; k < call.K; ++k) {
+      const float x = x_at(k);
+      if (infinite && finite(x)) continue;
+      const int64_t at = (tile * call.G + k / call.group) * kTileRows + row;
+      const float code = static_cast<float>(code_at(call, tile, row, k)), scale = load(call.scale_type, call.scales, at);
+      const float zero = call.zero_type == Type::kNone ? mid : load(call.zero_type, call.zeros, at);
+      const float weight = call.zeros_are_offsets ? code * scale + zero : (code - zero) * scale;
+      sum += static_cast<double>(x) * weight;
+    }
+    y[i] = static_cast<float>(sum);
+  }
+}
+
 // y[m][n0 ...] = sum + bias, rounded once. `count` is a multiple of 8; rows past N are not stored.
 inline void store_row(const Call& call, int64_t m, int64_t n0, int count, const float* sum, const float* bias) {
   constexpr int kMost = kMostTiles * kTileRows;
@@ -179,6 +228,9 @@ inline void store_row(const Call& call, int64_t m, int64_t n0, int count, const 
   float y[kMost];
   for (int i = 0; i < count; ++i) y[i] = sum[i] + bias[i];
   if (valid <= 0) return;
+  uint32_t largest = 0;  // as bits, which the compiler compares eight at a time
+  for (int i = 0; i < count; ++i) largest = largest > (as_bits(y[i]) & 0x7fffffff) ? largest : as_bits(y[i]) & 0x7fffffff;
+  if (largest >= 0x7f800000 && !call.int8_activations) sum_again(call, m, n0, valid, bias, y);
   if (call.x_type == Type::kFloat) {
     std::memcpy(static_cast<float*>(call.y) + m * call.N + n0, y, static_cast<size_t>(valid) * 4);
     return;

@@ -6,16 +6,6 @@
 namespace qkernels::cpu {
 namespace {
 
-int code(const Call& call, int64_t tile, int row, int64_t k) {
-  const uint8_t* bytes = call.qweight + tile * call.tile_bytes;
-  if (call.bits <= 4) {
-    const int64_t octet = k / 8, i = k % 8, bit = 16 * (i & 1) + 4 * (i >> 1);
-    return bytes[(octet * kTileRows + row) * kLaneBytes + bit / 8] >> (bit % 8) & 15;
-  }
-  const int64_t quad = k / 4, i = k % 4, bit = 16 * (i & 1) + 8 * (i >> 1);
-  return bytes[(quad * kTileRows + row) * kLaneBytes + bit / 8];
-}
-
 // One tile, rows m0 ... m1 - 1; x is always fp32 here.
 void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   const float mid = static_cast<float>(1 << (call.bits - 1));
@@ -35,7 +25,7 @@ void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
     for (int64_t first = g * call.group; first < end; first += kRun) {
       const int64_t n = end - first < kRun ? end - first : kRun;
       for (int64_t k = 0; k < n; ++k) {
-        for (int r = 0; r < kTileRows; ++r) weight[k][r] = static_cast<float>(code(call, tile, r, first + k)) - zero[r];
+        for (int r = 0; r < kTileRows; ++r) weight[k][r] = static_cast<float>(code_at(call, tile, r, first + k)) - zero[r];
       }
       for (int64_t m = m0; m < m1; ++m) {
         const float* x = static_cast<const float*>(call.staged.data) + staged_at(call, m, first);

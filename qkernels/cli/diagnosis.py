@@ -86,8 +86,9 @@ def _threads() -> Check:
 
 def _gpu() -> Check:
     if torch.cuda.is_available():
-        names = [f"{torch.cuda.get_device_name(i)} ({arch_of(f'cuda:{i}')})" for i in range(torch.cuda.device_count())]
-        return Check("gpu", True, ", ".join(names) + f", CUDA {torch.version.cuda}")
+        cards = [(torch.cuda.get_device_name(i), arch_of(f"cuda:{i}")) for i in range(torch.cuda.device_count())]
+        named = [f"{name} ({arch}; {code_of(arch)})" for name, arch in cards]
+        return Check("gpu", True, ", ".join(named) + f", CUDA {torch.version.cuda}")
     if torch.version.cuda is None:
         return Check("gpu", True, "none that this torch can use: it is a CPU build")
     try:
@@ -95,6 +96,17 @@ def _gpu() -> Check:
     except RuntimeError as error:
         return Check("gpu", True, f"none: {str(error).splitlines()[0]}")
     return Check("gpu", True, "none")
+
+
+def code_of(arch: str) -> str:
+    """What the extension has for a card."""
+    status = extension.status()
+    if not status.cuda:
+        return "no CUDA kernels in the extension"
+    if not status.architectures:
+        return "the extension does not say what it was compiled for"
+    built = ", ".join(status.architectures)
+    return extension.code_for(arch, status.architectures) or f"no code in the extension, which has {built}"
 
 
 def _nvcc() -> str:

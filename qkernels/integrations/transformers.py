@@ -9,7 +9,7 @@ enable()                                                    # from here on also 
 model = AutoModelForCausalLM.from_pretrained("some-gptq-model/")
 
 All of them yield `QuantLinear` modules. `model.hf_quantizer.report` lists what was quantized and, with reasons, every matrix that
-was not. Written for the hooks of transformers 5.23 (`transformers/quantizers/base.py`).
+was not. Written for the hooks of transformers 5.8.1 to 5.24 (`transformers/quantizers/base.py`); tested with both ends.
 
 While loading, a quantized module of a checkpoint is a placeholder without parameters: transformers has nothing to allocate or to
 initialize for it. Its weight is read, validated and packed afterwards, one module at a time.
@@ -151,7 +151,10 @@ class QKernelsQuantizer(HfQuantizer):
         for module in self._placed:
             _untie(model, module)
             _put(model, module, _Pending(linear_at(model, module, checkpoint.spelling(module))))
-        model._keys_to_ignore_on_load_unexpected = {_Packed.KEY} | set(model._keys_to_ignore_on_load_unexpected or ())
+        ignored = model._keys_to_ignore_on_load_unexpected  # a list until transformers 5.8, then a set
+        model._keys_to_ignore_on_load_unexpected = (set if isinstance(ignored, set) else list)(
+            [_Packed.KEY, *(ignored or ())]
+        )
         return [_Packed(checkpoint), *weight_conversions]
 
     def _select(self, model: Any) -> None:

@@ -15,6 +15,7 @@ from ..errors import ArgumentError, UnsupportedProblem
 from ..layouts import Layout, canonical, cpu_tile_a8, cpu_tile_a16, get_layout, kpack, mma_tile
 from ..ops.backends import BACKENDS
 from ..scheme import QuantScheme
+from ..tensor import as_dtype
 from ..text import dtype_name
 from . import triton  # noqa: F401  (attaches its kernels to their ops)
 
@@ -29,7 +30,7 @@ class Problem:
         N: out_features.
         K: in_features.
         scheme: how the weight is quantized; its short form is taken, too.
-        dtype: of the activations.
+        dtype: of the activations; its name ("bfloat16") is taken, too.
         arch: "cpu", or "sm80", "sm90", … for a CUDA device (`arch_of`).
         experts: 0 for a plain linear layer.
 
@@ -48,6 +49,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", QuantScheme.parse(self.scheme))
+        object.__setattr__(self, "dtype", as_dtype(self.dtype))
 
     def __str__(self) -> str:
         experts = f", {self.experts} experts" if self.experts else ""

@@ -218,6 +218,7 @@ class DirectoryHost:
         self.model: Any = model
         self.bytes_before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
         self.checkpoint = checkpoint
+        self._slots = tied_names(model)
         self._work: WorkDirectory | None = None
         self._quantized: Weights = {}  # of the unit in hand, as is the next
         self._plain: dict[str, Tensor] = {}
@@ -287,9 +288,12 @@ class DirectoryHost:
     @contextmanager
     def embeddings(self, skip: tuple[str | None, ...], place: Place) -> Iterator[None]:
         """Read for a while."""
-        outside = [name for name, _ in self.model.named_parameters() if not _below(name, skip)]
         stored = [name for name in _stored_buffers(self.model, self.checkpoint) if not _below(name, skip)]
-        assign(self.model, {name: self.checkpoint.read(name) for name in (*outside, *stored)})
+        assign(self.model, {name: self.checkpoint.read(name) for name in stored})
+        for names in self._slots:
+            if outside := [name for name in names if not _below(name, skip)]:
+                tensor = self.checkpoint.read(next((name for name in names if name in self.checkpoint), names[0]))
+                assign(self.model, dict.fromkeys(outside, nn.Parameter(tensor, requires_grad=False)))
         try:
             with _moved(self.model, place, skip):
                 yield
@@ -385,6 +389,15 @@ def _check_at_hand(model: nn.Module, place: Place) -> None:
                 f"accelerate moves the inputs of {name or 'the model'} to {device}, and layers are computed on {place.device}; "
                 f"pass device={str(device)!r}, load the model without device_map, or quantize its directory"
             )
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of a model's parameters, those of one parameter together. Ask before parameters are taken away: whatever is put
+    in their place knows no ties."""
+    slots: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        slots.setdefault(id(parameter), []).append(name)
+    return list(slots.values())
 
 
 def _stored_buffers(module: nn.Module, checkpoint: Checkpoint, prefix: str = "") -> list[str]:

@@ -34,7 +34,7 @@ def check_limits(host: Host, methods: Mapping[str, Options], format: str | None,
         ArgumentError: a weight is of a dtype that is not quantized, fp8 for example.
         ConversionError, UnsupportedProblem: naming the layer, the limit and the way out.
     """
-    asked = set()
+    asked, warned = set(), set()
     for name, method in methods.items():
         dtype, (N, K) = host.dtype(f"{name}.weight"), linear_of(host.model, name).weight.shape
         if (method, dtype, N, K) in asked:
@@ -53,25 +53,31 @@ def check_limits(host: Host, methods: Mapping[str, Options], format: str | None,
                     f"{name}: {error}; or leave the layer out with exclude, or change its group size"
                 ) from None
         if host.needs_target and on_unsupported == "raise":
-            _check_kernels(name, N, K, method, dtype)
+            able = _able_kernels(name, N, K, method)
+            if method.scheme not in warned and not _runs_here(N, K, method, dtype):
+                warned.add(method.scheme)
+                log.warning(
+                    "%s: no kernel of this machine takes %s, N=%d K=%d (%s does); here the checkpoint loads with "
+                    "on_unsupported='reference' only, which is slow; `qkernels doctor` lists what each kernel takes",
+                    name, method.scheme, N, K, ", ".join(able),
+                )  # fmt: skip
 
 
-def _check_kernels(name: str, N: int, K: int, method: Options, dtype: torch.dtype) -> None:
-    """Raise where every kernel refuses a layer, whatever the machine; warn where those of this machine do."""
+def _able_kernels(name: str, N: int, K: int, method: Options) -> list[str]:
+    """The kernels that take a layer, on whatever machine; raises where there is none."""
     reasons = {spec.name: get_layout(spec.layout).reasons(N, K, method.scheme) for spec in KERNELS}
-    what = f"{method.scheme}, N={N} K={K}"
     if all(reasons.values()):
         lines = "\n".join(f"  {kernel:<16} {'; '.join(why)}" for kernel, why in reasons.items())
         raise UnsupportedProblem(
-            f"{name}: no kernel of any machine takes {what}, and the slow reference alone would run it\n{lines}\n"
+            f"{name}: no kernel of any machine takes {method.scheme}, N={N} K={K}, and the slow reference alone would"
+            f" run it\n{lines}\n"
             f'choose another scheme or group size (128, 64, 32), or pass on_unsupported="reference"'
         )
+    return [kernel for kernel, why in reasons.items() if not why]
+
+
+def _runs_here(N: int, K: int, method: Options, dtype: torch.dtype) -> bool:
+    """Whether a kernel of this machine takes a layer, on the CPU or a GPU."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     problems = [Problem(N, K, method.scheme, dtype, arch_of(torch.device(device))) for device in devices]
-    if not any(not spec.reasons(problem) for spec in KERNELS for problem in problems):
-        able = ", ".join(kernel for kernel, why in reasons.items() if not why)
-        log.warning(
-            "%s: no kernel of this machine takes %s (%s does); here it loads with on_unsupported='reference' only, which is "
-            "slow; a group size of 128, 64 or 32 runs everywhere",
-            name, what, able,
-        )  # fmt: skip
+    return any(not spec.reasons(problem) for spec in KERNELS for problem in problems)

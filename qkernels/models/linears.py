@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from ..text import describe
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' `Conv1D`, told by name and shape, for transformers need not be installed."""
+    if type(module).__name__ != "Conv1D":
+        return False
     weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
+    return isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
@@ -40,3 +49,68 @@ def linear_of(layer: nn.Module, name: str) -> nn.Linear:
 def set_weight(layer: nn.Module, name: str, weight: Tensor) -> None:
     """Overwrite a linear layer's weight, in its own dtype and place."""
     linear_of(layer, name).weight.data.copy_(weight)
+
+
+def why_not_plain(module: nn.Module) -> str | None:
+    """Why a linear layer cannot give way to one that has its weight and bias and nothing else, or None if it can.
+
+    A subclass of `nn.Linear` with a forward of its own can if a small twin of it, with random weights, computes what `nn.Linear`
+    does (Falcon's `x @ W.T + b`).
+    """
+    kind, state = type(module).__name__, {**module._parameters, **module._buffers}
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        return f"its {names} is parametrized (torch.nn.utils.parametrize); call remove_parametrizations first"
+    if isinstance(module._parameters.get("weight"), UninitializedParameter):
+        return f"{kind} has no weight before its first forward; run the model once"
+    for leaf in ("weight", "bias"):
+        value = getattr(module, leaf, None)
+        if leaf not in module._parameters and (leaf == "weight" or value is not None):
+            made_of = ", ".join(name for name in state if name.startswith(leaf)) or "something else"
+            return f"its {leaf} is computed from {made_of} (weight_norm, spectral_norm, pruning); remove that first"
+    if more := [*(name for name in state if name not in ("weight", "bias")), *module._modules]:
+        return f"{kind} has {', '.join(more)} beside weight and bias"
+    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    if not weight.is_floating_point():
+        return f"its weight is {describe(weight)}, not floating point"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if any(getattr(module, name) for name in _STATE_HOOKS if hasattr(module, name)):
+        return "it has hooks on its state dict, which know its weight"
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None and (weight.is_meta or getattr(hook, "offload", False)):
+        return "accelerate keeps its weight elsewhere; remove_hook_from_submodules brings it back"
+    if hook is None and "forward" in vars(module):
+        return "its forward was replaced on the object"
+    if kind == "NonDynamicallyQuantizableLinear":
+        return "nn.MultiheadAttention reads its weight instead of calling it"
+    if type(module) is not nn.Linear and not is_conv1d(module) and not _computes_linear(module):
+        return f"{kind} is a subclass of nn.Linear with a forward of its own"
+    return None
+
+
+_STATE_HOOKS = (
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
+def _computes_linear(module: nn.Module) -> bool:
+    """Whether a subclass's forward is that of `nn.Linear`, training or not, by running both on small random numbers."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 8), (16, 8), (16,)))
+    twin = copy.copy(module)  # shares what it does not replace
+    parameters = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias) if module.bias is not None else None}
+    twin.__dict__ |= {"in_features": 8, "out_features": 16, "_parameters": parameters}
+    expected = nn.functional.linear(x, weight, parameters["bias"])
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for training in (False, True):
+                twin.__dict__["training"] = training
+                y = twin.forward(x)
+                if not isinstance(y, Tensor) or y.shape != expected.shape or not torch.allclose(y, expected, atol=1e-5):
+                    return False
+    except Exception:  # whatever it needs, it is not what nn.Linear needs
+        return False
+    return True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import TraceError
 
 from .. import ops
 from ..errors import ArgumentError, QKernelsError, TensorError
@@ -15,20 +15,15 @@ from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
 from ..layouts import LAYOUTS, empty_buffers, get_layout, unpack_checked
 from ..quantizers import RTN, Options
 from ..scheme import QuantScheme
-from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..tensor import FLOAT_DTYPES, QuantTensor, as_dtype
+from ..text import dtype_name, dtype_names
 from .huge_pages import on_huge_pages
+from .packing import Packing, as_tensor, read_packing
 from .pretrained import mind_save_pretrained
+from .weight import READ_ONLY, PackedWeight
 
+_PACKING = "_extra_state"
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Packing(NamedTuple):
-    """How the buffers were packed; travels in the state dict as JSON bytes, so that another device can re-lay them out."""
-
-    layout: str
-    version: int
-    scheme: str
-    shape: tuple[int, int]
 
 
 class QuantLinear(nn.Module):
@@ -77,14 +72,14 @@ class QuantLinear(nn.Module):
         *,
         scheme: QuantScheme | str = "w4a16_g128",
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         ordered: bool = False,
         on_unsupported: OnUnsupported = "raise",
         layout: str | None = None,
     ) -> None:
         super().__init__()
         device = torch.device(device) if device is not None else torch.get_default_device()
-        dtype = dtype or torch.get_default_dtype()
+        dtype = as_dtype(dtype) if dtype is not None else torch.get_default_dtype()
         self._describe(in_features, out_features, QuantScheme.parse(scheme), dtype, on_unsupported)
         self.layout = layout or self._select(device, dtype)
         self._set_buffers(self._empty(dtype if dtype.itemsize == 2 else torch.float32, ordered, device))
@@ -96,7 +91,7 @@ class QuantLinear(nn.Module):
         weight: QuantTensor,
         bias: Tensor | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         on_unsupported: OnUnsupported = "raise",
     ) -> QuantLinear:
         """Pack a quantized weight `[N, K]` for the kernel of `device` (that of the weight if None).
@@ -114,15 +109,17 @@ class QuantLinear(nn.Module):
             scales = weight.scales.dtype
             dtype = bias.dtype if bias is not None else scales if scales.itemsize == 2 else torch.get_default_dtype()
         device = torch.device(device) if device is not None else weight.device
+        dtype = as_dtype(dtype)
         problem = Problem(weight.N, weight.K, weight.scheme, dtype, arch_of(device))
         layer = cls.__new__(cls)  # without empty buffers to be replaced at once
         nn.Module.__init__(layer)
         layer._describe(weight.K, weight.N, weight.scheme, dtype, on_unsupported)
         layer.layout = select(problem, on_unsupported).layout
-        layer._pack(weight, device)
-        layer.bias = None
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().to(device, dtype).clone(), requires_grad=bias.requires_grad)
+        with torch.inference_mode(False):  # tensors made in it could neither be trained through nor loaded into outside
+            layer._pack(weight, device)
+            layer.bias = None
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.detach().to(device, dtype).clone(), requires_grad=bias.requires_grad)
         return layer
 
     def _describe(
@@ -173,27 +170,75 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]` in x's dtype (under autocast: in autocast's)."""
-        buffers = self._buffers  # `self.qweight` would be looked up in Python, 0.5 us each
-        device = buffers["qweight"].device
-        device_type = device.type
-        if device_type != self._device_type:
-            self._adopt_moved_buffers()
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
-        flat = x.dim() == 2
-        rows = x if flat else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-        if rows.shape[1] == self.in_features and rows.dtype in FLOAT_DTYPES and rows.device == device:
-            y = ops.call(ops.GEMM[self.layout], rows, buffers, self.bias, self._numbers)
-        else:  # says what is wrong
-            y = ops.gemm(
-                self.layout, rows, **self._packed(), bias=self.bias,
-                in_features=self.in_features, out_features=self.out_features, scheme=self.scheme,
+        try:
+            buffers = self._buffers  # `self.qweight` would be looked up in Python, 0.5 us each
+            device = buffers["qweight"].device
+            device_type = device.type
+            if device_type != self._device_type:
+                self._adopt_moved_buffers()
+            if device_type != "meta" and torch.is_autocast_enabled(device_type):
+                x = x.to(torch.get_autocast_dtype(device_type))
+            flat = x.dim() == 2
+            rows = x if flat else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+            if rows.shape[1] == self.in_features and rows.dtype in FLOAT_DTYPES and rows.device == device:
+                y = ops.call(ops.GEMM[self.layout], rows, buffers, self.bias, self._numbers)
+            else:  # says what is wrong
+                y = self._checked_product(rows, self.bias)
+            return y if flat else y.view(*x.shape[:-1], self.out_features)
+        except TraceError:  # the `if` on a symbolic x; no test of x for it, since entering `try` costs nothing
+            return self._as_leaf(x)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with another bias, or none: what `F.linear(x, layer.weight, bias)` is."""
+        rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+        return self._checked_product(rows, bias).view(*x.shape[:-1], self.out_features)
+
+    def _checked_product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.gemm(
+            self.layout, rows, **self.packed(), bias=bias,
+            in_features=self.in_features, out_features=self.out_features, scheme=self.scheme,
+        )  # fmt: skip
+
+    def _as_leaf(self, x: Any) -> Tensor:
+        """What `torch.fx.symbolic_trace` records for torch's own layers: a call of the module. Hooks around `forward` were traced
+        by now, and would run again with the module."""
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise ArgumentError("torch.fx cannot trace a QuantLinear with forward hooks; trace first, then add them")
+        y: Tensor = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight `[N, K]` for code that looks at one instead of calling the layer: read-only, with the dtype of activations.
+
+        Its shape, dtype and device cost no memory; its values are dequantized for each use and not kept (`PackedWeight`).
+        `parameters()` and the state dict do not know it.
+        """
+        if torch.compiler.is_compiling():  # a plain op, which the graph drops where nobody uses its values
+            values: Tensor = ops.dequantize(
+                self.layout, **self.packed(), in_features=self.in_features, out_features=self.out_features,
+                scheme=self.scheme, dtype=self.dtype,
             )  # fmt: skip
-        return y if flat else y.view(*x.shape[:-1], self.out_features)
+            return values
+        return PackedWeight(self, self._buffers["qweight"].device)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise ArgumentError(READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module.
+
+        Raises:
+            ArgumentError: for "weight", which is packed.
+        """
+        if name == "weight":
+            raise ArgumentError(READ_ONLY)
+        super().register_parameter(name, param)
 
     def quant_tensor(self) -> QuantTensor:
         """The weight in canonical form, bit for bit what was packed."""
-        return get_layout(self.layout).unpack(self._packed(), self.out_features, self.in_features, self.scheme)
+        return get_layout(self.layout).unpack(self.packed(), self.out_features, self.in_features, self.scheme)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[N, K]` in `dtype` (that of the activations if None)."""
@@ -211,7 +256,8 @@ class QuantLinear(nn.Module):
         problem = Problem(self.out_features, self.in_features, self.scheme, dtype, arch_of(device))
         return select(problem, self.on_unsupported).layout
 
-    def _packed(self) -> dict[str, Any]:
+    def packed(self) -> dict[str, Any]:
+        """The buffers that the kernel reads, by name; None where the weight does without one."""
         return {buffer.name: self._buffers[buffer.name] for buffer in get_layout(self.layout).buffers}
 
     def _set_buffers(self, buffers: Mapping[str, Tensor | None]) -> None:
@@ -219,12 +265,18 @@ class QuantLinear(nn.Module):
         layout = get_layout(self.layout)
         self._numbers = layout.numbers_of(self.out_features, self.in_features, self.scheme)
         self._drop_buffers()
-        for buffer in layout.buffers:
-            self.register_buffer(buffer.name, buffers.get(buffer.name))
+        with torch.inference_mode(False):
+            device = next(t.device for t in buffers.values() if t is not None)
+            # Under the name of a module's extra state, but a buffer: loaders that set tensors one by one find it, too. First,
+            # because torch.export 2.13 miscounts buffers that come after an absent one.
+            self.register_buffer(_PACKING, as_tensor(self._own_packing(), device))
+            for buffer in layout.buffers:
+                t = buffers.get(buffer.name)
+                self.register_buffer(buffer.name, t.clone() if t is not None and t.is_inference() else t)
         self._device_type = self.qweight.device.type
 
     def _drop_buffers(self) -> None:
-        for name in _buffer_names():
+        for name in (*_buffer_names(), _PACKING):
             self._buffers.pop(name, None)
 
     def _pack(self, weight: QuantTensor, device: torch.device) -> None:
@@ -252,7 +304,14 @@ class QuantLinear(nn.Module):
         # `fn` moves or casts. Casting must reach the bias but not the scales, whose dtype is that of their source: `fn` sees
         # the buffers as integers, which no float cast touches.
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device))
-        packed = self._packed()
+        if probe.dtype == torch.float64:  # no kernel has it; x in float64 is refused, with words, by forward
+            return self._apply(lambda t: _narrowed(fn(t)), recurse)
+        if probe.dtype not in FLOAT_DTYPES:
+            raise ArgumentError(
+                f"a QuantLinear computes in {dtype_names(FLOAT_DTYPES)} and cannot be cast to {dtype_name(probe.dtype)}; "
+                f"cast the modules around it one by one, and x to one of these"
+            )
+        packed = self.packed()
         self._drop_buffers()
         super()._apply(fn, recurse)
         was, now = self._device_type, probe.device.type
@@ -267,18 +326,10 @@ class QuantLinear(nn.Module):
         else:
             self._set_buffers(packed)
             self._relayout(layout, probe.device)
-        if probe.dtype.is_floating_point:
-            self.dtype = probe.dtype
+        self.dtype = probe.dtype
         return self
 
     # --- state dict ---------------------------------------------------------------------------------------------------
-
-    def get_extra_state(self) -> Tensor:
-        """The packing as JSON in a uint8 tensor: safetensors stores nothing but tensors."""
-        return torch.tensor(list(json.dumps(self._own_packing()._asdict()).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Present for `nn.Module`'s sake; `_load_from_state_dict` reads it together with the buffers."""
 
     def _load_from_state_dict(
         self,
@@ -290,42 +341,83 @@ class QuantLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take packed buffers from outside: validated first, re-laid out if they were packed for another device."""
-        names = _buffer_names()
-        given = {name: state_dict.get(prefix + name) for name in names}  # of whichever layout
-        own = {prefix + name for name in (*names, "bias", "_extra_state")}
+        """Take packed buffers from outside: validated first, re-laid out if they were packed for another device.
+
+        They come together or not at all; the bias may come alone. With `assign=True` the layer takes the tensors themselves.
+        """
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        given = {name: state_dict.get(prefix + name) for name in _buffer_names()}  # of whichever layout
+        own = {prefix + name for name in (*given, "bias", _PACKING)}
         unexpected_keys += [k for k in state_dict if strict and k.startswith(prefix) and k not in own]
-        if given["qweight"] is None or given["scales"] is None:
-            missing_keys += [prefix + name for name in ("qweight", "scales") if given[name] is None]
-            return
+        absent = [name for name in ("qweight", "scales") if given[name] is None]
+        missing_keys += [prefix + name for name in absent]
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         try:
-            packing = _read_packing(state_dict.get(prefix + "_extra_state")) or self._own_packing()
-            self._check_packing(packing)
-            source = get_layout(packing.layout)
-            weight = unpack_checked(source, given, self.out_features, self.in_features, self.scheme)
             bias = self._checked_bias(state_dict.get(prefix + "bias"), prefix, missing_keys, unexpected_keys)
+            if found := [name for name, t in given.items() if t is not None]:
+                if absent:
+                    raise TensorError(
+                        f"the buffers of a packed weight are loaded together, got {', '.join(found)} without {', '.join(absent)}"
+                    )
+                self._check_reachable(given["qweight"], assign)
+                self._load_packed(given, state_dict.get(prefix + _PACKING), assign)
         except QKernelsError as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'QuantLinear'}: {error}")
             return
-        device = self.qweight.device
-        if packing.layout == self.layout:
-            own_copy = {name: None if t is None else t.detach().to(device).clone() for name, t in given.items()}
-            self._set_buffers({name: None if t is None else on_huge_pages(t) for name, t in own_copy.items()})
+        if bias is None or self.bias is None:
+            return
+        if assign:
+            parameter = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+            parameter.requires_grad = self.bias.requires_grad
+            self.bias = parameter
         else:
-            self._pack(weight.to(device), device)
-        if bias is not None and self.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(bias)
 
+    def _load_packed(self, given: Mapping[str, Tensor | None], state: Any, assign: bool) -> None:
+        packing = read_packing(state) or self._own_packing()
+        self._check_packing(packing)
+        source = get_layout(packing.layout)
+        weight = unpack_checked(source, given, self.out_features, self.in_features, self.scheme)
+        device, wanted = self.qweight.device, self.layout
+        if assign:
+            device = weight.device
+            wanted = wanted if device.type == self._device_type else self._select(device, self.dtype)
+        with torch.inference_mode(False):
+            if packing.layout != wanted:
+                self.layout = wanted
+                self._pack(weight.to(device), device)
+            elif assign:
+                self._set_buffers({name: None if t is None else t.detach() for name, t in given.items()})
+            else:
+                own_copy = {name: None if t is None else t.detach().to(device).clone() for name, t in given.items()}
+                self._set_buffers({name: None if t is None else on_huge_pages(t) for name, t in own_copy.items()})
+
+    def _check_reachable(self, qweight: Any, assign: bool) -> None:
+        """Raise where tensors would be copied from or to meta, which moves nothing."""
+        if assign or not isinstance(qweight, Tensor) or qweight.is_meta == self.qweight.is_meta:
+            return
+        if qweight.is_meta:
+            raise TensorError("the state dict is on meta and has no values to load")
+        raise TensorError(
+            "the layer is on meta, so a copy would load nothing; pass assign=True to load_state_dict, or call "
+            "to_empty(device=…) first"
+        )
+
     def _checked_bias(
-        self, bias: Tensor | None, prefix: str, missing_keys: list[str], unexpected_keys: list[str]
+        self, bias: Any, prefix: str, missing_keys: list[str], unexpected_keys: list[str]
     ) -> Tensor | None:
-        if bias is None and self.bias is not None:
-            missing_keys.append(prefix + "bias")
-        elif bias is not None and self.bias is None:
+        """The bias to load, or None. One that nn.Linear would not load either is named."""
+        if bias is None:
+            missing_keys += [] if self.bias is None else [prefix + "bias"]
+            return None
+        if self.bias is None:
             unexpected_keys.append(prefix + "bias")
-        elif bias is not None and self.bias is not None and bias.shape != self.bias.shape:
-            raise TensorError(f"bias must be {list(self.bias.shape)}, got {list(bias.shape)}")
+            return None
+        if not isinstance(bias, Tensor) or bias.shape != self.bias.shape or bias.dtype not in FLOAT_DTYPES:
+            got = f"{list(bias.shape)} {dtype_name(bias.dtype)}" if isinstance(bias, Tensor) else type(bias).__name__
+            raise TensorError(f"bias must be {list(self.bias.shape)}, got {got}")
         return bias
 
     def _own_packing(self) -> Packing:
@@ -352,21 +444,12 @@ def _buffer_names() -> list[str]:
     return list(dict.fromkeys(buffer.name for layout in LAYOUTS.values() for buffer in layout.buffers))
 
 
+def _narrowed(t: Tensor) -> Tensor:
+    return t.float() if t.dtype == torch.float64 else t
+
+
 def _apply_bitwise(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    return fn(t.view(_SAME_SIZE_INTEGER[t.element_size()])).view(t.dtype)
-
-
-def _read_packing(state: Any) -> Packing | None:
-    """The packing stored beside the buffers, or None where an older or hand-made state dict has none."""
-    if state is None:
-        return None
-    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1 or state.numel() > 4096:
-        raise TensorError("the extra state of a QuantLinear must be JSON in a uint8 tensor of at most 4096 bytes")
-    try:
-        fields = json.loads(bytes(state.tolist()))
-        layout, version, scheme, (N, K) = (fields[name] for name in Packing._fields)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise TensorError(
-            f"the extra state of a QuantLinear must be JSON with {', '.join(Packing._fields)}: {error}"
-        ) from None
-    return Packing(str(layout), int(version), str(scheme), (int(N), int(K)))
+    integers = t.view(_SAME_SIZE_INTEGER[t.element_size()])
+    applied = fn(integers)
+    # `Module.type` casts integers as well: what it does to the device is kept
+    return applied.view(t.dtype) if applied.dtype == integers.dtype else t.to(applied.device)

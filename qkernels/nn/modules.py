@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from .linear import QuantLinear
 
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` stands in `model`, in the same training mode."""
-    parent, _, leaf = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), leaf, module)
+
+def set_module(model: nn.Module, name: str, module: nn.Module, also: Sequence[str] = ()) -> None:
+    """Put `module` where `name` stands in `model`, in the same training mode and with the hooks of what stood there.
+
+    Args:
+        also: other names of the same place (`names_of_modules`).
+    """
+    before = model.get_submodule(name)
+    module.train(before.training)
+    for hooks in _HOOKS:  # the dictionaries themselves: who registered a hook can still remove it
+        setattr(module, hooks, getattr(before, hooks))
+    if (hook := getattr(before, "_hf_hook", None)) is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(module, hook)
+    for place in (name, *also):
+        parent, _, leaf = place.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+
+
+def names_of_modules(model: nn.Module) -> dict[int, list[str]]:
+    """All names of every module, by its `id`; the first is that of `named_modules`."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
 
 
 def packed_bytes(layer: QuantLinear) -> int:
     """Bytes of the buffers the kernel reads."""
-    return sum(t.nbytes for t in layer.buffers())
+    return sum(t.nbytes for t in layer.packed().values() if t is not None)
 
 
 def model_bytes(model: nn.Module) -> int:

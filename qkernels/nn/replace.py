@@ -17,7 +17,7 @@ from ..quantizers.grid import checked_weight
 from ..reports import MIB
 from ..scheme import QuantScheme
 from .linear import QuantLinear
-from .modules import model_bytes, packed_bytes, set_module
+from .modules import model_bytes, names_of_modules, packed_bytes, set_module
 from .selection import Overrides, Patterns, Selection, select_linears
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,11 @@ def replace_linear(
     Patterns are shell patterns on the module's name as `model.named_modules()` spells it, or on its last part ("lm_head",
     "*.down_proj", "encoder.layer.0.*").
 
+    All or nothing: layers are swapped when all of them are made, so an error or an interruption leaves the model as it was, and
+    for that time memory holds the float layers and the packed ones. A layer under several names is replaced under all. Hooks
+    stay. What is not a plain linear layer (parametrized, pruned, a subclass that computes something else) is skipped, with the
+    reason.
+
     Args:
         model: any `nn.Module`; no particular architecture is assumed. Transformers' `Conv1D` (GPT-2) is a linear layer too.
         scheme: for all layers, unless an override matches.
@@ -124,15 +129,20 @@ def replace_linear(
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")
     for name in selection.chosen:
         checked_weight(linear_of(model, name).weight, f"{name}.weight")
-    bar = tqdm(selection.chosen.items(), desc="quantizing", unit="layer", delay=2, disable=not progress)
+    layers = {}
     with GivingBack() as memory:
-        for name, chosen in bar:
+        for name, chosen in tqdm(
+            selection.chosen.items(), desc="quantizing", unit="layer", delay=2, disable=not progress
+        ):
             linear = linear_of(model, name)
-            layer = QuantLinear.from_linear(linear, chosen, rounding[chosen], on_unsupported, f"{name}.weight")
-            report.add(name, layer, linear.weight.nbytes)
-            set_module(model, name, layer)
-            memory.freed(linear.weight.nbytes)
-            del linear
+            layers[name] = QuantLinear.from_linear(linear, chosen, rounding[chosen], on_unsupported, f"{name}.weight")
+        names = names_of_modules(model)
+        for name, layer in layers.items():
+            _, *also = names[id(model.get_submodule(name))]
+            float_bytes = linear_of(model, name).weight.nbytes
+            report.add(name, layer, float_bytes)
+            set_module(model, name, layer, also)
+            memory.freed(float_bytes)
     report.bytes_after = model_bytes(model)
     log.info("%s", report)
     return report

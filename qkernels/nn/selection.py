@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
-from ..models.linears import is_conv1d, linear_of
+from ..models.linears import is_conv1d, linear_of, why_not_plain
 from ..scheme import QuantScheme
 from .linear import QuantLinear
+from .modules import names_of_modules
 
 # What transformers, timm and older checkpoints call heads, wherever they are.
 HEADS = (
@@ -54,7 +57,8 @@ def select_linears(
 ) -> Selection:
     """Choose the linear layers to quantize; nothing is changed, and no weight is read.
 
-    Patterns are shell patterns on the module's name as `model.named_modules()` spells it, or on its last part.
+    Patterns are shell patterns on the module's name as `model.named_modules()` spells it, or on its last part; of a module under
+    several names, on any of them.
 
     Args:
         model: its parameters may be on meta. `Conv1D` (GPT-2) is a linear layer too.
@@ -67,7 +71,7 @@ def select_linears(
 
     Raises:
         SchemeError: a scheme cannot be parsed.
-        ArgumentError: a pattern matches no linear layer.
+        ArgumentError: a pattern matches no linear layer, or one of `exclude` nothing at all; or the model is a linear layer.
         UnsupportedProblem: no kernel takes a layer; names it.
 
     Example:
@@ -81,9 +85,16 @@ def select_linears(
     default = QuantScheme.parse(scheme)
     rules = {pattern: QuantScheme.parse(spelled) for pattern, spelled in (overrides or {}).items()}
     wanted, unwanted = as_patterns(include), as_patterns(exclude)
-    names, skipped = _sorted_out(model, wanted, unwanted)
+    if _is_linear(model):
+        raise ArgumentError(
+            f"layers are swapped inside a model, and this {type(model).__name__} is itself the layer; "
+            f"QuantLinear.from_linear(layer, scheme) makes the quantized one"
+        )
+    aliases = {names[0]: names for names in names_of_modules(model).values()}
+    names, skipped = _sorted_out(model, aliases, wanted, unwanted)
     _check_patterns([*(wanted or ()), *rules], model)
-    chosen = {name: first_match(name, rules, default) for name in names}
+    _check_exclude(unwanted or (), model)
+    chosen = {name: _first_match(aliases[name], rules, default) for name in names}
     if on_unsupported is not None:
         lacking = _without_kernel(model, chosen, on_unsupported)
         chosen = {name: scheme for name, scheme in chosen.items() if name not in lacking}
@@ -128,13 +139,26 @@ def as_patterns(patterns: Patterns) -> tuple[str, ...] | None:
     return None if patterns is None else (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
+def _first_match(names: Sequence[str], rules: Mapping[str, T], default: T) -> T:
+    """The same for a module of several names."""
+    return next((value for pattern, value in rules.items() if _any_matches(names, (pattern,))), default)
+
+
+def _any_matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(matches(name, pattern) for name in names for pattern in patterns)
+
+
 def _sorted_out(
-    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
+    model: nn.Module,
+    aliases: Mapping[str, Sequence[str]],
+    include: tuple[str, ...] | None,
+    exclude: tuple[str, ...] | None,
 ) -> tuple[list[str], dict[str, str]]:
     """The linear layers to quantize, and the reason for every other matrix."""
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    users: dict[int, list[str]] = {}  # of every parameter, each module once
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name)
     tied = _tied_later(model)
     spared = heads(model) if exclude is None else set()
     chosen: list[str] = []
@@ -143,9 +167,10 @@ def _sorted_out(
         if isinstance(module, QuantLinear):
             skipped[name] = "already quantized"
         elif _is_linear(module):
-            shared = [other for other in users[id(module._parameters["weight"])] if other != name]
-            named = include is not None and any(matches(name, pattern) for pattern in include)
-            if any(matches(name, pattern) for pattern in exclude or ()):
+            weight = module._parameters.get("weight")
+            shared = [other for other in users.get(id(weight), []) if other != name and weight is not None]
+            named = include is not None and _any_matches(aliases[name], include)
+            if _any_matches(aliases[name], exclude or ()):
                 skipped[name] = "excluded"
             elif include is not None and not named:
                 skipped[name] = "not in include"
@@ -153,8 +178,8 @@ def _sorted_out(
                 skipped[name] = A_HEAD
             elif shared:
                 skipped[name] = f"its weight is shared with {', '.join(shared)}"
-            elif type(module) is not nn.Linear and not is_conv1d(module):
-                skipped[name] = f"{type(module).__name__} is a subclass of nn.Linear with a forward of its own"
+            elif reason := why_not_plain(module):
+                skipped[name] = reason
             elif name in tied:
                 skipped[name] = "its weight is tied to another module's"
             else:
@@ -174,17 +199,20 @@ def _tied_later(model: nn.Module) -> set[str]:
 
 
 def _other_matrices(name: str, module: nn.Module) -> dict[str, str]:
-    """Matrices outside linear layers: experts in one tensor, routers."""
+    """Matrices outside linear layers: experts in one tensor, routers, positions. Vectors, of whatever rank, are not mentioned."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)):
         return {}
     found = {}
     for leaf, parameter in module.named_parameters(recurse=False):
+        if isinstance(parameter, UninitializedParameter):
+            continue
         full = f"{name}.{leaf}".lstrip(".")
         size = f"{list(parameter.shape)}, {parameter.nbytes:,} bytes"
-        if parameter.dim() == 3:
+        what = "a matrix" if parameter.dim() == 2 else "a tensor"
+        if parameter.dim() == 3 and "expert" in f"{full} {type(module).__name__}".lower():
             found[full] = f"stacked experts ({size}) are not supported yet"
-        elif parameter.dim() == 2 and min(parameter.shape) > 1:
-            found[full] = f"a matrix ({size}) of {type(module).__name__}, which is not an nn.Linear"
+        elif sum(length > 1 for length in parameter.shape) > 1:
+            found[full] = f"{what} ({size}) of {type(module).__name__}, which is not an nn.Linear"
     return found
 
 
@@ -196,6 +224,21 @@ def _check_patterns(patterns: Sequence[str], model: nn.Module) -> None:
             raise ArgumentError(
                 f"pattern {pattern!r} matches no linear layer; names look like {', '.join(names[:3]) or '(there are none)'}"
             )
+
+
+def _check_exclude(patterns: Sequence[str], model: nn.Module) -> None:
+    """A pattern to exclude must mean something in the model: a misspelt one would let the layer be quantized. What heads are
+    called may be named for models without one."""
+    names = [name for name, _ in (*model.named_modules(remove_duplicate=False), *model.named_parameters()) if name]
+    for pattern in patterns:
+        if pattern in HEADS or any(matches(name, pattern) for name in names):
+            continue
+        leaves = sorted({name.rpartition(".")[2] for name in names})
+        close = get_close_matches(pattern.rpartition(".")[2], leaves, n=3)
+        raise ArgumentError(
+            f"exclude pattern {pattern!r} matches nothing in the model; "
+            f"{'did you mean ' + ' or '.join(close) if close else 'names look like ' + ', '.join(names[:3])}?"
+        )
 
 
 def _without_kernel(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import ArgumentError
 from ..layouts import Layout, get_layout
@@ -138,15 +139,25 @@ def call(
         buffers: by name; the op takes its own.
         numbers: `Layout.numbers_of`.
     """
-    run, names = op
+    run, names, layout = op
     packed = [buffers[name] for name in names]
     # In inference mode nothing of autograd is in the way; torch.compile refuses to be asked about it.
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or records_gradient(x, bias):
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return run(x, *packed, bias, *numbers)
+    if transforms_are_active():
+        return schema.transformed_product(layout, x, packed, bias, numbers)
+    if records_gradient(x, bias):
         return run(x, *packed, bias, *numbers)
     # The autograd kernel of an op registered from Python costs about 4 us a call, wanted or not, which is more than a small
     # decode step. torch.library's own kernel enters this guard too, once it finds that no gradient is wanted.
     with torch._C._AutoDispatchBelowAutograd():
         return run(x, *packed, bias, *numbers)
+
+
+def transforms_are_active() -> bool:
+    """Whether a derivative may be wanted that `requires_grad` says nothing of: inside torch.func's transforms, vmap included, or
+    forward-mode AD."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def records_gradient(x: Tensor, bias: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ made from the layout (`ops.weight`). Gradients flow to x and bias; weights are f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ..tensor import FLOAT_DTYPES
 from ..text import describe, dtype_name
 from . import reference
 from .backends import BACKENDS, Backend
+from .flops import count_flops
 from .weight import (
     Product,
     Weight,
@@ -45,10 +46,11 @@ LIBRARY = Library("qkernels", "DEF")  # the ops live as long as this object
 
 
 class Op(NamedTuple):
-    """An op of the library, and which buffers it takes, in its order."""
+    """An op of the library, which buffers it takes, in its order, and their layout."""
 
     run: Callable[..., Tensor]
     buffers: tuple[str, ...]
+    layout: Layout
 
 
 GEMM: dict[str, Op] = {}  # by layout
@@ -177,6 +179,27 @@ def _gradient(layout: Layout, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     return tuple(found.get(name) for name in names)
 
 
+def transformed_product(
+    layout: Layout, x: Tensor, packed: Sequence[Any], bias: Tensor | None, numbers: Sequence[float]
+) -> Tensor:
+    """The product where torch.func or forward-mode AD looks on: in plain PyTorch, which every transform knows, on a weight that
+    is dequantized for it, whole and in fp32.
+
+    Raises:
+        ArgumentError: the layout's kernels quantize x, whose derivative is a convention that only `backward` has.
+    """
+    if layout.acts != (None,):
+        raise ArgumentError(
+            f"torch.func and forward-mode AD know no derivative of activations in {layout.acts[0]} (gemm_{layout.name}); use "
+            f"backward(), or a scheme with 16-bit activations"
+        )
+    dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout.name}")
+    weight = weight_from_buffers(layout, packed, numbers, x.shape[1])
+    w: Tensor = dequantize(*dequantize_arguments(layout, weight, torch.float32))
+    y = x.float() @ w.T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
 def _gradient_of_x(layout: Layout, weight: Weight, dy: Tensor) -> Tensor:
     """dx = dy W in fp32, W dequantized a slice of rows at a time."""
     dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout.name}")
@@ -229,7 +252,8 @@ def _define(layout: Layout) -> None:
         register_autograd(f"qkernels::{op}", partial(_gradient, layout), setup_context=save, lib=LIBRARY)
         if layout.backend == "torch":
             LIBRARY.impl(op, partial(reference.product_op, layout), "CompositeExplicitAutograd")
-        (GEMM if max_tokens is None else GEMV)[layout.name] = Op(run, buffers)
+        count_flops(op)
+        (GEMM if max_tokens is None else GEMV)[layout.name] = Op(run, buffers, layout)
     op = f"dequantize_{layout.name}"
     _define_op(op, dequantize_schema(layout), partial(_fake_dequantize, layout))
     LIBRARY.impl(op, partial(reference.dequantize_op, layout), "CompositeExplicitAutograd")

@@ -78,7 +78,7 @@ class AWQ(Options):
             ArgumentError: the weight is not floating `[N, K]`, or has NaN or infinite entries.
         """
         values = checked_weight(weight, name)
-        scale_dtype = stored_dtype(weight, self.scale_dtype)
+        scale_dtype = stored_dtype(weight, self.scale_dtype, self.scheme)
         if moments is None or not clips(name.removesuffix(".weight")):
             grid = fit(values, self.scheme, scale_dtype)
         else:
@@ -92,7 +92,7 @@ class AWQ(Options):
     def rounded(self, weight: Tensor, scales: Tensor) -> Tensor:
         """The weight `[N, K]` that inference would see if its input channels were scaled by `scales` `[K]` and rounded to
         the full range: `Q(W s) / s` (equation 4)."""
-        plain = RTN(scale_dtype=stored_dtype(weight, self.scale_dtype)).with_scheme(self.scheme)
+        plain = RTN(scale_dtype=stored_dtype(weight, self.scale_dtype, self.scheme)).with_scheme(self.scheme)
         return plain.quantize(weight * scales).dequantize().to(weight.dtype) / scales
 
     def candidates(self, input_magnitude: Tensor, weight_magnitude: Tensor) -> list[Tensor]:

@@ -92,7 +92,7 @@ class GPTQ(Options):
         hessian = moments
         values = checked_weight(weight, name).to(hessian.dtype)
         _check_hessian(values, hessian, name)
-        scheme, scale_dtype = self.scheme, stored_dtype(weight, self.scale_dtype)
+        scheme, scale_dtype = self.scheme, stored_dtype(weight, self.scale_dtype, self.scheme)
         live = _without_dead_columns(hessian)
         order = _column_order(live.diagonal(), self.act_order)
         factor = inverse_factor(live[order][:, order], self.damping, name)

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..scheme import CODEBOOKS, QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
-from ..text import dtype_name
+from ..text import dtype_name, dtype_named
 
 Clip = Literal["none", "mse"]
 
@@ -49,16 +49,35 @@ class Grid:
         return self.scales[..., groups], None if self.zeros is None else self.zeros[..., groups]
 
 
-def stored_dtype(weight: Tensor, scale_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the scales: as asked, else that of a 16-bit weight, else float16.
+def stored_dtype(weight: Tensor, scale_dtype: torch.dtype | None, scheme: QuantScheme) -> torch.dtype:
+    """The dtype of the scales: as asked, else that of a 16-bit weight, else float16; float32 where that one loses a row.
 
     A checkpoint's loader casts scales to the model's dtype, so scales in another 16-bit type would be rounded a second
     time, after the codes were chosen. For fp32 weights float16 halves the scales' bytes, and its 11 bits cost nothing,
-    because the codes are chosen for the rounded scale.
+    because the codes are chosen for the rounded scale. That holds down to float16's smallest numbers alone: int8 codes of
+    weights around 1e-6 lost 96 % of them.
+
+    Args:
+        weight: `[..., N, K]`; one on meta has no values, and gets the first choice.
+        scale_dtype: what was asked for.
+        scheme: how the weight is quantized.
     """
-    if scale_dtype is not None:
-        return scale_dtype
-    return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    if scale_dtype is None:
+        scale_dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    return scale_dtype if _holds_scales(weight, scheme, scale_dtype) else torch.float32
+
+
+def _holds_scales(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> bool:
+    """Whether the largest scale of every row is finite in `dtype`, and rounded by so little that the row's largest weight
+    moves by at most half a step. What smaller groups of the row lose is less than that."""
+    if dtype == torch.float32 or weight.is_meta or weight.numel() == 0:
+        return True
+    largest = (weight.flatten(-2) if scheme.group_size == "tensor" else weight).abs().amax(-1).float()
+    steps = scheme.max_code / 2 if scheme.symmetric else scheme.max_code  # from 0 to the largest weight
+    scales = largest[largest > 0] / (steps if scheme.codebook is None else 1)
+    limits = torch.finfo(dtype)
+    least = steps * limits.smallest_normal * limits.eps  # a subnormal number is off by half of the smallest one
+    return not bool(((scales < least) | (scales > limits.max / 2)).any())
 
 
 def checked_weight(weight: Tensor, name: str = "weight") -> Tensor:
@@ -229,10 +248,12 @@ def _cut_importance(importance: Tensor, start: int, stop: int, size: int) -> Ten
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def checked_scale_dtype(scale_dtype: torch.dtype | None) -> None:
-    """Raises ArgumentError unless scales can be stored so."""
-    if scale_dtype is not None and scale_dtype not in FLOAT_DTYPES:
+def checked_scale_dtype(scale_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype, which may be given by name. Raises ArgumentError unless scales can be stored so."""
+    found = dtype_named(scale_dtype) if isinstance(scale_dtype, str) else scale_dtype
+    if scale_dtype is not None and found not in FLOAT_DTYPES:
         raise ArgumentError(
             f"scale_dtype must be None (the weight's own 16-bit dtype, else float16), torch.float16, torch.bfloat16 or "
             f"torch.float32, got {scale_dtype!r}"
         )
+    return found

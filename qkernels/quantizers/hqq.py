@@ -90,7 +90,7 @@ class HQQ(Options):
             ArgumentError: the weight is not floating `[..., N, K]`, has NaN or infinite entries, or a scale overflows.
         """
         values = checked_weight(weight, name)
-        scale_dtype = stored_dtype(weight, self.scale_dtype)
+        scale_dtype = stored_dtype(weight, self.scale_dtype, self.scheme)
         scheme = self.scheme
         start = fit(values, scheme, scale_dtype, self.clip)
         if values.is_meta:

@@ -82,7 +82,7 @@ class NF4(Options):
         values = checked_weight(weight, name)
         scheme = self.scheme
         if not self.double_quant:
-            scale_dtype = stored_dtype(weight, self.scale_dtype)
+            scale_dtype = stored_dtype(weight, self.scale_dtype, self.scheme)
             grid = fit(values, scheme, scale_dtype, self.clip)
             return assemble(nearest(values, grid, scheme), grid, scheme, scale_dtype)
         length = scheme.group_length(values.shape[-1])

@@ -67,7 +67,8 @@ class Options(ActBitsIsAct):
     Args:
         bits, group_size, symmetric, act, codebook: see `QuantScheme`; `symmetric=False` means integer zero points.
         zeros: a zero kind by name where `symmetric` does not say enough ("float", "offset").
-        scale_dtype: how scales are stored; None: the dtype of a 16-bit weight, else float16.
+        scale_dtype: how scales are stored; None: the dtype of a 16-bit weight, else float16. Either way float32 for a weight
+            with rows whose scales would overflow or vanish in it.
         clip: "mse" searches a narrower range per group, "none" keeps the full range.
 
     Raises:
@@ -91,7 +92,7 @@ class Options(ActBitsIsAct):
             raise SchemeError(f"symmetric must be True or False, got {self.symmetric!r}")
         if self.zeros is not None and (self.zeros == "none") != self.symmetric:
             raise SchemeError(f"zeros={self.zeros!r} contradicts symmetric={self.symmetric}; give only one of them")
-        checked_scale_dtype(self.scale_dtype)
+        object.__setattr__(self, "scale_dtype", checked_scale_dtype(self.scale_dtype))  # may be given by name
         if self.clip not in get_args(Clip):
             raise ArgumentError(f'clip must be "none" or "mse", got {self.clip!r}')
         _ = self.scheme  # raises where the fields do not make a scheme
@@ -123,7 +124,7 @@ class Options(ActBitsIsAct):
     def with_scales_for(self: Self, dtype: torch.dtype) -> Self:
         """The same method with the dtype of its scales settled by that of the weight in the checkpoint, not the one it
         is computed in."""
-        return replace(self, scale_dtype=stored_dtype(torch.empty(0, dtype=dtype), self.scale_dtype))
+        return replace(self, scale_dtype=stored_dtype(torch.empty(0, dtype=dtype), self.scale_dtype, self.scheme))
 
     def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
         """Quantize a weight `[N, K]`.

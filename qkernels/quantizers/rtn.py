@@ -34,7 +34,7 @@ class RTN(Options):
             ArgumentError: the weight is not floating `[..., N, K]`, or has NaN or infinite entries.
         """
         values = checked_weight(weight, name)
-        scale_dtype = stored_dtype(weight, self.scale_dtype)
+        scale_dtype = stored_dtype(weight, self.scale_dtype, self.scheme)
         grid = fit(values, self.scheme, scale_dtype, self.clip)
         return assemble(nearest(values, grid, self.scheme), grid, self.scheme, scale_dtype)
 

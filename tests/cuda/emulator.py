@@ -45,7 +45,8 @@ SCHEDULES = ("ascending", "descending", "random", "warp_ahead")
 FLAGS: dict[Flavour, tuple[str, ...]] = {
     "module": ("-O2", "-march=native", "-fPIC"),
     "program": ("-O2", "-march=native", "-fPIC"),  # of the same objects
-    "asan": ("-O1", "-g1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    # Without optimization ASan compiles in a third of the time (7 s instead of 22 for gemm_sm90.cu) and runs for as little.
+    "asan": ("-O0", "-g1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "tsan": ("-O1", "-g1", "-march=native", "-fsanitize=thread"),
 }
 # -ffp-contract=off: what is to be fused is written as fmaf.
@@ -143,13 +144,17 @@ def ninja_file() -> str:
 
 def ninja_file_with_bug(unit: str, flavour: Flavour, bug: str) -> str:
     """One program with a bug, of the healthy objects but one. In a folder of its own, below that of `ninja_file`."""
-    more, objects = "  more = " + " ".join(FLAGS[flavour]), [f"{BUILDS}/{flavour}/main.o"]
-    lines = rules()
+    more = "  more = " + " ".join(FLAGS[flavour])
+    quick = more.replace("-O2", "-O0")  # it runs once: 3 s to compile instead of 7
+    lines, broken, healthy = rules(), [], [f"{BUILDS}/{flavour}/main.o"]
     for compiled, source, headers, macro in compiled_objects(unit, flavour, bug):
-        objects.append(f"{BUILDS}/{compiled}")
-        if headers != CUDA or macro:
-            lines += [f"build {objects[-1]}: compile {source}", f"  headers = {headers}", f"{more} {macro}"]
-    lines += [f"build {BUILDS}/{target_of(unit, flavour, bug)}: link {' '.join(objects)}", more]
+        if headers == CUDA and not macro:
+            healthy.append(f"{BUILDS}/{compiled}")
+        else:
+            broken.append(f"{BUILDS}/{compiled}")
+            lines += [f"build {broken[-1]}: compile {source}", f"  headers = {headers}", f"{quick} {macro}"]
+    # The broken object first: where others have the same inline function, the linker takes the first.
+    lines += [f"build {BUILDS}/{target_of(unit, flavour, bug)}: link {' '.join(broken + healthy)}", more]
     return "\n".join(lines) + "\n"
 
 

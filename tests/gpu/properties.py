@@ -22,7 +22,9 @@ from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
 
 # Long and short groups, every kind of zero, both widths.
-SCHEMES = ("w4a16_g128", "w4a16_g64_asym", "w8a16_channel", "w4a16_g16_fzero", "w8a16_g32_offset")
+SCHEMES = (
+    "w4a16_g128", "w4a16_g64_asym", "w8a16_channel", "w4a16_g16_fzero", "w8a16_g32_offset", "w8a8_channel", "w4a8_g128",
+)  # fmt: skip
 # Each number of tokens that a decode block can have, and each tile of the GEMM kernels.
 TOKENS = (1, 3, 8, 12, 17, 33, 64, 129, 300)
 Product = Callable[[Tensor], Tensor]

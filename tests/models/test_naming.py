@@ -27,7 +27,12 @@ TEXT: dict[str, Any] = {
     "num_key_value_heads": 1, "max_position_embeddings": 64, "head_dim": 16,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-EXPERTS = TEXT | {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = TEXT | {
+    "num_experts": 11,
+    "num_local_experts": 11,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}  # 10 after 9
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -162,7 +167,9 @@ def test_every_way_through_files(name: str, tmp_path: Path) -> None:
     for directory in ("stored", "saved", "theirs", "again", "loaded"):
         assert stored(tmp_path / directory) == names, directory
     for directory in ("stored", "loaded"):
-        for back in (load(tmp_path / directory), kind.auto.from_pretrained(tmp_path / directory)):
+        theirs, info = kind.auto.from_pretrained(tmp_path / directory, output_loading_info=True)
+        assert not info["unexpected_keys"] and not info["missing_keys"]
+        for back in (load(tmp_path / directory), theirs):
             assert type(back) is kind.model and quantized(back) == chosen
             assert close(back, expected), directory
 
@@ -289,13 +296,14 @@ def test_quantized_experts_are_refused_by_name(loader: Any, tmp_path: Path) -> N
 
 
 def test_one_place_is_not_for_two(tmp_path: Path) -> None:
-    model = tiny(KINDS["gpt_neox"])
-    model.save_pretrained(tmp_path)
+    tiny(KINDS["llava"]).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    save_file(tensors | {"lm_head.weight": tensors["embed_out.weight"] + 1}, path, metadata={"format": "pt"})
+    other = {"lm_head.weight": tensors["language_model.lm_head.weight"] + 1}
+    save_file(tensors | other, path, metadata={"format": "pt"})
     with pytest.raises(
-        CheckpointError, match=r"embed_out\.weight and lm_head\.weight are both lm_head\.weight of GPTNeoXForCausalLM"
+        CheckpointError,
+        match=r"language_model\.lm_head\.weight and lm_head\.weight are both lm_head\.weight of LlavaFor",
     ):
         load(tmp_path)
 

@@ -92,7 +92,7 @@ def test_casting_changes_activations_not_codes_or_scales(cast: object) -> None:
     cast(layer)
     assert layer.bias.dtype == layer.dtype != torch.float32
     after = dict(layer.named_buffers())
-    assert after.keys() == before.keys() == {"qweight", "scales", "zeros"}
+    assert after.keys() == before.keys() == {"_extra_state", "qweight", "scales", "zeros"}
     for name, t in after.items():
         assert t.dtype == before[name].dtype and torch.equal(t, before[name]), name
     assert layer(integers(3, 100, dtype=layer.dtype)).dtype == layer.dtype
@@ -364,6 +364,6 @@ def test_a_problem_without_a_kernel_lists_every_reason() -> None:
 def test_buffer_names_are_those_of_the_layout() -> None:
     layer = layer_of(act_order=True)
     names = [buffer.name for buffer in get_layout(layer.layout).buffers]
-    assert list(layer._buffers) == names
-    assert {name for name, _ in layer.named_buffers()} == set(names) - {"zeros"}  # a symmetric weight
+    assert list(layer._buffers) == ["_extra_state", *names]
+    assert {name for name, _ in layer.named_buffers()} == {"_extra_state", *names} - {"zeros"}  # a symmetric weight
     assert isinstance(layer_of().quant_tensor(), QuantTensor)

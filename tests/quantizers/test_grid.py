@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from qkernels import QuantScheme
 from qkernels.errors import ArgumentError
-from qkernels.quantizers import RTN
+from qkernels.quantizers import AWQ, GPTQ, HQQ, NF4, RTN, Options
 from qkernels.quantizers.grid import fit, nearest, stored_dtype
 
 
@@ -51,18 +54,73 @@ def test_an_all_zero_group_has_scale_one_and_stays_zero(scheme: str) -> None:
     assert bool((tensor.dequantize() == 0).all())
 
 
-def test_a_scale_that_underflows_counts_as_zero() -> None:
-    tensor = RTN(group_size=4, scale_dtype=torch.float16).quantize(torch.full((1, 4), 1e-9))
-    assert tensor.scales.item() == 1
-    assert bool((tensor.dequantize() == 0).all())
+def test_a_group_too_small_for_its_row_counts_as_zero() -> None:
+    weight = torch.tensor([[1.0] * 4 + [1e-9] * 4])
+    tensor = RTN(group_size=4, scale_dtype=torch.float16).quantize(weight)
+    assert tensor.scales.dtype == torch.float16
+    assert tensor.scales[0, 1] == 1
+    assert bool((tensor.dequantize()[0, 4:] == 0).all())
 
 
 def test_a_scale_that_overflows_is_refused() -> None:
+    scheme = QuantScheme.parse("w4a16_g4")
     with pytest.raises(
         ArgumentError, match=r"a scale of 1\.33e\+05 overflows float16 .* use scale_dtype=torch.float32"
     ):
-        RTN(group_size=4, scale_dtype=torch.float16).quantize(torch.full((1, 4), 1e6))
-    RTN(group_size=4, scale_dtype=torch.float32).quantize(torch.full((1, 4), 1e6))
+        fit(torch.full((1, 4), 1e6), scheme, torch.float16)
+    fit(torch.full((1, 4), 1e6), scheme, torch.float32)
+
+
+METHODS = {"RTN": RTN(), "mse": RTN(clip="mse"), "GPTQ": GPTQ(), "AWQ": AWQ(), "HQQ": HQQ(), "NF4": NF4()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("asked", [None, torch.float16])
+@pytest.mark.parametrize("size", [3e-4, 1e-5, 1e-7, 3e-11, 1e-20, 1e6, 1e12])
+def test_weights_of_any_size_are_as_good_as_weights_of_one(name: str, asked: torch.dtype | None, size: float) -> None:
+    """No magnitude costs accuracy: the error relative to the weight is that of the same weight times 1."""
+    schemes = {"NF4": ["nf4_g32"], "HQQ": ["w4a16_g32_fzero"], "AWQ": ["w4a16_g32", "w4a16_g32_asym"]}
+    for scheme in schemes.get(
+        name, ["w8a16_g32", "w8a16_g32_asym", "w4a16_channel", "w8a16_tensor", "w4a16_g32_offset"]
+    ):
+        method = replace(METHODS[name].with_scheme(scheme), scale_dtype=asked)
+        weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+        moments = torch.eye(64) if name in ("GPTQ", "AWQ") else None
+
+        def lost(
+            factor: float, method: Options = method, weight: Tensor = weight, moments: Tensor | None = moments
+        ) -> float:
+            scaled = weight.double() * factor
+            back = method.quantize(scaled.float(), moments).dequantize().double()
+            return float((back - scaled).norm() / scaled.norm())
+
+        assert lost(size) <= 1.05 * lost(1.0) + 1e-4, scheme
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_tiny_row_among_usual_ones_is_kept(dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] *= 1e-5
+    tensor = RTN(8, 32).quantize(weight.to(dtype))
+    assert tensor.scales.dtype == torch.float32
+    kept = weight.to(dtype)[3].float()
+    assert float((tensor.dequantize()[3] - kept).norm() / kept.norm()) < 0.01
+
+
+def test_a_file_s_own_dtype_of_scales_gives_way_too() -> None:
+    """What a run settles from the checkpoint (`with_scales_for`) is a wish like any other."""
+    method = RTN(8, 32).with_scales_for(torch.float16)
+    assert method.scale_dtype == torch.float16
+    assert method.quantize(torch.randn(4, 64)).scales.dtype == torch.float16
+    assert method.quantize(torch.randn(4, 64) * 1e-6).scales.dtype == torch.float32
+    assert method.quantize(torch.zeros(4, 64)).scales.dtype == torch.float16
+    assert method.quantize(torch.zeros(4, 64, device="meta")).scales.dtype == torch.float16
+
+
+def test_dtypes_are_taken_by_name() -> None:
+    assert RTN(scale_dtype="bfloat16") == RTN(scale_dtype=torch.bfloat16)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="scale_dtype must be .* got 'half16'"):
+        RTN(scale_dtype="half16")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +129,7 @@ def test_a_scale_that_overflows_is_refused() -> None:
 )
 def test_scales_take_the_dtype_of_a_16_bit_weight(weight: torch.dtype, expected: torch.dtype) -> None:
     assert RTN(group_size=8).quantize(torch.randn(4, 8).to(weight)).scales.dtype == expected
-    assert stored_dtype(torch.empty(0, dtype=weight), torch.float32) == torch.float32
+    assert stored_dtype(torch.empty(0, dtype=weight), torch.float32, RTN().scheme) == torch.float32
 
 
 @settings(deadline=None, max_examples=60)
