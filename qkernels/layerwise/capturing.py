@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, CalibrationError
+from ..errors import ArgumentError, CalibrationError, QKernelsError
 from ..models.architectures import block_lists, shared_blocks, text_part
 from .running import Call, Place, Stop, check_finite, kept, map_tensors, tensors_in
 
@@ -208,7 +208,7 @@ def _first_batch(
             feed(batch)
         except Stop:
             pass
-        except CalibrationError:
+        except QKernelsError:  # ours: a weight that cannot be read, a block that cannot be calibrated
             raise
         except Exception as error:  # whatever a model finds wrong with NaN, or with token ids alone
             chain.ended_by = error
