@@ -208,7 +208,7 @@ def _first_batch(
             feed(batch)
         except Stop:
             pass
-        except QKernelsError:  # of ours, such as a damaged file: no model's opinion of its inputs
+        except QKernelsError:  # ours: a weight that cannot be read, a block that cannot be calibrated
             raise
         except Exception as error:  # whatever a model finds wrong with NaN, or with token ids alone
             chain.ended_by = error
