@@ -188,9 +188,9 @@ inline void load_bias(const Call& call, int64_t n0, int count, float* bias) {
 
 inline bool finite(float f) { return (as_bits(f) & 0x7fffffff) < 0x7f800000; }
 
-// Rows n0 ... n0 + count - 1 of y whose sum is not finite, once more: weight by weight, in double. A product with the code
-// alone is up to 2^8 / scale times larger than one with the weight and overflows before it (x = 1e36), and where zero points
-// are floating an infinity is split into two of opposite signs. Where x has infinities, nothing else decides.
+// Rows n0 ... n0 + count - 1 of y whose sum is not finite, once more: weight by weight, in double. A product with the
+// code is 1 / scale times larger than one with the weight and overflows before it (x = 1e36), and where zero points are
+// floating an infinity is split into two of opposite signs. Where x has infinities, nothing else decides.
 inline __attribute__((noinline)) void sum_again(const Call& call, int64_t m, int64_t n0, int64_t count,
                                                 const float* bias, float* y) {
   const auto x_at = [&](int64_t k) {
@@ -212,7 +212,8 @@ inline __attribute__((noinline)) void sum_again(const Call& call, int64_t m, int
       const float x = x_at(k);
       if (infinite && finite(x)) continue;
       const int64_t at = (tile * call.G + k / call.group) * kTileRows + row;
-      const float code = static_cast<float>(code_at(call, tile, row, k)), scale = load(call.scale_type, call.scales, at);
+      const float code = static_cast<float>(code_at(call, tile, row, k));
+      const float scale = load(call.scale_type, call.scales, at);
       const float zero = call.zero_type == Type::kNone ? mid : load(call.zero_type, call.zeros, at);
       const float weight = call.zeros_are_offsets ? code * scale + zero : (code - zero) * scale;
       sum += static_cast<double>(x) * weight;
@@ -228,8 +229,11 @@ inline void store_row(const Call& call, int64_t m, int64_t n0, int count, const 
   float y[kMost];
   for (int i = 0; i < count; ++i) y[i] = sum[i] + bias[i];
   if (valid <= 0) return;
-  uint32_t largest = 0;  // as bits, which the compiler compares eight at a time
-  for (int i = 0; i < count; ++i) largest = largest > (as_bits(y[i]) & 0x7fffffff) ? largest : as_bits(y[i]) & 0x7fffffff;
+  uint32_t largest = 0;  // of |y|, as bits: compared eight at a time
+  for (int i = 0; i < count; ++i) {
+    const uint32_t magnitude = as_bits(y[i]) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
   if (largest >= 0x7f800000 && !call.int8_activations) sum_again(call, m, n0, valid, bias, y);
   if (call.x_type == Type::kFloat) {
     std::memcpy(static_cast<float*>(call.y) + m * call.N + n0, y, static_cast<size_t>(valid) * 4);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def why_not_plain(module: nn.Module) -> str | None:
         return f"its weight is {describe(weight)}, not floating point"
     if type(weight) not in (nn.Parameter, Tensor):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    if any(getattr(module, name) for name in _STATE_HOOKS if hasattr(module, name)):
+    if any(map(_is_of_others, (hook for name in _STATE_HOOKS for hook in getattr(module, name, {}).values()))):
         return "it has hooks on its state dict, which know its weight"
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and (weight.is_meta or getattr(hook, "offload", False)):
@@ -92,6 +93,11 @@ def why_not_plain(module: nn.Module) -> str | None:
 _STATE_HOOKS = (
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
+
+
+def _is_of_others(hook: Any) -> bool:
+    """Whether it is none of those that torch's own parametrizations leave behind when they are removed."""
+    return not str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.nn.utils")
 
 
 def _computes_linear(module: nn.Module) -> bool:

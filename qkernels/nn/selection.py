@@ -218,7 +218,8 @@ def _other_matrices(name: str, module: nn.Module) -> dict[str, str]:
 
 def _check_patterns(patterns: Sequence[str], model: nn.Module) -> None:
     """Every pattern must mean a linear layer, of which some may be quantized already."""
-    names = [name for name, module in model.named_modules() if _is_linear(module) or isinstance(module, QuantLinear)]
+    modules = model.named_modules(remove_duplicate=False)
+    names = [name for name, module in modules if _is_linear(module) or isinstance(module, QuantLinear)]
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise ArgumentError(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from qkernels import QuantLinear, QuantTensor, UnsupportedProblem, extension
+from qkernels import Problem, QuantLinear, QuantScheme, QuantTensor, UnsupportedProblem, extension, list_kernels
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.layouts import get_layout
 from tests.ops.helpers import integers, layer_in
@@ -96,6 +96,74 @@ def test_casting_changes_activations_not_codes_or_scales(cast: object) -> None:
     for name, t in after.items():
         assert t.dtype == before[name].dtype and torch.equal(t, before[name]), name
     assert layer(integers(3, 100, dtype=layer.dtype)).dtype == layer.dtype
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.type(torch.bfloat16), lambda m: m.type("torch.BFloat16Tensor")])
+def test_casting_everything_casts_activations_alone(cast: Callable[[nn.Module], object]) -> None:
+    """`Module.type` casts integers as well, unlike `to`."""
+    model = nn.Sequential(layer_of("w4a16_g32_asym", act_order=True, bias=integers(70)))
+    before = {name: t.clone() for name, t in model.named_buffers()}
+    cast(model)
+    assert all(torch.equal(t, before[name]) and t.dtype == before[name].dtype for name, t in model.named_buffers())
+    assert (
+        model[0].bias.dtype == model[0].dtype == model(integers(3, 100, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    )
+
+
+def test_float64_is_refused_in_words() -> None:
+    """No kernel has it. A layer stays in float32 when its model is cast, and says so to what comes in."""
+    model, x = nn.Sequential(layer_of(bias=integers(70))), integers(3, 100)
+    expected = model(x)
+    model.double()
+    assert model[0].dtype == model[0].bias.dtype == torch.float32
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ArgumentError, match="x must be float32, bfloat16 or float16"):
+        model(x.double())
+    for on_unsupported in ("raise", "reference"):
+        with pytest.raises(UnsupportedProblem, match=r"reference +activations must be .* \(got torch.float64\)"):
+            QuantLinear.from_linear(nn.Linear(32, 8).double(), "w4a16_g32", on_unsupported=on_unsupported)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_a_cast_to_what_no_activation_can_be_changes_nothing(dtype: torch.dtype) -> None:
+    layer = layer_of(bias=integers(70))
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    with pytest.raises(ArgumentError, match="computes in float16, bfloat16 or float32 and cannot be cast to"):
+        layer.type(dtype)
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    assert layer.dtype == torch.float32
+
+
+def test_dtypes_may_be_named() -> None:
+    assert QuantLinear(64, 32, scheme="w4a16_g32", dtype="bfloat16").dtype == torch.bfloat16
+    assert layer_of(dtype="torch.float16").dtype == torch.float16
+    with pytest.raises(
+        ArgumentError, match="dtype must be a torch.dtype or the name of one, such as 'bfloat16', got 'bf17'"
+    ):
+        QuantLinear(64, 32, dtype="bf17")
+    named, plain = (
+        Problem(64, 32, "w4a16_g32", "bfloat16"),
+        Problem(64, 32, QuantScheme.parse("w4a16_g32"), torch.bfloat16),
+    )  # type: ignore[arg-type]
+    assert named == plain
+    assert str(list_kernels(named)) == str(list_kernels(plain))
+
+
+@pytest.mark.parametrize("layout", ["cpu_tile_a16", "reference"])
+def test_a_layer_made_in_inference_mode_is_usable_outside(layout: str) -> None:
+    with torch.inference_mode():
+        linear = nn.Linear(96, 40)
+        on = "reference" if layout == "reference" else "raise"
+        scheme = "w4a16_g12" if layout == "reference" else "w4a16_g32"  # which no compiled kernel takes
+        layer = QuantLinear.from_linear(linear, scheme, on_unsupported=on)
+    assert layer.layout == layout
+    assert not any(t.is_inference() for t in (*layer.parameters(), *layer.buffers()))
+    state = copy.deepcopy(layer).state_dict()
+    assert layer.load_state_dict(state) == ([], [])
+    x = integers(3, 96).requires_grad_()
+    layer(x).sum().backward()
+    assert torch.equal(x.grad, layer.dequantize().sum(0).expand(3, 96))
+    assert layer.bias.grad.tolist() == [3.0] * 40
 
 
 def test_casting_twice_returns_to_the_same_results() -> None:
@@ -271,6 +339,18 @@ def test_exports_with_a_dynamic_number_of_tokens() -> None:
     program = torch.export.export(layer, (integers(4, 100),), dynamic_shapes=({0: tokens},))
     assert "qkernels.gemm_cpu_tile_a16" in str(program.graph)
     assert torch.equal(program.module()(integers(9, 100)), layer(integers(9, 100)))
+
+
+def test_fx_records_a_call_of_the_module() -> None:
+    """As for torch's own layers; in its model's place, with any rank of x."""
+    model = nn.Sequential(layer_of(bias=integers(70)), nn.ReLU())
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    for shape in ((2, 100), (2, 3, 100), (100,)):
+        assert torch.equal(traced(integers(*shape)), model(integers(*shape)))
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    with pytest.raises(ArgumentError, match="torch.fx cannot trace a QuantLinear with forward hooks"):
+        torch.fx.symbolic_trace(model)
 
 
 def test_gradients_flow_to_x_and_bias() -> None:

@@ -31,6 +31,8 @@ def test_as_a_float_layer(scheme: str, act_order: bool, dtype: torch.dtype, M: i
     weight = random_weight(scheme, 70, 96, act_order=act_order)
     layer = QuantLinear.from_quant_tensor(weight, integers(70, dtype=dtype), dtype=dtype)
     w = layer.quant_tensor().dequantize(torch.float32).double()
+    # Floating zero points are multiplied apart from the codes, each up to all steps of the group: see the numerics' bounds.
+    steps = weight.scales.double().abs()[:, weight.column_groups()] * 2**weight.scheme.bits
     values: list[dict[int, float]] = [
         {5: INF},
         {5: -INF},
@@ -51,7 +53,7 @@ def test_as_a_float_layer(scheme: str, act_order: bool, dtype: torch.dtype, M: i
         assert torch.equal(y.isinf(), expected.isinf()), special
         assert torch.equal(y[y.isinf()], expected[y.isinf()])
         bound = 1e-2 if dtype == torch.bfloat16 else 1e-3
-        size = x.double().abs() @ w.abs().T + 1
+        size = x.double().abs() @ (w.abs() + steps).T + 1
         usual = y.isfinite()
         assert bool(((y.double() - truth).abs() <= bound * size)[usual].all()), special
         others = torch.arange(M) != M // 2

@@ -1,4 +1,4 @@
-"""Derivatives that `requires_grad` says nothing of, and counted FLOPs: as through a float layer, or an error, no silent zero."""
+"""Derivatives that `requires_grad` says nothing of, and FLOPs: as through a float layer, or an error; never 0 in silence."""
 
 from __future__ import annotations
 
