@@ -44,7 +44,7 @@ build/extension-demo.stamp: export QKERNELS_CUDA ?= $(or $(GPU),0)
 
 .PHONY: help demo test test-full bench gpu-check results-check lint format clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 12
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo

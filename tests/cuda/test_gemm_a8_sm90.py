@@ -121,6 +121,7 @@ def call_of(tokens: int = 64, M: int = 20) -> tuple[Call, Tensor]:
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize("tokens", [64, 256])
 def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int) -> None:
+    """The first of its sanitizer waits for all kernels to be compiled under it: half a minute on two cores."""
     call, y = call_of(tokens)
     done = emulator.replay(calls.UNIT, call, flavour, "random" if tokens == 64 else "warp_ahead")
     assert done.status == 0, done.report[-2000:]
