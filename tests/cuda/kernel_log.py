@@ -57,7 +57,9 @@ def table_a8() -> str:
                 floor = max(moved / bandwidth, M * N * K / (rate * 1e3))
                 (path, tokens, splits), model = choose_a8(M, N, K, sm, bits, group)
                 cublas = 2000 + max(2 * N * K / (0.9 * bandwidth), M * N * K / (cublas_rate * 1e3))
-                what = f"{'wgmma' if path == PATHS['gemm_a8_sm90'] else 'mma.sync'}, {tokens} tokens, {splits} splits of K"
+                what = (
+                    f"{'wgmma' if path == PATHS['gemm_a8_sm90'] else 'mma.sync'}, {tokens} tokens, {splits} splits of K"
+                )
                 times = f"{floor / 1e3:.1f} µs | {model / 1e3:.1f} µs | {cublas / 1e3:.1f} µs | {cublas / model:.2f}"
                 lines.append(f"| {name} | {weights} | {M} | {what} | {times} | unmeasured |")
     return "\n".join(lines) + "\n"

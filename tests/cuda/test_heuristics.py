@@ -176,12 +176,14 @@ def test_every_tile_of_gemm_sm90_is_chosen_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [{"groups_per_step": 4, "steps_per_group": 1, "group_bytes": 512}, {"float_zeros": 1, "group_bytes": 256}], ids=str
+    "kind",
+    [{"groups_per_step": 4, "steps_per_group": 1, "group_bytes": 512}, {"float_zeros": 1, "group_bytes": 256}],
+    ids=str,
 )
 @pytest.mark.parametrize("bits", [4, 8])
 def test_short_groups_and_float_zeros_go_where_the_prediction_says(bits: int, kind: dict[str, int]) -> None:
-    """From 33 to 256 tokens to gemm_sm90, which scales fragments for them, though more instructions move the choice of the tile; and
-    no tile of gemm_sm80 is predicted to be faster."""
+    """From 33 to 256 tokens to gemm_sm90, which scales fragments for them, though more instructions move the choice of the tile;
+    and no tile of gemm_sm80 is predicted to be faster."""
     for M in (48, 64, 128, 256):
         config, ns, text = choose(M, 8192, 8192, 90, bits=bits, **kind)
         assert config[0] == 3, text

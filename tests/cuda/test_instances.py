@@ -47,7 +47,9 @@ def test_every_instance_is_right(family: str) -> None:
     for number, case in enumerate(chosen):
         call = case.call()
         emulator.run(calls.UNIT, call, SCHEDULES[number % len(SCHEDULES)])
-        torch.testing.assert_close(call.buffers["y"], case.expected(), rtol=0, atol=0, msg=lambda m, c=case: f"{c}: {m}")
+        torch.testing.assert_close(
+            call.buffers["y"], case.expected(), rtol=0, atol=0, msg=lambda m, c=case: f"{c}: {m}"
+        )
 
 
 def test_a_configuration_that_does_not_exist_is_refused() -> None:

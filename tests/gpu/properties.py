@@ -42,7 +42,12 @@ class Made:
 
 
 def products(
-    N: int, K: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, act_order: bool = False, kernels: str = ""
+    N: int,
+    K: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    act_order: bool = False,
+    kernels: str = "",
 ) -> list[Made]:
     """Every kernel whose name begins with `kernels`, and every scheme that this device has."""
     found: list[Made] = []
@@ -53,7 +58,11 @@ def products(
             index = (order // scheme.group_length(K)).int().to(weight.device)
             weight = QuantTensor(weight.codes, weight.scales, weight.zeros, index, weight.scheme)
         for candidate in ours(Problem(N, K, scheme, dtype, arch_of(device)), device):
-            if candidate.reason is None and candidate.prepare is not None and candidate.name.split()[-1].startswith(kernels):
+            if (
+                candidate.reason is None
+                and candidate.prepare is not None
+                and candidate.name.split()[-1].startswith(kernels)
+            ):
                 made = candidate.prepare(weight)
                 run: Product = lambda x, made=made: made.run(made.buffers, x)  # type: ignore[misc]  # noqa: E731
                 truth = weight.dequantize(torch.float32)

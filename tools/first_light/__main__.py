@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-
 from pathlib import Path
 
 from . import fit
@@ -38,7 +37,11 @@ def card_here() -> str | None:
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     first = done.stdout.split()[:1]
-    return None if done.returncode or not first else {"90": "90a"}.get(first[0].replace(".", ""), first[0].replace(".", ""))
+    return (
+        None
+        if done.returncode or not first
+        else {"90": "90a"}.get(first[0].replace(".", ""), first[0].replace(".", ""))
+    )
 
 
 def build(arch: str | None) -> int:
@@ -82,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         one.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "build" / "gpu-check")))
         one.add_argument("--deadline", type=float, help="seconds for all; none if it is not given")
         one.add_argument("--drive", type=Path, default=DRIVE)
-        one.add_argument("--old", type=Path, default=DRIVE.with_name("drive-old"), help="an earlier build, to compare with")
+        one.add_argument(
+            "--old", type=Path, default=DRIVE.with_name("drive-old"), help="an earlier build, to compare with"
+        )
         one.add_argument("--only", nargs="+", help="stages whose name begins with one of these")
         one.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(argv)
@@ -101,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = {"drive": str(args.drive.resolve()), "old": str(args.old.resolve()), "python": sys.executable}
     probe = (words["drive"], "clusters")
     if not args.drive.exists() or subprocess.run(probe, capture_output=True, check=False).returncode != 0:
-        print(f"{args.command} needs a GPU and {args.drive}: `{' '.join(probe)}` does not run. Nothing was checked.", file=sys.stderr)
+        print(
+            f"{args.command} needs a GPU and {args.drive}: `{' '.join(probe)}` does not run. Nothing was checked.",
+            file=sys.stderr,
+        )
         return NO_GPU
     commit = args.drive.with_name("COMMIT")
     if commit.exists():

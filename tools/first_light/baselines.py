@@ -33,7 +33,9 @@ def versions() -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.first_light.baselines", description=str(__doc__).split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.first_light.baselines", description=str(__doc__).split("\n\n")[0]
+    )
     parser.add_argument("--versions", action="store_true")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--shapes", default=",".join(f"{N}x{K}" for N, K in SHAPES))

@@ -1,10 +1,13 @@
 """What a sweep says, without a card: how much the choices cost, what the numbers of card.h should be, and a table of the best.
 
-    python -m tools.first_light fit OUT        reads OUT/sweep.jsonl and OUT/env.txt; writes OUT/fit/{report.txt,card.txt,table.json}
+    python -m tools.first_light fit OUT
+
+reads OUT/sweep.jsonl and OUT/env.txt, and writes report.txt, card.txt and table.json to OUT/fit.
 
 Regret of a problem: the time of the configuration that the model thinks fastest over the least time that any had. Numbers are
-fitted by coordinate search on the mean of log(predicted / measured)^2, each shape predicted from the others' (leave one out), so
-that a number is not praised for what it has seen. The model is csrc/cuda/heuristics.h itself (model.cpp). Standard library alone.
+fitted by coordinate search on the mean of log(predicted / measured)^2, each shape predicted from the others' (leave one out),
+so that a number is not praised for what it has seen. The model is csrc/cuda/heuristics.h itself (model.cpp). Standard library
+alone.
 """
 
 from __future__ import annotations
@@ -90,7 +93,9 @@ def library() -> ctypes.CDLL:
 class Model:
     """The model over rows that stay, for any numbers of the card."""
 
-    def __init__(self, problems: Sequence[Sequence[int]], configs: Sequence[Sequence[int]], clusters: Sequence[int]) -> None:
+    def __init__(
+        self, problems: Sequence[Sequence[int]], configs: Sequence[Sequence[int]], clusters: Sequence[int]
+    ) -> None:
         self.library = library()
         self.count = len(problems)
         self._problems = (ctypes.c_int * (self.count * len(PROBLEM)))(*(v for p in problems for v in p))
@@ -112,7 +117,9 @@ class Model:
         self.library.model_predict(self.count, self._problems, self._configs, self._clusters, self._numbers(card), us)
         return list(us)
 
-    def loss(self, card: Mapping[str, float], us: ctypes.Array[ctypes.c_double], counts: ctypes.Array[ctypes.c_char]) -> float:
+    def loss(
+        self, card: Mapping[str, float], us: ctypes.Array[ctypes.c_double], counts: ctypes.Array[ctypes.c_char]
+    ) -> float:
         given = (self.count, self._problems, self._configs, self._clusters, self._numbers(card), us, counts)
         return float(self.library.model_loss(*given))
 

@@ -59,7 +59,8 @@ double model_loss(int rows, const int* problems, const int* configs, const int* 
   int used = 0;
   for (int i = 0; i < rows; ++i) {
     if (counts[i] == 0) continue;
-    const double ns = predicted_ns(problem_at(problems + i * kProblem, clusters), card, config_at(configs + i * kConfig));
+    const double ns =
+        predicted_ns(problem_at(problems + i * kProblem, clusters), card, config_at(configs + i * kConfig));
     const double off = std::log(ns / (1e3 * us[i]));
     sum += off * off, ++used;
   }

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,8 +31,8 @@ LEAST_SECONDS = 2.0  # below this a stage is not worth its start
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage: "passed", "failed", "out of time", "left out" (a program is missing), "skipped" (its paths failed, the
-    deadline has come, or the card is gone). `found`: the exit status or the reason."""
+    """What became of a stage: "passed", "failed", "out of time", "left out" (a program is missing), "skipped" (its paths
+    failed, the deadline has come, or the card is gone). `found`: the exit status or the reason."""
 
     stage: str
     verdict: str
@@ -90,10 +91,8 @@ def run_stage(command: Sequence[str], limit: float, sink: Sink, file: str, envir
             process.wait(timeout=max(0.0, limit - (time.monotonic() - start)))
         except subprocess.TimeoutExpired:
             late = True
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # what is left of its group
-    except ProcessLookupError:
-        pass
     process.wait()
     os.set_blocking(process.stdout.fileno(), False)
     sink.write(file, process.stdout.read() or b"")
@@ -132,14 +131,20 @@ class Runner:
             if why is None:
                 limit = stage.limit if left is None else min(stage.limit, left)
                 print(f"{stage.name} ...", file=sys.stderr, flush=True)
-                sink.write(LOG, json.dumps({"begins": stage.name, "at": round(time.monotonic() - begin, 2)}).encode() + b"\n")
+                sink.write(
+                    LOG, json.dumps({"begins": stage.name, "at": round(time.monotonic() - begin, 2)}).encode() + b"\n"
+                )
                 done = run_stage(self._command(stage, good), limit, sink, stage.file, dict(stage.environment))
                 outcome = Outcome(stage.name, done.verdict, done.found, round(done.seconds, 2))
             else:
                 outcome = Outcome(stage.name, *why, 0.0)
             outcomes.append(outcome)
             sink.write(LOG, json.dumps(asdict(outcome)).encode() + b"\n")
-            print(f"{stage.name}: {outcome.verdict} ({outcome.found}, {outcome.seconds:.1f} s)", file=sys.stderr, flush=True)
+            print(
+                f"{stage.name}: {outcome.verdict} ({outcome.found}, {outcome.seconds:.1f} s)",
+                file=sys.stderr,
+                flush=True,
+            )
             if why is None and outcome.verdict != "passed":
                 if stage.judges is not None:
                     good.discard(stage.judges)

@@ -90,7 +90,9 @@ def checks(edges: Sequence[int] = EDGES, limit: float = 15) -> list[Stage]:
                 command = drive("check", **problem(*row), M=joined(edges), paths=path)
                 plain = row[3] in (0, 128) and row[4] == "none"  # what is timed later
                 judges = path if plain else None
-                found.append(Stage(f"check {path} {scheme(row)}", command, limit, "check.jsonl", judges=judges, paths=(path,)))
+                found.append(
+                    Stage(f"check {path} {scheme(row)}", command, limit, "check.jsonl", judges=judges, paths=(path,))
+                )
     return found
 
 
@@ -133,13 +135,26 @@ def other_schemes(limit: float = 10) -> list[Stage]:
 def baselines(limit: float = 25) -> list[Stage]:
     """torch, dequantize + mm, and the peers that are installed, on the same shapes."""
     return [
-        Stage("baselines", ("{python}", "-m", "tools.first_light.baselines", "--device", "cuda:0"), limit, "base.jsonl"),
+        Stage(
+            "baselines", ("{python}", "-m", "tools.first_light.baselines", "--device", "cuda:0"), limit, "base.jsonl"
+        ),
         Stage("calibrate", drive("calibrate"), 25, "probe.jsonl"),
     ]
 
 
 def op_tests(limit: float = 40) -> list[Stage]:
-    command = ("{python}", "-m", "pytest", "tests/gpu/test_cuda.py", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--maxfail=15")
+    command = (
+        "{python}",
+        "-m",
+        "pytest",
+        "tests/gpu/test_cuda.py",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--maxfail=15",
+    )
     return [Stage("ops", (*command, "-n", "6"), limit, "tests.log")]
 
 
@@ -148,7 +163,12 @@ def sanitizers(limit: float = 12) -> list[Stage]:
     does not follow TMA, mbarriers and wgmma. Triton's kernels are not among them."""
     found = []
     for path, act in ((path, 8 if path in INT8 else 16) for path in PATHS):
-        options = {**problem(71, 200, 4, 32, "none", "bf16", act), "M": "1,17" if path == "decode" else "33", "paths": path, "most": 4}
+        options = {
+            **problem(71, 200, 4, 32, "none", "bf16", act),
+            "M": "1,17" if path == "decode" else "33",
+            "paths": path,
+            "most": 4,
+        }
         tools = ("memcheck", "initcheck", "racecheck") if not path.endswith("sm90") else ("memcheck", "synccheck")
         for tool in tools:
             command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *drive("check", **options))
@@ -158,7 +178,14 @@ def sanitizers(limit: float = 12) -> list[Stage]:
 
 def profiles(limit: float = 10) -> list[Stage]:
     found = []
-    for N, K, M in ((8192, 8192, 1), (4096, 4096, 1), (8192, 8192, 8), (8192, 8192, 64), (8192, 8192, 128), (8192, 8192, 512)):
+    for N, K, M in (
+        (8192, 8192, 1),
+        (4096, 4096, 1),
+        (8192, 8192, 8),
+        (8192, 8192, 64),
+        (8192, 8192, 128),
+        (8192, 8192, 512),
+    ):
         options = problem(N, K, 4, 128, "none", "bf16", 16)
         command = ("ncu", "--set", "full", "--clock-control", "none", "-k", "regex:decode|gemm_wgmma", "-s", "2", "-c", "1",
                    "--page", "details", *drive("check", **options, M=M, paths="{paths}", most=1))  # fmt: skip
@@ -192,7 +219,12 @@ def second() -> list[Stage]:
         Stage("triton", (*python, "pytest", "tests/gpu/test_triton.py", "-m", "gpu", "-q", "-n", "8"), 45, "tests.log"),
         Stage("peers", (*python, "tools.first_light.baselines", "--device", "cuda:0"), 40, "base.jsonl"),
         *(
-            Stage(check, (*python, "tests.gpu.properties", check, "--repeats", "200", "--kernels", "cuda"), 20, "tests.log")
+            Stage(
+                check,
+                (*python, "tests.gpu.properties", check, "--repeats", "200", "--kernels", "cuda"),
+                20,
+                "tests.log",
+            )
             for check in ("graph", "streams", "repeats")
         ),
     ]
@@ -209,7 +241,14 @@ def whole() -> list[Stage]:
     return [
         *generous,
         *(replace(stage, limit=20 * stage.limit) for stage in more),
-        Stage("memcheck ops", (*sanitizer, *own, "shapes", "--kernels", "cuda"), 1800, "tools.txt", needs="compute-sanitizer", environment=each),
+        Stage(
+            "memcheck ops",
+            (*sanitizer, *own, "shapes", "--kernels", "cuda"),
+            1800,
+            "tools.txt",
+            needs="compute-sanitizer",
+            environment=each,
+        ),
         Stage("bench", ("{python}", "-m", "qkernels.cli.main", "bench", "--device", "cuda:0"), 600, "base.jsonl"),
     ]
 

@@ -43,7 +43,8 @@ std::vector<double> sampled(int rounds, int calls, const Launch& one) {
 __global__ void nothing() {}
 
 // Reads 16 bytes a thread and step; writes them, or one word that depends on all of them and is never written.
-__global__ void __launch_bounds__(kThreads) move(const uint8_t* from, uint8_t* to, int64_t bytes, int times, bool copy) {
+__global__ void __launch_bounds__(kThreads)
+    move(const uint8_t* from, uint8_t* to, int64_t bytes, int times, bool copy) {
   uint32_t seen = 0;
   for (int t = 0; t < times; ++t) {
     for (int64_t i = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) * 16; i < bytes;
@@ -141,7 +142,8 @@ inline int calibrate(const Options& o) {
   Device device{};
   int l2 = 0;
   OK(current_device(&device)), OK(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device.index));
-  const int rounds = o.number("rounds", 9), steps = o.number("steps", 4096), sms = o.number("blocks", device.multiprocessors);
+  const int rounds = o.number("rounds", 9), steps = o.number("steps", 4096),
+            sms = o.number("blocks", device.multiprocessors);
   const int64_t bytes = int64_t{o.number("kb", 1 << 20)} << 10;
   uint8_t *from = device_memory(bytes), *to = device_memory(bytes);
   OK(cudaMemset(from, 0, bytes));
@@ -153,7 +155,8 @@ inline int calibrate(const Options& o) {
   found("launch_ns", median(200, [&](int, cudaStream_t stream) { OK(launch(nothing, dim3(1), dim3(32), 0, stream)); }));
   auto moved = [&](int64_t size, int times, bool copy) {
     return median(2, [&](int, cudaStream_t stream) {
-      OK(launch(move, dim3(4 * sms), dim3(kThreads), 0, stream, static_cast<const uint8_t*>(from), to, size, times, copy));
+      OK(launch(move, dim3(4 * sms), dim3(kThreads), 0, stream, static_cast<const uint8_t*>(from), to, size, times,
+                copy));
     });
   };
   found("read_bytes_per_ns", bytes / moved(bytes, 1, false));
@@ -168,12 +171,10 @@ inline int calibrate(const Options& o) {
   }
   if (device.sm != 90 || !kHasWgmma) return 0;
   const int count = 64;
-  const double many = median(4, [&](int, cudaStream_t stream) {
-    OK(launch_clusters(barriers, dim3(1, 1, 4), dim3(128), 0, stream, count));
-  });
-  const double none = median(4, [&](int, cudaStream_t stream) {
-    OK(launch_clusters(barriers, dim3(1, 1, 4), dim3(128), 0, stream, 0));
-  });
+  const double many = median(
+      4, [&](int, cudaStream_t stream) { OK(launch_clusters(barriers, dim3(1, 1, 4), dim3(128), 0, stream, count)); });
+  const double none = median(
+      4, [&](int, cudaStream_t stream) { OK(launch_clusters(barriers, dim3(1, 1, 4), dim3(128), 0, stream, 0)); });
   found("cluster_barrier_ns", (many - none) / count);
   uint32_t* word = reinterpret_cast<uint32_t*>(to);
   measure_wgmma<16, false>(rounds, steps, sms, word), measure_wgmma<64, false>(rounds, steps, sms, word);

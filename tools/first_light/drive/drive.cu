@@ -11,8 +11,8 @@
 // Configurations: --paths decode,gemm,gemm_sm90,gemm_a8,gemm_a8_sm90 --most (of the least predicted time) --stages (of
 // the rings for sm_90a). Timing: --rounds --least-us (of a graph).
 //
-// One JSON line a configuration, begun and flushed before its launch. Exit status: 0; 1 where a result is wrong; 3 after
-// an error of CUDA, with which the process ends, since its context is not to be trusted any more.
+// One JSON line a configuration, begun and flushed before its launch. Exit status: 0; 1 where a result is wrong; 3
+// after an error of CUDA, with which the process ends, since its context is not to be trusted any more.
 #include <cmath>
 #include <cstring>
 
@@ -44,8 +44,8 @@ Truth truth_of(const Setup& s, const Weight& w, const uint16_t* x) {
   Truth t{rows, std::vector<double>(count), std::vector<double>(count)};
   OK(cudaMemcpy(t.exact.data(), exact, count * 8, cudaMemcpyDeviceToHost));
   OK(cudaMemcpy(t.squares.data(), squares, count * 8, cudaMemcpyDeviceToHost));
-  for (void* p : {static_cast<void*>(plain), static_cast<void*>(seen), static_cast<void*>(exact),
-                  static_cast<void*>(squares)}) {
+  for (void* p :
+       {static_cast<void*>(plain), static_cast<void*>(seen), static_cast<void*>(exact), static_cast<void*>(squares)}) {
     OK(cudaFree(p));
   }
   return t;

@@ -64,7 +64,9 @@ struct Setup {
 // --N --K --bits --group (0: one in K) --zeros none|int|float|offset --type bf16|fp16 --act 16|8
 inline Setup setup_of(const Options& o, int M) {
   const int N = o.number("N", 4096), K = o.number("K", 4096);
-  Setup s{M, o.number("bits", 4), o.number("group", 128), o.number("act", 16), o.text("zeros", "none"), {}, {}, {}, 0, 0, 0};
+  Setup s{
+      M, o.number("bits", 4), o.number("group", 128), o.number("act", 16), o.text("zeros", "none"), {}, {}, {}, 0, 0,
+      0};
   if (s.group <= 0 || s.group > K) s.group = K;
   s.type = o.text("type", "bf16") == "fp16" ? Type::kHalf : Type::kBFloat16;
   s.weight = make_weight(N, K, s.bits, s.group);
@@ -124,7 +126,8 @@ inline uint16_t* random_x(const Setup& s) {
 }
 
 inline Call call_of(const Setup& s, const Weight& w, const uint16_t* x, uint16_t* y) {
-  return {w, {x, s.M, w.K, w.K, 1, nullptr}, {y, nullptr, Type::kNone, s.M, w.N, w.strips * kStripRows, nullptr}, s.type};
+  return {
+      w, {x, s.M, w.K, w.K, 1, nullptr}, {y, nullptr, Type::kNone, s.M, w.N, w.strips * kStripRows, nullptr}, s.type};
 }
 
 // --- configurations ---
@@ -158,7 +161,8 @@ inline std::vector<Config> configurations(const Setup& s, const Options& o) {
 // Written and flushed before the launch: a hang or a fault leaves its name behind, in a line that has no end.
 inline void begin_line(const char* mode, const Setup& s, const Config& c) {
   std::printf(
-      "{\"mode\": \"%s\", \"N\": %d, \"K\": %d, \"M\": %d, \"bits\": %d, \"group\": %d, \"zeros\": \"%s\", \"half\": %d, "
+      "{\"mode\": \"%s\", \"N\": %d, \"K\": %d, \"M\": %d, \"bits\": %d, \"group\": %d, \"zeros\": \"%s\", \"half\": "
+      "%d, "
       "\"act\": %d, \"sm\": %d, \"multiprocessors\": %d, \"path\": \"%s\", \"tokens\": %d, \"warps_n\": %d, "
       "\"warps_k\": %d, \"splits\": %d, \"half_accumulate\": %d, \"stages\": %d, \"predicted_us\": %.3f",
       mode, s.weight.N, s.weight.K, s.M, s.bits, s.group, s.zeros.c_str(), s.type == Type::kHalf, s.act_bits,
