@@ -187,9 +187,8 @@ Tensor product_a16(const Inputs& in, bool decode_only) {
   const Plain plain(in);
   if (decode_only) refuse(wrong_decode(plain.arguments.x));
   refuse(wrong_product(plain.arguments));
-  return product(in, plain.arguments, [&](const Prepared& p) {
-    run_chosen(p, problem_of(p.call, p.device, in.bits, 16), decode_only);
-  });
+  return product(in, plain.arguments,
+                 [&](const Prepared& p) { run_chosen(p, problem_of(p.call, p.device, in.bits, 16), decode_only); });
 }
 
 Tensor gemm_mma_tile(const Inputs& in) { return product_a16(in, false); }
@@ -214,7 +213,7 @@ Tensor multiply_as(const Tensor& x, const Tensor& qweight, const Tensor& scales,
   const Plain plain(in);
   refuse(wrong_product(plain.arguments));
   auto number = [](int64_t v) { return static_cast<int>(v); };
-  const Config config{static_cast<Path>(path), number(tokens), number(warps_n),  number(warps_k),
+  const Config config{static_cast<Path>(path), number(tokens),  number(warps_n), number(warps_k),
                       number(splits),          half_accumulate, number(stages)};
   if (has_int8_activations(config.path)) refuse(wrong_a8(plain.arguments));
   return product(in, plain.arguments, [&](const Prepared& p) {
@@ -261,6 +260,4 @@ STABLE_TORCH_LIBRARY(qkernels_forced, m) {
       "int out_features, int bits, int group_size, bool zeros_are_offsets, int path, int tokens, int warps_n, "
       "int warps_k, int splits, bool half_accumulate, int stages) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(qkernels_forced, CUDA, m) {
-  m.impl("multiply", TORCH_BOX(&qkernels::cuda::multiply_as));
-}
+STABLE_TORCH_LIBRARY_IMPL(qkernels_forced, CUDA, m) { m.impl("multiply", TORCH_BOX(&qkernels::cuda::multiply_as)); }

@@ -38,12 +38,15 @@ struct Card {
 
 constexpr int kCardNumbers = sizeof(Card) / sizeof(Number);
 // In the order of the fields.
-constexpr const char* kCardNames[] = {
-    "multiprocessors", "bytes_per_ns", "l2_bytes_per_ns", "macs_per_ns", "macs8_per_ns", "wgmma_macs_per_ns",
-    "wgmma8_macs_per_ns", "cublas_macs_per_ns", "clock_ghz", "shared_bytes", "latency_ns", "launch_ns",
-    "decode_start_ns", "gemm_start_ns", "wgmma_start_ns", "cluster_barriers_ns", "cluster_bytes_per_ns",
-    "reached_bandwidth", "reached_cublas", "reached_matrix", "reached_by_few_warps", "reached_issue", "decode_slots",
-    "decode_tile_slots", "producer_clocks"};
+constexpr const char* kCardNames[] = {"multiprocessors",     "bytes_per_ns",         "l2_bytes_per_ns",
+                                      "macs_per_ns",         "macs8_per_ns",         "wgmma_macs_per_ns",
+                                      "wgmma8_macs_per_ns",  "cublas_macs_per_ns",   "clock_ghz",
+                                      "shared_bytes",        "latency_ns",           "launch_ns",
+                                      "decode_start_ns",     "gemm_start_ns",        "wgmma_start_ns",
+                                      "cluster_barriers_ns", "cluster_bytes_per_ns", "reached_bandwidth",
+                                      "reached_cublas",      "reached_matrix",       "reached_by_few_warps",
+                                      "reached_issue",       "decode_slots",         "decode_tile_slots",
+                                      "producer_clocks"};
 static_assert(sizeof(kCardNames) / sizeof(kCardNames[0]) == kCardNumbers, "a name for each number of a card");
 
 // Whether gemm_sm90.cu was compiled for sm_90a (setup.py); elsewhere its kernels are traps.
@@ -64,31 +67,10 @@ constexpr const char* kMeasured = "an H200, 2026-11: torch.mm, bf16, 769 to 798 
 // What no card has been asked for yet. 90 % of the bandwidth; 80 % of a matrix rate.
 constexpr Card make(Number multiprocessors, Number bytes, Number l2, Number macs, Number macs8, Number cublas,
                     Number clock, Number shared) {
-  return {multiprocessors,
-          bytes,
-          l2,
-          macs,
-          macs8,
-          {0, kSheet},
-          {0, kSheet},
-          cublas,
-          clock,
-          shared,
-          {1000, kGuess},
-          {2000, kGuess},
-          {1500, kGuess},
-          {1500, kGuess},
-          {1500, kGuess},
-          {0, kSheet},
-          {1, kSheet},
-          {0.9, kGuess},
-          {0.9, kGuess},
-          {0.8, kGuess},
-          {0.5, kGuess},
-          {0.8, kGuess},
-          {425, kSass},
-          {50, kSass},
-          {0, kSheet}};
+  return {multiprocessors, bytes,        l2,          macs,           macs8,          {0, kSheet},    {0, kSheet},
+          cublas,          clock,        shared,      {1000, kGuess}, {2000, kGuess}, {1500, kGuess}, {1500, kGuess},
+          {1500, kGuess},  {0, kSheet},  {1, kSheet}, {0.9, kGuess},  {0.9, kGuess},  {0.8, kGuess},  {0.5, kGuess},
+          {0.8, kGuess},   {425, kSass}, {50, kSass}, {0, kSheet}};
 }
 
 constexpr Card kA100 = make({108, kSheet}, {2039, kSheet}, {4500, kGuess}, {125e3, "sheet: 156e3, guess: 80 %"},
@@ -120,7 +102,8 @@ constexpr Card kH200 = h200();
 
 }  // namespace cards
 
-// The card of a compute capability. Those of 10.x (B200) have no numbers of their own: an H200's, whose wgmma they lack.
+// The card of a compute capability. Those of 10.x (B200) have no numbers of their own: an H200's, whose wgmma they
+// lack.
 inline Card card_of(int sm) {
   if (sm >= 120) return cards::kRtx5090;
   if (sm >= 90) {

@@ -1,8 +1,8 @@
 // The 12 instances of gemm_a8 (width x groups of 32 or longer x tokens), the quantization of x, and how they are
 // launched.
 #include "a8.h"
-#include "gemm_a8.cuh"
 #include "blocks.h"
+#include "gemm_a8.cuh"
 #include "launch_a8.cuh"
 #include "quantize_a8.cuh"
 

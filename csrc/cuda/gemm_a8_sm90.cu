@@ -1,7 +1,7 @@
 // The 10 instances of gemm_a8_wgmma (width x groups of 32 or longer x 64, 128 tokens; width x 256 tokens), and how they
 // are launched.
-#include "gemm_a8_sm90.cuh"
 #include "blocks.h"
+#include "gemm_a8_sm90.cuh"
 #include "launch_a8.cuh"
 
 namespace qkernels::cuda {

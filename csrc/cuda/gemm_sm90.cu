@@ -52,8 +52,8 @@ cudaError_t ask_clusters(int size, int* active) {
   const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute = cluster_of(size);
-  const cudaLaunchConfig_t config = {dim3(1, 1, size), dim3(wgmma_threads(kTokens)), static_cast<size_t>(shared),
-                                     nullptr, &attribute, 1};
+  const cudaLaunchConfig_t config = {
+      dim3(1, 1, size), dim3(wgmma_threads(kTokens)), static_cast<size_t>(shared), nullptr, &attribute, 1};
   return cudaOccupancyMaxActiveClusters(active, kernel, &config);
 }
 

@@ -37,8 +37,21 @@ struct Problem {
 inline Problem problem_of(const Weight& w, int M, int bits, int act_bits, bool half, bool aligned, const Device& device,
                           const Clusters& clusters) {
   const GroupBytes groups = group_bytes(w);
-  return {M, w.N, w.K, bits, act_bits, groups.scales + groups.zeros, half, aligned, device.sm, device.multiprocessors,
-          w.groups_per_step, w.steps_per_group, w.groups, is_floating(w.zero_type), clusters};
+  return {M,
+          w.N,
+          w.K,
+          bits,
+          act_bits,
+          groups.scales + groups.zeros,
+          half,
+          aligned,
+          device.sm,
+          device.multiprocessors,
+          w.groups_per_step,
+          w.steps_per_group,
+          w.groups,
+          is_floating(w.zero_type),
+          clusters};
 }
 
 inline bool operator==(const Problem& a, const Problem& b) {
@@ -46,8 +59,8 @@ inline bool operator==(const Problem& a, const Problem& b) {
     return std::tie(p.M, p.N, p.K, p.bits, p.act_bits, p.group_bytes, p.half, p.aligned, p.sm, p.multiprocessors,
                     p.groups_per_step, p.steps_per_group, p.groups, p.float_zeros);
   };
-  return values(a) == values(b) && std::equal(&a.clusters.active[0][0], &a.clusters.active[2][0],
-                                              &b.clusters.active[0][0]);
+  return values(a) == values(b) &&
+         std::equal(&a.clusters.active[0][0], &a.clusters.active[2][0], &b.clusters.active[0][0]);
 }
 
 // --- the blocks of a configuration, and how they meet the card ---
@@ -79,8 +92,8 @@ inline Blocks blocks_of(const Problem& p, const Card& card, const Config& c) {
   switch (c.path) {
     case Path::kDecode:
       b.strips = c.warps_n, b.warps = c.warps_n * c.warps_k, registers = c.tokens <= 16 ? 128 : 240;
-      shared = static_cast<int>(std::min<int64_t>(
-          decode_shared_bytes(c, p.M, b.strip_bytes, p.width(), p.steps()), 1 << 30));
+      shared = static_cast<int>(
+          std::min<int64_t>(decode_shared_bytes(c, p.M, b.strip_bytes, p.width(), p.steps()), 1 << 30));
       break;
     case Path::kGemm:
       b.strips = gemm_strips(c.tokens), b.warps = c.tokens == 128 ? 8 : 4, registers = 240;
@@ -241,8 +254,10 @@ inline double fused_ns(const Problem& p, const Card& card, const Config& c, cons
        }) {
     ns = std::max(ns, limit);
   }
-  ns += divide_up(b.busiest, b.resident) *
-        (decode ? card.decode_start_ns : uses_wgmma(c.path) ? card.wgmma_start_ns : card.gemm_start_ns).value;
+  ns += divide_up(b.busiest, b.resident) * (decode               ? card.decode_start_ns
+                                            : uses_wgmma(c.path) ? card.wgmma_start_ns
+                                                                 : card.gemm_start_ns)
+                                               .value;
   if (int8) ns += quantize_ns(p, card);
   if (!decode && !int8) ns += stage_ns(p, card);
   if (adds_in_cluster(c)) {
@@ -378,9 +393,9 @@ inline std::string describe(const Config& c) {
                        : c.path == Path::kGemmSm90 ? "gemm_sm90"
                        : c.path == Path::kGemmA8   ? "gemm_a8"
                                                    : "gemm_a8_sm90";
-    const int strips = c.path == Path::kGemmSm90                              ? wgmma_strips(c.tokens)
+    const int strips = c.path == Path::kGemmSm90                       ? wgmma_strips(c.tokens)
                        : c.path != Path::kGemmA8Sm90 && c.tokens == 32 ? 4
-                                                                              : 2;
+                                                                       : 2;
     std::snprintf(text, sizeof text, "%s, %d tokens x %d rows a block, %d splits of K%s", name, c.tokens,
                   strips * kStripRows, c.splits, c.half_accumulate ? ", fp16 accumulation" : "");
   }

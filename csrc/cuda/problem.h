@@ -142,8 +142,8 @@ int dequantize(const Weight& weight, int first, int count, int columns, const in
                void* stream);
 
 // How many clusters of gemm_sm90 a device runs at a time (cudaOccupancyMaxActiveClusters), by the blocks that a
-// multiprocessor holds and by their size. It is the board's own: 132 multiprocessors lie in groups of 14, 16 or 18, and a
-// cluster lies in one group. 0: not asked.
+// multiprocessor holds and by their size. It is the board's own: 132 multiprocessors lie in groups of 14, 16 or 18, and
+// a cluster lies in one group. 0: not asked.
 struct Clusters {
   int active[2][9];  // [blocks of a multiprocessor - 1][blocks of a cluster]
 };

@@ -55,8 +55,8 @@ def gemm_sm90(tokens: int, splits: int = 1) -> Config:
 
 def padded(x: Tensor) -> tuple[Tensor, int]:
     """The storage that x is a view of, flat, and x's offset in it."""
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())  # type: ignore[call-overload]
-    return storage, x.storage_offset()
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return storage, int(x.storage_offset())
 
 
 def in_room(x: Tensor) -> Tensor:

@@ -63,11 +63,13 @@ SOURCES: dict[str, tuple[Path, ...]] = {
     "wgmma": (HOST / "launch_wgmma.cpp",),
     "runtime": (HOST / "launch_runtime.cpp",),
     "mma_tile": (*sorted(CUDA.glob("*.cu")), HOST / "launch_mma_tile.cpp", HOST / "launch_checks.cpp"),
+    "drive": (*sorted(CUDA.glob("*.cu")), ROOT / "tools" / "first_light" / "drive" / "drive.cu"),
 }
+WITH_MAIN = ("drive",)  # programs of their own, which nobody calls by a launcher's name
 # The bugs that the sample can be asked to contain (-DQK_BUG_...). The kernels have none in their text: for them a bug is a
 # change of one line, made to a copy of csrc/cuda (mutants.py).
 BUGS: dict[str, tuple[str, ...]] = {
-    "sample": SAMPLE_BUGS, "wgmma": (), "runtime": ("SHARED_OF_ITS_OWN",), "mma_tile": tuple(MUTANTS),
+    "sample": SAMPLE_BUGS, "wgmma": (), "runtime": ("SHARED_OF_ITS_OWN",), "mma_tile": tuple(MUTANTS), "drive": tuple(MUTANTS),
 }  # fmt: skip
 
 
@@ -97,14 +99,15 @@ def compiled_objects(unit: str, flavour: Flavour, bug: str | None) -> list[tuple
     """(object, source, folder of csrc/cuda's headers, macro). With a bug, objects that it does not touch are the healthy ones."""
     result = []
     for source in SOURCES[unit]:
-        shared = target_of(unit, "module" if flavour == "program" else flavour)
+        owner = "mma_tile" if source.parent == CUDA else unit  # the kernels' objects serve every unit
+        shared = target_of(owner, "module" if flavour == "program" else flavour)
         healthy = (f"{shared}-{source.name}.o", source, CUDA, "")
         if bug is not None and unit == "sample":
             result.append((f"{target_of(unit, flavour, bug)}.o", source, CUDA, f"-DQK_BUG_{bug}"))
         elif bug is not None and MUTANTS[bug].source == source.name:
             folder = BUILDS / "mutants" / bug
             changed = folder / source.name if source.parent == CUDA else source
-            result.append((f"{target_of(unit, flavour, bug)}.o", changed, folder, ""))
+            result.append((f"{target_of(owner, flavour, bug)}.o", changed, folder, ""))
         else:
             result.append(healthy)
     return result
@@ -132,7 +135,7 @@ def ninja_file() -> str:
         source = HOST / ("module.cpp" if flavour == "module" else "replay.cpp")
         lines += [f"build {main}: compile {source}", f"  headers = {CUDA}", f"{more} {python if shared else ''}"]
         for unit in SOURCES:
-            objects = [main]
+            objects = [] if unit in WITH_MAIN else [main]
             for compiled, source, headers, _ in compiled_objects(unit, flavour, None):
                 objects.append(compiled)
                 if compiled not in known:
@@ -146,7 +149,8 @@ def ninja_file_with_bug(unit: str, flavour: Flavour, bug: str) -> str:
     """One program with a bug, of the healthy objects but one. In a folder of its own, below that of `ninja_file`."""
     more = "  more = " + " ".join(FLAGS[flavour])
     quick = more.replace("-O2", "-O0")  # it runs once: 3 s to compile instead of 7
-    lines, broken, healthy = rules(), [], [f"{BUILDS}/{flavour}/main.o"]
+    healthy = [] if unit in WITH_MAIN else [f"{BUILDS}/{flavour}/main.o"]
+    lines, broken = rules(), list[str]()
     for compiled, source, headers, macro in compiled_objects(unit, flavour, bug):
         if headers == CUDA and not macro:
             healthy.append(f"{BUILDS}/{compiled}")

@@ -127,12 +127,10 @@ def hazards(lines: list[str]) -> tuple[list[str], int]:
                 wrong[f"{instruction} touches the sums of {instructions[other]}"] = None
         if product is not None:
             flying = (*flying, index)
-        elif instruction.opcode.startswith("WARPGROUP.DEPBAR") and (
-            left := re.match(r"gsb0,\s*0x(\w+)", instruction.operands.strip())
-        ):
-            count = int(left[1], 16)
-            flying = flying[len(flying) - count :] if count < len(flying) else flying
-            flying = flying if count else ()
+        elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+            left = re.match(r"\s*gsb0,\s*0x(\w+)", instruction.operands)
+            assert left is not None, instruction
+            flying = flying[max(0, len(flying) - int(left[1], 16)) :]
         assert len(flying) <= 8, f"{instruction}: more and more wgmma in flight"
         open_states += [(n, flying) for n in goes[index]]
     return list(wrong), len(overlapped)

@@ -34,7 +34,7 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Forced:
-    """One call: N of a strip and a bit, K of three steps, five tokens; odd K is copied before the products of the GEMM kernels."""
+    """One call: N of a strip and a bit, K of three steps, five tokens; odd K is copied before the products of GEMM kernels."""
 
     scheme: str
     config: Config
@@ -56,7 +56,8 @@ class Forced:
         return get_layout("mma_tile_a8" if "a8" in self.config.path else "mma_tile")
 
     def weight(self) -> QuantTensor:
-        return random_weight(self.scheme, self.N, self.K, dtype=self.scales, exact=True)
+        made: QuantTensor = random_weight(self.scheme, self.N, self.K, dtype=self.scales, exact=True)
+        return made
 
     def x(self) -> Tensor:
         if "a8" in self.config.path:
@@ -71,12 +72,13 @@ class Forced:
         weight, x, config = self.weight(), self.x(), self.config
         if "a8" in config.path:
             return calls_a8.expected(weight, x, splits=config.splits)
-        exact = exact_product(weight, x)
+        exact: Tensor = exact_product(weight, x)
         if config.path != "gemm_sm90":
             return exact
         short = weight.scheme.num_groups(weight.K) > 1 and weight.scheme.group_length(weight.K) < 64
         if config.tokens == 256 or short or weight.scheme.zeros in ("float", "offset"):
-            return (x.double() @ weight.dequantize().to(x.dtype).double().T).to(x.dtype)
+            rounded: Tensor = (x.double() @ weight.dequantize().to(x.dtype).double().T).to(x.dtype)
+            return rounded
         return exact
 
 
