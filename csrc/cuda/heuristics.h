@@ -8,6 +8,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <tuple>
 
@@ -59,8 +60,7 @@ inline bool operator==(const Problem& a, const Problem& b) {
     return std::tie(p.M, p.N, p.K, p.bits, p.act_bits, p.group_bytes, p.half, p.aligned, p.sm, p.multiprocessors,
                     p.groups_per_step, p.steps_per_group, p.groups, p.float_zeros);
   };
-  return values(a) == values(b) &&
-         std::equal(&a.clusters.active[0][0], &a.clusters.active[2][0], &b.clusters.active[0][0]);
+  return values(a) == values(b) && std::memcmp(&a.clusters, &b.clusters, sizeof a.clusters) == 0;
 }
 
 // --- the blocks of a configuration, and how they meet the card ---
@@ -79,7 +79,8 @@ inline bool uses_wgmma(Path path) { return path == Path::kGemmSm90 || path == Pa
 // Multiprocessors that blocks of clusters find room on. A device that was not asked: clusters of more than two leave
 // some over in a part of the card that has 16 or 18 of them (guesses).
 inline int usable_multiprocessors(const Problem& p, int splits, int resident) {
-  const int active = p.clusters.active[resident - 1][splits];
+  const bool asked = resident <= 2 && splits <= 8;  // as all that add in a cluster
+  const int active = asked ? p.clusters.active[resident - 1][splits] : 0;
   if (active > 0) return std::min(p.multiprocessors, std::max(1, active * splits / resident));
   return splits <= 2 ? p.multiprocessors : p.multiprocessors - divide_up(p.multiprocessors, splits == 8 ? 11 : 33);
 }

@@ -17,7 +17,7 @@ CARDS = (
     ("RTX 5090", 120, 1792, 105),
 )  # fmt: skip
 # The same with int8 inputs, and of bf16 what the model gives to cuBLAS.
-CARDS_A8 = (("H200", 90, 4800, 990, 315), ("A100", 80, 2039, 312, 112.5), ("RTX 4090", 89, 1008, 330, 73.8))
+CARDS_A8 = (("H200", 90, 4800, 990, 370.5), ("A100", 80, 2039, 312, 112.5), ("RTX 4090", 89, 1008, 330, 73.8))
 PROBLEMS_A8 = (("W8A8", 8, None), ("W4A8", 4, None), ("W4A8, g128", 4, 128), ("W4A8, g32", 4, 32))
 TOKENS_A8 = (16, 128, 1024, 4096)
 BEGIN_A8, END_A8 = "<!-- int8 predictions -->\n", "<!-- end of int8 predictions -->\n"

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.cuda import emulator
+from tests.cuda.test_compiled_sm90 import complaints
+from tools import nvcc
 from tools.first_light import __main__ as command_line
 from tools.first_light import fit, stages
 from tools.first_light.runner import LOG, MOST_BYTES, MOST_FILES, Runner, Sink, run_stage
@@ -193,6 +195,15 @@ def test_without_a_gpu_it_says_so(
     assert "needs a GPU" in capsys.readouterr().err
     assert command_line.main(["all", "--dry-run"]) == 0
     assert "Nothing was run." in capsys.readouterr().out
+
+
+@pytest.mark.skipif(nvcc.NVCC is None, reason="no nvcc")
+def test_drive_compiles_and_its_loops_of_products_are_not_serialized() -> None:
+    """A rate that is measured of wgmma between which ptxas puts waits is not the card's."""
+    drive = Path(stages.__file__).parent / "drive" / "drive.cu"
+    _, report = nvcc.compile_source(drive, "90a", "cubin")
+    assert complaints(report) == []
+    assert not any(usage.spill_stores for usage in nvcc.usages(report))
 
 
 # --- the fit ---

@@ -85,29 +85,26 @@ __global__ void __launch_bounds__(256, 1) wgmma_loop(int steps, uint32_t* to) {
   fence_async_proxy();
   __syncthreads();
   const uint32_t a[4] = {0, 0, 0, 0};
+  std::conditional_t<kInt8, int32_t, float> sums[kTokens / 2];  // the first product opens them: zeros would be moves
   uint32_t all = 0;
-  if constexpr (kInt8) {
-    int32_t sums[kTokens / 2] = {};
-    for (int s = 0; s < steps; ++s) {
-      wgmma_fence();
-      wgmma_s8(sums, a, wgmma_descriptor<kStepColumns>(tile), true);
-      wgmma_commit();
-      wgmma_wait<1>();
+  for (int s = 0; s < steps; ++s) {
+    wgmma_fence();
+    if constexpr (kInt8) {
+      wgmma_s8(sums, a, wgmma_descriptor<kStepColumns>(tile), s > 0);
+    } else {
+      wgmma_bf16(sums, a, wgmma_descriptor<kTokenBytes>(tile), s > 0);
     }
-    wgmma_wait<0>();
-    wgmma_results(sums);
-    for (const int32_t v : sums) all |= static_cast<uint32_t>(v);
-  } else {
-    float sums[kTokens / 2] = {};
-    for (int s = 0; s < steps; ++s) {
-      wgmma_fence();
-      wgmma_bf16(sums, a, wgmma_descriptor<kTokenBytes>(tile), true);
-      wgmma_commit();
-      wgmma_wait<1>();
+    wgmma_commit();
+    wgmma_wait<1>();
+  }
+  wgmma_wait<0>();
+  wgmma_results(sums);
+  for (int i = 0; i < kTokens / 2; ++i) {
+    if constexpr (kInt8) {
+      all |= static_cast<uint32_t>(sums[i]);
+    } else {
+      all |= float_to_bits(sums[i]);
     }
-    wgmma_wait<0>();
-    wgmma_results(sums);
-    for (const float v : sums) all |= float_to_bits(v);
   }
   if (all != 0) store_global4(to, all);
 #else
