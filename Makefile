@@ -2,8 +2,8 @@
 # make test        lint, types, formats, all tests               (needs no GPU)
 # make test-full   the same, and the CUDA kernels, every Triton configuration and format compiled for every card
 # make bench       the full benchmark set on this machine, and its page  (10 minutes on a CPU; `qkernels bench`: half a minute)
-# make gpu-check   all checks and measurements that need a GPU, in parts (takes the environment as it is);
-#                  DRY=--dry-run lists them, and proves that each could start, without a GPU
+# make gpu-check   all checks and measurements that need a GPU, in stages (takes the environment as it is);
+#                  DRY=--dry-run lists them, and says which could start here, without a GPU
 # make results-check  how many commits of csrc/ and qkernels/ lie between each result and now; names files that are no results
 #
 #   TORCH=2.11.0       another torch version than the pinned one
@@ -28,6 +28,7 @@ else
 endif
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+DRIVE := $(wildcard tools/first_light/*.cpp tools/first_light/drive/*)
 # A stamp's name says what qkernels/_C.abi3.so is now: for every card, for the architectures that you name, for those that
 # the tests and the guard read, or for the demo. A build removes the other stamps, so none is taken for what it is not.
 EMPTY :=
@@ -44,7 +45,7 @@ build/extension-demo.stamp: export QKERNELS_CUDA ?= $(or $(GPU),0)
 
 .PHONY: help demo test test-full bench gpu-check results-check lint format clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 12
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo
@@ -59,9 +60,9 @@ bench: $(EXTENSION)
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks.method.report
 
-# No prerequisites on purpose: they take the environment that is there, build and download nothing.
+# No prerequisites on purpose: they take the environment that is there, and download nothing.
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.gpu.check $(DRY)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.first_light all $(DRY)
 
 results-check:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.method.age
@@ -70,12 +71,12 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(BIN)clang-format --dry-run --Werror $(filter-out setup.py,$(SOURCES))
+	$(BIN)clang-format --dry-run --Werror $(filter-out setup.py,$(SOURCES)) $(DRIVE)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(BIN)clang-format -i $(filter-out setup.py,$(SOURCES))
+	$(BIN)clang-format -i $(filter-out setup.py,$(SOURCES)) $(DRIVE)
 
 # torch first and alone: whatever needs torch later finds this one and asks for no other.
 $(ENV)/ready-$(TORCH).stamp: pyproject.toml

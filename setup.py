@@ -19,7 +19,8 @@ from setuptools import setup
 HERE = Path(__file__).resolve().parent
 # torch 2.10: without it the binary asks for the torch that it was built with
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0a;12.0+PTX"
+# Cards without code of their own (10.0, 10.3: B200, B300) compile the PTX of 8.0, since PTX goes upwards only.
+CUDA_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;12.0+PTX"
 
 
 def find_cuda_home() -> Path | None:
@@ -62,7 +63,7 @@ def extension():  # type: ignore[no-untyped-def]
             cxx.append("-DQKERNELS_SM90A")
             nvcc.append("-DQKERNELS_SM90A")
         sources += cuda_sources
-        cxx.append("-DQKERNELS_CUDA")
+        cxx += ["-DQKERNELS_CUDA", f'-DQKERNELS_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"']
         options["include_dirs"].append(str(home / "include"))
         options["library_dirs"].append(str(home / "lib64"))
         options["libraries"] += ["cudart_static", "rt", "dl", "pthread"]

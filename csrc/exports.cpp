@@ -17,3 +17,11 @@ QK_EXPORT int qkernels_has_cuda() {
   return 0;
 #endif
 }
+// TORCH_CUDA_ARCH_LIST of the build, such as "8.0+PTX;9.0a"; null without CUDA.
+QK_EXPORT const char* qkernels_cuda_architectures() {
+#if defined(QKERNELS_CUDA_ARCHITECTURES)
+  return QKERNELS_CUDA_ARCHITECTURES;
+#else
+  return nullptr;
+#endif
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -24,24 +24,30 @@ from .errors import ArgumentError
 from .evaluate import compare, perplexity
 from .formats import Written
 from .kernels.catalogue import OnUnsupported
+from .layerwise.capturing import check_calibratable
 from .layerwise.hosts import DirectoryHost, Host, Run, host_of
+from .layerwise.limits import check_limits
 from .layerwise.preview import preview_of
 from .layerwise.quantizing import quantize_linears
 from .layerwise.running import Place
-from .models.architectures import decoder_layers, foldable_architecture
+from .memory import GivingBack
+from .models.architectures import foldable_architecture, text_config
 from .nn import ReplaceReport, Selection, select_linears
 from .nn.selection import Overrides, Patterns
 from .quantizers import QUANTIZERS, Options
 from .reports import ModuleReport, QuantPreview, QuantReport, write_report
-from .storage import atomic_directory
+from .storage import atomic_directory, read_from
 from .texts import (
     Calibration,
     Evaluation,
     Tokenizer,
+    Windows,
     calibration_windows,
     capped,
     evaluation_ids,
     has_texts,
+    needs_tokenizer,
+    shape_of,
     window_length,
 )
 
@@ -56,7 +62,7 @@ def quantize(
     format: str = "native",
     *,
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     tokenizer: Tokenizer | None = None,
     samples: int = 128,
@@ -77,21 +83,24 @@ def quantize(
             part); or a checkpoint directory, which is read layer by layer and never as a whole.
         method: `GPTQ(…)`, `AWQ(…)` or `SmoothQuant(…)`; or `RTN(…)`, `HQQ(…)` or `NF4(…)`, which take any module and need no
             calibration.
-        calibration: a list of texts, lists of token ids, or a tensor of token ids `[windows, seq_len]`; text like what the
-            model will see. Cut into windows of `seq_len` tokens, of which `samples` are used.
+        calibration: a list of texts, of chats (messages with a role and a content) or of token ids, what a tokenizer returns
+            (its padding is taken off), or a tensor of token ids `[windows, seq_len]`; text like what the model will see. Cut into
+            windows of `seq_len` tokens, of which `samples` are used (see `texts.calibration_windows`).
         save_to: the directory to make; needed with a directory. It appears complete or not at all.
         format: of `save_to`: "native", "gptq", "gptq_v2" or "awq".
         include: only layers that match; None means all.
-        exclude: never these layers.
+        exclude: never these layers; None means heads (`lm_head`, `score`, `classifier`, …: see `nn.selection.heads`), unless
+            `include` names them, and () means none.
         overrides: pattern -> scheme; the first match wins. The method and its other options stay.
         tokenizer: for texts; that of the directory if None.
         seq_len: capped to the model's longest.
         device: where layers are computed, in fp32.
         on_unsupported: for a model in memory, as in `replace_linear`: "raise" before anything is changed where no kernel takes
-            a layer, or "reference" to allow the slow one, or "skip" to leave the layer.
+            a layer, or "reference" to allow the slow one, or "skip" to leave the layer. For a directory, whose checkpoint may run
+            elsewhere, "raise" means a layer that no kernel of any machine takes.
         evaluation: texts, or token ids `[tokens]`, that the model has not seen: the report then says perplexity, and KL and top-1
             agreement with the original. For that both models are in memory at the end (of a model in memory, a copy is).
-        overwrite: `save_to` may be an existing checkpoint.
+        overwrite: `save_to` may be a checkpoint that qkernels wrote and nobody changed since; never the source.
         resume: for a directory: go on with what an interrupted run for `save_to` has finished (see `layerwise/work.py`). The
             result has the same bits as that of one run, on the same machine with as many threads.
         progress: show a progress bar.
@@ -115,7 +124,7 @@ def quantize(
     >>> tokens = torch.randint(64, (8, 32))  # of a real text, for a real model
     >>> report = quantize(model, GPTQ(bits=4, group_size=32), calibration=tokens, seq_len=32, progress=False)
     >>> len(report.modules), report.skipped
-    (7, {'lm_head': 'excluded'})
+    (7, {'lm_head': 'a head; name it in include to quantize it'})
     >>> model.model.layers[0].mlp.up_proj
     QuantLinear(in_features=64, out_features=96, bias=False, scheme=w4a16_g32, layout=cpu_tile_a16)
     """
@@ -128,12 +137,14 @@ def quantize(
     selection, methods = _choose(host, method, include, exclude, overrides)
     if save_to is not None:
         _check_format(format, method, selection)
-    if tokenizer is None and (has_texts(calibration) or has_texts(evaluation)):
+    check_limits(host, methods, format if save_to is not None else None, on_unsupported)
+    if tokenizer is None and (needs_tokenizer(calibration) or has_texts(evaluation)):
         tokenizer = host.tokenizer()
     windows = _windows(host.model, method, calibration, samples, seq_len, tokenizer)
     text = evaluation_ids(evaluation, tokenizer)
     run = Run(method, methods, windows, text is not None, save_to, resume, _versions(place))
-    with host.running(run), _target_of(save_to, overwrite) as target, torch.no_grad():
+    sources = () if isinstance(model_or_dir, nn.Module) else read_from(model_or_dir)
+    with GivingBack(), host.running(run, place), _target_of(save_to, overwrite, sources) as target, torch.no_grad():
         modules = quantize_linears(host, run, place, progress)
         if target is not None:
             host.write(target, format)
@@ -150,21 +161,26 @@ def preview(
     method: Options,
     *,
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     samples: int = 128,
     seq_len: int = 2048,
+    format: str = "native",
+    on_unsupported: OnUnsupported = "raise",
 ) -> QuantPreview:
     """What `quantize` would do with a checkpoint directory, and what it needs; reads headers only.
 
     Args: as for `quantize`.
 
     Raises:
-        ArgumentError, SchemeError, CheckpointError: as `quantize` before the work begins.
+        ArgumentError, SchemeError, CheckpointError, ConversionError, UnsupportedProblem: as `quantize` before the work begins.
     """
     _check_method(method)
     host = DirectoryHost.open(model_dir)
     selection, methods = _choose(host, method, include, exclude, overrides)
+    _check_format(format, method, selection)
+    check_limits(host, methods, format, on_unsupported)
+    _check_model(host.model, method)
     seq_len = capped(host.model, seq_len)
     return preview_of(host.checkpoint, host.model, method, methods, selection.skipped, samples, seq_len)
 
@@ -194,6 +210,14 @@ def _check_format(format: str, method: Options, selection: Selection) -> None:
     get_format(format).config_of(Written.of(selection.chosen, method.orders_columns, selection.skipped))
 
 
+def _check_model(model: nn.Module, method: Options) -> None:
+    """Raise before the work begins where the model cannot be calibrated as the method wants it."""
+    if method.needs != "weight":
+        check_calibratable(model)
+    if method.folds:
+        foldable_architecture(model, type(method).__name__)
+
+
 def _windows(
     model: nn.Module,
     method: Options,
@@ -201,24 +225,24 @@ def _windows(
     samples: int,
     seq_len: int,
     tokenizer: Tokenizer | None,
-) -> Tensor | None:
+) -> Windows | None:
     """What to calibrate on; whether the model can be calibrated so is asked before the work begins."""
     if method.needs == "weight":
         return None
-    decoder_layers(model)  # raises where there are none
-    if method.folds:
-        foldable_architecture(model, type(method).__name__)
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    _check_model(model, method)
+    vocabulary = getattr(text_config(model), "vocab_size", None)
     return calibration_windows(calibration, samples, capped(model, seq_len), tokenizer, vocabulary)
 
 
 @contextmanager
-def _target_of(save_to: str | os.PathLike[str] | None, overwrite: bool) -> Iterator[Path | None]:
+def _target_of(
+    save_to: str | os.PathLike[str] | None, overwrite: bool, sources: Collection[Path]
+) -> Iterator[Path | None]:
     """The directory that appears complete or not at all, if one is to be made."""
     if save_to is None:
         yield None
     else:
-        with atomic_directory(save_to, overwrite) as target:
+        with atomic_directory(save_to, overwrite, sources) as target:
             yield target
 
 
@@ -234,7 +258,7 @@ def _report(
     run: Run, modules: Mapping[str, ModuleReport], selection: Selection, bytes_before: int, began: float
 ) -> QuantReport:
     saved = sum(module.bytes_before - module.bytes_after for module in modules.values())
-    count, seq_len = run.windows.shape if run.windows is not None else (0, 0)
+    count, seq_len = shape_of(run.windows)
     return QuantReport(
         method=run.method.name,
         scheme=str(run.method.scheme),

@@ -43,6 +43,10 @@ class ConversionError(QKernelsError):
     """A format or layout cannot express this `QuantTensor` without losing something."""
 
 
+class MissingPackage(QKernelsError, ImportError):
+    """A package that only some of the library needs is not installed; the message has the command that installs it."""
+
+
 class UnsupportedProblem(QKernelsError):
     """No kernel takes this problem; the message lists every kernel with its reasons.
 

@@ -147,7 +147,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
     """
     checkpoint = open_checkpoint(directory)
     layers: list[LayerInfo] = []
-    oddities: list[tuple[str, Oddity]] = []
+    oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     errors: list[str] = []
     schemes: dict[str, QuantScheme] = {}
     for module in tqdm(checkpoint.modules, desc="checking", unit="layer", leave=False, delay=2):

@@ -83,7 +83,8 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def file_bytes(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """Those that a user sees."""
+    return {path.name: path.read_bytes() for path in directory.glob("[!.]*")}
 
 
 def sound_or_refused(directory: Path) -> bool:

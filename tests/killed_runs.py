@@ -147,7 +147,8 @@ def forked(source: Path, out: Path, method: str, point: str | None, resume: bool
 
 def contents(directory: Path) -> dict[str, bytes]:
     """The bytes of the files that must not depend on how often a run was interrupted (reports hold times)."""
-    return {path.name: path.read_bytes() for path in directory.iterdir() if not path.name.startswith("qkernels_report")}
+    seen = directory.glob("[!.]*")
+    return {path.name: path.read_bytes() for path in seen if not path.name.startswith("qkernels_report")}
 
 
 def main(root: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qkernels.errors import CheckpointError
-from qkernels.storage import ShardWriter, atomic_directory, read_json, write_json
+from qkernels.storage import MANIFEST, ShardWriter, atomic_directory, read_from, read_json, write_json
 
 
 def leftovers(parent: Path) -> list[str]:
@@ -61,22 +61,73 @@ def test_what_is_there_is_kept_unless_asked(tmp_path: Path) -> None:
         CheckpointError, match="exists and is not empty; choose another target, remove it, or pass overwrite"
     ):
         enter(target)
-    fill(target, "old")
-    (target / "other").write_text("x")
+    with atomic_directory(target, overwrite=True) as temporary:
+        fill(temporary, "newer")
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "other").write_text("x")
+    assert read_json(target / "config.json") == {"text": "newer"}
     enter(target, overwrite=True)
     assert read_json(target / "config.json") == {"text": "new"}
-    assert [p.name for p in target.iterdir()] == ["config.json"]
+    assert sorted(p.name for p in target.iterdir()) == [MANIFEST, "config.json"]
     assert leftovers(tmp_path) == []
 
 
-def test_only_checkpoints_are_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("x")
-    with pytest.raises(CheckpointError, match=r"has no config\.json, so it is no checkpoint and is not overwritten"):
-        enter(tmp_path / "out", overwrite=True)
+@pytest.mark.parametrize("name", ["thesis.tex", "config.json", "deep/notes.txt", "link", ".git/config"])
+def test_only_what_was_written_here_is_overwritten(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    enter(out)
+    strange = out / name
+    strange.parent.mkdir(exist_ok=True)
+    if name == "link":
+        strange.symlink_to(tmp_path)
+    else:
+        strange.write_text("somebody's own")
+    with pytest.raises(
+        CheckpointError, match=rf"out has {name}, which qkernels did not write or somebody changed since"
+    ):
+        enter(out, overwrite=True)
+    assert name == "link" or strange.read_text() == "somebody's own"
+
+
+def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
+    """A float checkpoint, too, has a config.json and a model.safetensors."""
+    out = tmp_path / "out"
+    out.mkdir()
+    fill(out)
+    with pytest.raises(CheckpointError, match=r"has no \.qkernels-files\.json, so qkernels did not write it"):
+        enter(out, overwrite=True)
+    (out / MANIFEST).write_text('{"files": 3}')
+    with pytest.raises(CheckpointError, match=r"has config\.json, which qkernels did not write"):
+        enter(out, overwrite=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="exists and is not a directory"):
         enter(tmp_path / "file", overwrite=True)
+
+
+@pytest.mark.parametrize("where", ["out", "out/inside", "link", "links/config.json"])
+def test_a_source_survives(where: str, tmp_path: Path) -> None:
+    """It may be the target, lie in it, be called otherwise, or have files that do."""
+    out = tmp_path / "out"
+    with atomic_directory(out) as temporary:
+        fill(temporary)
+        (temporary / "inside").mkdir()
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "config.json").symlink_to(out / "config.json")
+    source = tmp_path / where
+    sources = read_from(source if source.is_dir() else source.parent)
+    for target in (out, tmp_path / "link"):
+        for overwrite in (False, True):
+            with (
+                pytest.raises(CheckpointError, match=r"out holds .*out.*, which is read to write it, and is kept"),
+                atomic_directory(target, overwrite, sources),
+            ):
+                pytest.fail("the body began")
+    assert read_json(out / "config.json") == {"text": "new"}
+    inside = tmp_path / "links" / "made"  # a target in a source destroys nothing
+    with atomic_directory(inside, sources=read_from(tmp_path / "links")) as temporary:
+        fill(temporary)
+    assert (tmp_path / "links" / "config.json").is_symlink()
 
 
 def test_a_target_that_appears_meanwhile_wins(tmp_path: Path) -> None:
@@ -166,8 +217,8 @@ def reset():
     for path in root.iterdir():
         shutil.rmtree(path)
     if mode == "overwrite":
-        target.mkdir()
-        write_json(target / "config.json", old)
+        with atomic_directory(target) as temporary:
+            write_json(temporary / "config.json", old)
 
 def state():
     if not target.exists():

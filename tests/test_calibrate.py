@@ -21,10 +21,19 @@ from qkernels.errors import (
     SchemeError,
     UnsupportedProblem,
 )
-from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, collect_statistics, input_groups, run_layer
+from qkernels.layerwise.running import (
+    Call,
+    LayerInputs,
+    Place,
+    collect_statistics,
+    input_groups,
+    propagate,
+    run_layer,
+)
 from qkernels.models.architectures import decoder_layers
+from qkernels.nn.selection import A_HEAD
 from qkernels.quantizers import InputStatistics
-from tests.tiny_models import VOCABULARY, loud_model, run, tiny_model, token_windows
+from tests.tiny_models import VOCABULARY, first_inputs, loud_model, run, tiny_model, token_windows
 
 transformers = pytest.importorskip("transformers")
 
@@ -58,7 +67,7 @@ def test_in_memory(name: str) -> None:
     replaced = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert set(replaced) == {f"model.layers.{i}.{leaf}" for i in (0, 1) for leaf in LLAMA_LINEARS}
     assert [m.name for m in report.modules] == list(replaced)
-    assert report.skipped == {"lm_head": "excluded"}
+    assert report.skipped == {"lm_head": A_HEAD}
     assert not report.fallbacks
     for module in report.modules:
         assert module.scheme == str(METHODS[name].scheme) == str(replaced[module.name].scheme)
@@ -159,10 +168,11 @@ def test_layers_are_calibrated_on_what_quantized_ones_put_out(monkeypatch: pytes
     def moments(first_layers_of: Any) -> Tensor:
         place = Place(torch.device("cpu"))
         _, layers = decoder_layers(original)
+        chain = first_inputs(original, token_windows())
+        calls = list(chain.calls.values())
         with torch.no_grad():
-            hidden, arguments = capture_inputs(original, layers, [token_windows()], torch.float32)
-            first = list(run_layer(first_layers_of.model.layers[0], LayerInputs(hidden, arguments[0]), place))
-            after = LayerInputs(first, arguments[1])
+            first = list(run_layer(first_layers_of.model.layers[0], LayerInputs(chain.hidden, calls[0]), place))
+            after = LayerInputs(first, calls[1])
             return collect_statistics(layers[1], ["self_attn.q_proj"], after, place)["self_attn.q_proj"].hessian()
 
     float_moments = moments(original)
@@ -175,9 +185,10 @@ def test_layers_are_calibrated_on_what_quantized_ones_put_out(monkeypatch: pytes
 def test_input_groups_are_the_readers_of_one_tensor() -> None:
     model = loud_model()
     _, layers = decoder_layers(model)
+    chain = first_inputs(model, token_windows())
+    inputs = LayerInputs(chain.hidden, chain.calls["model.layers.0"])
     with torch.no_grad():
-        hidden, arguments = capture_inputs(model, layers, [token_windows()], torch.float32)
-        groups = input_groups(layers[0], LLAMA_LINEARS, LayerInputs(hidden, arguments[0]), Place(torch.device("cpu")))
+        groups = input_groups(layers[0], LLAMA_LINEARS, inputs, Place(torch.device("cpu")))
     assert groups == [list(ATTENTION_INPUTS), ["self_attn.o_proj"], list(MLP_INPUTS), ["mlp.down_proj"]]
 
 
@@ -237,7 +248,7 @@ def test_report_is_json_and_markdown() -> None:
     assert lines[0].startswith("rtn w4a16_g16: 14 layers quantized in ")
     assert lines[2].startswith("| module ")
     assert len(lines) == 2 + 2 + 14 + 1
-    assert lines[-1] == "- lm_head was skipped: excluded"
+    assert lines[-1] == "- lm_head was skipped: " + A_HEAD
 
 
 def test_plan_says_what_quantize_does(tmp_path: Path) -> None:
@@ -268,7 +279,7 @@ def test_texts_are_tokenized_joined_and_cut() -> None:
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
-        (None, "this method needs calibration: give a list of texts"),
+        (None, "this method needs calibration: give a list of texts, of chats"),
         ([], "this method needs calibration"),
         ("text", "got one string: put it into a list"),
         (["text"], "calibration texts need a tokenizer: pass tokenizer="),
@@ -277,7 +288,7 @@ def test_texts_are_tokenized_joined_and_cut() -> None:
             "calibration has 5 tokens, less than one window of seq_len=16; give more text or a smaller seq_len",
         ),
         ([[1, 2.5]], r"got an item \[1, 2.5\]"),
-        ([{"input_ids": [1]}], "got an item {'input_ids'"),
+        ([{"pixel_values": [1]}], "got an item {'pixel_values'"),
         (torch.zeros(4), r"got a torch.float32 tensor of shape \[4\]"),
         (torch.full((2, 16), VOCABULARY), r"token ids must be 0 … 63, got 64; is it another tokenizer's\?"),
         (torch.full((2, 16), -1), r"token ids must be 0 … 63, got -1"),
@@ -309,24 +320,43 @@ def test_nan_activations_are_located(where: str) -> None:
         else:
             model.model.layers[0].input_layernorm.weight[5] = float("inf")
     expected = {
-        "embedding": r"the embedding has \d+ NaN or infinite activations in calibration batch 0 \(torch.float32\)",
+        "embedding": r"the embedding has \d+ NaN or infinite activations in calibration batch 0, computed in float32",
         "layer": r"inputs of model\.layers\.0\.self_attn\.q_proj are NaN or infinite during calibration",
     }
     with pytest.raises(CalibrationError, match=expected[where]):
         run(model, GPTQ(4, 16))
 
 
-def test_a_layer_that_overflows_is_named() -> None:
-    """The residual leaves float16 behind: nothing is wrong with any linear's input, only with the layer's output."""
+def test_a_residual_beyond_float16_is_kept_in_float32(tmp_path: Path) -> None:
+    """Layers are computed in fp32, and what goes from one to the next may be larger than the checkpoint's dtype can say."""
     model = loud_model().half()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight *= 2000
         model.model.layers[0].mlp.up_proj.weight *= 20000
+    model.save_pretrained(tmp_path / "source")
+    full = copy.deepcopy(model).float()
+    with torch.no_grad():
+        last = full(input_ids=token_windows(), output_hidden_states=True).hidden_states[-2]
+    assert float(last.abs().max()) > 65504 * 10
+    report = run(tmp_path / "source", GPTQ(8, 16), save_to=tmp_path / "out")
+    assert not report.fallbacks
+    loaded = load(tmp_path / "out", dtype=torch.float32, on_unsupported="reference")
+    assert divergence(loaded, full) < 1e-3
+
+
+def test_a_layer_that_overflows_is_named() -> None:
+    """Nothing is wrong with any linear's input, only with the layer's output."""
+
+    class Overflowing(nn.Module):
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+            return (hidden_states * 1e38 * 1e38,)
+
+    inputs = LayerInputs([torch.ones(2, 3, 4, dtype=torch.float16)], [Call((), {})])
     with pytest.raises(
-        CalibrationError, match=r"the output of model\.layers\.0 has \d+ NaN or infinite .*\(torch.float16\)"
+        CalibrationError,
+        match=r"the output of model\.layers\.0 has 24 NaN or infinite activations in calibration batch 0, computed in float32",
     ):
-        run(model, GPTQ(4, 16))
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
+        propagate(Overflowing(), inputs, Place(torch.device("cpu")), "model.layers.0")
 
 
 @pytest.mark.parametrize("method", [RTN(4, 16), GPTQ(4, 16), AWQ(4, 16)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from qkernels import QuantLinear, QuantScheme, UnsupportedProblem, load, replace_linear, save
 from qkernels.checkpoint import CheckpointWriter, convert, open_checkpoint
 from qkernels.checkpoint.registry import WRITTEN
-from qkernels.errors import CheckpointError, ConversionError
+from qkernels.errors import ArgumentError, CheckpointError, ConversionError
 from qkernels.models.building import empty_model
 from qkernels.storage import TensorSource, atomic_directory, read_json
 from tests.checkpoints import A16_FORMATS, edit_json, file_bytes, logits, plain_checkpoint, rewritten, small_llama
@@ -219,22 +220,6 @@ def test_no_kernel_no_load_unless_allowed(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "m", on_unsupported="reference")), logits(model))
 
 
-def test_stacked_experts_are_refused_with_that_reason(tmp_path: Path) -> None:
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_local_experts": 2,
-    }
-    config = MixtralConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(
-        CheckpointError, match=r"does not fit MixtralForCausalLM: .*stacked experts are not supported yet"
-    ):
-        load(tmp_path / "m")
-
-
 def set_field(name: str, index: Any, value: Any) -> Callable[[dict[str, Tensor]], object]:
     return lambda tensors: tensors[f"{Q}.{name}"].__setitem__(index, value)
 
@@ -432,12 +417,16 @@ def test_convert_refuses_what_the_target_cannot_hold(tmp_path: Path, plain: Path
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(ordered)))
 
 
-def test_convert_can_replace_its_own_source(tmp_path: Path, quantized: dict[str, Path]) -> None:
+def test_convert_keeps_its_source(tmp_path: Path, quantized: dict[str, Path]) -> None:
     copy = rewritten(quantized["gptq"], tmp_path / "m", lambda t: None)
-    before = logits(load(copy))
-    convert(copy, copy, "native", overwrite=True)
-    assert "quantize_config.json" not in file_bytes(copy)
-    assert torch.equal(logits(load(copy)), before)
+    before = file_bytes(copy)
+    with pytest.raises(CheckpointError, match="is read to write it, and is kept; choose another target"):
+        convert(copy, copy, "native", overwrite=True)
+    assert file_bytes(copy) == before
+    convert(copy, tmp_path / "native")
+    assert "quantize_config.json" not in file_bytes(tmp_path / "native")
+    convert(copy, tmp_path / "native", "gptq", overwrite=True)  # what was written here may be replaced
+    assert "quantize_config.json" in file_bytes(tmp_path / "native")
 
 
 # --- writer -----------------------------------------------------------------------------------------------------------
@@ -478,3 +467,48 @@ def test_the_writer_refuses(tmp_path: Path) -> None:
     writer.add_quantized("b", random_weight("w4a16_g64", 8, 64))
     with pytest.raises(ConversionError, match="one file has one group size, got w4a16_g32 and w4a16_g64"):
         writer.close()
+
+
+def test_infinity_in_a_config(tmp_path: Path) -> None:
+    """transformers spells it as an object, which JSON can hold; ours reads it back as it does, and writes it so."""
+    config = Mamba2Config(
+        vocab_size=64,
+        hidden_size=32,
+        state_size=8,
+        num_hidden_layers=1,
+        num_heads=4,
+        head_dim=16,
+        n_groups=1,
+        chunk_size=8,
+    )
+    model = Mamba2ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "plain")
+    assert read_json(tmp_path / "plain" / "config.json")["time_step_limit"][1] == {"__float__": "Infinity"}
+    loaded = load(tmp_path / "plain")
+    assert tuple(loaded.config.time_step_limit) == (0.0, math.inf)
+    assert torch.equal(logits(loaded), logits(model))
+    replace_linear(loaded, "w8a16_g16", include="*.in_proj", progress=False)
+    save(loaded, tmp_path / "quantized")
+    assert read_json(tmp_path / "quantized" / "config.json")["time_step_limit"][1] == {"__float__": "Infinity"}
+    assert torch.equal(logits(load(tmp_path / "quantized")), logits(loaded))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_dtypes_by_name(dtype: Any, tmp_path: Path) -> None:
+    assert load(plain_checkpoint(tmp_path / "m"), dtype=dtype).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"torch_dtype": "auto"}, "load takes no torch_dtype=: it is called dtype here"),
+        ({"device_map": "auto"}, "load takes no device_map=: the whole model goes to device= here"),
+        ({"trust_remote_code": True}, "no code of a checkpoint is run here"),
+        ({"dtype": "int8"}, "dtype must be float16, bfloat16 or float32, also by name, or None, got 'int8'"),
+    ],
+)
+def test_arguments_of_transformers_get_a_way_out(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        load("nowhere", **arguments)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        load("nowhere", nonsense=1)

@@ -19,9 +19,9 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 # A room may import from rooms that stand above it in this list, and from itself.
 STOREYS = (
     ("errors", "text", "_version"),
-    ("extension", "machine", "scheme", "storage"),
-    ("models", "reports", "tensor", "texts"),
-    ("formats", "layouts", "quantizers"),
+    ("extension", "machine", "memory", "optional", "scheme", "storage"),
+    ("models", "reports", "tensor"),
+    ("formats", "layouts", "quantizers", "texts"),
     ("ops",),
     ("kernels",),
     ("nn",),
@@ -136,10 +136,16 @@ def test_import_touches_no_gpu() -> None:
 
 
 def test_import_is_fast() -> None:
-    """Everything public, under 0.1 s on top of torch; processor time, because wall time says more about what else the machine
-    does. Of five, the first may compile."""
-    code = f"import torch, time\nt = time.process_time()\nimport qkernels\n{EVERYTHING}print(time.process_time() - t)"
-    assert min(float(_python(code)) for _ in range(5)) < 0.1
+    """`import qkernels`, and then everything public, each under 0.1 s on top of torch; processor time, because wall time says
+    more about what else the machine does. Of five, the first may compile. torch leaves so many young objects that somebody
+    pays for one whole collection soon after it (60 ms and more): not counted to whoever imports next."""
+    code = (
+        "import gc, time, torch\ngc.collect()\ngc.freeze()\nt = time.process_time()\nimport qkernels\n"
+        f"u = time.process_time()\n{EVERYTHING}print(u - t, time.process_time() - u)"
+    )
+    times = [tuple(map(float, _python(code).split())) for _ in range(5)]
+    assert min(first for first, _ in times) < 0.1
+    assert min(rest for _, rest in times) < 0.1
 
 
 # --- names that are imported when they are asked for ------------------------------------------------------------------------

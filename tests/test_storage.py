@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -151,32 +152,78 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
         source.read("a")
 
 
-def test_side_files(tmp_path: Path) -> None:
+def test_side_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, target = tmp_path / "s", tmp_path / "t"
     checkpoint(source, {"a": torch.zeros(1)}, 1)
     target.mkdir()
-    kept = ["tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE"]
-    left = [
-        "quantize_config.json",
-        "pytorch_model.bin",
-        ".gitattributes",
-        "model.safetensors.index.json",
-        "README.md",
-        "eval.txt",
-    ]
-    for name in [*kept, *left]:
+    kept = ["tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE", "eval.txt"]
+    remade = ["quantize_config.json", ".gitattributes", "model.safetensors.index.json", "qkernels_report.json"]
+    left = ["pytorch_model.bin", "README.md", "params.json", "consolidated.safetensors", "adapter_config.json"]
+    for name in [*kept, *remade, *left]:
         (source / name).write_text(name)
     (source / "chat_templates").mkdir()
     (source / "chat_templates" / "x.jinja").write_text("x")
     (source / "original").mkdir()
     (source / "merges.txt").symlink_to(source / "LICENSE")
     (target / "LICENSE").write_text("ours")
-    copied = copy_side_files(source, target)
-    assert copied == ["chat_template.jinja", "chat_templates", "generation_config.json", "merges.txt", "tokenizer.json"]
+    (source / "dead").symlink_to(source / "nothing")
+    with caplog.at_level(logging.WARNING, "qkernels"):
+        found = copy_side_files(source, target)
+    assert found.copied == [
+        "chat_template.jinja", "chat_templates", "eval.txt", "generation_config.json", "merges.txt", "tokenizer.json",
+    ]  # fmt: skip
+    assert sorted(found.left) == sorted([*left, "dead"])
+    assert "README" not in caplog.text
+    assert all(name in caplog.text for name in [*left, "dead"] if name != "README.md")
     assert (target / "LICENSE").read_text() == "ours"
     assert not (target / "merges.txt").is_symlink()
     assert (target / "chat_templates" / "x.jinja").read_text() == "x"
     assert not (target / "config.json").exists()
+
+
+def test_folders_beside_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that sentence-transformers runs are part of the model, weights included; other weights are not."""
+    source, target = tmp_path / "s", tmp_path / "t"
+    checkpoint(source, {"a": torch.zeros(1)}, 1)
+    target.mkdir()
+    parts = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+    (source / "modules.json").write_text(json.dumps(parts))
+    files = [
+        "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/.cache/x",
+        "custom_generate/generate.py", "original/params.json", "original/consolidated.00.pth", "onnx/model.onnx",
+        "out-4bit/model.safetensors", ".cache/y/z",
+    ]  # fmt: skip
+    for name in files:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    (source / "loop").symlink_to(source)
+    with caplog.at_level(logging.WARNING, "qkernels"):
+        found = copy_side_files(source, target)
+    assert found.copied == ["1_Pooling", "2_Dense", "custom_generate", "modules.json"]
+    travelled = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    assert travelled == [*files[:3], files[4], "modules.json"]
+    assert found.left == dict.fromkeys(["onnx", "original", "out-4bit"], "a folder with weights") | {
+        "loop": "a link to a folder"
+    }
+    assert "left behind: loop (a link to a folder), onnx (a folder with weights)" in caplog.text
+
+
+def test_other_weights_in_the_folder_do_not_count(tmp_path: Path) -> None:
+    """Mistral's own shards lie beside those that the index names; a single file of theirs, or an adapter, beside ours."""
+    directory = checkpoint(tmp_path / "shards", {f"t{i}": torch.full((4,), i) for i in range(5)}, 32)
+    for path in sorted(directory.glob("model-*.safetensors")):
+        shutil.copy(path, directory / path.name.replace("model-", "consolidated-"))
+    assert TensorSource.open(directory).read("t3").tolist() == [3] * 4
+    older = checkpoint(tmp_path / "older", {"a": torch.zeros(1)}, 1)
+    (older / "model.safetensors").rename(older / "gptq_model-4bit-128g.safetensors")
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        (older / name).write_bytes(b"not even safetensors")
+    assert TensorSource.open(older).names() == ["a"]
+    (older / "gptq_model-4bit-128g.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"no weights under the model's own names, only adapter_model\.safetensors"
+    ):
+        TensorSource.open(older)
 
 
 # --- directories that are not sound -----------------------------------------------------------------------------------

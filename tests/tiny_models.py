@@ -58,6 +58,18 @@ def token_windows(windows: int = 24, seq_len: int = 16, seed: int = 0) -> Tensor
     return torch.randint(0, VOCABULARY, (windows, seq_len), generator=torch.Generator().manual_seed(seed))
 
 
+def first_inputs(model: Any, ids: Tensor, dtype: torch.dtype = torch.float32) -> Any:
+    """The chain of a model's layers, as a run captures it: what each of them is called with."""
+    from qkernels.layerwise.capturing import Progress, capture
+    from qkernels.layerwise.running import Place
+
+    place = Place(torch.device("cpu"), dtype)
+    with torch.no_grad():
+        return capture(
+            model, Progress.of(model), [ids], dtype, place, lambda name, layer, x, call: call.run(layer, x, place)
+        )
+
+
 def run(model: Any, method: Any, **options: Any) -> Any:
     """`quantize` on `token_windows()`, with the reference where no kernel takes such small groups."""
     settings = {"calibration": token_windows(), "seq_len": 16, "on_unsupported": "reference", "progress": False}

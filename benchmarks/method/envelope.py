@@ -34,7 +34,7 @@ class Envelope:
     """One result file.
 
     Args:
-        kind: what its rows are: "kernels", "models", "llama.cpp", "quality", "quality-dequantized", "quality-peers", "gpu-check".
+        kind: what its rows are: "kernels", "models", "llama.cpp", "quality", "quality-dequantized", "quality-peers".
         commit: of the source tree, 7 to 40 hexadecimal digits.
         dirty: whether files other than results differed from that commit.
         machine: `environment.machine_name`.

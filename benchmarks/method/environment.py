@@ -71,12 +71,13 @@ def machine_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of the source tree, "+changes" where files other than results differ; "unknown" outside a repository."""
+    """The commit of the source tree, "+changes" where files other than results differ; outside a repository what
+    QKERNELS_COMMIT says (a copy that was taken elsewhere), or "unknown"."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return f"{head}+changes" if _git(*_CHANGES) else head
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("QKERNELS_COMMIT", "unknown")
 
 
 _CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")

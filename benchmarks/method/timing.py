@@ -25,7 +25,11 @@ from qkernels.nn.huge_pages import begins_huge_page, on_huge_pages
 Call = Callable[[], Any]
 
 ROTATION = 4  # copies together are worth this many last-level caches
-GRAPH_CALLS = 20  # at least so many calls a graph: the launch of the graph itself is spread over them
+GRAPH_CALLS = 20  # at least so many calls a graph, and a graph at least so long: its launch is spread over them
+GRAPH_SECONDS = 0.5e-3
+PAUSE_CYCLES = (
+    100_000  # 50 us: graph and events are queued before the GPU comes to them, and host time is not on the clock
+)
 CPU_SAMPLE_SECONDS = (
     4e-3  # a CPU sample lasts at least this long: far above the clock, far below a scheduler's patience
 )
@@ -85,7 +89,6 @@ class GraphClock:
     """CUDA: event time of a graph of at least `GRAPH_CALLS` calls that goes round all copies."""
 
     def prepare(self, calls: Sequence[Call]) -> Callable[[], float]:
-        rounds = -(-GRAPH_CALLS // len(calls))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # lazy set-up, autotuning and JIT may not happen inside a capture
@@ -93,6 +96,12 @@ class GraphClock:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        once = (time.perf_counter() - start) / len(calls)  # at most: the host may be the slower one
+        rounds = -(-max(GRAPH_CALLS, min(1000, int(GRAPH_SECONDS / max(once, 1e-7)))) // len(calls))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(rounds):
@@ -102,6 +111,7 @@ class GraphClock:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
         def sample() -> float:
+            torch.cuda._sleep(PAUSE_CYCLES)
             begin.record()
             graph.replay()
             end.record()

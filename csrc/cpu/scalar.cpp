@@ -25,7 +25,8 @@ void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
     for (int64_t first = g * call.group; first < end; first += kRun) {
       const int64_t n = end - first < kRun ? end - first : kRun;
       for (int64_t k = 0; k < n; ++k) {
-        for (int r = 0; r < kTileRows; ++r) weight[k][r] = static_cast<float>(code_at(call, tile, r, first + k)) - zero[r];
+        for (int r = 0; r < kTileRows; ++r)
+          weight[k][r] = static_cast<float>(code_at(call, tile, r, first + k)) - zero[r];
       }
       for (int64_t m = m0; m < m1; ++m) {
         const float* x = static_cast<const float*>(call.staged.data) + staged_at(call, m, first);

@@ -1,19 +1,12 @@
 // W8A8 and W4A8: products of mma_tile's symmetric weights with activations that are quantized to int8, one scale per
-// token. The values of a call, the choice of its configuration, and the launchers.
+// token. The workspace of a call, and the launchers.
 #pragma once
 #include "problem.h"
 
 namespace qkernels::cuda {
 
-// One group's int32 sums must hold columns * 128 * 127 (gemm_a8.cuh).
+// One group's int32 sums must hold columns * 128 * 127 (multiply_a8.cuh).
 constexpr int64_t kMostGroupColumnsA8 = 131072;
-
-// How a problem is run.
-struct ConfigA8 {
-  Path path;   // kGemm, or kGemmSm90
-  int tokens;  // a block: 32, 64 or 128; kGemmSm90: 64, 128, and 256 with one group in K
-  int splits;  // of K over blocks
-};
 
 QK_CONSTEXPR int strips_per_block_a8(int tokens) { return tokens == 32 ? 4 : 2; }
 
@@ -21,7 +14,7 @@ QK_CONSTEXPR int strips_per_block_a8(int tokens) { return tokens == 32 ? 4 : 2; 
 struct WorkspaceA8 {
   int64_t scales, partial, bytes;  // offsets of the second and third, and the whole
 };
-inline WorkspaceA8 workspace_a8(const Call& call, const ConfigA8& config) {
+inline WorkspaceA8 workspace_a8(const Call& call, const Config& config) {
   const int64_t M = call.out.M;
   WorkspaceA8 at{};
   at.scales = M * call.weight.steps * kStepColumns;
@@ -34,7 +27,7 @@ inline WorkspaceA8 workspace_a8(const Call& call, const ConfigA8& config) {
 int quantize_a8(const Activations& x, Type type, int steps, int8_t* to, float* scales, void* stream);
 // y = x W^T + bias. `workspace`: workspace_a8(...).bytes, 16-byte aligned. M, N > 0; zero points must be absent, groups
 // must not be of 16 columns.
-int multiply_a8(const Call& call, const ConfigA8& config, void* workspace, void* stream);
+int multiply_a8(const Call& call, const Config& config, void* workspace, void* stream);
 
 // Partial sums [splits][M][N_pad] -> y, in the order of the splits.
 int add_parts(const Output& out, int splits, Type type, void* stream);

@@ -15,7 +15,7 @@
 
 #include "../inputs.h"
 #include "checks.h"
-#include "heuristics_a8.h"
+#include "heuristics.h"
 #include "settings.h"
 
 namespace qkernels::cuda {
@@ -77,6 +77,13 @@ Device checked_device() {
   check(current_device(&device), "cudaDeviceGetAttribute");
   refuse(wrong_device(device));
   return device;
+}
+
+Problem problem_of(const Call& call, const Device& device, int64_t bits, int act_bits) {
+  Clusters clusters{};
+  check(clusters_of(device, &clusters), "cudaOccupancyMaxActiveClusters");
+  return problem_of(call.weight, call.x.M, static_cast<int>(bits), act_bits, call.type == Type::kHalf,
+                    is_aligned(call.x), device, clusters);
 }
 
 // --- dequantize + mm ---
@@ -162,31 +169,26 @@ void* allocate(const Tensor& like, int64_t bytes, OptionalTensor& to) {
   return to->mutable_data_ptr();
 }
 
+// The launches of a configuration, with the workspace that it asks for.
+void run(const Prepared& p, const Config& config) {
+  if (config.path == Path::kDequantize) return dequantize_and_multiply(p.call, p.x, p.bias, p.y, p.stream);
+  OptionalTensor workspace;
+  void* space = allocate(p.x, workspace_bytes(p.call, config), workspace);
+  check(multiply(p.call, config, space, p.stream), describe(config).c_str());
+}
+
+void run_chosen(const Prepared& p, const Problem& problem, bool decode_only) {
+  const Config config = remembered_choice(problem, half_accumulate(), decode_only);
+  if (logs()) log_once(describe(problem) + ": " + describe(config));
+  run(p, config);
+}
+
 Tensor product_a16(const Inputs& in, bool decode_only) {
   const Plain plain(in);
   if (decode_only) refuse(wrong_decode(plain.arguments.x));
   refuse(wrong_product(plain.arguments));
-  return product(in, plain.arguments, [&](const Prepared& p) {
-    const Weight& w = p.call.weight;
-    const GroupBytes groups = group_bytes(w);
-    const Problem problem{p.call.x.M,
-                          w.N,
-                          w.K,
-                          static_cast<int>(in.bits),
-                          groups.scales + groups.zeros,
-                          p.call.type == Type::kHalf,
-                          is_aligned(p.call.x),
-                          p.device.sm,
-                          p.device.multiprocessors,
-                          w.groups_per_step > 1,
-                          is_floating(w.zero_type)};
-    const Config config = remembered_choice(problem, half_accumulate(), decode_only);
-    if (logs()) log_once(describe(problem) + ": " + describe(config));
-    if (config.path == Path::kDequantize) return dequantize_and_multiply(p.call, p.x, p.bias, p.y, p.stream);
-    OptionalTensor workspace;
-    void* space = allocate(p.x, workspace_bytes(p.call, config), workspace);
-    check(multiply(p.call, config, space, p.stream), describe(config).c_str());
-  });
+  return product(in, plain.arguments,
+                 [&](const Prepared& p) { run_chosen(p, problem_of(p.call, p.device, in.bits, 16), decode_only); });
 }
 
 Tensor gemm_mma_tile(const Inputs& in) { return product_a16(in, false); }
@@ -197,11 +199,27 @@ Tensor gemm_mma_tile_a8(const Inputs& in) {
   const Plain plain(in);
   refuse(wrong_product(plain.arguments));
   refuse(wrong_a8(plain.arguments));
+  return product(in, plain.arguments,
+                 [&](const Prepared& p) { run_chosen(p, problem_of(p.call, p.device, in.bits, 8), false); });
+}
+
+// For tests, which want every kernel executed and not those alone that are chosen: the configuration is given, and one
+// that does not exist is an error. The instances of sm_90a are traps in the code of every other card.
+Tensor multiply_as(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+                   const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
+                   int64_t group_size, bool zeros_are_offsets, int64_t path, int64_t tokens, int64_t warps_n,
+                   int64_t warps_k, int64_t splits, bool half_accumulate, int64_t stages) {
+  const Inputs in{&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets};
+  const Plain plain(in);
+  refuse(wrong_product(plain.arguments));
+  auto number = [](int64_t v) { return static_cast<int>(v); };
+  const Config config{static_cast<Path>(path), number(tokens),  number(warps_n), number(warps_k),
+                      number(splits),          half_accumulate, number(stages)};
+  if (has_int8_activations(config.path)) refuse(wrong_a8(plain.arguments));
   return product(in, plain.arguments, [&](const Prepared& p) {
-    const ConfigA8 config = choose_a8(p.call.weight, p.call.x.M, p.device);
-    OptionalTensor workspace;
-    void* space = allocate(p.x, workspace_a8(p.call, config).bytes, workspace);
-    check(multiply_a8(p.call, config, space, p.stream), "gemm_mma_tile_a8");
+    const bool wgmma = uses_wgmma(config.path);
+    refuse(wgmma && (!kHasWgmma || p.device.sm != 90) ? "this device has no wgmma, or this build has no sm_90a" : "");
+    run(p, config);
   });
 }
 
@@ -234,3 +252,12 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
   m.impl("gemm_mma_tile_a8", TORCH_BOX(&product_op<cuda::gemm_mma_tile_a8>));
   m.impl("dequantize_mma_tile_a8", TORCH_BOX(&dequantize_op<cuda::dequantize_mma_tile>));  // the same bytes
 }
+
+// A namespace of its own: nothing in qkernels calls it (tests/gpu/test_cuda.py).
+STABLE_TORCH_LIBRARY(qkernels_forced, m) {
+  m.def(
+      "multiply(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? bias, "
+      "int out_features, int bits, int group_size, bool zeros_are_offsets, int path, int tokens, int warps_n, "
+      "int warps_k, int splits, bool half_accumulate, int stages) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(qkernels_forced, CUDA, m) { m.impl("multiply", TORCH_BOX(&qkernels::cuda::multiply_as)); }

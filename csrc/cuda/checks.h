@@ -5,7 +5,7 @@
 
 #include "../checks.h"
 #include "a8.h"
-#include "heuristics.h"
+#include "blocks.h"
 
 namespace qkernels::cuda {
 

@@ -1,6 +1,6 @@
 // The 24 instances of decode (type x width x short or longer groups x 8, 16, 32 tokens), and how they are launched.
+#include "blocks.h"
 #include "decode.cuh"
-#include "heuristics.h"
 #include "launchers.h"
 
 namespace qkernels::cuda {
@@ -46,7 +46,7 @@ cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t s
   p.steps_per_block = divide_up(call.weight.steps, config.splits);
   p.stage_bytes = stage_bytes(call.weight);
   p.warp_bytes = decode_warp_bytes(config.tokens, p.stage_bytes, call.weight.width);
-  const int shared = decode_shared_bytes(config, call.x.M, p.stage_bytes, call.weight.width, call.weight.steps);
+  const size_t shared = decode_shared_bytes(config, call.x.M, p.stage_bytes, call.weight.width, call.weight.steps);
   const dim3 grid(divide_up(call.weight.strips, config.warps_n), config.splits);
   return call.type == Type::kHalf ? launch_format<Half>(p, config.tokens, grid, shared, stream)
                                   : launch_format<BFloat16>(p, config.tokens, grid, shared, stream);

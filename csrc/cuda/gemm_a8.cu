@@ -1,8 +1,8 @@
 // The 12 instances of gemm_a8 (width x groups of 32 or longer x tokens), the quantization of x, and how they are
 // launched.
 #include "a8.h"
+#include "blocks.h"
 #include "gemm_a8.cuh"
-#include "heuristics.h"
 #include "launch_a8.cuh"
 #include "quantize_a8.cuh"
 
@@ -12,12 +12,12 @@ namespace {
 template <int kWidth, bool kGroups32, int kWarpsN, int kWarpsM>
 cudaError_t launch_tile(const GemmA8Arguments& p, int splits, cudaStream_t stream) {
   const dim3 grid(divide_up(p.out.M, kWarpsM * kWarpTokensA8), divide_up(p.weight.strips, kWarpsN), splits);
-  const int64_t stages = kStagesA8 * (round_up(kWarpsN * p.strip_bytes, 128) + kWarpsM * kWarpTokensA8 * kStepColumns);
-  return launch(gemm_a8<kWidth, kGroups32, kWarpsN, kWarpsM>, grid, dim3(kWarpsN * kWarpsM * 32), stages, stream, p);
+  const int shared = gemm_a8_shared_bytes(kWarpsM * kWarpTokensA8, p.strip_bytes);
+  return launch(gemm_a8<kWidth, kGroups32, kWarpsN, kWarpsM>, grid, dim3(kWarpsN * kWarpsM * 32), shared, stream, p);
 }
 
 template <int kWidth, bool kGroups32>
-cudaError_t launch_tokens(const GemmA8Arguments& p, const ConfigA8& c, cudaStream_t stream) {
+cudaError_t launch_tokens(const GemmA8Arguments& p, const Config& c, cudaStream_t stream) {
   switch (c.tokens) {
     case 32:
       return launch_tile<kWidth, kGroups32, 4, 1>(p, c.splits, stream);
@@ -37,9 +37,9 @@ int quantize_a8(const Activations& x, Type type, int steps, int8_t* to, float* s
                 static_cast<cudaStream_t>(stream), x, is_aligned(x), type == Type::kHalf, steps, to, scales);
 }
 
-int multiply_a8(const Call& call, const ConfigA8& config, void* workspace, void* stream) {
+int multiply_a8(const Call& call, const Config& config, void* workspace, void* stream) {
   const Weight& w = call.weight;
-  if (w.zero_type != Type::kNone || w.groups_per_step > 2 || config.splits < 1 ||
+  if (!has_int8_activations(config.path) || w.zero_type != Type::kNone || w.groups_per_step > 2 || config.splits < 1 ||
       int64_t{w.steps_per_group} * kStepColumns > kMostGroupColumnsA8) {
     return cudaErrorInvalidValue;
   }
@@ -58,7 +58,7 @@ int multiply_a8(const Call& call, const ConfigA8& config, void* workspace, void*
   const bool groups32 = w.groups_per_step == 2;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   const cudaError_t error =
-      config.path == Path::kGemmSm90 ? launch_gemm_a8_sm90(p, config, s)
+      config.path == Path::kGemmA8Sm90 ? launch_gemm_a8_sm90(p, config, s)
       : w.width == 4 ? groups32 ? launch_tokens<4, true>(p, config, s) : launch_tokens<4, false>(p, config, s)
       : groups32     ? launch_tokens<8, true>(p, config, s)
                      : launch_tokens<8, false>(p, config, s);

@@ -3,11 +3,11 @@
 //
 // Blocks, tiles and pipeline are those of gemm_sm80.cuh; a token's step is 64 bytes, in four chunks of 16 columns.
 #pragma once
+#include "blocks.h"
 #include "multiply_a8.cuh"
 
 namespace qkernels::cuda {
 
-constexpr int kStagesA8 = 4;
 constexpr int kWarpTokensA8 = 32;
 constexpr int kTokenTilesA8 = kWarpTokensA8 / 8;
 

@@ -1,7 +1,7 @@
 // The 10 instances of gemm_a8_wgmma (width x groups of 32 or longer x 64, 128 tokens; width x 256 tokens), and how they
 // are launched.
+#include "blocks.h"
 #include "gemm_a8_sm90.cuh"
-#include "heuristics_a8.h"
 #include "launch_a8.cuh"
 
 namespace qkernels::cuda {
@@ -11,11 +11,11 @@ template <int kWidth, bool kGroups32, int kTokens>
 cudaError_t launch_tile(const WgmmaA8Arguments& p, int splits, cudaStream_t stream) {
   const dim3 grid(divide_up(p.gemm.out.M, kTokens), divide_up(p.gemm.weight.strips, kStripsA8), splits);
   return launch(gemm_a8_wgmma<kWidth, kGroups32, kTokens>, grid, dim3(kConsumersA8 + 128),
-                wgmma_a8_shared_bytes(kTokens, p.gemm.strip_bytes), stream, p);
+                wgmma_a8_shared_bytes(kTokens, p.gemm.strip_bytes, p.stages), stream, p);
 }
 
 template <int kWidth>
-cudaError_t launch_width(const WgmmaA8Arguments& p, const ConfigA8& c, cudaStream_t stream) {
+cudaError_t launch_width(const WgmmaA8Arguments& p, const Config& c, cudaStream_t stream) {
   const bool groups32 = p.gemm.weight.groups_per_step == 2;
   switch (c.tokens) {
     case 64:
@@ -33,10 +33,11 @@ cudaError_t launch_width(const WgmmaA8Arguments& p, const ConfigA8& c, cudaStrea
 
 }  // namespace
 
-cudaError_t launch_gemm_a8_sm90(const GemmA8Arguments& gemm, const ConfigA8& c, cudaStream_t stream) {
+cudaError_t launch_gemm_a8_sm90(const GemmA8Arguments& gemm, const Config& c, cudaStream_t stream) {
   WgmmaA8Arguments p{};
   p.gemm = gemm, p.stage_bytes = wgmma_a8_stage_bytes(c.tokens, gemm.strip_bytes);
-  p.stages = wgmma_a8_stages(c.tokens, gemm.strip_bytes);
+  p.stages = wgmma_a8_stages(c.tokens, gemm.strip_bytes, c.stages);
+  if (p.stages < 2) return cudaErrorInvalidValue;
   if (const int words = gemm.weight.steps * kStepColumns / 2) {
     const uint16_t* x = reinterpret_cast<const uint16_t*>(gemm.x);
     const cudaError_t error = encode_tensor_map(&p.x, x, gemm.out.M, words, words, c.tokens, kStepColumns / 2);

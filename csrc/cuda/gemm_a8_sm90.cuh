@@ -60,7 +60,7 @@ QK_DEVICE void produce_a8(const WgmmaA8Arguments& args, Ring ring, int begin, in
   }
 }
 
-// totals += scale * sums. `index`: of the lane's row r among the step's scales.
+// totals += scale * sums, once these are shifted back.
 template <int kCount>
 QK_DEVICE void add_sums(float (&totals)[kCount], int32_t (&sums)[kCount], float scale, float scale8, int shift) {
 #pragma unroll
@@ -128,6 +128,12 @@ QK_DEVICE void consume_a8(const GemmA8Arguments& p, Ring ring, int begin, int en
         unpack(0);
       }
       before = empty;
+      // A short group ends with its step (steps_per_group is 1). Said here, because a second round would unpack into
+      // the fragment that the second wgmma of this step still reads, and would add its sums to another group's.
+      if constexpr (kGroups32) {
+        ++step;
+        break;
+      }
     }
     walk.left = p.weight.steps_per_group;
     load_scales(scales, kGroups32 ? 1 : 0, scale, scale8);

@@ -1,6 +1,9 @@
 // The 36 instances of gemm_wgmma (type x width x nine of tile and kind of scaling), and how they are launched.
+#include <mutex>
+
+#include "blocks.h"
+#include "card.h"
 #include "gemm_sm90.cuh"
-#include "heuristics.h"
 #include "launchers.h"
 
 namespace qkernels::cuda {
@@ -10,7 +13,7 @@ template <class F, int kTokens>
 cudaError_t launch_tile(const WgmmaArguments& p, const Config& c, cudaStream_t stream) {
   const dim3 grid(divide_up(p.out.M, kTokens), divide_up(p.weight.strips, wgmma_strips(kTokens)), c.splits);
   const dim3 block(wgmma_threads(kTokens));
-  const int shared = wgmma_shared_bytes(kTokens, p.strip_bytes);
+  const int shared = wgmma_shared_bytes(kTokens, p.strip_bytes, p.stages);
   return p.clusters ? launch_clusters(gemm_wgmma<F, kTokens>, grid, block, shared, stream, p)
                     : launch(gemm_wgmma<F, kTokens>, grid, block, shared, stream, p);
 }
@@ -39,14 +42,49 @@ cudaError_t launch_width(const WgmmaArguments& p, const Config& c, cudaStream_t 
              : launch_tokens<WgmmaFormat<T, kWidth, false>>(p, c, stream);
 }
 
+// Clusters of `size` blocks of a kernel. All instances for as many tokens ask for the same shared memory within a KB,
+// and for all registers of their share of a multiprocessor; so one stands for them.
+template <int kTokens>
+cudaError_t ask_clusters(int size, int* active) {
+  constexpr auto kernel = gemm_wgmma<WgmmaFormat<BFloat16, 4, false>, kTokens>;
+  const int strip = step_bytes(4) + 2 * kStripRows;
+  const int shared = wgmma_shared_bytes(kTokens, strip, wgmma_stages(kTokens, strip));
+  const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = cluster_of(size);
+  const cudaLaunchConfig_t config = {
+      dim3(1, 1, size), dim3(wgmma_threads(kTokens)), static_cast<size_t>(shared), nullptr, &attribute, 1};
+  return cudaOccupancyMaxActiveClusters(active, kernel, &config);
+}
+
 }  // namespace
+
+int clusters_of(const Device& device, Clusters* clusters) {
+  constexpr int kDevices = 64;
+  static std::mutex mutex;
+  static Clusters known[kDevices] = {};
+  static bool asked[kDevices] = {};
+  *clusters = {};
+  if (!kHasWgmma || device.sm != 90 || device.index >= kDevices) return cudaSuccess;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!asked[device.index]) {
+    for (const int size : {2, 3, 4, 8}) {
+      if (const int error = ask_clusters<32>(size, &known[device.index].active[1][size])) return error;
+      if (const int error = ask_clusters<64>(size, &known[device.index].active[0][size])) return error;
+    }
+    asked[device.index] = true;
+  }
+  *clusters = known[device.index];
+  return cudaSuccess;
+}
 
 cudaError_t launch_gemm_sm90(const Call& call, const Config& c, cudaStream_t stream) {
   if (!tma_reads(call.x) || c.splits < 1) return cudaErrorInvalidValue;
   WgmmaArguments p{};
   p.weight = call.weight, p.format = group_format(call.weight), p.out = call.out;
   p.strip_bytes = stage_bytes(call.weight), p.stage_bytes = wgmma_stage_bytes(c.tokens, p.strip_bytes);
-  p.stages = wgmma_stages(c.tokens, p.strip_bytes), p.clusters = adds_in_cluster(c);
+  p.stages = wgmma_stages(c.tokens, p.strip_bytes, c.stages), p.clusters = adds_in_cluster(c);
+  if (p.stages < 2) return cudaErrorInvalidValue;
   if (call.x.K > 0) {
     const Activations& x = call.x;
     const cudaError_t error = encode_tensor_map(&p.x, x.x, x.M, x.K, x.row_stride, c.tokens, kStepColumns);

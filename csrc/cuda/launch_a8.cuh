@@ -5,6 +5,6 @@
 
 namespace qkernels::cuda {
 
-cudaError_t launch_gemm_a8_sm90(const GemmA8Arguments& p, const ConfigA8& config, cudaStream_t stream);
+cudaError_t launch_gemm_a8_sm90(const GemmA8Arguments& p, const Config& config, cudaStream_t stream);
 
 }  // namespace qkernels::cuda

@@ -1,8 +1,8 @@
 // How an instance of gemm is found and launched, for one type of activations: 12 instances, and two with fp16
 // accumulation for fp16. Each type is a translation unit of its own.
 #pragma once
+#include "blocks.h"
 #include "gemm_sm80.cuh"
-#include "heuristics.h"
 #include "launchers.h"
 
 namespace qkernels::cuda {

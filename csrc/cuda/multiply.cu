@@ -1,7 +1,7 @@
 // The launchers of problem.h: a fused product with what may come before (a copy of x) and after it (sums of splits),
 // and the side kernels.
 #include "a8.h"
-#include "heuristics.h"
+#include "blocks.h"
 #include "launchers.h"
 #include "side_kernels.cuh"
 #include "tensor_map.h"
@@ -28,6 +28,7 @@ int64_t staged_bytes(const Call& call, const Config& config) {
 }
 
 int64_t workspace_bytes(const Call& call, const Config& config) {
+  if (has_int8_activations(config.path)) return workspace_a8(call, config).bytes;
   return staged_bytes(call, config) + partial_bytes(call, config);
 }
 
@@ -39,6 +40,7 @@ int stage_x(const Activations& x, int steps, uint16_t* to, void* stream) {
 }
 
 int multiply(const Call& original, const Config& config, void* workspace, void* stream) {
+  if (has_int8_activations(config.path)) return multiply_a8(original, config, workspace, stream);
   Call call = original;
   uint8_t* free = static_cast<uint8_t*>(workspace);
   if (const int64_t bytes = staged_bytes(call, config)) {
@@ -89,20 +91,19 @@ int dequantize(const Weight& weight, int first, int count, int columns, const in
   return cudaSuccess;
 }
 
-#ifndef QKERNELS_HOST
 int current_device(Device* device) {
-  int index = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  }
+  int major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device->index);
+  auto ask = [&](int* to, cudaDeviceAttr what) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(to, what, device->index);
+  };
+  ask(&major, cudaDevAttrComputeCapabilityMajor), ask(&minor, cudaDevAttrComputeCapabilityMinor);
+  ask(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(&device->most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   device->sm = 10 * major + minor;
   return error;
 }
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
-#endif
 
 }  // namespace qkernels::cuda

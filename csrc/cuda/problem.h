@@ -79,17 +79,23 @@ enum class Path : int {
   kDecode,      // few tokens: weights stream past registers, warps on their own
   kGemm,        // blocks with a shared pipeline
   kDequantize,  // dequantize slices of the weight, and torch's mm
-  kGemmSm90     // wgmma, on sm_90a
+  kGemmSm90,    // wgmma, on sm_90a
+  kGemmA8,      // x is quantized to int8; any card
+  kGemmA8Sm90   // the same on wgmma
 };
 
 // How a problem is run: heuristics.h chooses it, the launchers obey it.
 struct Config {
   Path path;
-  int tokens;            // kDecode: 8, 16 or 32 a block, at least M; kGemm: 32, 64 or 128; kGemmSm90: 16 ... 256
+  int tokens;            // a block: kDecode 8, 16 or 32, at least M; kGemm and kGemmA8 32, 64 or 128; kGemmSm90 16 ...
+                         // 256; kGemmA8Sm90 64, 128, and 256 with one group in K
   int warps_n, warps_k;  // kDecode: the warps of a block over strips and over K
   int splits;            // of K over blocks
   bool half_accumulate;  // kGemm, 4 bit, fp16: accumulate 64 columns in fp16
+  int stages = 0;        // of the ring of a kernel for sm_90a, at least 2, for measurements; 0: as many as fit
 };
+
+QK_CONSTEXPR bool has_int8_activations(Path path) { return path == Path::kGemmA8 || path == Path::kGemmA8Sm90; }
 
 // A block of gemm_sm90: strips (a consumer warpgroup each), threads with the producer's, blocks that a multiprocessor
 // has registers for.
@@ -125,7 +131,8 @@ int64_t staged_bytes(const Call& call, const Config& config);
 int64_t workspace_bytes(const Call& call, const Config& config);
 
 // All return a cudaError_t (0: success) and enqueue on `stream` only. `workspace`: at least workspace_bytes, 16-byte
-// aligned. `multiply` runs all but kDequantize; M, N > 0 (K may be 0).
+// aligned. `multiply` runs every configuration but kDequantize, chosen or forced, and answers cudaErrorInvalidValue to
+// one that does not exist; M, N > 0 (K may be 0).
 int multiply(const Call& call, const Config& config, void* workspace, void* stream);
 // x gathered, padded with zeros: [M, steps * 64] contiguous.
 int stage_x(const Activations& x, int steps, uint16_t* to, void* stream);
@@ -134,11 +141,20 @@ int stage_x(const Activations& x, int steps, uint16_t* to, void* stream);
 int dequantize(const Weight& weight, int first, int count, int columns, const int32_t* k_order, Type type, void* to,
                void* stream);
 
-// The current device: 10 * major + minor, and its multiprocessors.
+// How many clusters of gemm_sm90 a device runs at a time (cudaOccupancyMaxActiveClusters), by the blocks that a
+// multiprocessor holds and by their size. It is the board's own: 132 multiprocessors lie in groups of 14, 16 or 18, and
+// a cluster lies in one group. 0: not asked.
+struct Clusters {
+  int active[2][9];  // [blocks of a multiprocessor - 1][blocks of a cluster]
+};
+
+// A device: 10 * major + minor, its multiprocessors, and the bytes of dynamic shared memory that a block may ask for.
 struct Device {
-  int sm, multiprocessors;
+  int index, sm, multiprocessors, most_shared;
 };
 int current_device(Device* device);
+// Asks once for each device; all 0 for those that have no clusters of ours.
+int clusters_of(const Device& device, Clusters* clusters);
 
 const char* error_text(int error);
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..formats import METADATA, READ_ONLY, Format, Parsed
-from ..models.building import renames_for
+from ..formats import METADATA, READ_ONLY, Format, Oddity, Parsed
+from ..formats.beyond import beyond_weights, check_below
+from ..models.naming import Conversion, into_model
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
 from .registry import WRITTEN, detect
 
@@ -30,8 +32,11 @@ class DirectoryCheckpoint:
         source: all tensors of the directory.
         format: None where nothing is quantized.
         quantization: its quantization_config, empty where nothing is quantized.
-        modules: module -> suffix -> name of the tensor.
+        modules: module -> suffix -> name of the tensor in the files.
         others: names of all other tensors, biases of quantized modules among them, sorted.
+        oddities: what is strange about it apart from single weights, by module or field.
+        spelled: names in the files of tensors and modules that have another one here, by the one they have here.
+        made: conversions of tensors in the files, by the names of what they make, with its shape as a tensor on meta.
     """
 
     source: TensorSource
@@ -39,6 +44,9 @@ class DirectoryCheckpoint:
     quantization: Mapping[str, Any]
     modules: Mapping[str, Mapping[str, str]]
     others: tuple[str, ...]
+    oddities: tuple[tuple[str, Oddity], ...] = ()
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, tuple[Conversion, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> DirectoryCheckpoint:
@@ -47,7 +55,8 @@ class DirectoryCheckpoint:
         Raises:
             CheckpointError: see `TensorSource.open` and `detect`; or a module lacks a tensor of its format, has a float
                 weight as well, or is called quantized by the config but is not; or the config says nothing, but tensors
-                look quantized.
+                look quantized; or the file asks for what is not done here (`formats/beyond.py`), or has a tensor under a
+                quantized module that nobody knows.
         """
         source = TensorSource.open(directory)
         config = quantization_config(source)
@@ -57,13 +66,16 @@ class DirectoryCheckpoint:
         found = detect(config)
         if found.needs_metadata:
             config = config | {METADATA: source.metadata}
-        modules = _group(source.names(), found)
+        beyond = beyond_weights(config, source.names())
+        modules = _group([name for name in source.names() if name not in beyond.aside], found)
         if not modules:
             raise CheckpointError(
                 f"{source.directory} declares the format {found.name} but has no tensor *.{found.required[0]}"
             )
-        owned = {name for tensors in modules.values() for name in tensors.values()}
-        return cls(source, found, config, modules, tuple(n for n in source.names() if n not in owned))
+        owned = {name for tensors in modules.values() for name in tensors.values()} | beyond.aside
+        others = tuple(name for name in source.names() if name not in owned)
+        check_below(modules, others)
+        return cls(source, found, config, modules, others, beyond.oddities)
 
     @property
     def path(self) -> Path:
@@ -84,7 +96,11 @@ class DirectoryCheckpoint:
             CheckpointError: naming the module and the field.
         """
         assert self.format is not None
-        return self.format.parse(module, self.tensors(module), self.quantization)
+        return self.format.parse(self.spelled.get(module, module), self.tensors(module), self.quantization)
+
+    def parts(self, module: str) -> list[str]:
+        """The names in the files of the tensors that make it up."""
+        return list(self.modules[module].values())
 
     def module_nbytes(self, module: str) -> int:
         return sum(self.source.nbytes(name) for name in self.modules[module].values())
@@ -93,37 +109,84 @@ class DirectoryCheckpoint:
         return list(self.others)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.source
+        return name in self._others
+
+    @cached_property
+    def _others(self) -> frozenset[str]:
+        return frozenset(self.others)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.source.shape(name)
+        return tuple(self.made[name][1].shape) if name in self.made else self.source.shape(self.spelled.get(name, name))
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.source.dtype(name)
+        return self.made[name][1].dtype if name in self.made else self.source.dtype(self.spelled.get(name, name))
 
     def nbytes(self, name: str) -> int:
-        return self.source.nbytes(name)
+        return self.made[name][1].nbytes if name in self.made else self.source.nbytes(self.spelled.get(name, name))
 
     def read(self, name: str) -> Tensor:
-        return self.source.read(name)
+        """A tensor that is not quantized, in memory of its own, on the CPU. One that is made of others (stacked experts)
+        takes twice its memory for a moment.
+
+        Raises:
+            CheckpointError: as `TensorSource.read`.
+        """
+        if name not in self.made:
+            return self.source.read(self.spelled.get(name, name))
+        conversion, _ = self.made[name]
+        return conversion({source: self.source.read(source) for source in conversion.sources})[name].contiguous()
 
     def in_file_order(self) -> Iterator[tuple[str, str | None]]:
-        """(name, module) once for each module, where its first tensor lies, and (name, None) for each other tensor."""
+        """(name, module) once for each module, where its first tensor lies, and (name, None) for each other tensor; what is
+        made of several stands where the first of them lies."""
         owner = {name: module for module, tensors in self.modules.items() for name in tensors.values()}
+        here = {spelled: name for name, spelled in self.spelled.items()}
+        kept = {self.spelled.get(name, name) for name in self.others if name not in self.made}
+        position = {name: i for i, name in enumerate(self.source.entries)}
+        made: dict[str, list[str]] = {}
+        for name, (conversion, _) in self.made.items():
+            made.setdefault(min(conversion.sources, key=position.__getitem__), []).append(name)
         seen: set[str] = set()
         for name in self.source.entries:
             module = owner.get(name)
-            if module is None or module not in seen:
-                yield name, module
-            if module is not None:
+            if name in made:
+                yield from ((target, None) for target in made[name])
+            elif module is None and name in kept:
+                yield here.get(name, name), None
+            elif module is not None and module not in seen:
                 seen.add(module)
+                yield name, module
 
-    def named_as_in(self, model: nn.Module) -> DirectoryCheckpoint:
-        """Float checkpoints only: what is quantized is named as in the model, or `load` says that it does not fit."""
-        if self.format is not None:
-            return self
-        source = self.source.renamed(renames_for(model, self.source.names()))
-        return replace(self, source=source, others=tuple(source.names()))
+    def named_as_in(self, model: nn.Module, transforms: Iterable[Any] | None = None) -> DirectoryCheckpoint:
+        """The same checkpoint under the names of this model, which is told what its names in the files are, as
+        `from_pretrained` tells it: whatever saves it will use them.
+
+        Args:
+            transforms: transformers' conversion mapping of this model, if it is at hand.
+
+        Raises:
+            CheckpointError: two tensors have one place in the model, or a quantized one is only a part of what has a place.
+        """
+        assert not self.spelled and not self.made, "it is named as in a model already"
+        tensors = {name: self._on_meta(name) for name in self.others}
+        way = into_model(model, tensors, self.modules, transforms)
+        model._weight_conversions = list(way.used)  # type: ignore[assignment]  # as transformers keeps them
+        made = {target: (conversion, t) for conversion, targets in way.made for target, t in targets.items()}
+        kept = [way.names[name] for name in self.others if name in way.names]
+        return replace(
+            self,
+            modules={way.names[module]: tensors for module, tensors in self.modules.items()},
+            others=tuple(sorted([*kept, *made])),
+            spelled={here: name for name, here in way.names.items() if here != name},
+            made=made,
+        )
+
+    def spelling(self, name: str) -> str:
+        """The name in the files, for messages."""
+        return next(iter(self.made[name][0].sources)) if name in self.made else self.spelled.get(name, name)
+
+    def _on_meta(self, name: str) -> Tensor:
+        return torch.empty(self.source.shape(name), dtype=self.source.dtype(name), device="meta")
 
     def files(self) -> list[Path]:
         return sorted({entry.path for entry in self.source.entries.values()})

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..formats import Oddity, summary
+from ..memory import give_back
 from ..models.building import assign, empty_model
 from ..models.linears import as_linear
+from ..models.naming import float_state
 from ..nn import QuantLinear, set_module
 from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
-from ..text import describe, dtype_name
+from ..text import describe, dtype_name, dtype_names
 from .source import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -31,8 +34,9 @@ log = logging.getLogger(__name__)
 def load(
     directory: str | os.PathLike[str],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     on_unsupported: OnUnsupported = "raise",
+    **others: Any,
 ) -> Any:
     """Any known checkpoint, quantized or not, as a `transformers` model in which quantized modules are `QuantLinear`.
 
@@ -42,16 +46,20 @@ def load(
     Args:
         directory: a local checkpoint with config.json and safetensors.
         device: where the model goes.
-        dtype: of activations and unquantized weights; that of the checkpoint if None. Scales keep their own.
+        dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
+            Scales keep their own.
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
+        others: none; those of transformers' `from_pretrained` get an error that says what to pass instead.
 
     Returns:
-        The class that config.json names, else that of `AutoModelForCausalLM`, in eval mode.
+        The class that config.json names, else that of `AutoModelForCausalLM`, in eval mode. Where the files were saved from
+        the model without its head, and there is none to tie to the embeddings (Qwen3-Embedding), the model without it.
 
     Raises:
         CheckpointError: the directory is incomplete, malformed or of an unknown kind; or its tensors and the model that
             config.json describes do not fit each other. Nothing missing or left over is passed over in silence.
         UnsupportedProblem: no kernel takes a module.
+        ArgumentError: an argument that `load` does not have, or a dtype that no model is loaded in.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
@@ -65,32 +73,93 @@ def load(
     >>> again.model.layers[0].mlp.up_proj.scheme == model.model.layers[0].mlp.up_proj.scheme
     True
     """
+    _refuse_others(others)
+    named = _named_dtype(dtype)
     checkpoint, device = open_checkpoint(directory), torch.device(device)
-    dtype = dtype or _dtype_of(checkpoint)
-    model = empty_model(checkpoint.config, dtype, checkpoint.path)
-    checkpoint = checkpoint.named_as_in(model)
+    dtype = named or _dtype_of(checkpoint)
+    model, checkpoint = model_of(checkpoint, dtype)
     slots = _slots(model)
-    oddities: list[tuple[str, Oddity]] = []
+    oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     used = {f"{module}.bias" for module in checkpoint.modules}
     for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
-        linear = linear_at(model, module)
+        linear = linear_at(model, module, checkpoint.spelling(module))
         weight, found = checkpoint.weight(module)
         oddities += [(module, oddity) for oddity in found]
         bias = bias_for(linear, checkpoint, module, weight)
         layer = QuantLinear.from_quant_tensor(weight, bias, device, dtype, on_unsupported)
         set_module(model, module, layer)
     missing = _fill(model, slots, checkpoint, used, device, dtype)
-    _check_names(model, missing, [name for name in checkpoint.names() if name not in used])
+    _check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, device)
+    give_back()
     for line in summary(oddities):
         log.warning("%s: %s", checkpoint.path, line)
     model.config._name_or_path = str(checkpoint.path)
     return model.eval()
 
 
+# What scripts pass to `from_pretrained`, and what it is here.
+_OF_TRANSFORMERS: Final = {
+    "torch_dtype": "it is called dtype here",
+    "device_map": 'the whole model goes to device= here, for example device="cuda"; to spread it over several, load it with '
+    "transformers (qkernels.integrations.transformers)",
+    "quantization_config": "the checkpoint says how it is quantized; to quantize, use replace_linear or quantize",
+    "trust_remote_code": "no code of a checkpoint is run here",
+    "low_cpu_mem_usage": "memory stays near the size of the result anyway",
+    **dict.fromkeys(
+        ("revision", "token", "cache_dir", "subfolder"), "a checkpoint is a local directory here; download it first"
+    ),
+    **dict.fromkeys(("attn_implementation", "use_safetensors", "local_files_only"), "leave it out"),
+}
+
+
+def _refuse_others(others: Mapping[str, Any]) -> None:
+    for name in others:
+        if name in _OF_TRANSFORMERS:
+            raise ArgumentError(f"load takes no {name}=: {_OF_TRANSFORMERS[name]}")
+        raise TypeError(f"load() got an unexpected keyword argument {name!r}")
+
+
+def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    for known in FLOAT_DTYPES:
+        if dtype_name(known) == str(dtype).removeprefix("torch."):
+            return known
+    raise ArgumentError(f"dtype must be {dtype_names(FLOAT_DTYPES)}, also by name, or None, got {dtype!r:.40}")
+
+
+def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoint]:
+    """The model of a checkpoint, without weights (see `empty_model`), and the checkpoint under its names.
+
+    Raises:
+        CheckpointError: transformers cannot build the model, or cannot give all tensors a place of their own.
+    """
+    model = empty_model(checkpoint.config, dtype, checkpoint.path)
+    named, base = checkpoint.named_as_in(model), model.base_model
+    inside = f"{model.base_model_prefix}."
+    in_files = [*checkpoint.names(), *checkpoint.modules]
+    if base is model or any(name.startswith(inside) for name in in_files):
+        return model, named
+    missing = [slot for slot in _slots(model) if not any(name in named or _quantized(name, named) for name in slot)]
+    if not missing or any(name.startswith(inside) for slot in missing for name in slot):
+        return model, named
+    log.warning(
+        "%s: the files hold a %s, without %s of a %s",
+        checkpoint.path, type(base).__name__, ", ".join(slot[0] for slot in missing), type(model).__name__,
+    )  # fmt: skip
+    return base, checkpoint.named_as_in(base)
+
+
+def _quantized(name: str, checkpoint: Checkpoint) -> bool:
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and module in checkpoint.modules
+
+
 def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise unless a float checkpoint holds what its model needs, in the same shapes, and nothing else; reads headers only.
-    Of models with experts only shapes are compared: files have experts one by one and other names than the model.
 
     Raises:
         CheckpointError: names the tensors.
@@ -101,10 +170,26 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(checkpoint.shape(name))}"
             )
-    if any(".experts." in name for name in (*needed, *checkpoint.names())):
-        return
     missing = [slot[0] for slot in _slots(model) if not any(name in checkpoint for name in slot)]
-    _check_names(model, missing, [name for name in checkpoint.names() if name not in needed])
+    _check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
+
+
+def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise for tensors that look like parts of quantized weights and have no place, where others may be left over (a class of
+    model with another head).
+
+    Raises:
+        CheckpointError: names them.
+    """
+    assert checkpoint.format is not None
+    places, suffixes = float_state(model).keys(), set(checkpoint.format.suffixes)
+    strays = []
+    for name in checkpoint.names():
+        module, _, leaf = name.rpartition(".")
+        belongs = module in checkpoint.modules and leaf != "bias"
+        if name not in places and (belongs or leaf in suffixes - {"weight"}):
+            strays.append(name)
+    _check_names(model, [], strays, checkpoint)
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
@@ -129,24 +214,30 @@ def _slots(model: nn.Module) -> list[list[str]]:
     return list(slots.values())
 
 
-def linear_at(model: nn.Module, module: str) -> nn.Linear:
-    """The linear layer that a quantized module of a checkpoint belongs to.
+def linear_at(model: nn.Module, module: str, spelled: str | None = None) -> nn.Linear:
+    """The linear layer that a quantized module of a checkpoint belongs to; `spelled` is its name in the files.
 
     Raises:
         CheckpointError: the model has none there.
     """
+    what = f"the checkpoint has a quantized {spelled or module}"
+    meant = "" if spelled in (None, module) else f" (as {module})"
     try:
         linear = model.get_submodule(module)
     except AttributeError:
         raise CheckpointError(
-            f"the checkpoint has a quantized {module}, which {type(model).__name__} does not"
+            f"{what}, which {type(model).__name__} does not{meant}{_nearest(model, module)}"
         ) from None
     as_one = as_linear(linear)
     if as_one is None:
-        raise CheckpointError(
-            f"the checkpoint has a quantized {module}, which is a {type(linear).__name__}, not a Linear"
-        )
+        raise CheckpointError(f"{what}, which is a {type(linear).__name__}, not a Linear{meant}")
     return as_one
+
+
+def _nearest(model: nn.Module, module: str) -> str:
+    linears = [name for name, found in model.named_modules() if as_linear(found) is not None]
+    close = difflib.get_close_matches(module, linears, n=1)
+    return f"; its nearest linear layer is {close[0]}" if close else ""
 
 
 def bias_for(linear: nn.Linear, checkpoint: Checkpoint, module: str, weight: QuantTensor) -> Tensor | None:
@@ -227,7 +318,7 @@ def _untie(model: Any, why: str) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _check_names(model: Any, missing: list[str], left_over: Iterable[str]) -> None:
+def _check_names(model: Any, missing: list[str], left_over: Iterable[str], checkpoint: Checkpoint) -> None:
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     ignored |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}  # computed; older files still store them
     unexpected = [name for name in left_over if not any(re.search(pattern, name) for pattern in ignored)]
@@ -235,13 +326,13 @@ def _check_names(model: Any, missing: list[str], left_over: Iterable[str]) -> No
         return
     parts = [
         f"{len(names)} {what}, for example {', '.join(names[:3])}"
-        for names, what in ((missing, "tensors it needs are missing"), (unexpected, "tensors are unknown to it"))
+        for names, what in (
+            (missing, "tensors it needs are missing"),
+            ([checkpoint.spelling(name) for name in unexpected], "tensors are unknown to it"),
+        )
         if names
     ]
-    hint = (
-        "; stacked experts are not supported yet" if any(".experts." in name for name in unexpected + missing) else ""
-    )
-    raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}{hint}")
+    raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}")
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from ..formats import Oddity, summary
 from ..kernels.catalogue import Problem, arch_of, select
 from ..nn import QuantLinear
 from ..reports import carry_report
-from ..storage import CONFIG, atomic_directory, copy_side_files
+from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
 from .registry import get_format
 from .source import open_checkpoint
 from .writer import CheckpointWriter
@@ -36,7 +36,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
         model: every `QuantLinear` in it is written quantized, every other tensor as it is.
         directory: must not exist or be empty, unless `overwrite`.
         format: "native" (takes every weight), "gptq", "gptq_v2", "awq" or "compressed-tensors".
-        overwrite: replace an existing checkpoint.
+        overwrite: replace a checkpoint that qkernels wrote and nobody changed since.
 
     Raises:
         ConversionError: the model has no `QuantLinear` or no config; or the format cannot express a weight, naming it.
@@ -51,7 +51,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
     >>> report = replace_linear(model, "w4a16_g32")
     >>> save(model, "tiny-4bit", format="gptq")
     >>> from pathlib import Path
-    >>> sorted(path.name for path in Path("tiny-4bit").iterdir())
+    >>> sorted(path.name for path in Path("tiny-4bit").glob("[!.]*"))
     ['config.json', 'generation_config.json', 'model.safetensors', 'quantize_config.json']
     """
     with atomic_directory(directory, overwrite) as temporary:
@@ -70,12 +70,12 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
         )
     config = json.loads(model_config.to_json_string()) | {"architectures": [type(model).__name__]}
     origin = str(getattr(model_config, "_name_or_path", "") or "")
-    writer = CheckpointWriter(directory, config, chosen)
+    writer = CheckpointWriter(directory, config, chosen, named_for=model)
     for name, layer in layers.items():
         writer.add_quantized(name, layer.quant_tensor())
         if layer.bias is not None:
             writer.add_tensor(f"{name}.bias", layer.bias)
-    for name, tensor in _plain_tensors(model, layers):
+    for name, tensor in plain_tensors(model, layers):
         writer.add_tensor(name, tensor)
     writer.close()
     if origin and (Path(origin) / CONFIG).is_file():
@@ -104,8 +104,8 @@ def convert(
     source = open_checkpoint(source_dir)
     if source.format is None:
         raise ConversionError(f"{source_dir} holds no quantized weights; quantize it first (qkernels quantize)")
-    oddities: list[tuple[str, Oddity]] = []
-    with atomic_directory(target_dir, overwrite) as temporary:
+    oddities: list[tuple[str, Oddity]] = [*source.oddities]
+    with atomic_directory(target_dir, overwrite, read_from(source.path)) as temporary:
         writer = CheckpointWriter(temporary, source.config, chosen)
         parts = list(source.in_file_order())
         for name, module in tqdm(parts, desc="packing", unit="tensor", leave=False, delay=2):
@@ -136,7 +136,7 @@ def layout_of(directory: str | os.PathLike[str], device: torch.device | str = "c
     return select(Problem(weight.N, weight.K, weight.scheme, torch.bfloat16, arch_of(device))).layout
 
 
-def _plain_tensors(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+def plain_tensors(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """What is not part of a `QuantLinear`. Of tied names the first is written, as `transformers` expects."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

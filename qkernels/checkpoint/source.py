@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import Format, Parsed
+from ..formats import Format, Oddity, Parsed
 from .directory import DirectoryCheckpoint
 
 
@@ -43,8 +43,15 @@ class Checkpoint(Protocol):
     def modules(self) -> Collection[str]:
         """The quantized modules."""
 
+    @property
+    def oddities(self) -> Collection[tuple[str, Oddity]]:
+        """What is strange about it apart from single weights, or left aside, by module or field."""
+
     def weight(self, module: str) -> Parsed:
         """The weight of a quantized module, and what is strange about it."""
+
+    def parts(self, module: str) -> Collection[str]:
+        """The names in the files of the tensors that make up a quantized module, its bias aside."""
 
     def module_nbytes(self, module: str) -> int:
         """Bytes that a quantized module takes in the file."""
@@ -66,8 +73,13 @@ class Checkpoint(Protocol):
     def in_file_order(self) -> Iterator[tuple[str, str | None]]:
         """(name, module) once for each quantized module, where its first tensor lies, and (name, None) for each other tensor."""
 
-    def named_as_in(self, model: nn.Module) -> Checkpoint:
-        """The same checkpoint under the names of this model."""
+    def named_as_in(self, model: nn.Module, transforms: Iterable[Any] | None = None) -> Checkpoint:
+        """The same checkpoint under the names of this model; what has no place in it has a name that is none of the model's.
+        `transforms`: transformers' conversion mapping of the model, if it is at hand."""
+
+    def spelling(self, name: str) -> str:
+        """The name in the files of a tensor or of a quantized module, for messages; of something made of several tensors,
+        the first."""
 
     def files(self) -> list[Path]:
         """The files that hold tensors."""

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConversionError
 from ..formats import Format, Written
+from ..models.naming import FileNames
 from ..scheme import QuantScheme
 from ..storage import CONFIG, ShardWriter, write_json
 from ..storage.files import SHARD_BYTES, without_quantization
@@ -26,6 +27,11 @@ class CheckpointWriter:
         config: the model's config.json; a quantization_config in it is replaced.
         format: a format or its name.
         max_shard_bytes: see `ShardWriter`.
+        named_for: what is added has the names of this model, and is written under those that files of its architecture have
+            (`FileNames`); None where it has them already.
+
+    Raises:
+        ConversionError: a tensor of that model cannot be saved.
     """
 
     def __init__(
@@ -34,6 +40,7 @@ class CheckpointWriter:
         config: Mapping[str, Any],
         format: Format | str = "native",
         max_shard_bytes: int = SHARD_BYTES,
+        named_for: nn.Module | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.format = get_format(format) if isinstance(format, str) else format
@@ -42,6 +49,7 @@ class CheckpointWriter:
         self._schemes: dict[str, QuantScheme] = {}
         self._matrices: list[str] = []
         self._act_order = False
+        self._file_names = None if named_for is None else FileNames(named_for)
 
     def add_quantized(self, module: str, weight: QuantTensor) -> None:
         """Write the weight of one module; its bias goes through `add_tensor` as `<module>.bias`.
@@ -54,17 +62,25 @@ class CheckpointWriter:
             tensors = self.format.write(weight)
         except ConversionError as error:
             raise ConversionError(f"{module}: {error}") from error
+        name = module if self._file_names is None else self._file_names.module(module)
         for suffix, tensor in tensors.items():
-            self._shards.add(f"{module}.{suffix}", tensor)
-        self._schemes[module] = weight.scheme
+            self._shards.add(f"{name}.{suffix}", tensor)
+        self._schemes[name] = weight.scheme
         self._act_order |= weight.group_index is not None
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor that is not quantized, under its name in the model.
+        """Write a tensor that is not quantized; the bias of a quantized module after its weight.
 
         Raises:
             CheckpointError: the name was added before, or the disk refuses.
         """
+        if self._file_names is None:
+            self._add(name, tensor)
+        else:
+            for written, part in self._file_names.tensors(name, tensor):
+                self._add(written, part)
+
+    def _add(self, name: str, tensor: Tensor) -> None:
         if name.endswith(".weight") and tensor.dim() == 2:
             self._matrices.append(name.removesuffix(".weight"))
         self._shards.add(name, tensor)
@@ -80,6 +96,8 @@ class CheckpointWriter:
             raise ConversionError(
                 f"{self.directory}: no quantized module was added, so there is nothing to save as quantized"
             )
+        for name, tensor in () if self._file_names is None else self._file_names.rest():
+            self._add(name, tensor)
         left_out = _left_out(self._matrices, self._schemes)
         quantization = self.format.config_of(Written.of(self._schemes, self._act_order, left_out))
         self._shards.close()

@@ -39,9 +39,18 @@ def command_parser(
 
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
+    if not text.isdecimal() or not 1 <= (value := int(text[:20])) < 2**31:  # Python refuses to read thousands of digits
+        raise argparse.ArgumentTypeError(f"expected a positive integer below 2^31, got {text[:40]!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: what torch's generators take, -2^63 … 2^64 - 1."""
+    digits = text.removeprefix("-")
+    value = int(text[:22]) if digits.isdecimal() else None
+    if value is None or not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected an integer of -2^63 … 2^64 - 1, got {text[:40]!r}")
+    return value
 
 
 def any_device(text: str) -> torch.device:
@@ -91,6 +100,15 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: that of the checkpoint)")
 
 
+def add_on_unsupported(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-unsupported",
+        choices=("raise", "reference"),
+        default="raise",
+        help="where no kernel takes a layer: an error with the reasons, or the slow plain-PyTorch one (default: raise)",
+    )
+
+
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
     """What `add_dtype` was given; None: the checkpoint's own."""
     import torch
@@ -123,4 +141,4 @@ def read_text(path: str) -> str:
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    print(json.dumps(values, indent=2, ensure_ascii=False))
+    print(json.dumps(values, indent=2, ensure_ascii=False))  # a terminal without such characters: see `streams`

@@ -13,9 +13,11 @@ import torch
 
 from .. import extension
 from .._version import __version__
+from ..errors import MissingPackage
 from ..kernels.catalogue import KernelTable, Problem, arch_of, list_kernels
 from ..machine import find_cores, oversubscribed
 from ..nn import QuantLinear
+from ..optional import need_transformers
 from ..quantizers import RTN
 
 # The same is said at the head of docs/kernel-log.md, and nowhere else.
@@ -39,6 +41,7 @@ def diagnose() -> list[Check]:
         Check("qkernels", True, f"{__version__} on Python {platform.python_version()}, {platform.machine()}"),
         Check("packages", True, ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
         _extension(),
+        _transformers(),
         _threads(),
         _gpu(),
         Check("gpu kernels", True, GPU_KERNELS),
@@ -65,6 +68,15 @@ def _extension() -> Check:
     return Check("extension", True, f"{status.path}, {status.isa} of {', '.join(status.isas)}, {cuda} CUDA kernels")
 
 
+def _transformers() -> Check:
+    """Layers run without it: advice, but no failure."""
+    try:
+        need_transformers("whatever reads a model's directory (load, quantize, eval, generate)")
+    except MissingPackage as error:
+        return Check("transformers", True, "absent, or cannot be imported", str(error))
+    return Check("transformers", True, _version("transformers"))
+
+
 def _threads() -> Check:
     """Too many threads make everything slow and nothing wrong: advice, but no failure."""
     cores, threads = find_cores(), torch.get_num_threads()
@@ -74,8 +86,9 @@ def _threads() -> Check:
 
 def _gpu() -> Check:
     if torch.cuda.is_available():
-        names = [f"{torch.cuda.get_device_name(i)} ({arch_of(f'cuda:{i}')})" for i in range(torch.cuda.device_count())]
-        return Check("gpu", True, ", ".join(names) + f", CUDA {torch.version.cuda}")
+        cards = [(torch.cuda.get_device_name(i), arch_of(f"cuda:{i}")) for i in range(torch.cuda.device_count())]
+        named = [f"{name} ({arch}; {code_of(arch)})" for name, arch in cards]
+        return Check("gpu", True, ", ".join(named) + f", CUDA {torch.version.cuda}")
     if torch.version.cuda is None:
         return Check("gpu", True, "none that this torch can use: it is a CPU build")
     try:
@@ -83,6 +96,17 @@ def _gpu() -> Check:
     except RuntimeError as error:
         return Check("gpu", True, f"none: {str(error).splitlines()[0]}")
     return Check("gpu", True, "none")
+
+
+def code_of(arch: str) -> str:
+    """What the extension has for a card."""
+    status = extension.status()
+    if not status.cuda:
+        return "no CUDA kernels in the extension"
+    if not status.architectures:
+        return "the extension does not say what it was compiled for"
+    built = ", ".join(status.architectures)
+    return extension.code_for(arch, status.architectures) or f"no code in the extension, which has {built}"
 
 
 def _nvcc() -> str:

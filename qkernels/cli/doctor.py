@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"     {'':<12} -> {check.advice}")
     for table in tables.values():
         print(f"\nkernels for {table.problem}\n{table}")
-    well = "it works, and could be faster: see ->" if any(check.advice for check in checks) else "everything is well"
+    well = "it works, and there is advice: see ->" if any(check.advice for check in checks) else "everything is well"
     print(f"\n{well if healthy else 'something is wrong: see the lines marked BAD'}")
     return 0 if healthy else 1

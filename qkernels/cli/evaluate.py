@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 
 from .common import (
     Subparsers,
     add_device,
     add_dtype,
+    add_on_unsupported,
     command_parser,
     dtype_of,
     positive,
@@ -33,6 +36,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=positive, help="tokens in a window (default: 2048, capped to the model's)")
     add_device(parser)
     add_dtype(parser)
+    add_on_unsupported(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -44,11 +48,14 @@ def run(args: argparse.Namespace) -> int:
 
     dtype = dtype_of(args)
     ids = token_ids(load_tokenizer(args.checkpoint), read_text(args.text))
-    model = load(args.checkpoint, device=args.device, dtype=dtype)
+    model = load(args.checkpoint, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
     seq_len = window_length(model, args.seq_len)
+    start = time.perf_counter()
     results: list[Perplexity | Comparison] = [perplexity(model, ids, seq_len)]
     if args.against:
-        results.append(compare(model, load(args.against, device=args.device, dtype=dtype), ids, seq_len))
+        original = load(args.against, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
+        results.append(compare(model, original, ids, seq_len))
+    print(f"{len(ids)} tokens in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     if args.json:
         print_json({key: value for result in results for key, value in result.to_json().items()})
     else:

@@ -11,9 +11,11 @@ from .common import (
     Subparsers,
     add_device,
     add_dtype,
+    add_on_unsupported,
     command_parser,
     dtype_of,
     positive,
+    seed,
     temperature,
     warn_of_threads,
 )
@@ -33,9 +35,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--tokens", type=positive, default=60, help="how many tokens to add (default: 60)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
     add_device(parser)
     add_dtype(parser)
+    add_on_unsupported(parser)
     return parser
 
 
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if inputs["input_ids"].shape[1] == 0:
         raise ArgumentError(f"--prompt must have at least one token, got {args.prompt!r}")
     dtype = dtype_of(args)
-    model = load(args.checkpoint, device=args.device, dtype=dtype)
+    model = load(args.checkpoint, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
     warn_of_threads(args.device)
     torch.manual_seed(args.seed)
     start = time.perf_counter()

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import QKernelsError
 from . import bench, doctor, evaluate, generate, inspect, pack, quantize
+from .streams import drop_output, take_any_text
 
 COMMANDS = (quantize, pack, inspect, evaluate, generate, bench, doctor)
-BAD_INPUT, INTERRUPTED = 1, 130
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the last two as a shell has them, for signals 2 and 13
 
 
 def parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
@@ -35,21 +36,31 @@ def parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 bad input or a failed read or write, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 bad input or a failed read or write, 130 interrupted, 141 where nobody
+    reads the output any more."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser(argv).parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    take_any_text()
+    name = "qkernels"
     try:
-        return int(args.run(args))
+        try:
+            args = parser(argv).parse_args(argv)
+            name = f"qkernels {args.command}"
+            logging.basicConfig(
+                level=logging.INFO if args.verbose else logging.WARNING,
+                format="%(levelname)s %(name)s: %(message)s",
+                stream=sys.stderr,
+            )
+            return int(args.run(args))
+        finally:
+            print(end="", flush=True)  # here, and not while Python ends, where a broken pipe is a traceback
+    except BrokenPipeError:
+        drop_output()
+        return BROKEN_PIPE
     except (QKernelsError, OSError) as error:
-        print(f"qkernels {args.command}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"qkernels {args.command}: interrupted; nothing half-written was left behind", file=sys.stderr)
+        print(f"{name}: interrupted; nothing half-written was left behind", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import ArgumentError
 from .common import Subparsers, any_device, command_parser
 
 NAME, SUMMARY = "pack", "rewrite a quantized checkpoint for a kernel, or in another format"
@@ -16,7 +17,8 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         SUMMARY,
         "  qkernels pack some-gptq-model/ out/\n"
         "  qkernels pack some-awq-model/ out/ --layout cpu_tile_a16\n"
-        "  qkernels pack out/ for-other-engines/ --format gptq",
+        "  qkernels pack out/ for-other-engines/ --format gptq\n"
+        "  qkernels pack out/ for-any-machine/ --format native",
         "Rewrite a quantized checkpoint: in the layout that a kernel reads (--layout), or in another file format "
         "(--format). The weights stay the same, bit for bit; what the target cannot express is refused with the reason.",
     )
@@ -30,22 +32,27 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", type=any_device, default="cpu", help="the device that --layout auto packs for (default: cpu)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that qkernels wrote")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint import convert
+    from ..checkpoint.packed import PACKED
     from ..checkpoint.saving import layout_of
-    from ..layouts import get_layout
 
     layout = args.layout or "auto"
     if args.format is not None:
         target = args.format
     elif layout == "auto":
         target = layout_of(args.checkpoint, args.device)
+    elif layout in PACKED:
+        target = layout
     else:
-        target = get_layout(layout).name
+        raise ArgumentError(
+            f"--layout must be auto, {', '.join(list(PACKED)[:-1])} or {list(PACKED)[-1]}, got {layout!r}; a checkpoint in no "
+            "kernel's layout, which every machine reads, is --format native"
+        )
     convert(args.checkpoint, args.out, target, args.overwrite)
     print(f"wrote {args.out} ({target})")
     return 0

@@ -44,6 +44,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels quantize my-llama/ out/ --method awq --asym --calibration text.txt --format awq\n"
         "  qkernels quantize my-llama/ out/ --method rtn --bits 8 --override '*.down_proj=w8a16_channel'\n"
         "  qkernels quantize my-llama/ out/ --method hqq --bits 3\n"
+        "  qkernels quantize my-llama/ out/ --method nf4\n"
+        "  qkernels quantize my-llama/ out/ --method rtn --bits 6 --group-size 32\n"
+        "  qkernels quantize my-llama/ out/ --method rtn --scheme w4a16_g32_offset\n"
+        "  qkernels quantize my-llama/ out/ --method gptq --scheme w4a8_g128 --calibration text.txt\n"
         "  qkernels quantize my-llama/ out/ --method smoothquant --calibration text.txt    (w8a8_channel)\n"
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run",
         "Quantize a model directory, one decoder layer at a time: memory stays at one layer plus the calibration "
@@ -57,7 +61,12 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         default="gptq",
         help=f"{_listed(_names(lambda method: method.needs == 'weight'))} need no calibration (default: gptq)",
     )
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="width of a weight (default: 4; smoothquant: 8)")
+    parser.add_argument("--bits", type=int, choices=range(2, 9), help="width of a weight (default: 4; smoothquant: 8)")
+    parser.add_argument(
+        "--scheme",
+        help="instead of --bits, --group-size and --asym, in short form: w4a16_g128, w4a16_g64_asym, w4a16_g32_offset, "
+        "w3a16_g64_fzero, w8a16_channel, w4a8_g128 (activations in 8 bits), nf4_g64, fp4_g64",
+    )
     parser.add_argument(
         "--group-size",
         type=group_size,
@@ -86,7 +95,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--format", default="native", help="native, gptq, gptq_v2, awq or compressed-tensors (default: native)"
     )
     parser.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
-    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: lm_head)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: heads)")
     parser.add_argument(
         "--override",
         action="append",
@@ -96,7 +105,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="another scheme for some layers",
     )
     add_device(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that qkernels wrote")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -115,6 +124,13 @@ def method_of(args: argparse.Namespace) -> Options:
     from ..quantizers import QUANTIZERS
 
     method = QUANTIZERS[args.method]
+    if args.scheme is not None:
+        if args.bits is not None or args.group_size is not None or args.asym:
+            raise ArgumentError(f"--scheme {args.scheme} says it all: leave out --bits, --group-size and --asym")
+        ordered = {} if args.act_order is None else {"act_order": args.act_order}
+        if ordered and not _orders(method):
+            raise _no_act_order(args)
+        return method(**ordered).with_scheme(args.scheme)
     given: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "act_order": args.act_order}
     options = {name: value for name, value in given.items() if value is not None}
     if args.asym and not method.integer_zeros:
@@ -123,10 +139,14 @@ def method_of(args: argparse.Namespace) -> Options:
             f"zero points of its own or none"
         )
     if args.act_order is not None and not _orders(method):
-        raise ArgumentError(f"--act-order is an option of {_listed(_names(_orders))}, got --method {args.method}")
+        raise _no_act_order(args)
     if method.integer_zeros:
         options["symmetric"] = not args.asym
     return method(**options)
+
+
+def _no_act_order(args: argparse.Namespace) -> ArgumentError:
+    return ArgumentError(f"--act-order is an option of {_listed(_names(_orders))}, got --method {args.method}")
 
 
 def _names(which: Callable[[type[Options]], bool]) -> list[str]:
@@ -153,11 +173,13 @@ def run(args: argparse.Namespace) -> int:
     method = method_of(args)
     selection = {
         "include": args.include,
-        "exclude": args.exclude if args.exclude is not None else ("lm_head",),
+        "exclude": args.exclude,
         "overrides": dict(args.override),
     }
     if args.dry_run:
-        previewed = preview(args.model, method, **selection, samples=args.samples, seq_len=args.seq_len)
+        previewed = preview(
+            args.model, method, **selection, samples=args.samples, seq_len=args.seq_len, format=args.format
+        )
         print(previewed.to_markdown())
         check_disk(previewed, args.out)
         return 0

@@ -16,7 +16,7 @@ since then codes straddle words. Nothing but the version says so, but the number
 ceil(K * bits / 32). (Rows so short that both need the same number go by the version.)
 
 `int-quantized` keeps `weight` as int8 `[N, K]`, one code a byte, and is made for int8 activations. Its weights are read as
-what they are, with 16-bit activations, which lose nothing; an oddity says what the file asked for.
+what they are, with 16-bit activations, which lose nothing; an oddity says what the file asked for, of inputs and of outputs.
 
 The scheme of a module comes from the `config_groups` entry whose `targets` fit it best: its name, else a pattern ("re:…"),
 else the class name "Linear".
@@ -296,13 +296,16 @@ def _group_size(weights: Mapping[str, Any]) -> GroupSize:
 
 def _activations(group: Mapping[str, Any]) -> str:
     """What a group says about activations, in words; "" where it leaves them in 16 bits."""
-    args = group.get("input_activations")
-    if args is None:
-        return ""
-    if not isinstance(args, dict):
-        raise CheckpointError(f"input_activations must be an object or null, got {args!r:.40}")
-    when = "quantized per token" if args.get("dynamic") else "with scales of their own in the file"
-    return f"{args.get('num_bits')!r:.10}-bit {args.get('type', 'int')!s:.10} activations, {when}"
+    said = []
+    for key, what in (("input_activations", "activations"), ("output_activations", "output activations")):
+        args = group.get(key)
+        if args is None:
+            continue
+        if not isinstance(args, dict):
+            raise CheckpointError(f"{key} must be an object or null, got {args!r:.40}")
+        when = "quantized per token" if args.get("dynamic") else "with scales of their own in the file"
+        said.append(f"{args.get('num_bits')!r:.10}-bit {args.get('type', 'int')!s:.10} {what}, {when}")
+    return ", and ".join(said)
 
 
 def _group_of(module: str, config: Config) -> Mapping[str, Any]:
@@ -370,10 +373,13 @@ def _matches(body: str, config: Config) -> bool:
     return config.get("quant_method") == METHOD and config.get("format") == body and not sparse
 
 
+# Scales that no kernel here looks at: see `_activations`.
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
+
 PACKED: Format = Format(
     name="compressed-tensors",
     required=("weight_packed", "weight_scale", "weight_shape"),
-    optional=("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"),
+    optional=("weight_zero_point", "weight_g_idx", *_OF_ACTIVATIONS),
     matches=lambda config: _matches(PACK, config),
     parse=parse_packed,
     write=write,
@@ -382,7 +388,7 @@ PACKED: Format = Format(
 INTEGERS: Format = Format(
     name="compressed-tensors int-quantized",
     required=("weight_scale", "weight"),
-    optional=("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"),
+    optional=("weight_zero_point", "weight_g_idx", *_OF_ACTIVATIONS),
     matches=lambda config: _matches(INT, config),
     parse=parse_integers,
 )

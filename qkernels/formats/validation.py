@@ -153,7 +153,7 @@ def weight_reasons(weight: QuantTensor) -> list[str]:
         return [
             f"it holds one [N, K] weight a module, got {list(weight.codes.shape)}; write each expert as its own module"
         ]
-    if weight.scales.numel() and not bool(weight.scales.any()):
+    if weight.scales.numel() and not weight.scales.is_meta and not bool(weight.scales.any()):
         return ["all scales are zero, which its readers refuse"]
     return []
 

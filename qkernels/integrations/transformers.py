@@ -9,7 +9,7 @@ enable()                                                    # from here on also 
 model = AutoModelForCausalLM.from_pretrained("some-gptq-model/")
 
 All of them yield `QuantLinear` modules. `model.hf_quantizer.report` lists what was quantized and, with reasons, every matrix that
-was not. Written for the hooks of transformers 5.23 (`transformers/quantizers/base.py`).
+was not. Written for the hooks of transformers 5.8.1 to 5.24 (`transformers/quantizers/base.py`); tested with both ends.
 
 While loading, a quantized module of a checkpoint is a placeholder without parameters: transformers has nothing to allocate or to
 initialize for it. Its weight is read, validated and packed afterwards, one module at a time.
@@ -18,25 +18,29 @@ initialize for it. Its weight is read, validated and packed afterwards, one modu
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.loading import bias_for, linear_at
-from ..errors import ArgumentError, CheckpointError
+from ..checkpoint.loading import bias_for, check_strays, linear_at
+from ..checkpoint.saving import plain_tensors
+from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, Written, native, summary
+from ..memory import give_back
 from ..models.linears import is_conv1d
+from ..models.naming import FileNames
 from ..nn import QuantLinear, ReplaceReport, model_bytes, select_linears, set_module
+from ..nn.pretrained import prepare_with
 from ..nn.selection import as_patterns
 from ..scheme import QuantScheme
 
@@ -63,7 +67,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         scheme: QuantScheme | str = "w4a16_g128",
         *,
         include: Iterable[str] | str | None = None,
-        exclude: Iterable[str] | str = ("lm_head",),
+        exclude: Iterable[str] | str | None = None,
         overrides: Mapping[str, QuantScheme | str] | None = None,
         modules: Mapping[str, str] | None = None,
         version: int = native.VERSION,
@@ -73,7 +77,7 @@ class QKernelsConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = quant_method
         self.scheme = str(QuantScheme.parse(scheme))
-        self.include, self.exclude = as_patterns(include), as_patterns(exclude) or ()
+        self.include, self.exclude = as_patterns(include), as_patterns(exclude)
         self.overrides = {pattern: str(QuantScheme.parse(s)) for pattern, s in (overrides or {}).items()}
         self.version, self.modules = version, dict(modules or {})
         self.layout, self.layout_version = layout, layout_version
@@ -106,7 +110,11 @@ class QKernelsQuantizer(HfQuantizer):
         self.report = ReplaceReport()
         self._schemes: dict[str, QuantScheme] = {}
         self._checkpoint: Checkpoint | None = None
+        self._model: Any = None  # while it is loaded
+        self._placed: list[str] = []  # quantized modules of the checkpoint that the model has
+        self._conversions: list[Any] | None = None
         self._conv1d: set[str] = set()
+        self._cut_first: set[str] = set()
 
     # --- before weights are loaded: the model is on meta ----------------------------------------------------------------
 
@@ -123,11 +131,31 @@ class QKernelsQuantizer(HfQuantizer):
         self._checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         if not self._checkpoint.modules:
             raise CheckpointError(f"{self._checkpoint.path} holds no quantized weights")
-        for module in self._checkpoint.modules:
-            _put(model, module, _Pending(linear_at(model, module)))
-        ignored = {rf"^{re.escape(module)}\." for module in self._checkpoint.modules}
-        model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
+        self._model = model
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Put placeholders where quantized modules will be, by the names that transformers gives to tensors of files: here
+        it says what they are, a `key_mapping` included."""
+        checkpoint, model, self._model = self._checkpoint, self._model, None
+        self._cut_first = set(_asked_in_place_of(self._schemes, weight_conversions))
+        if checkpoint is None or model is None:
+            return weight_conversions
+        checkpoint = self._checkpoint = checkpoint.named_as_in(model, weight_conversions)
+        self._conversions = model._weight_conversions
+        absent = [module for module in checkpoint.modules if _belongs_to_a_head(module, model, checkpoint)]
+        self._placed = [module for module in checkpoint.modules if module not in absent]
+        if absent or not self._placed:
+            log.warning("%s has no place for %s of the checkpoint", type(model).__name__, ", ".join(absent))
+        check_strays(model, checkpoint)
+        for module in self._placed:
+            _untie(model, module)
+            _put(model, module, _Pending(linear_at(model, module, checkpoint.spelling(module))))
+        ignored = model._keys_to_ignore_on_load_unexpected  # a list until transformers 5.8, then a set
+        model._keys_to_ignore_on_load_unexpected = (set if isinstance(ignored, set) else list)(
+            [_Packed.KEY, *(ignored or ())]
+        )
+        return [_Packed(checkpoint), *weight_conversions]
 
     def _select(self, model: Any) -> None:
         """Choose the layers to quantize while they load; everything else goes into the report."""
@@ -142,7 +170,11 @@ class QKernelsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and module in self._schemes
+        return (leaf == "weight" and module in self._schemes) or param_name in self._cut_first
+
+    def is_chosen(self, module: str) -> bool:
+        """Whether it is to be quantized while it loads."""
+        return module in self._schemes
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeWeight(self)
@@ -165,22 +197,27 @@ class QKernelsQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._checkpoint is not None:
             self._unpack(model, self._checkpoint)
+            model._weight_conversions = self._conversions
         missing = [name for name in self._schemes if name not in self.report.replaced]
         if missing:
-            raise CheckpointError(f"{len(missing)} layers have no weight in the checkpoint, first {missing[0]}")
+            raise CheckpointError(
+                f"{len(missing)} layers that are to be quantized have no weight in the checkpoint, first {missing[0]}; "
+                f"exclude what is new, and quantize it when it is trained"
+            )
         self.report.bytes_after = model_bytes(model)
         self._describe(model)
         for name, why in self.report.skipped.items():
             if "experts" in why:
                 log.warning("not quantized: %s: %s", name, why)
         log.info("%s", self.report)
+        give_back()
         return model
 
     def _unpack(self, model: Any, checkpoint: Checkpoint) -> None:
         """Every placeholder becomes a `QuantLinear`, one module in memory at a time."""
         dtype = model.dtype
-        oddities: list[tuple[str, Oddity]] = []
-        for module in checkpoint.modules:
+        oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
+        for module in self._placed:
             pending = model.get_submodule(module)
             weight, found = checkpoint.weight(module)
             oddities += [(module, oddity) for oddity in found]
@@ -193,12 +230,14 @@ class QKernelsQuantizer(HfQuantizer):
         for line in summary(oddities):
             log.warning("%s: %s", checkpoint.path, line)
 
-    def _describe(self, model: Any) -> None:
-        """Make the model's config say what `save_pretrained` would write."""
-        schemes = {name: layer.scheme for name, layer in _layers(model).items()}
+    def _describe(self, model: Any) -> FileNames:
+        """Make the model's config say what `save_pretrained` would write; returns the names that it would use."""
+        names = FileNames(model)
+        schemes = {names.module(name): layer.scheme for name, layer in _layers(model).items()}
         if schemes:
             self.quantization_config = QKernelsConfig(**native.config_of(Written.of(schemes)))
             model.config.quantization_config = self.quantization_config
+        return names
 
     # --- saving and what else transformers asks -------------------------------------------------------------------------
 
@@ -215,22 +254,30 @@ class QKernelsQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The model in the native format, whatever it was loaded from."""
-        layers = _layers(model)
+        """The model in the native format, whatever it was loaded from, under the names that files have: `_saving` puts
+        back what the model knows of them."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return model.state_dict(), {}  # of which adapters are written
+        layers, names = _layers(model), self._describe(model)
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            tensors |= {f"{name}.{suffix}": t for suffix, t in native.write(layer.quant_tensor()).items()}
+            written = names.module(name)
+            tensors |= {f"{written}.{suffix}": t for suffix, t in native.write(layer.quant_tensor()).items()}
             if layer.bias is not None:
-                tensors[f"{name}.bias"] = layer.bias.detach()
-        for name, tensor in model.state_dict().items():
-            if name.rpartition(".")[0] not in layers:
-                tensors[name] = tensor
-        self._describe(model)
+                tensors[f"{written}.bias"] = layer.bias.detach()
+        ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        for name, tensor in plain_tensors(model, layers):
+            if name not in ignored:
+                tensors |= {written: t.detach() for written, t in names.tensors(name, tensor)}
+        tensors |= {name: t.detach() for name, t in names.rest()}
+        model._weight_conversions = []  # nothing is left to translate
         return tensors, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # `save_pretrained` leaves it in the model's config as a string
+        as_dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         for name, layer in _layers(model).items():
-            weight = layer.dequantize(dtype)
+            weight = layer.dequantize(as_dtype)
             plain: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             if name in self._conv1d:
                 plain, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
@@ -238,6 +285,34 @@ class QKernelsQuantizer(HfQuantizer):
             plain._parameters["bias"] = layer.bias
             set_module(model, name, plain)
         return model
+
+
+@contextmanager
+def _saving(model: Any) -> Iterator[None]:
+    """What goes on around `save_pretrained` of a model with quantized layers, wherever they came from.
+
+    Raises:
+        ConversionError: another quantizer of transformers is at work in the model, too.
+    """
+    adopted = getattr(model, "hf_quantizer", None) is None
+    if adopted:
+        model.hf_quantizer = QKernelsQuantizer(QKernelsConfig())
+    elif type(model.hf_quantizer).__module__ != __name__:  # not isinstance: this module may be imported twice
+        raise ConversionError(
+            f"{type(model).__name__} holds QuantLinear modules and modules of {type(model.hf_quantizer).__name__}: there is "
+            f"no format for both in one checkpoint"
+        )
+    known = getattr(model, "_weight_conversions", None)
+    try:
+        yield
+    finally:
+        if known is not None:
+            model._weight_conversions = known
+        else:
+            model.__dict__.pop("_weight_conversions", None)
+        if adopted:
+            del model.hf_quantizer
+            model.config.__dict__.pop("quantization_config", None)
 
 
 class _QuantizeWeight(ConversionOps):
@@ -248,12 +323,17 @@ class _QuantizeWeight(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         model, missing = kwargs["model"], kwargs.get("missing_keys")
+        left: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            self.quantizer.quantize_weight(model, name.rpartition(".")[0], weight)
+            module = name.rpartition(".")[0]
+            if not self.quantizer.is_chosen(module):
+                left[name] = weight  # cut from the same tensor as one that is
+                continue
+            self.quantizer.quantize_weight(model, module, weight)
             if missing is not None:
                 missing.discard(name)
-        return {}
+        return left
 
 
 class _Pending(nn.Module):
@@ -280,7 +360,10 @@ def enable(methods: Iterable[str] = FOREIGN) -> None:
         if method not in FOREIGN:
             raise ArgumentError(f"methods must be of {', '.join(FOREIGN)}, got {method!r}")
     for method in chosen:
-        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CheckpointConfig
+        # Scripts pass `quantization_config=GPTQConfig(…)` for a checkpoint of GPTQ, too; transformers takes it, and goes by the
+        # checkpoint, where the two classes have one name.
+        name = AUTO_QUANTIZATION_CONFIG_MAPPING[method].__name__
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = type(name, (CheckpointConfig,), {"__module__": __name__})
         AUTO_QUANTIZER_MAPPING[method] = QKernelsQuantizer
 
 
@@ -298,6 +381,55 @@ def register() -> None:
         if taken is not None and taken.__module__ != __name__:
             raise ArgumentError(f'quant_method "{native.METHOD}" is taken by {taken.__module__}.{taken.__name__}')
         mapping[native.METHOD] = own  # a second import of this module replaces its own classes
+
+
+class _Packed(WeightRenaming):
+    """Keeps the tensors of quantized modules, which we read, away from the patterns that come after it: gives them names that
+    none of those matches, and that are ignored."""
+
+    __slots__ = ("_keys",)
+    KEY = r"qkernels:\d+$"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__("qkernels", "qkernels")
+        biases = [f"{module}.bias" for module in checkpoint.modules]
+        packed = [checkpoint.spelling(name) for name in biases if name in checkpoint]
+        packed += [name for module in checkpoint.modules for name in checkpoint.parts(module)]
+        self._keys = {name: f"qkernels:{index}" for index, name in enumerate(packed)}
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """(name, None), whether it is one of them or not: it is renamed for nobody else."""
+        return self._keys.get(source_key, source_key), None
+
+
+def _asked_in_place_of(modules: Iterable[str], conversions: Iterable[Any]) -> Iterator[str]:
+    """The weights that transformers asks about in place of these modules: the first of those that it cuts from one tensor."""
+    for conversion in conversions:
+        first, *others = conversion.target_patterns
+        for other in others:
+            yield from (f"{m}.weight".replace(other, first) for m in modules if other in f"{m}.weight")
+
+
+def _belongs_to_a_head(module: str, model: Any, checkpoint: Checkpoint) -> bool:
+    """Whether a quantized module is one that this class of model does not have, since another was saved: the base of a causal
+    model lacks its head."""
+    if type(model).__name__ in (checkpoint.config.get("architectures") or ()):
+        return False
+    inside = module.startswith(f"{model.base_model_prefix}.") or module in dict(model.named_modules())
+    return not inside
+
+
+def _untie(model: Any, module: str) -> None:
+    """A quantized head is not tied, whatever the config says."""
+    table: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    mine = f"{module}.weight"
+    for target, source in list(table.items()):
+        if mine in (target, source):
+            del table[target]
+            log.warning(
+                "%s and %s are tied by config.json, but one of them is quantized; they are not tied", target, source
+            )
+            model.config.tie_word_embeddings = False
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -326,3 +458,4 @@ def _device_near(model: nn.Module, module: str) -> torch.device:
 
 
 register()
+prepare_with(_saving)

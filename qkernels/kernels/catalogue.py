@@ -35,8 +35,8 @@ class Problem:
         experts: 0 for a plain linear layer.
 
     >>> import torch
-    >>> from qkernels import Problem, QuantScheme
-    >>> print(Problem(4096, 14336, QuantScheme.parse("w4a16_g128"), torch.bfloat16, "sm90"))
+    >>> from qkernels import Problem
+    >>> print(Problem(4096, 14336, "w4a16_g128", torch.bfloat16, "sm90"))
     w4a16_g128, N=4096 K=14336, bfloat16, sm90
     """
 
@@ -126,8 +126,8 @@ def list_kernels(problem: Problem) -> KernelTable:
     """Every kernel and why it cannot run `problem` (empty: it can). Print the result for the table.
 
     >>> import torch
-    >>> from qkernels import Problem, QuantScheme, list_kernels
-    >>> table = list_kernels(Problem(4096, 4096, QuantScheme.parse("w4a16_g128"), torch.bfloat16))
+    >>> from qkernels import Problem, list_kernels
+    >>> table = list_kernels(Problem(4096, 4096, "w4a16_g128", torch.bfloat16))
     >>> reasons = dict(table.rows)
     >>> reasons["reference"], reasons["triton.kpack"][0]
     ((), 'runs on CUDA devices (got cpu)')

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, CheckpointWriter, load, open_checkpoint
-from ..checkpoint.loading import check_fits
+from ..checkpoint.loading import check_fits, model_of
 from ..checkpoint.saving import write_model
 from ..errors import ArgumentError, CalibrationError, CheckpointError
 from ..evaluate import evaluating
 from ..kernels.catalogue import OnUnsupported
-from ..models.building import assign, empty_model, empty_to_meta
+from ..models.building import assign, empty_to_meta
 from ..models.linears import as_stored, linear_of
 from ..nn import QuantLinear, model_bytes, set_module
 from ..quantizers import Options
 from ..reports import ModuleReport
 from ..storage import CONFIG
 from ..tensor import QuantTensor
-from ..texts import Tokenizer, load_tokenizer
+from ..texts import Tokenizer, Windows, load_tokenizer, shape_of
 from .preview import check_disk, preview_of
 from .running import Place
 from .work import WorkDirectory, run_key, work_directory
@@ -44,7 +44,7 @@ class Run:
     Args:
         method: as it was asked for.
         methods: the method of each linear layer that is chosen, by its name.
-        windows: int64 `[windows, seq_len]` to calibrate on; None without calibration.
+        windows: int64 `[windows, seq_len]` to calibrate on, one tensor for each length; None without calibration.
         evaluated: both models will be asked for at the end (`Host.evaluation_pair`).
         save_to: the directory to make, if one is.
         resume: go on with what an interrupted run for `save_to` has finished.
@@ -53,7 +53,7 @@ class Run:
 
     method: Options
     methods: Mapping[str, Options]
-    windows: Tensor | None
+    windows: Windows | None
     evaluated: bool
     save_to: str | os.PathLike[str] | None
     resume: bool
@@ -82,7 +82,7 @@ class Host(Protocol):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that lies beside the weights, if the weights lie anywhere."""
 
-    def running(self, run: Run) -> AbstractContextManager[None]:
+    def running(self, run: Run, place: Place) -> AbstractContextManager[None]:
         """What goes on around a run; what follows is for its inside."""
 
     def dtype(self, name: str) -> torch.dtype:
@@ -91,8 +91,8 @@ class Host(Protocol):
     def weight(self, name: str) -> Tensor:
         """The weight `[N, K]` of a linear layer outside the decoder layer in hand."""
 
-    def embeddings(self, layers: str, head: str | None, place: Place) -> AbstractContextManager[None]:
-        """For a while, everything but the decoder layers and the head is on the compute device."""
+    def embeddings(self, skip: tuple[str | None, ...], place: Place) -> AbstractContextManager[None]:
+        """For a while, everything but what is below these names (the blocks, the head) is on the compute device."""
 
     def layer(self, name: str, place: Place) -> AbstractContextManager[tuple[nn.Module, Weights]]:
         """For a while, a decoder layer is on the compute device. Put its quantized weights into the second value."""
@@ -138,8 +138,13 @@ class MemoryHost:
         """None: nobody knows where it came from."""
 
     @contextmanager
-    def running(self, run: Run) -> Iterator[None]:
-        """Without dropout; the original is kept if the result will be compared with it."""
+    def running(self, run: Run, place: Place) -> Iterator[None]:
+        """Without dropout; the original is kept if the result will be compared with it.
+
+        Raises:
+            ArgumentError: weights are not where they can be computed with (`_check_at_hand`).
+        """
+        _check_at_hand(self.model, place)
         self._original = copy.deepcopy(self.model) if run.evaluated else None
         with evaluating(self.model):
             yield
@@ -154,9 +159,9 @@ class MemoryHost:
         return linear_of(self.model, name).weight.data
 
     @contextmanager
-    def embeddings(self, layers: str, head: str | None, place: Place) -> Iterator[None]:
+    def embeddings(self, skip: tuple[str | None, ...], place: Place) -> Iterator[None]:
         """Moved there and back."""
-        with _moved(self.model, place, (layers, head)):
+        with _moved(self.model, place, skip):
             yield
 
     @contextmanager
@@ -213,6 +218,7 @@ class DirectoryHost:
         self.model: Any = model
         self.bytes_before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
         self.checkpoint = checkpoint
+        self._slots = tied_names(model)
         self._work: WorkDirectory | None = None
         self._quantized: Weights = {}  # of the unit in hand, as is the next
         self._plain: dict[str, Tensor] = {}
@@ -232,8 +238,7 @@ class DirectoryHost:
                 f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or "
                 f"change the format with qkernels.checkpoint.convert"
             )
-        model = empty_model(checkpoint.config, torch.float32, checkpoint.path)
-        checkpoint = checkpoint.named_as_in(model)
+        model, checkpoint = model_of(checkpoint, torch.float32)
         check_fits(model, checkpoint)
         return cls(model, checkpoint)
 
@@ -253,14 +258,14 @@ class DirectoryHost:
         return tokenizer
 
     @contextmanager
-    def running(self, run: Run) -> Iterator[None]:
+    def running(self, run: Run, place: Place) -> Iterator[None]:
         """The work directory of the target is locked; it goes when all is done (see `work.work_directory`).
 
         Raises:
             CheckpointError: the disk has too little room; or finished layers are there that are not to be used.
         """
         assert run.save_to is not None
-        shape = (0, 0) if run.windows is None else run.windows.shape
+        shape = shape_of(run.windows)
         check_disk(preview_of(self.checkpoint, self.model, run.method, run.methods, {}, *shape), run.save_to)
         key = run_key(self.checkpoint, run.methods, run.windows, run.versions)
         with work_directory(run.save_to, key, run.resume) as self._work:
@@ -281,12 +286,16 @@ class DirectoryHost:
         return as_stored(self.model.get_submodule(name), self.checkpoint.read(f"{name}.weight"))
 
     @contextmanager
-    def embeddings(self, layers: str, head: str | None, place: Place) -> Iterator[None]:
+    def embeddings(self, skip: tuple[str | None, ...], place: Place) -> Iterator[None]:
         """Read for a while."""
-        outside = [name for name, _ in self.model.named_parameters() if not _below(name, (layers, head))]
-        assign(self.model, {name: self.checkpoint.read(name) for name in outside})
+        stored = [name for name in _stored_buffers(self.model, self.checkpoint) if not _below(name, skip)]
+        assign(self.model, {name: self.checkpoint.read(name) for name in stored})
+        for names in self._slots:
+            if outside := [name for name in names if not _below(name, skip)]:
+                tensor = self.checkpoint.read(next((name for name in names if name in self.checkpoint), names[0]))
+                assign(self.model, dict.fromkeys(outside, nn.Parameter(tensor, requires_grad=False)))
         try:
-            with _moved(self.model, place, (layers, head)):
+            with _moved(self.model, place, skip):
                 yield
         finally:
             empty_to_meta(self.model)
@@ -297,14 +306,16 @@ class DirectoryHost:
         have changed."""
         layer = self.model.get_submodule(name)
         weights: Weights = {}
-        assign(layer, {leaf: self.checkpoint.read(f"{name}.{leaf}") for leaf, _ in layer.named_parameters()})
+        leaves = [leaf for leaf, _ in layer.named_parameters()] + _stored_buffers(layer, self.checkpoint, f"{name}.")
+        done = self.work.tensors(name, layer)
+        assign(layer, {leaf: done[leaf] if leaf in done else self.checkpoint.read(f"{name}.{leaf}") for leaf in leaves})
         try:
             with _moved(layer, place):
                 yield layer, weights
             for leaf, weight in weights.items():
                 self.keep(f"{name}.{leaf}", weight)
             for leaf, parameter in layer.named_parameters():
-                if leaf.removesuffix(".weight") not in weights:
+                if weights and leaf.removesuffix(".weight") not in weights:
                     self._plain[f"{name}.{leaf}"] = parameter.data.cpu()
         finally:
             empty_to_meta(layer)
@@ -328,7 +339,7 @@ class DirectoryHost:
 
     def write(self, target: Path, format: str) -> None:
         """What is finished, then every tensor of the source that it does not stand for, and the files beside them."""
-        writer = CheckpointWriter(target, self.checkpoint.config, format)
+        writer = CheckpointWriter(target, self.checkpoint.config, format, named_for=self.model)
         done = self.work.copy_to(writer)
         for name in self.checkpoint.names():
             if name not in done:
@@ -361,6 +372,38 @@ def _moved(module: nn.Module, place: Place, skip: tuple[str | None, ...] = ()) -
             parameter.data = parameter.data.to(device, dtype)
         for buffer, device in buffers:
             buffer.data = buffer.data.to(device)
+
+
+def _check_at_hand(model: nn.Module, place: Place) -> None:
+    """Raise where a model's weights are offloaded, or accelerate's hooks would move what goes into its modules elsewhere."""
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise ArgumentError(
+            f"{away} is on meta: it is offloaded, or was never loaded; load the model without offloading (device_map=None), or "
+            f"quantize its directory, which is read layer by layer"
+        )
+    for name, module in model.named_modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None and torch.device(device) != place.device:
+            raise ArgumentError(
+                f"accelerate moves the inputs of {name or 'the model'} to {device}, and layers are computed on {place.device}; "
+                f"pass device={str(device)!r}, load the model without device_map, or quantize its directory"
+            )
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of a model's parameters, those of one parameter together. Ask before parameters are taken away: whatever is put
+    in their place knows no ties."""
+    slots: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        slots.setdefault(id(parameter), []).append(name)
+    return list(slots.values())
+
+
+def _stored_buffers(module: nn.Module, checkpoint: Checkpoint, prefix: str = "") -> list[str]:
+    """The buffers of a module, by name, that its checkpoint has under `prefix`: what is in it counts, not what the model starts
+    with."""
+    return [name for name, _ in module.named_buffers() if f"{prefix}{name}" in checkpoint]
 
 
 def _below(name: str, modules: tuple[str | None, ...]) -> bool:

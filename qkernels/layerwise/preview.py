@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
-from ..models.architectures import decoder_layers
+from ..models.architectures import block_lists, text_config
 from ..models.linears import linear_of
 from ..quantizers import RTN, Options
 from ..reports import MIB, ModulePreview, QuantPreview
 from ..storage.files import SHARD_BYTES
+from ..tensor import QuantTensor
 from .work import work_path
 
 FILE_BYTES = 16 * 1024  # allowed for headers, configs and reports, a linear layer
@@ -47,8 +48,8 @@ def preview_of(
     widest = max(module.shape[0] * module.shape[1] for module in modules)
     activations, device_bytes = 0, 4 * widest
     if method.needs == "moments":
-        _, layers = decoder_layers(model)
-        config: Any = model.config
+        layers = [layer for blocks in block_lists(model).values() for layer in blocks]
+        config: Any = text_config(model)
         activations = samples * seq_len * checkpoint.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
         # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
@@ -80,9 +81,14 @@ def check_disk(preview: QuantPreview, target: str | os.PathLike[str]) -> None:
         )
 
 
+def as_quantized(weight: Tensor, method: Options) -> QuantTensor:
+    """What a method makes of a weight on meta: shapes without values."""
+    return RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
+
+
 def _previewed(checkpoint: Checkpoint, shape: torch.Size, name: str, method: Options) -> ModulePreview:
     """Sizes without weights: quantizing a meta tensor gives the shapes."""
     weight = torch.empty(shape, dtype=checkpoint.dtype(f"{name}.weight"), device="meta")
-    result = RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
+    result = as_quantized(weight, method)
     nbytes = result.nbytes + (4 * result.K if method.orders_columns else 0)
     return ModulePreview(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)

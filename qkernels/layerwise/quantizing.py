@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CalibrationError
-from ..models.architectures import decoder_layers, foldable_architecture, head_dim
+from ..models.architectures import Architecture, block_lists, decoder_layers, foldable_architecture, head_dim
 from ..models.linears import linear_of, set_weight
 from ..quantizers import InputStatistics, Options, rounding_of
 from ..reports import ModuleReport
-from ..tensor import QuantTensor
-from ..texts import batches_of
+from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..texts import Windows, batches_of
+from .capturing import Progress, capture, head_of
 from .hosts import Host, Run
-from .running import (
-    LayerInputs,
-    LayerJob,
-    Place,
-    capture_inputs,
-    check_finite,
-    collect_statistics,
-    input_groups,
-    propagate,
-)
+from .running import Call, LayerInputs, LayerJob, Place, collect_statistics, input_groups, propagate
 from .scaling import fold_scales
 
 log = logging.getLogger(__name__)
@@ -72,55 +65,104 @@ def quantize_linears(host: Host, run: Run, place: Place, progress: bool) -> dict
     """
     if run.windows is None:
         return _round_all(host, run.methods, place, progress)
-    results = _calibrate_all(host, run, run.windows, place, progress)
+    results, reason = _calibrate_all(host, run, run.windows, place, progress)
     outside = {name: method for name, method in run.methods.items() if name not in results}
-    results |= _round_all(host, outside, place, progress, "it is not in a decoder layer, and only those are calibrated")
+    results |= _round_all(host, outside, place, progress, reason)
     return {name: results[name] for name in run.methods}
 
 
-def _calibrate_all(host: Host, run: Run, windows: Tensor, place: Place, progress: bool) -> dict[str, ModuleReport]:
-    """Those inside decoder layers."""
-    prefix, layers = decoder_layers(host.model)
+def _calibrate_all(
+    host: Host, run: Run, windows: Windows, place: Place, progress: bool
+) -> tuple[dict[str, ModuleReport], Callable[[str], str]]:
+    """Those inside the blocks that run on token ids; and, for the name of any other, why it was not calibrated."""
     architecture = foldable_architecture(host.model, type(run.method).__name__) if run.method.folds else None
     width = head_dim(host.model) if architecture is not None else 0
-    with host.embeddings(prefix, _head_of(host.model), place):
-        batches = [batch.to(place.device) for batch in batches_of(windows)]
-        kept_as = host.dtype(f"{next(iter(run.methods))}.weight")
-        hidden, arguments = capture_inputs(host.model, layers, batches, kept_as)
-    for index, batch in enumerate(hidden):
-        check_finite(batch, "the embedding", index)
-    hidden = host.activations() or hidden
+    decoder = f"{decoder_layers(host.model)[0]}." if architecture is not None else ""
+    state = Progress.of(host.model)
+    outside = (*block_lists(host.model), head_of(host.model))
+    stored_as = host.dtype(f"{next(iter(run.methods))}.weight")
+    keep_dtype = stored_as if stored_as in FLOAT_DTYPES else torch.float32
     results: dict[str, ModuleReport] = {}
-    with tqdm(range(len(layers)), desc=run.method.name, unit="layer", disable=not progress) as bar:
-        for index in bar:
-            name = f"{prefix}.{index}"
-            if (reports := host.finished(name)) is not None:
+
+    def once(name: str, block: nn.Module, hidden: Tensor, call: Call) -> object:
+        with host.layer(name, place) as (layer, _):
+            return call.run(layer, hidden, place)
+
+    with tqdm(total=len(state.blocks), desc=run.method.name, unit="layer", disable=not progress) as bar:
+        while True:
+            with host.embeddings(outside, place):
+                batches = [batch.to(place.device) for group in windows for batch in batches_of(group)]
+                chain = capture(host.model, state, batches, keep_dtype, place, once)
+            if not chain.names:
+                break
+            alone = not state.done and not chain.carries  # hidden states are all that goes from block to block
+            hidden = (host.activations() if alone else None) or chain.hidden
+            outputs: list[object] = []
+            for name in chain.names:
+                reports = host.finished(name)
+                if reports is None or not alone:
+                    inputs = LayerInputs(hidden, chain.calls.pop(name))
+                    here = architecture if name.startswith(decoder) else None
+                    keep = chain.follows and name == chain.names[-1]
+                    reports, outputs = _one_block(host, run, name, inputs, place, here, width, keep, reports)
+                    if host.finished(name) is None:
+                        host.commit(name, reports, hidden if alone else None)
                 results |= {report.name: report for report in reports}
-                continue
-            inside = {
-                full.removeprefix(f"{name}."): m for full, m in run.methods.items() if full.startswith(f"{name}.")
-            }
-            stored = {leaf: host.dtype(f"{name}.{leaf}") for leaf, _ in layers[index].named_parameters()}
-            inputs = LayerInputs(hidden, arguments[index])
-            with host.layer(name, place) as (layer, weights):
-                done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, architecture, width))
-                propagate(layer, inputs, place, name)
-                weights.update({leaf: result.tensor for leaf, result in done.items()})
-            reports = []
-            for leaf, result in done.items():
-                size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
-                reports.append(result.report(f"{name}.{leaf}", size))
-            host.commit(name, reports, hidden)
-            results |= {report.name: report for report in reports}
-            if reports:
-                bar.set_postfix(error=f"{max(report.error for report in reports):.2%}")
-    return results
+                if reports:
+                    bar.set_postfix(error=f"{max(report.error for report in reports):.2%}")
+                bar.update()
+            state.finish(chain, outputs)
+            if not chain.follows:
+                break
+    idle = [name for name in state.blocks if name not in state.done]
+
+    def reason(name: str) -> str:
+        block = next((block for block in idle if name.startswith(f"{block}.")), None)
+        if block is None:
+            return "it is not in a decoder layer, and only those are calibrated"
+        error = f" ({chain.ended_by})" if chain.ended_by is not None else ""
+        return f"token ids do not run through {block}, and calibration is on token ids{error}"
+
+    return results, reason
+
+
+def _one_block(
+    host: Host,
+    run: Run,
+    name: str,
+    inputs: LayerInputs,
+    place: Place,
+    architecture: Architecture | None,
+    width: int,
+    keep: bool,
+    finished: list[ModuleReport] | None,
+) -> tuple[list[ModuleReport], list[object]]:
+    """Quantize a block and run it; the reports of its linear layers, and what it put out where that is to be kept. One that an
+    earlier run finished is only run."""
+    inside = {full.removeprefix(f"{name}."): m for full, m in run.methods.items() if full.startswith(f"{name}.")}
+    block = host.model.get_submodule(name)
+    stored = {leaf: host.dtype(f"{name}.{leaf}") for leaf, _ in block.named_parameters()}
+    with host.layer(name, place) as (layer, weights):
+        if finished is not None:
+            return finished, propagate(layer, inputs, place, name, keep)
+        done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, architecture, width))
+        outputs = propagate(layer, inputs, place, name, keep)
+        weights.update({leaf: result.tensor for leaf, result in done.items()})
+    reports = []
+    for leaf, result in done.items():
+        size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
+        reports.append(result.report(f"{name}.{leaf}", size))
+    return reports, outputs
 
 
 def _round_all(
-    host: Host, methods: Mapping[str, Options], place: Place, progress: bool, fallback: str | None = None
+    host: Host,
+    methods: Mapping[str, Options],
+    place: Place,
+    progress: bool,
+    reason: Callable[[str], str | None] = lambda name: None,
 ) -> dict[str, ModuleReport]:
-    """Without calibration; `fallback` says why, if the methods wanted it otherwise."""
+    """Without calibration; `reason` says why, by the layer's name, if the methods wanted it otherwise."""
     results: dict[str, ModuleReport] = {}
     with tqdm(methods.items(), desc="rounding", unit="linear", disable=not progress or not methods) as bar:
         for name, method in bar:
@@ -128,7 +170,7 @@ def _round_all(
                 results[name] = finished[0]
                 continue
             weight = host.weight(name)
-            result = round_to_nearest(weight.to(place.device), method.with_scales_for(weight.dtype), name, fallback)
+            result = round_to_nearest(weight.to(place.device), method.with_scales_for(weight.dtype), name, reason(name))
             host.keep(name, result.tensor)
             results[name] = result.report(name, weight.nbytes)
             host.commit(name, [results[name]])
@@ -202,10 +244,3 @@ def _quantize(
 def _ratio(error_energy: float, energy: float) -> float:
     """The relative error; 0 for a weight or an input that is all zero, and so is its error."""
     return (max(error_energy, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
-
-
-def _head_of(model: nn.Module) -> str | None:
-    """The name of the output embedding, which calibration never runs."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
-    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None

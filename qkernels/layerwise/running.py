@@ -1,14 +1,15 @@
-"""Run a decoder model one layer at a time.
+"""Run a model one block at a time (a decoder layer, an encoder layer): the block in hand, on what it is called with.
 
-Activations live on the host; only the layer in hand is on the compute device.
+Activations live on the host; only the block in hand is on the compute device. What the model calls its blocks with,
+`capturing` finds out.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from ..models.architectures import Architecture
 from ..models.linears import linear_of
 from ..quantizers import InputStatistics, Options
 
-Arguments = Mapping[str, Any]
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
@@ -35,25 +35,78 @@ class Place:
         return map_tensors(value, lambda t: t.to(self.device, self.dtype if t.is_floating_point() else t.dtype))
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides its hidden states: masks, rotary embeddings, embeddings of its own.
+
+    Args:
+        keyword: the name under which the hidden states are passed; None: as the first argument by position.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    keyword: str | None = None
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+        """The hidden states, and the rest of the call: they are the first argument, or the keyword that begins with "hidden", or
+        the first tensor.
+
+        Raises:
+            CalibrationError: there is none.
+        """
+        if args and isinstance(args[0], Tensor):
+            return args[0], cls(args[1:], dict(kwargs))
+        named = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        keyword = next((name for name in named if name.startswith("hidden")), named[0] if named else None)
+        if args or keyword is None:
+            raise CalibrationError(
+                f"it is called without hidden states (arguments {[*map(type, args)]}, {list(kwargs)})"
+            )
+        return kwargs[keyword], cls((), {name: value for name, value in kwargs.items() if name != keyword}, keyword)
+
+    def run(self, block: nn.Module, hidden: Tensor, place: Place) -> Any:
+        """Call a block on the compute device. What it writes into dictionaries that it is given is there for the next."""
+        args, kwargs = (
+            place.move(tuple(map(_unused, self.args))),
+            place.move({k: _unused(v) for k, v in self.kwargs.items()}),
+        )
+        written = {name: dict(value) for name, value in kwargs.items() if isinstance(value, dict)}
+        if self.keyword is None:
+            output = block(place.move(hidden), *args, **kwargs)
+        else:
+            output = block(*args, **{self.keyword: place.move(hidden)}, **kwargs)
+        for name, before in written.items():
+            news = {key: value for key, value in kwargs[name].items() if before.get(key) is not value}
+            self.kwargs[name].update(news)
+        return output
+
+
+def _unused(value: Any) -> Any:
+    """A key-value cache that some models make whether it is asked for or not, as it was before the block: a block runs many times
+    on the same call, and would find its own keys in it."""
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
+
+
 @dataclass
 class LayerInputs:
-    """What goes into a decoder layer: hidden states on the host, one tensor `[windows, seq_len, hidden]` a batch, and keyword
-    arguments (masks, rotary embeddings), which batches of one size share."""
+    """What goes into a block: for every batch the hidden states `[windows, seq_len, hidden]` on the host, and the rest of its
+    call."""
 
     hidden: list[Tensor]
-    arguments: Mapping[int, Arguments]
+    calls: Sequence[Call]
 
     def batches(self) -> Iterator[LayerInputs]:
         """Each batch by itself."""
-        return (LayerInputs([hidden], self.arguments) for hidden in self.hidden)
+        return (LayerInputs([hidden], [call]) for hidden, call in zip(self.hidden, self.calls, strict=True))
 
     def first(self, tokens: int) -> LayerInputs:
         """The first batches that together have at least so many tokens."""
         count, seen = 0, 0
         while count < len(self.hidden) and seen < tokens:
-            seen += self.hidden[count].shape[0] * self.hidden[count].shape[1]
+            seen += self.hidden[count].numel() // self.hidden[count].shape[-1]
             count += 1
-        return LayerInputs(self.hidden[:count], self.arguments)
+        return LayerInputs(self.hidden[:count], self.calls[:count])
 
 
 @dataclass(frozen=True)
@@ -80,57 +133,10 @@ class Stop(Exception):
     """Raised by hooks, and caught here and in the modules beside."""
 
 
-def capture_inputs(
-    model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor], keep_dtype: torch.dtype
-) -> tuple[list[Tensor], list[Mapping[int, Arguments]]]:
-    """Run the model up to its decoder layers, and record what each of them would be called with.
-
-    The layers do not compute: each records its arguments and passes its input on, so that only the embeddings need weights.
-    Arguments may differ between layers (sliding windows), and are the same for all batches of one size.
-
-    Args:
-        batches: token ids `[windows, seq_len]` on the device of the embeddings.
-        keep_dtype: how hidden states are kept on the host.
-
-    Returns:
-        The hidden states before the first layer, one tensor a batch; for each layer, batch size -> arguments.
-    """
-    recorded: list[dict[int, Arguments]] = [{} for _ in layers]
-    hidden: list[Tensor] = []
-
-    def recorder(index: int) -> Callable[..., Tensor]:
-        names = list(signature(layers[index].forward).parameters)  # GPT-2 passes its mask by position
-
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            states: Tensor = args[0] if args else kwargs.pop("hidden_states")
-            if index == 0:
-                hidden.append(states.detach().to("cpu", keep_dtype))
-            recorded[index].setdefault(len(states), dict(zip(names[1:], args[1:], strict=False)) | kwargs)
-            if index == len(layers) - 1:
-                raise Stop
-            return states
-
-        return forward
-
-    for index, layer in enumerate(layers):
-        layer.forward = recorder(index)
-    try:
-        for batch in batches:
-            try:
-                model(input_ids=batch, use_cache=False)
-            except Stop:
-                continue
-    finally:
-        for layer in layers:
-            del layer.forward
-    return hidden, list(recorded)
-
-
 def run_layer(layer: nn.Module, inputs: LayerInputs, place: Place) -> Iterator[Tensor]:
     """The layer's output for every batch, on the compute device."""
-    for hidden in inputs.hidden:
-        output = layer(place.move(hidden), **place.move(inputs.arguments[len(hidden)]))
-        yield first_output(output)
+    for hidden, call in zip(inputs.hidden, inputs.calls, strict=True):
+        yield first_output(call.run(layer, hidden, place))
 
 
 def run_to_stop(layer: nn.Module, inputs: LayerInputs, place: Place) -> None:
@@ -143,15 +149,29 @@ def run_to_stop(layer: nn.Module, inputs: LayerInputs, place: Place) -> None:
             continue
 
 
-def propagate(layer: nn.Module, inputs: LayerInputs, place: Place, name: str) -> None:
-    """Replace the hidden states by the layer's outputs, in place.
+def propagate(layer: nn.Module, inputs: LayerInputs, place: Place, name: str, keep: bool = False) -> list[Any]:
+    """Replace the hidden states by the layer's outputs, in place; returns all that it put out, if that is to be kept.
 
     Raises:
         CalibrationError: an output is NaN or infinite.
     """
-    for index, output in enumerate(run_layer(layer, inputs, place)):
-        inputs.hidden[index] = output.to("cpu", inputs.hidden[index].dtype)
+    outputs = []
+    for index, call in enumerate(inputs.calls):
+        output = call.run(layer, inputs.hidden[index], place)
+        inputs.hidden[index] = kept(first_output(output), inputs.hidden[index].dtype)
         check_finite(inputs.hidden[index], f"the output of {name}", index)
+        if keep:
+            outputs.append(map_tensors(output, lambda t: t.to("cpu")))
+    return outputs
+
+
+def kept(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Hidden states on the host in a dtype; in fp32 where that is fp16, and they pass its 65504: the model may be computed in
+    bf16, which Gemma needs, whatever its file says."""
+    narrow = hidden.detach().to("cpu", dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(narrow).all()):
+        return hidden.detach().to("cpu", torch.float32)
+    return narrow
 
 
 def check_finite(hidden: Tensor, what: str, batch: int) -> None:
@@ -159,8 +179,8 @@ def check_finite(hidden: Tensor, what: str, batch: int) -> None:
     bad = int((~torch.isfinite(hidden)).sum())
     if bad:
         raise CalibrationError(
-            f"{what} has {bad} NaN or infinite activations in calibration batch {batch} ({hidden.dtype}); check the model on "
-            f"this text, or load it in a wider dtype (float16 overflows above 65504)"
+            f"{what} has {bad} NaN or infinite activations in calibration batch {batch}, computed in float32; check the "
+            f"model's weights, and the model on this text"
         )
 
 
@@ -215,16 +235,32 @@ def pre_hooks(layer: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
 
 def first_output(output: Any) -> Tensor:
     """A block's output, where some blocks return a tuple that begins with it."""
-    result: Tensor = output[0] if isinstance(output, tuple) else output
+    result: Tensor = output if isinstance(output, Tensor) else output[0]
     return result
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """Apply a function to the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(item, change) for item in value)
+        items = [map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
+        result = copy.copy(value)
+        for key, item in value.items():
+            result[key] = map_tensors(item, change)
+        return result
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts, in their order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, note)
+    return found

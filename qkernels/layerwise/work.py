@@ -25,15 +25,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..errors import ArgumentError, CalibrationError, CheckpointError, ConversionError, UnsupportedProblem
+from ..models.linears import as_stored
 from ..quantizers import Options
 from ..reports import ModuleReport
 from ..storage import CONFIG, ShardWriter, TensorSource, atomic_directory, locked, read_json, write_json
 from ..storage.files import memory_of
 from ..tensor import QuantTensor
+from ..texts import Windows
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +52,11 @@ class WorkDirectory:
         self.path = path
         self.finished: dict[str, list[ModuleReport]] = {}
         for unit in self._units():
-            values = read_json(unit / UNIT)
-            self.finished[values["name"]] = [ModuleReport(**fields) for fields in values["modules"]]
+            try:
+                values = read_json(unit / UNIT)
+                self.finished[values["name"]] = [ModuleReport(**fields) for fields in values["modules"]]
+            except (CheckpointError, KeyError, TypeError) as error:
+                raise _unusable(path, error) from error
 
     def add(
         self,
@@ -100,6 +105,21 @@ class WorkDirectory:
             return None
         source = TensorSource.open(with_some[-1] / ACTIVATIONS)
         return [source.read(name) for name in source.names()]
+
+    def tensors(self, unit: str, layer: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a decoder layer that is finished, dequantized, by their names in it; empty where it is not, or where
+        nothing in it was quantized."""
+        if unit not in self.finished:
+            return {}
+        path = self._unit(list(self.finished).index(unit))
+        if not (path / CONFIG).is_file():
+            return {}
+        quantized = open_checkpoint(path)
+        found = {name.removeprefix(f"{unit}."): quantized.read(name) for name in quantized.names()}
+        for module in quantized.modules:
+            leaf = module.removeprefix(f"{unit}.")
+            found[f"{leaf}.weight"] = as_stored(layer.get_submodule(leaf), quantized.weight(module).weight.dequantize())
+        return found
 
     def copy_to(self, writer: CheckpointWriter) -> set[str]:
         """Write every finished unit, one tensor at a time; returns the names in the float model that they stand for."""
@@ -155,31 +175,47 @@ def work_directory(target: str | os.PathLike[str], key: Mapping[str, str], resum
             shutil.rmtree(path, ignore_errors=True)
             raise
         except BaseException:
-            if not work.finished:
+            if work.finished:
+                log.warning(
+                    "%s: %d finished layers are kept; the same command with --resume (resume=True) goes on after them",
+                    target,
+                    len(work.finished),
+                )
+            else:
                 shutil.rmtree(path, ignore_errors=True)
             raise
         shutil.rmtree(path, ignore_errors=True)
 
 
 def run_key(
-    checkpoint: Checkpoint, methods: Mapping[str, Options], windows: Tensor | None, versions: Mapping[str, str]
+    checkpoint: Checkpoint, methods: Mapping[str, Options], windows: Windows | None, versions: Mapping[str, str]
 ) -> dict[str, str]:
     """What the bits of a result depend on. Tensors of the checkpoint are told by their files' names, sizes and times, for
     hashing a large model takes longer than reading it."""
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files()]
-    tokens = b"" if windows is None else memory_of(windows.contiguous())
+    tokens = b"".join(memory_of(group.contiguous()) for group in windows or ())
     return {
         "config": _digest(json.dumps(checkpoint.config, sort_keys=True)),
         "method": _digest(repr(sorted((name, repr(method)) for name, method in methods.items()))),
-        "calibration": hashlib.sha256(tokens).hexdigest() + f" {[] if windows is None else list(windows.shape)}",
+        "calibration": hashlib.sha256(tokens).hexdigest() + f" {[list(group.shape) for group in windows or ()]}",
         "source": _digest(repr(stamps)),
         "software": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
 
+def _unusable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}, which an interrupted run left, is damaged or of another version of qkernels ({error}); remove the directory to "
+        "start anew"
+    )
+
+
 def _check_resumable(work: WorkDirectory, target: str | os.PathLike[str], key: Mapping[str, str], resume: bool) -> None:
     """Refuse to mix two runs, and to throw away what one has finished."""
-    kept: dict[str, Any] = read_json(work.path / KEY)
+    try:
+        kept: dict[str, Any] = read_json(work.path / KEY)
+    except CheckpointError as error:
+        raise _unusable(work.path, error) from error
     differing = [part for part in key if kept.get(part) != key[part]]
     what = f"{work.path} keeps {len(work.finished)} finished layers of an interrupted run for {target}"
     if differing:

@@ -150,7 +150,7 @@ def foldable_architecture(model: nn.Module, method: str = "AWQ") -> Architecture
     Raises:
         ArgumentError: the architecture is unknown, or this variant of it does not allow the folds.
     """
-    config = getattr(model, "config", None)
+    config = text_config(model)
     model_type = getattr(config, "model_type", None)
     architecture = find_architecture(model_type)
     if architecture is None:
@@ -167,44 +167,102 @@ def foldable_architecture(model: nn.Module, method: str = "AWQ") -> Architecture
     return architecture
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: from the table, else the longest list of blocks of one class with linears in them.
+def text_config(model: nn.Module) -> Any:
+    """The config of a model's text part, which is the whole config where there is only text; None for a model without one."""
+    config = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    if getter is None:
+        return config
+    try:
+        return getter()
+    except ValueError:  # several text parts: none of them speaks for the model
+        return config
+
+
+def text_part(model: nn.Module) -> nn.Module:
+    """The text decoder inside a model, as transformers' `get_decoder` finds it: the language model of a multimodal model, the
+    decoder of an encoder-decoder; the model itself where it has no such parts."""
+    part = model
+    while (getter := getattr(part, "get_decoder", None)) is not None:
+        inner = getter()
+        if inner is part or not isinstance(inner, nn.Module):
+            break
+        part = inner
+    return part
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Every outermost list of blocks with linear layers in them, by name: a decoder's, an encoder's, a vision tower's. Which of
+    them run on text, and in which order, only running the model tells (`layerwise.capturing`).
 
     Raises:
-        ArgumentError: there is no such list.
+        ArgumentError: there is none.
     """
-    architecture = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
-    if architecture is not None:
-        return architecture.layers, _module_list(model, architecture.layers)
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():  # parents come first: experts inside a layer are not layers
         inside_another = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside_another and _identical_blocks(module):
+        if isinstance(module, nn.ModuleList) and not inside_another and _holds_blocks(module):
             found[name] = module
     if not found:
         raise ArgumentError(
             f"{type(model).__name__} has no list of decoder layers that could be calibrated one by one; "
             f"use replace_linear, which needs no calibration"
         )
-    name = max(found, key=lambda key: len(found[key]))
-    return name, found[name]
+    return found
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: from the table; else the list of blocks in the text part, and where that has several,
+    the one of the classes that transformers never splits between devices.
+
+    Raises:
+        ArgumentError: there is no such list, or there are several.
+    """
+    lists = block_lists(model)
+    architecture = find_architecture(getattr(text_config(model), "model_type", None))
+    if architecture is not None and architecture.layers in lists:
+        return architecture.layers, lists[architecture.layers]
+    part = text_part(model)
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is part).lstrip(".")
+    inside = {name: blocks for name, blocks in lists.items() if name.startswith(prefix)}
+    whole = set(getattr(part, "_no_split_modules", None) or ())
+    named = {name: blocks for name, blocks in inside.items() if any(type(block).__name__ in whole for block in blocks)}
+    for candidates in (inside, named):
+        if len(candidates) == 1:
+            return next(iter(candidates.items()))
+    raise ArgumentError(
+        f"{type(model).__name__} has several lists of layers ({', '.join(inside or lists)}) and does not say which is its decoder"
+    )
+
+
+def shared_blocks(model: nn.Module) -> tuple[str, str] | None:
+    """Two names of one parameter that two blocks use, if there is such a parameter: quantizing one block would change the
+    other. Also where the parameters are on meta, and transformers ties them later."""
+    owner: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for prefix, blocks in block_lists(model).items():
+        for index, block in enumerate(blocks):
+            for leaf, parameter in block.named_parameters(remove_duplicate=False):
+                name = f"{prefix}.{index}.{leaf}"
+                owner[name] = f"{prefix}.{index}"
+                other = first.setdefault(id(parameter), name)
+                if owner[other] != owner[name]:
+                    return other, name
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return next(((b, a) for a, b in tied.items() if a in owner and b in owner and owner[a] != owner[b]), None)
 
 
 def head_dim(model: nn.Module) -> int:
     """The width of an attention head."""
-    config: Any = model.config
+    config: Any = text_config(model)
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
-    layers = model.get_submodule(name)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise ArgumentError(
-            f"{name} of {type(model).__name__} should be a non-empty nn.ModuleList, got {type(layers).__name__}"
-        )
-    return layers
+def _holds_blocks(blocks: nn.ModuleList) -> bool:
+    """Whether these are blocks with linear layers in them: not linear layers themselves, and not lists of something."""
+    bare = any(_is_linear(block) or isinstance(block, (nn.ModuleList, nn.ModuleDict)) for block in blocks)
+    return not bare and any(_is_linear(module) for block in blocks for module in block.modules())
 
 
-def _identical_blocks(blocks: nn.ModuleList) -> bool:
-    linear = any(isinstance(module, nn.Linear) or is_conv1d(module) for module in blocks[0].modules())
-    return len({type(block) for block in blocks}) == 1 and linear
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)

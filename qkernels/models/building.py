@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import CheckpointError
+from ..optional import need_transformers
 from ..storage import CONFIG
 from ..storage.files import without_quantization
 
@@ -32,10 +33,11 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> An
     Raises:
         CheckpointError: transformers cannot build it.
     """
+    need_transformers("building the model of a checkpoint")
     import transformers
 
     where = path / CONFIG
-    values = _harmless(without_quantization(config))
+    values = _decoded(_harmless(without_quantization(config)))
     kind, names = values.get("model_type"), values.get("architectures")
     if kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"{where}: transformers {transformers.__version__} knows no model_type {kind!r:.40}")
@@ -52,21 +54,21 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> An
     return model.eval()
 
 
-def renames_for(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """Name in a file -> name in the model, for the tensors whose names differ. A checkpoint that was saved without its head
-    (GPT-2's on the Hub) lacks the prefix that the model with a head puts before all others."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    own = model.state_dict().keys()
-    if any(name.startswith(prefix) for name in names) or not any(name.startswith(prefix) for name in own):
-        return {}
-    return {name: f"{prefix}{name}" for name in names if name not in own}
-
-
 def _harmless(value: Any) -> Any:
     """A config, or a part of one, without the keys that fetch code."""
     if isinstance(value, dict):
         return {key: _harmless(inner) for key, inner in value.items() if key not in _FETCHES_CODE}
     return value
+
+
+def _decoded(value: Any) -> Any:
+    """A config, or a part of one, with the numbers that JSON has no word for: transformers writes infinity, in the configs of
+    Mamba-2 and its hybrids, as `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _decoded(inner) for key, inner in value.items()}
+    return [_decoded(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..tensor import FLOAT_DTYPES, QuantTensor, as_dtype
 from ..text import dtype_name, dtype_names
 from .huge_pages import on_huge_pages
 from .packing import Packing, as_tensor, read_packing
+from .pretrained import mind_save_pretrained
 from .weight import READ_ONLY, PackedWeight
 
 _PACKING = "_extra_state"
@@ -132,6 +133,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.dtype = scheme, dtype
         self.on_unsupported: OnUnsupported = on_unsupported
+        mind_save_pretrained(QuantLinear)
 
     @staticmethod
     def check_supported(linear: nn.Linear, scheme: QuantScheme, on_unsupported: OnUnsupported = "raise") -> None:

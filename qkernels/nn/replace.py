@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError
 from ..kernels.catalogue import OnUnsupported
+from ..memory import GivingBack
 from ..models.linears import linear_of
 from ..quantizers import RTN, Options
 from ..quantizers.grid import checked_weight
@@ -73,7 +74,7 @@ def replace_linear(
     model: nn.Module,
     scheme: QuantScheme | str = "w4a16_g128",
     include: Patterns = None,
-    exclude: Patterns = ("lm_head",),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     on_unsupported: OnUnsupported = "raise",
     progress: bool = True,
@@ -93,7 +94,8 @@ def replace_linear(
         model: any `nn.Module`; no particular architecture is assumed. Transformers' `Conv1D` (GPT-2) is a linear layer too.
         scheme: for all layers, unless an override matches.
         include: only layers that match one of these patterns; None means all.
-        exclude: never layers that match one of these.
+        exclude: never layers that match one of these; None means heads (`lm_head`, `score`, `classifier`, …: see
+            `nn.selection.heads`), unless `include` names them, and () means none.
         overrides: pattern -> scheme; the first match wins.
         on_unsupported: "raise" before anything is changed; "skip" leaves the layer as it is, with the reason in the report;
             "reference" runs it on the slow plain-PyTorch kernel.
@@ -128,14 +130,19 @@ def replace_linear(
     for name in selection.chosen:
         checked_weight(linear_of(model, name).weight, f"{name}.weight")
     layers = {}
-    for name, chosen in tqdm(selection.chosen.items(), desc="quantizing", unit="layer", delay=2, disable=not progress):
-        linear = linear_of(model, name)
-        layers[name] = QuantLinear.from_linear(linear, chosen, rounding[chosen], on_unsupported, f"{name}.weight")
-    names = names_of_modules(model)
-    for name, layer in layers.items():
-        _, *also = names[id(model.get_submodule(name))]
-        report.add(name, layer, linear_of(model, name).weight.nbytes)
-        set_module(model, name, layer, also)
+    with GivingBack() as memory:
+        for name, chosen in tqdm(
+            selection.chosen.items(), desc="quantizing", unit="layer", delay=2, disable=not progress
+        ):
+            linear = linear_of(model, name)
+            layers[name] = QuantLinear.from_linear(linear, chosen, rounding[chosen], on_unsupported, f"{name}.weight")
+        names = names_of_modules(model)
+        for name, layer in layers.items():
+            _, *also = names[id(model.get_submodule(name))]
+            float_bytes = linear_of(model, name).weight.nbytes
+            report.add(name, layer, float_bytes)
+            set_module(model, name, layer, also)
+            memory.freed(float_bytes)
     report.bytes_after = model_bytes(model)
     log.info("%s", report)
     return report

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -21,7 +21,13 @@ from ..scheme import QuantScheme
 from .linear import QuantLinear
 from .modules import names_of_modules
 
-USUALLY_EXCLUDED = ("lm_head",)  # by default, so a model need not have it
+# What transformers, timm and older checkpoints call heads, wherever they are.
+HEADS = (
+    "lm_head", "*.lm_heads.*", "embed_out", "output_projection", "score", "scorer", "classifier", "classification_head",
+    "qa_outputs", "qa_classifier", "seq_relationship", "start_logits", "end_logits", "bbox_predictor",
+)  # fmt: skip
+A_HEAD = "a head; name it in include to quantize it"
+
 Patterns = Iterable[str] | str | None
 Overrides = Mapping[str, QuantScheme | str] | None
 T = TypeVar("T")
@@ -45,7 +51,7 @@ def select_linears(
     model: nn.Module,
     scheme: QuantScheme | str,
     include: Patterns = None,
-    exclude: Patterns = (),
+    exclude: Patterns = None,
     overrides: Overrides = None,
     on_unsupported: OnUnsupported | None = None,
 ) -> Selection:
@@ -58,7 +64,7 @@ def select_linears(
         model: its parameters may be on meta. `Conv1D` (GPT-2) is a linear layer too.
         scheme: for every layer that no override matches.
         include: only layers that match; None means all.
-        exclude: never these layers.
+        exclude: never these layers; None means heads (see `heads`), unless `include` names them, and () means none.
         overrides: pattern -> scheme; the first match wins.
         on_unsupported: what a layer without a kernel means: "raise", "skip", or "reference" to run it on the slow one;
             None where no kernel is asked for, since only files are made.
@@ -78,7 +84,7 @@ def select_linears(
     """
     default = QuantScheme.parse(scheme)
     rules = {pattern: QuantScheme.parse(spelled) for pattern, spelled in (overrides or {}).items()}
-    wanted, unwanted = as_patterns(include), as_patterns(exclude) or ()
+    wanted, unwanted = as_patterns(include), as_patterns(exclude)
     if _is_linear(model):
         raise ArgumentError(
             f"layers are swapped inside a model, and this {type(model).__name__} is itself the layer; "
@@ -87,13 +93,35 @@ def select_linears(
     aliases = {names[0]: names for names in names_of_modules(model).values()}
     names, skipped = _sorted_out(model, aliases, wanted, unwanted)
     _check_patterns([*(wanted or ()), *rules], model)
-    _check_exclude(unwanted, model)
+    _check_exclude(unwanted or (), model)
     chosen = {name: _first_match(aliases[name], rules, default) for name in names}
     if on_unsupported is not None:
         lacking = _without_kernel(model, chosen, on_unsupported)
         chosen = {name: scheme for name, scheme in chosen.items() if name not in lacking}
         skipped |= lacking
     return Selection(chosen, skipped)
+
+
+def heads(model: nn.Module) -> set[str]:
+    """The linear layers that turn what a model thinks into its answer: few, sensitive, and often new. They are the layer that
+    transformers calls the output embeddings, those outside of a model's base, and those with a usual name.
+
+    >>> from torch import nn
+    >>> from qkernels.nn.selection import heads
+    >>> heads(nn.ModuleDict({"body": nn.Linear(8, 8), "classifier": nn.Linear(8, 2)}))
+    {'classifier'}
+    """
+    base: Any = getattr(model, "base_model", None)
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    inside = set(base.modules()) if isinstance(base, nn.Module) else set()
+    if not any(_is_linear(module) for module in inside):
+        inside = set(model.modules())
+    return {
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module)
+        and (module is output or module not in inside or any(matches(name, pattern) for pattern in HEADS))
+    }
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -121,7 +149,10 @@ def _any_matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def _sorted_out(
-    model: nn.Module, aliases: Mapping[str, Sequence[str]], include: tuple[str, ...] | None, exclude: tuple[str, ...]
+    model: nn.Module,
+    aliases: Mapping[str, Sequence[str]],
+    include: tuple[str, ...] | None,
+    exclude: tuple[str, ...] | None,
 ) -> tuple[list[str], dict[str, str]]:
     """The linear layers to quantize, and the reason for every other matrix."""
     users: dict[int, list[str]] = {}  # of every parameter, each module once
@@ -129,6 +160,7 @@ def _sorted_out(
         for parameter in module._parameters.values():
             users.setdefault(id(parameter), []).append(name)
     tied = _tied_later(model)
+    spared = heads(model) if exclude is None else set()
     chosen: list[str] = []
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -137,10 +169,13 @@ def _sorted_out(
         elif _is_linear(module):
             weight = module._parameters.get("weight")
             shared = [other for other in users.get(id(weight), []) if other != name and weight is not None]
-            if _any_matches(aliases[name], exclude):
+            named = include is not None and _any_matches(aliases[name], include)
+            if _any_matches(aliases[name], exclude or ()):
                 skipped[name] = "excluded"
-            elif include is not None and not _any_matches(aliases[name], include):
+            elif include is not None and not named:
                 skipped[name] = "not in include"
+            elif name in spared and not named:
+                skipped[name] = A_HEAD
             elif shared:
                 skipped[name] = f"its weight is shared with {', '.join(shared)}"
             elif reason := why_not_plain(module):
@@ -193,10 +228,11 @@ def _check_patterns(patterns: Sequence[str], model: nn.Module) -> None:
 
 
 def _check_exclude(patterns: Sequence[str], model: nn.Module) -> None:
-    """A pattern to exclude must mean something in the model: a misspelt one would let the layer be quantized."""
+    """A pattern to exclude must mean something in the model: a misspelt one would let the layer be quantized. What heads are
+    called may be named for models without one."""
     names = [name for name, _ in (*model.named_modules(remove_duplicate=False), *model.named_parameters()) if name]
     for pattern in patterns:
-        if pattern in USUALLY_EXCLUDED or any(matches(name, pattern) for name in names):
+        if pattern in HEADS or any(matches(name, pattern) for name in names):
             continue
         leaves = sorted({name.rpartition(".")[2] for name in names})
         close = get_close_matches(pattern.rpartition(".")[2], leaves, n=3)

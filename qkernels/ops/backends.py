@@ -60,6 +60,17 @@ def _not_sm80(arch: str) -> list[str]:
     return []
 
 
+def _no_cuda_code(arch: str) -> list[str]:
+    """Beside `_not_sm80`: a card that the build has no code for and no PTX that its driver could compile."""
+    why, built = _not_sm80(arch), extension.status().architectures
+    if not why and arch != "cuda" and built and extension.code_for(arch, built) is None:
+        why = [
+            f"the extension has no code for {arch}: it was built for {', '.join(built)}; build it with TORCH_CUDA_ARCH_LIST "
+            f"naming {arch[2:-1]}.{arch[-1]}, or 8.0+PTX"
+        ]
+    return why
+
+
 def _missing_extension() -> str | None:
     status = extension.status()
     return None if status.loaded else f"the compiled extension is not loaded: {status.error}"
@@ -85,7 +96,7 @@ def missing_triton() -> str | None:
 BACKENDS: dict[BackendName, Backend] = {
     # An instruction set that this CPU lacks was asked for: the ops are there and say so.
     "cpu": Backend("cpu", _not_the_cpu, _missing_extension, lambda: bool(extension.status().isas)),
-    "cuda": Backend("cuda", _not_sm80, _missing_cuda, lambda: extension.status().cuda),
+    "cuda": Backend("cuda", _no_cuda_code, _missing_cuda, lambda: extension.status().cuda),
     "triton": Backend("cuda", _not_sm80, lambda: missing_triton(), lambda: True),
     "torch": Backend(None, lambda arch: [], lambda: None, lambda: True),
 }

@@ -11,15 +11,21 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from ..errors import CheckpointError
-from .files import CONFIG, DISK_FULL, write_error
+from .files import DISK_FULL, read_json, write_error, write_json
 
 log = logging.getLogger(__name__)
 
+# In every directory made here: the files in it and their sizes, so that a later run knows what it may replace.
+MANIFEST: Final = ".qkernels-files.json"
+
 
 @contextmanager
-def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    target: str | os.PathLike[str], overwrite: bool = False, sources: Collection[Path] = ()
+) -> Iterator[Path]:
     """Fill a directory all or nothing: yields a temporary directory beside `target`, which takes its place on success.
 
     A kill at any time leaves `target` absent (or as it was) or complete, and at most a hidden
@@ -27,10 +33,15 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
     lock on its temporary directory, so that nobody takes it for a leftover. With `overwrite` the old directory is moved
     aside, replaced, then deleted; after a kill between the two renames the next run moves it back.
 
+    Args:
+        overwrite: replace a directory that this function made and nobody changed since: every file in it must be on its list
+            (`MANIFEST`), with the size that it had.
+        sources: what the body reads (`read_from`), which `target` must not hold.
+
     Raises:
-        CheckpointError: `target` exists and is not an empty directory (with `overwrite`: is not a checkpoint), or the
-            disk is full or read-only. Nothing is left behind then. Other errors of the body pass through, with the
-            same tidying.
+        CheckpointError: `target` exists and is not an empty directory (with `overwrite`: holds what was not written here); or
+            it holds one of `sources`; or the disk is full or read-only. Nothing is left behind then. Other errors of the
+            body pass through, with the same tidying.
     """
     path = Path(target).expanduser().resolve()
     temporary: Path | None = None
@@ -39,13 +50,14 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
         with _as_checkpoint_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(path)
-            _check_target(path, overwrite)
+            _check_target(path, overwrite, sources)
             temporary, lock = _locked_directory(path)
         with _as_checkpoint_error(path, DISK_FULL):
             yield temporary
         with _as_checkpoint_error(path):
+            write_json(temporary / MANIFEST, {"files": _sizes(temporary)})
             _sync_tree(temporary)
-            _check_target(path, overwrite)
+            _check_target(path, overwrite, sources)
             _move_into_place(temporary, path)
             temporary = None
     finally:
@@ -77,21 +89,47 @@ def _as_checkpoint_error(path: Path, errnos: Collection[int] | None = None) -> I
         raise write_error(error, path) from error
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def read_from(*paths: str | os.PathLike[str] | None) -> list[Path]:
+    """Where files and directories, and the files in those, really lie: what `sources` is made of."""
+    given = [Path(path).expanduser() for path in paths if path is not None]
+    inside = [file for path in given if path.is_dir() for file in path.iterdir() if file.is_file()]
+    return [path.resolve() for path in (*given, *inside)]
+
+
+def _check_target(path: Path, overwrite: bool, sources: Collection[Path]) -> None:
     if not path.exists():
         return
     if not path.is_dir():
         raise CheckpointError(f"{path} exists and is not a directory; choose another target")
     if not any(path.iterdir()):
         return
+    if held := [source for source in sources if source.is_relative_to(path)]:
+        raise CheckpointError(f"{path} holds {held[0]}, which is read to write it, and is kept; choose another target")
     if not overwrite:
         raise CheckpointError(
             f"{path} exists and is not empty; choose another target, remove it, or pass overwrite=True (--overwrite)"
         )
-    if not (path / CONFIG).is_file():
+    if not (path / MANIFEST).is_file():
         raise CheckpointError(
-            f"{path} has no {CONFIG}, so it is no checkpoint and is not overwritten; choose another target"
+            f"{path} has no {MANIFEST}, so qkernels did not write it (or an early version did), and it is not overwritten; "
+            "choose another target, or remove it"
         )
+    listed = read_json(path / MANIFEST).get("files")
+    own = listed if isinstance(listed, dict) else {}
+    if strange := sorted(name for name, size in _sizes(path).items() if own.get(name) != size):
+        what = f"{strange[0]}{f' and {len(strange) - 1} other files' * (len(strange) > 1)}"
+        raise CheckpointError(
+            f"{path} has {what}, which qkernels did not write or somebody changed since, and is not overwritten; move what "
+            "is to be kept, or choose another target"
+        )
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """The files in a directory and below it, links among them, by their path in it."""
+    found = {
+        str(p.relative_to(directory)): p.lstat().st_size for p in directory.rglob("*") if p.is_file() or p.is_symlink()
+    }
+    return {name: size for name, size in sorted(found.items()) if name != MANIFEST}
 
 
 def _locked_directory(path: Path) -> tuple[Path, int]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +28,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # beside config.json in older GPTQ and AWQ folders
-
-# What a checkpoint needs besides weights and config.json: tokenizer, prompt format, generation defaults, licence, and code of
-# its own (copied, never run here).
-SIDE_FILES = (
-    "tokenizer*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
-    "generation_config.json", "chat_template*", "additional_chat_templates", "preprocessor_config.json",
-    "processor_config.json", "*.py", "LICENSE*", "LICENCE*", "NOTICE*",
-)  # fmt: skip
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -83,34 +73,6 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object as indented UTF-8 JSON, keys in their order."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_side_files(source_dir: str | os.PathLike[str], target_dir: str | os.PathLike[str]) -> list[str]:
-    """Copy what a checkpoint needs besides weights and their description (`SIDE_FILES`). Everything else, such as the model
-    card of the original, stays behind, and nothing in the target is overwritten.
-
-    Returns:
-        The names copied, sorted.
-
-    Raises:
-        CheckpointError: a file could not be copied.
-    """
-    source, target = Path(source_dir), Path(target_dir)
-    copied = []
-    try:
-        for path in sorted(source.iterdir()):
-            if (target / path.name).exists() or not any(fnmatchcase(path.name, pattern) for pattern in SIDE_FILES):
-                continue
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)  # contents, not the symlinks that the Hub's cache is made of
-            elif path.is_dir():
-                shutil.copytree(path, target / path.name)
-            else:
-                continue
-            copied.append(path.name)
-    except OSError as error:
-        raise write_error(error, target) from error
-    return copied
 
 
 def write_error(error: OSError, path: Path) -> CheckpointError:

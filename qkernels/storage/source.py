@@ -10,8 +10,10 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .beside import OTHER_WEIGHTS
 from .files import (
     CONFIG,
     DTYPES,
@@ -87,10 +90,6 @@ class TensorSource:
                 raise CheckpointError(f"{INDEX} says that tensor {name} is in {file}, but {where}")
         return cls(root, config, metadata, entries)
 
-    def renamed(self, names: Mapping[str, str]) -> TensorSource:
-        """The same tensors under other names; those that are not in `names` keep theirs."""
-        return replace(self, entries={names.get(name, name): entry for name, entry in self.entries.items()})
-
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
         return sorted(self.entries)
@@ -140,7 +139,8 @@ class TensorSource:
 
 def _weight_files(root: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The safetensors files of a directory, and the index that maps tensor names to file names, if there is one."""
-    names = sorted(p.name for p in root.iterdir() if p.suffix == ".safetensors")
+    found = sorted(p.name for p in root.iterdir() if p.suffix == ".safetensors")
+    names = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in OTHER_WEIGHTS)]
     if (root / INDEX).is_file():
         weight_map = read_json(root / INDEX, MAX_INDEX_BYTES).get("weight_map")
         if (
@@ -160,7 +160,8 @@ def _weight_files(root: Path) -> tuple[list[Path], dict[str, str] | None]:
             raise CheckpointError(
                 f"{root} lacks {len(missing)} of the {len(files)} shards that {INDEX} names: {missing[0]}"
             )
-        stray = [name for name in names if name not in files and "-of-" in name]
+        families = {_family(file) for file in files}
+        stray = [name for name in names if name not in files and "-of-" in name and _family(name) in families]
         if stray:
             raise CheckpointError(f"{root} has the shard {stray[0]}, which {INDEX} does not name; remove what is stale")
         if SINGLE in names and SINGLE not in files:
@@ -176,6 +177,11 @@ def _weight_files(root: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise CheckpointError(
             f"{root} has {len(names)} safetensors files but no {INDEX} that says what belongs together"
         )
+    if found:
+        raise CheckpointError(
+            f"{root} has no weights under the model's own names, only {found[0]}: an adapter needs the model that it belongs to, "
+            "and Mistral's consolidated files are not read (convert them with transformers, or fetch the repository's model-*)"
+        )
     pickled = sorted(p.name for p in root.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if pickled:
         raise CheckpointError(
@@ -183,6 +189,11 @@ def _weight_files(root: Path) -> tuple[list[Path], dict[str, str] | None]:
             "qkernels reads safetensors only: load them with transformers on a machine you trust and save_pretrained"
         )
     raise CheckpointError(f"{root} has no *.safetensors file")
+
+
+def _family(shard: str) -> str:
+    """`model` of `model-00001-of-00003.safetensors`: shards of one model are called alike."""
+    return re.sub(r"-\d+-of-\d+\.safetensors$", "", shard)
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -137,6 +137,13 @@ def test_dry_run_writes_nothing(tiny_llama_dir: Path, tmp_path: Path, capsys: py
         (["--method", "smoothquant", "--asym"], '"w8a8_channel_asym"'),
         (["--method", "rtn", "--asym", "--override", "*=w4a8_g32_asym"], '"w4a8_g32_asym"'),
         (["--method", "rtn", "--bits", "8", "--group-size", "channel"], "w8a16_channel"),
+        *((["--method", "rtn", "--bits", str(bits), "--group-size", "32"], f"w{bits}a16_g32") for bits in (5, 6, 7)),
+        *(
+            (["--method", "rtn", "--scheme", scheme], f'"{scheme}"')
+            for scheme in ("w4a16_g32_offset", "w6a8_channel_asym")
+        ),
+        (["--method", "hqq", "--scheme", "w2a16_g16_fzero"], '"w2a16_g16_fzero"'),
+        (["--method", "nf4", "--scheme", "fp4_g32"], '"fp4_g32"'),
     ],
 )
 def test_methods_write_their_scheme(
@@ -169,7 +176,18 @@ def test_methods_write_their_scheme(
             "pattern '\\*.nothing' matches no",
         ),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "rtn", "--override", "*.q_proj=int4"], "a scheme looks like"),
-        (["quantize", "{tiny}", "{tiny}", "--method", "rtn"], "exists .* \\(--overwrite\\)"),
+        (["quantize", "{tiny}", "{tiny}", "--method", "rtn"], "holds .*, which is read to write it, and is kept"),
+        (["quantize", "{tiny}", "{tiny}", "--method", "rtn", "--overwrite"], "which is read to write it, and is kept"),
+        (
+            ["quantize", "{tiny}", "{tmp}/out", "--method", "rtn", "--scheme", "w4a16_g32", "--bits", "4"],
+            "leave out --bits",
+        ),
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "nf4", "--scheme", "w4a16_g32"], "NF4 needs a codebook"),
+        (
+            ["pack", "{tiny}", "{tmp}/out", "--layout", "reference"],
+            "--layout must be auto, .* got 'reference'; .*--format native",
+        ),
+        (["pack", "{tiny}", "{tmp}/out", "--layout", "nope"], "--layout must be auto, (?!.*reference).* got 'nope'"),
         (["eval", "{tiny}", "--text", "{short}", "--seq-len", "32"], "less than one window"),
         (["pack", "{tiny}", "{tmp}/out"], "quantized"),
         (["generate", "{tmp}/nowhere", "--prompt", "x"], "is not a directory"),
@@ -195,7 +213,17 @@ def test_bad_input_is_one_line_and_exit_code_1(
     [
         (["quantize"], "required: model, out"),
         (["nonsense"], "invalid choice"),
-        (["quantize", "a", "b", "--bits", "5"], "invalid choice"),
+        (["quantize", "a", "b", "--bits", "9"], "invalid choice"),
+        (
+            ["generate", "a", "--prompt", "b", "--seed", "99999999999999999999"],
+            "expected an integer of -2\\^63 … 2\\^64 - 1",
+        ),
+        (["generate", "a", "--prompt", "b", "--seed", "1e3"], "expected an integer of .*, got '1e3'"),
+        (
+            ["generate", "a", "--prompt", "b", "--tokens", "9" * 5000],
+            "expected a positive integer below 2\\^31, got '9999",
+        ),
+        (["quantize", "a", "b", "--group-size", "99999999999"], "expected a positive integer below 2\\^31"),
         (["quantize", "a", "b", "--override", "x"], "expected PATTERN=SCHEME"),
         (["quantize", "a", "b", "--device", "gpu"], "expected a device such as cpu or cuda:0, got 'gpu'"),
         (["pack", "a", "b", "--device", "gpu"], "expected a device such as cpu or cuda:0, got 'gpu'"),

@@ -21,7 +21,7 @@ UNIT = "mma_tile"
 LAYOUT = get_layout("mma_tile")
 DTYPES = (torch.float16, torch.bfloat16)
 TYPES = {None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}  # enum Type of csrc/types.h
-PATHS = {"decode": 0, "gemm": 1, "dequantize": 2, "gemm_sm90": 3}
+PATHS = {"decode": 0, "gemm": 1, "dequantize": 2, "gemm_sm90": 3, "gemm_a8": 4, "gemm_a8_sm90": 5}
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Config:
     warps_k: int = 0
     splits: int = 1
     half_accumulate: bool = False
+    stages: int = 0
 
     def integers(self) -> dict[str, int]:
         return {name: int(value) for name, value in {**asdict(self), "path": PATHS[self.path]}.items()}
@@ -54,8 +55,8 @@ def gemm_sm90(tokens: int, splits: int = 1) -> Config:
 
 def padded(x: Tensor) -> tuple[Tensor, int]:
     """The storage that x is a view of, flat, and x's offset in it."""
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())  # type: ignore[call-overload]
-    return storage, x.storage_offset()
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return storage, int(x.storage_offset())
 
 
 def in_room(x: Tensor) -> Tensor:
@@ -86,9 +87,11 @@ def x_arguments(x: Tensor) -> tuple[dict[str, Tensor | None], dict[str, int]]:
     }  # fmt: skip
 
 
-def multiply_call(weight: QuantTensor, x: Tensor, config: Config, bias: Tensor | None = None) -> Call:
+def multiply_call(
+    weight: QuantTensor, x: Tensor, config: Config, bias: Tensor | None = None, layout: Layout = LAYOUT
+) -> Call:
     """`multiply` with a poisoned y and a poisoned workspace of exactly the size that is asked for."""
-    weight_buffers, weight_integers = weight_arguments(weight)
+    weight_buffers, weight_integers = weight_arguments(weight, layout)
     x_buffers, x_integers = x_arguments(x)
     integers = {
         **weight_integers, **x_integers, **config.integers(), "type": TYPES[x.dtype],

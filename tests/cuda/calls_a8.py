@@ -1,4 +1,4 @@
-"""Weights and activations to calls of `multiply_a8`, and the y that is right."""
+"""Weights and activations to calls of `multiply` with int8 activations, and the y that is right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from qkernels import QuantTensor
 from qkernels.layouts import get_layout
 from tests.cuda import calls, emulator
-from tests.cuda.calls import PATHS, TYPES
+from tests.cuda.calls import Config
 from tests.cuda.emulator import Call
 
 
@@ -24,20 +24,11 @@ def multiply_call(
     bias: Tensor | None = None,
     tokens: int | None = None,
     splits: int = 1,
-    path: str = "gemm",
+    path: str = "gemm_a8",
 ) -> Call:
     """y and workspace, of exactly the size that is asked for, start as NaN."""
-    weight_buffers, weight_integers = calls.weight_arguments(weight, get_layout("mma_tile_a8"))
-    x_buffers, x_integers = calls.x_arguments(x)
-    more = {"type": TYPES[x.dtype], "bias_type": TYPES[None if bias is None else bias.dtype]}
-    shape = {"path": PATHS[path], "tokens": tokens or tokens_for(x.shape[0]), "splits": splits}
-    integers = {**weight_integers, **x_integers, **more, **shape}
-    size = torch.zeros(1, dtype=torch.int64)
-    buffers: dict[str, Tensor | None] = {**weight_buffers, **x_buffers, "bias": bias}
-    emulator.run(calls.UNIT, Call("workspace_a8", {**buffers, "bytes": size}, integers))
-    buffers["workspace"] = torch.full((int(size) // 4,), float("nan"))
-    buffers["y"] = torch.full((x.shape[0], weight.N), float("nan"), dtype=x.dtype)
-    return Call("multiply_a8", buffers, integers)
+    config = Config(path, tokens or tokens_for(x.shape[0]), splits=splits)
+    return calls.multiply_call(weight, x, config, bias, get_layout("mma_tile_a8"))
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +71,7 @@ def check(
     tokens: int | None = None,
     splits: int = 1,
     schedule: str = "ascending",
-    path: str = "gemm",
+    path: str = "gemm_a8",
 ) -> None:
     """The emulator's y is the right one, bit for bit."""
     call = multiply_call(weight, x, bias, tokens, splits, path)

@@ -44,6 +44,14 @@ MUTANTS: dict[str, Mutant] = {
         "decode.cu", "copy.cuh", "column = column < 0 ? 0 : column >= a.K ? a.K - 1 : column;", ""
     ),
     "GEMM_NO_ROW_MASK": Mutant("gemm_sm80_f16.cu", *NO_ROW_MASK),
+    # What every launch did once: a limit of its own, which a smaller launch lowers under a larger one.
+    "SHARED_OF_ITS_OWN": Mutant(
+        "launch_runtime.cpp",
+        "launch.cuh",
+        "const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel));",
+        "const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),\n"
+        "                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);",
+    ),
     "A8_NO_BARRIER": Mutant(*A8, "__syncthreads();  // everybody's copies of this slot", "// "),
     "A8_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*A8, "__syncthreads();  // the exchange lies over stages", "// "),
     "A8_SHORT_WAIT": Mutant(*A8, "cp_async_wait<kStagesA8 - 2>();", "cp_async_wait<kStagesA8 - 1>();"),
@@ -87,6 +95,9 @@ MUTANTS: dict[str, Mutant] = {
     # One step after its group has ended, the slot holds what another group or nobody wrote.
     "IGMMA_SCALES_TOO_LATE": Mutant(*IGMMA, "walk.left == 1 || step + 1 == end ?", "step + 1 == end ?"),
     "IGMMA_EARLY_RELEASE": Mutant(*IGMMA, "__syncwarp();  // all lanes have read the stage\n", "\n"),
+    # Right as long as a group of 32 columns ends with its step; but the compiler and a reader see a loop whose second round
+    # writes a fragment that is being read.
+    "IGMMA_GROUPS_GO_ROUND": Mutant(*IGMMA, "        ++step;\n        break;\n", ""),
     "IGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*IGMMA, "named_barrier_sync(1, kConsumersA8);", ""),
     "IGMMA_NO_ROW_MASK": Mutant(*IGMMA, "m < p.out.M && n < p.out.N_pad) {", "n < p.out.N_pad) {"),
 }

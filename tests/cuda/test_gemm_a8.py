@@ -168,7 +168,7 @@ def test_what_is_not_finite_is_not_hidden(value: float, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("wrong", [{"zero_type": 1}, {"group": 16}, {"splits": 0}, {"tokens": 96}])
 def test_what_it_cannot_do_is_an_error(wrong: dict[str, int]) -> None:
     call = multiply_call(random_weight("w4a8_g32", 64, 128), torch.zeros(1, 128, dtype=torch.float16))
-    with pytest.raises(RuntimeError, match="multiply_a8 returned error"):
+    with pytest.raises(RuntimeError, match="multiply returned error"):
         emulator.run(calls.UNIT, Call(call.launcher, call.buffers, {**call.integers, **wrong}))
 
 
@@ -185,6 +185,7 @@ def sanitized(tokens: int = 64, splits: int = 1) -> tuple[Call, Tensor]:
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize(("tokens", "splits"), [(32, 2), (64, 1), (128, 1)])
 def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int, splits: int) -> None:
+    """The first of its sanitizer waits for all kernels to be compiled under it: half a minute on two cores."""
     for schedule in ("random", "warp_ahead"):
         call, y = sanitized(tokens, splits)
         done = emulator.replay(calls.UNIT, call, flavour, schedule)

@@ -19,7 +19,7 @@ from tests.strategies import random_weight
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 DATA_RACE = "WARNING: ThreadSanitizer: data race"
-SM90 = "gemm_sm90"
+SM90 = "gemm_a8_sm90"
 
 
 @dtypes
@@ -104,7 +104,7 @@ def test_it_gives_the_bits_of_the_other_kernel() -> None:
 )
 def test_what_it_cannot_do_is_an_error(scheme: str, wrong: dict[str, int]) -> None:
     call = multiply_call(random_weight(scheme, 64, 256), torch.zeros(1, 256, dtype=torch.float16), tokens=64, path=SM90)
-    with pytest.raises(RuntimeError, match="multiply_a8 returned error"):
+    with pytest.raises(RuntimeError, match="multiply returned error"):
         emulator.run(calls.UNIT, Call(call.launcher, call.buffers, {**call.integers, **wrong}))
 
 
@@ -121,6 +121,7 @@ def call_of(tokens: int = 64, M: int = 20) -> tuple[Call, Tensor]:
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize("tokens", [64, 256])
 def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int) -> None:
+    """The first of its sanitizer waits for all kernels to be compiled under it: half a minute on two cores."""
     call, y = call_of(tokens)
     done = emulator.replay(calls.UNIT, call, flavour, "random" if tokens == 64 else "warp_ahead")
     assert done.status == 0, done.report[-2000:]

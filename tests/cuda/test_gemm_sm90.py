@@ -147,6 +147,7 @@ def call_of(M: int = 20, tokens: int = 64, splits: int = 1) -> tuple[emulator.Ca
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize(("tokens", "splits"), [(16, 1), (64, 1), (64, 2), (256, 1)])
 def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int, splits: int) -> None:
+    """The first of its sanitizer waits for all kernels to be compiled under it: half a minute on two cores."""
     for schedule in ("random", "warp_ahead"):
         call, expected = call_of(tokens=tokens, splits=splits)
         done = emulator.replay(calls.UNIT, call, flavour, schedule)

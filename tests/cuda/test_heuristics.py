@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,11 @@ from tests.cuda.cards import CARDS, SHARED
 
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 cards = pytest.mark.parametrize("sm", CARDS)
+# 4-bit codes in groups of 128 with 16-bit scales.
+PROBLEM = {
+    "bits": 4, "act_bits": 16, "group_bytes": 128, "half": 0, "aligned": 1, "groups_per_step": 1, "steps_per_group": 2,
+    "groups": 32, "float_zeros": 0, "half_accumulate": 0, "decode_only": 0,
+}  # fmt: skip
 
 
 def choose(M: int, N: int, K: int, sm: int, **more: int) -> tuple[list[int], float, str]:
@@ -23,10 +29,7 @@ def choose(M: int, N: int, K: int, sm: int, **more: int) -> tuple[list[int], flo
         torch.zeros(1, dtype=torch.float64),
         torch.zeros(512, dtype=torch.uint8),
     )
-    problem = {
-        "M": M, "N": N, "K": K, "bits": 4, "group_bytes": 128, "half": 0, "aligned": 1, "sm": sm, "multiprocessors": CARDS[sm],
-        "short_groups": 0, "float_zeros": 0, "half_accumulate": 0, "decode_only": 0, **more,
-    }  # fmt: skip
+    problem = {**PROBLEM, "M": M, "N": N, "K": K, "sm": sm, "multiprocessors": CARDS[sm], **more}
     emulator.run(calls.UNIT, emulator.Call("choose", {"config": config, "ns": ns, "text": text}, problem))
     return config.tolist(), float(ns), bytes(text.tolist()).split(b"\0")[0].decode()
 
@@ -34,10 +37,7 @@ def choose(M: int, N: int, K: int, sm: int, **more: int) -> tuple[list[int], flo
 def predict(M: int, N: int, K: int, sm: int, config: list[int], **more: int) -> float:
     """Predicted nanoseconds of a given configuration, 4 bit."""
     ns = torch.zeros(1, dtype=torch.float64)
-    problem = {
-        "M": M, "N": N, "K": K, "bits": 4, "group_bytes": 128, "half": 0, "aligned": 1, "sm": sm, "multiprocessors": CARDS[sm],
-        "short_groups": 0, "float_zeros": 0, **more,
-    }  # fmt: skip
+    problem = {**PROBLEM, "M": M, "N": N, "K": K, "sm": sm, "multiprocessors": CARDS[sm], **more}
     fields = dict(zip(("path", "tokens", "warps_n", "warps_k", "splits", "half_accumulate"), config))
     emulator.run(calls.UNIT, emulator.Call("predict", {"ns": ns}, {**problem, **fields}))
     return float(ns)
@@ -176,20 +176,49 @@ def test_every_tile_of_gemm_sm90_is_chosen_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [{"short_groups": 1, "group_bytes": 512}, {"float_zeros": 1, "group_bytes": 256}], ids=str
+    "kind",
+    [{"groups_per_step": 4, "steps_per_group": 1, "group_bytes": 512}, {"float_zeros": 1, "group_bytes": 256}],
+    ids=str,
 )
 @pytest.mark.parametrize("bits", [4, 8])
 def test_short_groups_and_float_zeros_go_where_the_prediction_says(bits: int, kind: dict[str, int]) -> None:
-    """Past 32 tokens to gemm_sm90, which scales fragments for them, though more instructions move the choice of the tile; and
-    no tile of gemm_sm80 is predicted to be faster."""
-    for M in (48, 64, 128, 256, 1024):
+    """From 33 to 256 tokens to gemm_sm90, which scales fragments for them, though more instructions move the choice of the tile;
+    and no tile of gemm_sm80 is predicted to be faster."""
+    for M in (48, 64, 128, 256):
         config, ns, text = choose(M, 8192, 8192, 90, bits=bits, **kind)
         assert config[0] == 3, text
         others = [[1, tokens, 0, 0, splits, 0] for tokens in (32, 64, 128) for splits in (1, 2, 3, 4, 6, 8)]
         assert ns < min(predict(M, 8192, 8192, 90, other, bits=bits, **kind) for other in others), text
-    assert choose(32, 8192, 8192, 90, bits=bits, **kind)[0][0] == 0
+    assert choose(16, 8192, 8192, 90, bits=bits, **kind)[0][0] == 0
     plain = predict(64, 8192, 8192, 90, [3, 64, 0, 0, 2, 0], bits=bits)
-    assert predict(64, 8192, 8192, 90, [3, 64, 0, 0, 2, 0], bits=bits, **kind) > 1.2 * plain
+    assert predict(64, 8192, 8192, 90, [3, 64, 0, 0, 2, 0], bits=bits, **kind) > 1.1 * plain
+
+
+@pytest.mark.parametrize("capacity", [31, 32])
+def test_clusters_are_counted_as_the_device_has_room_for_them(capacity: int) -> None:
+    """4096 x 4096 for 33 to 64 tokens in clusters of four is 32 clusters of 128 blocks. A board that holds 31 would run the last
+    one by itself, as long as all the others together; so there another way is chosen, whose blocks fit."""
+    of_four = [3, 64, 0, 0, 4, 0]
+    active = {"active_1_2": 66, "active_1_3": 42, "active_1_4": capacity, "active_1_8": 16}
+    at_once = predict(64, 4096, 4096, 90, of_four, active_1_4=32)
+    config, ns, text = choose(64, 4096, 4096, 90, **active)
+    assert ns <= predict(64, 4096, 4096, 90, of_four, **active)
+    if capacity == 32:
+        assert config == of_four, text
+        assert ns == at_once
+    else:
+        assert config != of_four, text
+        assert predict(64, 4096, 4096, 90, of_four, **active) > at_once + 2000  # a second wave, and its start
+        assert at_once < ns < at_once + 2000
+
+
+def test_every_number_of_a_card_has_a_source() -> None:
+    text = (emulator.CUDA / "card.h").read_text()
+    numbers = re.findall(r"\{[-0-9.e *\/]+, (\w+|\"[^\"]+\")\}", text)
+    named = {"kSheet", "kSass", "kGuess", "kClusters", "kMeasured"}
+    assert len(numbers) > 50
+    assert {source for source in numbers if not source.startswith('"')} == named
+    assert all(re.search("sheet|guess", source) for source in numbers if source.startswith('"'))
 
 
 def test_fp16_accumulation_only_where_it_is_allowed() -> None:

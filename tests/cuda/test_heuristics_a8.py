@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from tests.cuda import calls, emulator
+from tests.cuda import calls
 from tests.cuda.calls import PATHS
 from tests.cuda.cards import CARDS
 
+from .test_heuristics import choose as choose_config
+
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 cards = pytest.mark.parametrize("sm", CARDS)
-GEMM, SM90 = PATHS["gemm"], PATHS["gemm_sm90"]
+GEMM, SM90 = PATHS["gemm_a8"], PATHS["gemm_a8_sm90"]
 
 
 def choose(M: int, N: int, K: int, sm: int, bits: int = 8, group: int | None = None) -> tuple[list[int], float]:
     """Path, tokens and splits; predicted nanoseconds. `group`: None for one scale a row."""
-    config, ns = torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.float64)
-    weight = {
-        "N": N,
-        "K": K,
-        "bits": bits,
-        "group": group or K,
-        "scale_type": 3,
-        "zero_type": 0,
-        "zeros_are_offsets": 0,
-    }
-    card = {"M": M, "sm": sm, "multiprocessors": CARDS[sm]}
-    emulator.run(calls.UNIT, emulator.Call("choose_a8", {"config": config, "ns": ns}, {**weight, **card}))
-    return config.tolist(), float(ns)
+    groups = 1 if group is None or group >= K else -(-K // group)
+    steps = max(1, -(-K // 64))
+    config, ns, _ = choose_config(
+        M, N, K, sm, bits=bits, act_bits=8, groups=groups,
+        groups_per_step=64 // group if groups > 1 and group is not None and group < 64 else 1,
+        steps_per_group=steps if groups == 1 else max(1, (group or 0) // 64),
+        group_bytes=128 * (64 // group if groups > 1 and group is not None and group < 64 else 1),
+    )  # fmt: skip
+    return [config[0], config[1], config[4]], ns
 
 
 @cards

@@ -253,6 +253,7 @@ def test_staged_x_is_gathered_and_padded() -> None:
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize("config", [decode(3), decode(20, 2, 3), gemm(32, 2), gemm(128)], ids=str)
 def test_sanitizers_find_nothing(flavour: emulator.Flavour, config: Config) -> None:
+    """The first of its sanitizer waits for all kernels to be compiled under it: half a minute on two cores."""
     weight = random_weight("w4a16_g64_asym", 70, 448, act_order=config.path == "decode", exact=True)
     x = integers(min(config.tokens, 20) - 3, 448, dtype=torch.float16, most=2)
     for schedule in ("random", "warp_ahead"):

@@ -24,7 +24,8 @@ def test_every_schedule_gives_the_exact_product(case: Case, schedule: str) -> No
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_sanitizers_have_nothing_to_say(case: Case, flavour: Flavour) -> None:
-    """Buffers end where they should (ASan), and nothing but barriers orders the threads (TSan)."""
+    """Buffers end where they should (ASan), and nothing but barriers orders the threads (TSan). The first of its sanitizer waits
+    for all kernels to be compiled under it: half a minute on two cores."""
     call, expected = case.call()
     done = replay("mma_tile", call, flavour, "random" if flavour == "asan" else "ascending")
     assert done.status == 0, done.report

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +16,9 @@ from torch.library import opcheck
 
 from qkernels import QuantLinear, QuantTensor, extension
 from qkernels.layouts import get_layout
+from tests.cuda import calls_a8
+from tests.cuda.calls import PATHS
+from tests.cuda.instances import Forced, forced
 from tests.ops.helpers import arguments, exact_product, integers
 from tests.strategies import random_weight
 
@@ -24,6 +30,19 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 ZEROS = ["", "_asym", "_fzero", "_offset"]
 # Around every tile of tokens, and past the crossover to dequantize + mm.
 TOKENS = [0, 1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 300]
+
+
+@pytest.fixture(autouse=True)
+def whole_sums_in_cublas() -> Iterator[None]:
+    """dequantize + mm is exact only where cuBLAS adds the parts of a split K in fp32; torch lets it add them in 16 bits."""
+    settings = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(settings, name) for name in names}
+    for name in names:
+        setattr(settings, name, False)
+    yield
+    for name, value in before.items():
+        setattr(settings, name, value)
 
 
 def on_gpu(args: tuple[object, ...]) -> list[object]:
@@ -48,6 +67,64 @@ def test_products_are_exact_for_every_number_of_tokens(group: str, zeros: str, d
             assert torch.equal(run("gemm_mma_tile", weight, x, bias), exact_product(weight, x, bias)), (bits, M)
             if M <= 32:
                 assert torch.equal(run("gemv_mma_tile", weight, x, bias), exact_product(weight, x, bias)), (bits, M)
+
+
+def run_forced(case: Forced, x: Tensor) -> Tensor:
+    """The kernel that is asked for, whatever would be chosen."""
+    c = case.config
+    config = (PATHS[c.path], c.tokens, c.warps_n, c.warps_k, c.splits, c.half_accumulate, c.stages)
+    args = arguments(case.weight(), x, layout=case.layout.name)
+    result = torch.ops.qkernels_forced.multiply(*on_gpu(args), *config)
+    assert isinstance(result, Tensor)
+    return result.cpu()
+
+
+PATHS_HERE = [path for path in PATHS if path != "dequantize"]
+
+
+@pytest.mark.parametrize("path", PATHS_HERE)
+def test_every_instance_is_right(path: str) -> None:
+    """All calls of tests/cuda/instances.py, which reach every instance (test_instances.py holds that). The heuristic reaches a
+    fraction of them for small problems."""
+    if path.endswith("sm90") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is sm_90a's alone")
+    cases = [case for case in forced() if case.config.path == path]
+    assert cases
+    wrong = [str(case) for case in cases if not torch.equal(run_forced(case, case.x()), case.expected())]
+    assert wrong == [], f"{len(wrong)} of {len(cases)}"
+
+
+@pytest.mark.parametrize("path", PATHS_HERE)
+def test_every_instance_fills_its_tile(path: str) -> None:
+    """One token more than a tile holds (decode: all that it holds), more columns than a ring, parts of K."""
+    if path.endswith("sm90") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is sm_90a's alone")
+    seen = set()
+    for case in forced():
+        key = (case.scheme, case.config, case.dtype)
+        if case.config.path == path and key not in seen:
+            seen.add(key)
+            tokens = case.config.tokens
+            config = replace(case.config, splits=2) if case.config.splits == 1 else case.config
+            large = replace(case, N=263, K=2056, M=tokens if path == "decode" else tokens + 1, config=config)
+            assert torch.equal(run_forced(large, large.x()), large.expected()), str(large)
+
+
+def test_a_configuration_that_does_not_exist_is_an_error() -> None:
+    case = next(forced())
+    broken = replace(case, config=replace(case.config, tokens=24))
+    with pytest.raises(RuntimeError, match="could not be launched"):
+        run_forced(broken, case.x())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_channel", "w4a8_g128", "w4a8_g32", "w8a8_g64"])
+def test_int8_activations_are_exact(scheme: str) -> None:
+    weight = random_weight(scheme, 131, 520, exact=True)
+    for dtype, M in itertools.product((torch.bfloat16, torch.float16), TOKENS[1:]):
+        x = calls_a8.noise(M, 520, dtype)
+        got = torch.ops.qkernels.gemm_mma_tile_a8(*on_gpu(arguments(weight, x, layout="mma_tile_a8"))).cpu()
+        parts = [calls_a8.expected(weight, x, splits=splits) for splits in (1, 2, 3, 4)]
+        assert any(torch.equal(got, y) for y in parts), (dtype, M)  # parts of K are rounded one by one
 
 
 @dtypes

@@ -25,6 +25,7 @@ from qkernels import QuantLinear, load, replace_linear, save
 from qkernels.errors import ArgumentError, CheckpointError, QKernelsError, SchemeError
 from qkernels.integrations import transformers as plugin
 from qkernels.integrations.transformers import QKernelsConfig, enable
+from qkernels.nn.selection import A_HEAD
 from tests.checkpoints import logits, plain_checkpoint, rewritten, train_adapters
 from tests.strategies import same_weight
 
@@ -72,7 +73,7 @@ def test_quantizes_while_loading(tmp_path: Path, biased: bool, tied: bool) -> No
     report = model.hf_quantizer.report
     assert len(report.replaced) == 14
     assert report.bytes_after < report.bytes_before
-    assert report.skipped == {"lm_head": "excluded"}
+    assert report.skipped == {"lm_head": A_HEAD}
     assert not any(p.is_meta for p in model.parameters())
 
 
@@ -184,7 +185,7 @@ def test_conv1d(tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path / "gpt2")
     replace_linear(plain, "w8a16_g32")
     model = from_pretrained(tmp_path / "gpt2", quantization_config=QKernelsConfig("w8a16_g32"))
-    assert model.hf_quantizer.report.skipped == {"lm_head": "excluded"}
+    assert model.hf_quantizer.report.skipped == {"lm_head": A_HEAD}
     assert len(layers(model)) == 4
     assert same_model(model, plain)
     model.save_pretrained(tmp_path / "out")

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from qkernels.errors import ArgumentError, CheckpointError
-from qkernels.layerwise.running import LayerInputs, Place, capture_inputs, run_layer
+from qkernels.layerwise.running import LayerInputs, Place, run_layer
 from qkernels.layerwise.scaling import HeadSharing, apply_fold
 from qkernels.models.architectures import (
     ARCHITECTURES,
+    block_lists,
     decoder_layers,
     foldable_architecture,
     head_dim,
@@ -22,17 +23,16 @@ from qkernels.models.architectures import (
 from qkernels.models.building import empty_model, empty_to_meta
 from qkernels.models.linears import linear_of
 from qkernels.storage import TensorSource
-from tests.tiny_models import VOCABULARY, tiny_model
+from tests.tiny_models import VOCABULARY, first_inputs, tiny_model
 
 pytest.importorskip("transformers")
 
 
 def first_layer_outputs(model: Any) -> tuple[nn.Module, LayerInputs, Place]:
-    _, layers = decoder_layers(model)
-    ids = torch.arange(24).view(2, 12) % VOCABULARY
-    with torch.no_grad():
-        hidden, arguments = capture_inputs(model, layers, [ids], torch.float64)
-    return layers[0], LayerInputs(hidden, arguments[0]), Place(torch.device("cpu"), torch.float64)
+    name, layers = decoder_layers(model)
+    chain = first_inputs(model, torch.arange(24).view(2, 12) % VOCABULARY, torch.float64)
+    assert chain.names == [f"{name}.{index}" for index in range(len(layers))] and not chain.follows
+    return layers[0], LayerInputs(chain.hidden, chain.calls[f"{name}.0"]), Place(torch.device("cpu"), torch.float64)
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
@@ -155,15 +155,18 @@ class Block(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(experts))
 
 
-def test_layers_of_an_unknown_model_are_the_outermost_longest_list() -> None:
+def test_blocks_are_the_outermost_lists_and_the_decoder_is_not_guessed() -> None:
     model = nn.Module()
     model.encoder = nn.ModuleList(Block(1) for _ in range(2))
     model.decoder = nn.Module()
     model.decoder.blocks = nn.ModuleList(Block(9) for _ in range(3))
     model.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(20))
-    name, layers = decoder_layers(model)
-    assert name == "decoder.blocks"
-    assert layers is model.decoder.blocks
+    model.heads = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
+    assert block_lists(model) == {"encoder": model.encoder, "decoder.blocks": model.decoder.blocks}
+    with pytest.raises(ArgumentError, match=r"Module has several lists of layers \(encoder, decoder.blocks\)"):
+        decoder_layers(model)
+    model.get_decoder = lambda: model.decoder
+    assert decoder_layers(model) == ("decoder.blocks", model.decoder.blocks)
 
 
 def test_a_model_without_layers_is_named() -> None:

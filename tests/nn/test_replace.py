@@ -18,6 +18,7 @@ from qkernels.calibrate import preview
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.layouts import LAYOUTS
 from qkernels.nn import model_bytes
+from qkernels.nn.selection import A_HEAD
 from qkernels.storage import TensorSource
 from qkernels.tensor import QuantTensor
 
@@ -67,7 +68,7 @@ def test_replaces_in_place_and_accounts_for_everything(model: Model) -> None:
     report = replace_linear(model, "w8a16_g32", progress=False)
     assert list(report.replaced) == [f"layers.{i}.{name}" for i in range(2) for name in ("up_proj", "down_proj")]
     assert report.skipped == {
-        "lm_head": "excluded",
+        "lm_head": A_HEAD,
         "experts": "stacked experts ([2, 8, 64], 4,096 bytes) are not supported yet",
     }
     assert isinstance(model.layers[0].up_proj, QuantLinear)
@@ -78,7 +79,7 @@ def test_replaces_in_place_and_accounts_for_everything(model: Model) -> None:
     assert one.bytes_before == 64 * 96 * 4
     assert one.bytes_after == 64 * 96 + 2 * 96 * 2  # codes, and fp16 scales of two groups
     assert "replaced 4 linear layers (w8a16_g32), skipped 2" in str(report)
-    assert "skipped lm_head: excluded" in str(report)
+    assert f"skipped lm_head: {A_HEAD}" in str(report)
 
 
 def test_the_model_still_computes_nearly_the_same(model: Model) -> None:
@@ -152,7 +153,7 @@ def test_conv1d_of_gpt2_becomes_a_quant_linear(tmp_path: Path) -> None:
     assert list(report.replaced) == [
         f"transformer.h.{i}.{leaf}" for i in (0, 1) for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
-    assert report.skipped == {"lm_head": "excluded"}
+    assert report.skipped == {"lm_head": A_HEAD}
     assert report.replaced["transformer.h.0.attn.c_attn"].bytes_before == 32 * 96 * 4
     layer, before = model.transformer.h[0].attn.c_attn, original.transformer.h[0].attn.c_attn
     expected = RTN(8, 32).quantize(before.weight.detach().T.contiguous())
@@ -199,7 +200,7 @@ def test_quantize_rounds_conv1d_as_replace_linear_does(stored: bool, tmp_path: P
         model = load(tmp_path / "out")
     else:
         report = quantize(model, RTN(4, 32), progress=False)
-    assert report.skipped == {"lm_head": "excluded"}
+    assert report.skipped == {"lm_head": A_HEAD}
     assert len(report.modules) == 8
     ids = torch.arange(20)[None]
     with torch.no_grad():

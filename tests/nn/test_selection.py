@@ -13,7 +13,7 @@ from qkernels import RTN, quantize, replace_linear
 from qkernels.calibrate import preview
 from qkernels.errors import ArgumentError, SchemeError, UnsupportedProblem
 from qkernels.nn import ReplaceReport, Selection, select_linears
-from qkernels.nn.selection import as_patterns, first_match, matches
+from qkernels.nn.selection import A_HEAD, as_patterns, first_match, heads, matches
 from tests.tiny_models import tiny_model
 
 OPTIONS: dict[str, Any] = {
@@ -143,3 +143,44 @@ def test_the_report_of_a_selection_has_its_reasons() -> None:
     report = ReplaceReport.of(selection, model)
     assert (report.replaced, report.skipped) == ({}, {"1": "excluded"})
     assert report.bytes_before == 2 * (64 * 64 + 64) * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "found"),
+    [
+        ("LlamaForCausalLM", {}, {"lm_head"}),
+        ("LlamaForSequenceClassification", {}, {"score"}),
+        ("GPTNeoXForCausalLM", {}, {"lm_head"}),
+        ("LlamaModel", {}, set()),
+        ("BertForMaskedLM", {}, {"cls.predictions.transform.dense", "cls.predictions.decoder"}),
+        ("BertForQuestionAnswering", {}, {"qa_outputs"}),
+        ("RobertaForSequenceClassification", {}, {"classifier.dense", "classifier.out_proj"}),
+        ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 2}, {"lm_head"}),
+    ],
+)  # fmt: skip
+def test_heads_are_left_alone_unless_they_are_named(name: str, fields: dict[str, int], found: set[str]) -> None:
+    import transformers
+
+    sizes = fields or {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model_class = getattr(transformers, name)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(vocab_size=64, tie_word_embeddings=False, **sizes))
+    assert heads(model) == found
+    selection = select_linears(model, "w4a16_g32")
+    assert {name for name, why in selection.skipped.items() if why == A_HEAD} == found
+    assert selection.chosen and not found & selection.chosen.keys()
+    every = select_linears(model, "w4a16_g32", exclude=())
+    tied = {name for name in found if "shared" in every.skipped.get(name, "")}  # T5's is, whatever its config says
+    assert tied == (found if name.startswith("T5") else set()) and found - tied <= every.chosen.keys()
+    if found - tied:
+        assert select_linears(model, "w4a16_g32", include=sorted(found)).chosen.keys() == found
+
+
+def test_heads_of_other_models() -> None:
+    """Without a base to tell, heads have usual names; a model that is nothing but a head has none."""
+    body, head = nn.Linear(32, 32), nn.Linear(32, 8)
+    assert heads(nn.ModuleDict({"body": body, "embed_out": head})) == {"embed_out"}
+    only = nn.ModuleDict({"out": head})
+    only.base_model = nn.Identity()
+    assert heads(only) == set()
+    assert "body" in select_linears(nn.ModuleDict({"body": body, "score": head}), "w4a16_g32").chosen

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from qkernels import RTN, SmoothQuant
 from qkernels.errors import ArgumentError
-from qkernels.layerwise.running import LayerInputs, LayerJob, Place, capture_inputs, run_layer
+from qkernels.layerwise.running import LayerInputs, LayerJob, Place, run_layer
 from qkernels.layerwise.scaling import HeadSharing, smooth_inputs
 from qkernels.models.architectures import decoder_layers, foldable_architecture, head_dim
 from qkernels.quantizers import InputStatistics
-from tests.tiny_models import VOCABULARY, tiny_model
+from tests.tiny_models import VOCABULARY, first_inputs, tiny_model
 
 X, W = torch.tensor([16.0, 1.0, 0.25, 4.0]), torch.tensor([1.0, 1.0, 4.0, 0.25])
 
@@ -64,12 +64,12 @@ def test_a_smoothed_layer_computes_what_it_did(model_type: str, alpha: float) ->
     """In float64: folding is exact but for rounding, also through grouped-query attention's shared value heads.
     (Gemma's norms multiply in fp32 whatever the dtype; their fold has its test in test_awq.py.)"""
     model = tiny_model(model_type).double()
-    layers, architecture = decoder_layers(model)[1], foldable_architecture(model)
+    (name, layers), architecture = decoder_layers(model), foldable_architecture(model)
     place = Place(torch.device("cpu"), torch.float64)
     ids = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        hidden, arguments = capture_inputs(model, layers, [ids], torch.float64)
-        inputs = LayerInputs(hidden, arguments[0])
+        chain = first_inputs(model, ids, torch.float64)
+        inputs = LayerInputs(chain.hidden, chain.calls[f"{name}.0"])
         before = copy.deepcopy(layers[0].state_dict())
         stored = {name: torch.float64 for name in before}
         job = LayerJob("0", {}, stored, place, architecture, head_dim(model))

@@ -180,7 +180,7 @@ def run(
     where = environment.describe(torch.device("cpu"))
     tokenizer = load_tokenizer(model)
     ids = token_ids(tokenizer, read_text(str(MODEL / "eval.txt")))[:EVAL_TOKENS]
-    windows = calibration_windows([read_text(str(MODEL / "calibration.txt"))], SAMPLES, SEQ_LEN, tokenizer)
+    (windows,) = calibration_windows([read_text(str(MODEL / "calibration.txt"))], SAMPLES, SEQ_LEN, tokenizer)
     original = load(model, dtype=torch.float32)
     rows = {Case(**{f.name: row[f.name] for f in fields(Case)}): row for row in earlier}
     with TemporaryDirectory() as temporary:

@@ -23,6 +23,10 @@ struct Call {
     if (found == integers.end()) throw std::invalid_argument("the call lacks the integer " + name);
     return found->second;
   }
+  int64_t integer(const std::string& name, int64_t otherwise) const {
+    const auto found = integers.find(name);
+    return found == integers.end() ? otherwise : found->second;
+  }
 };
 
 // Returns a cudaError_t.

@@ -6,6 +6,7 @@
 #include "../cpu/checks.h"
 #include "call.h"
 #include "checks.h"
+#include "heuristics.h"
 #include "settings.h"
 
 namespace {
@@ -56,7 +57,7 @@ int run_wrong(const Named& call) {
     wrong = wrong_weight(a, K);
     if (wrong.empty()) wrong = cuda::wrong_order(a, K);
   }
-  if (question == 4) wrong = wrong_device({static_cast<int>(call.integer("sm")), 100});
+  if (question == 4) wrong = wrong_device({0, static_cast<int>(call.integer("sm")), 100, 0});
   if (question == 6) wrong = cpu::wrong_decode(a.x, false);
   if (wrong.empty() && question >= 5) wrong = cpu::wrong_product(a, question == 7);
   std::snprintf(call.pointer<char>("text"), 512, "%s", wrong.c_str());
@@ -93,7 +94,7 @@ int run_remember(const Named& call) {
       for (int64_t i = 0; i < 2 * call.integer("count"); ++i) {
         const int M = static_cast<int>(i % call.integer("count")) + 1;
         for (const bool half : {false, true}) {
-          const Problem p{M, 4096, 4096, 4, 128, true, true, 89, 128, half, false};
+          const Problem p{M, 4096, 4096, 4, 16, 128, true, true, 89, 128, half ? 2 : 1, 2, 32, false, {}};
           differ[t] += describe(remembered_choice(p, half)) != describe(choose(p, half));
         }
       }

@@ -3,7 +3,7 @@
 
 #include "a8.h"
 #include "call.h"
-#include "heuristics_a8.h"
+#include "heuristics.h"
 #include "launchers.h"
 
 namespace {
@@ -37,7 +37,8 @@ Activations activations_of(const Named& call) {
 Config config_of(const Named& call) {
   return {static_cast<Path>(call.integer("path")),   static_cast<int>(call.integer("tokens")),
           static_cast<int>(call.integer("warps_n")), static_cast<int>(call.integer("warps_k")),
-          static_cast<int>(call.integer("splits")),  call.integer("half_accumulate") != 0};
+          static_cast<int>(call.integer("splits")),  call.integer("half_accumulate") != 0,
+          static_cast<int>(call.integer("stages", 0))};
 }
 
 qkernels::cuda::Call call_of(const Named& call) {
@@ -71,49 +72,37 @@ int run_dequantize(const Named& call) {
                     type_named(call, "type"), call.pointer<void>("to"), nullptr);
 }
 
-ConfigA8 config_a8_of(const Named& call) {
-  return {static_cast<Path>(call.integer("path")), static_cast<int>(call.integer("tokens")),
-          static_cast<int>(call.integer("splits"))};
-}
-
-int run_multiply_a8(const Named& call) {
-  return multiply_a8(call_of(call), config_a8_of(call), call.pointer<void>("workspace"), nullptr);
-}
-
-int run_workspace_a8(const Named& call) {
-  *call.pointer<int64_t>("bytes") = workspace_a8(call_of(call), config_a8_of(call)).bytes;
-  return 0;
-}
-
 int run_quantize_a8(const Named& call) {
   return quantize_a8(activations_of(call), type_named(call, "type"), static_cast<int>(call.integer("steps")),
                      call.pointer<int8_t>("to"), call.pointer<float>("token_scales"), nullptr);
 }
 
-int run_choose_a8(const Named& call) {
-  const Device device{static_cast<int>(call.integer("sm")), static_cast<int>(call.integer("multiprocessors"))};
-  const Weight w = weight_of(call);
-  const int M = static_cast<int>(call.integer("M"));
-  const ConfigA8 c = choose_a8(w, M, device);
-  const int32_t fields[] = {static_cast<int>(c.path), c.tokens, c.splits};
-  std::memcpy(call.pointer<int32_t>("config"), fields, sizeof fields);
-  *call.pointer<double>("ns") = predicted_a8_ns(w, M, device, c);
-  return 0;
-}
-
+// active_BLOCKS_SIZE: of clusters; 0 where it is not given.
 Problem problem_of(const Named& call) {
   auto number = [&](const char* name) { return static_cast<int>(call.integer(name)); };
-  return {number("M"),
-          number("N"),
-          number("K"),
-          number("bits"),
-          number("group_bytes"),
-          number("half") != 0,
-          number("aligned") != 0,
-          number("sm"),
-          number("multiprocessors"),
-          number("short_groups") != 0,
-          number("float_zeros") != 0};
+  auto other = [&](const char* name, int otherwise) { return static_cast<int>(call.integer(name, otherwise)); };
+  Problem p{};
+  p.M = number("M"), p.N = number("N"), p.K = number("K"), p.bits = number("bits"), p.act_bits = other("act_bits", 16);
+  p.group_bytes = number("group_bytes"), p.half = number("half") != 0, p.aligned = number("aligned") != 0;
+  p.sm = number("sm"), p.multiprocessors = number("multiprocessors");
+  p.groups_per_step = number("groups_per_step"), p.steps_per_group = number("steps_per_group");
+  p.groups = number("groups"), p.float_zeros = number("float_zeros") != 0;
+  for (int blocks = 1; blocks <= 2; ++blocks) {
+    for (const int size : {2, 3, 4, 8}) {
+      const std::string name = "active_" + std::to_string(blocks) + "_" + std::to_string(size);
+      p.clusters.active[blocks - 1][size] = other(name.c_str(), 0);
+    }
+  }
+  return p;
+}
+
+int run_clusters(const Named& call) {
+  Device device{};
+  Clusters clusters{};
+  if (const int error = current_device(&device)) return error;
+  if (const int error = clusters_of(device, &clusters)) return error;
+  std::memcpy(call.pointer<int32_t>("active"), &clusters, sizeof clusters);
+  return 0;
 }
 
 // ns: of a configuration that is given.
@@ -135,8 +124,7 @@ int run_choose(const Named& call) {
 
 const qkernels::host::Registered kMultiply("multiply", run_multiply), kWorkspace("workspace", run_workspace),
     kStage("stage", run_stage), kDequantize("dequantize", run_dequantize), kChoose("choose", run_choose),
-    kPredict("predict", run_predict), kMultiplyA8("multiply_a8", run_multiply_a8),
-    kWorkspaceA8("workspace_a8", run_workspace_a8), kQuantizeA8("quantize_a8", run_quantize_a8),
-    kChooseA8("choose_a8", run_choose_a8);
+    kPredict("predict", run_predict),
+    kQuantizeA8("quantize_a8", run_quantize_a8), kClusters("clusters", run_clusters);
 
 }  // namespace

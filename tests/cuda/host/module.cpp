@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "call.h"
-#include "launch_host.h"
+#include "runtime_host.h"
 
 namespace py = pybind11;
 using namespace qkernels::host;

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "call.h"
-#include "launch_host.h"
+#include "runtime_host.h"
 
 using namespace qkernels::host;
 

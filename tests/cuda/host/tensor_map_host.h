@@ -1,7 +1,7 @@
 // The twin of the driver's cuTensorMapEncodeTiled, as csrc/cuda/tensor_map.h calls it: it refuses what the driver does.
 #pragma once
 #include "async_host.h"
-#include "launch_host.h"
+#include "runtime_host.h"
 
 namespace qkernels::host {
 
