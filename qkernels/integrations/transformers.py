@@ -39,7 +39,7 @@ from ..formats import Oddity, Written, native, summary
 from ..memory import give_back
 from ..models.linears import is_conv1d
 from ..models.naming import FileNames
-from ..nn import QuantLinear, ReplaceReport, model_bytes, select_linears, set_module
+from ..nn import QuantLinear, ReplaceReport, model_bytes, other_names, select_linears, set_module
 from ..nn.pretrained import prepare_with
 from ..nn.selection import as_patterns
 from ..scheme import QuantScheme
@@ -115,6 +115,7 @@ class QKernelsQuantizer(HfQuantizer):
         self._conversions: list[Any] | None = None
         self._conv1d: set[str] = set()
         self._cut_first: set[str] = set()
+        self._also: dict[str, list[str]] = {}  # names of modules that have several
 
     # --- before weights are loaded: the model is on meta ----------------------------------------------------------------
 
@@ -122,6 +123,7 @@ class QKernelsQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         self.report.bytes_before = model_bytes(model)
+        self._also = other_names(model)
         self._conv1d = {name for name, module in model.named_modules() if is_conv1d(module)}
         if not self.pre_quantized:
             self._select(model)
@@ -150,7 +152,7 @@ class QKernelsQuantizer(HfQuantizer):
         check_strays(model, checkpoint)
         for module in self._placed:
             _untie(model, module)
-            _put(model, module, _Pending(linear_at(model, module, checkpoint.spelling(module))))
+            _put(model, module, _Pending(linear_at(model, module, checkpoint.spelling(module))), self._also)
         ignored = model._keys_to_ignore_on_load_unexpected  # a list until transformers 5.8, then a set
         model._keys_to_ignore_on_load_unexpected = (set if isinstance(ignored, set) else list)(
             [_Packed.KEY, *(ignored or ())]
@@ -189,7 +191,7 @@ class QKernelsQuantizer(HfQuantizer):
         loaded.weight = nn.Parameter(weight, requires_grad=False)
         layer = QuantLinear.from_linear(loaded, scheme, name=f"{module}.weight")
         layer.bias = linear.bias
-        _put(model, module, layer)
+        _put(model, module, layer, self._also)
         self.report.add(module, layer, weight.nbytes)
 
     # --- after weights are loaded ---------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ class QKernelsQuantizer(HfQuantizer):
             oddities += [(module, oddity) for oddity in found]
             bias = bias_for(pending.linear, checkpoint, module, weight)
             layer = QuantLinear.from_quant_tensor(weight, bias, _device_near(model, module), dtype)
-            set_module(model, module, layer)
+            set_module(model, module, layer, self._also.get(module, ()))
             self.report.add(module, layer, weight.codes.numel() * dtype.itemsize)
         left = select_linears(model, "w4a16_g128").skipped  # whatever the scheme
         self.report.skipped |= {n: why for n, why in left.items() if n not in self.report.replaced}
@@ -432,10 +434,10 @@ def _untie(model: Any, module: str) -> None:
             model.config.tie_word_embeddings = False
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def _put(model: nn.Module, name: str, module: nn.Module, also: Mapping[str, list[str]]) -> None:
     """Put a module in a linear layer's place, and tell transformers to initialize neither it nor, as GPT-2's attention does,
     its weight through the module around it. That module has nothing else to initialize if no tensor is its own."""
-    set_module(model, name, module)
+    set_module(model, name, module, also.get(name, ()))
     module._is_hf_initialized = True  # type: ignore[assignment]
     around = model.get_submodule(name.rpartition(".")[0])
     if not (around._parameters or around._buffers):

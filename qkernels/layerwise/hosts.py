@@ -24,7 +24,7 @@ from ..evaluate import evaluating
 from ..kernels.catalogue import OnUnsupported
 from ..models.building import assign, empty_to_meta
 from ..models.linears import as_stored, linear_of
-from ..nn import QuantLinear, model_bytes, set_module
+from ..nn import QuantLinear, model_bytes, other_names, set_module
 from ..quantizers import Options
 from ..reports import ModuleReport
 from ..storage import CONFIG
@@ -132,6 +132,7 @@ class MemoryHost:
         self.model: Any = model
         self.bytes_before = model_bytes(model)
         self.on_unsupported = on_unsupported
+        self._also = other_names(model)
         self._original: nn.Module | None = None
 
     def tokenizer(self) -> None:
@@ -179,7 +180,7 @@ class MemoryHost:
         linear = linear_of(self.model, name)
         device, dtype = linear.weight.device, linear.weight.dtype
         packed = QuantLinear.from_quant_tensor(weight.to(device), linear.bias, device, dtype, self.on_unsupported)
-        set_module(self.model, name, packed)
+        set_module(self.model, name, packed, self._also.get(name, ()))
 
     def finished(self, unit: str) -> list[ModuleReport] | None:
         """Nothing is finished before the run."""

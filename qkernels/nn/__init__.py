@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .linear import QuantLinear
-from .modules import model_bytes, packed_bytes, set_module
+from .modules import model_bytes, other_names, packed_bytes, set_module
 from .replace import ReplaceReport, replace_linear
 from .selection import Selection, select_linears
 
@@ -12,6 +12,7 @@ __all__ = [
     "ReplaceReport",
     "Selection",
     "model_bytes",
+    "other_names",
     "packed_bytes",
     "replace_linear",
     "select_linears",

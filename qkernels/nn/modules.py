@@ -18,7 +18,7 @@ def set_module(model: nn.Module, name: str, module: nn.Module, also: Sequence[st
     """Put `module` where `name` stands in `model`, in the same training mode and with the hooks of what stood there.
 
     Args:
-        also: other names of the same place (`names_of_modules`).
+        also: other names of what stood there (`other_names`).
     """
     before = model.get_submodule(name)
     module.train(before.training)
@@ -39,6 +39,11 @@ def names_of_modules(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     return names
+
+
+def other_names(model: nn.Module) -> dict[str, list[str]]:
+    """Of each module that is in a model under several names: the first, as `named_modules` has it -> the others."""
+    return {first: others for first, *others in names_of_modules(model).values() if others}
 
 
 def packed_bytes(layer: QuantLinear) -> int:

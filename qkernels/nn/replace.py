@@ -17,7 +17,7 @@ from ..quantizers.grid import checked_weight
 from ..reports import MIB
 from ..scheme import QuantScheme
 from .linear import QuantLinear
-from .modules import model_bytes, names_of_modules, packed_bytes, set_module
+from .modules import model_bytes, other_names, packed_bytes, set_module
 from .selection import Overrides, Patterns, Selection, select_linears
 
 log = logging.getLogger(__name__)
@@ -136,12 +136,11 @@ def replace_linear(
         ):
             linear = linear_of(model, name)
             layers[name] = QuantLinear.from_linear(linear, chosen, rounding[chosen], on_unsupported, f"{name}.weight")
-        names = names_of_modules(model)
+        also = other_names(model)
         for name, layer in layers.items():
-            _, *also = names[id(model.get_submodule(name))]
             float_bytes = linear_of(model, name).weight.nbytes
             report.add(name, layer, float_bytes)
-            set_module(model, name, layer, also)
+            set_module(model, name, layer, also.get(name, ()))
             memory.freed(float_bytes)
     report.bytes_after = model_bytes(model)
     log.info("%s", report)

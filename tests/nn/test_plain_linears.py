@@ -215,12 +215,18 @@ class Shared(nn.Module):
         return self.first(x) + self.block["again"](x)
 
 
-def test_one_layer_under_several_names_is_replaced_under_all() -> None:
+@pytest.mark.parametrize("call", ["replace_linear", "quantize"])
+def test_one_layer_under_several_names_is_replaced_under_all(call: str) -> None:
     model = Shared().eval()
     before = model(X)
-    report = replaced(model)
-    assert list(report.replaced) == ["first"]
-    assert report.skipped == {}
+    if call == "quantize":
+        made = quantize(model, RTN(8, 16), progress=False)
+        names, skipped = [module.name for module in made.modules], made.skipped
+    else:
+        report = replaced(model)
+        names, skipped = list(report.replaced), report.skipped
+    assert names == ["first"]
+    assert skipped == {}
     assert isinstance(model.first, QuantLinear)
     assert model.first is model.block["again"] is model.twice[1]["again"]
     assert near(model(X), before)
