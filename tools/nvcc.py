@@ -117,6 +117,11 @@ def usages(report: str) -> list[Usage]:
     return result
 
 
+def complaints(report: str) -> list[str]:
+    """What ptxas says where it serializes wgmma or adds waits, each of which costs the overlap that a kernel is for."""
+    return [line for line in report.splitlines() if re.search(r"serializ|warpgroup\.(wait|arrive) is injected", line)]
+
+
 @functools.cache
 def compiled_usages(sources: tuple[Path, ...], arch: str) -> dict[str, Usage]:
     """Of every kernel of these files, by mangled name."""

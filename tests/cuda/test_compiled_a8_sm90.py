@@ -6,9 +6,8 @@ import re
 
 import pytest
 
-from tools.nvcc import ARCHITECTURES, compile_source, find_nvdisasm, sass, usages
+from tools.nvcc import ARCHITECTURES, compile_source, complaints, find_nvdisasm, sass, usages
 
-from .test_compiled_sm90 import complaints
 from .units import device_sources, needs_nvcc
 
 pytestmark = [needs_nvcc, pytest.mark.skipif(find_nvdisasm() is None, reason="no nvdisasm")]

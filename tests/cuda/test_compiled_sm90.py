@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.nvcc import BUILDS, compile_source, find_nvdisasm, sass
+from tools.nvcc import BUILDS, compile_source, complaints, find_nvdisasm, sass
 
 from .emulator import CUDA
 from .mutants import MUTANTS, write_mutant
@@ -35,11 +35,6 @@ def mutant(bug: str) -> Path:
     if not source.exists() or source.read_text() != ONE_INSTANCE:
         source.write_text(ONE_INSTANCE)
     return source
-
-
-def complaints(report: str) -> list[str]:
-    """What ptxas says where it serializes wgmma or adds waits, each of which costs the overlap that the kernel is for."""
-    return [line for line in report.splitlines() if re.search(r"serializ|warpgroup\.(wait|arrive) is injected", line)]
 
 
 def test_ptxas_adds_no_waits() -> None:

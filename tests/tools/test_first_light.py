@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from tests.cuda import emulator
-from tests.cuda.test_compiled_sm90 import complaints
 from tools import nvcc
 from tools.first_light import __main__ as command_line
 from tools.first_light import fit, stages
@@ -202,7 +201,7 @@ def test_drive_compiles_and_its_loops_of_products_are_not_serialized() -> None:
     """A rate that is measured of wgmma between which ptxas puts waits is not the card's."""
     drive = Path(stages.__file__).parent / "drive" / "drive.cu"
     _, report = nvcc.compile_source(drive, "90a", "cubin")
-    assert complaints(report) == []
+    assert nvcc.complaints(report) == []
     assert not any(usage.spill_stores for usage in nvcc.usages(report))
 
 
