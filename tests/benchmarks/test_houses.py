@@ -1,4 +1,5 @@
-"""The arrows of benchmarks/ and tools/: houses stand on each other one way, and neither imports tests."""
+"""The arrows of benchmarks/ and tools/: houses stand on each other one way, and neither imports tests. The first minutes on a
+GPU (tools/first_light) stand above both: they run the benchmarks' peers as baselines, and nothing imports them."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def imports_of(source: str, path: Path) -> list[tuple[str, ...]]:
 def violations(source: str, path: Path) -> list[str]:
     wrong = []
     for target in imports_of(source, path):
-        if target[0] == "tests" or (path.parts[0] == "tools" and target[0] == "benchmarks"):
+        first_light = path.parts[:2] == ("tools", "first_light")
+        low = path.parts[0] == "tools" and target[0] == "benchmarks" and not first_light
+        if target[0] == "tests" or low or (target[:2] == ("tools", "first_light") and not first_light):
             wrong.append(f"{path} imports {'.'.join(target)}")
         if path.parts[0] == target[0] == "benchmarks" and len(path.parts) > 2:
             house = path.parts[1]
@@ -77,6 +80,8 @@ def test_the_package_imports_neither_but_for_the_command_that_names_the_suite() 
         ("from ..method.timing import Clock", "benchmarks/peers/ggml.py"),
         ("import benchmarks.models.llama", "benchmarks/method/plots.py"),
         ("from .. import quality", "benchmarks/models/sweep.py"),
+        ("from tools.first_light import runner", "tools/guard.py"),
+        ("import tests.cuda", "tools/first_light/baselines.py"),
     ],
 )
 def test_a_wrong_arrow_is_found(source: str, path: str) -> None:
