@@ -69,6 +69,7 @@ def code_for(arch: str, architectures: tuple[str, ...]) -> str | None:
         arch: "sm90", as `arch_of` names a card.
         architectures: of `ExtensionStatus`. Names that are no numbers ("Hopper") are taken to serve.
 
+    >>> from qkernels.extension import code_for
     >>> code_for("sm100", ("8.0+PTX", "9.0a"))
     'PTX for 8.0, compiled by the driver at the first call'
     """
