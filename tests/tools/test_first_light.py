@@ -50,7 +50,7 @@ def small(stage: Stage) -> Stage:
         words = [*words[: words.index("--maxfail=15")], "--collect-only"]
     if words[2:3] == ["tools.first_light.baselines"] and "--device" in words:
         words = [*words[:3], "--device", "cpu", "--shapes", "64x128", "--tokens", "1", "--seconds", "0.1"]
-    return replace(stage, command=tuple(words), limit=60)
+    return replace(stage, command=tuple(words), limit=300)
 
 
 @pytest.fixture
@@ -113,21 +113,21 @@ def test_a_hang_a_crash_and_a_wrong_number_cost_the_others_nothing(tmp_path: Pat
         row = (71, 520, 4, 128, "none", "bf16", 8 if path in stages.INT8 else 16)
         command = stages.drive("check", **stages.problem(*row), M="5", paths=path, most=2)
         checks.append(
-            Stage(f"check {path}", command, 2 if path == "gemm" else 30, "check.jsonl", judges=path, paths=(path,))
+            Stage(f"check {path}", command, 2 if path == "gemm" else 200, "check.jsonl", judges=path, paths=(path,))
         )
     timed = {"M": 5, "most": 1, "rounds": 1, "least_us": 0}
     later = [
         Stage(
             "time plain",
             stages.drive("time", N=71, K=136, paths="{paths}", **timed),
-            30,
+            200,
             "sweep.jsonl",
             paths=stages.PLAIN,
         ),
         Stage(
             "time int8",
             stages.drive("time", N=71, K=136, act=8, paths="{paths}", **timed),
-            30,
+            200,
             "sweep.jsonl",
             paths=stages.INT8,
         ),
@@ -140,7 +140,7 @@ def test_a_hang_a_crash_and_a_wrong_number_cost_the_others_nothing(tmp_path: Pat
     assert found["check gemm_sm90"] == ("failed", "exit status -11")
     assert found["check gemm_a8"][0] == found["check gemm_a8_sm90"][0] == found["time int8"][0] == "passed"
     assert found["time plain"] == ("skipped", "the checks of decode, gemm, gemm_sm90 failed")
-    assert time.monotonic() - begin < 40
+    assert time.monotonic() - begin < 300  # what hangs sleeps for 600 s
     worst = [row["worst"] for row in fit.rows_of(tmp_path / "out" / "check.jsonl", "check") if row["path"] == "decode"]
     assert max(worst) > 1
     assert {row["act"] for row in fit.rows_of(tmp_path / "out" / "sweep.jsonl")} == {8}
@@ -159,7 +159,7 @@ def test_a_card_that_is_gone_and_a_deadline_end_the_run(tmp_path: Path) -> None:
     assert [(o.verdict, o.found) for o in outcomes] == [
         ("out of time", "killed after 3 s"), *[("skipped", "the deadline has come")] * 2,
     ]  # fmt: skip
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 25  # what hangs sleeps for 30 s
 
 
 def test_output_is_on_disk_as_it_comes_and_a_full_file_says_so(tmp_path: Path) -> None:
