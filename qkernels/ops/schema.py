@@ -22,7 +22,9 @@ from torch.library import Library, register_autograd, register_fake
 
 from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
-from ..layouts import BUFFERS, LAYOUTS, Layout, Shapes
+from ..layouts import BUFFERS, LAYOUTS, Layout, Shapes, outer_shape
+from ..layouts.tiles import num_groups
+from ..scheme import CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, FactorKind
 from ..tensor import FLOAT_DTYPES
 from ..text import describe, dtype_name
 from . import reference
@@ -43,6 +45,9 @@ from .weight import (
 _SLICE_BYTES = 64 << 20  # a gradient dequantizes at most this much of the weight at a time
 
 LIBRARY = Library("qkernels", "DEF")  # the ops live as long as this object
+
+
+KINDS: list[FactorKind | None] = [None, *FACTORS.values()]  # by number
 
 
 class Op(NamedTuple):
@@ -86,12 +91,18 @@ def check_product(layout: Layout, product: Product, max_tokens: int | None = Non
 
 def check_weight(layout: Layout, weight: Weight) -> int:
     """The same for the weight alone; returns how many leading (expert) dimensions its buffers have."""
-    qweight, scales, zeros, k_order, N, K, bits, group_size, offsets, own = weight
+    qweight, scales, zeros, k_order, outer_scales, outer_zeros = weight[:6]
+    N, K, bits, group_size, offsets, codebook, factors, own = weight[6:]
     if not 2 <= bits <= 8 or group_size < 1 or N < 0:
         raise ArgumentError(
             f"bits must be 2 to 8, group_size positive (group_length(K)) and out_features not negative, got bits={bits}, "
             f"group_size={group_size}, out_features={N}"
         )
+    if not 0 <= codebook < len(CODEBOOK_NUMBERS) or not 0 <= factors < len(FACTOR_NUMBERS):
+        raise ArgumentError(
+            f"codebook must be 0 to {len(CODEBOOK_NUMBERS) - 1} and factors 0 to {len(FACTOR_NUMBERS) - 1}, got {codebook} and {factors}"
+        )
+    kind = KINDS[factors]
     shapes = layout.shapes(N, K, bits, group_size)
     codes = shapes["qweight"]
     if qweight.dtype != torch.uint8 or qweight.shape[-len(codes) :] != codes:
@@ -101,22 +112,31 @@ def check_weight(layout: Layout, weight: Weight) -> int:
         )
     lead = qweight.shape[: -len(codes)]
     shape = (*lead, *shapes["scales"])
-    if scales.dtype not in FLOAT_DTYPES or scales.shape != shape:
+    if scales.shape != shape or not _fits(scales, layout.scale_dtypes if kind is None else kind.small):
         raise ArgumentError(
-            f"scales must be floating {list(shape)} in layout {layout.name} for N={N}, K={K}, group_size={group_size}, got "
+            f"scales must be {'floating' if kind is None else kind.small} {list(shape)} in layout {layout.name} for N={N}, K={K}, group_size={group_size}, got "
             f"{describe(scales)}"
         )
     if zeros is None:
         if offsets:
             raise ArgumentError("zeros must be given where zeros_are_offsets is true, got None")
-    elif not _is_table(layout, weight) and (
-        zeros.shape != shape or not (zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not offsets))
-    ):
-        kinds = "floating" if offsets else "uint8 or floating"
+    elif zeros.shape != shape or not (
+        zeros.dtype == torch.uint8 if kind is not None
+        else zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not offsets)
+    ):  # fmt: skip
+        kinds = "uint8" if kind is not None else "floating" if offsets else "uint8 or floating"
         raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {describe(zeros)}")
     if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
         raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {describe(k_order)}")
-    for name, t in (("scales", scales), ("zeros", zeros), ("k_order", k_order)):
+    outer = None if kind is None else (*lead, *outer_shape(shapes["scales"], kind.outer_groups(num_groups(K, group_size))))
+    for name, t, there in (
+        ("outer_scales", outer_scales, outer is not None), ("outer_zeros", outer_zeros, outer is not None and zeros is not None),
+    ):  # fmt: skip
+        if (t is not None) != there or (t is not None and (t.shape != outer or t.dtype not in FLOAT_DTYPES)):
+            expected = f"floating {list(outer)}" if there and outer is not None else "None"
+            raise ArgumentError(f"{name} must be {expected} in layout {layout.name} for factors={factors}, got {describe(t)}")
+    others = (("scales", scales), ("zeros", zeros), ("k_order", k_order), ("outer_scales", outer_scales), ("outer_zeros", outer_zeros))
+    for name, t in others:
         if t is not None and t.device != qweight.device:
             raise ArgumentError(f"{name} must be on the device of qweight, {qweight.device}, got {t.device}")
     if own:
@@ -136,12 +156,8 @@ def _check_own(layout: Layout, weight: Weight, shapes: Shapes, lead: tuple[int, 
             )
 
 
-def _is_table(layout: Layout, weight: Weight) -> bool:
-    """Whether zeros are a codebook's table, of a layout that takes them; which one, its values say."""
-    table = weight.table
-    if table is None or not layout.codebooks or weight.zeros_are_offsets:
-        return False
-    return table.dtype == torch.float32 and table.shape[0] == 1 << weight.bits
+def _fits(t: Tensor, dtypes: tuple[torch.dtype, ...] | str) -> bool:
+    return t.dtype == getattr(torch, dtypes) if isinstance(dtypes, str) else t.dtype in dtypes
 
 
 # --- fake kernels and gradients -------------------------------------------------------------------------------------------
