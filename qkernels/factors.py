@@ -57,7 +57,9 @@ class Factors:
     def _spread(self, outer: Tensor, kind: FactorKind) -> Tensor:
         """One fp32 value a group, or one for all of a row."""
         per = kind.groups_per_outer
-        return outer.float() if per is None else outer.float().repeat_interleave(per, dim=-1)[..., : self.small.shape[-1]]
+        return (
+            outer.float() if per is None else outer.float().repeat_interleave(per, dim=-1)[..., : self.small.shape[-1]]
+        )
 
     def check(self, rows: Sequence[int], G: int, scheme: QuantScheme) -> None:
         """Raise TensorError unless these are the factors of a weight of `[..., N]` rows with G groups under `scheme`."""
@@ -140,6 +142,8 @@ def _check_values(name: str, t: Tensor, kind: FactorKind, scheme: QuantScheme) -
         return
     values = t.float()
     if not bool(values.isfinite().all()):
-        raise TensorError(f"factors.{name} must be finite, got {int((~values.isfinite()).sum())} NaN or infinite entries")
+        raise TensorError(
+            f"factors.{name} must be finite, got {int((~values.isfinite()).sum())} NaN or infinite entries"
+        )
     if name == "outer" and kind.divides and bool((values == 0).any()):
         raise TensorError(f"factors.outer of {scheme} divides and must not be 0")

@@ -19,11 +19,21 @@ from typing import Any, Literal, TypeVar, get_args
 from .codebooks import CODEBOOK_NUMBERS, CODEBOOKS, INTEGER_STEPS, width_of
 from .errors import SchemeError
 
-__all__ = ["ACTIVATIONS", "CODEBOOKS", "CODEBOOK_NUMBERS", "FACTORS", "FACTOR_NUMBERS", "Activation", "FactorKind", "QuantScheme"]
+__all__ = [
+    "ACTIVATIONS",
+    "CODEBOOKS",
+    "CODEBOOK_NUMBERS",
+    "FACTORS",
+    "FACTOR_NUMBERS",
+    "Activation",
+    "FactorKind",
+    "QuantScheme",
+]
 
 Self = TypeVar("Self", bound="ActBitsIsAct")
 ZeroKind = Literal["none", "int", "float", "offset"]
 GroupSize = int | Literal["channel", "tensor"]
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -187,7 +197,9 @@ class QuantScheme(ActBitsIsAct):
         if self.codebook is not None:
             self._check_codebook(self.codebook)
         if self.rows != 1 and (isinstance(self.rows, bool) or self.rows != self.group_size):
-            raise SchemeError(f"rows must be 1, or group_size for square blocks, got {self.rows!r} and {self.group_size!r}")
+            raise SchemeError(
+                f"rows must be 1, or group_size for square blocks, got {self.rows!r} and {self.group_size!r}"
+            )
         if self.factors is not None:
             self._check_factors(self.factors)
 
@@ -284,7 +296,8 @@ class QuantScheme(ActBitsIsAct):
             act = match["act"]
         if match is None or act not in acts:
             raise SchemeError(
-                f"a scheme looks like w4a16_g128, w4a16_g64_asym, w8a16_channel, w4a8_g128, nf4_g64, mxfp4_g32 or q4_k, got {text!r}"
+                f"a scheme looks like w4a16_g128, w4a16_g64_asym, w8a16_channel, w4a8_g128, nf4_g64, mxfp4_g32 or q4_k, got "
+                f"{text!r}"
             )
         codebook = {short: name for name, short in _SPELLED.items()}.get(match["codebook"], match["codebook"])
         if codebook is not None and codebook not in CODEBOOKS:

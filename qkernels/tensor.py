@@ -403,7 +403,9 @@ def _check_values(qt: QuantTensor) -> None:
     if scheme.codebook is not None and len(special := _specials(scheme.codebook)):
         wrong = torch.isin(qt.codes, special.to(qt.codes.device))
         if bool(wrong.any()):
-            raise TensorError(f"codes must be numbers of {scheme.codebook}, got {int(wrong.sum())} that mean NaN or infinity")
+            raise TensorError(
+                f"codes must be numbers of {scheme.codebook}, got {int(wrong.sum())} that mean NaN or infinity"
+            )
     if scheme.rows > 1:
         _check_blocks(qt)
     if qt.factors is not None:
@@ -416,7 +418,9 @@ def _check_values(qt: QuantTensor) -> None:
 
 def _specials(codebook: str) -> Tensor:
     """uint8: the codes of a codebook that are no numbers."""
-    return torch.tensor([code for code, value in enumerate(CODEBOOKS[codebook]) if not math.isfinite(value)], dtype=torch.uint8)
+    return torch.tensor(
+        [code for code, value in enumerate(CODEBOOKS[codebook]) if not math.isfinite(value)], dtype=torch.uint8
+    )
 
 
 def _check_blocks(qt: QuantTensor) -> None:
@@ -424,7 +428,9 @@ def _check_blocks(qt: QuantTensor) -> None:
     rows, scales = qt.scheme.rows, qt.scales.float()
     for first in range(0, qt.N, rows):
         if bool((scales[..., first : first + rows, :] != scales[..., first : first + 1, :]).any()):
-            raise TensorError(f"scales of {qt.scheme} must be equal over blocks of {rows} rows, those from row {first} on differ")
+            raise TensorError(
+                f"scales of {qt.scheme} must be equal over blocks of {rows} rows, those from row {first} on differ"
+            )
 
 
 def _check_derived(qt: QuantTensor) -> None:
@@ -435,4 +441,6 @@ def _check_derived(qt: QuantTensor) -> None:
     zeros = factors.zeros(qt.scheme)
     same = torch.equal(qt.scales, factors.scales(qt.scheme))
     if not same or (zeros is not None and (qt.zeros is None or not torch.equal(qt.zeros, zeros))):
-        raise TensorError(f"scales and zeros of {qt.scheme} are the products of its factors; make it by QuantTensor.from_factors")
+        raise TensorError(
+            f"scales and zeros of {qt.scheme} are the products of its factors; make it by QuantTensor.from_factors"
+        )

@@ -8,9 +8,9 @@ import torch
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme, QuantTensor
-from qkernels.layouts import Layout
 from qkernels.codebooks import INTEGER_STEPS, width_of
 from qkernels.factors import Factors, as_bytes
+from qkernels.layouts import Layout
 from qkernels.scheme import ACTIVATIONS, CODEBOOKS, FACTORS, FactorKind
 from qkernels.tensor import validated_group_index
 
@@ -28,14 +28,19 @@ def schemes(
     )
     groups = st.sampled_from(group_sizes)
     books = st.one_of(
-        *(st.builds(QuantScheme, bits=st.just(width_of(name)), group_size=groups, codebook=st.just(name)) for name in CODEBOOKS)
+        *(
+            st.builds(QuantScheme, bits=st.just(width_of(name)), group_size=groups, codebook=st.just(name))
+            for name in CODEBOOKS
+        )
     )
     integer_books = st.builds(
         QuantScheme, group_size=groups, act=st.just("int8"), codebook=st.sampled_from(list(INTEGER_STEPS))
     )
     named = [QuantScheme.parse(text) for kind in FACTORS.values() for text in kind.spelling]
     factored = st.sampled_from([*named, QuantScheme.parse("q4_k_a8"), QuantScheme.parse("iq4_xs_a8")])
-    blocks = st.sampled_from([QuantScheme.parse(text) for text in ("fp8_block128", "w4a16_block16_asym", "w8a8_block32")])
+    blocks = st.sampled_from(
+        [QuantScheme.parse(text) for text in ("fp8_block128", "w4a16_block16_asym", "w8a8_block32")]
+    )
     return st.one_of(integers, books, integer_books, factored, blocks)
 
 
@@ -70,7 +75,9 @@ def random_weight(
         natural = torch.arange(K, dtype=torch.int32) // scheme.group_length(K)
         group_index = validated_group_index(natural[torch.randperm(K, generator=g)], K, scheme)
     if scheme.factors is not None:
-        factors = random_factors(FACTORS[scheme.factors], shape, g, torch.float32 if dtype == torch.float8_e8m0fnu else dtype, exact)
+        factors = random_factors(
+            FACTORS[scheme.factors], shape, g, torch.float32 if dtype == torch.float8_e8m0fnu else dtype, exact
+        )
         return QuantTensor.from_factors(codes, factors, scheme, group_index)
     if exact:
         scales = torch.full(shape, 0.25) * (1 - 2 * torch.randint(0, 2, shape, generator=g))
@@ -108,7 +115,11 @@ def random_factors(
 
     def large() -> torch.Tensor:
         unit = 4.0 if kind.divides else 0.25
-        return (torch.full(outer, unit) if exact else (torch.rand(outer, generator=g) + 0.5) * (50 if kind.divides else 0.002)).to(dtype)
+        return (
+            torch.full(outer, unit)
+            if exact
+            else (torch.rand(outer, generator=g) + 0.5) * (50 if kind.divides else 0.002)
+        ).to(dtype)
 
     if kind.zeros == "none":
         return Factors(small(), large())

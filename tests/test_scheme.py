@@ -79,7 +79,10 @@ def test_unknown_codebooks_and_types_are_refused(text: str) -> None:
         ({"act": ["int8"]}, r"act must be None .*, got \['int8'\]"),
         ({"act_bits": 8}, r'act_bits is called act: None for 16-bit .*, "int8" for int8 ones; .*w4a8_g128'),
         ({"act_bits": None}, "act_bits is called act"),
-        ({"act": "int8", "codebook": "nf4"}, "int8 activations need integer codes .no codebook, or one of integers: e2m1, iq4nl., got codebook='nf4'"),
+        (
+            {"act": "int8", "codebook": "nf4"},
+            "int8 activations need integer codes .no codebook, or one of integers: e2m1, iq4nl., got codebook='nf4'",
+        ),
         ({"codebook": "nf3"}, "codebook must be one of nf4, fp4, e2m1, iq4nl, e4m3, e5m2, got 'nf3'"),
         ({"codebook": "nf4", "bits": 3}, "codebook 'nf4' has 16 entries"),
         ({"codebook": "nf4", "zeros": "int"}, 'takes zeros="none"'),

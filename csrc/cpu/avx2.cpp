@@ -98,7 +98,9 @@ struct Floats : Bytes {
   const int shift;
   const float unit;
   explicit Floats(const Call& c)
-      : Bytes(c), shift(c.codebook == Codebook::kE4M3 ? 20 : 21), unit(c.codebook == Codebook::kE4M3 ? 0x1p120f : 0x1p112f) {}
+      : Bytes(c),
+        shift(c.codebook == Codebook::kE4M3 ? 20 : 21),
+        unit(c.codebook == Codebook::kE4M3 ? 0x1p120f : 0x1p112f) {}
   QK_INLINE Zero zero(int64_t) const { return {}; }
   QK_INLINE __m256 value(const Raw& raw, int s, Zero) const {
     return Avx2::small_floats((__m256i)((Lanes)raw.quad[s >> 2] >> (16 * (s & 1) + 8 * (s >> 1 & 1))), shift, unit);

@@ -29,7 +29,8 @@ struct Avx2Sums {
     }
     return small_floats(byte, 20, 0x1p120f);
   }
-  // The low byte of each lane: sign, then 7 bits that `shift` puts where a float's exponent ends; `unit` repairs the bias
+  // The low byte of each lane: sign, then 7 bits that `shift` puts where a float's exponent ends; `unit` repairs the
+  // bias
   static QK_INLINE Sum small_floats(__m256i byte, int shift, float unit) {
     const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(byte, _mm256_set1_epi32(0x7f)), shift);
     const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(byte, _mm256_set1_epi32(0x80)), 24);

@@ -35,7 +35,8 @@ inline std::string wrong_weight(const Arguments& a, int64_t K) {
                 ", group_size=", a.group_size, ", N=", N, ", K=", K);
   }
   if (a.codebook != 0 || a.factors != 0) {
-    return text("codebook and factors must be 0: the CUDA kernels take integer codes, got ", a.codebook, " and ", a.factors);
+    return text("codebook and factors must be 0: the CUDA kernels take integer codes, got ", a.codebook, " and ",
+                a.factors);
   }
   if (K > a.group_size && a.group_size != 16 && a.group_size != 32 && a.group_size % kStepColumns != 0) {
     return text("group_size must be 16, 32 or a multiple of 64, got ", a.group_size);

@@ -6,8 +6,8 @@
 | scales       | as made    | [..., N, G]                  | [..., ceil(N / rows), G] where blocks of rows share them |
 | zeros        | uint8      | [..., N, ceil(G * bits / 8)] | integer zero points (true ones), Stream(bits) along G |
 |              | float      | [..., N, G]                  | float zero points and offsets                        |
-| factors      | uint8      | [..., N, ceil(2 G * bits / 8)] | small factors of scales (and then of offsets), less their |
-|              |            |                              | lowest, Stream(their bits) along G; e4m3 as bytes: instead of scales |
+| factors      | uint8      | [..., N, ceil(2 G * bits / 8)] | instead of scales: small factors of them (and then of |
+|              |            |                              | offsets), less their lowest, Stream(their bits) along G |
 | outer_scales, outer_zeros | floating | [..., N, S]       | outer factors                                        |
 | group_index  | int32      | [K]                          | act-order only                                       |
 | weight_shape | int64      | [2 or more]                  | [..., N, K]; K is not in the shape of qweight        |
@@ -119,7 +119,11 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
 
 def _written_factors(factors: Factors, scheme: QuantScheme) -> dict[str, Tensor]:
     kind = kind_of(scheme)
-    small = as_bytes(factors.small) if factors.small.is_floating_point() else (factors.small.short() - kind.low).to(torch.uint8)
+    small = (
+        as_bytes(factors.small)
+        if factors.small.is_floating_point()
+        else (factors.small.short() - kind.low).to(torch.uint8)
+    )
     if factors.small_zeros is not None:
         small = torch.cat([small, factors.small_zeros], dim=-1)
     tensors = {"factors": pack_bytes(small, kind.small_bits), "outer_scales": factors.outer.contiguous()}

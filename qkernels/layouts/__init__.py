@@ -8,15 +8,15 @@ said once: the ops' schemas and checks (`qkernels.ops`) and the catalogue's reas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ConversionError, TensorError
 from ..scheme import ACTIVATIONS, CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, QuantScheme
-from ..tensor import FLOAT_DTYPES, SCALE_DTYPES, QuantTensor
+from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import describe, dtype_name, dtype_names
 
 Buffers = Mapping[str, Tensor | None]
@@ -102,6 +102,7 @@ class Layout:
         gemv_tokens: the largest M of an op `gemv_<name>`; None: the layout has none.
         buffers: `BUFFERS`, and its own.
         numbers: `NUMBERS`, and its own.
+        upgrades: of older versions that are still read: (buffers, N, K, scheme) -> the same weight's buffers in this version.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Layout:
     gemv_tokens: int | None = None
     buffers: tuple[Buffer, ...] = BUFFERS
     numbers: tuple[Number, ...] = NUMBERS
+    upgrades: Mapping[int, Callable[[Buffers, int, int, QuantScheme], Buffers]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.buffers[: len(BUFFERS)] != BUFFERS or self.numbers[: len(NUMBERS)] != NUMBERS:
@@ -163,9 +165,18 @@ class Layout:
         self.check(weight.N, weight.K, weight.scheme)
         if weight.factors is None and weight.scales.dtype not in self.scale_dtypes:
             raise ConversionError(
-                f"layout {self.name} holds scales in {dtype_names(self.scale_dtypes, 'and')}, got {dtype_name(weight.scales.dtype)}"
+                f"layout {self.name} holds scales in {dtype_names(self.scale_dtypes, 'and')}, got "
+                f"{dtype_name(weight.scales.dtype)}"
             )
         return self.arrange(weight)
+
+    def reads(self, version: object) -> bool:
+        """Whether buffers of a version are this layout's, or can be made so (`upgraded`)."""
+        return version == self.version or version in self.upgrades
+
+    def upgraded(self, version: Any, buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffers:
+        """Buffers of a version that it `reads`, as those of today."""
+        return buffers if version == self.version else self.upgrades[version](buffers, N, K, scheme)
 
     def numbers_of(self, N: int, K: int, scheme: QuantScheme) -> tuple[float, ...]:
         """What the ops are told of a weight beside its buffers, in the order of `numbers`."""

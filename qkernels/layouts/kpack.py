@@ -25,9 +25,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scheme import CODEBOOKS
+from ..scheme import CODEBOOKS, QuantScheme
 from ..tensor import QuantTensor
-from . import BUFFERS, Buffer, Layout, Shapes
+from . import BUFFERS, Buffer, Buffers, Layout, Shapes
 from .tiles import Tiles, stored_bits
 
 ROWS_PER_TILE = 64  # rows of a strip, the first dimension of every buffer
@@ -65,8 +65,13 @@ def arrange(weight: QuantTensor) -> dict[str, Tensor | None]:
     return TILES.pack(weight) | {"table": values}
 
 
+def _with_table(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffers:
+    """Version 1 kept a codebook's values where zeros are."""
+    return buffers if scheme.codebook is None else {**buffers, "zeros": None, "table": buffers.get("zeros")}
+
+
 LAYOUT: Layout = Layout(
     "kpack", 2, "triton", arrange, TILES.unpack, shapes, stored_bits, ROWS_PER_TILE,
     dtypes=(torch.bfloat16, torch.float16), codebooks=("nf4", "fp4", "e2m1", "iq4nl"), gemv_tokens=GEMV_TOKENS,
-    buffers=(*BUFFERS, Buffer("table", optional=True, dtype=torch.float32, tiled=False)),
+    buffers=(*BUFFERS, Buffer("table", optional=True, dtype=torch.float32, tiled=False)), upgrades={1: _with_table},
 )  # fmt: skip

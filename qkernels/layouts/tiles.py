@@ -26,7 +26,6 @@ from ..tensor import QuantTensor, group_index_of
 from . import Buffers, Shapes
 from .canonical import groups_of, weight_of
 
-
 OUTER = ("outer_scales", "outer_zeros")
 GROUPED = ("scales", "zeros", *OUTER)
 
@@ -77,7 +76,9 @@ class Tiles:
         codes = pad(codes, (0, -K % self.columns, 0, -N % self.rows))
         lead = codes.shape[:-2]
         codes = codes.reshape(*lead, shape[0], self.rows, codes.shape[-1])
-        groups = {name: None if t is None else self._pack_groups(t, name, weight) for name, t in groups_of(weight).items()}
+        groups = {
+            name: None if t is None else self._pack_groups(t, name, weight) for name, t in groups_of(weight).items()
+        }
         return {
             "qweight": self.lay(codes, stored_bits(scheme.bits)).reshape(*lead, *shape).contiguous(),
             "k_order": k_order,
@@ -97,7 +98,8 @@ class Tiles:
                 -1, k_order.long(), codes
             )
         groups = {
-            name: None if (t := buffers[name]) is None else self._unpack_groups(t, name, N, K, scheme) for name in GROUPED
+            name: None if (t := buffers[name]) is None else self._unpack_groups(t, name, N, K, scheme)
+            for name in GROUPED
         }
         return weight_of(codes.contiguous(), groups, group_index_of(k_order, K, scheme), scheme)
 

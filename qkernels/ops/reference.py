@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..layouts import Layout
 from ..codebooks import INTEGER_STEPS
+from ..layouts import Layout
 from ..scheme import CODEBOOK_NUMBERS, CODEBOOKS, FACTOR_NUMBERS, QuantScheme, ZeroKind
 from ..tensor import QuantTensor
 from .weight import Weight, read_dequantize, read_product

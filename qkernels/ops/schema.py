@@ -91,18 +91,18 @@ def check_product(layout: Layout, product: Product, max_tokens: int | None = Non
 
 def check_weight(layout: Layout, weight: Weight) -> int:
     """The same for the weight alone; returns how many leading (expert) dimensions its buffers have."""
-    qweight, scales, zeros, k_order, outer_scales, outer_zeros = weight[:6]
-    N, K, bits, group_size, offsets, codebook, factors, own = weight[6:]
+    qweight, k_order, N, K = weight.qweight, weight.k_order, weight.out_features, weight.in_features
+    bits, group_size, codebook, factors = weight.bits, weight.group_size, weight.codebook, weight.factors
     if not 2 <= bits <= 8 or group_size < 1 or N < 0:
         raise ArgumentError(
             f"bits must be 2 to 8, group_size positive (group_length(K)) and out_features not negative, got bits={bits}, "
             f"group_size={group_size}, out_features={N}"
         )
-    if not 0 <= codebook < len(CODEBOOK_NUMBERS) or not 0 <= factors < len(FACTOR_NUMBERS):
+    if not (0 <= codebook < len(CODEBOOK_NUMBERS) and 0 <= factors < len(FACTOR_NUMBERS)):
         raise ArgumentError(
-            f"codebook must be 0 to {len(CODEBOOK_NUMBERS) - 1} and factors 0 to {len(FACTOR_NUMBERS) - 1}, got {codebook} and {factors}"
+            f"codebook must be 0 to {len(CODEBOOK_NUMBERS) - 1} and factors 0 to {len(FACTOR_NUMBERS) - 1}, got {codebook} and "
+            f"{factors}"
         )
-    kind = KINDS[factors]
     shapes = layout.shapes(N, K, bits, group_size)
     codes = shapes["qweight"]
     if qweight.dtype != torch.uint8 or qweight.shape[-len(codes) :] != codes:
@@ -111,53 +111,59 @@ def check_weight(layout: Layout, weight: Weight) -> int:
             f"{describe(qweight)}; a weight packed for another shape or layout?"
         )
     lead = qweight.shape[: -len(codes)]
-    shape = (*lead, *shapes["scales"])
-    if scales.shape != shape or not _fits(scales, layout.scale_dtypes if kind is None else kind.small):
+    _check_groups(layout, weight, lead, shapes["scales"])
+    if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
+        raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {describe(k_order)}")
+    for buffer in BUFFERS[1:]:
+        t = weight.value(buffer.name)
+        if t is not None and t.device != qweight.device:
+            raise ArgumentError(f"{buffer.name} must be on the device of qweight, {qweight.device}, got {t.device}")
+    if weight.own:
+        _check_own(layout, weight, shapes, lead)
+    return len(lead)
+
+
+def _check_groups(layout: Layout, weight: Weight, lead: tuple[int, ...], of_one: tuple[int, ...]) -> None:
+    """The same for scales and zeros, which have the shape `of_one` for each expert, and for the outer factors beside them."""
+    shape = (*lead, *of_one)
+    scales, zeros, offsets, kind = weight.scales, weight.zeros, weight.zeros_are_offsets, KINDS[weight.factors]
+    dtypes = layout.scale_dtypes if kind is None else (getattr(torch, kind.small),)
+    if scales.dtype not in dtypes or scales.shape != shape:
         raise ArgumentError(
-            f"scales must be {'floating' if kind is None else kind.small} {list(shape)} in layout {layout.name} for N={N}, K={K}, group_size={group_size}, got "
-            f"{describe(scales)}"
+            f"scales must be {'floating' if kind is None else kind.small} {list(shape)} in layout {layout.name} for "
+            f"N={weight.out_features}, K={weight.in_features}, group_size={weight.group_size}, got {describe(scales)}"
         )
+    floating = kind is None and zeros is not None and zeros.dtype in FLOAT_DTYPES
     if zeros is None:
         if offsets:
             raise ArgumentError("zeros must be given where zeros_are_offsets is true, got None")
-    elif zeros.shape != shape or not (
-        zeros.dtype == torch.uint8 if kind is not None
-        else zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not offsets)
-    ):  # fmt: skip
+    elif zeros.shape != shape or not (floating or (zeros.dtype == torch.uint8 and (kind is not None or not offsets))):
         kinds = "uint8" if kind is not None else "floating" if offsets else "uint8 or floating"
         raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {describe(zeros)}")
-    if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
-        raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {describe(k_order)}")
-    outer = None if kind is None else (*lead, *outer_shape(shapes["scales"], kind.outer_groups(num_groups(K, group_size))))
-    for name, t, there in (
-        ("outer_scales", outer_scales, outer is not None), ("outer_zeros", outer_zeros, outer is not None and zeros is not None),
-    ):  # fmt: skip
-        if (t is not None) != there or (t is not None and (t.shape != outer or t.dtype not in FLOAT_DTYPES)):
-            expected = f"floating {list(outer)}" if there and outer is not None else "None"
-            raise ArgumentError(f"{name} must be {expected} in layout {layout.name} for factors={factors}, got {describe(t)}")
-    others = (("scales", scales), ("zeros", zeros), ("k_order", k_order), ("outer_scales", outer_scales), ("outer_zeros", outer_zeros))
-    for name, t in others:
-        if t is not None and t.device != qweight.device:
-            raise ArgumentError(f"{name} must be on the device of qweight, {qweight.device}, got {t.device}")
-    if own:
-        _check_own(layout, weight, shapes, lead)
-    return len(lead)
+    groups = num_groups(weight.in_features, weight.group_size)
+    outer = None if kind is None else (*lead, *outer_shape(of_one, kind.outer_groups(groups)))
+    for name, t, expected in (
+        ("outer_scales", weight.outer_scales, outer),
+        ("outer_zeros", weight.outer_zeros, None if zeros is None else outer),
+    ):
+        fits = expected is None if t is None else t.dtype in FLOAT_DTYPES and t.shape == expected
+        if not fits:
+            words = "None" if expected is None else f"floating {list(expected)}"
+            raise ArgumentError(f"{name} must be {words} with factors={weight.factors}, got {describe(t)}")
 
 
 def _check_own(layout: Layout, weight: Weight, shapes: Shapes, lead: tuple[int, ...]) -> None:
     """The same for the buffers that this layout alone has."""
     for name, optional, dtype, tiled in layout.buffers[len(BUFFERS) :]:
         t, shape, dtype = weight.own[name], (*(lead if tiled else ()), *shapes[name]), dtype or weight.scales.dtype
+        if name == "table":
+            optional = weight.codebook == 0
         fits = optional if t is None else (t.dtype, t.shape, t.device) == (dtype, shape, weight.qweight.device)
         if not fits:
             raise ArgumentError(
                 f"{name} must be {dtype_name(dtype)} {list(shape)} in layout {layout.name} for N={weight.out_features}, "
                 f"K={weight.in_features}, on the device of qweight, {weight.qweight.device}, got {describe(t)}"
             )
-
-
-def _fits(t: Tensor, dtypes: tuple[torch.dtype, ...] | str) -> bool:
-    return t.dtype == getattr(torch, dtypes) if isinstance(dtypes, str) else t.dtype in dtypes
 
 
 # --- fake kernels and gradients -------------------------------------------------------------------------------------------

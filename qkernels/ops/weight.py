@@ -116,12 +116,16 @@ def dequantize_schema(layout: Layout) -> str:
 
 def weight_from_buffers(layout: Layout, buffers: Sequence[Any], numbers: Sequence[Any], in_features: int) -> Weight:
     """The weight of a layout's buffers and numbers, in its order."""
-    out_features, *others = numbers[:_N]
+    qweight, scales, zeros, k_order, outer_scales, outer_zeros = buffers[:_B]
+    out_features, bits, group_size, offsets, codebook, factors = numbers[:_N]
     own = _NOTHING
     if len(layout.buffers) > _B or len(layout.numbers) > _N:
         names = [*(b.name for b in layout.buffers[_B:]), *(n.name for n in layout.numbers[_N:])]
         own = dict(zip(names, [*buffers[_B:], *numbers[_N:]], strict=True))
-    return Weight(*buffers[:_B], out_features, in_features, *others, own)
+    return Weight(
+        qweight, scales, zeros, k_order, outer_scales, outer_zeros,
+        out_features, in_features, bits, group_size, offsets, codebook, factors, own,
+    )  # fmt: skip
 
 
 def _product_types(layout: Layout) -> dict[str, str]:

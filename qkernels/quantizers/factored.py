@@ -58,4 +58,6 @@ def _split(values: Tensor, kind: FactorKind, dtype: torch.dtype, divides: bool) 
     relative = blocks * unit if divides else torch.where(unit > 0, blocks / unit, 0.0)
     relative = relative.flatten(-2)[..., :groups].clamp(max=largest)
     small_dtype: torch.dtype = getattr(torch, kind.small)
-    return outer.contiguous(), (relative if small_dtype.is_floating_point else relative.round()).to(small_dtype).contiguous()
+    return outer.contiguous(), (relative if small_dtype.is_floating_point else relative.round()).to(
+        small_dtype
+    ).contiguous()

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..scheme import CODEBOOKS, QuantScheme
 from ..factors import Factors
+from ..scheme import CODEBOOKS, QuantScheme
 from ..tensor import SCALE_DTYPES, QuantTensor
 from ..text import dtype_name, dtype_named
 from .factored import nearest_factors

@@ -21,6 +21,14 @@ def arguments(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, layout
     return (x, *buffers, bias, *value.numbers_of(weight.N, weight.K, weight.scheme))
 
 
+def dequantize_arguments(weight: QuantTensor, dtype: torch.dtype, layout: str = LAYOUT) -> tuple[object, ...]:
+    """The arguments of `dequantize_<layout>`."""
+    value = get_layout(layout)
+    packed = value.pack(weight)
+    out_features, *numbers = value.numbers_of(weight.N, weight.K, weight.scheme)
+    return (*(packed[buffer.name] for buffer in value.buffers), out_features, weight.K, *numbers, dtype)
+
+
 def multiply(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, op: str = f"gemm_{LAYOUT}") -> Tensor:
     result = getattr(torch.ops.qkernels, op)(*arguments(weight, x, bias))
     assert isinstance(result, Tensor)

@@ -24,7 +24,13 @@ _REDUCE_BLOCK = 1024
 def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     """`y [M, N]`: the op `gemm_kpack`; `config` in the place of the table's, for tests and tuning."""
     x, weight, bias = read_product(kpack.LAYOUT, arguments)
-    qweight, scales, k_order, N, K = weight.qweight, weight.scales, weight.k_order, weight.out_features, weight.in_features
+    qweight, scales, k_order, N, K = (
+        weight.qweight,
+        weight.scales,
+        weight.k_order,
+        weight.out_features,
+        weight.in_features,
+    )
     zeros, group_size = zeros_or_table(weight), weight.group_size
     M = x.shape[0]
     out = x.new_empty((M, N))
@@ -65,7 +71,13 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
 def dequantize(*arguments: Any) -> Tensor:
     """The weight `[..., N, K]`: the op `dequantize_kpack`, one launch per expert."""
     weight, dtype = read_dequantize(kpack.LAYOUT, arguments)
-    qweight, scales, k_order, N, K = weight.qweight, weight.scales, weight.k_order, weight.out_features, weight.in_features
+    qweight, scales, k_order, N, K = (
+        weight.qweight,
+        weight.scales,
+        weight.k_order,
+        weight.out_features,
+        weight.in_features,
+    )
     zeros = zeros_or_table(weight)
     lead = qweight.shape[:-3]
     out = qweight.new_empty((*lead, N, K), dtype=dtype)
