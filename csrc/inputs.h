@@ -87,7 +87,10 @@ inline NamedType type_of(ScalarType type) {
 }
 
 inline Buffer buffer_of(const Tensor& t) {
-  const ScalarType dtype = t.scalar_type();
+  // Not t.scalar_type(), which knows no Float8_e8m0fnu in torch 2.13 and throws; the shim's numbers are the enum's.
+  int32_t number;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  const auto dtype = static_cast<ScalarType>(number);
   const auto [type, name] = type_of(dtype);
   const auto sizes = t.sizes();
   Buffer b{t.const_data_ptr(),

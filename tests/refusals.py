@@ -30,6 +30,7 @@ _NO_FIELDS: Reasons = {
     "zero points must be integers, ": [*FLOATING_SCHEMES, *A8_FLOATING, *_OFFSETS],
     " has a codebook": WITH_CODEBOOK,
     "scales are products of factors": FACTORED,
+    "scales are those of blocks": BLOCK_SCHEMES,
     "it has no field for 8-bit activations": A8_SCHEMES,
 }
 _PER_TENSOR: Reasons = {"it has no spelling for one scale per tensor": ["w8a16_tensor"]}

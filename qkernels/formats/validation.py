@@ -138,6 +138,8 @@ def integer_scheme_reasons(scheme: QuantScheme, bits: Sequence[int]) -> list[str
         reasons.append(f"{scheme} has a codebook")
     if scheme.factors is not None:
         reasons.append(f"scales are products of factors in {scheme}")
+    if scheme.rows > 1:
+        reasons.append(f"scales are those of blocks in {scheme}")
     if scheme.bits not in bits:
         reasons.append(f"bits must be {' or '.join(map(str, bits))}, got {scheme.bits}")
     if scheme.zeros in ("float", "offset"):

@@ -87,7 +87,7 @@ class Layout:
         name: the suffix of its ops (`gemm_<name>`).
         version: raised whenever the bytes change meaning; stored beside packed weights.
         backend: whose kernels read it; "torch": plain PyTorch, on any device.
-        arrange: weight -> buffers by name, None where absent; called for weights without `reasons` alone.
+        arrange: weight -> buffers by name, those that are absent left out or None; called for weights without `reasons` alone.
         unpack: (buffers, N, K, scheme) -> the weight that was packed. Buffers from outside go through `unpack_checked`.
         shapes: (N, K, bits, group_length) -> the shape of each buffer but zeros (that of scales), k_order (`[K]`) and outer
             factors (`outer_shape`), without expert dimensions.
@@ -168,7 +168,8 @@ class Layout:
                 f"layout {self.name} holds scales in {dtype_names(self.scale_dtypes, 'and')}, got "
                 f"{dtype_name(weight.scales.dtype)}"
             )
-        return self.arrange(weight)
+        made = self.arrange(weight)
+        return {buffer.name: made.get(buffer.name) for buffer in self.buffers}
 
     def reads(self, version: object) -> bool:
         """Whether buffers of a version are this layout's, or can be made so (`upgraded`)."""

@@ -10,7 +10,7 @@ Every quantizer goes through these functions, so that all of them agree on the s
     e8m0 scales  the nearest power of two (MXFP4): one step less would clip, one more waste half of the range.
     blocks       (`rows`) scale and zero of the block's range.
     factors      each scale is rounded to the nearest product (`factored`); a product of 0 is a group of zeros.
-    all zero     scale 1, code = zero: the weight stays exactly 0.
+    all zero     scale 1, code = zero: the weight stays exactly 0. Of a codebook without 0 (iq4nl), scale 0.
 
 Scales (and float zeros) are rounded to the dtype they are stored in **before** any code is computed, so that a code is
 the nearest one for the weight that inference will see. A scale that rounds to 0 is treated like an all-zero group.
@@ -176,14 +176,10 @@ def _fit_blocks(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, c
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
     """The nearest code of every weight, as floating-point integers 0 … 2^bits - 1; scales and zeros broadcast."""
-    if scheme.factors is not None:  # a product may be 0, whose codes all mean the same
+    if scheme.factors is not None or scheme.codebook is not None:  # a scale may be 0, whose codes all mean the same
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     if scheme.codebook is not None:
-        table = torch.tensor(CODEBOOKS[scheme.codebook], dtype=weight.dtype, device=weight.device)
-        values, order = torch.sort(table, stable=True)  # NF4 is sorted; floats come by bit pattern
-        numbers = int(values.isfinite().sum())  # -inf first, inf and NaN last
-        first = int(values.isneginf().sum())
-        values, order = values[first : first + numbers], order[first : first + numbers]
+        values, order = (t.to(weight.device) for t in _sorted_numbers(scheme.codebook, weight.dtype))
         # times the reciprocal, as bitsandbytes has it: a quotient in the middle between two values can round the other way
         relative = weight * (1 / scales)
         return order[torch.bucketize(relative.contiguous(), (values[1:] + values[:-1]) / 2)].to(weight.dtype)
@@ -196,6 +192,13 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantSc
     else:
         codes = (weight / scales).round_().add_(scheme.mid_code if zeros is None else zeros)
     return codes.clamp_(0, scheme.max_code)
+
+
+def _sorted_numbers(codebook: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A codebook's numbers in rising order, without infinities and NaN, and their codes."""
+    values, order = torch.sort(torch.tensor(CODEBOOKS[codebook], dtype=dtype), stable=True)
+    finite = values.isfinite()
+    return values[finite], order[finite]
 
 
 def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
@@ -253,7 +256,9 @@ def _fit_groups(
 
 def _grid_of_range(low: Tensor, high: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> Grid:
     if scheme.codebook is not None:
-        return Grid(_rounded_scale(torch.maximum(-low, high) / largest_entry(scheme.codebook), scale_dtype), None)
+        scales = torch.maximum(-low, high)
+        rounded = _rounded_scale(scales / largest_entry(scheme.codebook), scale_dtype)
+        return Grid(rounded if 0.0 in CODEBOOKS[scheme.codebook] else rounded.where(scales > 0, 0), None)
     if scheme.zeros == "none":
         return Grid(_rounded_scale(torch.maximum(-low, high) * (2 / scheme.max_code), scale_dtype), None)
     scales = _rounded_scale((high - low) / scheme.max_code, scale_dtype)
