@@ -88,8 +88,11 @@ void quantize(std::vector<double>& x) {
 int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   cpu::Call call{cpu::make_problem(s.M, s.N, s.K, s.bits, s.group)};
   // The sizes of buffers by themselves, not from the call.
-  const int width = s.bits <= 4 ? 4 : 8, per_lane = 32 / width;
-  const int64_t tiles = (s.N + 31) / 32, tile_bytes = (s.K + 7) / 8 * 8 * 32 * width / 8;
+  static const int low_bits[] = {0, 0, 2, 2, 4, 4, 4, 8, 8}, high_bits[] = {0, 0, 0, 1, 0, 1, 2, 0, 0};
+  static const int block_columns[] = {0, 0, 16, 32, 8, 32, 16, 8, 8};
+  const int low = low_bits[s.bits], high = high_bits[s.bits], block = block_columns[s.bits];
+  const int64_t tiles = (s.N + 31) / 32, block_bytes = block * 32 * (low + high) / 8;
+  const int64_t tile_bytes = (s.K + block - 1) / block * block_bytes;
   const int64_t G = (s.K - 1) / s.group + 1, groups = tiles * G * 32;
 
   std::vector<int> codes(static_cast<size_t>(s.N * s.K));
@@ -98,10 +101,16 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   for (int64_t n = 0; n < s.N; ++n) {
     for (int64_t k = 0; k < s.K; ++k) {
       const int code = codes[n * s.K + k] = random_below(1 << s.bits);
-      const int64_t lane = k / per_lane, i = k % per_lane;
-      const int64_t bit = s.int8 ? 8 * (i & 3) + 4 * (i >> 2) : 16 * (i & 1) + width * (i >> 1);
-      const int64_t at = (lane * cpu::kTileRows + n % cpu::kTileRows) * cpu::kLaneBytes + bit / 8;
-      if (!short_of_a_byte) qweight[n / cpu::kTileRows * tile_bytes + at] |= static_cast<uint8_t>(code << bit % 8);
+      int64_t plane = n / cpu::kTileRows * tile_bytes + k / block * block_bytes;
+      for (const int width : {low, high}) {
+        if (width == 0 || short_of_a_byte) continue;
+        const int64_t lane = k % block / (32 / width), i = k % block % (32 / width);
+        const int64_t bit = s.int8 ? 8 * (i & 3) + width * (i >> 2) : 16 * (i & 1) + width * (i >> 1);
+        const int64_t at = (lane * cpu::kTileRows + n % cpu::kTileRows) * cpu::kLaneBytes + bit / 8;
+        const int field = (width == low ? code : code >> low) & ((1 << width) - 1);
+        qweight[plane + at] |= static_cast<uint8_t>(field << bit % 8);
+        plane += block * width * 32 / 8;
+      }
     }
   }
   const int64_t step = s.strided ? 3 : 1, row = s.K * step + (s.strided ? 5 : 0);
@@ -167,14 +176,14 @@ int main(int argc, char** argv) {
       for (const int64_t K : {1, 7, 8, 9, 40, 129, 264}) {
         for (int round = 0; round < 2; ++round, ++cases) {  // everything else in turn, at prime or coprime steps
           const int64_t group[] = {8, K, 24, 128, K, 16, 136};
-          const int bits[] = {4, 8, 2, 6, 4};
+          const int bits[] = {4, 8, 2, 6, 4, 3, 5, 7};
           const int zero = cases % 11 % 4;
           const Type zero_type = zero == 0 ? Type::kNone : zero == 1 ? Type::kUInt8 : floats[cases % 3];
           const Type bias_type = cases % 4 == 3 ? Type::kNone : floats[cases % 4];
-          wrong += run({M, N, K, group[cases % 7], bits[cases % 5], floats[cases % 13 % 3], floats[cases % 17 % 3],
+          wrong += run({M, N, K, group[cases % 7], bits[cases % 8], floats[cases % 13 % 3], floats[cases % 17 % 3],
                         zero_type, bias_type, zero == 3, cases % 2 == 1, cases % 19 % 3 == 0, false},
                        kernels, short_of_a_byte);
-          wrong += run({M, N, K, group[cases % 7], bits[cases % 5], floats[cases % 13 % 3], floats[cases % 17 % 3],
+          wrong += run({M, N, K, group[cases % 7], bits[cases % 8], floats[cases % 13 % 3], floats[cases % 17 % 3],
                         zero_type, bias_type, zero == 3, cases % 2 == 1, cases % 19 % 3 == 0, true},
                        int8, short_of_a_byte);
         }
