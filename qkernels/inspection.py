@@ -20,7 +20,7 @@ from .formats.validation import boolean, first_of
 from .reports import quality_line, readable_size
 from .scheme import QuantScheme
 from .tensor import QuantTensor
-from .text import dtype_name, table
+from .text import table
 
 Columns = Literal["natural", "act-order", "static"]
 MAX_ERRORS = 20
@@ -195,7 +195,7 @@ def _layer(module: str, weight: QuantTensor, checkpoint: Checkpoint) -> LayerInf
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    return TensorInfo(name, checkpoint.shape(name), dtype_name(checkpoint.dtype(name)), checkpoint.nbytes(name))
+    return TensorInfo(name, checkpoint.shape(name), checkpoint.stored_as(name), checkpoint.nbytes(name))
 
 
 def _modules_of(others: Sequence[TensorInfo]) -> set[str]:

@@ -48,7 +48,7 @@ def require_directory(path: Path) -> None:
     """
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is not a directory; a checkpoint is a local folder with {CONFIG} and *.safetensors "
+            f"{path} is not a directory; a checkpoint is a local folder with {CONFIG} and *.safetensors, or a GGUF file "
             "(download a Hub model first, with `hf download`)"
         )
 

@@ -1,0 +1,150 @@
+"""The tokenizer in the metadata of a GGUF file, through transformers' own converters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..errors import CheckpointError
+from ..optional import need_transformers
+from ..storage.gguf import GgufSource
+
+_PREFIX: Final = "tokenizer.ggml."
+# Metadata that transformers' converters take, and what they call it.
+_GIVEN: Final = {
+    "model": "tokenizer_type", "pre": "pre_tokenizer_type", "tokens": "tokens", "scores": "scores", "token_type": "token_type",
+    "merges": "merges", "add_space_prefix": "add_prefix_space", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id",
+    "unknown_token_id": "unk_token_id", "padding_token_id": "pad_token_id",
+}  # fmt: skip
+_SPECIAL: Final = {
+    "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id",
+}  # fmt: skip
+_KINDS: Final = ("gpt2", "llama")
+# Byte-level vocabularies split as GPT-2 did, which is what the converter does where it knows of no other way.
+_AS_GPT2: Final = {"gpt-2", "default", "phi-2"}
+# Those in which llama.cpp takes a word that is a token as that token, without merges, and begins with BOS unless told otherwise.
+_WHOLE_WORDS: Final = {
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
+}  # fmt: skip
+
+
+def tokenizer_of(source: GgufSource) -> Any:
+    """The tokenizer of a file, with its special tokens and chat template.
+
+    Raises:
+        CheckpointError: the file has none; its lists do not fit each other; or it is of a kind, or splits text in a way, that
+            transformers' converter does not know.
+    """
+    need_transformers("reading a tokenizer")
+    from transformers import PreTrainedTokenizerFast
+
+    given = _given(source)
+    kind, tokens, pre = given["tokenizer_type"], given["tokens"], given.get("pre_tokenizer_type")
+    convert, splits = _converter()
+    if kind == "gpt2" and pre is not None and pre not in splits and pre not in _AS_GPT2:
+        raise CheckpointError(
+            f"{source.path} has a tokenizer that splits text as {pre!r:.40}, which transformers' converter does not know (it "
+            f"knows {', '.join(sorted({*splits, *_AS_GPT2}))}); load the tokenizer of the original checkpoint"
+        )
+    try:
+        backend, _ = convert(source.get("general.architecture", ""), given)
+    except Exception as error:  # a vocabulary that makes no sense fails in many ways
+        raise CheckpointError(f"{source.path} has a tokenizer that transformers cannot rebuild: {error}") from error
+    if kind == "llama" and given.get("add_prefix_space") is False:
+        _without_prefix(backend)
+    if pre in _WHOLE_WORDS:
+        model = backend.model
+        model.ignore_merges = True
+        backend.model = model
+    special = {
+        name: tokens[number] for name, key in _SPECIAL.items() if (number := _id(source, key, tokens)) is not None
+    }
+    flags = {
+        "add_bos_token": _flag(source, "add_bos_token", kind == "llama" or pre in _WHOLE_WORDS),
+        "add_eos_token": _flag(source, "add_eos_token", False),
+    }
+    template = source.get("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        chat_template=template if isinstance(template, str) else None,
+        name_or_path=str(source.path),
+        **special,
+        **{name: flag for name, flag in flags.items() if name.replace("add_", "") in special},
+    )
+
+
+def _given(source: GgufSource) -> dict[str, Any]:
+    """What the converter is told, checked."""
+    found = {name: source.get(_PREFIX + key) for key, name in _GIVEN.items()}
+    given = {name: value for name, value in found.items() if value is not None}
+    kind = given.get("tokenizer_type")
+    if kind is None or "tokens" not in given:
+        raise CheckpointError(
+            f"{source.path} has no tokenizer ({_PREFIX}model and {_PREFIX}tokens); load that of the original"
+        )
+    if kind not in _KINDS:
+        raise CheckpointError(
+            f"{source.path} has a tokenizer of kind {kind!r:.40}; {' and '.join(_KINDS)} are read; load that of the original "
+            "checkpoint"
+        )
+    tokens = given["tokens"]
+    if not _is_strings(tokens) or not tokens:
+        raise CheckpointError(f"{source.path}: {_PREFIX}tokens must be an array of strings")
+    for name, key in (("scores", "scores"), ("token_type", "token_type")):
+        values = given.get(name)
+        if values is not None:
+            if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(tokens):
+                raise CheckpointError(
+                    f"{source.path}: {_PREFIX}{key} must have a number for each of {len(tokens)} tokens"
+                )
+            given[name] = list(values)
+    merges = given.get("merges")
+    if merges is not None and not (_is_strings(merges) and all(len(merge.split(" ")) == 2 for merge in merges)):
+        raise CheckpointError(f"{source.path}: {_PREFIX}merges must be an array of pairs with a space between them")
+    needed = "merges" if kind == "gpt2" else "scores"
+    if needed not in given and "merges" not in given:
+        raise CheckpointError(f"{source.path}: a tokenizer of kind {kind} needs {_PREFIX}{needed}")
+    return given
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _id(source: GgufSource, key: str, tokens: Sequence[str]) -> int | None:
+    value = source.get(_PREFIX + key)
+    if value is not None and (type(value) is not int or not 0 <= value < len(tokens)):
+        raise CheckpointError(
+            f"{source.path}: {_PREFIX}{key} must be the number of one of {len(tokens)} tokens, got {value!r:.40}"
+        )
+    return value
+
+
+def _flag(source: GgufSource, key: str, default: bool) -> bool:
+    value = source.get(_PREFIX + key)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{source.path}: {_PREFIX}{key} must be true or false, got {value!r:.40}")
+    return default if value is None else value
+
+
+def _converter() -> tuple[Any, frozenset[str]]:
+    """transformers' function, and the ways to split text that it knows by name."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+            GGUF_PRE_TOKENIZER_SPLITS,
+            convert_gguf_tokenizer,
+        )
+    except ImportError:  # before 5.2x
+        from transformers.integrations.ggml import convert_gguf_tokenizer
+
+        return convert_gguf_tokenizer, frozenset()
+    return convert_gguf_tokenizer, frozenset(GGUF_PRE_TOKENIZER_SPLITS)
+
+
+def _without_prefix(backend: Any) -> None:
+    """The converter always puts a space before a sentencepiece text."""
+    from tokenizers import decoders, pre_tokenizers
+
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
