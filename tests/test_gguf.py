@@ -359,7 +359,7 @@ def test_tensors_of_parts_are_counted(tmp_path: Path) -> None:
         GgufSource.open(files[0])
 
 
-# --- which file a path means --------------------------------------------------------------------------------------------------------
+# --- which file a path means ------------------------------------------------------------------------------------------
 
 
 def test_the_file_that_a_path_means(tmp_path: Path) -> None:

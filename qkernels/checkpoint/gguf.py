@@ -26,6 +26,7 @@ from ..models.naming import into_model
 from ..reports import readable_size
 from ..storage.gguf import GgufEntry, GgufSource
 from ..storage.gguf_types import FILE_TYPES
+from ..text import dtype_name
 from ..texts import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,8 @@ class GgufCheckpoint:
         return torch.float32 if entry.type.dtype is None or changed else entry.type.dtype
 
     def stored_as(self, name: str) -> str:
-        return self._entry(name).type.name
+        ggml = self._entry(name).type
+        return ggml.name if ggml.dtype is None else dtype_name(ggml.dtype)
 
     def nbytes(self, name: str) -> int:
         return self._entry(name).nbytes

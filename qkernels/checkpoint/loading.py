@@ -1,4 +1,4 @@
-"""`load`: a checkpoint directory -> a `transformers` model of `QuantLinear`."""
+"""`load`: a checkpoint directory or GGUF file -> a `transformers` model of `QuantLinear`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def load(
     result. No code of the checkpoint is run, and transformers' own quantizers are not asked.
 
     Args:
-        directory: a local checkpoint with config.json and safetensors.
+        directory: a local checkpoint with config.json and safetensors; or a GGUF file, any part of a split one, or a folder that
+            holds one and no safetensors. Blocks that a scheme holds without loss (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_0, TQ2_0) run
+            packed, all others are dequantized, which a warning says.
         device: where the model goes.
         dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
             Scales keep their own.

@@ -49,7 +49,7 @@ class _Keys:
         value = self.raw(key)
         if value is None and default is not None:
             return default
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value < 3e38:
             raise self._error(key, "a positive number", "no such key" if value is None else f"{value!r:.40}")
         return _shortest(float(value))
 

@@ -20,7 +20,7 @@ from qkernels.formats.gguf import BLOCK_TYPES, EXACT_SCHEMES, block_type, dequan
 from qkernels.formats.gguf.parts import E2M1_TABLE, IQ4_TABLE
 from qkernels.storage.gguf_types import GGML_TYPES
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "files" / "gguf-blocks.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "gguf" / "blocks.json").read_text())
 # gguf-py 0.19.0 decodes none of these: they are held to the formulas of the format, below.
 NOT_IN_GGUF_PY = {"Q8_1", "Q8_K", "Q1_0", "Q2_0"}
 SPLITTING = [name for name, block in BLOCK_TYPES.items() if block.split is not None]
@@ -28,7 +28,7 @@ RANDOM_BLOCKS = 512
 
 
 def blocks_of(name: str) -> Tensor:
-    """As `tests/golden/make_gguf.py`: random bytes, and each byte alone."""
+    """As `tests/golden/gguf/make_blocks.py`: random bytes, and each byte alone."""
     size = GGML_TYPES[name].nbytes
     random = torch.frombuffer(
         bytearray(hashlib.shake_256(name.encode()).digest(RANDOM_BLOCKS * size)), dtype=torch.uint8

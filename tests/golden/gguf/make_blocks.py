@@ -1,6 +1,6 @@
 """What gguf-py makes of blocks: hashes of the weights that it computes from blocks that anybody can make again.
 
-pip install gguf==0.19.0; python tests/golden/make_gguf.py
+pip install gguf==0.19.0; python tests/golden/gguf/make_blocks.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import _type_traits, dequantize
 
-FILE = Path(__file__).parent / "files" / "gguf-blocks.json"
+FILE = Path(__file__).parent / "blocks.json"
 BLOCKS = 512
 NAN = np.uint32(0x7FC00000)
 
