@@ -40,6 +40,14 @@ def load_tokenizer(directory: str | Path) -> Any:
     Raises:
         CheckpointError: there is no such directory or file, or no tokenizer in it that transformers can read; its cause says
             why.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"<unk>": 0, "moon": 1}, unk_token="<unk>"))
+    >>> files = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained("tiny")
+    >>> from qkernels import load_tokenizer
+    >>> load_tokenizer("tiny")("moon")["input_ids"]  # or load_tokenizer("model.gguf")
+    [1]
     """
     need_transformers("reading a tokenizer")
     from transformers import AutoTokenizer

@@ -97,7 +97,8 @@ class GgufCheckpoint:
     def quantization(self) -> Mapping[str, Any]:
         if self.format is None:
             return {}
-        return {"quant_method": "gguf", "version": FILE_TYPES.get(self.source.get("general.file_type"), "")}
+        mix = self.source.get("general.file_type")
+        return {"quant_method": "gguf", "version": FILE_TYPES.get(mix, "") if isinstance(mix, int) else ""}
 
     def weight(self, module: str) -> Parsed:
         """The weight of a module, equal bit for bit.

@@ -104,6 +104,8 @@ def _head_dim(source: GgufSource, keys: _Keys, heads: int, hidden: int) -> int:
     """From the metadata, else from the rows of q, else as most models have it."""
     query = source.entries.get("blk.0.attn_q.weight")
     size = keys.integer("attention.key_length", query.shape[0] // heads if query is not None else hidden // heads)
+    if not size:
+        raise CheckpointError(f"{source.path} has {heads} heads, more than channels ({hidden})")
     values = keys.integer("attention.value_length", size)
     if values != size:
         raise CheckpointError(
@@ -174,12 +176,16 @@ def _scaling(source: GgufSource, keys: _Keys) -> dict[str, Any]:
 def _factors(source: GgufSource, name: str, rotated: int) -> Tensor:
     """float32: by what the frequency of each pair of channels is divided."""
     factors = source.read(name)
-    if factors.dtype != torch.float32 or list(factors.shape) != [rotated // 2] or not bool((factors > 0).all()):
+    if factors.dtype != torch.float32 or list(factors.shape) != [rotated // 2] or not bool(_is_factor(factors).all()):
         raise CheckpointError(
             f"{source.path}: {name} must be {rotated // 2} positive F32 numbers, got {source.entry(name).type.name} "
             f"{list(factors.shape)}"
         )
     return factors
+
+
+def _is_factor(factors: Tensor) -> Tensor:
+    return (factors > 0) & (factors < 1e9)
 
 
 def llama3_rope(factors: Tensor, theta: float, where: str = "rope_freqs.weight") -> dict[str, Any]:
@@ -201,7 +207,7 @@ def llama3_rope(factors: Tensor, theta: float, where: str = "rope_freqs.weight")
         first, last = (int(i) for i in between.nonzero().flatten()[[0, -1]])
         slope = float((smooth[first] - smooth[last]) / (frequencies[first] - frequencies[last]))  # old / (high - low)
         cut = float(slope * frequencies[first] - smooth[first])  # low / (high - low), low being 1
-        if cut > 0:
+        if cut > 0 and 0 < slope < cut * 2**31:
             guesses.append(
                 {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": _rounded(1 + 1 / cut),
                  "original_max_position_embeddings": round(slope / cut)}

@@ -88,6 +88,8 @@ def _given(source: GgufSource) -> dict[str, Any]:
             f"{source.path} has a tokenizer of kind {kind!r:.40}; {' and '.join(_KINDS)} are read; load that of the original "
             "checkpoint"
         )
+    if not isinstance(given.get("pre_tokenizer_type", ""), str):
+        raise CheckpointError(f"{source.path}: {_PREFIX}pre must be a string, got {given['pre_tokenizer_type']!r:.40}")
     tokens = given["tokens"]
     if not _is_strings(tokens) or not tokens:
         raise CheckpointError(f"{source.path}: {_PREFIX}tokens must be an array of strings")
