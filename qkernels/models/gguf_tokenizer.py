@@ -50,8 +50,8 @@ def tokenizer_of(source: GgufSource) -> Any:
         backend, _ = convert(source.get("general.architecture", ""), given)
     except Exception as error:  # a vocabulary that makes no sense fails in many ways
         raise CheckpointError(f"{source.path} has a tokenizer that transformers cannot rebuild: {error}") from error
-    if kind == "llama" and given.get("add_prefix_space") is False:
-        _without_prefix(backend)
+    if kind == "llama" and not str(source.get("general.architecture")).startswith("gemma"):
+        _as_sentencepiece(backend, _flag(source, "add_space_prefix", True))
     if pre in _WHOLE_WORDS:
         model = backend.model
         model.ignore_merges = True
@@ -144,9 +144,14 @@ def _converter() -> tuple[Any, frozenset[str]]:
     return convert_gguf_tokenizer, frozenset(GGUF_PRE_TOKENIZER_SPLITS)
 
 
-def _without_prefix(backend: Any) -> None:
-    """The converter always puts a space before a sentencepiece text."""
-    from tokenizers import decoders, pre_tokenizers
+def _as_sentencepiece(backend: Any, prefix: bool) -> None:
+    """Put a space before a text, or before none, as sentencepiece and llama.cpp do: before " a" too, and again behind a special
+    token. The converter does so for phi3 alone; its other sentencepiece tokenizers leave it out where there is a space
+    already, and put one where the file says that there is to be none."""
+    from tokenizers import decoders, normalizers
 
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    replaced = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replaced]) if prefix else replaced
+    backend.pre_tokenizer = None
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(content=" ", left=1)] if prefix else parts)

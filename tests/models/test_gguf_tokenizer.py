@@ -71,6 +71,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
     tokenizer = loaded(tmp_path, SENTENCES)
     assert tokens(tokenizer, "the theé") == ["<s>", "▁the", "▁the", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(tokenizer("the theé")["input_ids"], skip_special_tokens=True) == "the theé"
+    assert tokens(tokenizer, " the") == ["<s>", "▁", "▁the"]
     without = loaded(tmp_path, SENTENCES, add_space_prefix=(BOOL, False), add_bos_token=(BOOL, False))
     assert tokens(without, "the the") == ["the", "▁the"]
     assert without.decode(without(" the")["input_ids"]) == " the"

@@ -21,7 +21,8 @@ from qkernels.formats.gguf.parts import E2M1_TABLE, IQ4_TABLE
 from qkernels.storage.gguf_types import GGML_TYPES
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "gguf" / "blocks.json").read_text())
-# gguf-py 0.19.0 decodes none of these: they are held to the formulas of the format, below.
+GGML = json.loads((Path(__file__).parents[2] / "golden" / "gguf" / "ggml.json").read_text(encoding="utf-8"))
+# gguf-py 0.19.0 decodes none of these; ggml itself, the last two. All are held to the formulas of the format, below.
 NOT_IN_GGUF_PY = {"Q8_1", "Q8_K", "Q1_0", "Q2_0"}
 SPLITTING = [name for name, block in BLOCK_TYPES.items() if block.split is not None]
 RANDOM_BLOCKS = 512
@@ -63,8 +64,21 @@ def test_weights_are_those_of_gguf_py(name: str) -> None:
     assert hashlib.sha256(bits.numpy().tobytes()).hexdigest() == golden["sha256"]
 
 
+@pytest.mark.parametrize("name", sorted(GGML["types"]))
+def test_weights_are_those_of_ggml(name: str) -> None:
+    golden = GGML["types"][name]
+    assert (golden["elements"], golden["nbytes"]) == (GGML_TYPES[name].elements, GGML_TYPES[name].nbytes)
+    if name in ("Q8_1", "Q8_K"):
+        assert "sha256" not in golden  # types of activations: ggml has no way back
+    else:
+        assert (
+            hashlib.sha256(bits_of(dequantize(blocks_of(name), name)).numpy().tobytes()).hexdigest() == golden["sha256"]
+        )
+
+
 def test_every_type_is_in_the_golden_file_or_said_not_to_be() -> None:
     assert {*GOLDEN["types"], *NOT_IN_GGUF_PY} == {*BLOCK_TYPES, "F16", "BF16"}
+    assert GGML["types"].keys() == BLOCK_TYPES.keys()
     plain = {name for name, ggml in GGML_TYPES.items() if ggml.dtype is not None}
     assert {*BLOCK_TYPES, *plain} == {*GGML_TYPES}
     sizes = {name: [ggml.id, ggml.elements, ggml.nbytes] for name, ggml in GGML_TYPES.items()}

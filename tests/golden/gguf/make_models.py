@@ -197,7 +197,7 @@ def make(name: str) -> tuple[torch.Tensor, list[int]]:
     model = tiny_model(model_type, **{"intermediate_size": 64, "vocab_size": TOKENS} | fields)
     gemma = arch.startswith("gemma")
     writer = gguf.GGUFWriter(FILES / f"{name}.gguf", arch)
-    writer.add_name(f"tiny {name}")
+    writer.add_name("tiny")  # llama.cpp takes names with "phi" in them for more than a name
     writer.add_file_type(7 if types else 1)
     add_config(writer, model, arch)
     tokenizer = byte_level() if kind == "gpt2" else sentencepiece(gemma)
