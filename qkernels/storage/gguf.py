@@ -8,7 +8,6 @@ uint64 lengths and bytes. The header is checked completely before anything is al
 
 from __future__ import annotations
 
-import difflib
 import mmap
 import os
 import re
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import MAX_HEADER_BYTES
+from .files import no_such_tensor
 from .gguf_header import Header, MetaValue, TensorInfo, read_header
 from .gguf_types import GgmlType
 
@@ -146,9 +145,7 @@ class GgufSource:
             CheckpointError: there is none of that name.
         """
         if name not in self.entries:
-            close = difflib.get_close_matches(name, self.entries, n=1)
-            hint = f"; the nearest name is {close[0]}" if close else ""
-            raise CheckpointError(f"{self.path} has no tensor {name}{hint}")
+            raise no_such_tensor(self.path, name, self.entries)
         return self.entries[name]
 
     def blocks(self, name: str) -> Tensor:
@@ -243,6 +240,3 @@ def _begins_as_gguf(path: Path) -> bool:
 
 def _entries(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, GgufEntry]:
     return {name: GgufEntry(path, info.type, info.shape, info.offset, info.nbytes) for name, info in tensors.items()}
-
-
-__all__ = ["MAX_HEADER_BYTES", "SUFFIX", "GgufEntry", "GgufSource", "MetaValue", "gguf_at"]

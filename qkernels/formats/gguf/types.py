@@ -95,9 +95,8 @@ def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32) ->
     tensor([-8., -8., -8., -8.])
     """
     found = block_type(type)
+    _check_rows(blocks, found, type)
     size = found.ggml.nbytes
-    if blocks.dtype != torch.uint8 or not blocks.dim() or blocks.shape[-1] % size:
-        raise ArgumentError(f"blocks of {type} must be uint8 [..., a multiple of {size}], got {describe(blocks)}")
     flat = blocks.reshape(-1, size)
     out = torch.empty(len(flat), found.ggml.elements, dtype=dtype, device=blocks.device)
     step = _SLICE // found.ggml.elements
@@ -108,6 +107,62 @@ def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32) ->
         if blocks.numel()
         else out.view(*blocks.shape[:-1], blocks.shape[-1] // size * found.ggml.elements)
     )
+
+
+def parts_of(blocks: Tensor, type: str) -> Parts:
+    """The parts of a weight, without loss, by rows: codes `[..., K]`, small scales and minima `[..., K / group]`, outer ones
+    `[..., K / elements of a block]`.
+
+    Args:
+        blocks: uint8 `[..., bytes of a row]`.
+
+    Raises:
+        ArgumentError: no such type, one that does not split, or other rows.
+    """
+    found = _split(type)
+    _check_rows(blocks, found, type)
+    assert found.split is not None
+    return _shaped(found.split(blocks.reshape(-1, found.ggml.nbytes)), (*blocks.shape[:-1], -1))
+
+
+def blocks_of(parts: Parts, type: str) -> Tensor:
+    """uint8 `[..., bytes of a row]`: the way back from `parts_of`, to the same bytes.
+
+    Raises:
+        ArgumentError: no such type, or one that does not split.
+    """
+    found = _split(type)
+    assert found.join is not None and found.meaning is not None
+    elements, group = found.ggml.elements, found.meaning.group
+    flat = Parts(
+        parts.codes.reshape(-1, elements),
+        None if parts.scales is None else parts.scales.reshape(-1, elements // group),
+        None if parts.minima is None else parts.minima.reshape(-1, elements // group),
+        None if parts.d is None else parts.d.reshape(-1, 1),
+        None if parts.dmin is None else parts.dmin.reshape(-1, 1),
+    )
+    return found.join(flat).reshape(*parts.codes.shape[:-1], -1)
+
+
+def _shaped(parts: Parts, shape: tuple[int, ...]) -> Parts:
+    fields = (parts.codes, parts.scales, parts.minima, parts.d, parts.dmin)
+    codes, *others = (None if part is None else part.reshape(shape) for part in fields)
+    assert codes is not None
+    return Parts(codes, *others)
+
+
+def _split(type: str) -> BlockType:
+    found = block_type(type)
+    if found.split is None:
+        splitting = ", ".join(name for name, block in BLOCK_TYPES.items() if block.split is not None)
+        raise ArgumentError(f"GGUF block types that split are {splitting}, got {type}")
+    return found
+
+
+def _check_rows(blocks: Tensor, found: BlockType, type: str) -> None:
+    size = found.ggml.nbytes
+    if blocks.dtype != torch.uint8 or not blocks.dim() or blocks.shape[-1] % size:
+        raise ArgumentError(f"blocks of {type} must be uint8 [..., a multiple of {size}], got {describe(blocks)}")
 
 
 def block_type(type: str) -> BlockType:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...scheme import QuantScheme
 from ...tensor import QuantTensor
-from .types import block_type
+from .types import block_type, parts_of
 
 # Types whose blocks have one scale, or one scale and a minimum, and codes on an integer grid.
 EXACT_SCHEMES: Final = {
@@ -33,16 +33,10 @@ def weight_of(blocks: Tensor, type: str) -> QuantTensor:
     Raises:
         TensorError: a scale is NaN or infinite.
     """
-    found, scheme = block_type(type), EXACT_SCHEMES[type]
-    assert found.split is not None and found.meaning is not None
-    rows = blocks.shape[0]
-    parts = found.split(blocks.reshape(-1, found.ggml.nbytes))
-    assert parts.d is not None
-    scales = parts.d.view(rows, -1)
-    zeros: Tensor | None = None
-    if scheme.zeros == "offset":
-        assert parts.dmin is not None
-        zeros = parts.dmin.view(rows, -1)
-    elif scheme.zeros == "int":
-        zeros = torch.full(scales.shape, found.meaning.zero, dtype=torch.uint8, device=blocks.device)
-    return QuantTensor(parts.codes.view(rows, -1), scales, zeros, None, scheme)
+    scheme, meaning = EXACT_SCHEMES[type], block_type(type).meaning
+    parts = parts_of(blocks, type)
+    assert parts.d is not None and meaning is not None
+    zeros = parts.dmin
+    if scheme.zeros == "int":
+        zeros = torch.full(parts.d.shape, meaning.zero, dtype=torch.uint8, device=blocks.device)
+    return QuantTensor(parts.codes, parts.d, zeros, None, scheme)

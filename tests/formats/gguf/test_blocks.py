@@ -16,30 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qkernels.errors import ArgumentError, TensorError
-from qkernels.formats.gguf import BLOCK_TYPES, EXACT_SCHEMES, block_type, dequantize, weight_of
+from qkernels.formats.gguf import BLOCK_TYPES, EXACT_SCHEMES, block_type, blocks_of, dequantize, parts_of, weight_of
 from qkernels.formats.gguf.parts import E2M1_TABLE, IQ4_TABLE
 from qkernels.storage.gguf_types import GGML_TYPES
+from tests.gguf_blocks import bits_of, of_type
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "gguf" / "blocks.json").read_text())
 GGML = json.loads((Path(__file__).parents[2] / "golden" / "gguf" / "ggml.json").read_text(encoding="utf-8"))
 # gguf-py 0.19.0 decodes none of these; ggml itself, the last two. All are held to the formulas of the format, below.
 NOT_IN_GGUF_PY = {"Q8_1", "Q8_K", "Q1_0", "Q2_0"}
 SPLITTING = [name for name, block in BLOCK_TYPES.items() if block.split is not None]
-RANDOM_BLOCKS = 512
-
-
-def blocks_of(name: str) -> Tensor:
-    """As `tests/golden/gguf/make_blocks.py`: random bytes, and each byte alone."""
-    size = GGML_TYPES[name].nbytes
-    random = torch.frombuffer(
-        bytearray(hashlib.shake_256(name.encode()).digest(RANDOM_BLOCKS * size)), dtype=torch.uint8
-    )
-    return torch.cat([random.view(-1, size), torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, size)])
-
-
-def bits_of(values: Tensor) -> Tensor:
-    """int32: the bits of float32 numbers; every NaN alike."""
-    return torch.where(torch.isnan(values), 0x7FC00000, values.view(torch.int32)).to(torch.int32)
 
 
 def finite_blocks(name: str, count: int = 6, seed: int = 0) -> Tensor:
@@ -52,7 +38,7 @@ def finite_blocks(name: str, count: int = 6, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("name", sorted(GOLDEN["types"]))
 def test_weights_are_those_of_gguf_py(name: str) -> None:
-    golden, blocks = GOLDEN["types"][name], blocks_of(name)
+    golden, blocks = GOLDEN["types"][name], of_type(name)
     if name in BLOCK_TYPES:
         values = dequantize(blocks, name)
     else:
@@ -72,7 +58,7 @@ def test_weights_are_those_of_ggml(name: str) -> None:
         assert "sha256" not in golden  # types of activations: ggml has no way back
     else:
         assert (
-            hashlib.sha256(bits_of(dequantize(blocks_of(name), name)).numpy().tobytes()).hexdigest() == golden["sha256"]
+            hashlib.sha256(bits_of(dequantize(of_type(name), name)).numpy().tobytes()).hexdigest() == golden["sha256"]
         )
 
 
@@ -141,7 +127,7 @@ def test_weights_are_those_of_the_description(name: str) -> None:
 def test_parts_join_to_the_same_bytes(name: str) -> None:
     block = block_type(name)
     assert block.split is not None and block.join is not None and block.meaning is not None
-    blocks = blocks_of(name)
+    blocks = of_type(name)
     parts = block.split(blocks)
     assert torch.equal(block.join(parts), blocks)
     assert parts.codes.dtype == torch.uint8 and list(parts.codes.shape) == [len(blocks), block.ggml.elements]
@@ -151,6 +137,32 @@ def test_parts_join_to_the_same_bytes(name: str) -> None:
     assert all(
         p.dtype == torch.float16 and list(p.shape) == [len(blocks), 1] for p in (parts.d, parts.dmin) if p is not None
     )
+
+
+@pytest.mark.parametrize("name", SPLITTING)
+def test_parts_of_rows(name: str) -> None:
+    block = block_type(name)
+    assert block.meaning is not None
+    rows = torch.stack([b.view(3, -1) for b in (of_type(name)[:6], of_type(name)[6:12])])  # [2, 3, two blocks]
+    parts = parts_of(rows, name)
+    K = 2 * block.ggml.elements
+    assert list(parts.codes.shape) == [2, 3, K]
+    assert all(list(p.shape) == [2, 3, K // block.meaning.group] for p in (parts.scales, parts.minima) if p is not None)
+    assert all(list(p.shape) == [2, 3, 2] for p in (parts.d, parts.dmin) if p is not None)
+    assert torch.equal(blocks_of(parts, name), rows)
+
+
+def test_types_that_do_not_split_are_refused() -> None:
+    for refused in (
+        lambda: parts_of(of_type("IQ2_S"), "IQ2_S"),
+        lambda: blocks_of(parts_of(of_type("Q4_K"), "Q4_K"), "TQ1_0"),
+    ):
+        with pytest.raises(ArgumentError, match=r"GGUF block types that split are Q4_0, .*, got (IQ2_S|TQ1_0)"):
+            refused()
+    with pytest.raises(
+        ArgumentError, match=r"blocks of Q4_K must be uint8 \[..., a multiple of 144\], got uint8 \[768, 18\]"
+    ):
+        parts_of(of_type("Q4_0"), "Q4_K")
 
 
 def test_which_types_split() -> None:

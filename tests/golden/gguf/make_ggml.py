@@ -18,7 +18,7 @@ import torch
 import xllamacpp
 
 from qkernels.formats.gguf import BLOCK_TYPES
-from tests.formats.gguf.test_blocks import bits_of, blocks_of
+from tests.gguf_blocks import bits_of, of_type
 
 FILES = Path(__file__).parent
 TEXTS = [
@@ -66,7 +66,7 @@ def decoded(lib: Any) -> dict[str, Any]:
         traits = lib.ggml_get_type_traits(block.ggml.id).contents
         types[name] = {"elements": traits.elements, "nbytes": traits.nbytes}
         if traits.to_float:
-            blocks = blocks_of(name).contiguous()
+            blocks = of_type(name).contiguous()
             weights = torch.empty(len(blocks) * traits.elements)
             to_float(traits.to_float)(blocks.data_ptr(), weights.data_ptr(), weights.numel())
             types[name]["sha256"] = hashlib.sha256(bits_of(weights).numpy().tobytes()).hexdigest()
