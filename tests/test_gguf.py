@@ -116,7 +116,7 @@ def test_a_file_that_became_shorter(tmp_path: Path) -> None:
 
 # --- every rule is a check ------------------------------------------------------------------------------------------------------
 
-BIG, PAST = struct.pack("<Q", 2**30 + 1), struct.pack("<Q", 2**62)
+BIG, HUGE = struct.pack("<Q", 2**30 + 1), struct.pack("<Q", 2**62)
 RULES: dict[str, tuple[Gguf, str]] = {
     "empty": (
         SOUND.changed(magic=b"", header_only=True, keys=(), tensors=()),
@@ -151,6 +151,8 @@ RULES: dict[str, tuple[Gguf, str]] = {
         SOUND.changed(keys=[("a", 8, BIG)]),
         "the value of a has a length of 1073741825 bytes, expected at most 1073741824",
     ),
+    "string, huge": (SOUND.changed(keys=[("a", 8, HUGE)]), "the value of a has a length of 4611686018427387904 bytes"),
+    "array, huge": (SOUND.changed(keys=[("a", 9, struct.pack("<i", 0) + HUGE)]), "a has 4611686018427387904 elements"),
     "string, past the end": (SOUND.changed(keys=[("a", 8, struct.pack("<Q", 2**29))]), "the value of a ends at byte"),
     "array": (
         SOUND.changed(keys=[("a", 9, struct.pack("<i", 0) + BIG)]),

@@ -29,6 +29,7 @@ from qkernels.storage.gguf import GgufSource
 from qkernels.storage.gguf_header import MetaValue
 from qkernels.storage.gguf_writer import Planned, gguf_writer
 from qkernels.texts import load_tokenizer
+from tests.gguf_blocks import split_as
 
 FILES = Path(__file__).parent / "golden" / "gguf"
 GOLDEN = sorted(path.stem for path in FILES.glob("*.gguf"))
@@ -129,6 +130,13 @@ def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
 def test_ids_are_those_of_llama_cpp(name: str) -> None:
     tokenizer = load_tokenizer(FILES / f"{name}.gguf")
     assert [tokenizer(text)["input_ids"] for text in LLAMA_CPP["texts"]] == LLAMA_CPP["ids"][name]
+
+
+@pytest.mark.parametrize("pre", LLAMA_CPP["ids_by_pre"])
+def test_text_is_split_as_llama_cpp_does(pre: str, tmp_path: Path) -> None:
+    path = rewritten("llama", tmp_path / "m.gguf", split_as(pre, GgufSource.open(FILES / "llama.gguf")))
+    tokenizer = load_tokenizer(path)
+    assert [tokenizer(text)["input_ids"] for text in LLAMA_CPP["texts"]] == LLAMA_CPP["ids_by_pre"][pre]
 
 
 def test_every_architecture_has_a_file() -> None:

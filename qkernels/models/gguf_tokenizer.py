@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -27,6 +28,9 @@ _WHOLE_WORDS: Final = {
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
 }  # fmt: skip
 
+# Those that take digits one by one and split the rest as GPT-2 did, which the converter does not know.
+_DIGITS_APART: Final = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
+
 
 def tokenizer_of(source: GgufSource) -> Any:
     """The tokenizer of a file, with its special tokens and chat template.
@@ -41,10 +45,10 @@ def tokenizer_of(source: GgufSource) -> Any:
     given = _given(source)
     kind, tokens, pre = given["tokenizer_type"], given["tokens"], given.get("pre_tokenizer_type")
     convert, splits = _converter()
-    if kind == "gpt2" and pre is not None and pre not in splits and pre not in _AS_GPT2:
+    if kind == "gpt2" and pre is not None and pre not in {*splits, *_AS_GPT2, *_DIGITS_APART}:
         raise CheckpointError(
             f"{source.path} has a tokenizer that splits text as {pre!r:.40}, which transformers' converter does not know (it "
-            f"knows {', '.join(sorted({*splits, *_AS_GPT2}))}); load the tokenizer of the original checkpoint"
+            f"knows {', '.join(sorted({*splits, *_AS_GPT2, *_DIGITS_APART}))}); load the tokenizer of the original checkpoint"
         )
     try:
         backend, _ = convert(source.get("general.architecture", ""), given)
@@ -52,6 +56,8 @@ def tokenizer_of(source: GgufSource) -> Any:
         raise CheckpointError(f"{source.path} has a tokenizer that transformers cannot rebuild: {error}") from error
     if kind == "llama" and not str(source.get("general.architecture")).startswith("gemma"):
         _as_sentencepiece(backend, _flag(source, "add_space_prefix", True))
+    if pre in _DIGITS_APART and pre not in splits:
+        _split_digits(backend)
     if pre in _WHOLE_WORDS:
         model = backend.model
         model.ignore_merges = True
@@ -93,6 +99,9 @@ def _given(source: GgufSource) -> dict[str, Any]:
     tokens = given["tokens"]
     if not _is_strings(tokens) or not tokens:
         raise CheckpointError(f"{source.path}: {_PREFIX}tokens must be an array of strings")
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise CheckpointError(f"{source.path}: {_PREFIX}tokens has {twice!r:.40} twice, so that ids have no meaning")
     for name, key in (("scores", "scores"), ("token_type", "token_type")):
         values = given.get(name)
         if values is not None:
@@ -142,6 +151,13 @@ def _converter() -> tuple[Any, frozenset[str]]:
 
         return convert_gguf_tokenizer, frozenset()
     return convert_gguf_tokenizer, frozenset(GGUF_PRE_TOKENIZER_SPLITS)
+
+
+def _split_digits(backend: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    apart = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(apart)
 
 
 def _as_sentencepiece(backend: Any, prefix: bool) -> None:

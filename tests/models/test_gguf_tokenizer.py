@@ -87,6 +87,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
         (BYTE_LEVEL, {"model": (STRING, "bert")}, "a tokenizer of kind 'bert'; gpt2 and llama are read"),
         (BYTE_LEVEL, {"tokens": (ARRAY, (U32, [1, 2]))}, "tokenizer.ggml.tokens must be an array of strings"),
         (BYTE_LEVEL, {"tokens": (ARRAY, (STRING, []))}, "tokenizer.ggml.tokens must be an array of strings"),
+        (BYTE_LEVEL, {"tokens": (ARRAY, (STRING, ["a", "b", "a"]))}, "tokenizer.ggml.tokens has 'a' twice"),
         (BYTE_LEVEL, {"token_type": (ARRAY, (5, [1]))}, "token_type must have a number for each of 33 tokens"),
         (
             BYTE_LEVEL,
@@ -97,8 +98,8 @@ def test_sentencepiece(tmp_path: Path) -> None:
         (BYTE_LEVEL, {"merges": (ARRAY, (STRING, ["x yz"]))}, "has a tokenizer that transformers cannot rebuild: .*yz"),
         (
             BYTE_LEVEL,
-            {"pre": (STRING, "command-r")},
-            r"splits text as 'command-r', which transformers' converter does not know \(it",
+            {"pre": (STRING, "chatglm-bpe")},
+            r"splits text as 'chatglm-bpe', which transformers' converter does not know \(it",
         ),
         (BYTE_LEVEL, {"pre": (U32, 1)}, "tokenizer.ggml.pre must be a string, got 1"),
         (BYTE_LEVEL, {"bos_token_id": (U32, 33)}, "bos_token_id must be the number of one of 33 tokens, got 33"),

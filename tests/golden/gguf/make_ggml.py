@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +19,17 @@ import torch
 import xllamacpp
 
 from qkernels.formats.gguf import BLOCK_TYPES
-from tests.gguf_blocks import bits_of, of_type
+from qkernels.storage.gguf import GgufSource
+from qkernels.storage.gguf_header import MetaValue
+from qkernels.storage.gguf_writer import Planned, gguf_writer
+from tests.gguf_blocks import bits_of, of_type, split_as
 
 FILES = Path(__file__).parent
 TEXTS = [
     "Hello, world! The year is 2026.", "  two  spaces\n\nand\tmore   ", "naïve café — 日本語 😀", "don't I'll we've 123456 3.14",
-    " leading", "a<s>b </s> c", "",
+    " leading", "a<s>b </s> c", "", "HTTPServer's ÉCOLE 12345 x_1 -- \r\n\t  moon\n  moon",
 ]  # fmt: skip
+PRES = ["gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o", "dbrx", "smollm", "starcoder", "deepseek-r1-qwen"]
 
 
 class Traits(ctypes.Structure):
@@ -82,6 +87,14 @@ def tokenized(lib: Any, path: Path) -> list[list[int]]:
     return ids
 
 
+def with_metadata(metadata: dict[str, MetaValue], source: GgufSource, path: Path) -> Path:
+    plan = [Planned(name, entry.type.name, entry.shape) for name, entry in source.entries.items()]
+    with gguf_writer(path, metadata, plan, overwrite=True) as writer:
+        for name in source.entries:
+            writer.add(name, source.read(name))
+    return path
+
+
 def logprobs(path: Path) -> list[float]:
     """Of every token after 12; computed in float32, with activations in 8 bits where a weight is quantized."""
     given = xllamacpp.CommonParams()
@@ -105,11 +118,17 @@ def logprobs(path: Path) -> list[float]:
 def main() -> None:
     lib = library()
     paths = sorted(FILES.glob("*.gguf"))
+    with tempfile.TemporaryDirectory() as directory:
+        llama = GgufSource.open(FILES / "llama.gguf")
+        by_pre = {
+            pre: tokenized(lib, with_metadata(split_as(pre, llama), llama, Path(directory) / "m.gguf")) for pre in PRES
+        }
     found = {
         "made_by": f"xllamacpp {version('xllamacpp')}",
         "types": decoded(lib),
         "texts": TEXTS,
         "ids": {path.stem: tokenized(lib, path) for path in paths},
+        "ids_by_pre": by_pre,
         "logprobs": {path.stem: logprobs(path) for path in paths},
     }
     (FILES / "ggml.json").write_text(
