@@ -22,8 +22,8 @@ from qkernels.storage.gguf_types import KINDS
 from qkernels.texts import load_tokenizer
 from tests.checkpoints import sound_or_refused
 from tests.gguf_files import LETTERS, Gguf, Tensor
+from tests.gguf_golden import FILES
 
-FILES = Path(__file__).parent / "golden" / "gguf"
 JUNK = [
     MetaValue("u32", 0), MetaValue("u32", 1), MetaValue("u32", 2**32 - 1), MetaValue("i32", -1), MetaValue("u64", 2**63),
     MetaValue("f32", float("nan")), MetaValue("f64", 1e308), MetaValue("bool", True), MetaValue("string", ""),

@@ -47,7 +47,8 @@ def main() -> None:
             "block": int(first), "begins": [f"{x:08x}" for x in bits[first, :8]],
         }  # fmt: skip
     sizes = {kind.name: [int(kind), *GGML_QUANT_SIZES[kind]] for kind in GGMLQuantizationType if kind.name != "Q8_1"}
-    FILE.write_text(json.dumps({"made_by": f"gguf {version('gguf')}", "sizes": sizes, "types": types}, indent=1) + "\n")
+    found = {"made_by": f"gguf {version('gguf')}", "sizes": sizes, "types": types}
+    FILE.write_text(json.dumps(found, separators=(",", ":")) + "\n")
     print(f"{FILE.name}: {len(types)} types")
 
 
