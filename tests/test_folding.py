@@ -65,12 +65,26 @@ def test_architectures_with_and_without_an_entry(
     assert 0 < divergence(model, reference) < 2 * divergence(rounded, reference)
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_5_text"])
+def llava() -> Any:
+    """A Llama behind a vision tower."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64, pad_token_id=0)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=32)
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=63, image_seq_length=4)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_5_text", "llava"])
 def test_a_directory_gives_the_same_as_memory(model_type: str, tmp_path: Path) -> None:
-    """Bit for bit, layers of several kinds and experts in 16 bits included."""
-    loud_model(model_type).save_pretrained(tmp_path / "source")
-    run(tmp_path / "source", METHODS["awq"], save_to=tmp_path / "out")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    """Bit for bit, layers of several kinds, experts in 16 bits and a vision tower that is rounded to nearest included."""
+    original = llava() if model_type == "llava" else loud_model(model_type)
+    original.save_pretrained(tmp_path / "source")
+    report = run(tmp_path / "source", METHODS["awq"], save_to=tmp_path / "out")
+    calibrated = {module.name for module in report.modules} - report.fallbacks.keys()
+    assert calibrated and all(".vision_tower." not in name for name in calibrated)
+    assert len(report.unscaled) < len(calibrated)
+    model = type(original).from_pretrained(tmp_path / "source")
     run(model, METHODS["awq"])
     expected, got = model.state_dict(), load(tmp_path / "out", on_unsupported="reference").state_dict()
     assert expected.keys() == got.keys()
