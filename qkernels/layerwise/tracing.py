@@ -374,15 +374,16 @@ def _sharing(reading: Reading, x: Tensor, factors: Tensor) -> HeadSharing | None
 
 
 def _judge(layer: nn.Module, unscaled: Observed, source: str, targets: tuple[str, ...]) -> str | None:
-    """The block whose output error judges a scale, as `Fold.parent`: the smallest that is called and has all targets in it; None
-    where the only target's output is that block's, or where it is fed by a linear layer."""
-    inside = _common(*targets) if len(targets) > 1 else targets[0].rpartition(".")[0]
-    while inside and inside not in unscaled.returned:
-        inside = inside.rpartition(".")[0]
+    """The block whose output error judges a scale, as `Fold.parent`: the smallest that is called and has all targets in it. None
+    where the only target is fed by a linear layer, puts out what the module around it does, or is in one that is not called."""
+    inside = _common(*targets)
     if len(targets) > 1:
+        while inside and inside not in unscaled.returned:
+            inside = inside.rpartition(".")[0]
         return inside
+    around = unscaled.returned.get(inside)
     fed_by_linear = as_linear(layer.get_submodule(source)) is not None
-    return None if fed_by_linear or unscaled.returned[inside].of == targets[0] else inside
+    return None if fed_by_linear or around is None or around.of == targets[0] else inside
 
 
 def _common(*names: str) -> str:

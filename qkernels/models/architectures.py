@@ -93,7 +93,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         _LLAMA,
         model_types=("gemma3n_text",),
         folds=(
-            Fold("altup.router_norm", ("altup.modality_router",), ""),
+            Fold("altup.router_norm", ("altup.modality_router",)),
             Fold("laurel.linear_left", ("laurel.linear_right",)),
             Fold("pre_feedforward_layernorm", _GATE_UP, "mlp"),
             _UP,
