@@ -17,7 +17,24 @@ inline Problem problem_of(const Arguments& a, bool int8_activations) {
   p.zeros_are_offsets = a.zeros_are_offsets;
   p.bias_type = a.bias == nullptr ? Type::kNone : a.bias->type;
   p.int8_activations = int8_activations;
+  p.codebook = static_cast<Codebook>(a.codebook);
   return p;
+}
+
+inline std::string wrong_codebook(const Arguments& a, bool int8_activations) {
+  if (a.codebook < 0 || a.codebook >= static_cast<int64_t>(Codebook::kCount)) {
+    return text("codebook must be 0 to ", static_cast<int64_t>(Codebook::kCount) - 1, ", got ", a.codebook);
+  }
+  const auto codebook = static_cast<Codebook>(a.codebook);
+  if (codebook == Codebook::kIntegers) return "";
+  if (codebook_bits(codebook) != a.bits || a.zeros != nullptr) {
+    return text("codebook ", a.codebook, " takes ", codebook_bits(codebook), " bits and no zeros, got bits=", a.bits,
+                a.zeros == nullptr ? "" : " and zeros");
+  }
+  if (int8_activations && integer_step(codebook) == 0.0f) {
+    return text("codebook ", a.codebook, " has values that are no integers: int8 activations do not multiply them");
+  }
+  return "";
 }
 
 inline std::string wrong_product(const Arguments& a, bool int8_activations) {
@@ -28,6 +45,8 @@ inline std::string wrong_product(const Arguments& a, bool int8_activations) {
     return text("bits must be 2 to 8, group_size positive and out_features not negative, got bits=", a.bits,
                 ", group_size=", a.group_size, ", out_features=", a.out_features);
   }
+  if (const auto wrong = wrong_codebook(a, int8_activations); !wrong.empty()) return wrong;
+  if (a.factors != 0) return text("factors must be 0: scales that are products are not taken here, got ", a.factors);
   const Problem p = problem_of(a, int8_activations);
   const int64_t tiles = tiles_of(p);
   if (p.G != 1 && p.group % 8 != 0) return text("group_size must be a multiple of 8, got ", p.group);
@@ -37,7 +56,7 @@ inline std::string wrong_product(const Arguments& a, bool int8_activations) {
                 ", bits=", p.bits, ", got ", described(qweight));
   }
   const Shape groups = {tiles, p.G, kTileRows};
-  if (const auto wrong = wrong_scales(a, groups, true); !wrong.empty()) return wrong;
+  if (const auto wrong = wrong_scales(a, groups, true, true); !wrong.empty()) return wrong;
   if (const auto wrong = wrong_zeros(a, groups, true); !wrong.empty()) return wrong;
   // What fits an int32 sum: see layouts/cpu_tile_a8.py
   const int64_t longest = int64_t{1} << (p.zero_type == Type::kUInt8 ? 16 : 17);

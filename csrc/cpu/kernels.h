@@ -19,7 +19,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../types.h"
+#include "../codebooks.h"
 
 namespace qkernels::cpu {
 
@@ -56,6 +56,7 @@ struct Problem {
   bool zeros_are_offsets;  // offsets, which are added after scaling
   Type bias_type;          // kNone: no bias
   bool int8_activations;   // layout cpu_tile_a8
+  Codebook codebook;       // what codes are indices into
 };
 
 // Without the types. static: an inline function that was compiled for AVX-512 must not stand in for one that was not
@@ -103,6 +104,12 @@ static inline int64_t staged_at(const Call& call, int64_t m, int64_t k) {
 // Floating zero points and offsets: products are with code - 2^(bits-1), which is exact, and the rest of the weight,
 // the same over a group, meets the sum of x.
 static inline bool has_rest(const Problem& p) { return is_floating(p.zero_type); }
+
+// What a code means where no zero point is stored beside it, in integers exactly.
+static inline float plain_value(const Problem& p, int code) {
+  return p.codebook == Codebook::kIntegers ? static_cast<float>(code - (1 << (p.bits - 1)))
+                                           : codebook_value(p.codebook, code);
+}
 
 // The kernels of one instruction set.
 struct Kernels {

@@ -51,6 +51,14 @@ inline uint16_t to_half(float f) {  // to nearest, ties to even
   return static_cast<uint16_t>(half | sign);
 }
 
+inline float from_e8m0(uint8_t b) {  // 2^(b - 127): the exponent of a float, but for 2^-127, which is subnormal
+  return as_float(b == 0 ? 0x00400000 : static_cast<uint32_t>(b) << 23);
+}
+inline float from_e4m3(uint8_t b) {  // exponent and mantissa as a float, times 2^120: exact, subnormals included
+  const uint32_t sign = static_cast<uint32_t>(b & 0x80) << 24;
+  return as_float(as_bits(as_float(static_cast<uint32_t>(b & 0x7f) << 20) * as_float(0x7b800000)) | sign);
+}
+
 inline float load(Type type, const void* base, int64_t i) {
   switch (type) {
     case Type::kUInt8:
@@ -61,6 +69,10 @@ inline float load(Type type, const void* base, int64_t i) {
       return from_half(static_cast<const uint16_t*>(base)[i]);
     case Type::kBFloat16:
       return from_bf16(static_cast<const uint16_t*>(base)[i]);
+    case Type::kE8M0:
+      return from_e8m0(static_cast<const uint8_t*>(base)[i]);
+    case Type::kE4M3:
+      return from_e4m3(static_cast<const uint8_t*>(base)[i]);
     default:
       return 0.0f;
   }
@@ -202,7 +214,6 @@ inline __attribute__((noinline)) void sum_again(const Call& call, int64_t m, int
     if (x != x) return;  // a NaN, as is all of y
     infinite |= !finite(x);
   }
-  const float mid = static_cast<float>(1 << (call.bits - 1));
   for (int64_t i = 0; i < count; ++i) {
     if (finite(y[i])) continue;
     const int64_t tile = (n0 + i) / kTileRows;
@@ -212,10 +223,11 @@ inline __attribute__((noinline)) void sum_again(const Call& call, int64_t m, int
       const float x = x_at(k);
       if (infinite && finite(x)) continue;
       const int64_t at = (tile * call.G + k / call.group) * kTileRows + row;
-      const float code = static_cast<float>(code_at(call, tile, row, k));
-      const float scale = load(call.scale_type, call.scales, at);
-      const float zero = call.zero_type == Type::kNone ? mid : load(call.zero_type, call.zeros, at);
-      const float weight = call.zeros_are_offsets ? code * scale + zero : (code - zero) * scale;
+      const int code = code_at(call, tile, row, k);
+      const float scale = load(call.scale_type, call.scales, at), zero = load(call.zero_type, call.zeros, at);
+      const float weight = call.zero_type == Type::kNone ? plain_value(call, code) * scale
+                           : call.zeros_are_offsets      ? static_cast<float>(code) * scale + zero
+                                                         : (static_cast<float>(code) - zero) * scale;
       sum += static_cast<double>(x) * weight;
     }
     y[i] = static_cast<float>(sum);

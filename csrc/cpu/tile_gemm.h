@@ -332,9 +332,11 @@ void multiply_with(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
   }
 }
 
-// Codes of up to 4 bits have a faster unpacker where no integer zero points are subtracted.
-template <class V, class Symmetric4, class Zeros4, class Any8>
+// Codes of up to 4 bits have a faster unpacker where no integer zero points are subtracted: it looks them up in a
+// table, which may as well be a codebook's. Float8 is that of 8-bit codebooks.
+template <class V, class Symmetric4, class Zeros4, class Any8, class Float8>
 void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (codebook_bits(call.codebook) == 8) return multiply_with<V, Float8>(call, tile, tiles, m0, m1);
   if (call.bits > 4) return multiply_with<V, Any8>(call, tile, tiles, m0, m1);
   if (call.zero_type == Type::kUInt8) return multiply_with<V, Zeros4>(call, tile, tiles, m0, m1);
   return multiply_with<V, Symmetric4>(call, tile, tiles, m0, m1);
