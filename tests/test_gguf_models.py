@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qkernels import QuantLinear, inspect, load, save
+from qkernels import QuantLinear, QuantTensor, inspect, load, save
 from qkernels.checkpoint import convert, open_checkpoint
 from qkernels.cli.main import main
-from qkernels.errors import CheckpointError
+from qkernels.errors import CheckpointError, UnsupportedProblem
 from qkernels.formats.gguf import dequantize
 from qkernels.models.gguf_names import GGUF_ARCHITECTURES
 from qkernels.storage.gguf import GgufSource
@@ -121,6 +121,31 @@ def test_blocks_that_schemes_hold_run_packed(caplog: pytest.LogCaptureFixture) -
         in caplog.text
     )
     assert model.dtype == torch.bfloat16
+
+
+def test_blocks_without_a_kernel_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """They are dequantized, with a line; a quantized directory, whose scheme somebody chose, is refused as before."""
+    make = QuantLinear.from_quant_tensor
+
+    def five_bits_only(weight: QuantTensor, *others: Any) -> QuantLinear:
+        if weight.scheme.bits != 5:
+            raise UnsupportedProblem("no kernel")
+        return make(weight, *others)
+
+    convert(FILES / "llama-mixed.gguf", tmp_path / "native")
+    monkeypatch.setattr(QuantLinear, "from_quant_tensor", five_bits_only)
+    with caplog.at_level(logging.WARNING):
+        model = load(FILES / "llama-mixed.gguf", dtype="float32")
+    assert {str(m.scheme) for m in model.modules() if isinstance(m, QuantLinear)} == {"w5a16_g32", "w5a16_g32_offset"}
+    assert off(model, "llama-mixed") < 2e-6
+    assert (
+        "w8a16_g32 has no kernel for float32 on this cpu and is dequantized: 2 modules, first model.layers.0"
+        in caplog.text
+    )
+    with pytest.raises(UnsupportedProblem, match="no kernel"):
+        load(tmp_path / "native")
 
 
 def test_packed_rows_are_those_of_the_model() -> None:
