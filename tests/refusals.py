@@ -56,8 +56,8 @@ REFUSED: dict[str, Reasons] = {
     "gptq_v2": _GPTQ,
     "awq": {**_NO_FIELDS, **_PER_TENSOR, "bits must be 4, got ": [s for s in SCHEMES if not s.startswith(_BITS_4)]},
     "compressed-tensors": _NO_FIELDS,
-    "cpu_tile_a16": {**_NO_FACTORS, "8-bit activations: these kernels take float32, bfloat16 and float16 ones": A8_SCHEMES},
-    "cpu_tile_a8": {**_NO_A8_FACTORS, "16-bit activations: these kernels quantize them to int8": A16_SCHEMES},
+    "cpu_tile_a16": {"8-bit activations: these kernels take float32, bfloat16 and float16 ones": A8_SCHEMES},
+    "cpu_tile_a8": {"16-bit activations: these kernels quantize them to int8": A16_SCHEMES},
     "mma_tile": {**_NO_CODEBOOK, **_NO_FACTORS, "8-bit activations: these kernels take bfloat16 and float16 ones": A8_SCHEMES},
     "mma_tile_a8": {
         "16-bit activations: these kernels quantize them to int8": A16_SCHEMES,

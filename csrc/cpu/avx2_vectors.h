@@ -17,6 +17,7 @@ struct Avx2Sums {
   static QK_INLINE void store(float* p, Sum v) { _mm256_storeu_ps(p, v); }
   static QK_INLINE Sum sub(Sum a, Sum b) { return _mm256_sub_ps(a, b); }
   static QK_INLINE Sum mul(Sum a, Sum b) { return _mm256_mul_ps(a, b); }
+  static QK_INLINE Sum div(Sum a, Sum b) { return _mm256_div_ps(a, b); }
   static QK_INLINE Sum fma(Sum a, Sum b, Sum c) { return _mm256_fmadd_ps(a, b, c); }
 
   // 8-bit floats: see from_e8m0 and from_e4m3 in rows.h
@@ -43,6 +44,10 @@ struct Avx2Sums {
     if (type == Type::kUInt8) {
       const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(base) + i);
       return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes)));
+    }
+    if (type == Type::kInt8) {
+      const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(base) + i);
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes)));
     }
     if (type == Type::kE8M0 || type == Type::kE4M3) return widen_bytes_of(type, static_cast<const uint8_t*>(base) + i);
     const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(base) + i));

@@ -22,6 +22,7 @@ struct Avx512Sums {
   static QK_INLINE void store(float* p, Sum v) { _mm512_storeu_ps(p, v); }
   static QK_INLINE Sum sub(Sum a, Sum b) { return _mm512_sub_ps(a, b); }
   static QK_INLINE Sum mul(Sum a, Sum b) { return _mm512_mul_ps(a, b); }
+  static QK_INLINE Sum div(Sum a, Sum b) { return _mm512_div_ps(a, b); }
   static QK_INLINE Sum fma(Sum a, Sum b, Sum c) { return _mm512_fmadd_ps(a, b, c); }
 
   // 8-bit floats: see from_e8m0 and from_e4m3 in rows.h
@@ -43,6 +44,10 @@ struct Avx512Sums {
     if (type == Type::kUInt8) {
       const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(base) + i);
       return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes)));
+    }
+    if (type == Type::kInt8) {
+      const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(base) + i);
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
     }
     if (type == Type::kE8M0 || type == Type::kE4M3) return widen_bytes_of(type, static_cast<const uint8_t*>(base) + i);
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(base) + i));

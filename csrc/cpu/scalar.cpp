@@ -14,9 +14,8 @@ void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   for (int64_t g = 0; g < call.G; ++g) {
     float scale[kTileRows], zero[kTileRows], rest[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
-      const int64_t at = (tile * call.G + g) * kTileRows + r;
-      scale[r] = load(call.scale_type, call.scales, at);
-      const float z = load(call.zero_type, call.zeros, at);
+      scale[r] = scale_of(call, tile, g, r);
+      const float z = zero_of(call, tile, g, r);
       zero[r] = z;
       rest[r] = rest_of(call, scale[r], z);
     }

@@ -24,9 +24,9 @@ void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
     std::memset(sums, 0, sizeof sums);
     for (int r = 0; r < kTileRows; ++r) {
       const int64_t at = (tile * call.G + g) * kTileRows + r;
-      scale[r] = load(call.scale_type, call.scales, at) * step;
+      scale[r] = scale_of(call, tile, g, r) * step;
       zero[r] = call.zero_type == Type::kUInt8 ? static_cast<const uint8_t*>(call.zeros)[at] : 1 << (call.bits - 1);
-      rest[r] = rest_of(call, scale[r], load(call.zero_type, call.zeros, at));
+      rest[r] = rest_of(call, scale[r], zero_of(call, tile, g, r));
     }
     const int64_t end = call.K < (g + 1) * call.group ? call.K : (g + 1) * call.group;
     for (int64_t first = g * call.group; first < end; first += kRun) {

@@ -131,8 +131,9 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const Sum scale = V::widen(call.scale_type, call.scales, scale_at(v));
-      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(call, scale, scale_at(v)) : V::zero();
+      const int64_t t = tile + v / kPerTile, row = v % kPerTile * V::kRows;
+      const Sum scale = scales_of<V>(call, t, g, row);
+      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(call, scale, t, g, row) : V::zero();
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
         total[r][v] = V::fma(V::to_sum(acc[r][v]), scale, total[r][v]);
@@ -146,7 +147,8 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   for (int r = 0; r < kTokens; ++r) {
     for (int v = 0; v < kVectors; ++v) {
       const float step = kTable ? integer_step(call.codebook) : 1.0f;  // a power of two
-      V::store(sum + v * V::kRows, V::mul(total[r][v], V::set1(call.x_scales[m0 + r] * step)));
+      const Sum whole = finished<V>(call, tile + v / kPerTile, v % kPerTile * V::kRows, total[r][v]);
+      V::store(sum + v * V::kRows, V::mul(whole, V::set1(call.x_scales[m0 + r] * step)));
     }
     store_row(call, m0 + r, tile * kTileRows, kCount, sum, bias);
   }
@@ -189,8 +191,8 @@ void multiply_int8_tiles(const Call& call, int64_t tile, int tiles, int64_t m0, 
 
 template <class V, Codes kCodes>
 void multiply_int8_width(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (call.zero_type == Type::kNone) return multiply_int8_tiles<V, kCodes, Zeros::kNone>(call, tile, tiles, m0, m1);
   if (has_rest(call)) return multiply_int8_tiles<V, kCodes, Zeros::kRest>(call, tile, tiles, m0, m1);
+  if (call.zero_type == Type::kNone) return multiply_int8_tiles<V, kCodes, Zeros::kNone>(call, tile, tiles, m0, m1);
   return multiply_int8_tiles<V, kCodes, Zeros::kIntegers>(call, tile, tiles, m0, m1);
 }
 

@@ -1,20 +1,23 @@
-"""Codebooks and small scales on the CPU kernels, on every instruction set: each value of each table, as C++ has it, through every
-path; scales of 8 bits; random inputs within the bound of test_numerics with what a table in bf16 adds.
+"""Codebooks, small scales and scales that are products on the CPU kernels, on every instruction set: each value of each table, as
+C++ has it, through every path; random inputs within the bound of test_numerics with what a table in bf16 adds; products bit for
+bit as plain scales.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from re import search
 
 import pytest
 import torch
 
-from qkernels import QuantScheme, QuantTensor
+from qkernels import QuantScheme, QuantTensor, extension
 from qkernels.codebooks import CODEBOOK_NUMBERS, CODEBOOKS, INTEGER_STEPS, width_of
 from qkernels.ops import reference
-from qkernels.scheme import FACTOR_NUMBERS
+from qkernels.scheme import FACTOR_NUMBERS, FACTORS
 from tests.ops.helpers import DTYPES, arguments, integers, multiply
 from tests.ops.test_numerics import bound, errors, random
 from tests.strategies import random_weight
@@ -133,3 +136,79 @@ def test_infinities_and_huge_values_are_those_of_a_float_layer(isa: str) -> None
         expected = x.double() @ weight.dequantize().double().T
         assert torch.equal(multiply(weight, x)[0].sign(), expected[0].float().sign()) or bool(expected[0].isnan().any())
         torch.testing.assert_close(multiply(weight, x)[1].double(), expected[1], rtol=1e-5, atol=0)
+
+
+# --- scales that are products -----------------------------------------------------------------------------------------------
+
+FACTORED = [spelling for kind in FACTORS.values() for spelling in kind.spelling]
+
+
+def flattened(weight: QuantTensor) -> QuantTensor:
+    """The same weight with its products as plain float32 scales and zeros."""
+    return replace(weight, scheme=replace(weight.scheme, factors=None), factors=None)
+
+
+@dtypes
+@pytest.mark.parametrize("scheme", FACTORED)
+def test_products_are_what_plain_scales_would_be(isa: str, scheme: str, dtype: torch.dtype) -> None:
+    """Bit for bit, but where one factor serves a whole row and waits for its end (NVFP4): the bound of test_numerics."""
+    for (N, K), outer in itertools.product([(70, 600), (33, 256), (1, 24)], [torch.float16, torch.float32]):
+        weight = random_weight(scheme, N, K, seed=K, dtype=outer, act_order=K == 600)
+        bias = random(N, dtype=torch.float32, seed=4)
+        for M in (1, 4, 9, 19, 70):
+            x = random(M, K, dtype=dtype, seed=M)
+            if scheme.startswith("nv"):
+                assert (errors(weight, x, bias) <= bound(weight, x, bias)).all(), (N, K, M)
+            else:
+                assert torch.equal(multiply(weight, x, bias), multiply(flattened(weight), x, bias)), (N, K, M)
+
+
+@pytest.mark.parametrize("scheme", [text for text in FACTORED if not text.startswith("nv")])
+def test_products_meet_int8(isa: str, scheme: str) -> None:
+    """The same with int8 activations; exact where all is an integer times a power of two."""
+    for N, K, M in ((70, 600, 1), (33, 512, 5), (97, 256, 20)):
+        weight = random_weight(f"{scheme}_a8", N, K, seed=K, act_order=M == 5)
+        x = random(M, K, dtype=torch.bfloat16, seed=M)
+        y = torch.ops.qkernels.gemm_cpu_tile_a8(*arguments(weight, x, layout="cpu_tile_a8"))
+        plain = torch.ops.qkernels.gemm_cpu_tile_a8(*arguments(flattened(weight), x, layout="cpu_tile_a8"))
+        assert torch.equal(y, plain), (N, K, M)
+        exact = random_weight(f"{scheme}_a8", N, K, seed=K, exact=True)
+        x = integers(M, K, most=3)
+        x[:, 7] = 127
+        y = torch.ops.qkernels.gemm_cpu_tile_a8(*arguments(exact, x, layout="cpu_tile_a8"))
+        assert torch.equal(y, (x.double() @ exact.dequantize().double().T).float())
+
+
+def test_a_wrong_factor_is_noticed(isa: str) -> None:
+    """Negative control: one small factor of one group, and one outer factor."""
+    weight = random_weight("q4_k", 33, 512, exact=True)
+    assert weight.factors is not None
+    x = integers(2, 512)
+    for name in ("small", "outer", "small_zeros", "outer_zeros"):
+        values = getattr(weight.factors, name).clone()
+        values[32, -1] += 1
+        changed = QuantTensor.from_factors(weight.codes, replace(weight.factors, **{name: values}), weight.scheme)
+        assert (multiply(changed, x)[:, :32] == multiply(weight, x)[:, :32]).all()
+        assert (multiply(changed, x)[:, 32] != multiply(weight, x)[:, 32]).all(), name
+
+
+@pytest.mark.skipif(not extension.status().loaded, reason="the extension is not loaded")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({2: torch.zeros(2, 8, 32, dtype=torch.int8)}, "scales must be contiguous uint8 .* with these factors, got int8"),
+        ({3: None}, "zeros must be given with these factors"),
+        ({5: None}, "outer_scales must be given with these factors"),
+        ({5: torch.zeros(2, 2, 32)}, "outer_scales must be contiguous floating .2, 1, 32. with these factors"),
+        ({6: torch.zeros(2, 1, 32)}, "outer_zeros must be contiguous like outer_scales .2, 1, 32. with these factors"),
+        ({13: 9}, "factors must be 0 to 7, got 9"),
+        ({13: 4}, "zeros_are_offsets must be 0 with these factors"),
+        ({13: 0}, "scales must be contiguous floating"),
+    ],
+)
+def test_the_compiled_op_checks_factors_for_itself(change: dict[int, object], message: str) -> None:
+    args = list(arguments(random_weight("q4_k", 40, 256), torch.zeros(3, 256)))
+    for position, value in change.items():
+        args[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.qkernels.gemm_cpu_tile_a16(*args)
