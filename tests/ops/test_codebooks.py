@@ -196,7 +196,10 @@ def test_a_wrong_factor_is_noticed(isa: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({2: torch.zeros(2, 8, 32, dtype=torch.int8)}, "scales must be contiguous uint8 .* with these factors, got int8"),
+        (
+            {2: torch.zeros(2, 8, 32, dtype=torch.int8)},
+            "scales must be contiguous uint8 .* with these factors, got int8",
+        ),
         ({3: None}, "zeros must be given with these factors"),
         ({5: None}, "outer_scales must be given with these factors"),
         ({5: torch.zeros(2, 2, 32)}, "outer_scales must be contiguous floating .2, 1, 32. with these factors"),
