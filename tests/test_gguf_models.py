@@ -61,15 +61,16 @@ def test_logits_are_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
-    """Log-probabilities of every token after 12, which span 0.57 to 1.05: what this package and the script that made the files
+    """Log-probabilities of every token after 12, relative to what they span: what this package and the script that made the files
     believe alike would show here. llama.cpp quantizes activations to 8 bits, and knows of no window in llama files."""
     path = FILES / f"{name}.gguf"
     if name == "mistral":
         path = rewritten(name, tmp_path / "m.gguf", {"llama.attention.sliding_window": None})
     found = torch.log_softmax(logits(load(path, dtype="float32"))[0, -1].double(), -1)
     expected = torch.tensor(LLAMA_CPP["logprobs"][name], dtype=torch.float64)
-    packed = name in ("llama-mixed", "qwen3")
-    assert float((found - expected).abs().max()) < (3e-3 if packed else 8e-4 if name == "gemma3" else 3e-4)
+    spread = float(expected.max() - expected.min())
+    allowed = {"llama-mixed": 5e-3, "llama-k": 1e-2, "qwen3": 2e-3, "gemma3": 2e-3}.get(name, 5e-4)
+    assert float((found - expected).abs().max()) < allowed * spread
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -89,7 +90,7 @@ def test_every_architecture_has_a_file() -> None:
     assert {GgufSource.open(FILES / f"{name}.gguf").get("general.architecture") for name in GOLDEN} == {
         *GGUF_ARCHITECTURES
     }
-    assert LOGITS.keys() == {*GOLDEN} and len(GOLDEN) == 9
+    assert LOGITS.keys() == {*GOLDEN} and len(GOLDEN) == 10
 
 
 @pytest.mark.parametrize("name", GOLDEN)

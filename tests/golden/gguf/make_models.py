@@ -4,11 +4,12 @@ of a text.
 Names come from gguf-py's map, blocks from its quantizers, the file from its writer. What llama.cpp's converter does besides
 (rows of q and k in pairs, 1 added to Gemma's norms, rope factors as a tensor) is done here, from its description.
 
-pip install gguf==0.19.0 torch transformers==5.24.0; PYTHONPATH=. python tests/golden/gguf/make_models.py
+pip install gguf==0.19.0 xllamacpp==2026.10.11549 torch transformers==5.24.0; PYTHONPATH=. python tests/golden/gguf/make_models.py
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.golden.gguf.make_ggml import library
 from tests.tiny_models import tiny_model
 
 FILES = Path(__file__).parent
@@ -49,9 +51,15 @@ MIXED = {
     "attn_q": Q.Q4_0, "attn_k": Q.Q5_1, "attn_v": Q.Q8_0, "attn_output": Q.Q4_1, "ffn_gate": Q.Q5_0, "ffn_up": Q.MXFP4,
     "ffn_down": Q.BF16, "token_embd": Q.Q8_0, "output": Q.Q4_0,
 }  # fmt: skip
+K_QUANTS = {
+    "attn_q": Q.Q4_K, "attn_k": Q.Q5_K, "attn_v": Q.Q6_K, "attn_output": Q.Q2_K, "ffn_gate": Q.Q3_K, "ffn_up": Q.IQ4_XS,
+    "ffn_down": Q.IQ3_S, "token_embd": Q.Q4_K, "output": Q.Q6_K,
+}  # fmt: skip
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_key_value_heads": 1}
 CASES: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Q]]] = {
     "llama": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}, "llama", "gpt2", {}),
     "llama-mixed": ("llama", {}, "llama", "gpt2", MIXED),
+    "llama-k": ("llama", WIDE, "llama", "gpt2", K_QUANTS),
     "mistral": ("mistral", {"sliding_window": 4}, "llama", "llama", {}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}, "qwen2", "gpt2", {}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True}, "qwen3", "gpt2", {"attn_q": Q.Q8_0, "ffn_down": Q.Q8_0}),
@@ -73,6 +81,19 @@ def paired(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def unpaired(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def quantized(weight: np.ndarray, qtype: Q) -> np.ndarray:
+    """Blocks by gguf-py, or by ggml for the types that gguf-py only reads."""
+    if not qtype.name.endswith("_K") and not qtype.name.startswith("IQ"):
+        return quantize(weight, qtype)
+    elements, nbytes = gguf.GGML_QUANT_SIZES[qtype]
+    blocks = np.zeros((weight.shape[0], weight.shape[1] // elements * nbytes), dtype=np.uint8)
+    source = np.ascontiguousarray(weight, dtype=np.float32)
+    rows, columns = map(ctypes.c_int64, weight.shape)
+    pointers = (ctypes.c_void_p(data.ctypes.data) for data in (source, blocks))
+    library().ggml_quantize_chunk(ctypes.c_int(qtype), *pointers, ctypes.c_int64(0), rows, columns, None)
+    return blocks
 
 
 def byte_level() -> Tokenizer:
@@ -218,7 +239,7 @@ def make(name: str) -> tuple[torch.Tensor, list[int]]:
         heads = heads if arch == "llama" else 0
         weight = paired(weight, heads) if heads else weight
         weight = weight + 1 if gemma and "norm" in ours else weight
-        blocks = quantize(weight, qtype)
+        blocks = quantized(weight, qtype)
         writer.add_tensor(f"{ours}.{leaf}", blocks, raw_dtype=qtype)
         read = dequantize(blocks, qtype).reshape(weight.shape)
         read = read - 1 if gemma and "norm" in ours else read
