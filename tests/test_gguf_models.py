@@ -145,6 +145,19 @@ def test_blocks_without_a_kernel_on_this_machine(
         load(tmp_path / "native")
 
 
+def test_blocks_are_decoded_in_the_dtype_of_the_model() -> None:
+    """One rounding, and no copy in float32 on the way; in float32 where no model asks."""
+    checkpoint = open_checkpoint(FILES / "llama-k.gguf")
+    model = load(FILES / "llama-k.gguf")
+    named = checkpoint.named_as_in(model)
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"):
+        exact = checkpoint.read(name)
+        assert (exact.dtype, checkpoint.dtype(name)) == (torch.float32, torch.float32)
+        rounded = named.read(name)
+        assert (rounded.dtype, named.dtype(name)) == (torch.bfloat16, torch.bfloat16)
+        assert torch.equal(rounded, exact.bfloat16()) and torch.equal(model.get_parameter(name), rounded)
+
+
 def test_packed_rows_are_those_of_the_model() -> None:
     """Rope pairs: rows of packed blocks are put in the order of transformers before anything is decoded."""
     checkpoint = open_checkpoint(FILES / "llama-mixed.gguf")

@@ -151,3 +151,27 @@ def test_plans_that_do_not_fit(plan: Planned, message: str, tmp_path: Path) -> N
 def test_values_that_do_not_fit(value: MetaValue, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message), gguf_writer(tmp_path / "m.gguf", {"key": value}, ()):
         pass
+
+
+def test_what_a_killed_run_left_goes(tmp_path: Path) -> None:
+    left = tmp_path / ".m.gguf.qkernels-0123abcd.tmp"
+    left.mkdir()
+    (left / "m.gguf").write_bytes(b"GGUF")
+    write(tmp_path / "m.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk(tmp_path: Path) -> None:
+    def fill(full: Any) -> None:
+        with gguf_writer(tmp_path / "m.gguf", META, [Planned("w", "F32", (1 << 20,))]) as writer:
+            writer._files[0].close()
+            writer._files[0] = full
+            writer.add("w", torch.zeros(1 << 20))
+
+    with (
+        Path("/dev/full").open("wb", buffering=0) as full,
+        pytest.raises(CheckpointError, match=r"no space left .*m\.gguf"),
+    ):
+        fill(full)
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +39,8 @@ def _not_parsed(module: str, tensors: Mapping[str, Tensor], config: Config) -> P
 # What a GGUF file with blocks of any type answers for its format; it has no tensors beside each other to be parsed.
 GGUF: Final = Format("gguf", ("weight",), (), lambda config: False, _not_parsed)
 
+_CHECKED_AT_ONCE: Final = 2**22  # torch.isfinite takes memory for another copy
+
 
 @dataclass(frozen=True)
 class GgufCheckpoint:
@@ -50,6 +52,8 @@ class GgufCheckpoint:
         places: where each tensor of the file belongs, by its name there.
         modules: quantized module -> name of its weight in the file.
         spelled: every other tensor -> its name in the file.
+        decoded: dtype in which blocks are read as numbers: float32, in which they are computed, or that of the model under whose
+            names this is, so that memory holds no more than the model will.
     """
 
     source: GgufSource
@@ -57,7 +61,8 @@ class GgufCheckpoint:
     places: Mapping[str, Place]
     modules: Mapping[str, str]
     spelled: Mapping[str, str]
-    oddities: tuple[tuple[str, Oddity], ...] = field(default=())
+    oddities: tuple[tuple[str, Oddity], ...] = ()
+    decoded: torch.dtype = torch.float32
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GgufCheckpoint:
@@ -129,8 +134,9 @@ class GgufCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         entry, place = self._entry(name), self.places[self.spelled[name]]
-        changed = bool(place.offset) or place.scale is not None
-        return torch.float32 if entry.type.dtype is None or changed else entry.type.dtype
+        if place.offset or place.scale is not None:
+            return torch.float32
+        return self.decoded if entry.type.dtype is None else entry.type.dtype
 
     def stored_as(self, name: str) -> str:
         ggml = self._entry(name).type
@@ -140,7 +146,7 @@ class GgufCheckpoint:
         return self._entry(name).nbytes
 
     def read(self, name: str) -> Tensor:
-        """A tensor that is no quantized module's, in memory of its own, on the CPU: blocks in float32.
+        """A tensor that is no quantized module's, in memory of its own, on the CPU.
 
         Raises:
             CheckpointError: as `GgufSource.blocks`; or blocks hold NaN or infinities.
@@ -150,8 +156,8 @@ class GgufCheckpoint:
         if entry.type.dtype is not None:
             tensor = place.rows(self.source.read(spelled))
         else:
-            tensor = dequantize(place.rows(self.source.blocks(spelled)), entry.type.name)
-            if not bool(torch.isfinite(tensor).all()):
+            tensor = dequantize(place.rows(self.source.blocks(spelled)), entry.type.name, self.dtype(name))
+            if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_CHECKED_AT_ONCE)):
                 raise CheckpointError(
                     f"{self.path}: {spelled} ({entry.type.name}) has blocks whose weights are not finite"
                 )
@@ -184,10 +190,12 @@ class GgufCheckpoint:
                 f"{type(model).__name__} keeps {next(iter(conversion.sources))} as a part of {conversion.target}, which is not "
                 "read from GGUF files yet"
             )
+        dtype: Any = getattr(model, "dtype", None)
         return replace(
             self,
             modules={way.names[module]: name for module, name in self.modules.items()},
             spelled={way.names[name]: spelled for name, spelled in self.spelled.items()},
+            decoded=dtype if isinstance(dtype, torch.dtype) else torch.float32,
         )
 
     def spelling(self, name: str) -> str:

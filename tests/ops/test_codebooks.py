@@ -1,5 +1,5 @@
 """Codebooks, small scales and scales that are products on the CPU kernels, on every instruction set: each value of each table, as
-C++ has it, through every path; random inputs within the bound of test_numerics with what a table in bf16 adds; products bit for
+C++ has it, through every path; random inputs within the bound of `numerics` with what a table in bf16 adds; products bit for
 bit as plain scales.
 """
 
@@ -19,7 +19,7 @@ from qkernels.codebooks import CODEBOOK_NUMBERS, CODEBOOKS, INTEGER_STEPS, width
 from qkernels.ops import reference
 from qkernels.scheme import FACTOR_NUMBERS, FACTORS
 from tests.ops.helpers import DTYPES, arguments, integers, multiply
-from tests.ops.test_numerics import bound, errors, random
+from tests.ops.numerics import bound, errors, random
 from tests.strategies import random_weight
 
 TYPES_H = Path(__file__).parent.parent.parent / "csrc" / "types.h"
@@ -114,7 +114,7 @@ def test_every_scale_of_eight_bits(isa: str, scale_dtype: torch.dtype, dtype: to
     "scheme", ["nf4_g64", "fp4_g32", "mxfp4_g32", "iq4nl_g32", "fp8_channel", "e5m2_g64", "fp8_block128"]
 )
 def test_random_inputs_stay_within_the_bound(isa: str, scheme: str, dtype: torch.dtype) -> None:
-    """`bound` of test_numerics; a table rounded to bf16 adds half of bf16's step of each weight (2^-9)."""
+    """`bound` of `numerics`; a table rounded to bf16 adds half of bf16's step of each weight (2^-9)."""
     N, K = 70, 680
     scales = torch.float8_e8m0fnu if scheme.startswith("mx") else torch.float32
     weight = random_weight(scheme, N, K, seed=3, dtype=scales, act_order=scheme == "nf4_g64")
@@ -151,7 +151,7 @@ def flattened(weight: QuantTensor) -> QuantTensor:
 @dtypes
 @pytest.mark.parametrize("scheme", FACTORED)
 def test_products_are_what_plain_scales_would_be(isa: str, scheme: str, dtype: torch.dtype) -> None:
-    """Bit for bit, but where one factor serves a whole row and waits for its end (NVFP4): the bound of test_numerics."""
+    """Bit for bit, but where one factor serves a whole row and waits for its end (NVFP4): the bound of `numerics`."""
     for (N, K), outer in itertools.product([(70, 600), (33, 256), (1, 24)], [torch.float16, torch.float32]):
         weight = random_weight(scheme, N, K, seed=K, dtype=outer, act_order=K == 600)
         bias = random(N, dtype=torch.float32, seed=4)
