@@ -285,7 +285,20 @@ def test_nvfp4_has_a_number_beside_it(tmp_path: Path) -> None:
 
     path = rewritten("llama", tmp_path / "m.gguf", change=nvfp4)
     checkpoint = GgufCheckpoint.open(path)
-    weight = checkpoint.read("model.layers.0.mlp.down_proj.weight")
-    assert torch.equal(weight, dequantize(checkpoint.source.blocks("blk.0.ffn_down.weight"), "NVFP4") * 0.25)
+    weight = checkpoint.weight("model.layers.0.mlp.down_proj").weight
+    assert str(weight.scheme) == "nvfp4m_g16"
+    assert torch.equal(
+        weight.dequantize(), dequantize(checkpoint.source.blocks("blk.0.ffn_down.weight"), "NVFP4") * 0.25
+    )
     assert any("scales of activations are left aside" in line for line in inspect(path).oddities)
     assert load(path).model.layers[0].mlp.down_proj.weight.shape == (32, 64)
+
+
+def test_types_that_no_kernel_reads_are_said(tmp_path: Path) -> None:
+    path = rewritten(
+        "llama", tmp_path / "m.gguf", change=spoil("blk.0.ffn_down.weight", "Q1_0", torch.zeros(32, 18).byte())
+    )
+    said = "Q1_0 has no kernel yet and is dequantized while loading: 576 B of Q1_0 become 8.00 KiB in 16 bits: 1 module"
+    found = inspect(path)
+    assert any(said in line for line in found.oddities)
+    assert [layer.scheme for layer in found.layers] == ["Q1_0"]

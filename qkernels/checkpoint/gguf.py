@@ -112,10 +112,10 @@ class GgufCheckpoint:
             CheckpointError: a scale is NaN or infinite; names the tensor.
         """
         name = self.modules[module]
+        place, kind = self.places[name], self.source.entry(name).type.name
+        scale = None if place.scale is None else self.source.read(place.scale)
         with naming(name):
-            return Parsed(
-                weight_of(self.places[name].rows(self.source.blocks(name)), self.source.entry(name).type.name)
-            )
+            return Parsed(weight_of(place.rows(self.source.blocks(name)), kind, scale))
 
     def parts(self, module: str) -> list[str]:
         return [self.modules[module]]
@@ -218,7 +218,7 @@ class GgufCheckpoint:
 
 def _is_exact(entry: GgufEntry, place: Place) -> bool:
     """Whether a tensor is a linear layer's weight in blocks that a scheme holds."""
-    plain = place.kind == "linear" and place.scale is None and not place.offset
+    plain = place.kind == "linear" and (place.scale is None or entry.type.name == "NVFP4") and not place.offset
     return plain and place.name.endswith(".weight") and entry.type.name in EXACT_SCHEMES and len(entry.shape) == 2
 
 

@@ -47,8 +47,8 @@ def load(
 
     Args:
         directory: a local checkpoint with config.json and safetensors; or a GGUF file, any part of a split one, or a folder that
-            holds one and no safetensors. Blocks that a scheme holds without loss (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_0, TQ2_0) run
-            packed where a kernel takes them, all others are dequantized, which a warning says.
+            holds one and no safetensors. Blocks that a scheme holds without loss (all but IQ1 to IQ3, TQ1_0 and Q1_0) run packed
+            where a kernel takes them, all others are dequantized, which a warning says.
         device: where the model goes.
         dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
             Scales keep their own.

@@ -208,9 +208,30 @@ def test_other_blocks_are_refused(blocks: Tensor, name: str, message: str) -> No
 def test_schemes_hold_blocks_without_loss(name: str) -> None:
     blocks = finite_blocks(name, 12).view(4, -1)
     weight = weight_of(blocks, name)
-    assert torch.equal(bits_of(weight.dequantize()), bits_of(dequantize(blocks, name)))
-    assert weight.scales.dtype == torch.float16
+    found, expected = weight.dequantize(), dequantize(blocks, name)
+    if name in ("MXFP4", "NVFP4"):  # one of 16 codes is -0 here, and 0 there
+        found, expected = found + 0.0, expected + 0.0
+    assert torch.equal(bits_of(found), bits_of(expected))
     assert weight.scheme == EXACT_SCHEMES[name]
+    if weight.scheme.factors is None:
+        assert weight.scales.dtype == (torch.float8_e8m0fnu if name == "MXFP4" else torch.float16)
+    more = {"Q2_0": 2 / 8 * 12, "TQ2_0": 2 / 8 * 12, "NVFP4": 4 * 4}.get(name, 0)  # zero points; a float32 a row
+    assert weight.nbytes == blocks.numel() + more
+
+
+def test_which_types_schemes_hold() -> None:
+    """All that split, but for the one bit of Q1_0."""
+    assert {*EXACT_SCHEMES} == {*SPLITTING} - {"Q1_0"}
+
+
+def test_codes_of_nvfp4_scales_that_mean_nothing_else() -> None:
+    """ggml takes 0x7F for 0 and does not look at bit 7; its 0xFF is 480, which no e4m3 is."""
+    blocks = finite_blocks("NVFP4", 1)
+    blocks[0, :4] = torch.tensor([0x7F, 0x7E, 0x80, 0xB8], dtype=torch.uint8)
+    assert torch.equal(weight_of(blocks, "NVFP4").dequantize(), dequantize(blocks, "NVFP4"))
+    blocks[0, 0] = 0xFF
+    with pytest.raises(TensorError, match="small must be finite"):
+        weight_of(blocks, "NVFP4")
 
 
 def test_scales_that_are_no_numbers_are_refused() -> None:
