@@ -19,14 +19,14 @@ from triton.compiler import ASTSource
 
 from qkernels import QuantScheme
 from qkernels.kernels.triton import jit
-from qkernels.kernels.triton.table import Config
+from qkernels.kernels.triton.table import Config, run_bytes
 
 # The most shared memory one block may have, bytes: CUDA C++ Programming Guide, table "Technical specifications per compute
 # capability", less the 1 KB that the system keeps where it is counted in.
 SHARED_MEMORY = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448, "sm120": 101376}
 # Arguments that the launcher passes with a value or an address divisible by 16, in shapes that models have.
 DIVISIBLE = (
-    "x", "qweight", "scales", "zeros", "k_order", "bias", "out", "parts", "N", "K", "group_size", "x_stride", "row_bytes",
+    "x", "qweight", "scales", "zeros", "k_order", "bias", "out", "parts", "N", "K", "x_stride", "row_bytes",
     "bytes_per_split",
 )  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,19 +48,21 @@ class Machine:
 def variant(scheme: QuantScheme, K: int, dtype: str, config: Config, *, ordered: bool, bias: bool, split: bool) -> Any:
     """Kernel, signature and constants of one call, as `launch.gemm` makes them."""
     halves = 2 if scheme.bits <= 4 else 1
-    block_bytes = config.block_bytes(halves, scheme.num_groups(K), scheme.group_length(K))
-    columns = block_bytes * halves
+    block_bytes = config.block_bytes
+    group = scheme.group_length(K) if scheme.num_groups(K) > 1 else 0
     kernel = jit.gemv if config.kernel == "gemv" else jit.gemm
     constants = {
         "MID": scheme.mid_code,
         "ZEROS": 3 if scheme.codebook else _ZEROS[scheme.zeros],
-        "UNIFORM": scheme.num_groups(K) == 1 or scheme.group_length(K) % columns == 0,
+        "GROUP": group,
         "HALVES": halves,
         "ORDERED": ordered,
         "BIAS": bias,
         "SPLIT": split,
         "BLOCK_N": config.block_n,
         "BLOCK_BYTES": block_bytes,
+        "RUN": run_bytes(group, halves, block_bytes),
+        "STAGES": config.num_stages,
     }
     if config.kernel == "gemm":
         constants["BLOCK_M"] = config.block_m
