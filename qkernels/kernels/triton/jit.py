@@ -25,11 +25,7 @@ def _columns(at, half: tl.constexpr, HALVES: tl.constexpr):
 
     HALVES is 2 for codes of width 4, whose bytes hold two columns 32 apart, and 1 for width 8.
     """
-    if HALVES == 2:
-        columns = at // 32 * 64 + at % 32 + half * 32
-    else:
-        columns = at
-    return columns
+    return at // 32 * 64 + at % 32 + half * 32 if HALVES == 2 else at
 
 
 @triton.jit
@@ -62,6 +58,19 @@ def _of_groups(
 
 
 @triton.jit
+def _scales_and_zeros(
+    scales, zeros, strip_base, row_mask, start, half: tl.constexpr, K, ZEROS: tl.constexpr, GROUP: tl.constexpr,
+    HALVES: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Both of `_of_groups`; scales in the place of zeros that are not there, or are a table."""
+    scale = _of_groups(scales, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
+    zero = scale
+    if ZEROS == POINTS or ZEROS == OFFSETS:  # noqa: SIM109, Triton has no `in`
+        zero = _of_groups(zeros, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
+    return scale, zero
+
+
+@triton.jit
 def _spread(values, RUN: tl.constexpr):
     """[rows, runs] to [rows, runs * RUN], each value RUN times over; a single run is left to broadcasting."""
     if values.shape[1] > 1 and RUN > 1:
@@ -72,15 +81,19 @@ def _spread(values, RUN: tl.constexpr):
 
 @triton.jit
 def _weights(
-    packed, half: tl.constexpr, scale, zero, table, nought, always, MID: tl.constexpr, ZEROS: tl.constexpr, HALVES: tl.constexpr,
-    RUN: tl.constexpr,
+    packed, half: tl.constexpr, scale, zero, table, nought, always, MID: tl.constexpr, ZEROS: tl.constexpr,
+    HALVES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """fp32 weights [rows, bytes] of one half of packed bytes; scale and zero [rows, runs] as they are stored.
 
     A conversion from integer runs at an eighth of the rate of other arithmetic. Here the code takes the place of mantissa bits
     behind an exponent that makes it BASE + code: one logical operation. Of that, `(code - zero) * scale` takes one FMA where it
     is exact: BASE + code and BASE + zero have 9 bits at most and a scale of 16 bits has 11, so that neither product rounds,
-    and the difference is a product of so few bits, too. (Above 2^119, a scale overflows in them.)
+    and the difference is a product of so few bits, too. (A scale beyond 2^119 overflows in them.) A weight is formed before it
+    meets x: what x times a code or a zero would make of an infinity, or of 1e36, is not what a float layer gives.
+
+    nought: 0. Where the compiler does not know it, the mask stays in its register; else ptxas makes it anew for each weight.
+    always: true. Triton pipelines no load inside a branch, and would copy the table's entries to shared memory one by one.
     """
     wide = scale.to(tl.float32)
     if ZEROS == TABLE:
@@ -99,10 +112,7 @@ def _weights(
         elif ZEROS == POINTS and not zero.dtype.is_int():
             weights = ((lifted - BASE) - _spread(zero.to(tl.float32), RUN)) * _spread(wide, RUN)
         else:
-            if ZEROS == SYMMETRIC:
-                point = tl.full(wide.shape, BASE + MID, tl.float32)
-            else:
-                point = zero.to(tl.float32) + BASE
+            point = tl.full(wide.shape, BASE + MID, tl.float32) if ZEROS == SYMMETRIC else zero.to(tl.float32) + BASE
             if scale.dtype.primitive_bitwidth <= 16:
                 weights = tl.fma(lifted, _spread(wide, RUN), _spread(-point * wide, RUN))
             else:
@@ -138,14 +148,16 @@ def gemv(
         packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
         for half in tl.static_range(HALVES):
             if half == 0 or GROUP % 64 != 0:  # else both halves of a byte lie in one group
-                scale = _of_groups(scales, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
-                zero = scale
-                if ZEROS == POINTS or ZEROS == OFFSETS:
-                    zero = _of_groups(zeros, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
+                scale, zero = _scales_and_zeros(
+                    scales, zeros, strip_base, row_mask, start, half, K, ZEROS, GROUP, HALVES, BLOCK_BYTES, RUN
+                )  # fmt: skip
             columns = _columns(at, half, HALVES)
             source = _sources(k_order, columns, K, ORDERED)
             values = tl.load(x_row + source, mask=columns < K, other=0.0).to(tl.float32)
-            sums += values[None, :] * _weights(packed, half, scale, zero, zeros, nought, start < row_bytes, MID, ZEROS, HALVES, RUN)
+            weights = _weights(
+                packed, half, scale, zero, zeros, nought, start < row_bytes, MID, ZEROS, HALVES, RUN
+            )  # fmt: skip
+            sums += values[None, :] * weights
     total = tl.sum(sums, axis=1)
     if SPLIT:
         tl.store(out + (part.to(tl.int64) * tl.num_programs(1) + m) * N + rows, total, mask=row_mask)
@@ -180,17 +192,15 @@ def gemm(
     x_rows = x + tokens.to(tl.int64)[:, None] * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     first = part * bytes_per_split
-    nought = tl.minimum(row_bytes, 0)
     last = tl.minimum(first + bytes_per_split, row_bytes)
     for start in tl.range(first, last, BLOCK_BYTES, num_stages=STAGES):
         at = start + offsets
         packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
         for half in tl.static_range(HALVES):
             if half == 0 or GROUP % 64 != 0:  # else both halves of a byte lie in one group
-                scale = _of_groups(scales, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
-                zero = scale
-                if ZEROS == POINTS or ZEROS == OFFSETS:
-                    zero = _of_groups(zeros, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
+                scale, zero = _scales_and_zeros(
+                    scales, zeros, strip_base, row_mask, start, half, K, ZEROS, GROUP, HALVES, BLOCK_BYTES, RUN
+                )  # fmt: skip
             columns = _columns(at, half, HALVES)
             source = _sources(k_order, columns, K, ORDERED)
             values = tl.load(x_rows + source[None, :], mask=token_mask[:, None] & (columns < K)[None, :], other=0.0)
@@ -232,17 +242,15 @@ def dequantize(
     start = tl.program_id(1) * BLOCK_BYTES
     at = start + tl.arange(0, BLOCK_BYTES)
     row_mask = rows < N
-    nought = 0
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
     strip_base = (rows // 64).to(tl.int64) * G * 64 + rows % 64
     packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
     for half in tl.static_range(HALVES):
-        scale = _of_groups(scales, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
-        zero = scale
-        if ZEROS == POINTS or ZEROS == OFFSETS:
-            zero = _of_groups(zeros, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
+        scale, zero = _scales_and_zeros(
+            scales, zeros, strip_base, row_mask, start, half, K, ZEROS, GROUP, HALVES, BLOCK_BYTES, RUN
+        )  # fmt: skip
         columns = _columns(at, half, HALVES)
         target = _sources(k_order, columns, K, ORDERED)
-        weights = _weights(packed, half, scale, zero, zeros, nought, start < row_bytes, MID, ZEROS, HALVES, RUN)
+        weights = _weights(packed, half, scale, zero, zeros, 0, start < row_bytes, MID, ZEROS, HALVES, RUN)
         where = out + rows.to(tl.int64)[:, None] * K + target[None, :]
         tl.store(where, weights.to(out.dtype.element_ty), mask=row_mask[:, None] & (columns < K)[None, :])

@@ -49,7 +49,7 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     }
     operands = (x, qweight, scales, zeros, k_order, bias, parts)
     numbers = (N, K, groups, x.stride(0), row_bytes, part)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     tiles_n = -(-N // config.block_n)
     with _on(x.device):
         if config.kernel == "gemv":
@@ -59,7 +59,9 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
             jit.gemm[tiles, splits](*operands, M, *numbers, **constants, BLOCK_M=config.block_m, **options)
         if splits > 1:
             blocks = -(-M * N // _REDUCE_BLOCK)
-            jit.reduce_parts[blocks,](parts, bias, out, M, N, splits, BIAS=bias is not None, BLOCK=_REDUCE_BLOCK)
+            jit.reduce_parts[blocks,](
+                parts, bias, out, M, N, splits, BIAS=bias is not None, BLOCK=_REDUCE_BLOCK, enable_fp_fusion=True
+            )  # fmt: skip
     return out
 
 
@@ -80,6 +82,8 @@ def dequantize(*arguments: Any) -> Tensor:
 
 def _dequantize(weight: Weight, out: Tensor, config: Config) -> None:
     """out [N, K], of one expert."""
+    if out.numel() == 0:
+        return
     qweight, scales, zeros, k_order, N, K, *_ = weight
     row_bytes, block_bytes = qweight.shape[-1], config.block_bytes
     grid = (-(-N // config.block_n), -(-row_bytes // block_bytes))

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not there, and reads registers, spills and shared memory off the result.
+"""Compiles the Triton kernels for GPUs that are not there: registers, spills, shared memory, PTX and SASS of the result.
 
 Never in a process with TRITON_INTERPRET=1: Triton reads that when a kernel is decorated.
 """
@@ -42,6 +42,7 @@ class Machine:
     local: int
     shared: int
     ptx: str
+    sass: str
     seconds: float  # processor time of the compilation, ptxas included: wall time says more about what else runs here
 
 
@@ -50,7 +51,7 @@ def variant(scheme: QuantScheme, K: int, dtype: str, config: Config, *, ordered:
     halves = 2 if scheme.bits <= 4 else 1
     block_bytes = config.block_bytes
     group = scheme.group_length(K) if scheme.num_groups(K) > 1 else 0
-    kernel = jit.gemv if config.kernel == "gemv" else jit.gemm
+    kernel = getattr(jit, config.kernel)
     constants = {
         "MID": scheme.mid_code,
         "ZEROS": 3 if scheme.codebook else _ZEROS[scheme.zeros],
@@ -86,7 +87,8 @@ def pointers(scheme: QuantScheme, dtype: str, *, ordered: bool) -> dict[str, str
 def compile_for(
     sm: str, kernel: Any, types: dict[str, str | None], constants: dict[str, Any], **options: Any
 ) -> Machine:
-    """Compile for "sm80" …; absent pointers (None) become constants, numbers are int32."""
+    """Compile for "sm80" …; absent pointers (None) become constants, numbers are int32, constants that the kernel has not
+    are left out."""
     names = list(kernel.arg_names)
     fixed = constants | {name: None for name, kind in types.items() if kind is None}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
@@ -106,9 +108,15 @@ def compile_for(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = _said(["cuobjdump", "--dump-resource-usage", file.name])
+        sass = _said(["nvdisasm", "-c", file.name])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
-    return Machine(registers, stack, local, compiled.metadata.shared, compiled.asm["ptx"], seconds)
+    return Machine(registers, stack, local, compiled.metadata.shared, compiled.asm["ptx"], sass, seconds)
+
+
+def _said(command: list[str]) -> str:
+    """What one of the tools that come with Triton prints."""
+    run = [str(_TOOLS / command[0]), *command[1:]]
+    return subprocess.run(run, capture_output=True, text=True, check=True).stdout
