@@ -199,15 +199,16 @@ def once(pattern: str, by: str) -> Callable[[str], str]:
 @pytest.mark.parametrize(
     ("kernel", "pattern", "by"),
     [
-        ("gemv", r"(and\.b16[^;]*), 15;", r"\1, 7;"),
+        ("gemv", r"(or\.b32[^;]*), 1132462080;", r"\1, 1132494848;"),
+        ("gemm", r"(and\.b32[^;]*), 491520;", r"\1, 229376;"),
         ("gemv", r"(shfl\.sync\.bfly\.b32[^;]*), 1, 31", r"\1, 2, 31"),
         ("gemm", r"(cvt\.rn\.f16x2\.f32\s+%\w+), (%\w+), (%\w+);", r"\1, \3, \2;"),
         ("gemm", r"(mma\.sync[^;]*\}, \{)([^}]*)(\}, \{)([^}]*)\};", r"\1\4\3\2};"),
         ("reduce_parts", r"add(\.f32)", r"sub\1"),
-        ("dequantize", r"(shr\.u16[^;]*), 4;", r"\1, 3;"),
+        ("dequantize", r"(shl\.b32[^;]*), 15;", r"\1, 14;"),
         ("dequantize", r"@%p\d+ st\.global[^;]*;", ""),
     ],
-    ids=["mask", "shuffle", "halves swapped", "operands swapped", "sign", "shift", "no store"],
+    ids=["exponent", "mask", "shuffle", "halves swapped", "operands swapped", "sign", "shift", "no store"],
 )
 def test_a_mutated_instruction_is_noticed(kernels: Any, kernel: str, pattern: str, by: str) -> None:
     kernels()[kernel].mutate = once(pattern, by)
