@@ -103,7 +103,9 @@ def compile_for(
         },
     )
     begin = os.times()
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(sm[2:]), 32), options=options)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", int(sm[2:]), 32), options={"enable_fp_fusion": True} | options
+    )
     seconds = sum(os.times()[:4]) - sum(begin[:4])  # of this process and of its children
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -205,10 +205,19 @@ def once(pattern: str, by: str) -> Callable[[str], str]:
         ("gemm", r"(cvt\.rn\.f16x2\.f32\s+%\w+), (%\w+), (%\w+);", r"\1, \3, \2;"),
         ("gemm", r"(mma\.sync[^;]*\}, \{)([^}]*)(\}, \{)([^}]*)\};", r"\1\4\3\2};"),
         ("reduce_parts", r"add(\.f32)", r"sub\1"),
-        ("dequantize", r"(shl\.b32[^;]*), 15;", r"\1, 14;"),
+        ("dequantize", r"(and\.b32[^;]*), 7864320;", r"\1, 3670016;"),
         ("dequantize", r"@%p\d+ st\.global[^;]*;", ""),
     ],
-    ids=["exponent", "mask", "shuffle", "halves swapped", "operands swapped", "sign", "shift", "no store"],
+    ids=[
+        "exponent",
+        "mask",
+        "shuffle",
+        "halves swapped",
+        "operands swapped",
+        "sign",
+        "mask of the other half",
+        "no store",
+    ],
 )
 def test_a_mutated_instruction_is_noticed(kernels: Any, kernel: str, pattern: str, by: str) -> None:
     kernels()[kernel].mutate = once(pattern, by)
