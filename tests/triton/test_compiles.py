@@ -20,9 +20,8 @@ from tools.triton_aot import SHARED_MEMORY, Machine, compile_for, variant
 # Cards of the table, and those that "default" may meet: the ones with the least shared memory and the oldest.
 CARDS = [(card, sm) for card in read() for sm in ([card] if card in SHARED_MEMORY else ["sm80", "sm120"])]
 SHIPPED = [
-    pytest.param(sm, config, id=f"{card}-{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
-    for card, sm in CARDS
-    for config in dict.fromkeys(entry.config for entry in read()[card])
+    pytest.param(sm, config, id=f"{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
+    for sm, config in dict.fromkeys((sm, entry.config) for card, sm in CARDS for entry in read()[card])
 ]
 # `make test-full` compiles every format for every card; `make test` for the one with the oldest compiler rules.
 FORMAT_RUNS = [
