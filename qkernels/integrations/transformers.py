@@ -339,11 +339,24 @@ class _QuantizeWeight(ConversionOps):
 
 
 class _Pending(nn.Module):
-    """Stands where a quantized module will be; keeps the linear layer, which is on meta, out of sight."""
+    """Stands where a quantized module will be; keeps the linear layer, which is on meta, out of sight.
+
+    A module around it may initialize its weight and bias (Mamba): it is shown those of the linear layer, as initialized.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._hidden = (linear,)
+        for parameter in linear.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
 
     @property
     def linear(self) -> nn.Linear:
