@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from ..errors import ConversionError
 from ..text import describe
 
 
@@ -110,6 +111,23 @@ def scaled_in_place(model: nn.Module) -> dict[str, str]:
                 full = f"{name}.{blocks}.{index}.{leaf}".lstrip(".")
                 found[full] = f"{kind} scales its weight in place when it first runs"
     return found
+
+
+def check_unscaled(model: nn.Module) -> None:
+    """Raise where a model's weights are not those that belong into files, since its first pass has scaled them.
+
+    Raises:
+        ConversionError: names the layer and the way out.
+    """
+    for name, module in model.named_modules():
+        every = getattr(getattr(module, "config", None), "rescale_every", 0)
+        blocks, (leaf, *_) = _SCALED_IN_PLACE.get(type(module).__name__, ("", ("",)))
+        if blocks and getattr(module, "layers_are_rescaled", False) and 0 < every < len(getattr(module, blocks)):
+            layer = f"{name}.{blocks}.{every}.{leaf}".lstrip(".")
+            raise ConversionError(
+                f"{layer} was scaled in place when {type(module).__name__} first ran, and files hold it as it was: save the model "
+                f"before it runs, or after a pass in training mode (model.train()), which scales it back"
+            )
 
 
 def _is_of_others(hook: Any) -> bool:
