@@ -48,6 +48,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "tuples": ("BloomForCausalLM", "BloomConfig", dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), 1),
     "encoder": ("BertForMaskedLM", "BertConfig", SIZES, 1),
     "encoder and decoder": ("BartForConditionalGeneration", "BartConfig", BART, 2),
+    "a head that is an embedding": (
+        "FSMTForConditionalGeneration", "FSMTConfig",
+        BART | dict(src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY, bos_token_id=0, pad_token_id=1, eos_token_id=2), 2,
+    ),
     "a bias from the first block": ("T5ForConditionalGeneration", "T5Config", T5, 4),
     "inputs of each layer, shared keys": ("Gemma3nForCausalLM", "Gemma3nTextConfig", GEMMA3N, 1),
     "two lists": (

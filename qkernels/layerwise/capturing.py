@@ -375,9 +375,11 @@ def _own_forward(block: nn.Module) -> Iterator[None]:
 
 
 def head_of(model: nn.Module) -> str | None:
-    """The name of the output embedding, which calibration never runs."""
+    """The name of the output embedding, which calibration never runs; None where it is an input embedding as well (FSMT)."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
+    if isinstance(head, nn.Embedding):
+        return None
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 

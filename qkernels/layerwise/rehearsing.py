@@ -61,7 +61,8 @@ def _rehearse(model: nn.Module) -> None:
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     place = Place(device)
     vocabulary = getattr(text_config(model), "vocab_size", None) or _TOKENS
-    batch = torch.arange(_TOKENS, device=device)[None] % vocabulary
+    # from the middle: padding, the end and pictures have the first or the last ids
+    batch = (vocabulary // 2 + torch.arange(_TOKENS, device=device))[None] % vocabulary
     progress = Progress.of(model)
 
     def run(name: str, block: nn.Module, hidden: Tensor, call: Call) -> Any:

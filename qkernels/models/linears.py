@@ -125,8 +125,8 @@ def check_unscaled(model: nn.Module) -> None:
         if blocks and getattr(module, "layers_are_rescaled", False) and 0 < every < len(getattr(module, blocks)):
             layer = f"{name}.{blocks}.{every}.{leaf}".lstrip(".")
             raise ConversionError(
-                f"{layer} was scaled in place when {type(module).__name__} first ran, and files hold it as it was: save the model "
-                f"before it runs, or after a pass in training mode (model.train()), which scales it back"
+                f"{layer} was scaled in place when {type(module).__name__} first ran, and files hold it as it was: save the "
+                f"model before it runs, or after a pass in training mode (model.train()), which scales it back"
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tiny_models import VOCABULARY
 from .tiny import IMAGE_TOKEN, WIDTH, inputs_of, noise, tiny, tokens
 
 Inputs = dict[str, Tensor]
@@ -48,26 +49,35 @@ def uncalibrated(name: str, reason: str, quick: bool = False, **fields: Any) -> 
 
 
 def seeing(
-    name: str, language: Mapping[str, Any], vision: Mapping[str, Any], places: int, quick: bool = False, **fields: Any
+    name: str,
+    language: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    places: int,
+    quick: bool = False,
+    pictures: Tensor | None = None,
+    **fields: Any,
 ) -> Row:
     """A language model that is shown pictures, of which each takes so many places in the text."""
     return Row(
-        name, {"text_config": language, "vision_config": vision, **fields}, lambda model: shown(places), quick=quick
+        name,
+        {"text_config": language, "vision_config": vision, **fields},
+        lambda model: shown(places, pictures),
+        quick=quick,
     )
 
 
-def shown(places: int, **pictures: Tensor) -> Inputs:
+def shown(places: int, pictures: Tensor | None = None) -> Inputs:
     """Two texts with a picture in each."""
     ids = tokens(2, 6 + places)
     ids[:, 3 : 3 + places] = IMAGE_TOKEN
-    return {"input_ids": ids, **(pictures or {"pixel_values": noise(2, 3, 16, 16)})}
+    return {"input_ids": ids, "pixel_values": noise(2, 3, 16, 16) if pictures is None else pictures}
 
 
 def patches(places: int, width: int) -> Inputs:
     """The same, as the Qwen models take pictures: cut into patches, of which four become one place."""
     side = 2 * int(places**0.5)
-    grid = torch.tensor([[1, side, side]] * 2)
-    found = shown(places, pixel_values=noise(2 * side * side, width), image_grid_thw=grid)
+    found = shown(places, noise(2 * side * side, width))
+    found["image_grid_thw"] = torch.tensor([[1, side, side]] * 2)
     found["mm_token_type_ids"] = (found["input_ids"] == IMAGE_TOKEN).long()
     return found
 
@@ -129,6 +139,18 @@ ROWS: tuple[Row, ...] = (
     text("NanoChatForCausalLM"),
     text("MiniCPM3ForCausalLM", num_key_value_heads=2),
     text("ModernBertDecoderForCausalLM"),
+    text("CTRLLMHeadModel", dff=64),
+    text("XLNetLMHeadModel"),
+    text("BitNetForCausalLM"),
+    text("CwmForCausalLM"),
+    text("DogeForCausalLM"),
+    text("GraniteSWAForCausalLM"),
+    uncalibrated("HrmTextForCausalLM", "runs model.L_module.layers.0 several times in one pass"),
+    text("HyperCLOVAXForCausalLM"),
+    text("Jais2ForCausalLM"),
+    text("LaraMiniForCausalLM"),
+    text("VaultGemmaForCausalLM"),
+    text("YoutuForCausalLM", num_key_value_heads=2),
     text("Gemma3nForCausalLM", num_kv_shared_layers=2, num_hidden_layers=4, layer_types=SLIDING * 2),
     text("Gemma4ForCausalLM"),
     text("Llama4ForCausalLM"),
@@ -145,6 +167,33 @@ ROWS: tuple[Row, ...] = (
     text("DeepseekV3ForCausalLM", quick=True, num_key_value_heads=2, first_k_dense_replace=1, n_group=2, topk_group=1),
     text("MiniMaxM2ForCausalLM"),
     text("Ernie4_5_MoeForCausalLM", moe_k=2),
+    text("AfmoeForCausalLM"),
+    text("Cohere2MoeForCausalLM"),
+    text("DeepseekV32ForCausalLM", num_key_value_heads=2, index_n_heads=2, index_head_dim=32, index_topk=4),
+    text(
+        "DeepseekV4ForCausalLM", o_lora_rank=32, o_groups=2, index_n_heads=2, index_head_dim=16, index_topk=4,
+    ),
+    text("Dots1ForCausalLM", n_shared_experts=1),
+    text("ExaoneMoeForCausalLM"),
+    text("FlexOlmoForCausalLM"),
+    text("FlintForCausalLM"),
+    text("Glm4MoeLiteForCausalLM", num_key_value_heads=2),
+    text("GlmMoeDsaForCausalLM", num_key_value_heads=2),
+    text("GraniteMoeSharedForCausalLM"),
+    text("HunYuanMoEV1ForCausalLM"),
+    text("HYV3ForCausalLM"),
+    text("JetMoeForCausalLM"),
+    text("Kolibri1ForCausalLM"),
+    text("LagunaForCausalLM"),
+    text(
+        "LongcatFlashForCausalLM", num_key_value_heads=2, moe_topk=2, zero_expert_num=2, expert_ffn_hidden_size=WIDTH,
+    ),
+    text("MellumForCausalLM"),
+    text("MiMoV2FlashForCausalLM"),
+    text("MiniMaxForCausalLM"),
+    text("MiniMaxM3VLForCausalLM"),
+    text("SolarOpenForCausalLM"),
+    text("ZayaForCausalLM", num_experts_per_tok=1),
     # state-space models, recurrent ones and hybrids
     text("MambaForCausalLM", quick=True),
     text("Mamba2ForCausalLM", num_heads=4, n_groups=1),
@@ -153,6 +202,10 @@ ROWS: tuple[Row, ...] = (
     text("xLSTMForCausalLM", chunk_size=16, hidden_size=128, embedding_dim=128),
     text("JambaForCausalLM", quick=True, attn_layer_period=2, attn_layer_offset=1),
     text("BambaForCausalLM", mamba_n_heads=4, attn_layer_indices=[1]),
+    uncalibrated(
+        "ZambaForCausalLM", "uses one block in several places", layers_block_type=["mamba", "hybrid"] * 2,
+        num_hidden_layers=4, num_key_value_heads=2, attention_hidden_size=64, attention_head_dim=32,
+    ),
     uncalibrated(
         "Zamba2ForCausalLM", "uses one block in several places",
         layers_block_type=["mamba", "hybrid"] * 2, num_hidden_layers=4,
@@ -165,6 +218,10 @@ ROWS: tuple[Row, ...] = (
     text("Qwen3NextForCausalLM", layer_types=LINEAR),
     text("Qwen3_5ForCausalLM", quick=True, layer_types=LINEAR),
     text("KimiLinearForCausalLM", num_key_value_heads=2, layer_types=LINEAR),
+    text("Lfm2MoeForCausalLM", layer_types=["conv", "full_attention"], num_dense_layers=1),
+    text("Lfm3ForCausalLM", layer_types=["conv", "full_attention"]),
+    text("OlmoHybridForCausalLM", layer_types=LINEAR),
+    text("Qwen3_5MoeForCausalLM", layer_types=LINEAR),
     # encoders
     text("BertForMaskedLM"),
     text("RobertaForSequenceClassification"),
@@ -178,6 +235,19 @@ ROWS: tuple[Row, ...] = (
     text("EuroBertForMaskedLM"),
     text("NomicBertForMaskedLM"),
     text("LongformerForMaskedLM"),
+    text("XLMRobertaForMaskedLM"),
+    text("CamembertForMaskedLM"),
+    text("BigBirdForMaskedLM"),
+    text("ConvBertForMaskedLM"),
+    text("EsmForMaskedLM", position_embedding_type="rotary", mask_token_id=3),
+    text("FNetForMaskedLM"),
+    text("FunnelForMaskedLM", block_sizes=[1, 1]),
+    text("GteForMaskedLM"),
+    text("JinaEmbeddingsV3ForMaskedLM"),
+    text("LayoutLMForMaskedLM"),
+    text("NystromformerForMaskedLM"),
+    text("RemBertForMaskedLM"),
+    uncalibrated("SqueezeBertForMaskedLM", "has no list of decoder layers that could be calibrated one by one"),
     # encoder-decoders
     text("T5ForConditionalGeneration", quick=True, decoder_start_token_id=0),
     text("UMT5ForConditionalGeneration"),
@@ -188,16 +258,64 @@ ROWS: tuple[Row, ...] = (
     text("MarianMTModel", quick=True),
     text("M2M100ForConditionalGeneration"),
     text("LEDForConditionalGeneration"),
+    text("BigBirdPegasusForConditionalGeneration"),
+    text("BlenderbotForConditionalGeneration"),
+    text("FSMTForConditionalGeneration", src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY),
+    text("MBartForConditionalGeneration"),
+    text("MT5ForConditionalGeneration", decoder_start_token_id=0),
+    text("MvpForConditionalGeneration"),
+    text("PLBartForConditionalGeneration"),
+    text(
+        "ProphetNetForConditionalGeneration", num_encoder_layers=2, num_encoder_attention_heads=2, num_decoder_attention_heads=2,
+    ),
+    text("T5GemmaForConditionalGeneration"),
     # sound
     uncalibrated("WhisperForConditionalGeneration", TAKES.format("input_features"), quick=True),
     uncalibrated("Wav2Vec2ForCTC", TAKES.format("input_values")),
+    uncalibrated("HubertForCTC", TAKES.format("input_values")),
+    uncalibrated("WavLMForCTC", TAKES.format("input_values")),
     # pixels
     uncalibrated("ViTForImageClassification", PIXELS),
     uncalibrated("Dinov2Model", PIXELS),
     uncalibrated("DINOv3ViTModel", PIXELS),
-    Row("CLIPModel", {}, lambda model: {**shown(0), "pixel_values": noise(2, 3, 16, 16)}, quick=True),
-    Row("SiglipModel", {}, lambda model: {**shown(0), "pixel_values": noise(2, 3, 16, 16)}),
+    uncalibrated("BeitForImageClassification", PIXELS),
+    uncalibrated("DeiTForImageClassification", PIXELS),
+    uncalibrated(
+        "SwinForImageClassification", PIXELS,
+        embed_dim=WIDTH, depths=[1, 1], num_heads=[2, 2], patch_size=4, window_size=2,
+    ),
+    Row("CLIPModel", {}, lambda model: shown(0), quick=True),
+    Row("SiglipModel", {}, lambda model: shown(0)),
     # language models that see
+    seeing("AyaVisionForConditionalGeneration", {"of": "Cohere2Config"}, {"of": "SiglipVisionConfig"}, 1),
+    seeing("Idefics3ForConditionalGeneration", {"of": "LlamaConfig"}, {}, 1, pictures=noise(2, 1, 3, 16, 16)),
+    seeing("SmolVLMForConditionalGeneration", {"of": "LlamaConfig"}, {}, 1, pictures=noise(2, 1, 3, 16, 16)),
+    seeing(
+        "InternVLForConditionalGeneration", {"of": "Qwen2Config"},
+        {"of": "InternVLVisionConfig", "image_size": [16, 16], "patch_size": [8, 8]}, 1,
+    ),
+    Row(
+        "Mistral3ForConditionalGeneration",
+        {"text_config": {"of": "MistralConfig"}, "vision_config": {"of": "PixtralVisionConfig"}},
+        lambda model: {**shown(1), "image_sizes": torch.tensor([[16, 16]] * 2)},
+    ),
+    Row(
+        "Blip2ForConditionalGeneration",
+        {"text_config": {"of": "OPTConfig"}, "qformer_config": {"encoder_hidden_size": WIDTH}, "num_query_tokens": 4},
+        lambda model: shown(4),
+    ),
+    Row("Gemma4ForConditionalGeneration"),  # this and the next two without a picture
+    Row("Phi4MultimodalForCausalLM", {"audio_config": {"num_blocks": 1, "ext_pw_out_channel": 32, "nemo_conv_channels": 32}}),
+    Row(
+        "MllamaForConditionalGeneration",
+        {
+            "text_config": {"cross_attention_layers": [1]},
+            "vision_config": {
+                "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64, "max_num_tiles": 1,
+                "supported_aspect_ratios": [[1, 1]],
+            },
+        },
+    ),
     seeing("LlavaForConditionalGeneration", {"of": "LlamaConfig"}, {"of": "CLIPVisionConfig"}, 4),
     seeing("PaliGemmaForConditionalGeneration", {"of": "GemmaConfig"}, {"of": "SiglipVisionConfig"}, 4),
     seeing("Gemma3ForConditionalGeneration", {}, {"of": "SiglipVisionConfig"}, 4, mm_tokens_per_image=4, quick=True),
@@ -220,6 +338,14 @@ ROWS: tuple[Row, ...] = (
         {
             "text_config": {"rope_parameters": SECTIONS},
             "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        },
+        lambda model: patches(4, 3 * 2 * 8 * 8),
+    ),
+    Row(
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "text_config": {"rope_parameters": SECTIONS, "layer_types": LINEAR},
+            "vision_config": QWEN_VISION | {"num_position_embeddings": 16},
         },
         lambda model: patches(4, 3 * 2 * 8 * 8),
     ),
