@@ -24,11 +24,11 @@ from .errors import ArgumentError
 from .evaluate import compare, perplexity
 from .formats import Written
 from .kernels.catalogue import OnUnsupported
+from .layerwise.hollow import check_calibratable
 from .layerwise.hosts import DirectoryHost, Host, Run, host_of
 from .layerwise.limits import check_limits
 from .layerwise.preview import preview_of
 from .layerwise.quantizing import quantize_linears
-from .layerwise.rehearsing import check_calibratable
 from .layerwise.running import Place
 from .memory import GivingBack
 from .models.architectures import foldable_architecture, text_config

@@ -1,9 +1,9 @@
 """Whether a model can be calibrated block by block, asked before any work and of headers alone.
 
 The run itself finds out as it goes (`capturing`): that a block is called twice, or reads what a block long before it put out.
-By then half of the model may be quantized. So the whole run is rehearsed: the same passes on a few tokens, with weights
-that are one number each, spread over the shape of the weight, and so take no memory. Which blocks run, in which order, on whose
-outputs, does not depend on values.
+By then half of the model may be quantized. So a hollow model goes through the whole run first: the same passes on a few
+tokens, with weights that are one number each, spread over the shape of the weight, and so take no memory. Which blocks run,
+in which order, on whose outputs, does not depend on values.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def check_calibratable(model: nn.Module) -> None:
             f"{name} cannot be calibrated: {reason}, before its inputs are what they will be; use RTN, HQQ or NF4, which need no "
             f"calibration"
         )
-    if not any(
+    hooked = any(
         hasattr(module, "_hf_hook") for module in model.modules()
-    ):  # accelerate's would put weights where ours are
-        _rehearse(model)
+    )  # accelerate would put weights where ours are
+    if not hooked and not any(buffer.is_meta for buffer in model.buffers()):  # the run says what is wrong with those
+        _go_through(model)
 
 
-def _rehearse(model: nn.Module) -> None:
+def _go_through(model: nn.Module) -> None:
     """Every pass that a run would make."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     place = Place(device)
@@ -84,7 +85,7 @@ def _hollow(model: nn.Module) -> Iterator[None]:
 
     def number(parameter: Tensor) -> Tensor:
         device = torch.device("cpu") if parameter.is_meta else parameter.device
-        return torch.tensor(_NUMBER, device=device).expand(parameter.shape)
+        return torch.tensor(_NUMBER, dtype=torch.float32, device=device).expand(parameter.shape)
 
     with _instead(model, number):
         yield
@@ -92,9 +93,14 @@ def _hollow(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _solid(block: nn.Module) -> Iterator[None]:
-    """For a while, the stacks of matrices in a hollow block have the strides that grouped products ask for. Zeros that nobody
-    writes take no memory on the CPU; elsewhere one block's do, as they will while it is quantized."""
-    with _instead(block, lambda parameter: torch.zeros(parameter.shape, device=parameter.device), dims=3):
+    """For a while, stacks of matrices in a hollow block are one matrix each, over and over: grouped products of experts ask
+    for the strides of a matrix."""
+
+    def matrix(parameter: Tensor) -> Tensor:
+        one = torch.full(parameter.shape[-2:], _NUMBER, dtype=parameter.dtype, device=parameter.device)
+        return one.expand(parameter.shape)
+
+    with _instead(block, matrix, dims=3):
         yield
 
 
