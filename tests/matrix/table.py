@@ -20,6 +20,7 @@ with transformers {transformers} and torch {torch}, on a CPU. Made by `python -m
 `tests/test_architectures.py` takes sixteen of them the same ways in `make test`, all of them with `-m large`, and
 compares with this page. Others run, too: any `nn.Module` with linear layers through `replace_linear`, any class of
 transformers through `load`. What is tiny and random says nothing about quality: [that is elsewhere](quality.md).
+Models that see were shown pictures, but for Gemma 4, Phi-4 multimodal and Mllama, which got text alone.
 
 * **float**: a directory → `load`: the outputs are those of transformers, bit for bit.
 * **RTN 8**, **GPTQ 4**: `quantize` of the directory, groups of 32 → `load`: outputs within 1e-5 of the dequantized
