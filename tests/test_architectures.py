@@ -4,11 +4,15 @@ table that comes of it is docs/models.md."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
-from .matrix.journeys import travel
+import qkernels
+from qkernels import QuantLinear
+
+from .matrix import journeys
 from .matrix.rows import ROWS, Row
 from .matrix.table import TABLE, committed, table
 
@@ -18,7 +22,7 @@ QUICK = [row for row in ROWS if row.quick]
 def check(row: Row, path: Path) -> None:
     if not hasattr(transformers, row.name):
         pytest.skip(f"transformers {transformers.__version__} has no {row.name}")
-    assert travel(row, path) == committed()[row.name]
+    assert journeys.travel(row, path) == committed()[row.name]
 
 
 @pytest.mark.parametrize("row", QUICK, ids=lambda row: row.name)
@@ -30,6 +34,36 @@ def test_every_way(row: Row, tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_way_of_every_architecture(row: Row, tmp_path: Path) -> None:
     check(row, tmp_path)
+
+
+def off_by_a_little(patch: pytest.MonkeyPatch) -> None:
+    forward = QuantLinear.forward
+    patch.setattr(QuantLinear, "forward", lambda self, x: forward(self, x) * (1 + 1e-4))
+
+
+def other_codes_in_the_plug_in(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(journeys, "SCHEME", "w7a16_g32")
+
+
+def a_bias_lost_by_load(patch: pytest.MonkeyPatch) -> None:
+    def load(path: Path) -> Any:
+        model = qkernels.load(path)
+        model.transformer.h[1].mlp.c_fc.bias.data.zero_()
+        return model
+
+    patch.setattr(journeys, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("plant", "noticed_by"),
+    [(off_by_a_little, "near"), (other_codes_in_the_plug_in, "same_weights"), (a_bias_lost_by_load, "same")],
+)
+def test_what_is_wrong_is_noticed(plant: Any, noticed_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control, and that the comparison which is meant to notices."""
+    plant(monkeypatch)
+    with pytest.raises(AssertionError) as caught:
+        journeys.travel(next(row for row in ROWS if row.name == "GPT2LMHeadModel"), tmp_path)
+    assert caught.traceback[-1].name == noticed_by
 
 
 def test_the_page_has_a_row_for_each() -> None:
