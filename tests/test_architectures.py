@@ -11,6 +11,7 @@ import transformers
 
 import qkernels
 from qkernels import QuantLinear
+from qkernels.models.architectures import ARCHITECTURES
 
 from .matrix import journeys
 from .matrix.rows import ROWS, Row
@@ -71,3 +72,10 @@ def test_the_page_has_a_row_for_each() -> None:
     assert [*committed()] == [row.name for row in ROWS]
     assert len(ROWS) >= 60 and len(QUICK) == 16
     assert TABLE.read_text(encoding="utf-8").endswith(table(committed()))
+
+
+@pytest.mark.large  # it imports every one of them
+def test_the_matrix_has_every_architecture_of_the_table_of_folds() -> None:
+    classes = [getattr(transformers, row.name, None) for row in ROWS]
+    taken = {kind.config_class.model_type for kind in classes if kind is not None}
+    assert {name for known in ARCHITECTURES for name in known.model_types} <= taken

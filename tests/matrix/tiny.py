@@ -46,6 +46,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 4),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": None,
+    **dict.fromkeys(("initializer_range", "init_std"), WIDTH**-0.5),  # layers that matter: what they get wrong is seen
     "image_size": 16, "patch_size": 8, "num_mel_bins": 8,
     **dict.fromkeys(("image_token_id", "image_token_index"), IMAGE_TOKEN),
     **dict.fromkeys(("video_token_id", "video_token_index"), IMAGE_TOKEN + 1),
