@@ -20,6 +20,7 @@ from ..models.linears import check_unscaled
 from ..nn import QuantLinear
 from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
+from ..storage.gguf import gguf_at
 from .registry import get_format
 from .source import open_checkpoint
 from .writer import CheckpointWriter
@@ -82,6 +83,8 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
     writer.close()
     if origin and (Path(origin) / CONFIG).is_file():
         copy_side_files(origin, directory)
+    elif origin and Path(origin).is_file() and gguf_at(origin) is not None:
+        open_checkpoint(origin).copy_side_files(directory)
     _write_generation_config(model, directory)
 
 
