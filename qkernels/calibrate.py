@@ -24,7 +24,7 @@ from .errors import ArgumentError
 from .evaluate import compare, perplexity
 from .formats import Written
 from .kernels.catalogue import OnUnsupported
-from .layerwise.capturing import check_calibratable
+from .layerwise.hollow import check_calibratable
 from .layerwise.hosts import DirectoryHost, Host, Run, host_of
 from .layerwise.limits import check_limits
 from .layerwise.preview import preview_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels import quantize
 
@@ -86,11 +86,16 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(model_type, **fields | changes)
     )
-    with torch.no_grad():  # norms and biases start as 1 and 0, which would hide a fold that forgets them
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += torch.randn_like(parameter) * 0.2
+    stir(model)
     return model.eval()
+
+
+@torch.no_grad()
+def stir(model: nn.Module) -> None:
+    """Norms and biases start as 1 and 0, which would hide a fold that forgets them, or a file that loses them."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += torch.randn_like(parameter) * 0.2
 
 
 def in_float64(model: Any) -> Any:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..errors import ArgumentError, CheckpointError, UnsupportedProblem
 from ..formats import Oddity, summary
 from ..memory import give_back
-from ..models.building import assign, empty_model
+from ..models.building import assign, computed, empty_model
 from ..models.linears import as_linear
 from ..models.naming import float_state
 from ..nn import QuantLinear, set_module
@@ -188,7 +188,8 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(checkpoint.shape(name))}"
             )
-    missing = [slot[0] for slot in _slots(model) if not any(name in checkpoint for name in slot)]
+    may_lack = computed(model)
+    missing = [n[0] for n in _slots(model) if n[0] not in may_lack and not any(name in checkpoint for name in n)]
     _check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
 
 
@@ -290,13 +291,16 @@ def _fill(
     dtype: torch.dtype,
 ) -> list[str]:
     """Load what is not quantized; returns the names that the checkpoint lacks."""
-    missing = []
+    missing, made = [], {name: model.get_parameter(name) for name in computed(model)}
     for slot in slots:
         names = [name for name in slot if name.rpartition(".")[0] not in checkpoint.modules]
         present = [name for name in names if name in checkpoint]
         used.update(present)
         if len(names) < len(slot) and names:
             _untie(model, f"{slot[0]} and {slot[-1]} are tied by {CONFIG}, but one of them is quantized")
+        if not present and names and names[0] in made:
+            assign(model, {names[0]: nn.Parameter(made[names[0]].to(device), requires_grad=False)})
+            continue
         if not present:
             missing += names[:1]
             continue

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..errors import CheckpointError, ConversionError
 from ..formats import Oddity, summary
 from ..kernels.catalogue import Problem, arch_of, select
+from ..models.linears import check_unscaled
 from ..nn import QuantLinear
 from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
@@ -69,6 +70,7 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
             f"save needs a transformers model with QuantLinear modules, got {type(model).__name__} with {len(layers)} of "
             f"them and {'no' if model_config is None else 'a'} config; make them with replace_linear or quantize"
         )
+    check_unscaled(model)
     config = json.loads(model_config.to_json_string()) | {"architectures": [type(model).__name__]}
     origin = str(getattr(model_config, "_name_or_path", "") or "")
     writer = CheckpointWriter(directory, config, chosen, named_for=model)

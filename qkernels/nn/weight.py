@@ -70,6 +70,7 @@ class PackedWeight(Tensor):
     """
 
     layer: Packed
+    _is_hf_initialized = True  # transformers initializes what it did not load, and asks its tensors (CLIP, Mamba)
 
     @staticmethod
     def __new__(cls, layer: Packed, device: torch.device) -> PackedWeight:
