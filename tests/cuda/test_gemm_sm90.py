@@ -170,6 +170,7 @@ def found(flavour: emulator.Flavour, bug: str, schedule: str = "ascending") -> s
         ("WGMMA_WRONG_PHASE", "more arrivals at an mbarrier"),
         ("WGMMA_WRONG_SWIZZLE", "wrong"),
         ("WGMMA_PRODUCER_DOES_NOT_WAIT", "more arrivals at an mbarrier"),
+        ("WGMMA_STALE_SCALES", "wrong"),
         ("WGMMA_NO_FENCE", "wgmma without wgmma.fence"),
         ("WGMMA_NO_PROXY_FENCE", "fence.proxy.async"),
         ("WGMMA_NO_CLUSTER_BARRIER", "wrong"),

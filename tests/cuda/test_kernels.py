@@ -16,6 +16,7 @@ from qkernels import QuantTensor
 from tests.cuda import calls, emulator
 from tests.cuda.bounds import ZEROS, bound
 from tests.cuda.calls import DTYPES, Config, decode, gemm, in_room, multiply
+from tests.cuda.emulator import Call
 from tests.ops.helpers import exact_product, integers, magnitudes
 from tests.strategies import random_weight
 
@@ -55,6 +56,23 @@ def test_every_group_and_kind_of_zero(group: str, zeros: str) -> None:
         x = integers(M, K, dtype=dtype, most=2)
         check(weight, x, decode(M, warps_n=2, splits=2))
         check(weight, x, gemm(32, splits=2))
+
+
+def test_every_instance_of_decode() -> None:
+    """8, 16 and 32 tokens, groups of 16, 32 and 64, each kind of zero and of scale: 25 instances for each type."""
+    seen = set()
+    for M, group, zeros, scale_dtype in itertools.product(
+        (3, 12, 20), ("g16", "g32", "g64"), ZEROS, (torch.float16, torch.float32)
+    ):
+        for bits, dtype in itertools.product((4, 8), DTYPES):
+            weight = random_weight(f"w{bits}a16_{group}{zeros}", 64, 128, dtype=scale_dtype, exact=True)
+            x = in_room(integers(M, 128, dtype=dtype, most=2))
+            config = Config("decode", 8 if M == 3 else 16 if M == 12 else 32, 2, 2)
+            kernel = emulator.record(calls.UNIT, calls.multiply_call(weight, x, config))[0].kernel
+            if kernel not in seen:
+                seen.add(kernel)
+                check(weight, x, config)
+    assert len(seen) == 50
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
@@ -159,6 +177,24 @@ def test_orders_from_outside_cannot_read_outside() -> None:
         emulator.run(calls.UNIT, call)
         results.append(call.buffers["y"])
     assert torch.equal(*results)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("K", [96, 90])
+def test_an_order_may_lie_anywhere(K: int) -> None:
+    """Indices are read 16 bytes at a time where they are aligned, one by one in a view that is not, and past the last eight."""
+    weight = random_weight("w4a16_g32", 40, K, act_order=True, exact=True)
+    x = integers(3, K, dtype=torch.float16)
+    expected = exact_product(weight, x)
+    for offset in range(4):
+        call = calls.multiply_call(weight, x, decode(3))
+        order = call.buffers["k_order"]
+        assert order is not None
+        room = torch.full((K + 8,), -1, dtype=torch.int32)
+        start = -room.data_ptr() % 16 // 4 + offset
+        moved = room[start : start + K].copy_(order)
+        assert moved.data_ptr() % 16 == 4 * offset
+        emulator.run(calls.UNIT, Call("multiply", {**call.buffers, "k_order": moved}, call.integers))
+        assert torch.equal(call.buffers["y"], expected)  # type: ignore[arg-type]
 
 
 def test_a_row_depends_on_nothing_but_itself() -> None:

@@ -338,6 +338,8 @@ inline void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t b, b
   host::issue_wgmma<host::Bytes>(d, a, b, accumulate);
 }
 inline void cluster_barrier() { host::cluster_sync(); }
+inline void cluster_barrier_relaxed() { host::cluster_sync(); }
+inline bool elect_one() { return host::thread->index % host::kLanes == 0; }
 inline Words2 load_cluster8(uint32_t address, int rank) {
   const auto& blocks = host::block->cluster->blocks;
   if (rank < 0 || static_cast<size_t>(rank) >= blocks.size()) host::fail("no such block in the cluster");

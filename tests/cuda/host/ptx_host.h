@@ -207,6 +207,11 @@ inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   }
   return d;
 }
+template <int kBits>
+inline uint32_t shift_right_by_multiplying(uint32_t value) {
+  return static_cast<uint32_t>(uint64_t{value} * (1u << (32 - kBits)) >> 32);
+}
+inline void keep(uint32_t&) {}
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t d = 0;
