@@ -2,7 +2,7 @@
 // bytes / bandwidth, and what it must do is to keep enough of them on the way.
 //
 // A block is 4, 8 or 16 warps, warps_n * warps_k. Each warp owns one strip of 64 rows and a contiguous range of its
-// columns, and runs alone: it asks for its own bytes (cp.async, each lane 16 bytes of each base tile) kStages - 1 steps
+// columns, and runs alone: it asks for its own bytes (cp.async, each lane 16 bytes of each base tile) stages - 1 steps
 // ahead into its own ring in shared memory, and waits for nobody. 16 warps * 3 steps * 2 KB = 96 KB under way per
 // block in 4 bit, where an H200 wants 64 KB a multiprocessor (36 KB are 4.8 TB/s * 1 us / 132; latency grows under
 // load) and an RTX card 10 KB.
@@ -20,6 +20,7 @@
 #include "copy.cuh"
 #include "multiply_biased.cuh"
 #include "output.cuh"
+#include "sum_again.cuh"
 
 namespace qkernels::cuda {
 
@@ -31,6 +32,7 @@ struct DecodeArguments {
   bool aligned;  // x: 16-byte copies
   int warps_n, warps_k;
   int steps_per_block;  // at most
+  int stages;           // of a warp's ring, 2 ... kMostDecodeStages
   int stage_bytes;      // of one warp: codes, scales, zeros
   int warp_bytes;       // of one warp: its ring, or its totals afterwards
 };
@@ -67,10 +69,24 @@ struct GroupChunk {
   }
 };
 
+// cp_async_wait<stages - 2>: the number stands in the instruction. kUsual is tried first.
+template <int kUsual>
+QK_DEVICE void wait_for_slot(int stages) {
+  if (stages == kUsual) {
+    cp_async_wait<kUsual - 2>();
+  } else if (stages <= 3) {
+    stages == 2 ? cp_async_wait<0>() : cp_async_wait<1>();
+  } else if (stages == 4) {
+    cp_async_wait<2>();
+  } else {
+    stages == 5 ? cp_async_wait<3>() : cp_async_wait<kMostDecodeStages - 2>();
+  }
+}
+
 template <class F, int kTokenTiles>
 __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) decode(const DecodeArguments p) {
   QK_SHARED(shared);
-  constexpr int kStages = decode_stages(8 * kTokenTiles, F::kWidth);
+  constexpr int kUsualStages = decode_stages(8 * kTokenTiles, F::kWidth);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int strip = blockIdx.x * p.warps_n + warp % p.warps_n, part = warp / p.warps_n;
   const bool owns = strip < p.weight.strips;
@@ -108,9 +124,9 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
     walk.advance(p.weight);
     if (walk.left == p.weight.steps_per_group) groups.from += groups.stride;  // another group has begun
   };
-  const uint32_t first_slot = ring + lane * 16, last_slot = first_slot + (kStages - 1) * p.stage_bytes;
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
+  const uint32_t first_slot = ring + lane * 16, last_slot = first_slot + (p.stages - 1) * p.stage_bytes;
+#pragma unroll 1
+  for (int i = 0; i < p.stages - 1; ++i) {
     if (i < steps) copy_step(first_slot + i * p.stage_bytes);
     cp_async_commit();
   }
@@ -134,11 +150,11 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
   Totals<kTokenTiles> totals = {};
   uint32_t slot = first_slot, free_slot = last_slot, step_x = x + mine.begin * p.x.M * kTokenBytes;
   for (int left = steps; left > 0; --left) {
-    cp_async_wait<kStages - 2>();
+    wait_for_slot<kUsualStages>(p.stages);
     __syncwarp();  // all lanes' copies of this slot are there, and all lanes are done with the slot before
     TokenFragments<kTokenTiles> tokens;
     load_tokens<kTokenTiles>(tokens, step_x, token_offset);
-    if (left > kStages - 1) copy_step(free_slot);
+    if (left > p.stages - 1) copy_step(free_slot);
     cp_async_commit();
     if constexpr (F::kBiased) {
       multiply_biased<F, kTokenTiles>(totals, p.format, slot, slot + to_scales, tokens, lane);
@@ -167,7 +183,8 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
       low += bits_to_float(v.word[0]), high += bits_to_float(v.word[1]);
     }
     const int n = (blockIdx.x * p.warps_n + column) * kStripRows + 2 * lane;
-    if (n < p.out.N_pad) {
+    if (n < p.out.N_pad) {  // of all lanes or of none
+      if (!all_finite(low, high)) sum_again<typename F::T>(p.weight, p.x, token, n, block, low, high);
       store_part<typename F::T>(p.out, blockIdx.y, gridDim.y, token, n, low, high);
     }
   }

@@ -7,7 +7,8 @@
 // bf16 has 7: 0x4300 is 128, codes of 4 bits fit, and the eighth bit of a longer code needs a step of its own.
 //
 // The subtraction may be left out: then the tensor core sums (code + kBias) x, and who knows the sum of x puts it right
-// (multiply_biased.cuh). kBias is small where the mantissa has room: fp16 counts codes of 4 bits from 64, not from 1024.
+// (multiply_biased.cuh). kBias is small where the mantissa has room: fp16 counts codes of 4 bits from 64, not from
+// 1024.
 //
 //   instructions per 8 codes     fp16   bf16   of these on the pipe of lop3 and shifts, two cycles a warp
 //   4 bit                        9      11     5, 7     256 weights of a warp, then one mma per 8 tokens

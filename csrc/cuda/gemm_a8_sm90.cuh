@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kConsumersA8 + 128, 1) gemm_a8_wgmma(const __g
 #pragma unroll
       for (int s = 0; s < kStripsA8; ++s) {
         if (role == 1 + s) {
-          produce_strip<step_bytes(kWidth), true>(p.weight, p.format, ring,
-                                                  kTokens * kTokenBytesA8 + s * p.strip_bytes,
+          produce_strip<step_bytes(kWidth), true>(p.weight, p.format, ring, kTokens * kTokenBytesA8 + s * p.strip_bytes,
                                                   blockIdx.y * kStripsA8 + s, begin, end);
         }
       }

@@ -1,10 +1,10 @@
 // y = x W^T for many tokens, on Hopper's wgmma: sm_90a alone.
 //
 // A block computes one strip (64 rows) for up to 32 tokens, two for more: one warpgroup a strip, whose four warps hold
-// a strip's four tiles of mma_tile as the A operand, in registers; x is B, in shared memory. A last warpgroup keeps a ring
-// of steps of 64 columns on their way: a thread for x by TMA tiles (swizzled, zeros past M and K) and one for each strip's
-// codes, and its scales and zeros with the first step of their group, by bulk copies. Each announces its own bytes.
-// mbarriers `full` and `empty` of each stage are all that joins producers and consumers.
+// a strip's four tiles of mma_tile as the A operand, in registers; x is B, in shared memory. A last warpgroup keeps a
+// ring of steps of 64 columns on their way: a thread for x by TMA tiles (swizzled, zeros past M and K) and one for each
+// strip's codes, and its scales and zeros with the first step of their group, by bulk copies. Each announces its own
+// bytes. mbarriers `full` and `empty` of each stage are all that joins producers and consumers.
 //
 //   rows x tokens   stage, 4 bit, g128   stages   registers of a lane: totals + sums of the group + fragments
 //   64 x 16         2 KB + 2.1 KB        16       8 + 8 + 16
@@ -22,6 +22,7 @@
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"
+#include "sum_again.cuh"
 #include "tensor_map.h"
 
 // Only nvcc for sm_90a has these instructions; elsewhere the kernel is a trap that heuristics.h never chooses.
@@ -46,6 +47,7 @@ struct WgmmaArguments {
   TensorMap x;
   Weight weight;
   GroupFormat format;
+  Activations plain_x;  // what `x` maps
   Output out;
   int strip_bytes;  // of a stage: codes, scales, zeros of one strip
   int stage_bytes;
@@ -145,8 +147,8 @@ struct Consumer {
   // From a stage's start: the lane's codes, and the strip's scales; and of its first row among the scales of a group.
   uint32_t to_codes, to_scales, first_row;
   uint64_t first_x;     // descriptor of the first stage's x
-  int length;        // of the group that begins next, in steps
-  int fresh_in = 0;  // steps until then: the step that begins it brings its scales and zeros
+  int length;           // of the group that begins next, in steps
+  int fresh_in = 0;     // steps until then: the step that begins it brings its scales and zeros
   uint32_t before = 0;  // `empty` of the step before, whose last wgmma may be in flight; or 0
   uint32_t scales = 0;  // of the step that is being converted: where they are, its codes, and the group
   LaneCodes<F::kWidth> q{};
@@ -242,7 +244,8 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   constexpr int kStrips = wgmma_strips(kTokens), kConsumers = kStrips * 128;
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, tile = warp % 4, lane = threadIdx.x % 32;
   const int split = blockIdx.z;
-  const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
+  const Share share = Share::of(p.weight.steps, gridDim.z, split);
+  const int begin = share.begin, end = share.end;
   const uint32_t slots = (shared_address(shared) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   const Ring ring{slots, slots + p.stages * p.stage_bytes, p.stage_bytes, p.stages};
 
@@ -293,17 +296,25 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   }
   const int n = (blockIdx.y * kStrips + warpgroup) * kStripRows + 2 * lane;
   auto place = [&](int token) { return exchange + (token * kExchangeRow + 2 * lane) * 4; };
+  // Scaled fragments are weights, and their sums those of a float layer.
+  auto mend = [&](int m, Share steps, float& low, float& high) {
+    if constexpr (!F::kScaled) {
+      if (!all_finite(low, high)) sum_again<typename F::T>(p.weight, p.plain_x, m, n, steps, low, high);
+    }
+  };
   if (p.clusters) {
     const int splits = gridDim.z;
     cluster_barrier();  // all blocks' totals are there
     for (int token = split + splits * tile; token < kTokens; token += splits * 4) {
       const int m = blockIdx.x * kTokens + token;
-      if (m >= p.out.M || n >= p.out.N) continue;  // what is read is used: it has come when this block says so below
+      // What is read is used: it has come when this block says so below. And `mend` is for whole warps.
+      if (m >= p.out.M || n >= (F::kScaled ? p.out.N : p.out.N_pad)) continue;
       float low = 0, high = 0;
       for (int part = 0; part < splits; ++part) {  // in their order
         const Words2 v = load_cluster8(place(token), part);
         low += bits_to_float(v.word[0]), high += bits_to_float(v.word[1]);
       }
+      mend(m, {0, p.weight.steps}, low, high);
       store_y<typename F::T>(p.out, m, n, low, high);
     }
     cluster_barrier_relaxed();  // nobody reads this block's totals any more
@@ -314,7 +325,9 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
     const int m = blockIdx.x * kTokens + token;
     const Words2 v = load_shared8(place(token));
     if (m < p.out.M && n < p.out.N_pad) {
-      store_part<typename F::T>(p.out, split, gridDim.z, m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]));
+      float low = bits_to_float(v.word[0]), high = bits_to_float(v.word[1]);
+      mend(m, share, low, high);
+      store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
     }
   }
 #else

@@ -132,7 +132,7 @@ inline Blocks blocks_of(const Problem& p, const Card& card, const Config& c) {
 // weight is counted.
 inline double bytes_on_their_way(const Problem& p, const Config& c, const Blocks& b) {
   if (c.path == Path::kDecode) {
-    const int ahead = decode_stages(c.tokens, p.width()) - 1, steps = divide_up(b.steps, c.warps_k);
+    const int ahead = decode_stages(c, p.width()) - 1, steps = divide_up(b.steps, c.warps_k);
     return static_cast<double>(b.at_once()) * b.warps * std::min(steps, ahead) * b.strip_bytes;
   }
   if (uses_wgmma(c.path)) {

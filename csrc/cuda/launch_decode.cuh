@@ -1,7 +1,7 @@
 // How an instance of decode is found and launched, for one type of activations, each a translation unit of its own: 25
 // instances. 14 of 8 tokens, for each width 4 for the usual scales and zeros (GroupKind) in groups of 32 and of 64 or
-// more, and 3 for all others and groups of 16; 7 of 16 tokens, where only symmetric 4 bit in groups of 64 and more has one
-// of its own (the others do not fit 128 registers); 4 of 32.
+// more, and 3 for all others and groups of 16; 7 of 16 tokens, where only symmetric 4 bit in groups of 64 and more has
+// one of its own (the others do not fit 128 registers); 4 of 32.
 #pragma once
 #include "blocks.h"
 #include "decode.cuh"
@@ -63,7 +63,8 @@ template <class T>
 cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t stream) {
   const int warps = config.warps_n * config.warps_k;
   if ((config.tokens != 8 && config.tokens != 16 && config.tokens != 32) || warps < 1 ||
-      warps > most_decode_warps(config.tokens) || call.x.M > config.tokens || config.splits < 1) {
+      warps > most_decode_warps(config.tokens) || call.x.M > config.tokens || config.splits < 1 || config.stages == 1 ||
+      config.stages > kMostDecodeStages) {
     return cudaErrorInvalidValue;
   }
   DecodeArguments p{};
@@ -72,7 +73,8 @@ cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t s
   p.warps_n = config.warps_n, p.warps_k = config.warps_k;
   p.steps_per_block = divide_up(call.weight.steps, config.splits);
   p.stage_bytes = stage_bytes(call.weight);
-  p.warp_bytes = decode_warp_bytes(config.tokens, p.stage_bytes, call.weight.width);
+  p.stages = decode_stages(config, call.weight.width);
+  p.warp_bytes = decode_warp_bytes(config.tokens, p.stage_bytes, p.stages);
   const size_t shared = decode_shared_bytes(config, call.x.M, p.stage_bytes, call.weight.width, call.weight.steps);
   const dim3 grid(divide_up(call.weight.strips, config.warps_n), config.splits);
   const DecodeLaunch launch{p, config.tokens, grid, shared, stream};

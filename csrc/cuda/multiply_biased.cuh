@@ -5,15 +5,15 @@
 // The constant that a code is dropped into stays in it (dequantize.cuh): the tensor core sums (code + kBias) x, and its
 // accumulator starts at -(zero + kBias) times the sum of x over the group, so that what comes out is the sum of
 // (code - zero) x. The sum of x is one mma of a matrix of ones for 16 columns, which serves all 64 rows: four a step,
-// for 64 subtractions. A symmetric weight's -(2^(bits - 1) + kBias) stands in that matrix instead of the ones, and costs
-// nothing more. From 32 tokens on that is too many mma (80 a step), and multiply_step subtracts.
+// for 64 subtractions. A symmetric weight's -(2^(bits - 1) + kBias) stands in that matrix instead of the ones, and
+// costs nothing more. From 32 tokens on that is too many mma (80 a step), and multiply_step subtracts.
 //
 // Numbers: what is summed is a little larger than (code - zero) x, at most 1280 |x| for 8 bit in fp16 and 144 |x| else,
 // over the columns of a group in one step. Integers stay exact as long as such a sum stays below 2^22; fp32 rounds else
 // at 2^-24 of it, far below the rounding of y. An infinite x gives NaN.
 //
-// And where the scales are of 16 bit, and the zeros integers or none, the kernel knows it (GroupKind), and has no branch
-// on types but one between the two kinds of 16 bit. All rows' scales are loaded once for each group of the step.
+// And where the scales are of 16 bit, and the zeros integers or none, the kernel knows it (GroupKind), and has no
+// branch on types but one between the two kinds of 16 bit. All rows' scales are loaded once for each group of the step.
 #pragma once
 #include "multiply.cuh"
 

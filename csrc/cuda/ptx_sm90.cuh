@@ -161,8 +161,8 @@ QK_DEVICE Words2 load_cluster8(uint32_t address, int rank) {
   return v;
 }
 
-// One lane of a warp, always the same. The compiler knows that it is alone: the operands of copies then need no loop over
-// lanes that might differ.
+// One lane of a warp, always the same. The compiler knows that it is alone: the operands of copies then need no loop
+// over lanes that might differ.
 QK_DEVICE bool elect_one() {
   uint32_t elected;
   asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(elected));

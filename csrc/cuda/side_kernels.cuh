@@ -3,6 +3,7 @@
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"
+#include "weights.cuh"
 
 namespace qkernels::cuda {
 
@@ -47,13 +48,6 @@ struct DequantizeArguments {
   uint8_t* to;
 };
 
-QK_DEVICE float load_group_value(Type type, const uint8_t* base, int64_t i) {
-  if (type == Type::kUInt8) return static_cast<float>(load_global1(base + i));
-  if (type == Type::kFloat) return bits_to_float(load_global4(base + i * 4));
-  const uint16_t bits = load_global2(base + i * 2);
-  return type == Type::kHalf ? f16_to_float(bits) : bf16_to_float(bits);
-}
-
 // Eight columns of one row from k on: 16 bytes per store where the row's start allows it, else one value at a time.
 QK_DEVICE void store_columns(const DequantizeArguments& p, int row, int k, const float (&w)[8]) {
   const int64_t start = static_cast<int64_t>(row) * p.columns;
@@ -64,8 +58,8 @@ QK_DEVICE void store_columns(const DequantizeArguments& p, int row, int k, const
     if (p.type == Type::kFloat) {
 #pragma unroll
       for (int i = 0; i < 8; i += 4) {
-        store_global16(to + 4 * i,
-                       {{float_to_bits(w[i]), float_to_bits(w[i + 1]), float_to_bits(w[i + 2]), float_to_bits(w[i + 3])}});
+        store_global16(to + 4 * i, {{float_to_bits(w[i]), float_to_bits(w[i + 1]), float_to_bits(w[i + 2]),
+                                     float_to_bits(w[i + 3])}});
       }
     } else {
       Words4 v;
@@ -92,11 +86,11 @@ QK_DEVICE void store_columns(const DequantizeArguments& p, int row, int k, const
   }
 }
 
-// A warp takes a 16-row tile and 64 columns. Lane c of a row's four writes columns 8 c ... 8 c + 7 of each half of 32: so
-// every 16-byte store of the four is 64 bytes in a row, two whole sectors (16-bit types; each lane writing 16 columns in
-// a row, a store would meet every other half of four). A lane needs four of the eight codes of each word that it reads,
-// so that two lanes read the same; these reads are four bytes from lines that L1 keeps, and there are 4 (8) times as many
-// bytes to write as to read.
+// A warp takes a 16-row tile and 64 columns. Lane c of a row's four writes columns 8 c ... 8 c + 7 of each half of 32:
+// so every 16-byte store of the four is 64 bytes in a row, two whole sectors (16-bit types; each lane writing 16
+// columns in a row, a store would meet every other half of four). A lane needs four of the eight codes of each word
+// that it reads, so that two lanes read the same; these reads are four bytes from lines that L1 keeps, and there are 4
+// (8) times as many bytes to write as to read.
 template <int kWidth>
 __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const DequantizeArguments p) {
   const Weight& w = p.weight;
@@ -136,23 +130,19 @@ __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const Dequan
   for (int high = 0; high < 2; ++high) {
     const int row = strip * kStripRows + tile * kTileRows + r + 8 * high;
     if (row >= p.rows) continue;
-    float scale = 0.0f, zero = 0.0f;
+    GroupValues group{};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (j == 0 || w.groups_per_step > 1) {
         const int in_step = w.groups_per_step == 4 ? 2 * j + (c >> 1) : w.groups_per_step == 2 ? j : 0;
         const int64_t place = (first_group + in_step) * kStripRows + 8 * r + 2 * tile + high;
-        scale = load_group_value(w.scale_type, w.scales, place);
-        zero = w.zero_type == Type::kNone ? static_cast<float>(w.mid) : load_group_value(w.zero_type, w.zeros, place);
+        group = load_group_values(w, place);
       }
       const int k = step * kStepColumns + 32 * j + 8 * c;
       float values[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        // Every operation is rounded by itself, so that the weight is, bit for bit, that of QuantTensor.dequantize.
-        const float v = w.zeros_are_offsets ? add_rounded(multiply_rounded(code[j][high][i], scale), zero)
-                                            : multiply_rounded(code[j][high][i] - zero, scale);
-        values[i] = k + i < w.K ? v : 0.0f;  // stored columns past K
+        values[i] = k + i < w.K ? dequantized(w, code[j][high][i], group) : 0.0f;  // stored columns past K
       }
       store_columns(p, row, k, values);
     }

@@ -28,8 +28,11 @@ NO_ROW_MASK = ("output.cuh", "if (m < out.M && n < out.N_pad) store", "if (n < o
 MUTANTS: dict[str, Mutant] = {
     # Scales are copied by some lanes for all, and slots are reused: without the warp's barrier lanes race.
     "DECODE_NO_WARP_BARRIER": Mutant(*DECODE, "__syncwarp();  // all lanes' copies of this slot", "// "),
-    "DECODE_SHORT_WAIT": Mutant(*DECODE, "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
+    "DECODE_SHORT_WAIT": Mutant(*DECODE, "    cp_async_wait<kUsual - 2>();", "    cp_async_wait<kUsual - 1>();"),
     "DECODE_NO_WAIT_FOR_X": Mutant(*DECODE, "cp_async_wait<0>();  // x, the youngest", "cp_async_wait<1>();  // "),
+    "DECODE_NOT_AGAIN": Mutant(
+        "decode_bf16.cu", "decode.cuh", "if (!all_finite(low, high)) sum_again", "if (false) sum_again"
+    ),
     "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of the next slot", "// "),
     # The slot that is read next, instead of the one that is free.
     "GEMM_COPIES_TOO_EARLY": Mutant(*GEMM, "copy_step(step + kStages, slot);", "copy_step(step + kStages, next_slot);"),
@@ -43,6 +46,9 @@ MUTANTS: dict[str, Mutant] = {
     # In the first file that is linked: the function is inline, and the linker keeps one of equal names.
     "DECODE_NO_CLAMP": Mutant(
         "decode_bf16.cu", "copy.cuh", "return column < 0 ? 0 : column >= K ? K - 1 : column;", "return column + 0 * K;"
+    ),
+    "GEMM_NOT_AGAIN": Mutant(
+        "gemm_sm80_bf16.cu", "gemm_sm80.cuh", "if (!all_finite(low, high)) again |=", "if (false) again |="
     ),
     "GEMM_NO_ROW_MASK": Mutant("gemm_sm80_f16.cu", *NO_ROW_MASK),
     # What every launch did once: a limit of its own, which a smaller launch lowers under a larger one.
@@ -87,9 +93,8 @@ MUTANTS: dict[str, Mutant] = {
     "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
     "WGMMA_NO_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // all blocks' totals", "// "),
     "WGMMA_NO_LAST_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier_relaxed();  // nobody", "// "),
-    "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(
-        *WGMMA, "if (m >= p.out.M || n >= p.out.N) continue;", "if (n >= p.out.N) continue;"
-    ),
+    "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(*WGMMA, "if (m >= p.out.M || n >= (F::kScaled", "if (n >= (F::kScaled"),
+    "WGMMA_NOT_AGAIN": Mutant(*WGMMA, "if (!all_finite(low, high)) sum_again", "if (false) sum_again"),
     "IGMMA_NO_WAIT": Mutant(*IGMMA, "    wgmma_wait<0>();\n    wgmma_results(sums);\n    release", "    release"),
     "IGMMA_SHORT_WAIT": Mutant(*IGMMA, "wgmma_wait<1>();  // the first fragment", "wgmma_wait<2>();  // "),
     "IGMMA_NO_FENCE": Mutant(*IGMMA, "    wgmma_fence();\n", ""),

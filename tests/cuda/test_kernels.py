@@ -58,23 +58,6 @@ def test_every_group_and_kind_of_zero(group: str, zeros: str) -> None:
         check(weight, x, gemm(32, splits=2))
 
 
-def test_every_instance_of_decode() -> None:
-    """8, 16 and 32 tokens, groups of 16, 32 and 64, each kind of zero and of scale: 25 instances for each type."""
-    seen = set()
-    for M, group, zeros, scale_dtype in itertools.product(
-        (3, 12, 20), ("g16", "g32", "g64"), ZEROS, (torch.float16, torch.float32)
-    ):
-        for bits, dtype in itertools.product((4, 8), DTYPES):
-            weight = random_weight(f"w{bits}a16_{group}{zeros}", 64, 128, dtype=scale_dtype, exact=True)
-            x = in_room(integers(M, 128, dtype=dtype, most=2))
-            config = Config("decode", 8 if M == 3 else 16 if M == 12 else 32, 2, 2)
-            kernel = emulator.record(calls.UNIT, calls.multiply_call(weight, x, config))[0].kernel
-            if kernel not in seen:
-                seen.add(kernel)
-                check(weight, x, config)
-    assert len(seen) == 50
-
-
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
 def test_other_widths_ride_in_wider_tiles(bits: int) -> None:
     for zeros, M in zip(ZEROS, (1, 9, 3, 17)):

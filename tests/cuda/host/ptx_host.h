@@ -253,6 +253,14 @@ inline uint32_t shuffle_xor(uint32_t v, int mask) {
 inline float shuffle_xor(float v, int mask) { return bits_to_float(shuffle_xor(float_to_bits(v), mask)); }
 inline uint32_t shuffle(uint32_t v, int lane) { return host::exchange("shfl.idx", v, static_cast<unsigned>(lane)); }
 inline float shuffle(float v, int lane) { return bits_to_float(shuffle(float_to_bits(v), lane)); }
+inline bool any_lane(bool v) {
+  const uint32_t operand[1] = {v};
+  host::give(0, operand);
+  host::warp_instruction("vote.any", &host::any_warp);
+  uint32_t result[1];
+  host::take(result);
+  return result[0] != 0;
+}
 inline void named_barrier_sync(int id, int threads) { host::barrier_sync(id, static_cast<unsigned>(threads)); }
 inline void named_barrier_arrive(int id, int threads) { host::arrive(id, static_cast<unsigned>(threads), false); }
 
