@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.sass_paths import parse, round_of, shortest_round
+from tools.sass_paths import parse, round_of, shortest_round, way_to
 
 # Stall counts are bits 41 ... 44 of the upper word: 2, 4, 1 and so on.
 UPPER = {stall: f"0x{stall << 41:016x}" for stall in range(16)}
@@ -56,3 +56,11 @@ def test_what_no_loop_has_is_not_found() -> None:
     assert shortest_round(code, {"HGMMA": 1}) is None
     assert shortest_round(code, {"HMMA": 2}) is None
     assert round_of(code, 1, {"HMMA": 1}) is None  # the spin has no product
+
+
+def test_the_way_to_an_instruction_is_the_shortest_from_the_entry() -> None:
+    code = parse(LOOP)
+    first = way_to(code, "LDGSTS")
+    assert first is not None
+    assert [one.name for one in first.path] == ["MOV", "SYNCS", "BRA", "ISETP", "BRA", "LDGSTS"]
+    assert way_to(code, "HGMMA") is None

@@ -59,12 +59,20 @@ ROUNDS = {
         "decode_bf16", BIASED.format(bits=4, groups=1, kind=2), {"HMMA": 20, "LDGSTS": 5, "FFMA": 32}
     ),
     "decode w4 g32": RoundOf("decode_bf16", BIASED.format(bits=4, groups=2, kind=0), {"HMMA": 20, "LDGSTS": 5}),
+    "decode w4 g128, 16 tokens": RoundOf(
+        "decode_bf16", BIASED.format(bits=4, groups=1, kind=0).replace("ELi1EEE", "ELi2EEE"), {"HMMA": 40, "LDGSTS": 5}
+    ),
+    "decode w4 g128, 32 tokens": RoundOf(
+        "decode_bf16", "6FormatINS0_8BFloat16ELi4ELb0EEELi4EEE", {"HMMA": 64, "LDGSTS": 5}
+    ),
+    "decode w4 g16": RoundOf("decode_bf16", BIASED.format(bits=4, groups=4, kind=2), {"HMMA": 20, "LDGSTS": 5}),
     "decode w8 g128": RoundOf("decode_bf16", BIASED.format(bits=8, groups=1, kind=0), {"HMMA": 20, "LDGSTS": 9}),
     "gemm_sm90 producer of x": RoundOf("gemm_sm90", WGMMA_64, {"UTMALDG": 1}),
     "gemm_sm90 producer of a strip": RoundOf("gemm_sm90", WGMMA_64, {"UBLKCP": 1}),
     "gemm_sm90 producer of a strip and its group": RoundOf("gemm_sm90", WGMMA_64, {"UBLKCP": 2}),
     "gemm_sm90 consumer": RoundOf("gemm_sm90", WGMMA_64, {"HGMMA": 4, "LDS": 1}),
     "gemm_sm90 consumer, a group ends": RoundOf("gemm_sm90", WGMMA_64, {"HGMMA": 4, "LDS": 2, "FFMA": 32}),
+    "stage, eight columns through an order": RoundOf("multiply", "5stage", {"LDG": 16, "STG": 1}),
     "gemm_a8_sm90 producer of x": RoundOf("gemm_a8_sm90", A8_128, {"UTMALDG": 1}),
     "gemm_a8_sm90 producer of a strip and its group": RoundOf("gemm_a8_sm90", A8_128, {"UBLKCP": 2}),
 }
@@ -137,7 +145,8 @@ def kernel_texts(source: Path, arch: str) -> dict[str, list[str]]:
 
 
 def measured_rounds() -> Figures:
-    """Instructions, those on the half-rate pipe, and ptxas' stall cycles, of each of ROUNDS."""
+    """Instructions, those on the half-rate pipe, and ptxas' stall cycles, of each of ROUNDS; and of decode how many come before
+    the first weight is asked for."""
     figures: dict[str, dict[str, float]] = defaultdict(dict)
     sources = {source.stem: source for source in nvcc.KERNELS}
     for stem in dict.fromkeys(wanted.source for wanted in ROUNDS.values()):
@@ -152,6 +161,12 @@ def measured_rounds() -> Figures:
             figures["cuda instructions a round"][name] = float(found.instructions)
             figures["cuda half-rate instructions a round"][name] = float(found.half_rate)
             figures["cuda stall cycles a round"][name] = float(found.stalls)
+            if wanted.source == "multiply":  # bound by latency: loads that wait for one another
+                figures["cuda waits a round"][name] = float(found.waits)
+            if wanted.source.startswith("decode"):  # how long until the weight is on its way
+                first = sass_paths.way_to(code, "LDGSTS")
+                assert first is not None
+                figures["cuda instructions before the first copy"][name] = float(first.instructions)
     return dict(figures)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import re
 import subprocess
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,11 @@ class Round:
     def stalls(self) -> int:
         """Cycles that a warp alone takes for it, but for what it waits for (scoreboards, memory, barriers)."""
         return sum(one.stall for one in self.path)
+
+    @property
+    def waits(self) -> int:
+        """Instructions that wait for a result of variable latency: of memory, of the tensor core, of conversions."""
+        return sum(one.waits != 0 for one in self.path)
 
     def names(self) -> Counter[str]:
         return Counter(one.name for one in self.path)
@@ -147,3 +152,22 @@ def shortest_round(code: Code, needs: Mapping[str, int]) -> Round | None:
     """Of all loops."""
     rounds = [round_of(code, head, needs) for head in sorted({head for head, _ in code.loops()})]
     return min((r for r in rounds if r is not None), key=lambda r: r.instructions, default=None)
+
+
+def way_to(code: Code, name: str) -> Round | None:
+    """The shortest path from the kernel's entry to the first instruction of that name, which it ends with."""
+    before: dict[int, int] = {0: -1}
+    queue = deque([0])
+    while queue:
+        place = queue.popleft()
+        if code.instructions[place].name == name:
+            path = []
+            while place >= 0:
+                path.append(code.instructions[place])
+                place = before[place]
+            return Round(path[::-1])
+        for following in code.successors[place]:
+            if following not in before:
+                before[following] = place
+                queue.append(following)
+    return None

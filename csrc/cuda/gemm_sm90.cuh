@@ -245,7 +245,9 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, tile = warp % 4, lane = threadIdx.x % 32;
   const int split = blockIdx.z;
   const Share share = Share::of(p.weight.steps, gridDim.z, split);
-  const int begin = share.begin, end = share.end;
+  uint32_t last = share.end;
+  keep(last);  // or it is computed again in every step
+  const int begin = share.begin, end = static_cast<int>(last);
   const uint32_t slots = (shared_address(shared) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   const Ring ring{slots, slots + p.stages * p.stage_bytes, p.stage_bytes, p.stages};
 

@@ -123,7 +123,7 @@ QK_DEVICE void multiply_biased(Totals<kTokenTiles>& totals, const GroupFormat& f
   load_codes<F::kWidth>(ring[0], codes, 0, 0);
   // Of all rows and groups at once, unless that takes more than the 128 registers that 16 warps have.
   constexpr bool kAny = F::kKind == GroupKind::kAny;
-  constexpr bool kByTile = kAny && F::kGroups > 1;
+  constexpr bool kByTile = kAny && (F::kGroups > 1 || (kTokenTiles == 2 && F::kWidth == 8));
   [[maybe_unused]] BiasedGroup groups[F::kGroups];
   if constexpr (!kByTile) {
 #pragma unroll

@@ -140,6 +140,22 @@ def test_every_kernel_uses_the_instructions_meant(arch: str) -> None:
             assert not any(line.startswith(("LDL", "STL")) for line in body), name
 
 
+@needs_nvdisasm
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_decode_asks_for_weights_before_x(arch: str) -> None:
+    """A copy of x may write zeros instead, which a predicate behind it says; those of the weight have none."""
+    seen = 0
+    for source in device_sources("mma_tile"):
+        if source.stem.startswith("decode"):
+            for name, body in sass(source, arch).items():
+                copies = [line for line in body if line.startswith("LDGSTS")]
+                of_x = [bool(re.search(r", !?P\d$", line)) for line in copies]
+                assert any(of_x), name
+                assert of_x.index(True) >= (4 if "Li4E" in name else 8), name
+                seen += 1
+    assert seen == 50
+
+
 def order(loop: list[str]) -> str:
     """H: a product, X: x fragments, |: the barrier, c: a copy into shared memory; in the order of a loop's opcodes."""
     letters = {"HMMA": "H", "LDSM": "X", "BAR": "|", "LDGSTS": "c"}
