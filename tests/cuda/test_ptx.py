@@ -122,8 +122,8 @@ def test_what_is_not_understood_is_an_error(body: str, message: str) -> None:
 def test_an_unknown_instruction_is_an_error_when_it_runs() -> None:
     from .ptx.interpreter import launch
 
-    program = parse(".entry kernel() {\n.reg .b32 %r<3>;\nvote.sync.any.pred %r1, %r2;\nret;\n}", "kernel")
-    with pytest.raises(PtxError, match="unsupported: vote"):
+    program = parse(".entry kernel() {\n.reg .b32 %r<3>;\nmatch.any.sync.b32 %r1, %r2;\nret;\n}", "kernel")
+    with pytest.raises(PtxError, match="unsupported: match"):
         launch(program, (1, 1, 1), (32, 1, 1), 0, [], [])
 
 

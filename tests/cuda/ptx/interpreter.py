@@ -262,7 +262,7 @@ class Block:
     def vote(self, op: Instruction, active: Array) -> None:
         self.whole_warps(active)
         target, value, members = (o for o in op.operands if not isinstance(o, str))
-        if op.opcode[2:] != ("any", "pred") or (self.read(members, "b32") != 0xFFFFFFFF).any():
+        if op.opcode[2:] != ("any", "pred") or (self.read(members, "b32")[active] != 0xFFFFFFFF).any():
             raise PtxError(f"only vote.any of whole warps is supported: {op.text}")
         lanes = self.read(value, "pred").reshape(-1, LANES)
         self.write(target, np.repeat(lanes.any(axis=1), LANES), active)
