@@ -28,9 +28,10 @@ struct Buffer {
 // What an op is called with, by the names of its schema (qkernels/ops/weight.py). Null: not given.
 struct Arguments {
   Buffer x, qweight, scales;
-  const Buffer *zeros, *k_order, *bias;
+  const Buffer *zeros, *k_order, *outer_scales, *outer_zeros, *bias;
   int64_t out_features, bits, group_size;
   bool zeros_are_offsets;
+  int64_t codebook, factors;  // numbers of the lists in types.h
 };
 
 template <class... Parts>
@@ -70,8 +71,11 @@ inline std::string described(const Buffer& b) {
 
 inline const char* contiguous_if(bool contiguous) { return contiguous ? "contiguous " : ""; }
 
-inline std::string wrong_scales(const Arguments& a, Shape shape, bool contiguous) {
-  if (is_floating(a.scales.type) && has_shape(a.scales, shape) && (a.scales.contiguous || !contiguous)) return "";
+// `small`: whether scales of 8 bits will do, too.
+inline std::string wrong_scales(const Arguments& a, Shape shape, bool contiguous, bool small) {
+  const Type type = a.scales.type;
+  const bool fits = is_floating(type) || (small && (type == Type::kE8M0 || type == Type::kE4M3));
+  if (fits && has_shape(a.scales, shape) && (a.scales.contiguous || !contiguous)) return "";
   return text("scales must be ", contiguous_if(contiguous), "floating ", in_words(shape), ", got ",
               described(a.scales));
 }

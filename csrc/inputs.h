@@ -20,26 +20,31 @@ using OptionalTensor = std::optional<Tensor>;
 struct Inputs {
   const Tensor* x;  // null: dequantize
   const Tensor &qweight, &scales;
-  const OptionalTensor &zeros, &k_order, &bias;
+  const OptionalTensor &zeros, &k_order, &outer_scales, &outer_zeros, &bias;
   int64_t out_features, bits, group_size;
   bool zeros_are_offsets;
+  int64_t codebook, factors;
 };
 
 // `op` as torch calls gemm_<layout> and gemv_<layout>.
 template <Tensor (*op)(const Inputs&)>
 Tensor product_op(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-                  const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-                  int64_t group_size, bool zeros_are_offsets) {
-  return op({&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets});
+                  const OptionalTensor& k_order, const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros,
+                  const OptionalTensor& bias, int64_t out_features, int64_t bits, int64_t group_size,
+                  bool zeros_are_offsets, int64_t codebook, int64_t factors) {
+  return op({&x, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits, group_size,
+             zeros_are_offsets, codebook, factors});
 }
 
 // `op` as torch calls dequantize_<layout>.
 template <Tensor (*op)(const Inputs&, int64_t in_features, ScalarType dtype)>
 Tensor dequantize_op(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-                     const OptionalTensor& k_order, int64_t out_features, int64_t in_features, int64_t bits,
-                     int64_t group_size, bool zeros_are_offsets, ScalarType dtype) {
+                     const OptionalTensor& k_order, const OptionalTensor& outer_scales,
+                     const OptionalTensor& outer_zeros, int64_t out_features, int64_t in_features, int64_t bits,
+                     int64_t group_size, bool zeros_are_offsets, int64_t codebook, int64_t factors, ScalarType dtype) {
   const OptionalTensor no_bias;
-  return op({nullptr, qweight, scales, zeros, k_order, no_bias, out_features, bits, group_size, zeros_are_offsets},
+  return op({nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, no_bias, out_features, bits,
+             group_size, zeros_are_offsets, codebook, factors},
             in_features, dtype);
 }
 
@@ -63,7 +68,11 @@ inline NamedType type_of(ScalarType type) {
     case ScalarType::Double:
       return {Type::kNone, "float64"};
     case ScalarType::Char:
-      return {Type::kNone, "int8"};
+      return {Type::kInt8, "int8"};
+    case ScalarType::Float8_e8m0fnu:
+      return {Type::kE8M0, "float8_e8m0fnu"};
+    case ScalarType::Float8_e4m3fn:
+      return {Type::kE4M3, "float8_e4m3fn"};
     case ScalarType::Short:
       return {Type::kNone, "int16"};
     case ScalarType::Int:
@@ -78,7 +87,10 @@ inline NamedType type_of(ScalarType type) {
 }
 
 inline Buffer buffer_of(const Tensor& t) {
-  const ScalarType dtype = t.scalar_type();
+  // Not t.scalar_type(), which knows no Float8_e8m0fnu in torch 2.13 and throws; the shim's numbers are the enum's.
+  int32_t number;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  const auto dtype = static_cast<ScalarType>(number);
   const auto [type, name] = type_of(dtype);
   const auto sizes = t.sizes();
   Buffer b{t.const_data_ptr(),
@@ -95,7 +107,7 @@ inline Buffer buffer_of(const Tensor& t) {
 
 // Points into itself, so it stays where it is.
 struct Plain {
-  std::optional<Buffer> zeros, k_order, bias;
+  std::optional<Buffer> zeros, k_order, outer_scales, outer_zeros, bias;
   Arguments arguments{};
 
   explicit Plain(const Inputs& in) {
@@ -108,11 +120,15 @@ struct Plain {
                  buffer_of(in.scales),
                  given(in.zeros, zeros),
                  given(in.k_order, k_order),
+                 given(in.outer_scales, outer_scales),
+                 given(in.outer_zeros, outer_zeros),
                  given(in.bias, bias),
                  in.out_features,
                  in.bits,
                  in.group_size,
-                 in.zeros_are_offsets};
+                 in.zeros_are_offsets,
+                 in.codebook,
+                 in.factors};
   }
   Plain(const Plain&) = delete;
 };

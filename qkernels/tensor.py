@@ -6,6 +6,7 @@ against `QuantTensor.dequantize()`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,10 +15,14 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, TensorError
+from .factors import Factors, as_bytes, kind_of
 from .scheme import CODEBOOKS, QuantScheme
 from .text import describe, dtype_name, dtype_named
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# e8m0 (MXFP4, MXFP8) is a power of two and has no 0; e4m3 (one level of it, as the files of some tools have).
+SMALL_FLOATS = (torch.float8_e8m0fnu, torch.float8_e4m3fn)
+SCALE_DTYPES = FLOAT_DTYPES + SMALL_FLOATS
 
 
 def as_dtype(dtype: torch.dtype | str, name: str = "dtype") -> torch.dtype:
@@ -43,12 +48,13 @@ class QuantTensor:
 
     Args:
         codes: uint8 `[..., N, K]`, each 0 … 2^bits - 1.
-        scales: fp16, bf16 or fp32 `[..., N, G]`, finite; may be 0 or negative. The dtype is that of the source, so that a
-            file round-trips; arithmetic is fp32.
+        scales: fp16, bf16, fp32, float8_e8m0fnu or float8_e4m3fn `[..., N, G]`, finite; may be 0 or negative where the dtype
+            has that. The dtype is that of the source, so that a file round-trips; arithmetic is fp32.
         zeros: None, or `[..., N, G]`: uint8 **true** zero points for `zeros="int"`, floating for "float" and "offset".
         group_index: None where column k is in group k // group_size; else int32 `[K]` (act-order). Groups 0 … G - 2 have
             exactly group_size members, the last has the rest.
         scheme: what the codes mean.
+        factors: what scales and zeros are products of, where `scheme.factors` names a kind; made by `from_factors`.
 
     Raises:
         TensorError: naming the field, what was expected and what came.
@@ -69,11 +75,41 @@ class QuantTensor:
     zeros: Tensor | None
     group_index: Tensor | None
     scheme: QuantScheme
+    factors: Factors | None = None
 
     def __post_init__(self) -> None:
         _check_shapes(self)
         if self.codes.device.type != "meta":
             _check_values(self)
+
+    @classmethod
+    def from_factors(
+        cls, codes: Tensor, factors: Factors, scheme: QuantScheme, group_index: Tensor | None = None
+    ) -> QuantTensor:
+        """A weight whose scales (and zeros) are products: fp32, derived here, so that there is nothing to contradict.
+
+        Args:
+            codes: uint8 `[..., N, K]`.
+            factors: see `Factors`; shapes and dtypes are those of `FACTORS[scheme.factors]`.
+            scheme: one with `factors`.
+
+        Raises:
+            TensorError: naming the field, what was expected and what came.
+
+        >>> import torch
+        >>> from qkernels import QuantScheme, QuantTensor
+        >>> from qkernels.factors import Factors
+        >>> six = Factors(torch.full((1, 16), 3, dtype=torch.int8), torch.tensor([[0.5]], dtype=torch.float16))
+        >>> codes = torch.full((1, 256), 33, dtype=torch.uint8)
+        >>> QuantTensor.from_factors(codes, six, QuantScheme.parse("q6_k")).dequantize()[0, :3]  # (33 - 32) * 3 * 0.5
+        tensor([1.5000, 1.5000, 1.5000])
+        """
+        if scheme.factors is None:
+            raise TensorError(f"factors make weights of schemes such as q4_k and nvfp4_g16, got {scheme}")
+        if codes.dim() < 2:
+            raise TensorError(f"codes must be uint8 [..., N, K], got {describe(codes)}")
+        factors.check(codes.shape[:-1], scheme.num_groups(codes.shape[-1]), scheme)
+        return cls(codes, factors.scales(scheme), factors.zeros(scheme), group_index, scheme, factors)
 
     @property
     def N(self) -> int:
@@ -96,10 +132,15 @@ class QuantTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the information held: codes at their true width, scales, zero points (integer ones at `bits` wide) and
-        the group index. Not the bytes of this unpacked form."""
-        bits = self.codes.numel() * self.scheme.bits + self.scales.numel() * self.scales.element_size() * 8
-        if self.zeros is not None:
+        """Bytes of the information held: codes at their true width, scales (one a block where the scheme has `rows`) or factors,
+        zero points (integer ones at `bits` wide) and the group index. Not the bytes of this unpacked form."""
+        bits = self.codes.numel() * self.scheme.bits
+        if self.factors is not None:
+            bits += self.factors.nbits(self.scheme)
+        else:
+            rows = -(-self.N // self.scheme.rows) if self.scheme.rows > 1 else self.N
+            bits += self.scales.numel() // max(self.N, 1) * rows * self.scales.element_size() * 8
+        if self.zeros is not None and self.factors is None:
             bits += self.zeros.numel() * (
                 self.scheme.bits if self.scheme.zeros == "int" else self.zeros.element_size() * 8
             )
@@ -144,7 +185,8 @@ class QuantTensor:
         moved = [t if t is None else t.to(device) for t in (self.codes, self.scales, self.zeros, self.group_index)]
         codes, scales, zeros, group_index = moved
         assert codes is not None and scales is not None
-        return QuantTensor(codes, scales, zeros, group_index, self.scheme)
+        factors = None if self.factors is None else self.factors.to(device)
+        return QuantTensor(codes, scales, zeros, group_index, self.scheme, factors)
 
     def shard(self, dim: Literal["N", "K"], rank: int, world: int) -> QuantTensor:
         """Part `rank` of `world` for tensor parallelism: rows ("N", column-parallel layers) or columns ("K").
@@ -166,8 +208,12 @@ class QuantTensor:
         part = slice(rank * (size // world), (rank + 1) * (size // world))
         if dim == "N":
             zeros = None if self.zeros is None else self.zeros[..., part, :]
+            scheme = self.scheme
+            if scheme.rows > 1 and (size // world) % scheme.rows and world > 1:
+                scheme = replace(scheme, rows=1)  # the cut goes through blocks, which keep their scale on both sides
+            factors = None if self.factors is None else self.factors.rows(part)
             return QuantTensor(
-                self.codes[..., part, :], self.scales[..., part, :], zeros, self.group_index, self.scheme
+                self.codes[..., part, :], self.scales[..., part, :], zeros, self.group_index, scheme, factors
             )
         if self.group_index is not None:
             raise ArgumentError(
@@ -175,15 +221,18 @@ class QuantTensor:
             )
         if not isinstance(self.scheme.group_size, int):
             return QuantTensor(self.codes[..., part], self.scales, self.zeros, None, self.scheme)
-        group = self.scheme.group_size
+        per = 1 if self.factors is None else kind_of(self.scheme).groups_per_outer or 1
+        group = self.scheme.group_size * per
         if (size // world) % group and world > 1:
             raise ArgumentError(
                 f"a shard of K={size} over {world} ranks has {size // world} columns and would cut a group of {group}; "
                 f"use a group_size that divides {size // world}, or fewer ranks"
             )
+        group = self.scheme.group_size
         first, last = part.start // group, -(-part.stop // group)
         zeros = None if self.zeros is None else self.zeros[..., first:last]
-        return QuantTensor(self.codes[..., part], self.scales[..., first:last], zeros, None, self.scheme)
+        factors = None if self.factors is None else self.factors.groups(first, last, self.scheme)
+        return QuantTensor(self.codes[..., part], self.scales[..., first:last], zeros, None, self.scheme, factors)
 
     @classmethod
     def concat(cls, parts: Sequence[QuantTensor]) -> QuantTensor:
@@ -210,6 +259,8 @@ class QuantTensor:
         scheme = parts[0].scheme
         if scheme.group_size == "tensor" and len(parts) > 1:
             scheme = replace(scheme, group_size="channel")
+        if scheme.rows > 1 and any(part.N % scheme.rows for part in parts[:-1]):
+            scheme = replace(scheme, rows=1)  # blocks of later parts begin elsewhere
         return _joined(parts, lambda tensors: torch.cat(tensors, dim=-2), scheme)
 
     @classmethod
@@ -233,6 +284,7 @@ def _check_alike(parts: Sequence[QuantTensor], shape: str, shape_of: Callable[[Q
         return {
             "scheme": str(weight.scheme), shape: shape_of(weight), "dtype of scales": dtype_name(weight.scales.dtype),
             "dtype of zeros": zeros, "device": str(weight.device), "order of columns": weight.group_index is not None,
+            "dtype of outer factors": None if weight.factors is None else dtype_name(weight.factors.outer.dtype),
         }  # fmt: skip
 
     expected = once(parts[0])
@@ -249,9 +301,13 @@ def _check_alike(parts: Sequence[QuantTensor], shape: str, shape_of: Callable[[Q
 
 def _joined(parts: Sequence[QuantTensor], join: Callable[[list[Tensor]], Tensor], scheme: QuantScheme) -> QuantTensor:
     zeros = [part.zeros for part in parts if part.zeros is not None]
+    factors = [part.factors for part in parts if part.factors is not None]
+    if factors:
+        codes = join([part.codes for part in parts])
+        return QuantTensor.from_factors(codes, Factors.joined(factors, join), scheme, parts[0].group_index)
     return QuantTensor(
         join([part.codes for part in parts]),
-        join([part.scales for part in parts]),
+        join([as_bytes(part.scales) for part in parts]).view(parts[0].scales.dtype),
         join(zeros) if zeros else None,
         parts[0].group_index,
         scheme,
@@ -306,10 +362,15 @@ def _check_shapes(qt: QuantTensor) -> None:
         raise TensorError(f"codes must be uint8 [..., N, K], got {describe(codes)}")
     K = codes.shape[-1]
     shape = [*codes.shape[:-1], scheme.num_groups(K)]
-    if qt.scales.dtype not in FLOAT_DTYPES or list(qt.scales.shape) != shape:
+    if qt.scales.dtype not in SCALE_DTYPES or list(qt.scales.shape) != shape:
         raise TensorError(
-            f"scales must be float16, bfloat16 or float32 [..., N, G] = {shape} for {scheme} and K={K}, "
-            f"got {describe(qt.scales)}"
+            f"scales must be float16, bfloat16 or float32 (or float8_e8m0fnu, float8_e4m3fn) [..., N, G] = {shape} for {scheme} "
+            f"and K={K}, got {describe(qt.scales)}"
+        )
+    if (qt.factors is None) != (scheme.factors is None):
+        raise TensorError(
+            f"factors must be {'None' if scheme.factors is None else 'given (QuantTensor.from_factors)'} for {scheme}, got "
+            f"{'None' if qt.factors is None else 'some'}"
         )
     if (qt.zeros is None) != (scheme.zeros == "none"):
         raise TensorError(
@@ -337,11 +398,49 @@ def _check_values(qt: QuantTensor) -> None:
         if values is not None and scheme.bits < 8 and values.numel() and int(values.max()) > scheme.max_code:
             raise TensorError(f"{name} must be 0 … {scheme.max_code} for {scheme}, got {int(values.max())}")
     for name, values in (("scales", qt.scales), ("zeros", None if scheme.zeros == "int" else qt.zeros)):
-        if values is not None and not bool(torch.isfinite(values).all()):
+        if values is not None and not bool((finite := torch.isfinite(values.float())).all()):
+            raise TensorError(f"{name} must be finite, got {int((~finite).sum())} NaN or infinite entries")
+    if scheme.codebook is not None and len(special := _specials(scheme.codebook)):
+        wrong = torch.isin(qt.codes, special.to(qt.codes.device))
+        if bool(wrong.any()):
             raise TensorError(
-                f"{name} must be finite, got {int((~torch.isfinite(values)).sum())} NaN or infinite entries"
+                f"codes must be numbers of {scheme.codebook}, got {int(wrong.sum())} that mean NaN or infinity"
             )
+    if scheme.rows > 1:
+        _check_blocks(qt)
+    if qt.factors is not None:
+        _check_derived(qt)
     if scheme.group_size == "tensor" and qt.scales.numel() and bool((qt.scales != qt.scales[..., :1, :1]).any()):
         raise TensorError(f"scales of {scheme} must all be equal: one scale for the whole matrix")
     if qt.group_index is not None:
         validated_group_index(qt.group_index, qt.K, scheme)
+
+
+def _specials(codebook: str) -> Tensor:
+    """uint8: the codes of a codebook that are no numbers."""
+    return torch.tensor(
+        [code for code, value in enumerate(CODEBOOKS[codebook]) if not math.isfinite(value)], dtype=torch.uint8
+    )
+
+
+def _check_blocks(qt: QuantTensor) -> None:
+    """Raise unless rows of a block have one scale."""
+    rows, scales = qt.scheme.rows, qt.scales.float()
+    for first in range(0, qt.N, rows):
+        if bool((scales[..., first : first + rows, :] != scales[..., first : first + 1, :]).any()):
+            raise TensorError(
+                f"scales of {qt.scheme} must be equal over blocks of {rows} rows, those from row {first} on differ"
+            )
+
+
+def _check_derived(qt: QuantTensor) -> None:
+    """Raise unless scales and zeros are what the factors make."""
+    factors = qt.factors
+    assert factors is not None
+    factors.check(qt.codes.shape[:-1], qt.G, qt.scheme)
+    zeros = factors.zeros(qt.scheme)
+    same = torch.equal(qt.scales, factors.scales(qt.scheme))
+    if not same or (zeros is not None and (qt.zeros is None or not torch.equal(qt.zeros, zeros))):
+        raise TensorError(
+            f"scales and zeros of {qt.scheme} are the products of its factors; make it by QuantTensor.from_factors"
+        )

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkernels import GPTQ, QuantLinear, load
+from qkernels import AWQ, GPTQ, QuantLinear, load
 from qkernels.errors import ArgumentError, CalibrationError
 from qkernels.layerwise.capturing import Progress, capture
 from qkernels.layerwise.running import LayerInputs, Place, propagate
-from qkernels.quantizers import InputStatistics
+from qkernels.quantizers import InputStatistics, Options
 from tests.tiny_models import VOCABULARY, run, token_windows
 
 transformers = pytest.importorskip("transformers")
@@ -130,14 +130,16 @@ def test_a_model_that_wants_pixels_too_is_run_on_its_text_part() -> None:
     assert reason == "token ids do not run through vision_model.encoder.layers.0, and calibration is on token ids"
 
 
-def test_the_text_part_of_a_multimodal_model_gets_the_codes_of_the_text_model() -> None:
+@pytest.mark.parametrize("method", [GPTQ(3, 16), AWQ(3, 16, grid=4)], ids=lambda method: method.name)
+def test_the_text_part_of_a_multimodal_model_gets_the_codes_of_the_text_model(method: Options) -> None:
     """The vision tower is the deeper one, and is rounded to nearest, as the report says."""
     kind, config, fields, _ = MODELS["two lists"]
     whole = made(kind, config, fields)
     alone = transformers.Gemma3ForCausalLM(whole.config.text_config).eval()
     alone.model.load_state_dict(whole.model.language_model.state_dict())
-    report = run(whole, GPTQ(3, 16))
-    expected = run(alone, GPTQ(3, 16))
+    report = run(whole, method)
+    expected = run(alone, method)
+    assert not expected.unscaled
     errors = {m.name.removeprefix("model."): m.error for m in expected.modules}
     text = [m for m in report.modules if ".language_model." in m.name]
     assert {m.name.removeprefix("model.language_model."): m.error for m in text} == errors

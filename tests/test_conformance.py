@@ -173,7 +173,8 @@ def test_kernel_is_exact_where_bits_are_exact(
     op = getattr(torch.ops.qkernels, kernel.op)
     for M in (0, 1, 2, 9, 17):
         x, bias = integers(M, K, dtype=dtype), integers(N, dtype=dtype)
-        if weight.scheme.codebook is not None:  # its entries are no short fractions: a sum of one product is exact
+        if weight.scheme.codebook is not None and weight.scheme.act is None:
+            # its entries are no short fractions: a sum of one product is exact
             x, bias = 2 * torch.eye(K, dtype=dtype)[:M], torch.zeros(N, dtype=dtype)
         if weight.scheme.act == "int8":  # max |x| / 127 = 1 for every token: quantized to themselves
             x[:, 5] = 127

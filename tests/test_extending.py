@@ -84,12 +84,14 @@ def test_a_buffer_and_a_number_of_its_own_stand_in_the_schemas_without_another_l
         str(getattr(torch.ops.qkernels, f"{kind}_toy").default._schema) for kind in ("gemm", "dequantize")
     )
     assert gemm == (
-        "qkernels::gemm_toy(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor sums, Tensor? bias, "
-        "int out_features, int bits, int group_size, bool zeros_are_offsets, float most) -> Tensor"
+        "qkernels::gemm_toy(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, "
+        "Tensor? outer_scales, Tensor? outer_zeros, Tensor sums, Tensor? bias, int out_features, int bits, int group_size, "
+        "bool zeros_are_offsets, int codebook, int factors, float most) -> Tensor"
     )
     assert dequantize == (
-        "qkernels::dequantize_toy(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor sums, int out_features, "
-        "int in_features, int bits, int group_size, bool zeros_are_offsets, float most, ScalarType dtype) -> Tensor"
+        "qkernels::dequantize_toy(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, "
+        "Tensor? outer_scales, Tensor? outer_zeros, Tensor sums, int out_features, int in_features, int bits, int group_size, "
+        "bool zeros_are_offsets, int codebook, int factors, float most, ScalarType dtype) -> Tensor"
     )
 
 

@@ -19,8 +19,10 @@ PACKAGE = Path(__file__).parent.parent / "qkernels"
 # A room may import from rooms that stand above it in this list, and from itself.
 STOREYS = (
     ("errors", "text", "_version"),
+    ("codebooks",),
     ("extension", "machine", "memory", "optional", "scheme", "storage"),
-    ("models", "reports", "tensor"),
+    ("factors", "models", "reports"),
+    ("tensor",),
     ("formats", "layouts", "quantizers", "texts"),
     ("ops",),
     ("kernels",),

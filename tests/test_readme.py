@@ -37,8 +37,11 @@ FEATURES = {
     "float zero points, offsets": ("w4a16_g64_fzero", "w4a16_g64_offset"),
     "groups of 16, 32, 64, 128, 256": tuple(f"w4a16_g{g}" for g in (16, 32, 64, 128, 256)),
     "per channel, per tensor": ("w8a16_channel", "w8a16_tensor"),
-    "NF4 codebook": ("nf4_g64",),
+    "NF4, FP4, MXFP4, IQ4_NL": ("nf4_g64", "fp4_g64", "mxfp4_g32", "iq4nl_g32"),
+    "FP8 weights, also in blocks": ("fp8_channel", "fp8_block128", "e5m2_g64"),
+    "Q2_K … Q6_K, IQ4_XS, NVFP4": ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "nvfp4_g16"),
     "int8 activations": ("w4a8_g128", "w8a8_channel"),
+    "int8 activations, IQ4_NL, MXFP4, Q4_K": ("iq4nl_g32_a8", "mxfp4_g32_a8", "q4_k_a8", "q6_k_a8"),
     "int8 activations, zeros, offsets": ("w4a8_g128_asym", "w8a8_channel_fzero", "w4a8_g64_offset"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

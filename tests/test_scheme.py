@@ -33,6 +33,15 @@ def test_short_form_round_trips(scheme: QuantScheme) -> None:
         ("w8a8_channel_asym", QuantScheme(8, "channel", "int", act="int8")),
         ("w4a8_g32_offset", QuantScheme(4, 32, "offset", act="int8")),
         ("nf4_g64", QuantScheme(4, 64, codebook="nf4")),
+        ("mxfp4_g32", QuantScheme(4, 32, codebook="e2m1")),
+        ("iq4nl_g32_a8", QuantScheme(4, 32, act="int8", codebook="iq4nl")),
+        ("fp8_channel", QuantScheme(8, "channel", codebook="e4m3")),
+        ("fp8_block128", QuantScheme(8, 128, codebook="e4m3", rows=128)),
+        ("e5m2_tensor", QuantScheme(8, "tensor", codebook="e5m2")),
+        ("nvfp4_g16", QuantScheme(4, 16, codebook="e2m1", factors="nvfp4")),
+        ("q4_k", QuantScheme(4, 32, "offset", factors="k45")),
+        ("q5_k_a8", QuantScheme(5, 32, "offset", act="int8", factors="k45")),
+        ("iq4_xs", QuantScheme(4, 32, codebook="iq4nl", factors="iq4xs")),
         (" W4A16_G128 ", QuantScheme(4, 128)),
     ],
 )
@@ -46,6 +55,12 @@ def test_the_short_forms_of_the_documentation(text: str, scheme: QuantScheme) ->
 )
 def test_other_spellings_are_refused(text: str) -> None:
     with pytest.raises(SchemeError, match="a scheme looks like w4a16_g128"):
+        QuantScheme.parse(text)
+
+
+@pytest.mark.parametrize("text", ["nf3_g64", "int4_g64", "w4a16_g128_a8", "q7_k", "q4_k_g32"])
+def test_unknown_codebooks_and_types_are_refused(text: str) -> None:
+    with pytest.raises(SchemeError, match=f"got '{text}'"):
         QuantScheme.parse(text)
 
 
@@ -64,10 +79,18 @@ def test_other_spellings_are_refused(text: str) -> None:
         ({"act": ["int8"]}, r"act must be None .*, got \['int8'\]"),
         ({"act_bits": 8}, r'act_bits is called act: None for 16-bit .*, "int8" for int8 ones; .*w4a8_g128'),
         ({"act_bits": None}, "act_bits is called act"),
-        ({"act": "int8", "codebook": "nf4"}, "int8 activations need integer codes .no codebook., got codebook='nf4'"),
-        ({"codebook": "nf3"}, "codebook must be one of nf4, fp4, got 'nf3'"),
+        (
+            {"act": "int8", "codebook": "nf4"},
+            "int8 activations need integer codes .no codebook, or one of integers: e2m1, iq4nl., got codebook='nf4'",
+        ),
+        ({"codebook": "nf3"}, "codebook must be one of nf4, fp4, e2m1, iq4nl, e4m3, e5m2, got 'nf3'"),
         ({"codebook": "nf4", "bits": 3}, "codebook 'nf4' has 16 entries"),
         ({"codebook": "nf4", "zeros": "int"}, 'takes zeros="none"'),
+        ({"codebook": "e4m3", "bits": 4}, "codebook 'e4m3' has 256 entries"),
+        ({"rows": 64}, "rows must be 1, or group_size for square blocks, got 64 and 128"),
+        ({"factors": "k7"}, "factors must be one of k2, k3, k45, k6, iq4xs, nvfp4, nvfp4m, got 'k7'"),
+        ({"factors": "k45"}, "factors 'k45' are those of q4_k and q5_k: bits 4 or 5, group_size=32, zeros='offset'"),
+        ({"bits": 5, "group_size": 16, "factors": "k6"}, "factors 'k6' are those of q6_k: .*got bits=5"),
     ],
 )
 def test_contradictions_are_refused(fields: dict[str, object], message: str) -> None:
@@ -121,7 +144,9 @@ def test_pickles_of_act_bits_load(value: object) -> None:
 
 
 def test_signatures_are_those_of_the_fields() -> None:
-    assert list(inspect.signature(QuantScheme).parameters) == ["bits", "group_size", "zeros", "act", "codebook"]
+    assert list(inspect.signature(QuantScheme).parameters) == [
+        "bits", "group_size", "zeros", "act", "codebook", "rows", "factors",
+    ]  # fmt: skip
     assert list(inspect.signature(RTN).parameters)[:3] == ["bits", "group_size", "symmetric"]
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme, QuantTensor
+from qkernels.codebooks import CODEBOOKS
 from qkernels.errors import ArgumentError, TensorError
-from qkernels.scheme import NF4
 from qkernels.tensor import natural_group_index, validated_group_index
 from tests.strategies import random_weight, same_weight, schemes
 
@@ -26,7 +26,7 @@ def weight_by_hand(qt: QuantTensor) -> torch.Tensor:
         for k, g in enumerate(groups):
             code, scale = int(qt.codes[n, k]), float(qt.scales[n, g])
             if qt.scheme.codebook:
-                w[n, k] = float(torch.tensor(NF4[code])) * scale
+                w[n, k] = float(torch.tensor(CODEBOOKS[qt.scheme.codebook][code])) * scale
             elif qt.zeros is None:
                 w[n, k] = (code - 2 ** (qt.scheme.bits - 1)) * scale
             elif qt.scheme.zeros == "offset":

@@ -70,9 +70,52 @@ struct Bytes : Unpacker {
   }
 };
 
+// Of a codebook with 16 values: two look-ups of eight, by the low three bits, and the fourth chooses
+struct Table {
+  static constexpr bool kPanel = true;
+  struct Zero {};
+  using Raw = __m256i;
+  static constexpr int64_t kOctetBytes = kTileRows * kLaneBytes, kMemoryBytes = kOctetBytes;
+  __m256 low, high;
+  explicit Table(const Call& call) {
+    alignas(32) float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = plain_value(call, i);
+    low = _mm256_load_ps(values), high = _mm256_load_ps(values + 8);
+  }
+  QK_INLINE Zero zero(int64_t) const { return {}; }
+  static QK_INLINE Raw load(const uint8_t* at) { return Unpacker::lanes(at); }
+  QK_INLINE __m256 value(Raw raw, int s, Zero) const {
+    const int shift = 16 * (s & 1) + 4 * (s >> 1);
+    const __m256i code = (__m256i)((Lanes)raw >> shift);
+    const __m256 fourth = _mm256_castsi256_ps((__m256i)((Lanes)raw << (28 - shift)));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), fourth);
+  }
+};
+
+// An 8-bit float of a quad
+struct Floats : Bytes {
+  struct Zero {};
+  const int shift;
+  const float unit;
+  explicit Floats(const Call& c)
+      : Bytes(c),
+        shift(c.codebook == Codebook::kE4M3 ? 20 : 21),
+        unit(c.codebook == Codebook::kE4M3 ? 0x1p120f : 0x1p112f) {}
+  QK_INLINE Zero zero(int64_t) const { return {}; }
+  QK_INLINE __m256 value(const Raw& raw, int s, Zero) const {
+    return Avx2::small_floats((__m256i)((Lanes)raw.quad[s >> 2] >> (16 * (s & 1) + 8 * (s >> 1 & 1))), shift, unit);
+  }
+};
+
+// Nibbles subtracts a zero, and a codebook has none.
+void multiply_by_codes(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (codebook_bits(call.codebook) == 4) return multiply_with<Avx2, Table>(call, tile, tiles, m0, m1);
+  multiply<Avx2, Nibbles, Nibbles, Bytes, Floats>(call, tile, tiles, m0, m1);
+}
+
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", Type::kFloat, stage<float>, multiply<Avx2, Nibbles, Nibbles, Bytes>, kLittleWork / 4};
+const Kernels kAvx2 = {"avx2", Type::kFloat, stage<float>, multiply_by_codes, kLittleWork / 4};
 
 }  // namespace qkernels::cpu
 

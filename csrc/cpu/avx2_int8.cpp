@@ -45,7 +45,10 @@ struct Avx2Int8 : Avx2Sums {
     return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8((__m256i)x, code)));
   }
   static QK_INLINE __m256i dot_low(Integers nibbles, Integers x) {
-    return _mm256_maddubs_epi16((__m256i)(nibbles & 0x0f0f0f0f), (__m256i)x);
+    return _mm256_maddubs_epi16((__m256i)(nibbles & kLow), (__m256i)x);
+  }
+  static QK_INLINE Integers look_up(Integers table, Integers indices) {
+    return (Integers)_mm256_shuffle_epi8((__m256i)table, (__m256i)indices);
   }
   static QK_INLINE Integers dot_nibbles(Integers sum, Integers nibbles, Integers x0, Integers x1) {
     return add_pairs(sum, _mm256_add_epi16(dot_low(nibbles, x0), dot_low(nibbles >> 4, x1)));

@@ -24,26 +24,32 @@ struct Avx512 : Avx512Sums {
 };
 
 // A look-up by the low 4 bits of each lane needs no mask: vpermps ignores the others.
-QK_INLINE __m512 table_of(int zero) {
+template <class Value>
+QK_INLINE __m512 float_table(Value value) {
   alignas(64) float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i - zero);
+  for (int i = 0; i < 16; ++i) values[i] = value(i);
   return _mm512_load_ps(values);
 }
 QK_INLINE __m512 nibble_value(__m512i lanes, int s, __m512 table) {
   return _mm512_permutexvar_ps(shifted(lanes, 16 * (s & 1) + 4 * (s >> 1)), table);
 }
 
-struct SymmetricNibbles : RawNibbles {
-  struct Zero {};
+struct SymmetricNibbles : RawNibbles, NoZeros {
   __m512 table;
-  explicit SymmetricNibbles(const Call& call) : table(table_of(1 << (call.bits - 1))) {}
-  QK_INLINE Zero zero(int64_t) const { return {}; }
+  struct Value {
+    const Call& call;
+    float operator()(int i) const { return plain_value(call, i); }
+  };
+  explicit SymmetricNibbles(const Call& call) : table(float_table(Value{call})) {}
   QK_INLINE __m512 value(Raw raw, int s, Zero) const { return nibble_value(raw, s, table); }
 };
 
 struct NibblesWithZeros : RawNibbles, FloatZeros {
   __m512 table;
-  explicit NibblesWithZeros(const Call& call) : FloatZeros(call), table(table_of(0)) {}
+  struct Value {
+    float operator()(int i) const { return static_cast<float>(i); }
+  };
+  explicit NibblesWithZeros(const Call& call) : FloatZeros(call), table(float_table(Value{})) {}
   QK_INLINE __m512 value(Raw raw, int s, Zero zero) const { return _mm512_sub_ps(nibble_value(raw, s, table), zero); }
 };
 
@@ -55,10 +61,22 @@ struct FloatBytes : RawBytes, FloatZeros {
   }
 };
 
+// An 8-bit float, as the bf16 that it is
+struct Floats : RawBytes, NoZeros {
+  static constexpr bool kPanel = true;
+  WordTable table;
+  explicit Floats(const Call& call) : table(call.codebook) {}
+  QK_INLINE __m512 value(const Raw& raw, int s, Zero) const {
+    const __m512i pair = table.look_up(shifted(raw.quad[s >> 2], 8 * (s >> 1 & 1)));
+    const __m512i high = _mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    return _mm512_castsi512_ps((s & 1) != 0 ? high : _mm512_slli_epi32(pair, 16));
+  }
+};
+
 }  // namespace
 
 const Kernels kAvx512 = {"avx512", Type::kFloat, stage<float>,
-                         multiply<Avx512, SymmetricNibbles, NibblesWithZeros, FloatBytes>, kLittleWork};
+                         multiply<Avx512, SymmetricNibbles, NibblesWithZeros, FloatBytes, Floats>, kLittleWork};
 
 }  // namespace qkernels::cpu
 

@@ -1,6 +1,6 @@
 // AVX-512 with AVX512_BF16: bf16 activations are multiplied as they are, two columns an instruction; code - zero is
-// exact in bf16 (at most 255 in magnitude), so that nothing is rounded before the fp32 sum. fp32 and fp16 activations
-// keep fp32 products.
+// exact in bf16 (at most 255 in magnitude), so that nothing is rounded before the fp32 sum; so are the values of all
+// codebooks but NF4 and FP4, which are rounded to bf16 once. fp32 and fp16 activations keep fp32 products.
 //
 // vdpbf16ps reads subnormal bf16 values (below 2^-126) as 0 and flushes such sums to 0, whatever MXCSR says.
 #include <cstdint>
@@ -42,15 +42,13 @@ QK_INLINE __m512i bf16_table(Value value) {
 
 // The fifth bit of an index belongs to the neighbouring code: entries 16 ... 31 repeat the first 16, and no mask is
 // needed.
-struct SymmetricPairs : RawNibbles {
-  struct Zero {};
+struct SymmetricPairs : RawNibbles, NoZeros {
   __m512i table;
   struct Value {
-    int mid;
-    int operator()(int i) const { return (i & 15) - mid; }
+    const Call& call;
+    float operator()(int i) const { return plain_value(call, i & 15); }
   };
-  explicit SymmetricPairs(const Call& call) : table(bf16_table(Value{1 << (call.bits - 1)})) {}
-  QK_INLINE Zero zero(int64_t) const { return {}; }
+  explicit SymmetricPairs(const Call& call) : table(bf16_table(Value{call})) {}
   QK_INLINE __m512i value(Raw raw, int s, Zero) const { return _mm512_permutexvar_epi16(shifted(raw, 4 * s), table); }
 };
 
@@ -88,9 +86,19 @@ struct BytePairs : RawBytes, FloatZeros {
   }
 };
 
+// An 8-bit float: bytes 0 and 2 of a lane are the pair 0, bytes 1 and 3 the pair 1.
+struct FloatPairs : RawBytes, NoZeros {
+  static constexpr bool kPanel = true;
+  WordTable table;
+  explicit FloatPairs(const Call& call) : table(call.codebook) {}
+  QK_INLINE __m512i value(const Raw& raw, int s, Zero) const {
+    return table.look_up(shifted(raw.quad[s >> 1], 8 * (s & 1)));
+  }
+};
+
 void multiply_by_type(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
   if (call.x_type != Type::kBFloat16) return kAvx512.multiply(call, tile, tiles, m0, m1);
-  multiply<Avx512Bf16, SymmetricPairs, PairsWithZeros, BytePairs>(call, tile, tiles, m0, m1);
+  multiply<Avx512Bf16, SymmetricPairs, PairsWithZeros, BytePairs, FloatPairs>(call, tile, tiles, m0, m1);
 }
 
 }  // namespace

@@ -22,7 +22,21 @@ struct Avx512Sums {
   static QK_INLINE void store(float* p, Sum v) { _mm512_storeu_ps(p, v); }
   static QK_INLINE Sum sub(Sum a, Sum b) { return _mm512_sub_ps(a, b); }
   static QK_INLINE Sum mul(Sum a, Sum b) { return _mm512_mul_ps(a, b); }
+  static QK_INLINE Sum div(Sum a, Sum b) { return _mm512_div_ps(a, b); }
   static QK_INLINE Sum fma(Sum a, Sum b, Sum c) { return _mm512_fmadd_ps(a, b, c); }
+
+  // 8-bit floats: see from_e8m0 and from_e4m3 in rows.h
+  static QK_INLINE Sum widen_bytes_of(Type type, const uint8_t* at) {
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    if (type == Type::kE8M0) {
+      const __mmask16 least = _mm512_testn_epi32_mask(byte, byte);
+      return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(byte, 23), least, _mm512_set1_epi32(1 << 22)));
+    }
+    const __m512i magnitude = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(0x7f)), 20);
+    const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(0x80)), 24);
+    const Sum value = _mm512_mul_ps(_mm512_castsi512_ps(magnitude), set1(0x1p120f));
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
+  }
 
   // 16 consecutive values as fp32
   static QK_INLINE Sum widen(Type type, const void* base, int64_t i) {
@@ -31,6 +45,11 @@ struct Avx512Sums {
       const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(base) + i);
       return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(bytes)));
     }
+    if (type == Type::kInt8) {
+      const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(base) + i);
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+    }
+    if (type == Type::kE8M0 || type == Type::kE4M3) return widen_bytes_of(type, static_cast<const uint8_t*>(base) + i);
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(base) + i));
     if (type == Type::kHalf) return _mm512_cvtph_ps(words);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
@@ -53,6 +72,29 @@ struct RawBytes {
   };
   static constexpr int64_t kOctetBytes = 2 * kTileRows * kLaneBytes, kMemoryBytes = kOctetBytes;
   static QK_INLINE Raw load(const uint8_t* at) { return {{lanes(at), lanes(at + kTileRows * kLaneBytes)}}; }
+};
+
+// The values of an 8-bit codebook, which bf16 holds exactly: magnitudes in four registers, the sign beside them.
+struct WordTable {
+  __m512i part[4];
+  explicit WordTable(Codebook codebook) {
+    alignas(64) uint16_t values[128];
+    for (int i = 0; i < 128; ++i) values[i] = to_bf16(codebook_value(codebook, i));
+    for (int i = 0; i < 4; ++i) part[i] = _mm512_load_si512(values + 32 * i);
+  }
+  // bf16 of the byte in the low half of each word; what is above it does not matter
+  QK_INLINE __m512i look_up(__m512i words) const {
+    const __m512i low = _mm512_permutex2var_epi16(part[0], words, part[1]);
+    const __m512i high = _mm512_permutex2var_epi16(part[2], words, part[3]);
+    const __m512i value = _mm512_mask_mov_epi16(low, _mm512_test_epi16_mask(words, _mm512_set1_epi16(64)), high);
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(words, 8), _mm512_set1_epi16(INT16_MIN));
+    return _mm512_or_si512(value, sign);
+  }
+};
+
+struct NoZeros {
+  struct Zero {};
+  QK_INLINE Zero zero(int64_t) const { return {}; }
 };
 
 // Zeros in fp32: integer zero points, or 2^(bits-1)

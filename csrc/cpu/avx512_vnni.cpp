@@ -35,8 +35,10 @@ struct Vnni : Avx512Sums {
   static QK_INLINE Integers dot_bytes(Integers sum, Integers bytes, Integers x) {
     return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)x);
   }
+  static QK_INLINE Integers look_up(Integers table, Integers indices) {
+    return (Integers)_mm512_shuffle_epi8((__m512i)table, (__m512i)indices);
+  }
   static QK_INLINE Integers dot_nibbles(Integers sum, Integers nibbles, Integers x0, Integers x1) {
-    constexpr int32_t kLow = 0x0f0f0f0f;
     return dot_bytes(dot_bytes(sum, nibbles & kLow, x0), nibbles >> 4 & kLow, x1);
   }
 };

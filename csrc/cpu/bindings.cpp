@@ -42,6 +42,7 @@ Tensor product(const Inputs& in, const Arguments& a) {
   call.x_row_stride = in.x->stride(0), call.x_column_stride = in.x->stride(1);
   call.qweight = static_cast<const uint8_t*>(a.qweight.data);
   call.scales = a.scales.data, call.zeros = data_of(a.zeros);
+  call.outer_scales = data_of(a.outer_scales), call.outer_zeros = data_of(a.outer_zeros);
   call.k_order = static_cast<const int32_t*>(data_of(a.k_order));
   OptionalTensor dense_bias;  // holds the copy if there is one
   if (a.bias != nullptr) {

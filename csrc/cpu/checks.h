@@ -17,7 +17,58 @@ inline Problem problem_of(const Arguments& a, bool int8_activations) {
   p.zeros_are_offsets = a.zeros_are_offsets;
   p.bias_type = a.bias == nullptr ? Type::kNone : a.bias->type;
   p.int8_activations = int8_activations;
+  p.codebook = static_cast<Codebook>(a.codebook);
+  p.factors = static_cast<Factors>(a.factors);
+  if (p.factors != Factors::kNone) {
+    p.zero_type = Type::kNone;
+    p.outer_type = a.outer_scales == nullptr ? Type::kNone : a.outer_scales->type;
+    p.outer_shift = kind_of(p.factors).outer_shift;
+    p.S = ((p.G - 1) >> p.outer_shift) + 1;
+  }
   return p;
+}
+
+inline std::string wrong_codebook(const Arguments& a, bool int8_activations) {
+  if (a.codebook < 0 || a.codebook >= static_cast<int64_t>(Codebook::kCount)) {
+    return text("codebook must be 0 to ", static_cast<int64_t>(Codebook::kCount) - 1, ", got ", a.codebook);
+  }
+  const auto codebook = static_cast<Codebook>(a.codebook);
+  if (codebook == Codebook::kIntegers) return "";
+  if (codebook_bits(codebook) != a.bits || a.zeros != nullptr) {
+    return text("codebook ", a.codebook, " takes ", codebook_bits(codebook), " bits and no zeros, got bits=", a.bits,
+                a.zeros == nullptr ? "" : " and zeros");
+  }
+  if (int8_activations && integer_step(codebook) == 0.0f) {
+    return text("codebook ", a.codebook, " has values that are no integers: int8 activations do not multiply them");
+  }
+  return "";
+}
+
+inline std::string wrong_factor(const char* name, const Buffer* b, bool there, const char* type, bool fits,
+                                Shape shape) {
+  if (b == nullptr) return there ? text(name, " must be given with these factors, got None") : "";
+  if (there && fits && has_shape(*b, shape) && b->contiguous) return "";
+  return there ? text(name, " must be contiguous ", type, " ", in_words(shape), " with these factors, got ",
+                      described(*b))
+               : text(name, " must be None with these factors, got ", described(*b));
+}
+
+// Small factors in the place of scales and offsets, and the outer ones, all of one type.
+inline std::string wrong_factors(const Arguments& a, Shape groups, Shape outer, Factors factors) {
+  const FactorKind kind = kind_of(factors);
+  if (a.zeros_are_offsets != kind.offsets)
+    return text("zeros_are_offsets must be ", kind.offsets, " with these factors");
+  const char* small = kind.small == Type::kUInt8 ? "uint8" : kind.small == Type::kInt8 ? "int8" : "float8_e4m3fn";
+  const Type type = a.outer_scales == nullptr ? Type::kNone : a.outer_scales->type;
+  const auto is = [](const Buffer* b, Type wanted) { return b != nullptr && b->type == wanted; };
+  for (const auto& wrong : {wrong_factor("scales", &a.scales, true, small, a.scales.type == kind.small, groups),
+                            wrong_factor("outer_scales", a.outer_scales, true, "floating", is_floating(type), outer),
+                            wrong_factor("zeros", a.zeros, kind.offsets, "uint8", is(a.zeros, Type::kUInt8), groups),
+                            wrong_factor("outer_zeros", a.outer_zeros, kind.offsets, "like outer_scales",
+                                         is(a.outer_zeros, type), outer)}) {
+    if (!wrong.empty()) return wrong;
+  }
+  return "";
 }
 
 inline std::string wrong_product(const Arguments& a, bool int8_activations) {
@@ -28,6 +79,10 @@ inline std::string wrong_product(const Arguments& a, bool int8_activations) {
     return text("bits must be 2 to 8, group_size positive and out_features not negative, got bits=", a.bits,
                 ", group_size=", a.group_size, ", out_features=", a.out_features);
   }
+  if (const auto wrong = wrong_codebook(a, int8_activations); !wrong.empty()) return wrong;
+  if (a.factors < 0 || a.factors >= static_cast<int64_t>(Factors::kCount)) {
+    return text("factors must be 0 to ", static_cast<int64_t>(Factors::kCount) - 1, ", got ", a.factors);
+  }
   const Problem p = problem_of(a, int8_activations);
   const int64_t tiles = tiles_of(p);
   if (p.G != 1 && p.group % 8 != 0) return text("group_size must be a multiple of 8, got ", p.group);
@@ -37,8 +92,13 @@ inline std::string wrong_product(const Arguments& a, bool int8_activations) {
                 ", bits=", p.bits, ", got ", described(qweight));
   }
   const Shape groups = {tiles, p.G, kTileRows};
-  if (const auto wrong = wrong_scales(a, groups, true); !wrong.empty()) return wrong;
-  if (const auto wrong = wrong_zeros(a, groups, true); !wrong.empty()) return wrong;
+  if (p.factors != Factors::kNone) {
+    if (const auto wrong = wrong_factors(a, groups, {tiles, p.S, kTileRows}, p.factors); !wrong.empty()) return wrong;
+  } else {
+    if (const auto wrong = wrong_scales(a, groups, true, true); !wrong.empty()) return wrong;
+    if (const auto wrong = wrong_zeros(a, groups, true); !wrong.empty()) return wrong;
+    if (a.outer_scales != nullptr || a.outer_zeros != nullptr) return "outer_scales and outer_zeros go with factors";
+  }
   // What fits an int32 sum: see layouts/cpu_tile_a8.py
   const int64_t longest = int64_t{1} << (p.zero_type == Type::kUInt8 ? 16 : 17);
   if (int8_activations && std::min(p.K, p.group) > longest) {

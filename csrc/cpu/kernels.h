@@ -11,6 +11,8 @@
 //     8 bit, an octet is two quads of 128 bytes: one lane a row, code k of the quad in the 8 bits from
 //       16 * (k & 1) + 8 * (k >> 1) on
 //   scales, zeros [tiles][G][32]             group g holds stored columns g * group ... min(K, (g + 1) * group) - 1
+//   outer_scales, outer_zeros [tiles][S][32] where scales (and offsets) are products: then `scales` and `zeros` are the
+//     small factors, and outer factor s serves groups s * per ... (s + 1) * per - 1, or all of a row
 // Layout cpu_tile_a8 (qkernels/layouts/cpu_tile_a8.py), for x quantized to int8: the same, but for the lanes:
 //     4 bit, byte j of an octet's lane has code j of the octet in its low nibble and code 4 + j in its high one
 //     8 bit, byte j of a quad's lane has code j of the quad
@@ -19,7 +21,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../types.h"
+#include "../codebooks.h"
 
 namespace qkernels::cpu {
 
@@ -52,11 +54,43 @@ struct Problem {
   int bits;
   Type x_type;  // of x and y
   Type scale_type;
-  Type zero_type;          // kNone: symmetric; kUInt8: zero points, subtracted exactly; floating: zero points, or
-  bool zeros_are_offsets;  // offsets, which are added after scaling
+  Type zero_type;          // kNone: symmetric, or `factors` says what zeros are; kUInt8: zero points, subtracted
+  bool zeros_are_offsets;  // exactly; floating: zero points, or offsets, which are added after scaling
   Type bias_type;          // kNone: no bias
   bool int8_activations;   // layout cpu_tile_a8
+  Codebook codebook;       // what codes are indices into
+  Factors factors;         // what scales are products of
+  Type outer_type;         // of the outer factors; kNone: there are none
+  int64_t S;               // outer factors of a row
+  int outer_shift;         // group g has outer factor g >> outer_shift
 };
+
+// Whether one outer factor serves all of a row: it waits until the row is summed.
+static inline bool outer_of_row(const Problem& p) {
+  return p.factors == Factors::kNvfp4 || p.factors == Factors::kNvfp4M;
+}
+
+// What the ops' number for factors asks of a weight.
+struct FactorKind {
+  Type small;       // of the small factors
+  bool offsets;     // whether there are factors of offsets, too
+  int outer_shift;  // log2 of the groups under one outer factor; 31: all of a row
+};
+static inline FactorKind kind_of(Factors factors) {
+  switch (factors) {
+    case Factors::kK2:
+      return {Type::kUInt8, true, 4};
+    case Factors::kK3:
+    case Factors::kK6:
+      return {Type::kInt8, false, 4};
+    case Factors::kK45:
+      return {Type::kUInt8, true, 3};
+    case Factors::kIq4Xs:
+      return {Type::kInt8, false, 3};
+    default:
+      return {Type::kE4M3, false, 31};
+  }
+}
 
 // Without the types. static: an inline function that was compiled for AVX-512 must not stand in for one that was not
 // (target.h).
@@ -78,6 +112,8 @@ struct Call : Problem {
   const uint8_t* qweight = nullptr;
   const void* scales = nullptr;
   const void* zeros = nullptr;
+  const void* outer_scales = nullptr;
+  const void* outer_zeros = nullptr;
   const int32_t* k_order = nullptr;  // [K]: the column of x that each stored column meets; null: its own
   const void* bias = nullptr;        // [N]
   void* y = nullptr;                 // [M, N] contiguous
@@ -102,7 +138,20 @@ static inline int64_t staged_at(const Call& call, int64_t m, int64_t k) {
 
 // Floating zero points and offsets: products are with code - 2^(bits-1), which is exact, and the rest of the weight,
 // the same over a group, meets the sum of x.
-static inline bool has_rest(const Problem& p) { return is_floating(p.zero_type); }
+static inline bool has_rest(const Problem& p) {
+  return is_floating(p.zero_type) || (p.zeros_are_offsets && p.factors != Factors::kNone);
+}
+
+// Where the outer factor of group g, row `row` of a tile is.
+static inline int64_t outer_at(const Problem& p, int64_t tile, int64_t g, int64_t row) {
+  return (tile * p.S + (g >> p.outer_shift)) * kTileRows + row;
+}
+
+// What a code means where no zero point is stored beside it, in integers exactly.
+static inline float plain_value(const Problem& p, int code) {
+  return p.codebook == Codebook::kIntegers ? static_cast<float>(code - (1 << (p.bits - 1)))
+                                           : codebook_value(p.codebook, code);
+}
 
 // The kernels of one instruction set.
 struct Kernels {

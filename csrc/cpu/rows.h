@@ -51,6 +51,14 @@ inline uint16_t to_half(float f) {  // to nearest, ties to even
   return static_cast<uint16_t>(half | sign);
 }
 
+inline float from_e8m0(uint8_t b) {  // 2^(b - 127): the exponent of a float, but for 2^-127, which is subnormal
+  return as_float(b == 0 ? 0x00400000 : static_cast<uint32_t>(b) << 23);
+}
+inline float from_e4m3(uint8_t b) {  // exponent and mantissa as a float, times 2^120: exact, subnormals included
+  const uint32_t sign = static_cast<uint32_t>(b & 0x80) << 24;
+  return as_float(as_bits(as_float(static_cast<uint32_t>(b & 0x7f) << 20) * as_float(0x7b800000)) | sign);
+}
+
 inline float load(Type type, const void* base, int64_t i) {
   switch (type) {
     case Type::kUInt8:
@@ -61,9 +69,28 @@ inline float load(Type type, const void* base, int64_t i) {
       return from_half(static_cast<const uint16_t*>(base)[i]);
     case Type::kBFloat16:
       return from_bf16(static_cast<const uint16_t*>(base)[i]);
+    case Type::kInt8:
+      return static_cast<float>(static_cast<const int8_t*>(base)[i]);
+    case Type::kE8M0:
+      return from_e8m0(static_cast<const uint8_t*>(base)[i]);
+    case Type::kE4M3:
+      return from_e4m3(static_cast<const uint8_t*>(base)[i]);
     default:
       return 0.0f;
   }
+}
+
+// Scale and zero point (or offset) of a row's group, as the value has them: products are rounded once.
+inline float scale_of(const Call& call, int64_t tile, int64_t g, int64_t row) {
+  const float small = load(call.scale_type, call.scales, (tile * call.G + g) * kTileRows + row);
+  if (call.factors == Factors::kNone) return small;
+  const float outer = load(call.outer_type, call.outer_scales, outer_at(call, tile, g, row));
+  return call.factors == Factors::kNvfp4 ? small / outer : small * outer;
+}
+inline float zero_of(const Call& call, int64_t tile, int64_t g, int64_t row) {
+  const int64_t at = (tile * call.G + g) * kTileRows + row;
+  if (call.factors == Factors::kNone || !call.zeros_are_offsets) return load(call.zero_type, call.zeros, at);
+  return -(load(Type::kUInt8, call.zeros, at) * load(call.outer_type, call.outer_zeros, outer_at(call, tile, g, row)));
 }
 
 // What a group with a rest (has_rest) adds for each unit of sum(x); `zero` is its zero point or offset.
@@ -202,7 +229,6 @@ inline __attribute__((noinline)) void sum_again(const Call& call, int64_t m, int
     if (x != x) return;  // a NaN, as is all of y
     infinite |= !finite(x);
   }
-  const float mid = static_cast<float>(1 << (call.bits - 1));
   for (int64_t i = 0; i < count; ++i) {
     if (finite(y[i])) continue;
     const int64_t tile = (n0 + i) / kTileRows;
@@ -211,11 +237,12 @@ inline __attribute__((noinline)) void sum_again(const Call& call, int64_t m, int
     for (int64_t k = 0; k < call.K; ++k) {
       const float x = x_at(k);
       if (infinite && finite(x)) continue;
-      const int64_t at = (tile * call.G + k / call.group) * kTileRows + row;
-      const float code = static_cast<float>(code_at(call, tile, row, k));
-      const float scale = load(call.scale_type, call.scales, at);
-      const float zero = call.zero_type == Type::kNone ? mid : load(call.zero_type, call.zeros, at);
-      const float weight = call.zeros_are_offsets ? code * scale + zero : (code - zero) * scale;
+      const int code = code_at(call, tile, row, k);
+      const int64_t g = k / call.group;
+      const float scale = scale_of(call, tile, g, row), zero = zero_of(call, tile, g, row);
+      const float weight = call.zeros_are_offsets          ? static_cast<float>(code) * scale + zero
+                           : call.zero_type == Type::kNone ? plain_value(call, code) * scale
+                                                           : (static_cast<float>(code) - zero) * scale;
       sum += static_cast<double>(x) * weight;
     }
     y[i] = static_cast<float>(sum);

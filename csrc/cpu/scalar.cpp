@@ -8,25 +8,25 @@ namespace {
 
 // One tile, rows m0 ... m1 - 1; x is always fp32 here.
 void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
-  const float mid = static_cast<float>(1 << (call.bits - 1));
   const bool exact_zeros = call.zero_type == Type::kUInt8;
   float total[kBlockTokens][kTileRows] = {};
   float weight[kRun][kTileRows];
   for (int64_t g = 0; g < call.G; ++g) {
     float scale[kTileRows], zero[kTileRows], rest[kTileRows];
     for (int r = 0; r < kTileRows; ++r) {
-      const int64_t at = (tile * call.G + g) * kTileRows + r;
-      scale[r] = load(call.scale_type, call.scales, at);
-      const float z = load(call.zero_type, call.zeros, at);
-      zero[r] = exact_zeros ? z : mid;
+      scale[r] = scale_of(call, tile, g, r);
+      const float z = zero_of(call, tile, g, r);
+      zero[r] = z;
       rest[r] = rest_of(call, scale[r], z);
     }
     const int64_t end = call.K < (g + 1) * call.group ? call.K : (g + 1) * call.group;
     for (int64_t first = g * call.group; first < end; first += kRun) {
       const int64_t n = end - first < kRun ? end - first : kRun;
       for (int64_t k = 0; k < n; ++k) {
-        for (int r = 0; r < kTileRows; ++r)
-          weight[k][r] = static_cast<float>(code_at(call, tile, r, first + k)) - zero[r];
+        for (int r = 0; r < kTileRows; ++r) {
+          const int code = code_at(call, tile, r, first + k);
+          weight[k][r] = exact_zeros ? static_cast<float>(code) - zero[r] : plain_value(call, code);
+        }
       }
       for (int64_t m = m0; m < m1; ++m) {
         const float* x = static_cast<const float*>(call.staged.data) + staged_at(call, m, first);

@@ -13,6 +13,8 @@ int code(const Call& call, int64_t tile, int row, int64_t k) {
 }
 
 void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
+  const bool table = call.codebook != Codebook::kIntegers;
+  const float step = table ? integer_step(call.codebook) : 1.0f;
   float total[kBlockTokens][kTileRows] = {};
   float scale[kTileRows], rest[kTileRows];
   int zero[kTileRows];
@@ -22,15 +24,18 @@ void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
     std::memset(sums, 0, sizeof sums);
     for (int r = 0; r < kTileRows; ++r) {
       const int64_t at = (tile * call.G + g) * kTileRows + r;
-      scale[r] = load(call.scale_type, call.scales, at);
+      scale[r] = scale_of(call, tile, g, r) * step;
       zero[r] = call.zero_type == Type::kUInt8 ? static_cast<const uint8_t*>(call.zeros)[at] : 1 << (call.bits - 1);
-      rest[r] = rest_of(call, scale[r], load(call.zero_type, call.zeros, at));
+      rest[r] = rest_of(call, scale[r], zero_of(call, tile, g, r));
     }
     const int64_t end = call.K < (g + 1) * call.group ? call.K : (g + 1) * call.group;
     for (int64_t first = g * call.group; first < end; first += kRun) {
       const int64_t n = end - first < kRun ? end - first : kRun;
       for (int64_t k = 0; k < n; ++k) {
-        for (int r = 0; r < kTileRows; ++r) weight[k][r] = code(call, tile, r, first + k) - zero[r];
+        for (int r = 0; r < kTileRows; ++r) {
+          const int c = code(call, tile, r, first + k);
+          weight[k][r] = table ? static_cast<int>(plain_value(call, c) / step) : c - zero[r];
+        }
       }
       for (int64_t m = m0; m < m1; ++m) {
         const int8_t* x = static_cast<const int8_t*>(call.staged.data) + m * call.staged.row_stride + first;

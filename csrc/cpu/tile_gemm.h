@@ -49,7 +49,7 @@ QK_INLINE void prefetch_group(const Call& call, const void* base, Type type, int
                               int64_t g) {
   constexpr int64_t kAhead = 4;
   if (base == nullptr) return;
-  const int64_t bytes = kTileRows * (type == Type::kFloat ? 4 : type == Type::kUInt8 ? 1 : 2);
+  const int64_t bytes = kTileRows * (type == Type::kNone ? 1 : size_of(type));  // kNone: small factors
   const int64_t row = g + kAhead < call.G ? tile * call.G : (next_tile - 1) * call.G;
   const uint8_t* at = static_cast<const uint8_t*>(base) + (row + g + kAhead) * bytes;
   __builtin_prefetch(at);
@@ -110,11 +110,34 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const
   }
 }
 
+// The scales of a vector of rows for group g: those that are stored, or products. One outer factor for a whole row
+// waits (`finished`), so that a group costs nothing more.
+template <class V>
+QK_INLINE typename V::Sum scales_of(const Call& call, int64_t tile, int64_t g, int64_t row) {
+  const typename V::Sum small = V::widen(call.scale_type, call.scales, (tile * call.G + g) * kTileRows + row);
+  if (call.outer_type == Type::kNone || outer_of_row(call)) return small;
+  return V::mul(small, V::widen(call.outer_type, call.outer_scales, outer_at(call, tile, g, row)));
+}
+
+// The total of a vector of rows, with the outer factor that waited.
+template <class V>
+QK_INLINE typename V::Sum finished(const Call& call, int64_t tile, int64_t row, typename V::Sum total) {
+  if (!outer_of_row(call)) return total;
+  const typename V::Sum outer = V::widen(call.outer_type, call.outer_scales, tile * kTileRows + row);
+  return call.factors == Factors::kNvfp4 ? V::div(total, outer) : V::mul(total, outer);
+}
+
 // What a group adds once per row of x where zero points are floating: sum(x) * rest, with rest = (mid - zero) * scale,
 // or mid * scale + offset. The products with code - mid stay exact.
 template <class V>
-QK_INLINE typename V::Sum rest_of(const Call& call, typename V::Sum scale, int64_t at) {
+QK_INLINE typename V::Sum rest_of(const Call& call, typename V::Sum scale, int64_t tile, int64_t g, int64_t row) {
   const typename V::Sum mid = V::set1(static_cast<float>(1 << (call.bits - 1)));
+  const int64_t at = (tile * call.G + g) * kTileRows + row;
+  if (call.factors != Factors::kNone) {
+    const typename V::Sum outer = V::widen(call.outer_type, call.outer_zeros, outer_at(call, tile, g, row));
+    const typename V::Sum product = V::mul(V::widen(Type::kUInt8, call.zeros, at), outer);
+    return V::fma(mid, scale, V::sub(V::zero(), product));
+  }
   const typename V::Sum zero = V::widen(call.zero_type, call.zeros, at);
   return call.zeros_are_offsets ? V::fma(mid, scale, zero) : V::mul(V::sub(mid, zero), scale);
 }
@@ -148,12 +171,11 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
     }
     typename U::Zero zero[kVectors];
     Sum scale[kVectors];
-    int64_t at[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      at[v] = ((tile + v / kPerTile) * call.G + g) * kTileRows + row + (v % kPerTile) * V::kRows;
-      zero[v] = unpacker.zero(at[v]);
-      scale[v] = V::widen(call.scale_type, call.scales, at[v]);
+      const int64_t t = tile + v / kPerTile, r = row + (v % kPerTile) * V::kRows;
+      zero[v] = unpacker.zero((t * call.G + g) * kTileRows + r);
+      scale[v] = scales_of<V>(call, t, g, r);
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
@@ -173,7 +195,7 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
     }
     if (call.sums != nullptr) {
       for (int v = 0; v < kVectors; ++v) {
-        const Sum rest = rest_of<V>(call, scale[v], at[v]);
+        const Sum rest = rest_of<V>(call, scale[v], tile + v / kPerTile, g, row + (v % kPerTile) * V::kRows);
         for (int r = 0; r < kTokens; ++r)
           total[r][v] = V::fma(rest, V::set1(call.sums[(m0 + r) * call.G + g]), total[r][v]);
       }
@@ -184,7 +206,10 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
   float bias[kCount], sum[kCount];
   load_bias(call, n0, kCount, bias);
   for (int r = 0; r < kTokens; ++r) {
-    for (int v = 0; v < kVectors; ++v) V::store(sum + v * V::kRows, total[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      const Sum whole = finished<V>(call, tile + v / kPerTile, row + (v % kPerTile) * V::kRows, total[r][v]);
+      V::store(sum + v * V::kRows, whole);
+    }
     store_row(call, m0 + r, n0, kCount, sum, bias);
   }
 }
@@ -278,7 +303,7 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
     typename U::Zero zero[kPerTile];
     for (int v = 0; v < kPerTile; ++v) {
       zero[v] = unpacker.zero(at + v * V::kRows);
-      V::store(scale + v * V::kRows, V::widen(call.scale_type, call.scales, at + v * V::kRows));
+      V::store(scale + v * V::kRows, scales_of<V>(call, tile, g, v * V::kRows));
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
@@ -294,7 +319,7 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
                                        call.staged.row_stride, scale, total + m * kTileRows);
     }
     for (int v = 0; v < kPerTile && call.sums != nullptr; ++v) {
-      const Sum rest = rest_of<V>(call, V::load(scale + v * V::kRows), at + v * V::kRows);
+      const Sum rest = rest_of<V>(call, V::load(scale + v * V::kRows), tile, g, v * V::kRows);
       for (int64_t m = m0; m < m1; ++m) {
         float* sum = total + (m - m0) * kTileRows + v * V::kRows;
         V::store(sum, V::fma(rest, V::set1(call.sums[m * call.G + g]), V::load(sum)));
@@ -304,7 +329,11 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
   float bias[kTileRows];
   load_bias(call, tile * kTileRows, kTileRows, bias);
   for (int64_t m = m0; m < m1; ++m) {
-    store_row(call, m, tile * kTileRows, kTileRows, total + (m - m0) * kTileRows, bias);
+    float* sums = total + (m - m0) * kTileRows;
+    for (int row = 0; row < kTileRows; row += V::kRows) {
+      V::store(sums + row, finished<V>(call, tile, row, V::load(sums + row)));
+    }
+    store_row(call, m, tile * kTileRows, kTileRows, sums, bias);
   }
 }
 
@@ -332,9 +361,11 @@ void multiply_with(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
   }
 }
 
-// Codes of up to 4 bits have a faster unpacker where no integer zero points are subtracted.
-template <class V, class Symmetric4, class Zeros4, class Any8>
+// Codes of up to 4 bits have a faster unpacker where no integer zero points are subtracted: it looks them up in a
+// table, which may as well be a codebook's. Float8 is that of 8-bit codebooks.
+template <class V, class Symmetric4, class Zeros4, class Any8, class Float8>
 void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (codebook_bits(call.codebook) == 8) return multiply_with<V, Float8>(call, tile, tiles, m0, m1);
   if (call.bits > 4) return multiply_with<V, Any8>(call, tile, tiles, m0, m1);
   if (call.zero_type == Type::kUInt8) return multiply_with<V, Zeros4>(call, tile, tiles, m0, m1);
   return multiply_with<V, Symmetric4>(call, tile, tiles, m0, m1);

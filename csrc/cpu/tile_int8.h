@@ -9,6 +9,7 @@
 //   kByteBias     what `dot_bytes` subtracts from each 8-bit code
 //   dot_nibbles(sum, lanes, x0, x1)  low nibbles times x0 and high ones times x1
 //   dot_bytes(sum, lanes, x)         (bytes - kByteBias) times x
+//   look_up(table, indices)          bytes of a table of 16
 //   widen_bytes   consecutive bytes as int32, one a row
 #pragma once
 #include <cstdint>
@@ -22,6 +23,23 @@ namespace qkernels::cpu {
 namespace {
 
 enum class Zeros { kNone, kIntegers, kRest };
+enum class Codes { kNibbles, kBytes, kTable };  // kTable: nibbles that are indices into a codebook of integers
+
+// In a look-up, the values of a codebook in steps, plus this: bytes that `dot_bytes` takes.
+constexpr int kTableBias = 128;
+constexpr int32_t kLow = 0x0f0f0f0f;  // low nibbles
+
+// 16 bytes, in every 128 bits.
+template <class V>
+QK_INLINE typename V::Integers table_of(const Call& call) {
+  if (call.codebook == Codebook::kIntegers) return V::integers(0);
+  alignas(64) uint8_t bytes[sizeof(typename V::Integers)];
+  const float step = integer_step(call.codebook);
+  for (size_t i = 0; i < sizeof bytes; ++i) {
+    bytes[i] = static_cast<uint8_t>(static_cast<int>(codebook_value(call.codebook, i & 15) / step) + kTableBias);
+  }
+  return V::lanes_at(bytes);
+}
 
 // Sums start at what the products leave out: (kByteBias - zero) * (sum of x over the group). Symmetric weights have one
 // zero, 2^(bits-1), which costs nothing; integer zero points are one a row. Floating zero points and offsets leave the
@@ -30,13 +48,15 @@ enum class Zeros { kNone, kIntegers, kRest };
 //
 // The fp32 totals are in registers as long as there are enough, for a store costs the multipliers 0.8 of a cycle (Zen
 // 5) where a sum over a group of 32 takes 4: with all totals in L1, 16 rows and groups of 32 were 10 % slower.
-template <class V, bool kBytes, Zeros kZeros, int kVectors, int kTokens>
+template <class V, Codes kCodes, Zeros kZeros, int kVectors, int kTokens>
 void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64_t m0) {
   using Sum = typename V::Sum;
   using Integers = typename V::Integers;
   constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
+  constexpr bool kBytes = kCodes == Codes::kBytes, kTable = kCodes == Codes::kTable;
   constexpr int kQuadBytes = kTileRows * kLaneBytes, kOctetBytes = kBytes ? 2 * kQuadBytes : kQuadBytes;
-  const int32_t start = (kBytes ? V::kByteBias : 0) - (1 << (call.bits - 1));
+  const int32_t start = (kBytes || kTable ? V::kByteBias : 0) - (kTable ? kTableBias : 1 << (call.bits - 1));
+  const Integers table = table_of<V>(call);
   const int64_t row_bytes = call.staged.row_stride, G = call.G, M = call.M;
   const uint8_t* codes = call.qweight + tile * call.tile_bytes;  // of the first vector of rows
   int64_t vector_at[kVectors];
@@ -96,7 +116,12 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
 #pragma GCC unroll 8
           for (int r = 0; r < kTokens; ++r) {
             const int8_t* octet = x + r * row_bytes;
-            acc[r][v] = V::dot_nibbles(acc[r][v], lanes, V::quad(octet), V::quad(octet + 4));
+            if constexpr (kTable) {
+              acc[r][v] = V::dot_bytes(acc[r][v], V::look_up(table, lanes & kLow), V::quad(octet));
+              acc[r][v] = V::dot_bytes(acc[r][v], V::look_up(table, lanes >> 4 & kLow), V::quad(octet + 4));
+            } else {
+              acc[r][v] = V::dot_nibbles(acc[r][v], lanes, V::quad(octet), V::quad(octet + 4));
+            }
           }
         }
       }
@@ -106,8 +131,9 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const Sum scale = V::widen(call.scale_type, call.scales, scale_at(v));
-      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(call, scale, scale_at(v)) : V::zero();
+      const int64_t t = tile + v / kPerTile, row = v % kPerTile * V::kRows;
+      const Sum scale = scales_of<V>(call, t, g, row);
+      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(call, scale, t, g, row) : V::zero();
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
         total[r][v] = V::fma(V::to_sum(acc[r][v]), scale, total[r][v]);
@@ -120,58 +146,63 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   load_bias(call, tile * kTileRows, kCount, bias);
   for (int r = 0; r < kTokens; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      V::store(sum + v * V::kRows, V::mul(total[r][v], V::set1(call.x_scales[m0 + r])));
+      const float step = kTable ? integer_step(call.codebook) : 1.0f;  // a power of two
+      const Sum whole = finished<V>(call, tile + v / kPerTile, v % kPerTile * V::kRows, total[r][v]);
+      V::store(sum + v * V::kRows, V::mul(whole, V::set1(call.x_scales[m0 + r] * step)));
     }
     store_row(call, m0 + r, tile * kTileRows, kCount, sum, bias);
   }
 }
 
 // As many tiles at once as kDecodeVectors says for this number of rows of x; returns how many are left.
-template <class V, bool kBytes, Zeros kZeros, int kTokens>
+template <class V, Codes kCodes, Zeros kZeros, int kTokens>
 int multiply_int8_together(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t tokens) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return multiply_int8_together<V, kBytes, kZeros, kTokens - 1>(call, tile, tiles, m0, tokens);
+    if (tokens < kTokens) return multiply_int8_together<V, kCodes, kZeros, kTokens - 1>(call, tile, tiles, m0, tokens);
   }
   constexpr int kVectors = V::kDecodeVectors[kTokens - 1], kTiles = kVectors * V::kRows / kTileRows;
   for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
-    multiply_int8_rows<V, kBytes, kZeros, kVectors, kTokens>(call, tile, tile + kTiles, m0);
+    multiply_int8_rows<V, kCodes, kZeros, kVectors, kTokens>(call, tile, tile + kTiles, m0);
   }
   return tiles;
 }
 
 // At most kTokens rows of x and one tile
-template <class V, bool kBytes, Zeros kZeros, int kTokens>
+template <class V, Codes kCodes, Zeros kZeros, int kTokens>
 void multiply_int8_last(const Call& call, int64_t tile, int64_t next_tile, int64_t m0, int64_t tokens) {
   constexpr int kPerTile = kTileRows / V::kRows;
-  if (tokens == kTokens) return multiply_int8_rows<V, kBytes, kZeros, kPerTile, kTokens>(call, tile, next_tile, m0);
-  if constexpr (kTokens > 1) multiply_int8_last<V, kBytes, kZeros, kTokens - 1>(call, tile, next_tile, m0, tokens);
+  if (tokens == kTokens) return multiply_int8_rows<V, kCodes, kZeros, kPerTile, kTokens>(call, tile, next_tile, m0);
+  if constexpr (kTokens > 1) multiply_int8_last<V, kCodes, kZeros, kTokens - 1>(call, tile, next_tile, m0, tokens);
 }
 
-template <class V, bool kBytes, Zeros kZeros>
+template <class V, Codes kCodes, Zeros kZeros>
 void multiply_int8_tiles(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
   const int64_t end = tile + tiles;
   if (m1 - m0 <= V::kDecodeTokens) {
-    tiles = multiply_int8_together<V, kBytes, kZeros, V::kDecodeTokens>(call, tile, tiles, m0, m1 - m0);
+    tiles = multiply_int8_together<V, kCodes, kZeros, V::kDecodeTokens>(call, tile, tiles, m0, m1 - m0);
   }
   for (int64_t t = end - tiles; t < end; ++t) {
     for (int64_t m = m0; m < m1; m += V::kTokens) {
       const int64_t next = m + V::kTokens < m1 ? t : t + 1;  // a tile stays in L2
-      multiply_int8_last<V, kBytes, kZeros, V::kTokens>(call, t, next, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
+      multiply_int8_last<V, kCodes, kZeros, V::kTokens>(call, t, next, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
     }
   }
 }
 
-template <class V, bool kBytes>
+template <class V, Codes kCodes>
 void multiply_int8_width(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (call.zero_type == Type::kNone) return multiply_int8_tiles<V, kBytes, Zeros::kNone>(call, tile, tiles, m0, m1);
-  if (has_rest(call)) return multiply_int8_tiles<V, kBytes, Zeros::kRest>(call, tile, tiles, m0, m1);
-  return multiply_int8_tiles<V, kBytes, Zeros::kIntegers>(call, tile, tiles, m0, m1);
+  if (has_rest(call)) return multiply_int8_tiles<V, kCodes, Zeros::kRest>(call, tile, tiles, m0, m1);
+  if (call.zero_type == Type::kNone) return multiply_int8_tiles<V, kCodes, Zeros::kNone>(call, tile, tiles, m0, m1);
+  return multiply_int8_tiles<V, kCodes, Zeros::kIntegers>(call, tile, tiles, m0, m1);
 }
 
 template <class V>
 void multiply_int8(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (call.bits > 4) return multiply_int8_width<V, true>(call, tile, tiles, m0, m1);
-  return multiply_int8_width<V, false>(call, tile, tiles, m0, m1);
+  if (call.codebook != Codebook::kIntegers) {
+    return multiply_int8_tiles<V, Codes::kTable, Zeros::kNone>(call, tile, tiles, m0, m1);
+  }
+  if (call.bits > 4) return multiply_int8_width<V, Codes::kBytes>(call, tile, tiles, m0, m1);
+  return multiply_int8_width<V, Codes::kNibbles>(call, tile, tiles, m0, m1);
 }
 
 }  // namespace

@@ -34,6 +34,10 @@ inline std::string wrong_weight(const Arguments& a, int64_t K) {
     return text("bits must be 2 to 8, group_size positive, N and K 0 to ", kMost, ", got bits=", a.bits,
                 ", group_size=", a.group_size, ", N=", N, ", K=", K);
   }
+  if (a.codebook != 0 || a.factors != 0) {
+    return text("codebook and factors must be 0: the CUDA kernels take integer codes, got ", a.codebook, " and ",
+                a.factors);
+  }
   if (K > a.group_size && a.group_size != 16 && a.group_size != 32 && a.group_size % kStepColumns != 0) {
     return text("group_size must be 16, 32 or a multiple of 64, got ", a.group_size);
   }
@@ -46,7 +50,7 @@ inline std::string wrong_weight(const Arguments& a, int64_t K) {
   const int device = a.qweight.device;
   if (const auto wrong = wrong_place("qweight", a.qweight, device); !wrong.empty()) return wrong;
   const Shape groups = {w.strips, w.groups, kStripRows};
-  if (const auto wrong = wrong_scales(a, groups, false); !wrong.empty()) return wrong;
+  if (const auto wrong = wrong_scales(a, groups, false, false); !wrong.empty()) return wrong;
   if (const auto wrong = wrong_place("scales", a.scales, device); !wrong.empty()) return wrong;
   if (const auto wrong = wrong_zeros(a, groups, false); !wrong.empty() || a.zeros == nullptr) return wrong;
   return wrong_place("zeros", *a.zeros, device);

@@ -2,7 +2,7 @@
 
 | tensor       | content                                                                       |
 |--------------|-------------------------------------------------------------------------------|
-| qweight, scales, zeros, k_order | the buffers of `Layout.pack`, `zeros` and `k_order` where there are any |
+| qweight, scales, zeros, … | the buffers of `Layout.pack`, those that a weight can do without where there are any |
 | weight_shape | int64 [..., N, K]                                                             |
 
 `quantization_config`: that of the native format, with `layout` and `layout_version`. Every layout is a format of its own,
@@ -32,14 +32,15 @@ def packed_format(layout: Layout) -> Format:
     def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
         with naming(module):
             version = config.get("layout_version")
-            if version != layout.version:
+            if not layout.reads(version):
                 raise CheckpointError(
                     f"it is packed in version {version!r} of layout {layout.name}, this qkernels reads version "
                     f"{layout.version}; pack the original checkpoint again (qkernels pack)"
                 )
             scheme = native.scheme_of(module, config)
             shape = native.weight_shape(tensors["weight_shape"])
-            buffers = {buffer.name: tensors.get(buffer.name) for buffer in layout.buffers}
+            found = {buffer.name: tensors.get(buffer.name) for buffer in layout.buffers}
+            buffers = layout.upgraded(version, found, shape[-2], shape[-1], scheme)
             return Parsed(unpack_checked(layout, buffers, shape[-2], shape[-1], scheme))
 
     def check(scheme: QuantScheme) -> None:

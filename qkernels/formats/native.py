@@ -3,9 +3,12 @@
 | tensor       | dtype      | shape                        | content                                              |
 |--------------|------------|------------------------------|------------------------------------------------------|
 | qweight      | uint8      | [..., N, ceil(K * bits / 8)] | codes, Stream(bits) along K                          |
-| scales       | as made    | [..., N, G]                  |                                                      |
+| scales       | as made    | [..., N, G]                  | [..., ceil(N / rows), G] where blocks of rows share them |
 | zeros        | uint8      | [..., N, ceil(G * bits / 8)] | integer zero points (true ones), Stream(bits) along G |
 |              | float      | [..., N, G]                  | float zero points and offsets                        |
+| factors      | uint8      | [..., N, ceil(2 G * bits / 8)] | instead of scales: small factors of them (and then of |
+|              |            |                              | offsets), less their lowest, Stream(their bits) along G |
+| outer_scales, outer_zeros | floating | [..., N, S]       | outer factors                                        |
 | group_index  | int32      | [K]                          | act-order only                                       |
 | weight_shape | int64      | [2 or more]                  | [..., N, K]; K is not in the shape of qweight        |
 
@@ -23,11 +26,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..factors import Factors, as_bytes, kind_of
 from ..scheme import QuantScheme
-from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..tensor import FLOAT_DTYPES, SCALE_DTYPES, QuantTensor
 from . import Config, Format, Parsed, Written
 from .bitstream import pack_bytes, unpack_bytes
-from .validation import check_float, expect, group_index_of, integer, naming
+from .validation import expect, group_index_of, integer, naming
 
 METHOD = "qkernels"
 VERSION = 1
@@ -47,7 +51,16 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
         groups = scheme.num_groups(in_features)
         width = -(-in_features * scheme.bits // 8)
         expect("qweight", tensors["qweight"], (torch.uint8,), (*rows, width), f"{scheme}, weight_shape {shape}")
-        check_float("scales", tensors["scales"], (*rows, groups), f"{scheme}, K={in_features}")
+        codes = unpack_bytes(tensors["qweight"], scheme.bits, in_features)
+        index = group_index_of("group_index", tensors.get("group_index"), in_features, scheme)
+        if scheme.factors is not None:
+            factors = _parse_factors(tensors, rows, groups, scheme)
+            return Parsed(QuantTensor.from_factors(codes, factors, scheme, index))
+        scales = _required(tensors, "scales", scheme)
+        bands = (*rows[:-1], -(-rows[-1] // scheme.rows))
+        expect("scales", scales, SCALE_DTYPES, (*bands, groups), f"{scheme}, K={in_features}")
+        if scheme.rows > 1:
+            scales = as_bytes(scales).repeat_interleave(scheme.rows, dim=-2)[..., : rows[-1], :].view(scales.dtype)
         zeros = tensors.get("zeros")
         if (zeros is None) != scheme.symmetric:
             raise CheckpointError(f"zeros must be {'absent' if scheme.symmetric else 'there'} for {scheme}")
@@ -56,21 +69,67 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
             zeros = unpack_bytes(zeros, scheme.bits, groups)
         elif zeros is not None:
             expect("zeros", zeros, FLOAT_DTYPES, (*rows, groups), f"{scheme}, G={groups}")
-        codes = unpack_bytes(tensors["qweight"], scheme.bits, in_features)
-        index = group_index_of("group_index", tensors.get("group_index"), in_features, scheme)
-        return Parsed(QuantTensor(codes, tensors["scales"], zeros, index, scheme))
+        return Parsed(QuantTensor(codes, scales, zeros, index, scheme))
+
+
+def _parse_factors(tensors: Mapping[str, Tensor], rows: list[int], groups: int, scheme: QuantScheme) -> Factors:
+    kind = kind_of(scheme)
+    both = kind.zeros == "offset"
+    count = groups * (2 if both else 1)
+    packed = _required(tensors, "factors", scheme)
+    expect("factors", packed, (torch.uint8,), (*rows, -(-count * kind.small_bits // 8)), f"{scheme}, G={groups}")
+    found = []
+    for name in ("outer_scales", "outer_zeros"):
+        t = _required(tensors, name, scheme) if name == "outer_scales" or both else None
+        if t is not None:
+            expect(name, t, FLOAT_DTYPES, (*rows, kind.outer_groups(groups)), f"{scheme}, G={groups}")
+        found.append(t)
+    outer, outer_zeros = found
+    assert outer is not None
+    values = unpack_bytes(packed, kind.small_bits, count)
+    small = values[..., :groups].contiguous()
+    dtype: torch.dtype = getattr(torch, kind.small)
+    if dtype.is_floating_point:
+        return Factors(small.view(dtype), outer)
+    small = (small.short() + kind.low).to(dtype)
+    return Factors(small, outer, values[..., groups:].contiguous() if both else None, outer_zeros)
+
+
+def _required(tensors: Mapping[str, Tensor], name: str, scheme: QuantScheme) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(f"{name} must be there for {scheme}")
+    return tensors[name]
 
 
 def write(weight: QuantTensor) -> dict[str, Tensor]:
     """The tensors of one module, by suffix. Nothing is refused."""
     bits = weight.scheme.bits
-    tensors = {"qweight": pack_bytes(weight.codes, bits), "scales": weight.scales.contiguous()}
-    if weight.zeros is not None:
+    tensors = {"qweight": pack_bytes(weight.codes, bits)}
+    if weight.factors is None:
+        tensors["scales"] = weight.scales[..., :: weight.scheme.rows, :].contiguous()
+    else:
+        tensors |= _written_factors(weight.factors, weight.scheme)
+    if weight.zeros is not None and weight.factors is None:
         integers = weight.scheme.zeros == "int"
         tensors["zeros"] = pack_bytes(weight.zeros, bits) if integers else weight.zeros.contiguous()
     if weight.group_index is not None:
         tensors["group_index"] = weight.group_index.contiguous()
     return tensors | {"weight_shape": shape_tensor(weight)}
+
+
+def _written_factors(factors: Factors, scheme: QuantScheme) -> dict[str, Tensor]:
+    kind = kind_of(scheme)
+    small = (
+        as_bytes(factors.small)
+        if factors.small.is_floating_point()
+        else (factors.small.short() - kind.low).to(torch.uint8)
+    )
+    if factors.small_zeros is not None:
+        small = torch.cat([small, factors.small_zeros], dim=-1)
+    tensors = {"factors": pack_bytes(small, kind.small_bits), "outer_scales": factors.outer.contiguous()}
+    if factors.outer_zeros is not None:
+        tensors["outer_zeros"] = factors.outer_zeros.contiguous()
+    return tensors
 
 
 def config_of(written: Written) -> dict[str, Any]:
@@ -120,8 +179,8 @@ def weight_shape(tensor: Tensor) -> list[int]:
 
 FORMAT: Format = Format(
     name="native",
-    required=("qweight", "scales", "weight_shape"),
-    optional=("zeros", "group_index"),
+    required=("qweight", "weight_shape"),
+    optional=("scales", "zeros", "factors", "outer_scales", "outer_zeros", "group_index"),
     matches=lambda config: config.get("quant_method") == METHOD and "layout" not in config,
     parse=parse,
     write=write,

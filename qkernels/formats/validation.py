@@ -136,6 +136,10 @@ def integer_scheme_reasons(scheme: QuantScheme, bits: Sequence[int]) -> list[str
     reasons = []
     if scheme.codebook is not None:
         reasons.append(f"{scheme} has a codebook")
+    if scheme.factors is not None:
+        reasons.append(f"scales are products of factors in {scheme}")
+    if scheme.rows > 1:
+        reasons.append(f"scales are those of blocks in {scheme}")
     if scheme.bits not in bits:
         reasons.append(f"bits must be {' or '.join(map(str, bits))}, got {scheme.bits}")
     if scheme.zeros in ("float", "offset"):
@@ -153,6 +157,8 @@ def weight_reasons(weight: QuantTensor) -> list[str]:
         return [
             f"it holds one [N, K] weight a module, got {list(weight.codes.shape)}; write each expert as its own module"
         ]
+    if weight.scales.dtype not in FLOAT_DTYPES:
+        return [f"its scales are 16- or 32-bit floats, got {dtype_name(weight.scales.dtype)}"]
     if weight.scales.numel() and not weight.scales.is_meta and not bool(weight.scales.any()):
         return ["all scales are zero, which its readers refuse"]
     return []

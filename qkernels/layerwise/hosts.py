@@ -27,7 +27,6 @@ from ..models.linears import as_stored, linear_of
 from ..nn import QuantLinear, model_bytes, other_names, set_module
 from ..quantizers import Options
 from ..reports import ModuleReport
-from ..storage import CONFIG
 from ..tensor import QuantTensor
 from ..texts import Tokenizer, Windows, load_tokenizer, shape_of
 from .preview import check_disk, preview_of
@@ -236,7 +235,7 @@ class DirectoryHost:
         checkpoint = open_checkpoint(directory)
         if checkpoint.format is not None:
             raise ArgumentError(
-                f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or "
+                f"{directory} is quantized already (it holds {checkpoint.format.name} weights); quantize the original, or "
                 f"change the format with qkernels.checkpoint.convert"
             )
         model, checkpoint = model_of(checkpoint, torch.float32)

@@ -8,16 +8,16 @@ said once: the ops' schemas and checks (`qkernels.ops`) and the catalogue's reas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ConversionError, TensorError
-from ..scheme import ACTIVATIONS, CODEBOOKS, QuantScheme
-from ..tensor import QuantTensor
-from ..text import describe, dtype_names
+from ..scheme import ACTIVATIONS, CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, QuantScheme
+from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..text import describe, dtype_name, dtype_names
 
 Buffers = Mapping[str, Tensor | None]
 Shapes = dict[str, tuple[int, ...]]
@@ -54,19 +54,23 @@ class Number(NamedTuple):
     of: Callable[[int, int, QuantScheme], float]
 
 
-# What every layout has, in the order of the ops' arguments; a layout's own follow. A codebook's table rides in the place of
-# zeros (`table_of`): a codebook has no zero points, and one optional argument less is one check less a call.
+# What every layout has, in the order of the ops' arguments; a layout's own follow. Where scales are products, `scales` and
+# `zeros` hold the small factors, and the outer ones have buffers of their own.
 BUFFERS = (
     Buffer("qweight", dtype=torch.uint8),
     Buffer("scales"),
     Buffer("zeros", optional=True),
     Buffer("k_order", optional=True, dtype=torch.int32, tiled=False),
+    Buffer("outer_scales", optional=True),
+    Buffer("outer_zeros", optional=True),
 )
 NUMBERS = (
     Number("out_features", "int", lambda N, K, scheme: N),
     Number("bits", "int", lambda N, K, scheme: scheme.bits),
     Number("group_size", "int", lambda N, K, scheme: scheme.group_length(K)),
     Number("zeros_are_offsets", "bool", lambda N, K, scheme: scheme.zeros == "offset"),
+    Number("codebook", "int", lambda N, K, scheme: CODEBOOK_NUMBERS[scheme.codebook]),
+    Number("factors", "int", lambda N, K, scheme: FACTOR_NUMBERS[scheme.factors]),
 )
 
 
@@ -83,19 +87,22 @@ class Layout:
         name: the suffix of its ops (`gemm_<name>`).
         version: raised whenever the bytes change meaning; stored beside packed weights.
         backend: whose kernels read it; "torch": plain PyTorch, on any device.
-        arrange: weight -> buffers by name, None where absent; called for weights without `reasons` alone.
+        arrange: weight -> buffers by name, those that are absent left out or None; called for weights without `reasons` alone.
         unpack: (buffers, N, K, scheme) -> the weight that was packed. Buffers from outside go through `unpack_checked`.
-        shapes: (N, K, bits, group_length) -> the shape of each buffer but zeros (that of scales) and k_order (`[K]`), without
-            expert dimensions.
+        shapes: (N, K, bits, group_length) -> the shape of each buffer but zeros (that of scales), k_order (`[K]`) and outer
+            factors (`outer_shape`), without expert dimensions.
         stored_bits: bits of a code -> how many it takes up.
         rows_per_tile: rows of the weight per entry of the first dimension of tiled buffers.
         acts: the activations that the kernels take, keys of `ACTIVATIONS`.
         dtypes: of x, that the kernels take.
         codebooks: names of those that the kernels look values up in.
+        factors: names of those that the kernels multiply by.
+        scale_dtypes: of scales that are no factors.
         limits: (N, K, scheme) -> why a weight cannot be packed so, apart from activations and codebooks; empty if it can.
         gemv_tokens: the largest M of an op `gemv_<name>`; None: the layout has none.
         buffers: `BUFFERS`, and its own.
         numbers: `NUMBERS`, and its own.
+        upgrades: of older versions that are still read: (buffers, N, K, scheme) -> the same weight's buffers in this version.
     """
 
     name: str
@@ -109,10 +116,13 @@ class Layout:
     acts: tuple[str | None, ...] = (None,)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     codebooks: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+    scale_dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     limits: Callable[[int, int, QuantScheme], list[str]] = no_limits
     gemv_tokens: int | None = None
     buffers: tuple[Buffer, ...] = BUFFERS
     numbers: tuple[Number, ...] = NUMBERS
+    upgrades: Mapping[int, Callable[[Buffers, int, int, QuantScheme], Buffers]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.buffers[: len(BUFFERS)] != BUFFERS or self.numbers[: len(NUMBERS)] != NUMBERS:
@@ -130,6 +140,9 @@ class Layout:
                 else "only integer codes are"
             )
             why.append(f"codebook {scheme.codebook!r}: {known} supported")
+        if scheme.factors is not None and scheme.factors not in self.factors:
+            known = f"only those of {', '.join(self.factors)} are" if self.factors else "none are"
+            why.append(f"factors {scheme.factors!r}: {known} supported")
         return why + self.limits(N, K, scheme)
 
     def _activations(self) -> str:
@@ -147,10 +160,24 @@ class Layout:
         """Weight -> buffers by name, on the weight's device; None where one is absent. Expert dimensions stay in front.
 
         Raises:
-            ConversionError: there are `reasons` against it.
+            ConversionError: there are `reasons` against it, or its scales have a dtype that the kernels do not read.
         """
         self.check(weight.N, weight.K, weight.scheme)
-        return self.arrange(weight)
+        if weight.factors is None and weight.scales.dtype not in self.scale_dtypes:
+            raise ConversionError(
+                f"layout {self.name} holds scales in {dtype_names(self.scale_dtypes, 'and')}, got "
+                f"{dtype_name(weight.scales.dtype)}"
+            )
+        made = self.arrange(weight)
+        return {buffer.name: made.get(buffer.name) for buffer in self.buffers}
+
+    def reads(self, version: object) -> bool:
+        """Whether buffers of a version are this layout's, or can be made so (`upgraded`)."""
+        return version == self.version or version in self.upgrades
+
+    def upgraded(self, version: Any, buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffers:
+        """Buffers of a version that it `reads`, as those of today."""
+        return buffers if version == self.version else self.upgrades[version](buffers, N, K, scheme)
 
     def numbers_of(self, N: int, K: int, scheme: QuantScheme) -> tuple[float, ...]:
         """What the ops are told of a weight beside its buffers, in the order of `numbers`."""
@@ -164,25 +191,27 @@ class Layout:
         """
         self.check(N, K, scheme)
         shapes = self.shapes(N, K, scheme.bits, scheme.group_length(K))
-        table = table_of(scheme, "meta")
-        zeros = (torch.uint8 if scheme.zeros == "int" else scale_dtype, shapes["scales"])
+        kind = None if scheme.factors is None else FACTORS[scheme.factors]
+        small = scale_dtype if kind is None else getattr(torch, kind.small)
+        outer = None if kind is None else outer_shape(shapes["scales"], kind.outer_groups(scheme.num_groups(K)))
+        dtypes = {"scales": small, "zeros": torch.uint8 if kind is not None or scheme.zeros == "int" else scale_dtype}
+        here: dict[str, tuple[int, ...] | None] = {
+            "zeros": None if scheme.symmetric else shapes["scales"],
+            "k_order": (K,) if ordered else None,
+            "outer_scales": outer,
+            "outer_zeros": None if scheme.symmetric else outer,
+        } | ({"table": None} if scheme.codebook is None else {})
         found: dict[str, Tensor | None] = {}
         for buffer in self.buffers:
-            dtype, shape = buffer.dtype or scale_dtype, shapes.get(buffer.name)
-            if buffer.name == "zeros":
-                dtype, shape = zeros if table is None else (table.dtype, tuple(table.shape))
-                shape = None if scheme.symmetric and table is None else shape
-            elif buffer.name == "k_order":
-                shape = (K,) if ordered else None
+            shape = here[buffer.name] if buffer.name in here else shapes.get(buffer.name)
+            dtype = buffer.dtype or dtypes.get(buffer.name, scale_dtype)
             found[buffer.name] = None if shape is None else torch.empty(shape, dtype=dtype, device="meta")
         return found
 
 
-def table_of(scheme: QuantScheme, device: torch.device | str) -> Tensor | None:
-    """fp32 `[2^bits]`: the values of a scheme's codebook, which buffers and ops carry in the place of zeros; None without one."""
-    if scheme.codebook is None:
-        return None
-    return torch.tensor(CODEBOOKS[scheme.codebook], dtype=torch.float32, device=device)
+def outer_shape(scales: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape of outer factors, `count` a row, beside small ones: `[N, G]`, or `[tiles, G, rows]`."""
+    return (scales[0], count, *scales[2:])
 
 
 from . import canonical, cpu_tile_a8, cpu_tile_a16, kpack, mma_tile  # noqa: E402  (they need Layout)
@@ -236,15 +265,17 @@ def unpack_checked(layout: Layout, buffers: Buffers, N: int, K: int, scheme: Qua
         ConversionError: the layout cannot hold such a weight.
         TensorError: a buffer is missing, has the wrong dtype or shape, or holds values that no weight packs to.
     """
-    scales, order = buffers.get("scales"), buffers.get("k_order")
-    if scales is None or not scales.dtype.is_floating_point:
-        raise TensorError(f"scales must be a floating tensor, got {describe(scales, 'absent')}")
+    field = "scales" if scheme.factors is None else "outer_scales"
+    scales, order = buffers.get(field), buffers.get("k_order")
+    dtypes = layout.scale_dtypes if scheme.factors is None else FLOAT_DTYPES
+    if scales is None or scales.dtype not in dtypes:
+        raise TensorError(f"{field} must be a tensor of {dtype_names(dtypes, 'or')}, got {describe(scales, 'absent')}")
     for name, want in layout.on_meta(N, K, scheme, scales.dtype, order is not None).items():
         got = buffers.get(name)
         if want is None or got is None:
             fits = want is got
         else:  # zero points may be float16 beside bfloat16 scales: any floating dtype will do where one is meant
-            floats = got.dtype.is_floating_point and want.dtype.is_floating_point
+            floats = got.dtype in FLOAT_DTYPES and want.dtype in FLOAT_DTYPES
             fits = got.shape == want.shape and (got.dtype == want.dtype or floats)
         if not fits:
             raise TensorError(

@@ -3,19 +3,23 @@ as layout reference_a8 the same tensors serve `gemm_reference_a8`, which quantiz
 
 qweight  uint8 [..., N, K]    codes
 scales   [..., N, G]          source dtype
-zeros    [..., N, G]          uint8, floating, or None; for a codebook: its table, fp32 [2^bits]
+zeros    [..., N, G]          uint8, floating, or None
 k_order  int32 [K]            the columns sorted by group, or None; the codes themselves stay in natural order
+outer_scales, outer_zeros  [..., N, S]   or None; where they are there, scales and zeros are the small factors
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
-from ..scheme import CODEBOOKS, QuantScheme
-from ..tensor import QuantTensor, group_index_of
-from . import Buffers, Layout, Shapes, table_of
+from ..codebooks import INTEGER_STEPS
+from ..factors import Factors
+from ..scheme import CODEBOOKS, FACTORS, QuantScheme
+from ..tensor import SCALE_DTYPES, QuantTensor, group_index_of
+from . import Buffers, Layout, Shapes
 
 
 def shapes(N: int, K: int, bits: int, group_length: int) -> Shapes:
@@ -25,26 +29,44 @@ def shapes(N: int, K: int, bits: int, group_length: int) -> Shapes:
 
 def arrange(weight: QuantTensor) -> dict[str, Tensor | None]:
     """The tensors as they are; nothing is copied unless it is not contiguous."""
-    zeros = table_of(weight.scheme, weight.device) if weight.zeros is None else weight.zeros.contiguous()
+    groups = groups_of(weight)
+    buffers = {name: None if t is None else t.contiguous() for name, t in groups.items()}
+    return {"qweight": weight.codes.contiguous(), "k_order": weight.k_order()} | buffers
+
+
+def groups_of(weight: QuantTensor) -> dict[str, Tensor | None]:
+    """What a weight has for each of its groups, by the names of buffers: scales and zeros, or their factors."""
+    factors = weight.factors
+    if factors is None:
+        return {"scales": weight.scales, "zeros": weight.zeros, "outer_scales": None, "outer_zeros": None}
     return {
-        "qweight": weight.codes.contiguous(),
-        "scales": weight.scales.contiguous(),
-        "zeros": zeros,
-        "k_order": weight.k_order(),
-    }
+        "scales": factors.small, "zeros": factors.small_zeros,
+        "outer_scales": factors.outer, "outer_zeros": factors.outer_zeros,
+    }  # fmt: skip
+
+
+def weight_of(
+    codes: Tensor, groups: Mapping[str, Tensor | None], group_index: Tensor | None, scheme: QuantScheme
+) -> QuantTensor:
+    """The inverse of `groups_of`."""
+    scales, zeros = groups["scales"], groups["zeros"]
+    assert scales is not None
+    if scheme.factors is None:
+        return QuantTensor(codes, scales, zeros, group_index, scheme)
+    outer = groups["outer_scales"]
+    assert outer is not None
+    return QuantTensor.from_factors(codes, Factors(scales, outer, zeros, groups["outer_zeros"]), scheme, group_index)
 
 
 def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor:
     """See `Layout.unpack`."""
-    qweight, scales = buffers["qweight"], buffers["scales"]
+    qweight = buffers["qweight"]
     assert qweight is not None
-    assert scales is not None
-    zeros = buffers["zeros"] if scheme.codebook is None else None
-    return QuantTensor(qweight, scales, zeros, group_index_of(buffers["k_order"], K, scheme), scheme)
+    return weight_of(qweight, buffers, group_index_of(buffers["k_order"], K, scheme), scheme)
 
 
 LAYOUT: Layout = Layout(
     "reference", 1, "torch", arrange, unpack, shapes, stored_bits=lambda bits: 8, rows_per_tile=1,
-    codebooks=tuple(CODEBOOKS),
+    codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES,
 )  # fmt: skip
-LAYOUT_A8: Layout = replace(LAYOUT, name="reference_a8", acts=("int8",), codebooks=())
+LAYOUT_A8: Layout = replace(LAYOUT, name="reference_a8", acts=("int8",), codebooks=tuple(INTEGER_STEPS))

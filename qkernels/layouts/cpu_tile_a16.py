@@ -21,7 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scheme import QuantScheme
+from ..scheme import CODEBOOKS, FACTORS, QuantScheme
+from ..tensor import SCALE_DTYPES
 from . import Layout
 from .tiles import Tiles, stored_bits
 
@@ -65,5 +66,5 @@ def rows_outside(qweight: Tensor, lanes: int) -> Tensor:
 TILES = Tiles(ROWS_PER_TILE, COLUMNS, _lay, _lift)
 LAYOUT: Layout = Layout(
     "cpu_tile_a16", 1, "cpu", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
-    limits=limits, gemv_tokens=8,
+    codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=8,
 )  # fmt: skip

@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scheme import QuantScheme
+from ..codebooks import INTEGER_STEPS
+from ..scheme import FACTORS, QuantScheme
+from ..tensor import SCALE_DTYPES
 from . import Layout, cpu_tile_a16
 from .cpu_tile_a16 import COLUMNS, ROWS_PER_TILE, rows_inside, rows_outside
 from .tiles import Tiles, stored_bits
@@ -49,5 +51,6 @@ def _lift(qweight: Tensor, columns: int, width: int) -> Tensor:
 TILES = Tiles(ROWS_PER_TILE, COLUMNS, _lay, _lift)
 LAYOUT: Layout = Layout(
     "cpu_tile_a8", 1, "cpu", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
-    acts=("int8",), limits=limits, gemv_tokens=8,
+    acts=("int8",), codebooks=tuple(INTEGER_STEPS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES,
+    limits=limits, gemv_tokens=8,
 )  # fmt: skip

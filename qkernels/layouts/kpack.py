@@ -2,9 +2,9 @@
 
     qweight  uint8 [..., strips, 64, K_pad * width / 8]   width 4 (codes of 2 to 4 bits) or 8 (5 to 8 bits)
     scales   [..., strips, G, 64]                         source dtype
-    zeros    [..., strips, G, 64]                         uint8 for integer zero points, floating for the other kinds, or None;
-                                                          for a codebook: its table, fp32 [2^bits]
+    zeros    [..., strips, G, 64]                         uint8 for integer zero points, floating for the other kinds, or None
     k_order  int32 [K]                                    which column of x each stored column multiplies, or None
+    table    fp32 [2^bits]                                the values of a codebook, or None
 
 A strip is 64 rows of the weight; N and K are padded to multiples of 64 with code 0. Padded rows have scale 0 and are never
 stored to the result, padded columns meet x = 0. Columns are stored in `k_order` (act-order: sorted by group); groups may have
@@ -25,8 +25,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scheme import CODEBOOKS
-from . import Layout
+from ..scheme import CODEBOOKS, QuantScheme
+from ..tensor import QuantTensor
+from . import BUFFERS, Buffer, Buffers, Layout, Shapes
 from .tiles import Tiles, stored_bits
 
 ROWS_PER_TILE = 64  # rows of a strip, the first dimension of every buffer
@@ -50,7 +51,27 @@ def _lift(qweight: Tensor, columns: int, width: int) -> Tensor:
 
 
 TILES = Tiles(ROWS_PER_TILE, COLUMNS, _lay, _lift, rows_apart=True)
+
+
+def shapes(N: int, K: int, bits: int, group_length: int) -> Shapes:
+    """See `Layout.shapes`."""
+    return TILES.shapes(N, K, bits, group_length) | {"table": (1 << bits,)}
+
+
+def arrange(weight: QuantTensor) -> dict[str, Tensor | None]:
+    """See `Layout.arrange`. Triton kernels look values up in memory: a kernel's constants are no tensors there."""
+    codebook = weight.scheme.codebook
+    values = None if codebook is None else torch.tensor(CODEBOOKS[codebook], dtype=torch.float32, device=weight.device)
+    return TILES.pack(weight) | {"table": values}
+
+
+def _with_table(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffers:
+    """Version 1 kept a codebook's values where zeros are."""
+    return buffers if scheme.codebook is None else {**buffers, "zeros": None, "table": buffers.get("zeros")}
+
+
 LAYOUT: Layout = Layout(
-    "kpack", 1, "triton", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
-    dtypes=(torch.bfloat16, torch.float16), codebooks=tuple(CODEBOOKS), gemv_tokens=GEMV_TOKENS,
+    "kpack", 2, "triton", arrange, TILES.unpack, shapes, stored_bits, ROWS_PER_TILE,
+    dtypes=(torch.bfloat16, torch.float16), codebooks=("nf4", "fp4", "e2m1", "iq4nl"), gemv_tokens=GEMV_TOKENS,
+    buffers=(*BUFFERS, Buffer("table", optional=True, dtype=torch.float32, tiled=False)), upgrades={1: _with_table},
 )  # fmt: skip

@@ -2,12 +2,13 @@
 
     qweight  uint8 [..., tiles, K_pad * rows * width / 8]   or [..., tiles, rows, K_pad * width / 8] where rows lie apart
     scales   [..., tiles, G_pad, rows]                      source dtype
-    zeros    [..., tiles, G_pad, rows]                      uint8 for integer zero points, floating for the other kinds, or None;
-                                                            for a codebook: its table (`layouts.table_of`)
+    zeros    [..., tiles, G_pad, rows]                      uint8 for integer zero points, floating for the other kinds, or None
     k_order  int32 [K]                                      which column of x each stored column multiplies, or None
 
+    outer_scales, outer_zeros  [..., tiles, S, rows]        or None; where they are there, scales and zeros are the small factors
+
 Columns are stored in `k_order` (act-order: sorted by group). N is padded to whole tiles, K to K_pad, both with code 0; padded
-rows and groups have scale 0, and padded columns meet x = 0. `width` is `stored_bits(bits)`.
+rows and groups have scale 0 (of e8m0, which has none, 2^-127), and padded columns meet x = 0. `width` is `stored_bits(bits)`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..factors import as_bytes
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor, group_index_of
-from . import Buffers, Shapes, table_of
+from . import Buffers, Shapes
+from .canonical import groups_of, weight_of
+
+OUTER = ("outer_scales", "outer_zeros")
+GROUPED = ("scales", "zeros", *OUTER)
 
 
 def stored_bits(bits: int) -> int:
@@ -70,17 +76,17 @@ class Tiles:
         codes = pad(codes, (0, -K % self.columns, 0, -N % self.rows))
         lead = codes.shape[:-2]
         codes = codes.reshape(*lead, shape[0], self.rows, codes.shape[-1])
-        zeros = table_of(scheme, weight.device) if weight.zeros is None else self._pack_groups(weight.zeros, weight)
+        groups = {
+            name: None if t is None else self._pack_groups(t, name, weight) for name, t in groups_of(weight).items()
+        }
         return {
             "qweight": self.lay(codes, stored_bits(scheme.bits)).reshape(*lead, *shape).contiguous(),
-            "scales": self._pack_groups(weight.scales, weight),
-            "zeros": zeros,
             "k_order": k_order,
-        }
+        } | groups
 
     def unpack(self, buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor:
         """See `Layout.unpack`."""
-        qweight, scales, zeros, k_order = (buffers[name] for name in ("qweight", "scales", "zeros", "k_order"))
+        qweight, scales, k_order = (buffers[name] for name in ("qweight", "scales", "k_order"))
         assert qweight is not None
         assert scales is not None
         *lead, tiles, _, rows = scales.shape
@@ -91,25 +97,28 @@ class Tiles:
             codes = torch.empty_like(codes, memory_format=torch.contiguous_format).index_copy_(
                 -1, k_order.long(), codes
             )
-        G = scheme.num_groups(K)
-        true_zeros = None if zeros is None or scheme.codebook is not None else self._unpack_groups(zeros, N, G)
-        group_index = group_index_of(k_order, K, scheme)
-        return QuantTensor(codes.contiguous(), self._unpack_groups(scales, N, G), true_zeros, group_index, scheme)
+        groups = {
+            name: None if (t := buffers[name]) is None else self._unpack_groups(t, name, N, K, scheme)
+            for name in GROUPED
+        }
+        return weight_of(codes.contiguous(), groups, group_index_of(k_order, K, scheme), scheme)
 
-    def _pack_groups(self, values: Tensor, weight: QuantTensor) -> Tensor:
-        """[..., N, G] -> [..., tiles, G_pad, rows]"""
-        groups = self.groups(weight.K, weight.scheme.group_length(weight.K))
-        padded = pad(values, (0, groups - values.shape[-1], 0, -values.shape[-2] % self.rows))
+    def _pack_groups(self, values: Tensor, name: str, weight: QuantTensor) -> Tensor:
+        """[..., N, G] -> [..., tiles, G_pad, rows]; outer factors [..., N, S] -> [..., tiles, S, rows]"""
+        G = values.shape[-1]
+        groups = G if name in OUTER else self.groups(weight.K, weight.scheme.group_length(weight.K))
+        padded = pad(as_bytes(values), (0, groups - G, 0, -values.shape[-2] % self.rows))
         split = padded.reshape(*padded.shape[:-2], padded.shape[-2] // self.rows, self.rows, groups)
         if self.row_order is not None:
             split = split[..., list(self.row_order), :]
         # Not contiguous(): where there is one group it would leave the strides of the transpose.
-        return split.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+        return split.transpose(-1, -2).clone(memory_format=torch.contiguous_format).view(values.dtype)
 
-    def _unpack_groups(self, values: Tensor, N: int, G: int) -> Tensor:
-        """[..., tiles, G_pad, rows] -> [..., N, G]"""
+    def _unpack_groups(self, values: Tensor, name: str, N: int, K: int, scheme: QuantScheme) -> Tensor:
+        """The inverse of `_pack_groups`."""
+        count = values.shape[-2] if name in OUTER else scheme.num_groups(K)
         *lead, tiles, groups, rows = values.shape
-        split = values.transpose(-1, -2)
+        split = as_bytes(values).transpose(-1, -2)
         if self.row_order is not None:
             split = split[..., sorted(range(rows), key=self.row_order.__getitem__), :]
-        return split.reshape(*lead, tiles * rows, groups)[..., :N, :G].contiguous()
+        return split.reshape(*lead, tiles * rows, groups)[..., :N, :count].contiguous().view(values.dtype)

@@ -36,7 +36,7 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> An
     need_transformers("building the model of a checkpoint")
     import transformers
 
-    where = path / CONFIG
+    where = path if path.is_file() else path / CONFIG  # a GGUF file is its own
     values = _decoded(_harmless(without_quantization(config)))
     kind, names = values.get("model_type"), values.get("architectures")
     if kind not in transformers.CONFIG_MAPPING:

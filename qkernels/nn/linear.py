@@ -381,6 +381,7 @@ class QuantLinear(nn.Module):
         packing = read_packing(state) or self._own_packing()
         self._check_packing(packing)
         source = get_layout(packing.layout)
+        given = source.upgraded(packing.version, given, self.out_features, self.in_features, self.scheme)
         weight = unpack_checked(source, given, self.out_features, self.in_features, self.scheme)
         device, wanted = self.qweight.device, self.layout
         if assign:
@@ -429,7 +430,7 @@ class QuantLinear(nn.Module):
 
     def _check_packing(self, packing: Packing) -> None:
         layout = get_layout(packing.layout)
-        if packing.version != layout.version:
+        if not layout.reads(packing.version):
             raise TensorError(
                 f"buffers were packed as {packing.layout} version {packing.version}, this qkernels reads version "
                 f"{layout.version}; pack the checkpoint again (qkernels pack)"

@@ -116,9 +116,8 @@ def _product(
 ) -> Tensor:  # fmt: skip
     if x.dim() != 2 or x.shape[1] != in_features:
         raise ArgumentError(f"x must be [M, K] with K = in_features = {in_features}, got {list(x.shape)}")
-    table = scheme.codebook is not None  # some ops take it in the place of zeros
-    if (buffers["zeros"] is None) != (scheme.symmetric and not table):
-        raise ArgumentError(f"zeros must {'be given' if table or not scheme.symmetric else 'be None'} for {scheme}")
+    if (buffers["zeros"] is None) != scheme.symmetric:
+        raise ArgumentError(f"zeros must be {'None' if scheme.symmetric else 'given'} for {scheme}")
     numbers = layout.numbers_of(out_features, in_features, scheme)
     op = ops[layout.name]
     weight = weight_from_buffers(layout, [buffers[name] for name in op.buffers], numbers, in_features)

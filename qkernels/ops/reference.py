@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..codebooks import INTEGER_STEPS
 from ..layouts import Layout
-from ..scheme import CODEBOOKS, QuantScheme, ZeroKind
+from ..scheme import CODEBOOK_NUMBERS, CODEBOOKS, FACTOR_NUMBERS, QuantScheme, ZeroKind
 from ..tensor import QuantTensor
 from .weight import Weight, read_dequantize, read_product
 
@@ -57,22 +57,27 @@ def gemm_a8(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tenso
 
     Args:
         x: floating `[M, K]`.
-        weight: `[N, K]`, integer codes.
+        weight: `[N, K]`, of integer codes, or codes of integers times a step, which goes with the scale.
         bias: None or floating `[N]`.
     """
     codes, x_scales = quantize_rows(x)
     groups, length = weight.scheme.num_groups(weight.K), weight.scheme.group_length(weight.K)
     order = weight.k_order()
-    values, integers = weight.codes.double(), codes.double()  # float64 holds the sums exactly, and has a fast product
+    codebook = weight.scheme.codebook
+    step = 1.0 if codebook is None else INTEGER_STEPS[codebook]
+    table = None if codebook is None else torch.tensor(CODEBOOKS[codebook], dtype=torch.float64, device=x.device) / step
+    # float64 holds the sums exactly, and has a fast product
+    values, integers = weight.codes.double() if table is None else table[weight.codes.long()], codes.double()
     if order is not None:
         values, integers = values[:, order.long()], integers[:, order.long()]
-    mid, rests = weight.scheme.mid_code, _rests(weight)
-    zeros = torch.full_like(weight.scales, mid) if weight.zeros is None or rests is not None else weight.zeros
+    mid, rests = weight.scheme.mid_code if table is None else 0, _rests(weight)
+    scales = weight.scales.float() * step
+    zeros = torch.full_like(scales, mid) if weight.zeros is None or rests is not None else weight.zeros
     y = x.new_zeros(x.shape[0], weight.N, dtype=torch.float32)
     for g in range(groups):
         part = slice(g * length, (g + 1) * length)
         sums = integers[:, part] @ (values[:, part] - zeros[:, g : g + 1].double()).T
-        y = y + sums.float() * weight.scales[:, g].float()
+        y = y + sums.float() * scales[:, g]
         if rests is not None:
             y = y + integers[:, part].sum(1, keepdim=True).float() * rests[:, g]
     y = y * x_scales
@@ -87,6 +92,7 @@ def _rests(weight: QuantTensor) -> Tensor | None:
     return mid * scales + zeros if weight.scheme.zeros == "offset" else (mid - zeros) * scales
 
 
+_CODEBOOKS, _FACTORS = list(CODEBOOK_NUMBERS), list(FACTOR_NUMBERS)  # by number
 PRODUCTS: dict[str | None, Callable[[Tensor, QuantTensor, Tensor | None], Tensor]] = {None: gemm, "int8": gemm_a8}
 """The product with each of `ACTIVATIONS`."""
 
@@ -95,11 +101,8 @@ def scheme_of(weight: Weight, act: str | None = None) -> QuantScheme:
     """The scheme that an op's arguments spell out. "channel" and "tensor" come back as one group of K, which means the same.
 
     Raises:
-        ArgumentError: zeros `[2^bits]` are the table of no codebook.
-        SchemeError: they are one, and the activations need integer codes.
+        SchemeError: the numbers contradict each other, or the activations need integer codes.
     """
-    if weight.table is not None:
-        return QuantScheme(weight.bits, weight.group_size, act=act, codebook=_codebook_of(weight.table))
     kind: ZeroKind
     if weight.zeros is None:
         kind = "none"
@@ -107,16 +110,8 @@ def scheme_of(weight: Weight, act: str | None = None) -> QuantScheme:
         kind = "offset"
     else:
         kind = "int" if weight.zeros.dtype == torch.uint8 else "float"
-    return QuantScheme(weight.bits, weight.group_size, kind, act)
-
-
-def _codebook_of(table: Tensor) -> str:
-    for name, values in CODEBOOKS.items():
-        if torch.equal(table, torch.tensor(values, dtype=torch.float32, device=table.device)):
-            return name
-    raise ArgumentError(
-        f"zeros must be the table of {' or '.join(CODEBOOKS)} where they are one-dimensional, got {table[:4].tolist()} …"
-    )
+    codebook, factors = _CODEBOOKS[weight.codebook], _FACTORS[weight.factors]
+    return QuantScheme(weight.bits, weight.group_size, kind, act, codebook, factors=factors)
 
 
 def product_op(layout: Layout, *arguments: Any) -> Tensor:

@@ -22,7 +22,9 @@ from torch.library import Library, register_autograd, register_fake
 
 from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
-from ..layouts import BUFFERS, LAYOUTS, Layout, Shapes
+from ..layouts import BUFFERS, LAYOUTS, Layout, Shapes, outer_shape
+from ..layouts.tiles import num_groups
+from ..scheme import CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, FactorKind
 from ..tensor import FLOAT_DTYPES
 from ..text import describe, dtype_name
 from . import reference
@@ -43,6 +45,9 @@ from .weight import (
 _SLICE_BYTES = 64 << 20  # a gradient dequantizes at most this much of the weight at a time
 
 LIBRARY = Library("qkernels", "DEF")  # the ops live as long as this object
+
+
+KINDS: list[FactorKind | None] = [None, *FACTORS.values()]  # by number
 
 
 class Op(NamedTuple):
@@ -86,11 +91,17 @@ def check_product(layout: Layout, product: Product, max_tokens: int | None = Non
 
 def check_weight(layout: Layout, weight: Weight) -> int:
     """The same for the weight alone; returns how many leading (expert) dimensions its buffers have."""
-    qweight, scales, zeros, k_order, N, K, bits, group_size, offsets, own = weight
+    qweight, k_order, N, K = weight.qweight, weight.k_order, weight.out_features, weight.in_features
+    bits, group_size, codebook, factors = weight.bits, weight.group_size, weight.codebook, weight.factors
     if not 2 <= bits <= 8 or group_size < 1 or N < 0:
         raise ArgumentError(
             f"bits must be 2 to 8, group_size positive (group_length(K)) and out_features not negative, got bits={bits}, "
             f"group_size={group_size}, out_features={N}"
+        )
+    if not (0 <= codebook < len(CODEBOOK_NUMBERS) and 0 <= factors < len(FACTOR_NUMBERS)):
+        raise ArgumentError(
+            f"codebook must be 0 to {len(CODEBOOK_NUMBERS) - 1} and factors 0 to {len(FACTOR_NUMBERS) - 1}, got {codebook} and "
+            f"{factors}"
         )
     shapes = layout.shapes(N, K, bits, group_size)
     codes = shapes["qweight"]
@@ -100,48 +111,59 @@ def check_weight(layout: Layout, weight: Weight) -> int:
             f"{describe(qweight)}; a weight packed for another shape or layout?"
         )
     lead = qweight.shape[: -len(codes)]
-    shape = (*lead, *shapes["scales"])
-    if scales.dtype not in FLOAT_DTYPES or scales.shape != shape:
+    _check_groups(layout, weight, lead, shapes["scales"])
+    if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
+        raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {describe(k_order)}")
+    for buffer in BUFFERS[1:]:
+        t = weight.value(buffer.name)
+        if t is not None and t.device != qweight.device:
+            raise ArgumentError(f"{buffer.name} must be on the device of qweight, {qweight.device}, got {t.device}")
+    if weight.own:
+        _check_own(layout, weight, shapes, lead)
+    return len(lead)
+
+
+def _check_groups(layout: Layout, weight: Weight, lead: tuple[int, ...], of_one: tuple[int, ...]) -> None:
+    """The same for scales and zeros, which have the shape `of_one` for each expert, and for the outer factors beside them."""
+    shape = (*lead, *of_one)
+    scales, zeros, offsets, kind = weight.scales, weight.zeros, weight.zeros_are_offsets, KINDS[weight.factors]
+    dtypes = layout.scale_dtypes if kind is None else (getattr(torch, kind.small),)
+    if scales.dtype not in dtypes or scales.shape != shape:
         raise ArgumentError(
-            f"scales must be floating {list(shape)} in layout {layout.name} for N={N}, K={K}, group_size={group_size}, got "
-            f"{describe(scales)}"
+            f"scales must be {'floating' if kind is None else kind.small} {list(shape)} in layout {layout.name} for "
+            f"N={weight.out_features}, K={weight.in_features}, group_size={weight.group_size}, got {describe(scales)}"
         )
+    floating = kind is None and zeros is not None and zeros.dtype in FLOAT_DTYPES
     if zeros is None:
         if offsets:
             raise ArgumentError("zeros must be given where zeros_are_offsets is true, got None")
-    elif not _is_table(layout, weight) and (
-        zeros.shape != shape or not (zeros.dtype in FLOAT_DTYPES or (zeros.dtype == torch.uint8 and not offsets))
-    ):
-        kinds = "floating" if offsets else "uint8 or floating"
+    elif zeros.shape != shape or not (floating or (zeros.dtype == torch.uint8 and (kind is not None or not offsets))):
+        kinds = "uint8" if kind is not None else "floating" if offsets else "uint8 or floating"
         raise ArgumentError(f"zeros must be {kinds} {list(shape)} like scales, got {describe(zeros)}")
-    if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
-        raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {describe(k_order)}")
-    for name, t in (("scales", scales), ("zeros", zeros), ("k_order", k_order)):
-        if t is not None and t.device != qweight.device:
-            raise ArgumentError(f"{name} must be on the device of qweight, {qweight.device}, got {t.device}")
-    if own:
-        _check_own(layout, weight, shapes, lead)
-    return len(lead)
+    groups = num_groups(weight.in_features, weight.group_size)
+    outer = None if kind is None else (*lead, *outer_shape(of_one, kind.outer_groups(groups)))
+    for name, t, expected in (
+        ("outer_scales", weight.outer_scales, outer),
+        ("outer_zeros", weight.outer_zeros, None if zeros is None else outer),
+    ):
+        fits = expected is None if t is None else t.dtype in FLOAT_DTYPES and t.shape == expected
+        if not fits:
+            words = "None" if expected is None else f"floating {list(expected)}"
+            raise ArgumentError(f"{name} must be {words} with factors={weight.factors}, got {describe(t)}")
 
 
 def _check_own(layout: Layout, weight: Weight, shapes: Shapes, lead: tuple[int, ...]) -> None:
     """The same for the buffers that this layout alone has."""
     for name, optional, dtype, tiled in layout.buffers[len(BUFFERS) :]:
         t, shape, dtype = weight.own[name], (*(lead if tiled else ()), *shapes[name]), dtype or weight.scales.dtype
+        if name == "table":
+            optional = weight.codebook == 0
         fits = optional if t is None else (t.dtype, t.shape, t.device) == (dtype, shape, weight.qweight.device)
         if not fits:
             raise ArgumentError(
                 f"{name} must be {dtype_name(dtype)} {list(shape)} in layout {layout.name} for N={weight.out_features}, "
                 f"K={weight.in_features}, on the device of qweight, {weight.qweight.device}, got {describe(t)}"
             )
-
-
-def _is_table(layout: Layout, weight: Weight) -> bool:
-    """Whether zeros are a codebook's table, of a layout that takes them; which one, its values say."""
-    table = weight.table
-    if table is None or not layout.codebooks or weight.zeros_are_offsets:
-        return False
-    return table.dtype == torch.float32 and table.shape[0] == 1 << weight.bits
 
 
 # --- fake kernels and gradients -------------------------------------------------------------------------------------------

@@ -28,12 +28,15 @@ class Weight(NamedTuple):
     Args:
         qweight: uint8, codes in the layout's order.
         scales: floating.
-        zeros: zero points, offsets, or a codebook's table (see `table`); None: symmetric.
+        zeros: zero points or offsets; None: symmetric.
         k_order: None or int32 `[K]`, which column of x each stored column multiplies.
+        outer_scales, outer_zeros: floating; where they are given, scales and zeros are the small factors.
         out_features, in_features: N and K.
         bits: of a code.
         group_size: `QuantScheme.group_length(K)`.
         zeros_are_offsets: whether zeros are added after scaling.
+        codebook: its number, 0 for integer codes (`CODEBOOK_NUMBERS`).
+        factors: the number of their kind, 0 for none (`FACTOR_NUMBERS`).
         own: what this layout has beside these, buffers and numbers by name.
     """
 
@@ -41,17 +44,16 @@ class Weight(NamedTuple):
     scales: Tensor
     zeros: Tensor | None
     k_order: Tensor | None
+    outer_scales: Tensor | None
+    outer_zeros: Tensor | None
     out_features: int
     in_features: int
     bits: int
     group_size: int
     zeros_are_offsets: bool
+    codebook: int
+    factors: int
     own: Mapping[str, Any] = _NOTHING
-
-    @property
-    def table(self) -> Tensor | None:
-        """The fp32 `[2^bits]` values of a codebook, which ride in the place of zeros: these have one dimension only there."""
-        return self.zeros if self.zeros is not None and self.zeros.dim() == 1 else None
 
     def value(self, name: str) -> Any:
         """The buffer or number of that name."""
@@ -62,7 +64,7 @@ class Weight(NamedTuple):
 
         def cut(buffer: Buffer) -> Tensor | None:
             tensor: Tensor | None = self.value(buffer.name)
-            return tensor if tensor is None or tensor is self.table or not buffer.tiled else tensor[first:last]
+            return tensor if tensor is None or not buffer.tiled else tensor[first:last]
 
         numbers = [self.value(number.name) for number in layout.numbers]
         part = weight_from_buffers(layout, [cut(b) for b in layout.buffers], numbers, self.in_features)
@@ -114,13 +116,16 @@ def dequantize_schema(layout: Layout) -> str:
 
 def weight_from_buffers(layout: Layout, buffers: Sequence[Any], numbers: Sequence[Any], in_features: int) -> Weight:
     """The weight of a layout's buffers and numbers, in its order."""
-    qweight, scales, zeros, k_order = buffers[:_B]
-    out_features, bits, group_size, offsets = numbers[:_N]
+    qweight, scales, zeros, k_order, outer_scales, outer_zeros = buffers[:_B]
+    out_features, bits, group_size, offsets, codebook, factors = numbers[:_N]
     own = _NOTHING
     if len(layout.buffers) > _B or len(layout.numbers) > _N:
         names = [*(b.name for b in layout.buffers[_B:]), *(n.name for n in layout.numbers[_N:])]
         own = dict(zip(names, [*buffers[_B:], *numbers[_N:]], strict=True))
-    return Weight(qweight, scales, zeros, k_order, out_features, in_features, bits, group_size, offsets, own)
+    return Weight(
+        qweight, scales, zeros, k_order, outer_scales, outer_zeros,
+        out_features, in_features, bits, group_size, offsets, codebook, factors, own,
+    )  # fmt: skip
 
 
 def _product_types(layout: Layout) -> dict[str, str]:

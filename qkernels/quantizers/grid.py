@@ -6,8 +6,11 @@ Every quantizer goes through these functions, so that all of them agree on the s
                  the largest magnitude lands half a step from its code.
     int zero     scale = (max - min) / (2^b - 1) over a range that always includes 0; zero = round(-min / scale).
     float zero   the same without rounding the zero point, over the group's own range; "offset" stores min itself.
-    codebook     scale = max|w|; the code is the nearest table entry.
-    all zero     scale 1, code = zero: the weight stays exactly 0.
+    codebook     scale = max|w| / the largest entry; the code is the nearest one.
+    e8m0 scales  the nearest power of two (MXFP4): one step less would clip, one more waste half of the range.
+    blocks       (`rows`) scale and zero of the block's range.
+    factors      each scale is rounded to the nearest product (`factored`); a product of 0 is a group of zeros.
+    all zero     scale 1, code = zero: the weight stays exactly 0. Of a codebook without 0 (iq4nl), scale 0.
 
 Scales (and float zeros) are rounded to the dtype they are stored in **before** any code is computed, so that a code is
 the nearest one for the weight that inference will see. A scale that rounds to 0 is treated like an all-zero group.
@@ -15,6 +18,7 @@ the nearest one for the weight that inference will see. A scale that rounds to 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -23,9 +27,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..factors import Factors
 from ..scheme import CODEBOOKS, QuantScheme
-from ..tensor import FLOAT_DTYPES, QuantTensor
+from ..tensor import SCALE_DTYPES, QuantTensor
 from ..text import dtype_name, dtype_named
+from .factored import nearest_factors
 
 Clip = Literal["none", "mse"]
 
@@ -38,11 +44,12 @@ CLIP_SHARES = tuple(1 - i / 50 for i in range(1, 41))
 class Grid:
     """Scales and zeros of groups, in fp32 (or fp64) but holding exactly the values that will be stored.
 
-    Shapes: `[..., N, G]`; zeros is None for symmetric schemes and codebooks.
+    Shapes: `[..., N, G]`; zeros is None for symmetric schemes and codebooks. `factors`: what they are products of, if they are.
     """
 
     scales: Tensor
     zeros: Tensor | None
+    factors: Factors | None = None
 
     def columns(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero of every column, `[..., N, K]`, from the group of every column `[K]`."""
@@ -62,6 +69,8 @@ def stored_dtype(weight: Tensor, scale_dtype: torch.dtype | None, scheme: QuantS
         scale_dtype: what was asked for.
         scheme: how the weight is quantized.
     """
+    if scale_dtype is None and scheme.codebook == "e2m1" and scheme.factors is None:
+        return torch.float8_e8m0fnu  # MXFP4
     if scale_dtype is None:
         scale_dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
     return scale_dtype if _holds_scales(weight, scheme, scale_dtype) else torch.float32
@@ -74,10 +83,15 @@ def _holds_scales(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> bo
         return True
     largest = (weight.flatten(-2) if scheme.group_size == "tensor" else weight).abs().amax(-1).float()
     steps = scheme.max_code / 2 if scheme.symmetric else scheme.max_code  # from 0 to the largest weight
-    scales = largest[largest > 0] / (steps if scheme.codebook is None else 1)
+    scales = largest[largest > 0] / (steps if scheme.codebook is None else largest_entry(scheme.codebook))
     limits = torch.finfo(dtype)
     least = steps * limits.smallest_normal * limits.eps  # a subnormal number is off by half of the smallest one
     return not bool(((scales < least) | (scales > limits.max / 2)).any())
+
+
+def largest_entry(codebook: str) -> float:
+    """The largest magnitude of a codebook's numbers."""
+    return max(abs(value) for value in CODEBOOKS[codebook] if math.isfinite(value))
 
 
 def checked_weight(weight: Tensor, name: str = "weight") -> Tensor:
@@ -112,7 +126,7 @@ def fit(
         clip: "mse" also tries narrower ranges and keeps, per group, the one with the least squared error.
         importance: what "mse" measures. None: the error of the weights. `[K]`: the same, weighted per column. `[K, K]`,
             second moments of the inputs: the error of the group's share of the output, `d H d`. Not used with
-            group_size="tensor".
+            group_size="tensor" and blocks.
 
     Raises:
         ArgumentError: a scale overflows `scale_dtype`.
@@ -122,6 +136,8 @@ def fit(
         flat = _fit_groups(weight.flatten(-2).unsqueeze(-2).unsqueeze(-2), scheme, scale_dtype, clip, None)
         shape = (*weight.shape[:-1], 1)
         return Grid(flat.scales.expand(shape), None if flat.zeros is None else flat.zeros.expand(shape))
+    if scheme.rows > 1:
+        return _fit_blocks(weight, scheme, scale_dtype, clip)
     whole = weight.shape[-1] // length * length
     parts = []
     for start, stop, size in ((0, whole, length), (whole, weight.shape[-1], weight.shape[-1] - whole)):
@@ -130,14 +146,40 @@ def fit(
             costs = None if importance is None else _cut_importance(importance, start, stop, size)
             parts.append(_fit_groups(groups, scheme, scale_dtype, clip, costs))
     zeros = [part.zeros for part in parts if part.zeros is not None]
-    return Grid(torch.cat([part.scales for part in parts], -1), torch.cat(zeros, -1) if zeros else None)
+    grid = Grid(torch.cat([part.scales for part in parts], -1), torch.cat(zeros, -1) if zeros else None)
+    if scheme.factors is None:
+        return grid
+    factors = nearest_factors(grid.scales, grid.zeros, scheme)
+    return Grid(factors.scales(scheme).to(weight.dtype), _as(factors.zeros(scheme), weight.dtype), factors)
+
+
+def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None else t.to(dtype)
+
+
+def _fit_blocks(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, clip: Clip) -> Grid:
+    """One scale and zero for blocks of rows x group_size weights; those at the edges may be smaller."""
+    rows, length = scheme.rows, scheme.group_length(weight.shape[-1])
+    N, K = weight.shape[-2:]
+    bands = []
+    for top in range(0, N, rows):
+        band = weight[..., top : top + rows, :]
+        blocks = [band[..., left : left + length].flatten(-2)[..., None, None, :] for left in range(0, K, length)]
+        grids = [_fit_groups(block, scheme, scale_dtype, clip, None) for block in blocks]
+        height = band.shape[-2]
+        scales = torch.cat([grid.scales for grid in grids], -1).expand(*band.shape[:-2], height, len(grids))
+        zeros = [grid.zeros for grid in grids if grid.zeros is not None]
+        bands.append((scales, torch.cat(zeros, -1).expand_as(scales) if zeros else None))
+    found = [zeros for _, zeros in bands if zeros is not None]
+    return Grid(torch.cat([scales for scales, _ in bands], -2), torch.cat(found, -2) if found else None)
 
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
     """The nearest code of every weight, as floating-point integers 0 … 2^bits - 1; scales and zeros broadcast."""
+    if scheme.factors is not None or scheme.codebook is not None:  # a scale may be 0, whose codes all mean the same
+        scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     if scheme.codebook is not None:
-        table = torch.tensor(CODEBOOKS[scheme.codebook], dtype=weight.dtype, device=weight.device)
-        values, order = torch.sort(table, stable=True)  # NF4 is sorted; FP4 comes by bit pattern
+        values, order = (t.to(weight.device) for t in _sorted_numbers(scheme.codebook, weight.dtype))
         # times the reciprocal, as bitsandbytes has it: a quotient in the middle between two values can round the other way
         relative = weight * (1 / scales)
         return order[torch.bucketize(relative.contiguous(), (values[1:] + values[:-1]) / 2)].to(weight.dtype)
@@ -150,6 +192,13 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantSc
     else:
         codes = (weight / scales).round_().add_(scheme.mid_code if zeros is None else zeros)
     return codes.clamp_(0, scheme.max_code)
+
+
+def _sorted_numbers(codebook: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A codebook's numbers in rising order, without infinities and NaN, and their codes."""
+    values, order = torch.sort(torch.tensor(CODEBOOKS[codebook], dtype=dtype), stable=True)
+    finite = values.isfinite()
+    return values[finite], order[finite]
 
 
 def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
@@ -173,6 +222,8 @@ def assemble(
     codes: Tensor, grid: Grid, scheme: QuantScheme, scale_dtype: torch.dtype, group_index: Tensor | None = None
 ) -> QuantTensor:
     """The `QuantTensor` of floating-point codes and a grid."""
+    if grid.factors is not None:
+        return QuantTensor.from_factors(codes.to(torch.uint8), grid.factors, scheme, group_index)
     zeros = grid.zeros
     if zeros is not None:
         zeros = zeros.to(torch.uint8 if scheme.zeros == "int" else scale_dtype).contiguous()
@@ -184,7 +235,7 @@ def _fit_groups(
 ) -> Grid:
     """The grid of weights `[..., G, size]`, reduced over the last dimension; importance `[G, size]` or `[G, size, size]`."""
     low, high = groups.amin(-1), groups.amax(-1)
-    if scheme.zeros in ("none", "int"):
+    if scheme.zeros in ("none", "int") or scheme.factors is not None:  # factors of offsets are not negative
         low, high = low.clamp(max=0), high.clamp(min=0)
     grid = _grid_of_range(low, high, scheme, scale_dtype)
     if clip == "none":
@@ -205,7 +256,9 @@ def _fit_groups(
 
 def _grid_of_range(low: Tensor, high: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> Grid:
     if scheme.codebook is not None:
-        return Grid(_rounded_scale(torch.maximum(-low, high), scale_dtype), None)
+        scales = torch.maximum(-low, high)
+        rounded = _rounded_scale(scales / largest_entry(scheme.codebook), scale_dtype)
+        return Grid(rounded if 0.0 in CODEBOOKS[scheme.codebook] else rounded.where(scales > 0, 0), None)
     if scheme.zeros == "none":
         return Grid(_rounded_scale(torch.maximum(-low, high) * (2 / scheme.max_code), scale_dtype), None)
     scales = _rounded_scale((high - low) / scheme.max_code, scale_dtype)
@@ -218,8 +271,9 @@ def _grid_of_range(low: Tensor, high: Tensor, scheme: QuantScheme, scale_dtype: 
 
 
 def _rounded_scale(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     stored = scales.to(scale_dtype).to(scales.dtype)
-    if stored.device.type != "meta" and bool(torch.isinf(stored).any()):
+    if stored.device.type != "meta" and not bool(torch.isfinite(stored).all()):
         raise ArgumentError(
             f"a scale of {float(scales.max()):.3g} overflows {dtype_name(scale_dtype)} "
             f"(largest {torch.finfo(scale_dtype).max:.3g}); use scale_dtype=torch.float32, or smaller groups"
@@ -251,9 +305,9 @@ def _cut_importance(importance: Tensor, start: int, stop: int, size: int) -> Ten
 def checked_scale_dtype(scale_dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype, which may be given by name. Raises ArgumentError unless scales can be stored so."""
     found = dtype_named(scale_dtype) if isinstance(scale_dtype, str) else scale_dtype
-    if scale_dtype is not None and found not in FLOAT_DTYPES:
+    if scale_dtype is not None and found not in SCALE_DTYPES:
         raise ArgumentError(
-            f"scale_dtype must be None (the weight's own 16-bit dtype, else float16), torch.float16, torch.bfloat16 or "
-            f"torch.float32, got {scale_dtype!r}"
+            f"scale_dtype must be None (the weight's own 16-bit dtype, else float16), torch.float16, torch.bfloat16, "
+            f"torch.float32, torch.float8_e8m0fnu or torch.float8_e4m3fn, got {scale_dtype!r}"
         )
     return found

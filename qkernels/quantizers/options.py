@@ -65,7 +65,7 @@ class Options(ActBitsIsAct):
     orders_columns, scale_search, scale_rule, with_scales_for: see there.
 
     Args:
-        bits, group_size, symmetric, act, codebook: see `QuantScheme`; `symmetric=False` means integer zero points.
+        bits, group_size, symmetric, act, codebook, rows, factors: see `QuantScheme`; `symmetric=False` means integer zero points.
         zeros: a zero kind by name where `symmetric` does not say enough ("float", "offset").
         scale_dtype: how scales are stored; None: the dtype of a 16-bit weight, else float16. Either way float32 for a weight
             with rows whose scales would overflow or vanish in it.
@@ -84,6 +84,8 @@ class Options(ActBitsIsAct):
     zeros: ZeroKind | None = None
     act: str | None = None
     codebook: str | None = None
+    rows: int = 1
+    factors: str | None = None
     scale_dtype: torch.dtype | None = None
     clip: Clip = "none"
 
@@ -106,7 +108,7 @@ class Options(ActBitsIsAct):
     def scheme(self) -> QuantScheme:
         """What the codes of this method mean."""
         zeros: ZeroKind = self.zeros or ("none" if self.symmetric else "int")
-        return QuantScheme(self.bits, self.group_size, zeros, self.act, self.codebook)
+        return QuantScheme(self.bits, self.group_size, zeros, self.act, self.codebook, self.rows, self.factors)
 
     def with_scheme(self: Self, scheme: str | QuantScheme) -> Self:
         """The same method with another scheme."""
@@ -119,6 +121,8 @@ class Options(ActBitsIsAct):
             zeros=parsed.zeros,
             act=parsed.act,
             codebook=parsed.codebook,
+            rows=parsed.rows,
+            factors=parsed.factors,
         )
 
     def with_scales_for(self: Self, dtype: torch.dtype) -> Self:
@@ -156,5 +160,5 @@ class Options(ActBitsIsAct):
 
     @property
     def folds(self) -> bool:
-        """Whether it folds scales into what feeds a layer, which takes an entry in `models.architectures`."""
+        """Whether it folds scales into what feeds a layer, which `layerwise.tracing` finds."""
         return self.scale_search() is not None or self.scale_rule() is not None

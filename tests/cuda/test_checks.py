@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from qkernels.layouts import get_layout
+from qkernels.scheme import CODEBOOK_NUMBERS, FACTOR_NUMBERS
 from tests.cuda import calls, emulator
 from tests.cuda.calls import TYPES
 from tests.strategies import random_weight
 
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 QUESTIONS = ("product", "decode", "a8", "dequantize", "device", "cpu product", "cpu decode", "cpu a8")
-NAMES = ("x", "qweight", "scales", "zeros", "k_order", "bias")
+NAMES = ("x", "qweight", "scales", "zeros", "k_order", "outer_scales", "outer_zeros", "bias")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def wrong(tensors: dict[str, Plain | None], question: str = "product", scheme: s
     parsed = random_weight(scheme, 1, 200).scheme
     integers = {
         "question": QUESTIONS.index(question), "N": 70, "K": 200, "bits": parsed.bits, "group": parsed.group_length(200),
-        "zeros_are_offsets": parsed.zeros == "offset", "sm": 90, **more,
+        "zeros_are_offsets": parsed.zeros == "offset", "codebook": CODEBOOK_NUMBERS[parsed.codebook],
+        "factors": FACTOR_NUMBERS[parsed.factors], "sm": 90, **more,
     }  # fmt: skip
     text = torch.zeros(512, dtype=torch.uint8)
     emulator.run(calls.UNIT, emulator.Call("wrong", {"tensors": rows, "text": text}, integers))

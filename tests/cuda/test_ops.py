@@ -19,7 +19,7 @@ from qkernels.errors import ArgumentError, ConversionError, UnsupportedProblem
 from qkernels.kernels.catalogue import Problem, list_kernels, select
 from qkernels.layouts import get_layout
 from qkernels.scheme import QuantScheme
-from tests.ops.helpers import arguments, exact_product, integers, layer_in
+from tests.ops.helpers import arguments, dequantize_arguments, exact_product, integers, layer_in
 from tests.strategies import random_weight
 
 compiled = pytest.mark.skipif(not extension.status().cuda, reason="the extension has no CUDA kernels")
@@ -165,8 +165,7 @@ def test_cpu_tensors_are_told_where_to_go() -> None:
 
 def test_dequantize_on_the_cpu_is_the_reference() -> None:
     weight = random_weight("w4a16_g64_offset", 70, 200, act_order=True)
-    _, qweight, scales, zeros, order, _, N, *rest = arguments(weight, torch.zeros(1, 200), layout="mma_tile")
-    w = torch.ops.qkernels.dequantize_mma_tile(qweight, scales, zeros, order, N, 200, *rest, torch.float16)
+    w = torch.ops.qkernels.dequantize_mma_tile(*dequantize_arguments(weight, torch.float16, "mma_tile"))
     assert torch.equal(w, weight.dequantize(torch.float16))
 
 

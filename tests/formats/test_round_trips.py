@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,7 +32,7 @@ def canonical(weight: QuantTensor) -> QuantTensor:
     """With no group index where a random one happens to be the natural one."""
     index = weight.group_index
     index = None if index is None else validated_group_index(index, weight.K, weight.scheme)
-    return QuantTensor(weight.codes, weight.scales, weight.zeros, index, weight.scheme)
+    return replace(weight, group_index=index)
 
 
 @ALL

@@ -19,7 +19,7 @@ from qkernels.layouts import get_layout
 from tests.cuda import calls_a8, nonfinite
 from tests.cuda.calls import PATHS, STRAY
 from tests.cuda.instances import Forced, forced
-from tests.ops.helpers import arguments, assert_like_a_float_layer, exact_product, integers
+from tests.ops.helpers import arguments, assert_like_a_float_layer, dequantize_arguments, exact_product, integers
 from tests.strategies import random_weight
 
 pytestmark = [
@@ -159,9 +159,8 @@ def test_large_layers_split_over_the_whole_card() -> None:
 @pytest.mark.parametrize("scheme", ["w4a16_g16_fzero", "w4a16_g128", "w8a16_g64_asym", "w3a16_channel_offset"])
 def test_dequantize_is_the_definition_bit_for_bit(scheme: str) -> None:
     weight = random_weight(scheme, 150, 200, act_order=True)
-    _, *buffers, _, N, bits, group, offsets = on_gpu(arguments(weight, torch.zeros(1, 200), layout="mma_tile"))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        got = torch.ops.qkernels.dequantize_mma_tile(*buffers, N, 200, bits, group, offsets, dtype)
+        got = torch.ops.qkernels.dequantize_mma_tile(*on_gpu(dequantize_arguments(weight, dtype, "mma_tile")))
         assert torch.equal(got.cpu(), weight.dequantize(dtype))
 
 

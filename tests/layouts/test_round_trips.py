@@ -148,7 +148,6 @@ def test_columns_are_sorted_by_group_and_padding_is_zero() -> None:
 @pytest.mark.parametrize(
     ("scheme", "K", "reason"),
     [
-        ("nf4_g64", 64, "codebook 'nf4'"),
         ("w4a8_g32", 64, "8-bit activations"),
         ("w4a16_g12", 64, "group_size 12 is not a multiple of 8"),
         ("w4a16_g1", 2, "group_size 1 is not a multiple of 8"),

@@ -55,6 +55,7 @@ def test_a_state_dict_of_any_layout_is_taken(name: str) -> None:
 @layouts
 @pytest.mark.parametrize("change", [1, -1, 98])
 def test_a_layout_of_another_version_is_refused(name: str, change: int) -> None:
+    change = -get_layout(name).version if change < 0 else change  # those between may be read (`Layout.upgrades`)
     state = state_of(name)[1]
     packing = json.loads(bytes(state["_extra_state"].tolist()))
     here = packing["version"]
@@ -97,7 +98,7 @@ def test_packed_checkpoints_of_another_version_are_refused(name: str) -> None:
     config = form.config_of(Written(weight.scheme, {}, act_order=True))
     tensors = form.write(weight)
     assert same_weight(form.parse("layer", tensors, config).weight, weight)
-    for version in (layout.version + 1, layout.version - 1, None, "1"):
+    for version in (layout.version + 1, 0, None, "1"):
         with pytest.raises(CheckpointError, match=f"layer.*version {version!r} of layout {name}.*reads version"):
             form.parse("layer", tensors, {**config, "layout_version": version})
 

@@ -257,10 +257,10 @@ def test_unsupported_layers_can_be_skipped_or_run_on_the_reference(model: Model)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("scheme", ["nf4_g64", "fp4_g32"])
 def test_a_float_model_goes_straight_into_a_codebook(model: Model, scheme: str, double_quant: bool) -> None:
-    """No calibration; on a CPU through the reference, which computes what the rounded weights would."""
+    """No calibration; the kernels compute what the rounded weights would, to fp32's rounding of sums."""
     rounded = copy.deepcopy(model)
     method = NF4(double_quant=double_quant) if double_quant else None
-    report = replace_linear(model, scheme, on_unsupported="reference", method=method, progress=False)
+    report = replace_linear(model, scheme, method=method, progress=False)
     assert [str(replaced.scheme) for replaced in report.replaced.values()] == [scheme] * 4
     assert report.bytes_after < report.bytes_before
     rounding = NF4(double_quant=double_quant).with_scheme(scheme)
@@ -272,13 +272,13 @@ def test_a_float_model_goes_straight_into_a_codebook(model: Model, scheme: str, 
             assert not torch.equal(linear.weight, weight.dequantize())
             linear.weight.copy_(weight.dequantize())
     ids = torch.arange(20)[None]
-    assert torch.equal(model(ids), rounded(ids))
+    torch.testing.assert_close(model(ids), rounded(ids), rtol=1e-5, atol=1e-5)
 
 
-def test_codebooks_on_a_cpu_need_to_be_told_that_they_are_slow(model: Model) -> None:
+def test_what_no_kernel_takes_needs_to_be_told_that_it_is_slow(model: Model) -> None:
     before = copy.deepcopy(model)
     with pytest.raises(UnsupportedProblem, match="reference"):
-        replace_linear(model, "nf4_g64", progress=False)
+        replace_linear(model, "nf4_g4", progress=False)
     assert untouched(model, before)
 
 

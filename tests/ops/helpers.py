@@ -15,10 +15,18 @@ LAYOUT = "cpu_tile_a16"
 
 def arguments(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, layout: str = LAYOUT) -> tuple[object, ...]:
     """The arguments of `gemm_<layout>`."""
-    packed = get_layout(layout).pack(weight)
-    buffers = (packed["qweight"], packed["scales"], packed["zeros"], packed["k_order"])
-    scheme = weight.scheme
-    return (x, *buffers, bias, weight.N, scheme.bits, scheme.group_length(weight.K), scheme.zeros == "offset")
+    value = get_layout(layout)
+    packed = value.pack(weight)
+    buffers = (packed[buffer.name] for buffer in value.buffers)
+    return (x, *buffers, bias, *value.numbers_of(weight.N, weight.K, weight.scheme))
+
+
+def dequantize_arguments(weight: QuantTensor, dtype: torch.dtype, layout: str = LAYOUT) -> tuple[object, ...]:
+    """The arguments of `dequantize_<layout>`."""
+    value = get_layout(layout)
+    packed = value.pack(weight)
+    out_features, *numbers = value.numbers_of(weight.N, weight.K, weight.scheme)
+    return (*(packed[buffer.name] for buffer in value.buffers), out_features, weight.K, *numbers, dtype)
 
 
 def multiply(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, op: str = f"gemm_{LAYOUT}") -> Tensor:

@@ -111,7 +111,7 @@ def test_the_longest_groups_fit(isa: str, scheme: str) -> None:
         assert torch.equal(reference.gemm_a8(x, weight), expected)
     assert "could overflow an int32 sum" in get_layout(LAYOUT).reasons(1, K + 1, parsed)[0]
     x, *buffers = arguments(weight, torch.zeros(1, K), None, LAYOUT)
-    longer = [torch.zeros(1, (K + 8) * 32, dtype=torch.uint8), *buffers[1:-2], K + 8, False]
+    longer = [torch.zeros(1, (K + 8) * 32, dtype=torch.uint8), *buffers[1:-4], K + 8, False, 0, 0]
     with pytest.raises((RuntimeError, ArgumentError), match=f"groups must be at most {K} long"):
         torch.ops.qkernels.gemm_cpu_tile_a8(torch.zeros(1, K + 8), *longer)
 
@@ -236,6 +236,6 @@ def test_what_it_refuses() -> None:
         with pytest.raises((RuntimeError, ArgumentError), match="zeros must be contiguous uint8 or floating"):
             torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], zeros, *buffers[3:])
     with pytest.raises((RuntimeError, ArgumentError), match="zeros must be contiguous floating"):
-        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], good, *buffers[3:-1], True)
+        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], good, *buffers[3:-3], True, 0, 0)
     with pytest.raises((RuntimeError, ArgumentError), match="zeros must be given where zeros_are_offsets"):
-        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:-1], True)
+        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:-3], True, 0, 0)

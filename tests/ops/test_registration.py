@@ -15,9 +15,9 @@ from torch.library import Library, opcheck, register_fake
 from qkernels import QuantScheme, QuantTensor, extension, ops
 from qkernels.errors import ArgumentError
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, Problem
-from qkernels.layouts import LAYOUTS, get_layout
+from qkernels.layouts import BUFFERS, LAYOUTS, get_layout
 from qkernels.ops import schema
-from tests.ops.helpers import DTYPES, arguments, integers
+from tests.ops.helpers import DTYPES, arguments, dequantize_arguments, integers
 from tests.strategies import random_weight
 
 N, K = 40, 96
@@ -65,8 +65,7 @@ def test_opcheck(layout: str, scheme: str, grad: bool) -> None:
 @layouts
 def test_opcheck_of_dequantize(layout: str) -> None:
     weight = random_weight("w4a16_g32_asym", N, K, act_order=True)
-    _, qweight, scales, zeros, k_order, _, *_ = arguments(weight, integers(1, K), None, layout)
-    args = (qweight, scales, zeros, k_order, N, K, 4, 32, False, torch.bfloat16)
+    args = dequantize_arguments(weight, torch.bfloat16, layout)
     assert set(opcheck(operator(f"dequantize_{layout}"), args).values()) == {"SUCCESS"}
 
 
@@ -88,21 +87,25 @@ def test_opcheck_notices_wrong_fakes() -> None:
 
 # Made from `Layout.buffers` and `Layout.numbers`; what implements them in C++ goes by position.
 PRODUCT = (
-    "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? bias, int out_features, int bits, "
-    "int group_size, bool zeros_are_offsets) -> Tensor"
+    "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? outer_scales, Tensor? outer_zeros, {}"
+    "Tensor? bias, int out_features, int bits, int group_size, bool zeros_are_offsets, int codebook, int factors) -> Tensor"
 )
 DEQUANTIZE = (
-    "(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, int out_features, int in_features, int bits, "
-    "int group_size, bool zeros_are_offsets, ScalarType dtype) -> Tensor"
+    "(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? outer_scales, Tensor? outer_zeros, {}"
+    "int out_features, int in_features, int bits, int group_size, bool zeros_are_offsets, int codebook, int factors, "
+    "ScalarType dtype) -> Tensor"
 )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_schemas_are_the_same_for_all_layouts(layout: str) -> None:
-    assert str(operator(f"gemm_{layout}")._schema) == f"qkernels::gemm_{layout}{PRODUCT}"
-    assert str(operator(f"dequantize_{layout}")._schema) == f"qkernels::dequantize_{layout}{DEQUANTIZE}"
+    own = "".join(f"Tensor{'?' * b.optional} {b.name}, " for b in get_layout(layout).buffers[len(BUFFERS) :])
+    assert own == ("Tensor? table, " if layout == "kpack" else "")
+    product, dequantize = PRODUCT.format(own), DEQUANTIZE.format(own)
+    assert str(operator(f"gemm_{layout}")._schema) == f"qkernels::gemm_{layout}{product}"
+    assert str(operator(f"dequantize_{layout}")._schema) == f"qkernels::dequantize_{layout}{dequantize}"
     if get_layout(layout).gemv_tokens is not None:
-        assert str(operator(f"gemv_{layout}")._schema) == f"qkernels::gemv_{layout}{PRODUCT}"
+        assert str(operator(f"gemv_{layout}")._schema) == f"qkernels::gemv_{layout}{product}"
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------------
@@ -294,12 +297,15 @@ def test_dequantize_is_the_definition(layout: str, scheme: str) -> None:
         (3, torch.zeros(2, 3, 32, dtype=torch.int8), "zeros must be contiguous uint8 or floating"),
         (4, torch.zeros(K, dtype=torch.int64), "k_order must be contiguous int32"),
         (4, torch.zeros(K - 1, dtype=torch.int32), "k_order must be contiguous int32"),
-        (5, torch.zeros(N + 1), "bias must be floating"),
-        (6, -1, "out_features not negative"),
-        (7, 9, "bits must be 2 to 8"),
-        (8, 0, "group_size positive"),
-        (8, 12, "group_size must be a multiple of 8"),
-        (9, True, "zeros must be contiguous floating"),
+        (7, torch.zeros(N + 1), "bias must be floating"),
+        (8, -1, "out_features not negative"),
+        (9, 9, "bits must be 2 to 8"),
+        (10, 0, "group_size positive"),
+        (10, 12, "group_size must be a multiple of 8"),
+        (11, True, "zeros must be contiguous floating"),
+        (12, 1, "codebook 1 takes 4 bits and no zeros, got bits=4 and zeros"),
+        (12, 99, "codebook must be 0 to 6, got 99"),
+        (13, 1, "factors must be 0: scales that are products are not taken here"),
     ],
 )
 def test_the_compiled_op_checks_for_itself(position: int, value: Any, message: str) -> None:

@@ -23,7 +23,7 @@ from tests.ops.helpers import integers
 from tests.strategies import random_weight
 
 from .interpreter import guarded, repair
-from .problems import exact_problem, numbers
+from .problems import BUFFERS, exact_problem, numbers
 
 repair()
 
@@ -56,9 +56,7 @@ def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def buffers(weight: QuantTensor) -> tuple[Tensor | None, ...]:
     packed = LAYOUTS["kpack"].pack(weight)
-    return tuple(
-        None if t is None else guarded(t) for t in (packed[n] for n in ("qweight", "scales", "zeros", "k_order"))
-    )
+    return tuple(None if t is None else guarded(t) for t in (packed[n] for n in BUFFERS))
 
 
 def product(x: Tensor, weight: QuantTensor, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
@@ -147,13 +145,14 @@ def test_empty_weights() -> None:
 @configs
 def test_a_column_order_from_outside_reads_nothing_past_the_end(config: Config) -> None:
     weight = random_weight("w4a16_g32", 40, 4096, act_order=True)
-    qweight, scales, zeros, k_order = buffers(weight)
+    given = buffers(weight)
+    k_order = given[BUFFERS.index("k_order")]
     assert k_order is not None
     k_order[0], k_order[1] = 2**31 - 1, -(2**31)
     x = guarded(torch.ones(1, 4096, dtype=torch.float16))
-    y = launch.gemm(x, qweight, scales, zeros, k_order, None, 40, *numbers(weight), config=config)
+    y = launch.gemm(x, *given, None, 40, *numbers(weight), config=config)
     assert torch.isfinite(y).all()
-    launch.dequantize(qweight, scales, zeros, k_order, 40, 4096, *numbers(weight), torch.float16)
+    launch.dequantize(*given, 40, 4096, *numbers(weight), torch.float16)
 
 
 # --- controls: each of the checks above can fail ------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ def test_a_wrong_code_is_noticed(config: Config) -> None:
 def test_a_read_past_the_end_kills_the_process() -> None:
     """A buffer one strip short, in a child that has to die by SIGSEGV."""
     weight = random_weight("w4a16_channel", 128, 4096)
-    qweight, scales, zeros, k_order = buffers(weight)
+    qweight, *others = buffers(weight)
     assert qweight is not None
     child = os.fork()
     if child == 0:
@@ -181,9 +180,7 @@ def test_a_read_past_the_end_kills_the_process() -> None:
         launch.gemm(
             torch.ones(1, 4096).half(),
             guarded(qweight[:1]),
-            scales,
-            zeros,
-            k_order,
+            *others,
             None,
             128,
             *numbers(weight),

@@ -17,7 +17,7 @@ from torch.library import Library, opcheck
 from qkernels import ops
 from qkernels.kernels.triton import launch
 from qkernels.layouts import LAYOUTS
-from tests.ops.helpers import arguments, integers
+from tests.ops.helpers import arguments, dequantize_arguments, integers
 from tests.strategies import random_weight
 
 from .interpreter import repair
@@ -53,8 +53,7 @@ def test_opcheck(scheme: str, grad: bool) -> None:
 @schemes
 def test_opcheck_of_dequantize(scheme: str) -> None:
     weight = random_weight(scheme, N, K, act_order=True)
-    _, *buffers, _, n, bits, group_size, offsets = arguments(weight, integers(1, K, dtype=HALF), layout="kpack")
-    args = (*buffers, n, K, bits, group_size, offsets, torch.bfloat16)
+    args = dequantize_arguments(weight, torch.bfloat16, "kpack")
     assert set(opcheck(torch.ops.qkernels.dequantize_kpack.default, args).values()) == {"SUCCESS"}
 
 

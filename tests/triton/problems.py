@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from qkernels import QuantTensor
+from qkernels.layouts import LAYOUTS
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
 
+BUFFERS = tuple(buffer.name for buffer in LAYOUTS["kpack"].buffers)
 
-def numbers(weight: QuantTensor) -> tuple[int, int, bool]:
-    """The launcher's bits, group length and whether zeros are offsets."""
-    return weight.scheme.bits, weight.scheme.group_length(weight.K), weight.scheme.zeros == "offset"
+
+def numbers(weight: QuantTensor) -> tuple[float, ...]:
+    """The launcher's numbers behind out_features (and in_features)."""
+    return LAYOUTS["kpack"].numbers_of(weight.N, weight.K, weight.scheme)[1:]
 
 
 def exact_problem(

@@ -21,7 +21,7 @@ from tests.cuda.ptx.program import PtxError
 from tests.strategies import random_weight
 
 from .executed import OPTIONS, Executed, specialized
-from .problems import exact_problem, numbers
+from .problems import BUFFERS, exact_problem, numbers
 
 KERNELS = ("gemv", "gemm", "reduce_parts", "dequantize")
 GEMV = Config("gemv", 1, 16, 64, 0, 4, 2)
@@ -67,7 +67,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Executed
 
 def buffers(weight: QuantTensor) -> list[Tensor | None]:
     packed = LAYOUTS["kpack"].pack(weight)
-    return [packed[name] for name in ("qweight", "scales", "zeros", "k_order")]
+    return [packed[name] for name in BUFFERS]
 
 
 def dequantized(weight: QuantTensor, dtype: torch.dtype) -> Tensor:

@@ -74,10 +74,11 @@ def test_traces_into_one_graph_for_any_number_of_tokens() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: call_packed(x * 2) + 1, fullgraph=True, dynamic=True, backend=backend)
     weight = random_weight("w4a16_g32", 40, 96).to("meta")
-    buffers = tuple(LAYOUTS["kpack"].pack(weight).values())
+    packed = LAYOUTS["kpack"].pack(weight)
+    buffers = tuple(packed[buffer.name] for buffer in LAYOUTS["kpack"].buffers)
 
     def call_packed(x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.qkernels.gemm_kpack(x, *buffers, None, 40, 4, 32, False)
+        return torch.ops.qkernels.gemm_kpack(x, *buffers, None, 40, 4, 32, False, 0, 0)
 
     for M in (7, 5, 64):  # the first is no size of a buffer, which torch would take for the same symbol
         assert compiled(torch.zeros(M, 96, device="meta")).shape == (M, 40)

@@ -24,7 +24,14 @@ _REDUCE_BLOCK = 1024
 def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     """`y [M, N]`: the op `gemm_kpack`; `config` in the place of the table's, for tests and tuning."""
     x, weight, bias = read_product(kpack.LAYOUT, arguments)
-    qweight, scales, zeros, k_order, N, K, _, group_size, *_ = weight
+    qweight, scales, k_order, N, K = (
+        weight.qweight,
+        weight.scales,
+        weight.k_order,
+        weight.out_features,
+        weight.in_features,
+    )
+    zeros, group_size = zeros_or_table(weight), weight.group_size
     M = x.shape[0]
     out = x.new_empty((M, N))
     if out.numel() == 0:
@@ -64,7 +71,14 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
 def dequantize(*arguments: Any) -> Tensor:
     """The weight `[..., N, K]`: the op `dequantize_kpack`, one launch per expert."""
     weight, dtype = read_dequantize(kpack.LAYOUT, arguments)
-    qweight, scales, zeros, k_order, N, K, *_ = weight
+    qweight, scales, k_order, N, K = (
+        weight.qweight,
+        weight.scales,
+        weight.k_order,
+        weight.out_features,
+        weight.in_features,
+    )
+    zeros = zeros_or_table(weight)
     lead = qweight.shape[:-3]
     out = qweight.new_empty((*lead, N, K), dtype=dtype)
     if out.numel() == 0:
@@ -73,11 +87,11 @@ def dequantize(*arguments: Any) -> Tensor:
     row_bytes, groups = qweight.shape[-1], scales.shape[-2]
     weights, targets = qweight.reshape(-1, *qweight.shape[-3:]), out.view(-1, N, K)
     all_scales = scales.reshape(-1, *scales.shape[-3:])
-    all_zeros = zeros if zeros is None or weight.table is not None else zeros.reshape(-1, *zeros.shape[-3:])
+    all_zeros = zeros if zeros is None or weight.codebook else zeros.reshape(-1, *zeros.shape[-3:])
     grid = (-(-N // _DEQUANTIZE_ROWS), -(-row_bytes // _DEQUANTIZE_BYTES))
     with _on(qweight.device):
         for i, codes in enumerate(weights):
-            own_zeros = all_zeros if all_zeros is None or weight.table is not None else all_zeros[i]
+            own_zeros = all_zeros if all_zeros is None or weight.codebook else all_zeros[i]
             jit.dequantize[grid](
                 codes, all_scales[i], own_zeros, k_order, targets[i], N, K, groups, weight.group_size, row_bytes, **constants,
                 BLOCK_N=_DEQUANTIZE_ROWS, BLOCK_BYTES=_DEQUANTIZE_BYTES, enable_fp_fusion=False,
@@ -85,12 +99,18 @@ def dequantize(*arguments: Any) -> Tensor:
     return out
 
 
+def zeros_or_table(weight: Weight) -> Tensor | None:
+    """What the kernels find behind their pointer to zeros: a codebook has none, and they look its values up there."""
+    table: Tensor | None = weight.own["table"]
+    return table if weight.codebook else weight.zeros
+
+
 def zero_kind(weight: Weight) -> int:
     """What the kernels call ZEROS."""
+    if weight.codebook:
+        return int(jit.TABLE.value)
     if weight.zeros is None:
         return int(jit.SYMMETRIC.value)
-    if weight.table is not None:
-        return int(jit.TABLE.value)
     return int(jit.OFFSETS.value if weight.zeros_are_offsets else jit.POINTS.value)
 
 

@@ -34,9 +34,9 @@ Buffer buffer_of(const int64_t* row) {
 // question, of CUDA: 0 product, 1 decode, 2 product with int8 activations, 3 dequantize, 4 device; of the CPU:
 // 5 product, 6 decode, 7 product with int8 activations. text: what is wrong.
 int run_wrong(const Named& call) {
-  const int64_t* rows = call.pointer<int64_t>("tensors");  // x, qweight, scales, zeros, k_order, bias
-  Buffer all[6] = {};
-  for (int i = 0; i < 6; ++i) all[i] = buffer_of(rows + i * kFields);
+  const int64_t* rows = call.pointer<int64_t>("tensors");  // in the order of Arguments
+  Buffer all[8] = {};
+  for (int i = 0; i < 8; ++i) all[i] = buffer_of(rows + i * kFields);
   const auto given = [&](int i) { return rows[i * kFields] != 0 ? &all[i] : nullptr; };
   const Arguments a{all[0],
                     all[1],
@@ -44,10 +44,14 @@ int run_wrong(const Named& call) {
                     given(3),
                     given(4),
                     given(5),
+                    given(6),
+                    given(7),
                     call.integer("N"),
                     call.integer("bits"),
                     call.integer("group"),
-                    call.integer("zeros_are_offsets") != 0};
+                    call.integer("zeros_are_offsets") != 0,
+                    call.integer("codebook"),
+                    call.integer("factors")};
   const int64_t question = call.integer("question"), K = call.integer("K");
   std::string wrong;
   if (question == 1) wrong = cuda::wrong_decode(a.x);
