@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .quantizers import AWQ, GPTQ, HQQ, NF4, RTN, SmoothQuant
     from .scheme import QuantScheme
     from .tensor import QuantTensor
+    from .texts import load_tokenizer
 
 __all__ = [
     "QuantScheme",
@@ -32,6 +33,7 @@ __all__ = [
     "replace_linear",
     "quantize",
     "load",
+    "load_tokenizer",
     "save",
     "inspect",
     "RTN",
@@ -59,6 +61,7 @@ if not TYPE_CHECKING:  # a type checker would take __getattr__ for any name, mis
         "quantizers": ("AWQ", "GPTQ", "HQQ", "NF4", "RTN", "SmoothQuant"),
         "scheme": ("QuantScheme",),
         "tensor": ("QuantTensor",),
+        "texts": ("load_tokenizer",),
     }
     _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

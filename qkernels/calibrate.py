@@ -24,14 +24,14 @@ from .errors import ArgumentError
 from .evaluate import compare, perplexity
 from .formats import Written
 from .kernels.catalogue import OnUnsupported
-from .layerwise.capturing import check_calibratable
+from .layerwise.hollow import check_calibratable
 from .layerwise.hosts import DirectoryHost, Host, Run, host_of
 from .layerwise.limits import check_limits
 from .layerwise.preview import preview_of
 from .layerwise.quantizing import quantize_linears
 from .layerwise.running import Place
 from .memory import GivingBack
-from .models.architectures import foldable_architecture, text_config
+from .models.architectures import text_config
 from .nn import ReplaceReport, Selection, select_linears
 from .nn.selection import Overrides, Patterns
 from .quantizers import QUANTIZERS, Options
@@ -109,8 +109,8 @@ def quantize(
         The report: per layer the relative error, seconds, and why it was rounded to nearest where the method failed.
 
     Raises:
-        ArgumentError: a pattern matches nothing, the architecture is unknown (AWQ, SmoothQuant), or arguments contradict each
-            other.
+        ArgumentError: a pattern matches nothing, no layer lets a scale through to those before (AWQ, SmoothQuant), or arguments
+            contradict each other.
         CalibrationError: calibration is missing, too short, or gives NaN activations.
         SchemeError, UnsupportedProblem, CheckpointError, ConversionError: as they say.
 
@@ -214,8 +214,6 @@ def _check_model(model: nn.Module, method: Options) -> None:
     """Raise before the work begins where the model cannot be calibrated as the method wants it."""
     if method.needs != "weight":
         check_calibratable(model)
-    if method.folds:
-        foldable_architecture(model, type(method).__name__)
 
 
 def _windows(

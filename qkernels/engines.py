@@ -47,6 +47,14 @@ def engines_for(
     if format_name == "native":
         why = ("its format is our own; convert it with `qkernels pack … --format gptq`",)
         return own, Engine("transformers", False, why), Engine("vLLM", False, why)
+    if format_name == "gguf":
+        plugin = Engine("vLLM", True, ("needs vllm-gguf-plugin, which does not read every type",))
+        return (
+            own,
+            Engine("llama.cpp", True, ()),
+            Engine("transformers", True, ("needs gguf, and dequantizes it",)),
+            plugin,
+        )
     needs = next(
         (text for start, text in NEEDS.items() if format_name.startswith(start)), "needs optimum and gptqmodel"
     )

@@ -20,7 +20,7 @@ from .formats.validation import boolean, first_of
 from .reports import quality_line, readable_size
 from .scheme import QuantScheme
 from .tensor import QuantTensor
-from .text import dtype_name, table
+from .text import dtype_named, table
 
 Columns = Literal["natural", "act-order", "static"]
 MAX_ERRORS = 20
@@ -126,10 +126,11 @@ class Inspection:
 
 
 def inspect(directory: str | os.PathLike[str]) -> Inspection:
-    """Check a checkpoint completely, headers first and then every quantized module, one in memory at a time.
+    """Check a checkpoint, a directory or a GGUF file, completely: headers first and then every quantized module, one in memory at
+    a time.
 
     Raises:
-        CheckpointError: the directory is not sound; names every broken module and its field (the first 20).
+        CheckpointError: it is not sound; names every broken module and its field (the first 20).
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
@@ -159,14 +160,23 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
         oddities += [(module, oddity) for oddity in found]
         schemes[module] = weight.scheme
         layers.append(_layer(module, weight, checkpoint))
+    in_blocks = [name for name in checkpoint.names() if dtype_named(checkpoint.stored_as(name)) is None]
+    for name in tqdm(in_blocks, desc="checking", unit="tensor", leave=False, delay=2):
+        try:
+            checkpoint.read(name)
+        except CheckpointError as error:
+            errors.append(str(error))
+            continue
+        layers += _layer_in_blocks(name, checkpoint)
     if errors:
         more = f" (and {len(errors) - MAX_ERRORS} more)" if len(errors) > MAX_ERRORS else ""
         listed = "\n  ".join(errors[:MAX_ERRORS])
         raise CheckpointError(
-            f"{len(errors)} of {len(checkpoint.modules)} quantized modules are broken{more}:\n  {listed}"
+            f"{len(errors)} of {len(checkpoint.modules) + len(in_blocks)} quantized modules are broken{more}:\n  {listed}"
         )
     config = checkpoint.quantization
-    others = tuple(_tensor(checkpoint, name) for name in checkpoint.names())
+    listed_above = {f"{layer.name}.weight" for layer in layers}
+    others = tuple(_tensor(checkpoint, name) for name in checkpoint.names() if name not in listed_above)
     architectures = checkpoint.config.get("architectures")
     format_name = None if checkpoint.format is None else checkpoint.format.name
     ordered = [layer.name for layer in layers if layer.columns == "act-order"]
@@ -194,8 +204,17 @@ def _layer(module: str, weight: QuantTensor, checkpoint: Checkpoint) -> LayerInf
     return LayerInfo(module, weight.N, weight.K, str(weight.scheme), columns, checkpoint.module_nbytes(module))
 
 
+def _layer_in_blocks(name: str, checkpoint: Checkpoint) -> list[LayerInfo]:
+    """A weight in blocks that no scheme holds: what they are called stands for the scheme."""
+    shape = checkpoint.shape(name)
+    if len(shape) != 2 or not name.endswith(".weight"):
+        return []
+    module = name.removesuffix(".weight")
+    return [LayerInfo(module, *shape, checkpoint.stored_as(name), "natural", checkpoint.nbytes(name))]
+
+
 def _tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    return TensorInfo(name, checkpoint.shape(name), dtype_name(checkpoint.dtype(name)), checkpoint.nbytes(name))
+    return TensorInfo(name, checkpoint.shape(name), checkpoint.stored_as(name), checkpoint.nbytes(name))
 
 
 def _modules_of(others: Sequence[TensorInfo]) -> set[str]:

@@ -3,7 +3,9 @@ files beside a checkpoint: `quantize` writes them, `inspect` reads a line of the
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +30,8 @@ class ModuleReport:
     """One quantized linear layer.
 
     `error` is relative: of the layer's output over the calibration tokens where `error_of` is "output" (root of the squared
-    error over the squared output), of the weight itself where it is "weight".
+    error over the squared output), of the weight itself where it is "weight". `unscaled` says why its inputs are not scaled where
+    the method scales them (AWQ, SmoothQuant).
     """
 
     name: str
@@ -40,6 +43,7 @@ class ModuleReport:
     bytes_before: int
     bytes_after: int
     fallback: str | None = None
+    unscaled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class QuantReport:
         """Modules that were rounded to nearest although another method was asked for, and why."""
         return {module.name: module.fallback for module in self.modules if module.fallback is not None}
 
+    @property
+    def unscaled(self) -> dict[str, str]:
+        """Modules whose inputs were not scaled although the method scales them, and why."""
+        return {module.name: module.unscaled for module in self.modules if module.unscaled is not None}
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON types."""
         return {**asdict(self), "modules": [asdict(module) for module in self.modules]}
@@ -91,6 +100,8 @@ class QuantReport:
         """A summary line, then a table with a row per module."""
         lines = [self.summary(), "", table(["module", "scheme", "method", "error", "of", "seconds"], self._rows())]
         lines += [f"- {name} was rounded to nearest: {reason}" for name, reason in self.fallbacks.items()]
+        alike = Counter((re.sub(r"\.\d+\.", ".*.", name), reason) for name, reason in self.unscaled.items())
+        lines += [f"- {name} ({count}): its inputs are not scaled: {reason}" for (name, reason), count in alike.items()]
         lines += [f"- {name} was skipped: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -203,6 +214,7 @@ class QuantPreview:
         host_bytes: activations of the calibration windows (on the host).
         device_bytes: the largest decoder layer in fp32 and the statistics of its widest input (on the compute device).
         disk_bytes: the most that is on the disk at a time, besides the source.
+        scales: for methods that scale inputs, what is known of where the scales go; None for others.
     """
 
     method: str
@@ -213,6 +225,7 @@ class QuantPreview:
     host_bytes: int
     device_bytes: int
     disk_bytes: int
+    scales: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON types."""
@@ -237,6 +250,7 @@ class QuantPreview:
                 f"- disk: {self.disk_bytes * MIB:.1f} MiB while it is made: the result, finished layers beside it, activations",
                 f"- memory: {self.device_bytes * MIB:.1f} MiB to compute a layer, "
                 f"{self.host_bytes * MIB:.1f} MiB for activations",
+                *([f"- scales: {self.scales}"] if self.scales is not None else []),
                 "",
                 table(["module", "N x K", "scheme", "MiB before", "MiB after"], rows),
                 *(f"- {name} is skipped: {reason}" for name, reason in self.skipped.items()),

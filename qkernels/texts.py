@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, CalibrationError, CheckpointError, QKernelsError
 from .models.architectures import text_config
+from .models.gguf_tokenizer import tokenizer_of
 from .optional import need_transformers
 from .storage import require_directory
+from .storage.gguf import GgufSource, gguf_at
 
 Calibration = Sequence[str] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Tensor | str
 Windows = list[Tensor]  # int64 [windows, tokens], one tensor for each number of tokens
@@ -32,15 +34,27 @@ _BESIDE = {  # what tokenizers and collators put beside them, and calibration do
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The checkpoint's own tokenizer; nothing is downloaded, no code of the checkpoint is run.
+    """The checkpoint's own tokenizer, of a GGUF file the one in its metadata; nothing is downloaded, no code of the checkpoint is
+    run.
 
     Raises:
-        CheckpointError: there is no such directory, or no tokenizer in it that transformers can read; its cause says
+        CheckpointError: there is no such directory or file, or no tokenizer in it that transformers can read; its cause says
             why.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"<unk>": 0, "moon": 1}, unk_token="<unk>"))
+    >>> files = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained("tiny")
+    >>> from qkernels import load_tokenizer
+    >>> load_tokenizer("tiny")("moon")["input_ids"]  # or load_tokenizer("model.gguf")
+    [1]
     """
     need_transformers("reading a tokenizer")
     from transformers import AutoTokenizer
 
+    file = gguf_at(directory)
+    if file is not None:
+        return tokenizer_of(GgufSource.open(file))
     require_directory(Path(directory))  # transformers would take a name for one on the Hub
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)

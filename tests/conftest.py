@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,16 @@ def one_seed() -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """512 MiB of address space: what allocates by what a header or config claims runs out of it here."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 512 * 2**20, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 WORDS = "the cat sat on a mat and looked at the moon while rain fell over the quiet little town by the sea".split()  # noqa: SIM905

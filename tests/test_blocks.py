@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkernels import GPTQ, QuantLinear, load
+from qkernels import AWQ, GPTQ, QuantLinear, load
+from qkernels.calibrate import preview
 from qkernels.errors import ArgumentError, CalibrationError
 from qkernels.layerwise.capturing import Progress, capture
+from qkernels.layerwise.hollow import check_calibratable
 from qkernels.layerwise.running import LayerInputs, Place, propagate
-from qkernels.quantizers import InputStatistics
+from qkernels.quantizers import InputStatistics, Options
 from tests.tiny_models import VOCABULARY, run, token_windows
 
 transformers = pytest.importorskip("transformers")
@@ -38,6 +40,7 @@ VISION = {k: SIZES[k] for k in ("hidden_size", "intermediate_size", "num_attenti
     num_hidden_layers=3, image_size=32, patch_size=16
 )
 TEXT = SIZES | {"num_key_value_heads": 2, "head_dim": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": True}
 
 # class, config class, fields; and how many chains its blocks make: T5's first block of a stack computes a bias for the others
 MODELS: dict[str, tuple[str, str, dict[str, Any], int]] = {
@@ -45,6 +48,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "tuples": ("BloomForCausalLM", "BloomConfig", dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), 1),
     "encoder": ("BertForMaskedLM", "BertConfig", SIZES, 1),
     "encoder and decoder": ("BartForConditionalGeneration", "BartConfig", BART, 2),
+    "a head that is an embedding": (
+        "FSMTForConditionalGeneration", "FSMTConfig",
+        BART | dict(src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY, bos_token_id=0, pad_token_id=1, eos_token_id=2), 2,
+    ),
     "a bias from the first block": ("T5ForConditionalGeneration", "T5Config", T5, 4),
     "inputs of each layer, shared keys": ("Gemma3nForCausalLM", "Gemma3nTextConfig", GEMMA3N, 1),
     "two lists": (
@@ -110,7 +117,9 @@ def test_blocks_are_fed_with_what_the_model_feeds_them_with(name: str) -> None:
     ]
     with torch.no_grad():
         for batch in batches:
-            model(input_ids=batch, **({"decoder_input_ids": batch} if model.config.is_encoder_decoder else {}))
+            # without a cache: with one, FSMT masks nothing in one pass
+            both = {"decoder_input_ids": batch, "use_cache": False} if model.config.is_encoder_decoder else {}
+            model(input_ids=batch, **both)
     for handle in handles:
         handle.remove()
     assert counted == chains
@@ -130,14 +139,16 @@ def test_a_model_that_wants_pixels_too_is_run_on_its_text_part() -> None:
     assert reason == "token ids do not run through vision_model.encoder.layers.0, and calibration is on token ids"
 
 
-def test_the_text_part_of_a_multimodal_model_gets_the_codes_of_the_text_model() -> None:
+@pytest.mark.parametrize("method", [GPTQ(3, 16), AWQ(3, 16, grid=4)], ids=lambda method: method.name)
+def test_the_text_part_of_a_multimodal_model_gets_the_codes_of_the_text_model(method: Options) -> None:
     """The vision tower is the deeper one, and is rounded to nearest, as the report says."""
     kind, config, fields, _ = MODELS["two lists"]
     whole = made(kind, config, fields)
     alone = transformers.Gemma3ForCausalLM(whole.config.text_config).eval()
     alone.model.load_state_dict(whole.model.language_model.state_dict())
-    report = run(whole, GPTQ(3, 16))
-    expected = run(alone, GPTQ(3, 16))
+    report = run(whole, method)
+    expected = run(alone, method)
+    assert not expected.unscaled
     errors = {m.name.removeprefix("model."): m.error for m in expected.modules}
     text = [m for m in report.modules if ".language_model." in m.name]
     assert {m.name.removeprefix("model.language_model."): m.error for m in text} == errors
@@ -157,6 +168,14 @@ def test_the_text_part_of_a_multimodal_model_gets_the_codes_of_the_text_model() 
     [
         ("AlbertModel", "AlbertConfig", SIZES | {"embedding_size": 16}, r"runs encoder\.albert_layer_groups\.0 several times"),
         (
+            "XLMWithLMHeadModel", "XLMConfig", dict(vocab_size=VOCABULARY, emb_dim=32, n_layers=2, n_heads=4),
+            r"transformer\.ffns\.1 of XLMWithLMHeadModel reads what blocks long before it put out",
+        ),
+        (
+            "RwkvForCausalLM", "RwkvConfig", dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+            r"rwkv\.blocks\.0\.attention\.output cannot be calibrated: RwkvModel scales its weight in place",
+        ),
+        (
             "ZambaForCausalLM", "ZambaConfig",
             SIZES | dict(
                 num_hidden_layers=4, num_key_value_heads=4, layers_block_type=["mamba", "hybrid"] * 2, mamba_d_state=8,
@@ -172,12 +191,18 @@ def test_the_text_part_of_a_multimodal_model_gets_the_codes_of_the_text_model() 
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_calibrated_is_refused_untouched(kind: str, config: str, fields: Any, message: str) -> None:
+def test_what_cannot_be_calibrated_is_refused_untouched(
+    kind: str, config: str, fields: Any, message: str, tmp_path: Path
+) -> None:
+    """And a dry run says the same of its directory."""
     fields = {k: v for k, v in fields.items() if kind[:7] != "Whisper" or k != "max_position_embeddings"}
     model = made(kind, config, fields)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises((ArgumentError, CalibrationError), match=message + r".*use RTN, HQQ or NF4"):
         run(model, GPTQ(4, 16))
+    model.save_pretrained(tmp_path / "float")
+    with pytest.raises((ArgumentError, CalibrationError), match=message + r".*use RTN, HQQ or NF4"):
+        preview(tmp_path / "float", GPTQ(4, 16), on_unsupported="reference")
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -207,6 +232,19 @@ def test_a_skip_over_a_block_is_noticed() -> None:
     assert chains == 1
     with pytest.raises(CalibrationError, match=r"blocks\.2 of Skipping reads what blocks long before it put out"):
         walked(Skipping(skip=True), batches)
+
+
+def test_a_hollow_model_gets_its_weights_back() -> None:
+    """Experts in one tensor among it, and tied weights."""
+    model = made("Qwen3MoeForCausalLM", "Qwen3MoeConfig", TEXT | EXPERTS).train()
+    before = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    check_calibratable(model)
+    assert [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)] == before
+    assert model.training and all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    with pytest.raises(CalibrationError, match="reads what blocks long before"):
+        check_calibratable(skipping := Skipping(skip=True).to("meta"))
+    assert all(parameter.is_meta for parameter in skipping.parameters())
 
 
 def test_hooks_and_forwards_that_others_put_on_layers_stay() -> None:

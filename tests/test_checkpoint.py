@@ -98,6 +98,36 @@ def test_mixed_schemes_and_modules_left_out(tmp_path: Path, plain: Path, name: s
         assert not any("embed" in rule or "lm_head" in rule for rule in rules)
 
 
+@pytest.mark.parametrize("name", ["awq", "compressed-tensors"])
+def test_layers_outside_of_stacks_are_named_where_readers_would_miss_them(
+    tmp_path: Path, plain: Path, name: str
+) -> None:
+    """A classifier's head or a projector has no number in its name, and would be taken for quantized."""
+    model = load(plain)
+    model.add_module("projector", nn.Linear(32, 16, bias=False))
+    replace_linear(model, "w4a16_g32_asym", exclude=("lm_head", "projector"))
+    save(model, tmp_path / "out", name)
+    config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert "projector" in config["ignore" if name == "compressed-tensors" else "modules_to_not_convert"]
+
+
+def test_the_generation_config_is_the_models(tmp_path: Path, plain: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not that of the directory it came from, which may have changed in memory since."""
+    model = load(plain)
+    replace_linear(model, "w4a16_g32")
+    model.generation_config.max_new_tokens = 7
+    save(model, tmp_path / "out")
+    assert read_json(tmp_path / "out" / "generation_config.json")["max_new_tokens"] == 7
+    (plain / "generation_config.json").write_text('{"max_new_tokens": 5}')
+    model.generation_config.temperature, model.generation_config.do_sample = (
+        0.5,
+        False,
+    )  # transformers writes no such file
+    save(model, tmp_path / "other")
+    assert read_json(tmp_path / "other" / "generation_config.json") == {"max_new_tokens": 5}
+    assert "generation_config.json is that of the model's origin" in caplog.text
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quantized_head_ends_a_tie(tmp_path: Path, name: str) -> None:
     model = load(plain_checkpoint(tmp_path / "m", tie_word_embeddings=True))

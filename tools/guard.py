@@ -5,8 +5,8 @@
 
 Callgrind counts instructions of the AVX2 kernels (valgrind knows no AVX-512), per weight, on problems small enough for its
 hundredfold slowdown. Compilers differ by a few percent, so the bound is tight only under the compiler that the committed values
-come from. Figures of the CUDA kernels (`guard_cuda.py`) come from nvcc and nvdisasm and need no GPU; without these tools they are
-left out by name, and `--update` keeps the committed ones.
+come from. Figures of the CUDA kernels (`guard_cuda.py`) come from nvcc and nvdisasm and need no GPU, those of the Triton kernels
+(`guard_triton.py`) from Triton; without these tools they are left out by name, and `--update` keeps the committed ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import guard_cuda
+from . import guard_cuda, guard_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc" / "cpu"
@@ -120,17 +120,19 @@ def measure(directory: Path, extra: Sequence[str] = ()) -> Figures:
 
 
 def regressions(committed: Mapping[str, Any], measured: Figures, with_compiler: str | None) -> list[str]:
-    """What rose beyond its bound, one sentence each; a figure that is gone counts too, and one that was never committed."""
+    """What rose beyond its bound, or fell where that is worse; one sentence each. A figure that is gone counts too, and one
+    that was never committed."""
     same = committed["compiler"] == with_compiler
     room = SAME_COMPILER if same else OTHER_COMPILER
     wrong = []
     for kind, values in committed["figures"].items():
         for name, was in values.items():
             now = measured.get(kind, {}).get(name)
-            limit = was * (1 + room) + SLACK.get(kind, 0.0) * (1 if same else 4)
+            least = kind in guard_triton.AT_LEAST
+            limit = was * (1 - room if least else 1 + room) + SLACK.get(kind, 0.0) * (1 if same else 4)
             if now is None:
                 wrong.append(f"{kind}, {name}: no longer measured")
-            elif now > limit:
+            elif now < limit if least else now > limit:
                 wrong.append(
                     f"{kind}, {name}: {now:g}, committed {was:g}, bound {limit:g} ({'same' if same else 'another'} compiler)"
                 )
@@ -154,19 +156,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as directory:
         cpu = measure(Path(directory))
     before = committed() if COMMITTED.exists() else {}
-    if lacking_cuda := guard_cuda.missing():
-        print(f"CUDA kernels: needs {', '.join(lacking_cuda)}; left as they are", file=sys.stderr)
-        cuda = before.get("cuda")
-    else:
-        cuda_figures, mixes = guard_cuda.measure()
-        cuda = {"compiler": guard_cuda.compiler(), "figures": cuda_figures, "inner loops": mixes}
-    print(json.dumps({"compiler": compiler(), "figures": cpu, "cuda": cuda}, indent=1))
+    now: dict[str, Any] = {"compiler": compiler(), "figures": cpu}
+    wrong = regressions(before, cpu, compiler()) if before else []
+    for key, kernels, source in (("cuda", "CUDA", guard_cuda), ("triton", "Triton", guard_triton)):
+        if lacking := source.missing():
+            print(f"{kernels} kernels: needs {', '.join(lacking)}; left as they are", file=sys.stderr)
+            now[key] = before.get(key)
+            continue
+        figures, mixes = source.measure()
+        now[key] = {"compiler": source.compiler(), "figures": figures, "inner loops": mixes}
+        wrong += regressions(before[key], figures, source.compiler()) if key in before else [f"{key}: not committed"]
+    print(json.dumps(now, indent=1))
     if args.update:
-        COMMITTED.write_text(json.dumps({"compiler": compiler(), "figures": cpu, "cuda": cuda}, indent=1) + "\n")
+        COMMITTED.write_text(json.dumps(now, indent=1) + "\n")
         return 0
-    wrong = regressions(before, cpu, compiler())
-    if not lacking_cuda:
-        wrong += regressions(before["cuda"], cuda_figures, guard_cuda.compiler())
     print("\n".join(wrong) or "nothing rose beyond its bound")
     return 1 if wrong else 0
 

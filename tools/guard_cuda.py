@@ -3,6 +3,8 @@
 The inner loop of a kernel is the shortest of those that hold the most tensor-core instructions. Figures are the worst of all
 instances of a template, so that a renamed or added instance is no change by itself. Bank conflicts of shared memory need no value
 here: tests/cuda/test_interpreted_kernels.py holds every hot access at exactly none.
+
+Of the loops that limit a kernel (ROUNDS) a warp's executed path of one round is counted as well (`sass_paths.py`).
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import re
 import shutil
 import subprocess
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import nvcc
+from . import nvcc, sass_paths
 
 Figures = dict[str, dict[str, float]]
 
@@ -28,6 +31,51 @@ CLASSES = {
     "I2F": "conversion", "F2F": "conversion", "F2FP": "conversion", "HFMA2": "half arithmetic", "HADD2": "half arithmetic",
     "HMUL2": "half arithmetic", "FFMA": "float arithmetic", "FADD": "float arithmetic", "FMUL": "float arithmetic",
 }  # fmt: skip
+
+
+BIASED = "12BiasedFormatINS0_8BFloat16ELi{bits}ELi{groups}ELNS0_9GroupKindE{kind}EEELi1EEE"
+WGMMA_64 = "11WgmmaFormatINS0_8BFloat16ELi4ELb0EEELi64EEE"
+A8_128 = "gemm_a8_wgmmaILi4ELb0ELi128EEE"
+
+
+@dataclass(frozen=True)
+class RoundOf:
+    """A round of a loop: the shortest path in the kernel whose mangled name has `kernel`, with so many instructions of each."""
+
+    source: str
+    kernel: str
+    needs: dict[str, int]
+
+
+# On sm_90a, bf16, symmetric unless it says so. decode: a step of 64 x 64 weights for up to 8 tokens, with its copies. gemm_sm90:
+# 64 columns of 64 tokens, of a producer thread or of a consumer warp (two on each scheduler), which loads its codes and, where a
+# group begins or ends, scales too; of two steps of g128 one is of each kind.
+ROUNDS = {
+    "decode w4 g128": RoundOf("decode_bf16", BIASED.format(bits=4, groups=1, kind=0), {"HMMA": 20, "LDGSTS": 5}),
+    "decode w4 g128, integer zeros": RoundOf(
+        "decode_bf16", BIASED.format(bits=4, groups=1, kind=1), {"HMMA": 20, "LDGSTS": 5}
+    ),
+    "decode w4 g128, float zeros": RoundOf(
+        "decode_bf16", BIASED.format(bits=4, groups=1, kind=2), {"HMMA": 20, "LDGSTS": 5, "FFMA": 32}
+    ),
+    "decode w4 g32": RoundOf("decode_bf16", BIASED.format(bits=4, groups=2, kind=0), {"HMMA": 20, "LDGSTS": 5}),
+    "decode w4 g128, 16 tokens": RoundOf(
+        "decode_bf16", BIASED.format(bits=4, groups=1, kind=0).replace("ELi1EEE", "ELi2EEE"), {"HMMA": 40, "LDGSTS": 5}
+    ),
+    "decode w4 g128, 32 tokens": RoundOf(
+        "decode_bf16", "6FormatINS0_8BFloat16ELi4ELb0EEELi4EEE", {"HMMA": 64, "LDGSTS": 5}
+    ),
+    "decode w4 g16": RoundOf("decode_bf16", BIASED.format(bits=4, groups=4, kind=2), {"HMMA": 20, "LDGSTS": 5}),
+    "decode w8 g128": RoundOf("decode_bf16", BIASED.format(bits=8, groups=1, kind=0), {"HMMA": 20, "LDGSTS": 9}),
+    "gemm_sm90 producer of x": RoundOf("gemm_sm90", WGMMA_64, {"UTMALDG": 1}),
+    "gemm_sm90 producer of a strip": RoundOf("gemm_sm90", WGMMA_64, {"UBLKCP": 1}),
+    "gemm_sm90 producer of a strip and its group": RoundOf("gemm_sm90", WGMMA_64, {"UBLKCP": 2}),
+    "gemm_sm90 consumer": RoundOf("gemm_sm90", WGMMA_64, {"HGMMA": 4, "LDS": 1}),
+    "gemm_sm90 consumer, a group ends": RoundOf("gemm_sm90", WGMMA_64, {"HGMMA": 4, "LDS": 2, "FFMA": 32}),
+    "stage, eight columns through an order": RoundOf("multiply", "5stage", {"LDG": 16, "STG": 1}),
+    "gemm_a8_sm90 producer of x": RoundOf("gemm_a8_sm90", A8_128, {"UTMALDG": 1}),
+    "gemm_a8_sm90 producer of a strip and its group": RoundOf("gemm_a8_sm90", A8_128, {"UBLKCP": 2}),
+}
 
 
 def missing() -> list[str]:
@@ -96,6 +144,32 @@ def kernel_texts(source: Path, arch: str) -> dict[str, list[str]]:
     return {name: body.splitlines() for name, body in zip(sections[1::2], sections[2::2])}
 
 
+def measured_rounds() -> Figures:
+    """Instructions, those on the half-rate pipe, and ptxas' stall cycles, of each of ROUNDS; and of decode how many come before
+    the first weight is asked for."""
+    figures: dict[str, dict[str, float]] = defaultdict(dict)
+    sources = {source.stem: source for source in nvcc.KERNELS}
+    for stem in dict.fromkeys(wanted.source for wanted in ROUNDS.values()):
+        rows = {name: wanted for name, wanted in ROUNDS.items() if wanted.source == stem}
+        cubin = nvcc.compile_source(sources[stem], "90a", "cubin")[0]
+        codes = sass_paths.kernels(cubin, tuple(wanted.kernel for wanted in rows.values()))
+        for name, wanted in rows.items():
+            (code,) = (code for kernel, code in codes.items() if wanted.kernel in kernel)
+            found = sass_paths.shortest_round(code, wanted.needs)
+            if found is None:
+                raise RuntimeError(f"{name}: no loop of {wanted.kernel} has {wanted.needs}")
+            figures["cuda instructions a round"][name] = float(found.instructions)
+            figures["cuda half-rate instructions a round"][name] = float(found.half_rate)
+            figures["cuda stall cycles a round"][name] = float(found.stalls)
+            if wanted.source == "multiply":  # bound by latency: loads that wait for one another
+                figures["cuda waits a round"][name] = float(found.waits)
+            if wanted.source.startswith("decode"):  # how long until the weight is on its way
+                first = sass_paths.way_to(code, "LDGSTS")
+                assert first is not None
+                figures["cuda instructions before the first copy"][name] = float(first.instructions)
+    return dict(figures)
+
+
 def measure() -> tuple[Figures, dict[str, Any]]:
     """(figures, instruction mix of the loop that was the worst of its family)."""
     figures: dict[str, dict[str, float]] = defaultdict(dict)
@@ -113,7 +187,7 @@ def measure() -> tuple[Figures, dict[str, Any]]:
                 dearest = figures["cuda loop instructions per product"]
                 if _worst(dearest, key, round(len(body) / products, 3)):
                     mixes[key] = mix(body)
-    return dict(figures), mixes
+    return {**figures, **measured_rounds()}, mixes
 
 
 def _worst(values: dict[str, float], key: str, value: float) -> bool:

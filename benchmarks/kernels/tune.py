@@ -29,6 +29,7 @@ from .checking import mismatch
 from .weights import random_weight
 
 MOST_GEMV = 8  # tokens up to which the kernel without tensor cores is tried
+LEAST_DEQUANTIZED = 128  # tokens from which on a dequantized weight and torch's product are tried
 ROUNDS = 15
 DTYPE = torch.bfloat16  # of x and scales; fp16 takes the same instructions
 BUDGET = 0.25  # share of the free memory that copies of a weight may take
@@ -64,19 +65,27 @@ def shape_of(text: str) -> Shape:
 
 
 def candidates(M: int) -> tuple[Config, ...]:
-    """What is worth a try for M tokens: tiles no wider than needed, K split only where tiles alone leave a card idle."""
+    """What is worth a try for M tokens: tiles no wider than needed, K split only where tiles alone leave a card idle, the card's
+    own product where the tokens are many."""
     found = []
     if M <= MOST_GEMV:
-        for block_n, block_k, programs, warps in product((16, 32), (128, 256, 512), (2, 4, 8), (2, 4)):
-            found.append(Config("gemv", 1, block_n, block_k, programs, warps, 2))
+        for block_n, block_k, programs, warps, stages in product((16, 32), (256, 512), (4, 8), (2, 4), (3, 4)):
+            found.append(Config("gemv", 1, block_n, block_k, programs, warps, stages))
     needed = 1 << max(M - 1, 0).bit_length()
-    tiles = sorted({min(max(needed, 16), 128), min(max(needed // 2, 16), 128)})
+    tiles = sorted({min(max(needed, 8), 128), min(max(needed // 2, 8), 128)})
     for block_m, block_n, block_k in product(tiles, (32, 64, 128), (64, 128)):
-        for programs, stages in product((2, 4) if M <= 128 else (0,), (2, 3, 4)):
-            found.append(
-                Config("gemm", block_m, block_n, block_k, programs, 8 if block_m * block_n > 4096 else 4, stages)
-            )
+        for programs, stages in product((4, 8) if M <= 16 else (2, 4) if M <= 128 else (0,), (2, 3, 4)):
+            found.append(Config("gemm", block_m, block_n, block_k, programs, _warps(block_m, block_n), stages))
+    if M >= LEAST_DEQUANTIZED:
+        found += [
+            Config("dequantize", 1, block_n, block_k, 0, 4, 1) for block_n, block_k in product((16, 64), (128, 256))
+        ]
     return tuple(dict.fromkeys(found))
+
+
+def _warps(block_m: int, block_n: int) -> int:
+    """Two of 16 rows of the weight each, and more where sums would not fit their registers."""
+    return 8 if block_m * block_n > 4096 else 2 if block_n == 32 else 4
 
 
 def fastest(seconds: dict[Config, Seconds]) -> Config:

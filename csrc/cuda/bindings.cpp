@@ -206,10 +206,12 @@ Tensor gemm_mma_tile_a8(const Inputs& in) {
 // For tests, which want every kernel executed and not those alone that are chosen: the configuration is given, and one
 // that does not exist is an error. The instances of sm_90a are traps in the code of every other card.
 Tensor multiply_as(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-                   const OptionalTensor& k_order, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-                   int64_t group_size, bool zeros_are_offsets, int64_t path, int64_t tokens, int64_t warps_n,
-                   int64_t warps_k, int64_t splits, bool half_accumulate, int64_t stages) {
-  const Inputs in{&x, qweight, scales, zeros, k_order, bias, out_features, bits, group_size, zeros_are_offsets};
+                   const OptionalTensor& k_order, const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros,
+                   const OptionalTensor& bias, int64_t out_features, int64_t bits, int64_t group_size,
+                   bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t path, int64_t tokens,
+                   int64_t warps_n, int64_t warps_k, int64_t splits, bool half_accumulate, int64_t stages) {
+  const Inputs in{&x,   qweight,      scales, zeros,      k_order,           outer_scales, outer_zeros,
+                  bias, out_features, bits,   group_size, zeros_are_offsets, codebook,     factors};
   const Plain plain(in);
   refuse(wrong_product(plain.arguments));
   auto number = [](int64_t v) { return static_cast<int>(v); };
@@ -256,8 +258,9 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
 // A namespace of its own: nothing in qkernels calls it (tests/gpu/test_cuda.py).
 STABLE_TORCH_LIBRARY(qkernels_forced, m) {
   m.def(
-      "multiply(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? bias, "
-      "int out_features, int bits, int group_size, bool zeros_are_offsets, int path, int tokens, int warps_n, "
-      "int warps_k, int splits, bool half_accumulate, int stages) -> Tensor");
+      "multiply(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? outer_scales, "
+      "Tensor? outer_zeros, Tensor? bias, int out_features, int bits, int group_size, bool zeros_are_offsets, "
+      "int codebook, int factors, int path, int tokens, int warps_n, int warps_k, int splits, bool half_accumulate, "
+      "int stages) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(qkernels_forced, CUDA, m) { m.impl("multiply", TORCH_BOX(&qkernels::cuda::multiply_as)); }

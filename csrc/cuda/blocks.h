@@ -15,13 +15,16 @@ inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1)
 
 constexpr int kMaxDecodeTokens = 32;
 
-inline int decode_warp_bytes(int tokens, int strip, int width) {  // its ring, or its totals afterwards
-  const int ring = decode_stages(tokens, width) * strip, totals = tokens * (kStripRows + 4) * 4;
+inline int decode_stages(const Config& c, int width) {
+  return c.stages > 0 ? c.stages : decode_stages(c.tokens, width);
+}
+inline int decode_warp_bytes(int tokens, int strip, int stages) {  // its ring, or its totals afterwards
+  const int ring = stages * strip, totals = tokens * (kStripRows + 4) * 4;
   return ring > totals ? ring : totals;
 }
 inline int64_t decode_shared_bytes(const Config& c, int M, int strip, int width, int steps) {
   return int64_t{divide_up(steps, c.splits)} * M * 128 +
-         c.warps_n * c.warps_k * decode_warp_bytes(c.tokens, strip, width);
+         c.warps_n * c.warps_k * decode_warp_bytes(c.tokens, strip, decode_stages(c, width));
 }
 
 // --- gemm_sm80 ---

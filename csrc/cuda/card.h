@@ -1,7 +1,7 @@
 // What is known of the cards: data, and beside each number where it comes from and of when that is. heuristics.h is the
 // model that reads it; tools/first_light fits the numbers that are guesses to a sweep, and says which sweep it was.
 //
-// Sources: "sheet": the maker's data sheet or programming guide, as of 2026-11. "sass": counted on 2026-11-29 in the
+// Sources: "sheet": the maker's data sheet or programming guide, as of 2026-11. "sass": counted on 2026-11-30 in the
 // SASS of nvcc 13.0 for sm_90a, along the executed path (docs/kernel-log.md). "guess": of 2026-11, by nobody's
 // measurement.
 #pragma once
@@ -31,9 +31,10 @@ struct Card {
   Number cluster_barriers_ns, cluster_bytes_per_ns;       // bytes: of a multiprocessor
   // Shares that are reached. Two warps on a scheduler convert and multiply in turns; one alone waits for itself.
   Number reached_bandwidth, reached_cublas, reached_matrix, reached_by_few_warps, reached_issue;
-  // Instructions of a decode warp for 64 x 64 weights of 4 bit in long groups, and of each n8 tile of tokens beyond the
-  // first; clocks that the producing thread of a Hopper kernel takes for a step of two strips.
-  Number decode_slots, decode_tile_slots, producer_clocks;
+  // Instructions of a decode warp for 64 x 64 symmetric weights of 4 bit in long groups, up to 8 tokens (heuristics.h
+  // has the others); clocks that a producing thread of a Hopper kernel takes for a step of its strip and a group's
+  // scales.
+  Number decode_slots, producer_clocks;
 };
 
 constexpr int kCardNumbers = sizeof(Card) / sizeof(Number);
@@ -45,8 +46,7 @@ constexpr const char* kCardNames[] = {"multiprocessors",     "bytes_per_ns",    
                                       "decode_start_ns",     "gemm_start_ns",        "wgmma_start_ns",
                                       "cluster_barriers_ns", "cluster_bytes_per_ns", "reached_bandwidth",
                                       "reached_cublas",      "reached_matrix",       "reached_by_few_warps",
-                                      "reached_issue",       "decode_slots",         "decode_tile_slots",
-                                      "producer_clocks"};
+                                      "reached_issue",       "decode_slots",         "producer_clocks"};
 static_assert(sizeof(kCardNames) / sizeof(kCardNames[0]) == kCardNumbers, "a name for each number of a card");
 
 // Whether gemm_sm90.cu was compiled for sm_90a (setup.py); elsewhere its kernels are traps.
@@ -70,7 +70,7 @@ constexpr Card make(Number multiprocessors, Number bytes, Number l2, Number macs
   return {multiprocessors, bytes,        l2,          macs,           macs8,          {0, kSheet},    {0, kSheet},
           cublas,          clock,        shared,      {1000, kGuess}, {2000, kGuess}, {1500, kGuess}, {1500, kGuess},
           {1500, kGuess},  {0, kSheet},  {1, kSheet}, {0.9, kGuess},  {0.9, kGuess},  {0.8, kGuess},  {0.5, kGuess},
-          {0.8, kGuess},   {425, kSass}, {50, kSass}, {0, kSheet}};
+          {0.8, kGuess},   {218, kSass}, {0, kSheet}};
 }
 
 constexpr Card kA100 = make({108, kSheet}, {2039, kSheet}, {4500, kGuess}, {125e3, "sheet: 156e3, guess: 80 %"},
@@ -95,7 +95,7 @@ constexpr Card h200() {
   c.decode_start_ns = {1000, kGuess}, c.wgmma_start_ns = {2000, kGuess};
   c.cluster_barriers_ns = {1000, kClusters}, c.cluster_bytes_per_ns = {25, kClusters};
   c.reached_cublas = {0.95, kMeasured};
-  c.producer_clocks = {480, kSass};
+  c.producer_clocks = {150, "sass: 108 of stalls; guess: the rest for waits"};
   return c;
 }
 constexpr Card kH200 = h200();

@@ -56,20 +56,42 @@ QK_DEVICE void copy_strips(const Weight& w, const GroupFormat& f, int strip0, in
   }
 }
 
-// Eight columns of row m of x, stored columns k ... k + 7: gathered, zero past K. For x that is_aligned() refuses.
+// An entry of an order of columns comes from a file: a wrong one must not become a wild read.
+QK_DEVICE int clamped(int column, int K) { return column < 0 ? 0 : column >= K ? K - 1 : column; }
+
+// Eight columns of row m of x, stored columns k ... k + 7, k a multiple of 8: gathered, zero past K. For x that
+// is_aligned() refuses. The columns first and then the values, eight loads that do not wait for one another.
 QK_DEVICE Words4 gather8(const Activations& a, int m, int k) {
   const uint16_t* row = a.x + m * a.row_stride;
-  uint32_t value[8];
+  uint32_t value[8] = {};
+  if (k + 8 <= a.K) {
+    int column[8];
+    if (a.k_order == nullptr) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    value[i] = 0;
-    if (k + i < a.K) {
-      int column = k + i;
-      if (a.k_order != nullptr) {  // comes from a file: a wrong entry must not become a wild read
-        column = static_cast<int>(load_global4(a.k_order + column));
-        column = column < 0 ? 0 : column >= a.K ? a.K - 1 : column;
+      for (int i = 0; i < 8; ++i) column[i] = k + i;
+    } else {
+      if (reinterpret_cast<uintptr_t>(a.k_order) % 16 == 0) {
+        const Words4 first = load_global16(a.k_order + k), second = load_global16(a.k_order + k + 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          column[i] = static_cast<int>(first.word[i]), column[4 + i] = static_cast<int>(second.word[i]);
+        }
+      } else {  // a view into a larger tensor
+#pragma unroll
+        for (int i = 0; i < 8; ++i) column[i] = static_cast<int>(load_global4(a.k_order + k + i));
       }
-      value[i] = load_global2(row + column * a.column_stride);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) column[i] = clamped(column[i], a.K);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) value[i] = load_global2(row + column[i] * a.column_stride);
+  } else {  // the last columns
+#pragma unroll 1
+    for (int i = 0; k + i < a.K; ++i) {
+      const int column = a.k_order == nullptr ? k + i : clamped(static_cast<int>(load_global4(a.k_order + k + i)), a.K);
+      const uint32_t one = load_global2(row + column * a.column_stride);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) value[j] = i == j ? one : value[j];
     }
   }
   Words4 v;

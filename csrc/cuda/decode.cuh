@@ -2,19 +2,25 @@
 // bytes / bandwidth, and what it must do is to keep enough of them on the way.
 //
 // A block is 4, 8 or 16 warps, warps_n * warps_k. Each warp owns one strip of 64 rows and a contiguous range of its
-// columns, and runs alone: it asks for its own bytes (cp.async, each lane 16 bytes of each base tile) kStages - 1 steps
+// columns, and runs alone: it asks for its own bytes (cp.async, each lane 16 bytes of each base tile) stages - 1 steps
 // ahead into its own ring in shared memory, and waits for nobody. 16 warps * 3 steps * 2 KB = 96 KB under way per
 // block in 4 bit, where an H200 wants 64 KB a multiprocessor (36 KB are 4.8 TB/s * 1 us / 132; latency grows under
 // load) and an RTX card 10 KB.
 //
 // x is staged once per block, only its valid rows, and serves warps_n strips: 8 strips at M = 8 read 6 % as many bytes
-// of x as of codes. It is gathered here, so act-order costs no launch. Scales and zeros ride in the same ring.
+// of x as of codes. It is gathered here, so act-order costs no launch. It is asked for after the first weights, which
+// come from further away. Scales and zeros ride in the same ring.
+//
+// A step's instructions compete with its bytes (multiply_biased.cuh): addresses are pointers that run along, one for a
+// lane's codes and one for its part of scales and zeros, and the warp's own registers remember where x is.
 //
 // Sums meet in a fixed order: first the warps_k warps of a strip, in shared memory, then the blocks of a split of K,
 // through the workspace and a second launch (side_kernels.cuh). No atomics, nothing left behind.
 #pragma once
 #include "copy.cuh"
+#include "multiply_biased.cuh"
 #include "output.cuh"
+#include "sum_again.cuh"
 
 namespace qkernels::cuda {
 
@@ -26,16 +32,17 @@ struct DecodeArguments {
   bool aligned;  // x: 16-byte copies
   int warps_n, warps_k;
   int steps_per_block;  // at most
+  int stages;           // of a warp's ring, 2 ... kMostDecodeStages
   int stage_bytes;      // of one warp: codes, scales, zeros
   int warp_bytes;       // of one warp: its ring, or its totals afterwards
 };
 
 // Asks for the x tile of `count` steps: [step][token][64 columns], swizzled.
 QK_DEVICE void stage_tokens(const DecodeArguments& p, uint32_t to, int first_step, int count) {
-  const int M = p.x.M;
-  for (int i = threadIdx.x; i < count * M * 8; i += blockDim.x) {
-    const int row = i >> 3, chunk = i & 7;
-    const int step = row / M, token = row - step * M;
+  const int M = p.x.M, rows = blockDim.x / 8, chunk = threadIdx.x & 7;  // a row: 64 columns of a token
+  int step = static_cast<int>(threadIdx.x >> 3) / M, token = static_cast<int>(threadIdx.x >> 3) - step * M;
+  const int more_steps = rows / M, more_tokens = rows - more_steps * M;
+  while (step < count) {
     const int k = (first_step + step) * kStepColumns + chunk * 8;
     const uint32_t place = to + step * M * kTokenBytes + swizzled(token, chunk);
     if (p.aligned) {
@@ -44,48 +51,88 @@ QK_DEVICE void stage_tokens(const DecodeArguments& p, uint32_t to, int first_ste
     } else {
       store_shared16(place, gather8(p.x, token, k));
     }
+    step += more_steps, token += more_tokens;
+    if (token >= M) token -= M, ++step;
+  }
+}
+
+// Where 16 bytes of a step's scales and zeros are, and how far it is to those of the next group (of a step's groups):
+// in a stage zeros follow the scales, in 16-byte chunks that count through. `value`: the step's first scale.
+struct GroupChunk {
+  const uint8_t* from;
+  int stride;
+
+  static QK_DEVICE GroupChunk at(const Weight& w, const GroupFormat& f, int64_t value, int chunk) {
+    const int byte = chunk * 16;
+    if (byte < f.scale_bytes) return {w.scales + value * size_of(f.scale_type) + byte, f.scale_bytes};
+    return {w.zeros + value * size_of(f.zero_type) + byte - f.scale_bytes, f.zero_bytes};
+  }
+};
+
+// cp_async_wait<stages - 2>: the number stands in the instruction. kUsual is tried first.
+template <int kUsual>
+QK_DEVICE void wait_for_slot(int stages) {
+  if (stages == kUsual) {
+    cp_async_wait<kUsual - 2>();
+  } else if (stages <= 3) {
+    stages == 2 ? cp_async_wait<0>() : cp_async_wait<1>();
+  } else if (stages == 4) {
+    cp_async_wait<2>();
+  } else {
+    stages == 5 ? cp_async_wait<3>() : cp_async_wait<kMostDecodeStages - 2>();
   }
 }
 
 template <class F, int kTokenTiles>
-__global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decode(const DecodeArguments p) {
+__global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) decode(const DecodeArguments p) {
   QK_SHARED(shared);
-  constexpr int kStages = decode_stages(8 * kTokenTiles, F::kWidth);
+  constexpr int kUsualStages = decode_stages(8 * kTokenTiles, F::kWidth);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int strip = blockIdx.x * p.warps_n + warp % p.warps_n, part = warp / p.warps_n;
   const bool owns = strip < p.weight.strips;
   // The block's columns, and the warp's share of them.
   const Share block = Share::of(p.weight.steps, gridDim.y, blockIdx.y);
   const Share mine = Share::of(block.end - block.begin, p.warps_k, part);
-  const int first = block.begin, count = block.end - first, begin = first + mine.begin, end = first + mine.end;
+  const int begin = block.begin + mine.begin;
+  const int steps = owns ? mine.end - mine.begin : 0;
   const uint32_t x = shared_address(shared);
   const uint32_t rings = x + p.steps_per_block * p.x.M * kTokenBytes;
   const uint32_t ring = rings + warp * p.warp_bytes;
 
-  stage_tokens(p, x, first, count);
-  cp_async_commit();
-
   // What a lane copies of the codes is what it will use, so nothing but its own wait stands between; scales and zeros
   // are copied by some lanes for all, hence the barrier of the warp in the loop.
   const uint64_t policy = evict_first_policy();
-  const uint8_t* strip_codes = p.weight.codes + static_cast<int64_t>(owns ? strip : 0) * p.weight.steps * F::kStepBytes;
+  const int64_t first_strip = owns ? strip : 0;
   GroupWalk walk = GroupWalk::at(p.weight, begin);
-  auto copy_step = [&](int step, int slot) {
-    const uint32_t to = ring + slot * p.stage_bytes;
-    const uint8_t* from = strip_codes + static_cast<int64_t>(step) * F::kStepBytes;
+  const int chunks = (p.format.scale_bytes + p.format.zero_bytes) / 16;
+  const bool copies_groups = lane < chunks;
+  const uint8_t* codes = p.weight.codes + (first_strip * p.weight.steps + begin) * F::kStepBytes + lane * 16;
+  GroupChunk groups =
+      GroupChunk::at(p.weight, p.format, (first_strip * p.weight.groups + walk.group) * kStripRows, lane);
+  // Asks for the next step. `to`, as all addresses of slots below: of the lane's first 16 bytes.
+  auto copy_step = [&](uint32_t to) {
 #pragma unroll
-    for (int i = 0; i < F::kStepBytes; i += kTileBytes) {
-      cp_async16_hint(to + i + lane * 16, from + i + lane * 16, policy);
+    for (int i = 0; i < F::kStepBytes; i += kTileBytes) cp_async16_hint(to + i, codes + i, policy);
+    codes += F::kStepBytes;
+    if (copies_groups) cp_async16(to + F::kStepBytes, groups.from);
+    if constexpr (F::kMostChunks > 32) {
+      const int64_t value = (first_strip * p.weight.groups + walk.group) * kStripRows;
+      for (int more = 32; lane + more < chunks; more += 32) {
+        cp_async16(to + F::kStepBytes + more * 16, GroupChunk::at(p.weight, p.format, value, lane + more).from);
+      }
     }
-    copy_groups(p.weight, p.format, strip, walk.group, to + F::kStepBytes, lane, 32, true);
     walk.advance(p.weight);
+    if (walk.left == p.weight.steps_per_group) groups.from += groups.stride;  // another group has begun
   };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (owns && begin + i < end) copy_step(begin + i, i);
+  const uint32_t first_slot = ring + lane * 16, last_slot = first_slot + (p.stages - 1) * p.stage_bytes;
+#pragma unroll 1
+  for (int i = 0; i < p.stages - 1; ++i) {
+    if (i < steps) copy_step(first_slot + i * p.stage_bytes);
     cp_async_commit();
   }
-  cp_async_wait<kStages - 1>();  // x, the oldest group
+  stage_tokens(p, x, block.begin, block.end - block.begin);
+  cp_async_commit();
+  cp_async_wait<0>();  // x, the youngest group
   __syncthreads();
 
   // ldmatrix wants eight rows where there may be fewer tokens: the last one stands in. Its products land in columns of
@@ -95,24 +142,30 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decod
   for (int i = 0; i < kTokenTiles; ++i) {
     const int token = 8 * i + (lane & 7);
     token_offset[i] = swizzled(token < p.x.M ? token : p.x.M - 1, lane >> 3);
+    keep(token_offset[i]);
   }
+  uint32_t to_scales = F::kStepBytes - lane * 16;
+  keep(to_scales);
 
   Totals<kTokenTiles> totals = {};
-  if (owns) {
-    int slot = 0;
-    for (int step = begin; step < end; ++step) {
-      cp_async_wait<kStages - 2>();
-      __syncwarp();  // all lanes' copies of this slot are there, and all lanes are done with the slot before
-      TokenFragments<kTokenTiles> tokens;
-      load_tokens<kTokenTiles>(tokens, x + (step - first) * p.x.M * kTokenBytes, token_offset);
-      const int ahead = step + kStages - 1;
-      if (ahead < end) copy_step(ahead, slot == 0 ? kStages - 1 : slot - 1);
-      cp_async_commit();
-      CodesRing<F::kWidth> codes;
-      load_codes<F::kWidth>(codes[0], ring + slot * p.stage_bytes, 0, lane);
-      multiply_step<F, kTokenTiles>(totals, p.format, ring + slot * p.stage_bytes, codes, tokens, lane);
-      slot = slot == kStages - 1 ? 0 : slot + 1;
+  uint32_t slot = first_slot, free_slot = last_slot, step_x = x + mine.begin * p.x.M * kTokenBytes;
+  for (int left = steps; left > 0; --left) {
+    wait_for_slot<kUsualStages>(p.stages);
+    __syncwarp();  // all lanes' copies of this slot are there, and all lanes are done with the slot before
+    TokenFragments<kTokenTiles> tokens;
+    load_tokens<kTokenTiles>(tokens, step_x, token_offset);
+    if (left > p.stages - 1) copy_step(free_slot);
+    cp_async_commit();
+    if constexpr (F::kBiased) {
+      multiply_biased<F, kTokenTiles>(totals, p.format, slot, slot + to_scales, tokens, lane);
+    } else {
+      CodesRing<F::kWidth> ring_of_codes;
+      load_codes<F::kWidth>(ring_of_codes[0], slot, 0, 0);
+      multiply_step<F, kTokenTiles>(totals, p.format, slot - lane * 16, ring_of_codes, tokens, lane);
     }
+    free_slot = slot;
+    slot = slot == last_slot ? first_slot : slot + p.stage_bytes;
+    step_x += p.x.M * kTokenBytes;
   }
   cp_async_wait<0>();
   __syncwarp();  // lanes of the same warp may still read the ring that its totals now overwrite
@@ -130,7 +183,8 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles)) decod
       low += bits_to_float(v.word[0]), high += bits_to_float(v.word[1]);
     }
     const int n = (blockIdx.x * p.warps_n + column) * kStripRows + 2 * lane;
-    if (n < p.out.N_pad) {
+    if (n < p.out.N_pad) {  // of all lanes or of none
+      if (!all_finite(low, high)) sum_again<typename F::T>(p.weight, p.x, token, n, block, low, high);
       store_part<typename F::T>(p.out, blockIdx.y, gridDim.y, token, n, low, high);
     }
   }

@@ -6,9 +6,15 @@
 // takes 2^p and the zero point away together. fp16 has 10 bits of mantissa: 0x6400 is 1024, and codes of 8 bits fit.
 // bf16 has 7: 0x4300 is 128, codes of 4 bits fit, and the eighth bit of a longer code needs a step of its own.
 //
-//   instructions per 8 codes     fp16   bf16
-//   4 bit                        9      11       256 weights of a warp, then one mma per 8 tokens
-//   8 bit                        8      14
+// The subtraction may be left out: then the tensor core sums (code + kBias) x, and who knows the sum of x puts it right
+// (multiply_biased.cuh). kBias is small where the mantissa has room: fp16 counts codes of 4 bits from 64, not from
+// 1024.
+//
+//   instructions per 8 codes     fp16   bf16   of these on the pipe of lop3 and shifts, two cycles a warp
+//   4 bit                        9      11     5, 7     256 weights of a warp, then one mma per 8 tokens
+//   8 bit                        8      14     4, 10
+//   4 bit, with kBias            7      7      5, 5     (shifts by multiplication, but for one)
+//   8 bit, with kBias            4      14     4, 10    (bf16 has no zero to subtract left: 12)
 #pragma once
 #include "problem.h"
 #include "ptx.cuh"
@@ -62,6 +68,14 @@ struct Codes<Half, 4> {
     a[2] = sub_f16x2(lop3<kAndOr>(right, 0x000f000fu, 0x64006400u), z.row);
     a[3] = fma_f16x2(lop3<kAndOr>(right, 0x00f000f0u, 0x64006400u), sixteenth, z.row8);
   }
+  // 0x5400 is 64, and bit 4 of its mantissa a one.
+  static constexpr int kBias = 64;
+  static QK_DEVICE void unpack_biased(const uint32_t (&q)[1], uint32_t (&a)[4]) {
+    a[0] = lop3<kAndOr>(q[0] << 4, 0x00f000f0u, 0x54005400u);
+    a[1] = lop3<kAndOr>(q[0], 0x00f000f0u, 0x54005400u);
+    a[2] = lop3<kAndOr>(shift_right_by_multiplying<4>(q[0]), 0x00f000f0u, 0x54005400u);
+    a[3] = lop3<kAndOr>(q[0] >> 8, 0x00f000f0u, 0x54005400u);
+  }
 };
 
 template <>
@@ -76,6 +90,13 @@ struct Codes<BFloat16, 4> {
     a[2] = sub_bf16x2(lop3<kAndOr>(q[0] >> 8, 0x000f000fu, 0x43004300u), z.row);
     a[3] = sub_bf16x2(lop3<kAndOr>(q[0] >> 12, 0x000f000fu, 0x43004300u), z.row8);
   }
+  static constexpr int kBias = 128;
+  static QK_DEVICE void unpack_biased(const uint32_t (&q)[1], uint32_t (&a)[4]) {
+    a[0] = lop3<kAndOr>(q[0], 0x000f000fu, 0x43004300u);
+    a[1] = lop3<kAndOr>(shift_right_by_multiplying<4>(q[0]), 0x000f000fu, 0x43004300u);
+    a[2] = lop3<kAndOr>(q[0] >> 8, 0x000f000fu, 0x43004300u);
+    a[3] = lop3<kAndOr>(shift_right_by_multiplying<12>(q[0]), 0x000f000fu, 0x43004300u);
+  }
 };
 
 template <>
@@ -89,6 +110,14 @@ struct Codes<Half, 8> {
     for (int right = 0; right < 2; ++right) {
       a[2 * right] = sub_f16x2(permute_bytes(q[right], 0x64646464u, 0x4240), z.row);
       a[2 * right + 1] = sub_f16x2(permute_bytes(q[right], 0x64646464u, 0x4341), z.row8);
+    }
+  }
+  static constexpr int kBias = 1024;
+  static QK_DEVICE void unpack_biased(const uint32_t (&q)[2], uint32_t (&a)[4]) {
+#pragma unroll
+    for (int right = 0; right < 2; ++right) {
+      a[2 * right] = permute_bytes(q[right], 0x64646464u, 0x4240);
+      a[2 * right + 1] = permute_bytes(q[right], 0x64646464u, 0x4341);
     }
   }
 };
@@ -108,6 +137,14 @@ struct Codes<BFloat16, 8> {
          ++right) {  // code - 128 and zero - 128 are exact, and so is their difference, up to 255
       a[2 * right] = sub_bf16x2(minus_128(q[right]), z.row);
       a[2 * right + 1] = sub_bf16x2(minus_128(q[right] >> 8), z.row8);
+    }
+  }
+  static constexpr int kBias = -128;
+  static QK_DEVICE void unpack_biased(const uint32_t (&q)[2], uint32_t (&a)[4]) {
+#pragma unroll
+    for (int right = 0; right < 2; ++right) {
+      a[2 * right] = minus_128(q[right]);
+      a[2 * right + 1] = minus_128(shift_right_by_multiplying<8>(q[right]));
     }
   }
 };

@@ -31,35 +31,6 @@ struct WgmmaA8Arguments {
 };
 
 #ifdef QK_WGMMA
-// By one thread.
-template <int kWidth, int kTokens>
-QK_DEVICE void produce_a8(const WgmmaA8Arguments& args, Ring ring, int begin, int end) {
-  const GemmA8Arguments& p = args.gemm;
-  const Weight& w = p.weight;
-  GroupWalk walk = GroupWalk::at(w, begin);
-  for (int step = begin; step < end; ++step) {
-    const int scale_bytes = walk.left == 1 || step + 1 == end ? p.format.scale_bytes : 0;
-    mbarrier_wait(ring.empty(), ring.parity ^ 1);
-    const uint32_t full = ring.full();
-    mbarrier_arrive_expect(full, kTokens * kTokenBytesA8 + kStripsA8 * (step_bytes(kWidth) + scale_bytes));
-    copy_tile(ring.stage(), &args.x, step * kStepColumns / 2, blockIdx.x * kTokens, full);
-#pragma unroll
-    for (int s = 0; s < kStripsA8; ++s) {
-      const int wanted = blockIdx.y * kStripsA8 + s;
-      const int strip = wanted < w.strips ? wanted : w.strips - 1;  // past N: any strip, whose rows are not stored
-      const uint32_t to = ring.stage() + kTokens * kTokenBytesA8 + s * p.strip_bytes;
-      const int64_t place = static_cast<int64_t>(strip) * w.steps + step;
-      copy_bulk(to, w.codes + place * step_bytes(kWidth), step_bytes(kWidth), full);
-      if (scale_bytes != 0) {
-        const int64_t first = (static_cast<int64_t>(strip) * w.groups + walk.group) * kStripRows;
-        copy_bulk(to + step_bytes(kWidth), w.scales + first * size_of(p.format.scale_type), scale_bytes, full);
-      }
-    }
-    walk.advance(w);
-    ring.advance();
-  }
-}
-
 // totals += scale * sums, once these are shifted back.
 template <int kCount>
 QK_DEVICE void add_sums(float (&totals)[kCount], int32_t (&sums)[kCount], float scale, float scale8, int shift) {
@@ -161,7 +132,7 @@ __global__ void __launch_bounds__(kConsumersA8 + 128, 1) gemm_a8_wgmma(const __g
 
   if (threadIdx.x == 0) {
     for (Ring r = ring; r.parity == 0; r.advance()) {
-      mbarrier_init(r.full(), 1);
+      mbarrier_init(r.full(), 1 + kStripsA8);  // x, and each strip
       mbarrier_init(r.empty(), kConsumersA8 / 32);
     }
     fence_async_proxy();
@@ -170,7 +141,20 @@ __global__ void __launch_bounds__(kConsumersA8 + 128, 1) gemm_a8_wgmma(const __g
 
   if (warpgroup == kStripsA8) {
     give_registers<24>();
-    if (threadIdx.x == kConsumersA8) produce_a8<kWidth, kTokens>(args, ring, begin, end);
+    const int role = warp - kConsumersA8 / 32;  // 0: x, and then the strips
+    if (role <= kStripsA8 && elect_one()) {
+      if (role == 0) {
+        produce_x(args.x, ring, begin * (kStepColumns / 2), kStepColumns / 2, blockIdx.x * kTokens,
+                  kTokens * kTokenBytesA8, end - begin);
+      }
+#pragma unroll
+      for (int s = 0; s < kStripsA8; ++s) {
+        if (role == 1 + s) {
+          produce_strip<step_bytes(kWidth), true>(p.weight, p.format, ring, kTokens * kTokenBytesA8 + s * p.strip_bytes,
+                                                  blockIdx.y * kStripsA8 + s, begin, end);
+        }
+      }
+    }
     return;
   }
   take_registers<240>();

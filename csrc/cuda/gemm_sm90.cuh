@@ -1,10 +1,10 @@
 // y = x W^T for many tokens, on Hopper's wgmma: sm_90a alone.
 //
 // A block computes one strip (64 rows) for up to 32 tokens, two for more: one warpgroup a strip, whose four warps hold
-// a strip's four tiles of mma_tile as the A operand, in registers; x is B, in shared memory. A last warpgroup is the
-// producer: one of its threads keeps a ring of steps of 64 columns on their way, x by TMA tiles (swizzled, zeros past M
-// and K), codes, scales and zeros by bulk copies. mbarriers `full` and `empty` of each stage are all that joins the
-// two.
+// a strip's four tiles of mma_tile as the A operand, in registers; x is B, in shared memory. A last warpgroup keeps a
+// ring of steps of 64 columns on their way: a thread for x by TMA tiles (swizzled, zeros past M and K) and one for each
+// strip's codes, and its scales and zeros with the first step of their group, by bulk copies. Each announces its own
+// bytes. mbarriers `full` and `empty` of each stage are all that joins producers and consumers.
 //
 //   rows x tokens   stage, 4 bit, g128   stages   registers of a lane: totals + sums of the group + fragments
 //   64 x 16         2 KB + 2.1 KB        16       8 + 8 + 16
@@ -22,6 +22,7 @@
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"
+#include "sum_again.cuh"
 #include "tensor_map.h"
 
 // Only nvcc for sm_90a has these instructions; elsewhere the kernel is a trap that heuristics.h never chooses.
@@ -46,6 +47,7 @@ struct WgmmaArguments {
   TensorMap x;
   Weight weight;
   GroupFormat format;
+  Activations plain_x;  // what `x` maps
   Output out;
   int strip_bytes;  // of a stage: codes, scales, zeros of one strip
   int stage_bytes;
@@ -78,30 +80,41 @@ QK_DEVICE void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, boo
   }
 }
 
-// By one thread.
-template <class F, int kTokens>
-QK_DEVICE void produce(const WgmmaArguments& p, Ring ring, int begin, int end) {
-  const Weight& w = p.weight;
-  const GroupFormat& f = p.format;
-  GroupWalk walk = GroupWalk::at(w, begin);
-  for (int step = begin; step < end; ++step) {
+// By one thread: tiles of x from `column` on, `bytes` each.
+QK_DEVICE void produce_x(const TensorMap& x, Ring ring, int column, int columns, int row, int bytes, int steps) {
+  for (; steps > 0; --steps, column += columns) {
     mbarrier_wait(ring.empty(), ring.parity ^ 1);
-    const uint32_t full = ring.full();
-    mbarrier_arrive_expect(full, kTokens * kTokenBytes + wgmma_strips(kTokens) * p.strip_bytes);
-    copy_tile(ring.stage(), &p.x, step * kStepColumns, blockIdx.x * kTokens, full);
-#pragma unroll
-    for (int s = 0; s < wgmma_strips(kTokens); ++s) {
-      const int wanted = blockIdx.y * wgmma_strips(kTokens) + s;
-      const int strip = wanted < w.strips ? wanted : w.strips - 1;  // past N: any strip, whose rows are not stored
-      const uint32_t to = ring.stage() + kTokens * kTokenBytes + s * p.strip_bytes;
-      const int64_t place = static_cast<int64_t>(strip) * w.steps + step;
-      copy_bulk(to, w.codes + place * F::kStepBytes, F::kStepBytes, full);
-      const int64_t first = (static_cast<int64_t>(strip) * w.groups + walk.group) * kStripRows;
-      copy_bulk(to + F::kStepBytes, w.scales + first * size_of(f.scale_type), f.scale_bytes, full);
-      if (f.zero_bytes != 0) {
-        copy_bulk(to + F::kStepBytes + f.scale_bytes, w.zeros + first * size_of(f.zero_type), f.zero_bytes, full);
-      }
+    mbarrier_arrive_expect(ring.full(), bytes);
+    copy_tile(ring.stage(), &x, column, row, ring.full());
+    ring.advance();
+  }
+}
+
+// By one thread: the codes of a strip to `place` of each stage, and behind them the scales and zeros of a group in the
+// first of its steps here, or (kInLast) in the last.
+template <int kStepBytes, bool kInLast>
+QK_DEVICE void produce_strip(const Weight& w, const GroupFormat& f, Ring ring, int place, int wanted, int begin,
+                             int end) {
+  const int strip = wanted < w.strips ? wanted : w.strips - 1;  // past N: any strip, whose rows are not stored
+  GroupWalk walk = GroupWalk::at(w, begin);
+  const uint8_t* codes = w.codes + (static_cast<int64_t>(strip) * w.steps + begin) * kStepBytes;
+  const int64_t first = (static_cast<int64_t>(strip) * w.groups + walk.group) * kStripRows;
+  const uint8_t *scales = w.scales + first * size_of(f.scale_type), *zeros = w.zeros + first * size_of(f.zero_type);
+  const int group_bytes = f.scale_bytes + f.zero_bytes;
+  bool opens = true;  // the step is the first of its group here
+  for (int step = begin; step < end; ++step) {
+    const bool brings_group = kInLast ? walk.left == 1 || step + 1 == end : opens;
+    mbarrier_wait(ring.empty(), ring.parity ^ 1);  // its codes have been read
+    const uint32_t full = ring.full(), to = ring.stage() + place;
+    mbarrier_arrive_expect(full, kStepBytes + (brings_group ? group_bytes : 0));
+    copy_bulk(to, codes, kStepBytes, full);
+    codes += kStepBytes;
+    if (brings_group) {
+      copy_bulk(to + kStepBytes, scales, f.scale_bytes, full);
+      if (f.zero_bytes != 0) copy_bulk(to + kStepBytes + f.scale_bytes, zeros, f.zero_bytes, full);
+      scales += f.scale_bytes, zeros += f.zero_bytes;
     }
+    opens = walk.left == 1;
     walk.advance(w);
     ring.advance();
   }
@@ -130,7 +143,12 @@ struct Consumer {
   using T = typename F::T;
   const WgmmaArguments& p;
   Ring ring;  // at the step that is multiplied next
-  int end, strip, tile, lane;
+  int end, lane;
+  // From a stage's start: the lane's codes, and the strip's scales; and of its first row among the scales of a group.
+  uint32_t to_codes, to_scales, first_row;
+  uint64_t first_x;     // descriptor of the first stage's x
+  int length;           // of the group that begins next, in steps
+  int fresh_in = 0;     // steps until then: the step that begins it brings its scales and zeros
   uint32_t before = 0;  // `empty` of the step before, whose last wgmma may be in flight; or 0
   uint32_t scales = 0;  // of the step that is being converted: where they are, its codes, and the group
   LaneCodes<F::kWidth> q{};
@@ -139,15 +157,18 @@ struct Consumer {
   uint32_t a[kStepsOf16][4]{};
 
   QK_DEVICE void load(int of) {
-    group = load_group(p.format, scales, of * kStripRows + 8 * (lane >> 2) + 2 * tile);
+    group = load_group(p.format, scales, of * kStripRows + static_cast<int>(first_row));
     zeros = Codes<T, F::kWidth>::zeros(group.zero, group.zero8);
   }
   QK_DEVICE void open() {
     mbarrier_wait(ring.full(), ring.parity);
-    const uint32_t codes = ring.stage() + kTokens * kTokenBytes + strip * p.strip_bytes;
-    scales = codes + F::kStepBytes;
-    load_codes<F::kWidth>(q, codes, tile, lane);
-    load(0);
+    scales = ring.stage() + to_scales;
+    load_codes<F::kWidth>(q, ring.stage() + to_codes, 0, 0);
+    if (fresh_in == 0) {
+      load(0);
+      fresh_in = length, length = p.weight.steps_per_group;
+    }
+    --fresh_in;
   }
   QK_DEVICE void convert(int s) {
     if constexpr (F::kScaled) {
@@ -165,7 +186,9 @@ struct Consumer {
 
   // d += the weights of these 64 columns times x; or =, if it `opens`.
   QK_DEVICE void multiply(float (&d)[kTokens / 2], int step, bool opens) {
-    const uint64_t x = wgmma_descriptor<kTokenBytes>(ring.stage());
+    // Addresses of shared memory in units of 16 do not carry out of their 14 bits of the descriptor's lower word.
+    const uint64_t x = (first_x & ~uint64_t{0xffffffff}) |
+                       (static_cast<uint32_t>(first_x) + ring.slot * (static_cast<uint32_t>(p.stage_bytes) / 16));
     const uint32_t empty = ring.empty();
     ring.advance();
 #pragma unroll
@@ -221,13 +244,16 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   constexpr int kStrips = wgmma_strips(kTokens), kConsumers = kStrips * 128;
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, tile = warp % 4, lane = threadIdx.x % 32;
   const int split = blockIdx.z;
-  const auto [begin, end] = Share::of(p.weight.steps, gridDim.z, split);
+  const Share share = Share::of(p.weight.steps, gridDim.z, split);
+  uint32_t last = share.end;
+  keep(last);  // or it is computed again in every step
+  const int begin = share.begin, end = static_cast<int>(last);
   const uint32_t slots = (shared_address(shared) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   const Ring ring{slots, slots + p.stages * p.stage_bytes, p.stage_bytes, p.stages};
 
   if (threadIdx.x == 0) {
     for (Ring r = ring; r.parity == 0; r.advance()) {
-      mbarrier_init(r.full(), 1);
+      mbarrier_init(r.full(), 1 + kStrips);  // x, and each strip
       mbarrier_init(r.empty(), kConsumers / 32);
     }
     fence_async_proxy();
@@ -236,12 +262,31 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
 
   if (warpgroup == kStrips) {
     give_registers<24>();
-    if (threadIdx.x == kConsumers) produce<F, kTokens>(p, ring, begin, end);
+    const int role = warp - kConsumers / 32;  // 0: x, and then the strips
+    if (role <= kStrips && elect_one()) {
+      if (role == 0) {
+        produce_x(p.x, ring, begin * kStepColumns, kStepColumns, blockIdx.x * kTokens, kTokens * kTokenBytes,
+                  end - begin);
+      }
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        if (role == 1 + s) {
+          produce_strip<F::kStepBytes, false>(p.weight, p.format, ring, kTokens * kTokenBytes + s * p.strip_bytes,
+                                              blockIdx.y * kStrips + s, begin, end);
+        }
+      }
+    }
     return;
   }
   take_registers<kStrips == 1 ? 208 : 240>();
   float totals[kTokens / 2] = {};
-  consume<F, kTokens>({p, ring, end, warpgroup, tile, lane}, begin, end, totals);
+  const uint32_t strip_place = kTokens * kTokenBytes + warpgroup * p.strip_bytes;
+  uint32_t to_codes = strip_place + tile * kTileBytes + lane * 16, to_scales = strip_place + F::kStepBytes;
+  uint32_t first_row = 8 * (lane >> 2) + 2 * tile;
+  keep(to_codes), keep(to_scales), keep(first_row);
+  consume<F, kTokens>({p, ring, end, lane, to_codes, to_scales, first_row, wgmma_descriptor<kTokenBytes>(slots),
+                       GroupWalk::at(p.weight, begin).left},
+                      begin, end, totals);
 
   // Totals are turned around over the stages, once nobody reads those: [token][64 rows] of each warpgroup.
   named_barrier_sync(1, kConsumers);  // the warpgroups are done with the stages
@@ -253,19 +298,28 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   }
   const int n = (blockIdx.y * kStrips + warpgroup) * kStripRows + 2 * lane;
   auto place = [&](int token) { return exchange + (token * kExchangeRow + 2 * lane) * 4; };
+  // Scaled fragments are weights, and their sums those of a float layer.
+  auto mend = [&](int m, Share steps, float& low, float& high) {
+    if constexpr (!F::kScaled) {
+      if (!all_finite(low, high)) sum_again<typename F::T>(p.weight, p.plain_x, m, n, steps, low, high);
+    }
+  };
   if (p.clusters) {
     const int splits = gridDim.z;
     cluster_barrier();  // all blocks' totals are there
     for (int token = split + splits * tile; token < kTokens; token += splits * 4) {
       const int m = blockIdx.x * kTokens + token;
+      // What is read is used: it has come when this block says so below. And `mend` is for whole warps.
+      if (m >= p.out.M || n >= (F::kScaled ? p.out.N : p.out.N_pad)) continue;
       float low = 0, high = 0;
       for (int part = 0; part < splits; ++part) {  // in their order
         const Words2 v = load_cluster8(place(token), part);
         low += bits_to_float(v.word[0]), high += bits_to_float(v.word[1]);
       }
-      if (m < p.out.M) store_y<typename F::T>(p.out, m, n, low, high);
+      mend(m, {0, p.weight.steps}, low, high);
+      store_y<typename F::T>(p.out, m, n, low, high);
     }
-    cluster_barrier();  // nobody reads this block's totals any more
+    cluster_barrier_relaxed();  // nobody reads this block's totals any more
     return;
   }
   named_barrier_sync(2 + warpgroup, 128);  // the four warps' rows are there
@@ -273,7 +327,9 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
     const int m = blockIdx.x * kTokens + token;
     const Words2 v = load_shared8(place(token));
     if (m < p.out.M && n < p.out.N_pad) {
-      store_part<typename F::T>(p.out, split, gridDim.z, m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]));
+      float low = bits_to_float(v.word[0]), high = bits_to_float(v.word[1]);
+      mend(m, share, low, high);
+      store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
     }
   }
 #else

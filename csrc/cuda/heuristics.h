@@ -33,6 +33,11 @@ struct Problem {
   int steps() const { return K > 0 ? divide_up(K, kStepColumns) : 1; }
   int strip_bytes() const { return step_bytes(width()) + group_bytes; }
   bool short_groups() const { return groups_per_step > 1; }
+  // Of scales and zeros: 0 for 16-bit scales alone, 1 with zeros of a byte, 2 for all others.
+  int group_kind() const {
+    const int value = group_bytes / (groups_per_step * kStripRows);
+    return float_zeros || value > 3 ? 2 : value == 3 ? 1 : 0;
+  }
 };
 
 inline Problem problem_of(const Weight& w, int M, int bits, int act_bits, bool half, bool aligned, const Device& device,
@@ -132,7 +137,7 @@ inline Blocks blocks_of(const Problem& p, const Card& card, const Config& c) {
 // weight is counted.
 inline double bytes_on_their_way(const Problem& p, const Config& c, const Blocks& b) {
   if (c.path == Path::kDecode) {
-    const int ahead = decode_stages(c.tokens, p.width()) - 1, steps = divide_up(b.steps, c.warps_k);
+    const int ahead = decode_stages(c, p.width()) - 1, steps = divide_up(b.steps, c.warps_k);
     return static_cast<double>(b.at_once()) * b.warps * std::min(steps, ahead) * b.strip_bytes;
   }
   if (uses_wgmma(c.path)) {
@@ -152,23 +157,32 @@ inline double wanted_bytes(const Problem& p, const Card& card, const Blocks& b) 
   return std::min(flow, weight) / p.multiprocessors;
 }
 
-// --- instructions of a warp for 64 columns, counted in the SASS of nvcc 13.0 for sm_90a and bf16, of branches those of
-// 16-bit scales ---
+// --- instructions of a warp for 64 columns, in the SASS of nvcc 13.0 for sm_90a and bf16; of branches those of 16-bit
+// scales ---
 
-// 64 rows; of short groups four loads of scales a tile (static counts: 1771 for 863). 8 bit: twice the codes.
+// 64 rows, along the executed path (tools/sass_paths.py; the guard holds some of them):
+// [4 bit, 8 bit][groups of 64 and more, of 32, of 16][8, 16, 32 tokens][group_kind].
+constexpr double kDecodeRounds[2][3][3][3] = {{{{218, 255, 280}, {262, 318, 350}, {442, 442, 527}},
+                                               {{248, 315, 456}, {501, 501, 501}, {919, 919, 919}},
+                                               {{664, 664, 664}, {690, 690, 690}, {919, 919, 919}}},
+                                              {{{339, 384, 406}, {478, 478, 510}, {587, 587, 672}},
+                                               {{371, 439, 563}, {631, 631, 631}, {1145, 1145, 1145}},
+                                               {{787, 787, 787}, {918, 918, 918}, {1145, 1145, 1145}}}};
+// card.decode_slots: what a round of the first of them costs, by which a fit changes all.
 inline double decode_instructions(const Problem& p, const Card& card, int tokens) {
-  const double one = card.decode_slots + (p.bits > 4 ? 176 : 0);
-  return (p.short_groups() ? 2 : 1) * one + card.decode_tile_slots * (tokens / 8 - 1);
+  const auto& rounds = kDecodeRounds[p.bits > 4][p.groups_per_step / 2][tokens / 16];
+  return rounds[p.group_kind()] * card.decode_slots / kDecodeRounds[0][0][0][0];
 }
 // 64 rows and 32 tokens.
 inline double gemm_instructions(const Problem& p) {
   return (p.short_groups() ? 1090 : 360) + (p.bits > 4 ? 120 : 0) + (p.float_zeros ? 80 : 0);
 }
-// 16 rows and all tokens of a block; the sums of a group of 128 take an FMA each.
+// 16 rows and all tokens of a block, along the executed path at 64 tokens; at a group's end an FMA for each of a lane's
+// sums, and 33 for its scales, zeros and the wait. Scaled fragments: a static count.
 inline double wgmma_instructions(const Problem& p, int tokens) {
-  const int wide = p.bits > 4 ? 50 : 0;
+  const int wide = p.bits > 4 ? 22 : 0;
   if (tokens == 256 || p.short_groups() || p.float_zeros) return 180 + wide + (p.short_groups() ? 4 : 1) * 48;
-  return 130 + wide + tokens / 4;
+  return 84 + wide + (33 + tokens / 2.0) / p.steps_per_group;
 }
 // Of a lane: each sum of a group is shifted, converted and added.
 inline double fold_instructions(const Problem& p, double sums) {
@@ -185,7 +199,7 @@ struct StepCost {
   double l2_bytes, shared_bytes;
   double macs, macs_per_ns;  // the second: of the whole card
   double slots;              // instructions that one of four schedulers issues
-  double producer_clocks;    // of one thread, in series
+  double producer_clocks;    // of the thread that is longest at it
 };
 
 inline StepCost step_cost(const Problem& p, const Card& card, const Config& c, const Blocks& b) {
@@ -206,7 +220,7 @@ inline StepCost step_cost(const Problem& p, const Card& card, const Config& c, c
     case Path::kGemmSm90:
       s.macs_per_ns = card.wgmma_macs_per_ns, s.slots = b.strips * wgmma_instructions(p, c.tokens);
       if (c.tokens < kFullRateTokens) s.macs *= static_cast<double>(kFullRateTokens) / c.tokens;
-      s.producer_clocks = card.producer_clocks * b.strips / 2;
+      s.producer_clocks = card.producer_clocks;
       break;
     case Path::kGemmA8:  // each warp reads 64 rows and 32 tokens from shared memory; both are copied there
       s.macs_per_ns = card.macs8_per_ns, s.slots = fold_instructions(p, sums) / 128;

@@ -8,7 +8,8 @@ namespace qkernels::cuda {
 
 // `call.out.partial` and, for all but decode, an aligned `call.x` are set; the sums of several splits are left in
 // `partial`.
-cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t stream);
+cudaError_t launch_decode_f16(const Call& call, const Config& config, cudaStream_t stream);
+cudaError_t launch_decode_bf16(const Call& call, const Config& config, cudaStream_t stream);
 cudaError_t launch_gemm_f16(const Call& call, const Config& config, cudaStream_t stream);
 cudaError_t launch_gemm_bf16(const Call& call, const Config& config, cudaStream_t stream);
 cudaError_t launch_gemm_sm90(const Call& call, const Config& config, cudaStream_t stream);

@@ -42,7 +42,7 @@ struct CodePlace {
 };
 
 // Where the code of row n (0 ... 63 of its strip) and stored column k is.
-constexpr CodePlace code_place(int n, int64_t k, int width) {
+QK_CONSTEXPR CodePlace code_place(int n, int64_t k, int width) {
   const int tile = n / 16, high = n / 8 % 2, r = n % 8;
   const int right = k / 8 % 2, c = k / 2 % 4, odd = k % 2;
   const int tile_columns = width == 4 ? 64 : 32;
@@ -53,6 +53,6 @@ constexpr CodePlace code_place(int n, int64_t k, int width) {
 }
 
 // Where row n of a strip is among the 64 scales (zeros) of a group.
-constexpr int group_place(int n) { return n % 8 * 8 + n / 8; }
+QK_CONSTEXPR int group_place(int n) { return n % 8 * 8 + n / 8; }
 
 }  // namespace qkernels::cuda

@@ -54,11 +54,14 @@ int multiply(const Call& original, const Config& config, void* workspace, void* 
 
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   const bool half = call.type == Type::kHalf;
-  const cudaError_t error = config.path == Path::kDecode     ? launch_decode(call, config, s)
-                            : config.path == Path::kGemmSm90 ? launch_gemm_sm90(call, config, s)
-                            : config.path != Path::kGemm     ? cudaErrorInvalidValue
-                            : half                           ? launch_gemm_f16(call, config, s)
-                                                             : launch_gemm_bf16(call, config, s);
+  cudaError_t error = cudaErrorInvalidValue;
+  if (config.path == Path::kDecode) {
+    error = half ? launch_decode_f16(call, config, s) : launch_decode_bf16(call, config, s);
+  } else if (config.path == Path::kGemmSm90) {
+    error = launch_gemm_sm90(call, config, s);
+  } else if (config.path == Path::kGemm) {
+    error = half ? launch_gemm_f16(call, config, s) : launch_gemm_bf16(call, config, s);
+  }
   if (error != cudaSuccess || config.splits == 1 || adds_in_cluster(config)) return error;
   return add_parts(call.out, config.splits, call.type, stream);
 }

@@ -27,8 +27,10 @@ template <class Activation, int kWidth_, bool kShortGroups_>
 struct Format {
   using T = Activation;
   static constexpr int kWidth = kWidth_;
+  static constexpr bool kBiased = false;               // multiply_biased.cuh
   static constexpr bool kShortGroups = kShortGroups_;  // of 16 or 32 columns
   static constexpr int kStepBytes = step_bytes(kWidth);
+  static constexpr int kMostChunks = kShortGroups ? 128 : 32;  // of scales and zeros of a step, 16 bytes each
 };
 
 // How scales and zeros lie behind a strip's codes in a stage, and what they mean.
@@ -70,14 +72,9 @@ QK_DEVICE void load_pair(Type type, uint32_t base, int index, float& low, float&
   }
 }
 
-// Eight of them: a lane's rows of a whole strip.
-QK_DEVICE void load_eight(Type type, uint32_t base, int index, float (&value)[8]) {
-  const Words4 v = load_shared16(base + index * size_of(type));
-  if (type == Type::kFloat) {
-    const Words4 w = load_shared16(base + index * 4 + 16);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) value[i] = bits_to_float(v.word[i]), value[4 + i] = bits_to_float(w.word[i]);
-  } else if (type == Type::kHalf) {
+// Eight fp16 or bf16 that lie in a row.
+QK_DEVICE void unpack_eight(bool half, const Words4& v, float (&value)[8]) {
+  if (half) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) value[i] = f16_to_float(static_cast<uint16_t>(v.word[i / 2] >> (i % 2 * 16)));
   } else {
@@ -85,6 +82,18 @@ QK_DEVICE void load_eight(Type type, uint32_t base, int index, float (&value)[8]
     for (int i = 0; i < 8; ++i) {
       value[i] = bits_to_float(i % 2 ? v.word[i / 2] & 0xffff0000u : v.word[i / 2] << 16);
     }
+  }
+}
+
+// Eight floating values in a row: a lane's rows of a whole strip.
+QK_DEVICE void load_eight(Type type, uint32_t base, int index, float (&value)[8]) {
+  const Words4 v = load_shared16(base + index * size_of(type));
+  if (type == Type::kFloat) {
+    const Words4 w = load_shared16(base + index * 4 + 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = bits_to_float(v.word[i]), value[4 + i] = bits_to_float(w.word[i]);
+  } else {
+    unpack_eight(type == Type::kHalf, v, value);
   }
 }
 
@@ -149,6 +158,10 @@ QK_DEVICE void load_groups(const GroupFormat& f, uint32_t scales, int r, RowGrou
 }
 
 QK_DEVICE bool has_rest(const GroupFormat& f) { return f.zero_type != Type::kNone && f.zero_type != Type::kUInt8; }
+
+// Never. But ptxas does not know it, and moves nothing past a branch: without one between two tiles it brings so much
+// forward that it spills, where 16 warps of 16 tokens have 128 registers each.
+QK_DEVICE bool ends_here(const GroupFormat& f) { return f.mid == 0; }
 
 // Sums of codes times x over the columns of one group, for one 16-row tile: in fp32, or in fp16 at twice the speed on
 // GeForce cards. Over 64 columns |code - zero| |x| must then stay within fp16's 65504 and 11 bits: an opt-in.
@@ -248,6 +261,7 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
 
 #pragma unroll
   for (int tile = 0; tile < kTilesPerStrip; ++tile) {
+    if (kTokenTiles == 2 && ends_here(format)) break;
     if (tile + 1 < kTilesPerStrip) load_codes<F::kWidth>(ring[(tile + 1) % 2], codes, tile + 1, lane);
     const LaneCodes<F::kWidth>& q = ring[tile % 2];
     [[maybe_unused]] auto load_short_group = [&](int s) {  // groups of 32 are summed in two parts, with the same scale

@@ -92,7 +92,8 @@ struct Config {
   int warps_n, warps_k;  // kDecode: the warps of a block over strips and over K
   int splits;            // of K over blocks
   bool half_accumulate;  // kGemm, 4 bit, fp16: accumulate 64 columns in fp16
-  int stages = 0;        // of the ring of a kernel for sm_90a, at least 2, for measurements; 0: as many as fit
+  int stages = 0;        // of the ring of decode (2 to 6) or of a kernel for sm_90a (2 to what fits), for measurements;
+                         // 0: decode_stages, or as many as fit
 };
 
 QK_CONSTEXPR bool has_int8_activations(Path path) { return path == Path::kGemmA8 || path == Path::kGemmA8Sm90; }
@@ -115,8 +116,9 @@ inline bool adds_in_cluster(const Config& c) {
 QK_CONSTEXPR int most_decode_warps(int tokens) { return tokens <= 16 ? 16 : 8; }
 
 // Steps in the ring of a decode warp. With 8 warps of 2 KB steps (32 tokens, 4 bit) five, so that 64 KB are on their
-// way.
+// way. A launch may ask for others.
 QK_CONSTEXPR int decode_stages(int tokens, int width) { return tokens == 32 && width == 4 ? 5 : 4; }
+constexpr int kMostDecodeStages = 6;
 
 // A call of the fused kernels.
 struct Call {

@@ -213,6 +213,17 @@ QK_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
   return d;
 }
+// value >> kBits as the upper half of a product: on the pipe of multiplications, where shifts and lop3 share another
+// one that takes two cycles a warp. The compiler does not make it a shift again.
+template <int kBits>
+QK_DEVICE uint32_t shift_right_by_multiplying(uint32_t value) {
+  uint32_t d;
+  asm("mul.hi.u32 %0, %1, %2;" : "=r"(d) : "r"(value), "n"(1u << (32 - kBits)));
+  return d;
+}
+// The compiler takes `value` for unknown from here on: it keeps it in a register, where it would else compute it again
+// from threadIdx and arguments in every round of a loop.
+QK_DEVICE void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 // Byte i of the result is byte (selector nibble i) of the eight bytes {b, a}, a lowest.
 QK_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t d;
@@ -280,6 +291,7 @@ QK_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0x
 QK_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 QK_DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 QK_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+QK_DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) for `threads` threads of the block, a multiple of 32.
 QK_DEVICE void named_barrier_sync(int id, int threads) {

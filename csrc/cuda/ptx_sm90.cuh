@@ -146,6 +146,10 @@ QK_WGMMA(wgmma_s8, int32_t, "+r", 128, "m64n256k32.s32.s8.s8", "")
 QK_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same without an order for memory: for who only waits until all have got here.
+QK_DEVICE void cluster_barrier_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
 // From the shared memory of the cluster's block `rank`, at the address that it has there.
 QK_DEVICE Words2 load_cluster8(uint32_t address, int rank) {
   Words2 v;
@@ -155,6 +159,14 @@ QK_DEVICE Words2 load_cluster8(uint32_t address, int rank) {
       : "r"(address), "r"(rank)
       : "memory");
   return v;
+}
+
+// One lane of a warp, always the same. The compiler knows that it is alone: the operands of copies then need no loop
+// over lanes that might differ.
+QK_DEVICE bool elect_one() {
+  uint32_t elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(elected));
+  return elected != 0;
 }
 
 // Registers of a thread, for all four warps; multiples of 8.

@@ -3,6 +3,7 @@
 #pragma once
 #include "copy.cuh"
 #include "output.cuh"
+#include "weights.cuh"
 
 namespace qkernels::cuda {
 
@@ -47,49 +48,34 @@ struct DequantizeArguments {
   uint8_t* to;
 };
 
-QK_DEVICE float load_group_value(Type type, const uint8_t* base, int64_t i) {
-  if (type == Type::kUInt8) return static_cast<float>(load_global1(base + i));
-  if (type == Type::kFloat) return bits_to_float(load_global4(base + i * 4));
-  const uint16_t bits = load_global2(base + i * 2);
-  return type == Type::kHalf ? f16_to_float(bits) : bf16_to_float(bits);
-}
-
-// Sixteen columns of one row: 16 bytes per store where the row's start allows it, else one value at a time.
-QK_DEVICE void store_columns(const DequantizeArguments& p, int row, int k, const float (&w)[16]) {
+// Eight columns of one row from k on: 16 bytes per store where the row's start allows it, else one value at a time.
+QK_DEVICE void store_columns(const DequantizeArguments& p, int row, int k, const float (&w)[8]) {
   const int64_t start = static_cast<int64_t>(row) * p.columns;
   const int size = size_of(p.type);
   if (p.k_order == nullptr && p.columns % 8 == 0) {
+    if (k >= p.columns) return;
+    uint8_t* to = p.to + (start + k) * size;
+    if (p.type == Type::kFloat) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (k + 8 * half >= p.columns) return;
-      uint8_t* to = p.to + (start + k + 8 * half) * size;
-      if (p.type == Type::kFloat) {
-#pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-          const float* v = w + 8 * half + i;
-          store_global16(to + 4 * i,
-                         {{float_to_bits(v[0]), float_to_bits(v[1]), float_to_bits(v[2]), float_to_bits(v[3])}});
-        }
-      } else {
-        Words4 v;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float low = w[8 * half + 2 * i], high = w[8 * half + 2 * i + 1];
-          v.word[i] = p.type == Type::kHalf ? pack_f16x2(low, high) : pack_bf16x2(low, high);
-        }
-        store_global16(to, v);
+      for (int i = 0; i < 8; i += 4) {
+        store_global16(to + 4 * i, {{float_to_bits(w[i]), float_to_bits(w[i + 1]), float_to_bits(w[i + 2]),
+                                     float_to_bits(w[i + 3])}});
       }
+    } else {
+      Words4 v;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v.word[i] = p.type == Type::kHalf ? pack_f16x2(w[2 * i], w[2 * i + 1]) : pack_bf16x2(w[2 * i], w[2 * i + 1]);
+      }
+      store_global16(to, v);
     }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < 8; ++i) {
     if (k + i >= p.columns) return;
     int column = k + i;
-    if (p.k_order != nullptr) {
-      column = static_cast<int>(load_global4(p.k_order + column));
-      column = column < 0 ? 0 : column >= p.columns ? p.columns - 1 : column;
-    }
+    if (p.k_order != nullptr) column = clamped(static_cast<int>(load_global4(p.k_order + column)), p.columns);
     uint8_t* to = p.to + (start + column) * size;
     if (p.type == Type::kFloat) {
       store_global4(to, float_to_bits(w[i]));
@@ -100,9 +86,11 @@ QK_DEVICE void store_columns(const DequantizeArguments& p, int row, int k, const
   }
 }
 
-// A warp takes a 16-row tile and 64 columns. The four lanes of a row read the words that hold 16 columns each of it, so
-// that each lane writes 16 values in a row and the four write 128 bytes (16-bit types); the reads are four bytes a
-// lane, 16 bytes for four lanes, from lines that L1 keeps. There are 4 (8) times as many bytes to write as to read.
+// A warp takes a 16-row tile and 64 columns. Lane c of a row's four writes columns 8 c ... 8 c + 7 of each half of 32:
+// so every 16-byte store of the four is 64 bytes in a row, two whole sectors (16-bit types; each lane writing 16
+// columns in a row, a store would meet every other half of four). A lane needs four of the eight codes of each word
+// that it reads, so that two lanes read the same; these reads are four bytes from lines that L1 keeps, and there are 4
+// (8) times as many bytes to write as to read.
 template <int kWidth>
 __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const DequantizeArguments p) {
   const Weight& w = p.weight;
@@ -111,49 +99,53 @@ __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const Dequan
   const int tile = blockIdx.y % kTilesPerStrip, strip = blockIdx.y / kTilesPerStrip;
   if (step >= w.steps || step * kStepColumns >= p.columns) return;
 
-  // Columns 16 c ... 16 c + 15 of rows r and r + 8: step c of the words of lanes 4 r + 0 ... 3.
+  // Columns 32 j + 8 c ... + 7 of rows r and r + 8: half `right` of the words of 16 columns `s` of lanes 4 r + 0 ... 3.
   const uint8_t* codes = w.codes + (static_cast<int64_t>(p.first_strip + strip) * w.steps + step) * step_bytes(kWidth);
-  float code[2][16];
+  const int right = c & 1;
+  float code[2][2][8];  // [j][row r, row r + 8][column]
 #pragma unroll
-  for (int lane_c = 0; lane_c < 4; ++lane_c) {
-    if constexpr (kWidth == 4) {
-      const uint32_t q = load_global4(codes + tile * kTileBytes + (4 * r + lane_c) * 16 + c * 4);
+  for (int j = 0; j < 2; ++j) {
+    const int s = 2 * j + (c >> 1);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {  // right, odd, row 8: which nibble, see layout.h
-        const int right = i >> 2, odd = i >> 1 & 1, high = i & 1;
-        code[high][8 * right + 2 * lane_c + odd] = static_cast<float>(q >> (4 * (2 * right + high) + 16 * odd) & 15);
-      }
-    } else {
-      const uint8_t* words = codes + (c / 2 * kTilesPerStrip + tile) * kTileBytes + (4 * r + lane_c) * 16 + c % 2 * 8;
-      const Words2 q = load_global8(words);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int right = i >> 2, odd = i >> 1 & 1, high = i & 1;
-        code[high][8 * right + 2 * lane_c + odd] = static_cast<float>(q.word[right] >> (16 * odd + 8 * high) & 255);
+    for (int lane_c = 0; lane_c < 4; ++lane_c) {
+      const int lane_bytes = (4 * r + lane_c) * 16;
+      if constexpr (kWidth == 4) {  // nibbles of row r and r + 8, of even and odd columns: which, see layout.h
+        const uint32_t q = load_global4(codes + tile * kTileBytes + lane_bytes + s * 4) >> (8 * right);
+        code[j][0][2 * lane_c] = static_cast<float>(q & 15), code[j][1][2 * lane_c] = static_cast<float>(q >> 4 & 15);
+        code[j][0][2 * lane_c + 1] = static_cast<float>(q >> 16 & 15);
+        code[j][1][2 * lane_c + 1] = static_cast<float>(q >> 20 & 15);
+      } else {
+        const uint32_t q =
+            load_global4(codes + (j * kTilesPerStrip + tile) * kTileBytes + lane_bytes + (c >> 1) * 8 + right * 4);
+        code[j][0][2 * lane_c] = static_cast<float>(q & 255), code[j][1][2 * lane_c] = static_cast<float>(q >> 8 & 255);
+        code[j][0][2 * lane_c + 1] = static_cast<float>(q >> 16 & 255);
+        code[j][1][2 * lane_c + 1] = static_cast<float>(q >> 24);
       }
     }
   }
 
-  const int in_step = w.groups_per_step == 4 ? c : w.groups_per_step == 2 ? c / 2 : 0;
-  const int64_t group =
-      static_cast<int64_t>(p.first_strip + strip) * w.groups + step / w.steps_per_group * w.groups_per_step + in_step;
+  const int64_t first_group =
+      static_cast<int64_t>(p.first_strip + strip) * w.groups + step / w.steps_per_group * w.groups_per_step;
 #pragma unroll
   for (int high = 0; high < 2; ++high) {
     const int row = strip * kStripRows + tile * kTileRows + r + 8 * high;
     if (row >= p.rows) continue;
-    const int64_t place = group * kStripRows + 8 * r + 2 * tile + high;
-    const float scale = load_group_value(w.scale_type, w.scales, place);
-    const float zero =
-        w.zero_type == Type::kNone ? static_cast<float>(w.mid) : load_group_value(w.zero_type, w.zeros, place);
-    float values[16];
+    GroupValues group{};
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      // Every operation is rounded by itself, so that the weight is, bit for bit, that of QuantTensor.dequantize.
-      const float v = w.zeros_are_offsets ? add_rounded(multiply_rounded(code[high][i], scale), zero)
-                                          : multiply_rounded(code[high][i] - zero, scale);
-      values[i] = step * kStepColumns + 16 * c + i < w.K ? v : 0.0f;  // stored columns past K
+    for (int j = 0; j < 2; ++j) {
+      if (j == 0 || w.groups_per_step > 1) {
+        const int in_step = w.groups_per_step == 4 ? 2 * j + (c >> 1) : w.groups_per_step == 2 ? j : 0;
+        const int64_t place = (first_group + in_step) * kStripRows + 8 * r + 2 * tile + high;
+        group = load_group_values(w, place);
+      }
+      const int k = step * kStepColumns + 32 * j + 8 * c;
+      float values[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        values[i] = k + i < w.K ? dequantized(w, code[j][high][i], group) : 0.0f;  // stored columns past K
+      }
+      store_columns(p, row, k, values);
     }
-    store_columns(p, row, step * kStepColumns + 16 * c, values);
   }
 }
 

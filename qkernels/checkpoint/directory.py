@@ -17,6 +17,7 @@ from ..formats import METADATA, READ_ONLY, Format, Oddity, Parsed
 from ..formats.beyond import beyond_weights, check_below
 from ..models.naming import Conversion, into_model
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
+from ..text import dtype_name
 from .registry import WRITTEN, detect
 
 # Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: nothing there names it.
@@ -123,6 +124,9 @@ class DirectoryCheckpoint:
 
     def nbytes(self, name: str) -> int:
         return self.made[name][1].nbytes if name in self.made else self.source.nbytes(self.spelled.get(name, name))
+
+    def stored_as(self, name: str) -> str:
+        return dtype_name(self.dtype(name))
 
     def read(self, name: str) -> Tensor:
         """A tensor that is not quantized, in memory of its own, on the CPU. One that is made of others (stacked experts)

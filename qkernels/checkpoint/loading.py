@@ -1,4 +1,4 @@
-"""`load`: a checkpoint directory -> a `transformers` model of `QuantLinear`."""
+"""`load`: a checkpoint directory or GGUF file -> a `transformers` model of `QuantLinear`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, UnsupportedProblem
 from ..formats import Oddity, summary
 from ..memory import give_back
-from ..models.building import assign, empty_model
+from ..models.building import assign, computed, empty_model
 from ..models.linears import as_linear
 from ..models.naming import float_state
 from ..nn import QuantLinear, set_module
+from ..reports import readable_size
 from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import describe, dtype_name, dtype_names
+from .gguf import GGUF
 from .source import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ def load(
     result. No code of the checkpoint is run, and transformers' own quantizers are not asked.
 
     Args:
-        directory: a local checkpoint with config.json and safetensors.
+        directory: a local checkpoint with config.json and safetensors; or a GGUF file, any part of a split one, or a folder that
+            holds one and no safetensors. Blocks that a scheme holds without loss (all but IQ1 to IQ3, TQ1_0 and Q1_0) run packed
+            where a kernel takes them, all others are dequantized, which a warning says.
         device: where the model goes.
         dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
             Scales keep their own.
@@ -86,7 +90,15 @@ def load(
         weight, found = checkpoint.weight(module)
         oddities += [(module, oddity) for oddity in found]
         bias = bias_for(linear, checkpoint, module, weight)
-        layer = QuantLinear.from_quant_tensor(weight, bias, device, dtype, on_unsupported)
+        try:
+            layer = QuantLinear.from_quant_tensor(weight, bias, device, dtype, on_unsupported)
+        except UnsupportedProblem:
+            if checkpoint.format is not GGUF:
+                raise
+            oddities.append((module, _dequantized(weight, device, dtype)))
+            parts = {"weight": weight.dequantize(dtype), "bias": bias}
+            assign(model, {f"{module}.{leaf}": t.to(device, dtype) for leaf, t in parts.items() if t is not None})
+            continue
         set_module(model, module, layer)
     missing = _fill(model, slots, checkpoint, used, device, dtype)
     _check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
@@ -96,6 +108,12 @@ def load(
         log.warning("%s: %s", checkpoint.path, line)
     model.config._name_or_path = str(checkpoint.path)
     return model.eval()
+
+
+def _dequantized(weight: QuantTensor, device: torch.device, dtype: torch.dtype) -> Oddity:
+    """Of a block of a GGUF file, whose types nobody chose for this machine: any of them has to load."""
+    kind = f"{weight.scheme} has no kernel for {dtype_name(dtype)} on this {device.type} and is dequantized"
+    return Oddity(kind, f"{readable_size(weight.nbytes)} become {readable_size(weight.codes.numel() * dtype.itemsize)}")
 
 
 # What scripts pass to `from_pretrained`, and what it is here.
@@ -170,7 +188,8 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(checkpoint.shape(name))}"
             )
-    missing = [slot[0] for slot in _slots(model) if not any(name in checkpoint for name in slot)]
+    may_lack = computed(model)
+    missing = [n[0] for n in _slots(model) if n[0] not in may_lack and not any(name in checkpoint for name in n)]
     _check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
 
 
@@ -272,13 +291,16 @@ def _fill(
     dtype: torch.dtype,
 ) -> list[str]:
     """Load what is not quantized; returns the names that the checkpoint lacks."""
-    missing = []
+    missing, made = [], {name: model.get_parameter(name) for name in computed(model)}
     for slot in slots:
         names = [name for name in slot if name.rpartition(".")[0] not in checkpoint.modules]
         present = [name for name in names if name in checkpoint]
         used.update(present)
         if len(names) < len(slot) and names:
             _untie(model, f"{slot[0]} and {slot[-1]} are tied by {CONFIG}, but one of them is quantized")
+        if not present and names and names[0] in made:
+            assign(model, {names[0]: nn.Parameter(made[names[0]].to(device), requires_grad=False)})
+            continue
         if not present:
             missing += names[:1]
             continue

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from ..errors import CheckpointError, ConversionError
 from ..formats import Oddity, summary
 from ..kernels.catalogue import Problem, arch_of, select
+from ..models.linears import check_unscaled
 from ..nn import QuantLinear
 from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
+from ..storage.gguf import gguf_at
 from .registry import get_format
 from .source import open_checkpoint
 from .writer import CheckpointWriter
@@ -68,6 +70,7 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
             f"save needs a transformers model with QuantLinear modules, got {type(model).__name__} with {len(layers)} of "
             f"them and {'no' if model_config is None else 'a'} config; make them with replace_linear or quantize"
         )
+    check_unscaled(model)
     config = json.loads(model_config.to_json_string()) | {"architectures": [type(model).__name__]}
     origin = str(getattr(model_config, "_name_or_path", "") or "")
     writer = CheckpointWriter(directory, config, chosen, named_for=model)
@@ -80,9 +83,27 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
     writer.close()
     if origin and (Path(origin) / CONFIG).is_file():
         copy_side_files(origin, directory)
+    elif origin and Path(origin).is_file() and gguf_at(origin) is not None:
+        open_checkpoint(origin).copy_side_files(directory)
+    _write_generation_config(model, directory)
+
+
+def _write_generation_config(model: nn.Module, directory: Path) -> None:
+    """That of the model, which may have been changed since it was loaded. transformers refuses to write some that it reads
+    (a temperature without sampling): then the origin's file stays."""
     generation: Any = getattr(model, "generation_config", None)
-    if generation is not None and not (directory / "generation_config.json").exists():
+    if generation is None:
+        return
+    try:
         generation.save_pretrained(directory)
+    except ValueError as error:
+        if not (directory / "generation_config.json").exists():
+            raise ConversionError(
+                f"the model's generation_config cannot be saved: {error}; set it right, or to None"
+            ) from error
+        log.warning(
+            "generation_config.json is that of the model's origin: transformers will not write the model's (%s)", error
+        )
 
 
 def convert(

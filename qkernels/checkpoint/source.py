@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Format, Oddity, Parsed
+from ..storage.gguf import gguf_at
 from .directory import DirectoryCheckpoint
+from .gguf import GgufCheckpoint
 
 
 class Checkpoint(Protocol):
@@ -65,7 +67,11 @@ class Checkpoint(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def nbytes(self, name: str) -> int: ...
+    def nbytes(self, name: str) -> int:
+        """Bytes that a tensor takes in the file."""
+
+    def stored_as(self, name: str) -> str:
+        """What the file calls its type: a dtype, or a kind of blocks that `read` dequantizes."""
 
     def read(self, name: str) -> Tensor:
         """A tensor that is not quantized, in memory of its own, on the CPU."""
@@ -89,9 +95,10 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at a path; reads headers only.
+    """The checkpoint at a path, a directory or a GGUF file; reads headers only.
 
     Raises:
-        CheckpointError: there is none that is sound; see `DirectoryCheckpoint.open`.
+        CheckpointError: there is none that is sound; see `DirectoryCheckpoint.open` and `GgufCheckpoint.open`.
     """
-    return DirectoryCheckpoint.open(path)
+    file = gguf_at(path)
+    return DirectoryCheckpoint.open(path) if file is None else GgufCheckpoint.open(file)

@@ -98,8 +98,9 @@ class CheckpointWriter:
             )
         for name, tensor in () if self._file_names is None else self._file_names.rest():
             self._add(name, tensor)
-        left_out = _left_out(self._matrices, self._schemes)
-        quantization = self.format.config_of(Written.of(self._schemes, self._act_order, left_out))
+        # Readers of some formats take every linear layer for quantized that is not named, wherever it is: a classifier's head, a
+        # projector between towers. Embeddings are matrices, too, and named in vain.
+        quantization = self.format.config_of(Written.of(self._schemes, self._act_order, self._matrices))
         self._shards.close()
         try:
             write_json(self.directory / CONFIG, self._config | {"quantization_config": quantization})
@@ -107,19 +108,3 @@ class CheckpointWriter:
                 write_json(self.directory / self.format.config_file, quantization)
         except OSError as error:
             raise CheckpointError(f"cannot write {self.directory}: {error}") from error
-
-
-def _left_out(matrices: list[str], quantized: Mapping[str, QuantScheme]) -> list[str]:
-    """Linear modules left in 16 bits: matrices in the numbered layers that hold the quantized ones.
-
-    Outside of them, embeddings are matrices too, and no reader expects those or an LM head to be quantized.
-    """
-    stacks = {stack for stack in map(_stack, quantized) if stack is not None}
-    return [name for name in matrices if _stack(name) in stacks]
-
-
-def _stack(module: str) -> str | None:
-    """`model.layers` of `model.layers.3.mlp.up_proj`."""
-    parts = module.split(".")
-    numbered = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return None if numbered is None else ".".join(parts[:numbered])

@@ -30,7 +30,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "Perplexity of a checkpoint on a text: consecutive windows without overlap, mean over the next tokens of each "
         "window. With --against also the KL divergence per token from the original, which is far more sensitive.",
     )
-    parser.add_argument("checkpoint", help="a checkpoint directory, quantized or not")
+    parser.add_argument("checkpoint", help="a checkpoint directory or GGUF file, quantized or not")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text the model has not seen")
     parser.add_argument("--against", metavar="REFERENCE", help="the original checkpoint")
     parser.add_argument("--seq-len", type=positive, help="tokens in a window (default: 2048, capped to the model's)")

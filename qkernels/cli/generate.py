@@ -29,9 +29,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         NAME,
         SUMMARY,
         '  qkernels generate out/ --prompt "It was a dark night"\n'
-        '  qkernels generate out/ --prompt "It was" --tokens 100 --temperature 0.8 --seed 1',
+        '  qkernels generate out/ --prompt "It was" --tokens 100 --temperature 0.8 --seed 1\n'
+        '  qkernels generate model-Q4_K_M.gguf --prompt "It was"',
     )
-    parser.add_argument("checkpoint", help="a checkpoint directory, quantized or not")
+    parser.add_argument("checkpoint", help="a checkpoint directory or GGUF file, quantized or not")
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--tokens", type=positive, default=60, help="how many tokens to add (default: 60)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (default: 0)")

@@ -16,7 +16,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         SUMMARY,
         "  qkernels inspect out/\n  qkernels inspect out/ --json",
     )
-    parser.add_argument("checkpoint", help="a directory with safetensors and config.json")
+    parser.add_argument("checkpoint", help="a directory with safetensors and config.json, or a GGUF file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     return parser
 

@@ -22,7 +22,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "Rewrite a quantized checkpoint: in the layout that a kernel reads (--layout), or in another file format "
         "(--format). The weights stay the same, bit for bit; what the target cannot express is refused with the reason.",
     )
-    parser.add_argument("checkpoint", help="a quantized checkpoint directory")
+    parser.add_argument("checkpoint", help="a quantized checkpoint directory or GGUF file")
     parser.add_argument("out", help="the directory to make; it must not exist yet")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(

@@ -56,7 +56,7 @@ class Written:
         default: the scheme of every module that `modules` does not give another.
         modules: the scheme of each quantized module by name.
         act_order: whether any weight has a group index.
-        unquantized: linear modules left in 16 bits.
+        unquantized: linear modules left in 16 bits; embeddings may be among them.
     """
 
     default: QuantScheme

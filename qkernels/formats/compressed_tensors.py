@@ -154,7 +154,7 @@ def config_of(written: Written) -> dict[str, Any]:
         "format": PACK,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*([] if "lm_head" in modules else ["lm_head"]), *sorted(written.unquantized)],
+        "ignore": [*([] if "lm_head" in modules else ["lm_head"]), *sorted({*written.unquantized} - {"lm_head"})],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,

@@ -144,10 +144,23 @@ def config_of(version: Version, written: Written) -> dict[str, Any]:
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"qkernels:{__version__}"]},
     }
-    rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(written.unquantized)}
+    rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(_beside_quantized(written))}
     differing = {name: scheme for name, scheme in sorted(written.modules.items()) if scheme != written.default}
     rules |= {f"+:^{re.escape(name)}$": _own_fields(scheme) for name, scheme in differing.items()}
     return config | ({"dynamic": rules} if rules else {})
+
+
+def _beside_quantized(written: Written) -> list[str]:
+    """What is left out of the numbered layers that hold quantized ones: readers of this format look nowhere else."""
+    stacks = {stack for stack in map(_stack, written.modules) if stack is not None}
+    return [name for name in written.unquantized if _stack(name) in stacks]
+
+
+def _stack(module: str) -> str | None:
+    """`model.layers` of `model.layers.3.mlp.up_proj`."""
+    parts = module.split(".")
+    numbered = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if numbered is None else ".".join(parts[:numbered])
 
 
 def _oddities(

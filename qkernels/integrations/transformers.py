@@ -37,7 +37,7 @@ from ..checkpoint.saving import plain_tensors
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, Written, native, summary
 from ..memory import give_back
-from ..models.linears import is_conv1d
+from ..models.linears import check_unscaled, is_conv1d
 from ..models.naming import FileNames
 from ..nn import QuantLinear, ReplaceReport, model_bytes, other_names, select_linears, set_module
 from ..nn.pretrained import prepare_with
@@ -294,8 +294,9 @@ def _saving(model: Any) -> Iterator[None]:
     """What goes on around `save_pretrained` of a model with quantized layers, wherever they came from.
 
     Raises:
-        ConversionError: another quantizer of transformers is at work in the model, too.
+        ConversionError: another quantizer of transformers is at work in the model, too; or its first pass has scaled weights.
     """
+    check_unscaled(model)
     adopted = getattr(model, "hf_quantizer", None) is None
     if adopted:
         model.hf_quantizer = QKernelsQuantizer(QKernelsConfig())
@@ -339,11 +340,24 @@ class _QuantizeWeight(ConversionOps):
 
 
 class _Pending(nn.Module):
-    """Stands where a quantized module will be; keeps the linear layer, which is on meta, out of sight."""
+    """Stands where a quantized module will be; keeps the linear layer, which is on meta, out of sight.
+
+    A module around it may initialize its weight and bias (Mamba): it is shown those of the linear layer, as initialized.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._hidden = (linear,)
+        for parameter in linear.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
 
     @property
     def linear(self) -> nn.Linear:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CalibrationError, QKernelsError
-from ..models.architectures import block_lists, shared_blocks, text_part
+from ..models.architectures import block_lists, text_part
 from .running import Call, Place, Stop, check_finite, kept, map_tensors, tensors_in
 
 Run = Callable[[str, nn.Module, Tensor, Call], Any]  # a block's name, itself, hidden states, call -> what it puts out
@@ -125,21 +125,6 @@ class Progress:
                 call.kwargs[name].update(place.move(dict(values[batch])))
 
 
-def check_calibratable(model: nn.Module) -> None:
-    """Raise, before any work, where a model cannot be calibrated block by block on token ids.
-
-    Raises:
-        ArgumentError: it has no blocks, does not take token ids, or uses one block in several places.
-    """
-    block_lists(model)
-    _feeders(model)
-    if (pair := shared_blocks(model)) is not None:
-        raise ArgumentError(
-            f"{type(model).__name__} uses one block in several places ({pair[0]} is {pair[1]}), and calibration layer by layer "
-            f"would quantize it before it has seen all its inputs; use RTN, HQQ or NF4, which need no calibration"
-        )
-
-
 def capture(
     model: nn.Module, progress: Progress, batches: Sequence[Tensor], keep_dtype: torch.dtype, place: Place, run: Run
 ) -> Chain:
@@ -153,19 +138,29 @@ def capture(
     Raises:
         CalibrationError: the model cannot be run on token ids, calls one block twice, or uses outputs that are gone.
     """
-    feeders = _feeders(model)
-    for attempt, feed in enumerate(feeders):
-        chain = _first_batch(model, feed, progress, batches[0], place, run)
-        if chain.names or progress.done:
-            break
-        if attempt == len(feeders) - 1:
-            raise CalibrationError(
-                f"{type(model).__name__} runs none of its blocks on token ids: {chain.ended_by or 'it finished without them'}; "
-                f"use RTN, HQQ or NF4, which need no calibration"
-            ) from chain.ended_by
+    chain, feed = next_chain(model, progress, batches[0], place, run)
     if chain.names:
         _all_batches(model, feed, chain, progress, batches, keep_dtype, place)
     return chain
+
+
+def next_chain(
+    model: nn.Module, progress: Progress, batch: Tensor, place: Place, run: Run
+) -> tuple[Chain, Callable[[Tensor], Any]]:
+    """Which blocks make the next chain, without what they are called with; and how the model is run to get there.
+
+    Raises: as `capture`.
+    """
+    for feed in feeders(model):
+        chain = _first_batch(model, feed, progress, batch, place, run)
+        if chain.names:
+            break
+    if not chain.names and not progress.done:
+        raise CalibrationError(
+            f"{type(model).__name__} runs none of its blocks on token ids: {chain.ended_by or 'it finished without them'}; "
+            f"use RTN, HQQ or NF4, which need no calibration"
+        ) from chain.ended_by
+    return chain, feed
 
 
 def _first_batch(
@@ -380,9 +375,11 @@ def _own_forward(block: nn.Module) -> Iterator[None]:
 
 
 def head_of(model: nn.Module) -> str | None:
-    """The name of the output embedding, which calibration never runs."""
+    """The name of the output embedding, which calibration never runs; None where it is an input embedding as well (FSMT)."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
+    if isinstance(head, nn.Embedding):
+        return None
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
@@ -402,7 +399,7 @@ def _without_head(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _feeders(model: nn.Module) -> list[Callable[[Tensor], Any]]:
+def feeders(model: nn.Module) -> list[Callable[[Tensor], Any]]:
     """Ways to run a model on token ids: itself, else its text part (a CLIP model wants pixels as well).
 
     Raises:

@@ -22,12 +22,11 @@ from ..checkpoint.saving import write_model
 from ..errors import ArgumentError, CalibrationError, CheckpointError
 from ..evaluate import evaluating
 from ..kernels.catalogue import OnUnsupported
-from ..models.building import assign, empty_to_meta
+from ..models.building import assign, computed, empty_to_meta
 from ..models.linears import as_stored, linear_of
 from ..nn import QuantLinear, model_bytes, other_names, set_module
 from ..quantizers import Options
 from ..reports import ModuleReport
-from ..storage import CONFIG
 from ..tensor import QuantTensor
 from ..texts import Tokenizer, Windows, load_tokenizer, shape_of
 from .preview import check_disk, preview_of
@@ -236,7 +235,7 @@ class DirectoryHost:
         checkpoint = open_checkpoint(directory)
         if checkpoint.format is not None:
             raise ArgumentError(
-                f"{directory} is quantized already ({CONFIG} has a quantization_config); quantize the original, or "
+                f"{directory} is quantized already (it holds {checkpoint.format.name} weights); quantize the original, or "
                 f"change the format with qkernels.checkpoint.convert"
             )
         model, checkpoint = model_of(checkpoint, torch.float32)
@@ -292,7 +291,8 @@ class DirectoryHost:
         stored = [name for name in _stored_buffers(self.model, self.checkpoint) if not _below(name, skip)]
         assign(self.model, {name: self.checkpoint.read(name) for name in stored})
         for names in self._slots:
-            if outside := [name for name in names if not _below(name, skip)]:
+            outside = [name for name in names if not _below(name, skip)]
+            if outside and (outside[0] not in computed(self.model) or outside[0] in self.checkpoint):
                 tensor = self.checkpoint.read(next((name for name in names if name in self.checkpoint), names[0]))
                 assign(self.model, dict.fromkeys(outside, nn.Parameter(tensor, requires_grad=False)))
         try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
-from ..models.architectures import block_lists, text_config
+from ..models.architectures import block_lists, expected_folds, text_config
 from ..models.linears import linear_of
 from ..quantizers import RTN, Options
 from ..reports import MIB, ModulePreview, QuantPreview
@@ -57,7 +57,20 @@ def preview_of(
     # The result, the finished layers beside it, one shard once more while its header is put before it, and the activations of
     # two layers while one replaces the other.
     disk = 2 * after + min(after, SHARD_BYTES) + 2 * activations + FILE_BYTES * len(modules)
-    return QuantPreview(method.name, modules, skipped, before, after, activations, device_bytes, disk)
+    scales = _where_scales_go(model) if method.folds else None
+    return QuantPreview(method.name, modules, skipped, before, after, activations, device_bytes, disk, scales)
+
+
+def _where_scales_go(model: nn.Module) -> str:
+    """What can be said of it without weights."""
+    model_type = getattr(text_config(model), "model_type", None) or type(model).__name__
+    folds = "; ".join(f"{fold.source} -> {', '.join(fold.targets)}" for fold in expected_folds(model))
+    if folds:
+        return f"expected of {model_type}, and proved on each layer when it is at hand: {folds}"
+    return (
+        f"nothing is known of {model_type}: what takes a scale is found and proved on each layer when it is at hand, and the run "
+        f"ends before the first is quantized if nothing does"
+    )
 
 
 def check_disk(preview: QuantPreview, target: str | os.PathLike[str]) -> None:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import CalibrationError
-from ..models.architectures import Architecture, block_lists, decoder_layers, foldable_architecture, head_dim
+from ..errors import ArgumentError, CalibrationError, QKernelsError
+from ..models.architectures import block_lists, expected_folds, folds_of_layer
 from ..models.linears import linear_of, set_weight
 from ..quantizers import InputStatistics, Options, rounding_of
 from ..reports import ModuleReport
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..texts import Windows, batches_of
-from .capturing import Progress, capture, head_of
+from .capturing import Chain, Progress, capture, head_of
+from .folds import Folds
 from .hosts import Host, Run
 from .running import Call, LayerInputs, LayerJob, Place, collect_statistics, input_groups, propagate
 from .scaling import fold_scales
+from .tracing import find_folds
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class Quantized:
     """One linear layer, quantized.
 
     `error` is relative: `‖(Ŵ - W) x‖ / ‖W x‖` over the calibration tokens if `of_output`, else `‖Ŵ - W‖ / ‖W‖`. `fallback`
-    says why the layer was rounded to nearest instead.
+    says why the layer was rounded to nearest instead, `unscaled` why its inputs are not scaled although its method folds scales.
     """
 
     tensor: QuantTensor
@@ -40,6 +42,7 @@ class Quantized:
     of_output: bool
     seconds: float
     fallback: str | None = None
+    unscaled: str | None = None
 
     def report(self, name: str, bytes_before: int) -> ModuleReport:
         """As the report of the linear layer of that name, whose float weight took so many bytes."""
@@ -53,6 +56,7 @@ class Quantized:
             bytes_before=bytes_before,
             bytes_after=self.tensor.nbytes,
             fallback=self.fallback,
+            unscaled=self.unscaled,
         )
 
 
@@ -61,7 +65,7 @@ def quantize_linears(host: Host, run: Run, place: Place, progress: bool) -> dict
 
     Raises:
         CalibrationError: activations are NaN or infinite.
-        ArgumentError: a weight is; or the architecture is unknown to a method that folds scales.
+        ArgumentError: a weight is; or a method folds scales, and no block of the model takes any.
     """
     if run.windows is None:
         return _round_all(host, run.methods, place, progress)
@@ -75,9 +79,6 @@ def _calibrate_all(
     host: Host, run: Run, windows: Windows, place: Place, progress: bool
 ) -> tuple[dict[str, ModuleReport], Callable[[str], str]]:
     """Those inside the blocks that run on token ids; and, for the name of any other, why it was not calibrated."""
-    architecture = foldable_architecture(host.model, type(run.method).__name__) if run.method.folds else None
-    width = head_dim(host.model) if architecture is not None else 0
-    decoder = f"{decoder_layers(host.model)[0]}." if architecture is not None else ""
     state = Progress.of(host.model)
     outside = (*block_lists(host.model), head_of(host.model))
     stored_as = host.dtype(f"{next(iter(run.methods))}.weight")
@@ -95,6 +96,8 @@ def _calibrate_all(
                 chain = capture(host.model, state, batches, keep_dtype, place, once)
             if not chain.names:
                 break
+            if run.method.folds and not state.done and not host.finished(chain.names[0]):
+                _check_takes_scales(host, run, chain, place)
             alone = not state.done and not chain.carries  # hidden states are all that goes from block to block
             hidden = (host.activations() if alone else None) or chain.hidden
             outputs: list[object] = []
@@ -102,9 +105,8 @@ def _calibrate_all(
                 reports = host.finished(name)
                 if reports is None or not alone:
                     inputs = LayerInputs(hidden, chain.calls.pop(name))
-                    here = architecture if name.startswith(decoder) else None
                     keep = chain.follows and name == chain.names[-1]
-                    reports, outputs = _one_block(host, run, name, inputs, place, here, width, keep, reports)
+                    reports, outputs = _one_block(host, run, name, inputs, place, keep, reports)
                     if host.finished(name) is None:
                         host.commit(name, reports, hidden if alone else None)
                 results |= {report.name: report for report in reports}
@@ -132,8 +134,6 @@ def _one_block(
     name: str,
     inputs: LayerInputs,
     place: Place,
-    architecture: Architecture | None,
-    width: int,
     keep: bool,
     finished: list[ModuleReport] | None,
 ) -> tuple[list[ModuleReport], list[object]]:
@@ -145,7 +145,10 @@ def _one_block(
     with host.layer(name, place) as (layer, weights):
         if finished is not None:
             return finished, propagate(layer, inputs, place, name, keep)
-        done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, architecture, width))
+        folds = find_folds(layer, inputs, place, name) if run.method.folds else None
+        if folds is not None:
+            _check_expected(host.model, layer, folds, name)
+        done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, folds))
         outputs = propagate(layer, inputs, place, name, keep)
         weights.update({leaf: result.tensor for leaf, result in done.items()})
     reports = []
@@ -153,6 +156,47 @@ def _one_block(
         size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
         reports.append(result.report(f"{name}.{leaf}", size))
     return reports, outputs
+
+
+def _check_takes_scales(host: Host, run: Run, chain: Chain, place: Place) -> None:
+    """Raise, before any block is quantized, where none of a kind takes a scale. Each is tried on what goes into the first, with
+    its own masks and embeddings: whether a fold holds does not hang on the input."""
+    reasons: dict[str, None] = {}
+    kinds = set()
+    for name in chain.names:
+        block = host.model.get_submodule(name)
+        kind = (type(block), *((leaf, parameter.shape) for leaf, parameter in block.named_parameters()))
+        if kind in kinds:
+            continue
+        kinds.add(kind)
+        try:
+            with host.layer(name, place) as (layer, _):
+                folds = find_folds(layer, LayerInputs(chain.hidden[:1], chain.calls[name][:1]), place, name)
+        except QKernelsError:
+            raise
+        except Exception:
+            if name == chain.names[0]:
+                raise
+            return  # it reads what blocks before it make: it is tried when its turn comes
+        if folds.proved:
+            return
+        reasons |= dict.fromkeys(f"{refusal.source}: {refusal.reason}" for refusal in folds.refused)
+    if not chain.follows:
+        found = "; ".join([*reasons][:3]) or "no norm or linear layer feeds another"
+        raise ArgumentError(
+            f"{type(run.method).__name__} folds scales into the norms and linear layers before, and no block of "
+            f"{type(host.model).__name__} lets one through ({found}); use GPTQ or RTN"
+        )
+
+
+def _check_expected(model: nn.Module, layer: nn.Module, folds: Folds, name: str) -> None:
+    """Warn where the table of architectures has a fold that is not proved."""
+    taken = {found.fold.source: set(found.fold.targets) for found in folds.proved}
+    for fold in folds_of_layer(expected_folds(model), layer):
+        if taken.get(fold.source) == set(fold.targets):
+            continue
+        reason = next((r.reason for r in folds.refused if r.source == fold.source), "nothing was found that it feeds")
+        log.warning("%s: %s takes no scale for %s: %s", name, fold.source, ", ".join(fold.targets), reason)
 
 
 def _round_all(
@@ -189,16 +233,17 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
         layer: on the compute device, in its dtype.
     """
     methods = {target: method.with_scales_for(job.stored[f"{target}.weight"]) for target, method in job.methods.items()}
-    if job.architecture is not None:
-        for fold in job.architecture.folds:
-            fold_scales(layer, fold, methods, inputs, job)
+    for found in job.folds.proved if job.folds is not None else ():
+        fold_scales(layer, found, methods, inputs, job)
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
         statistics = collect_statistics(layer, step[:1], inputs, job.place)[step[0]]
         shared = (time.perf_counter() - began) / len(step)
         for target in step:
-            results[target] = _quantize(layer, target, methods[target], statistics, job.name, shared)
+            result = _quantize(layer, target, methods[target], statistics, job.name, shared)
+            unscaled = job.folds.why_unscaled(target) if job.folds is not None else None
+            results[target] = replace(result, unscaled=unscaled)
     for target in methods.keys() - results.keys():
         reason = f"calibration sent no token through {job.name}.{target}"
         weight = linear_of(layer, target).weight.data

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..models.architectures import Architecture
 from ..models.linears import linear_of
 from ..quantizers import InputStatistics, Options
+from .folds import Folds
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
@@ -67,25 +67,36 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor, place: Place) -> Any:
         """Call a block on the compute device. What it writes into dictionaries that it is given is there for the next."""
-        args, kwargs = (
-            place.move(tuple(map(_unused, self.args))),
-            place.move({k: _unused(v) for k, v in self.kwargs.items()}),
-        )
-        written = {name: dict(value) for name, value in kwargs.items() if isinstance(value, dict)}
+        output, written = self.outcome(block, hidden, place)
+        for name, values in written.items():
+            self.kwargs[name].update(values)
+        return output
+
+    def outcome(self, block: nn.Module, hidden: Tensor, place: Place) -> tuple[Any, dict[str, dict[Any, Any]]]:
+        """What a block puts out on the compute device, and what it writes into dictionaries that it is given, by keyword; those
+        of the call stay as they are."""
+        args, kwargs = place.move(unused(self.args)), place.move(unused(dict(self.kwargs)))
+        before = {name: dict(value) for name, value in kwargs.items() if isinstance(value, dict)}
         if self.keyword is None:
             output = block(place.move(hidden), *args, **kwargs)
         else:
             output = block(*args, **{self.keyword: place.move(hidden)}, **kwargs)
-        for name, before in written.items():
-            news = {key: value for key, value in kwargs[name].items() if before.get(key) is not value}
-            self.kwargs[name].update(news)
-        return output
+        return output, {
+            name: {key: value for key, value in kwargs[name].items() if given.get(key) is not value}
+            for name, given in before.items()
+        }
 
 
-def _unused(value: Any) -> Any:
-    """A key-value cache that some models make whether it is asked for or not, as it was before the block: a block runs many times
-    on the same call, and would find its own keys in it."""
-    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
+def unused(arguments: Any) -> Any:
+    """Arguments `(…)` or `{…}` with the key-value caches among them, that some models make whether they are asked for or not, as
+    they were before the block: a block runs many times on the same call, and would find its own keys in them."""
+
+    def one(value: Any) -> Any:
+        return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
+
+    if isinstance(arguments, dict):
+        return {name: one(value) for name, value in arguments.items()}
+    return tuple(map(one, arguments))
 
 
 @dataclass
@@ -118,15 +129,14 @@ class LayerJob:
         methods: the method with its options for each linear layer, by its name in the decoder layer.
         stored: the dtype of each parameter in the checkpoint, by its name in the decoder layer.
         place: where it is computed.
-        architecture, head_dim: for methods that fold scales: what feeds what, and the width of an attention head.
+        folds: for methods that fold scales: which there are, and why not others.
     """
 
     name: str
     methods: Mapping[str, Options]
     stored: Mapping[str, torch.dtype]
     place: Place
-    architecture: Architecture | None = None
-    head_dim: int = 0
+    folds: Folds | None = None
 
 
 class Stop(Exception):

@@ -1,11 +1,13 @@
 """What decoder models look like inside: one table, one entry per architecture.
 
-A new architecture is one `Architecture` in `ARCHITECTURES`. RTN and GPTQ work without an entry; AWQ and SmoothQuant need
-to know which norm or linear feeds which linears, and there is no telling that from outside.
+No method needs an entry: which norm or linear layer feeds which linear layers is found on each layer and proved, for AWQ and
+SmoothQuant (`layerwise.tracing`). The table says what is expected of known architectures: a run warns where it does not come
+true, a dry run tells it, and the tests hold tracing against it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +21,8 @@ from .linears import is_conv1d
 class Fold:
     """A scale on the input channels of `targets` can be taken out of the output channels of `source`.
 
-    Names are relative to a decoder layer. `source` feeds `targets` and nothing else, with nothing between them that does
-    not let a positive scale per channel through.
+    Names are relative to a block, that is a decoder layer. `source` feeds `targets` and nothing else, with nothing between them
+    that does not let a positive scale per channel through.
 
     Args:
         source: a norm, or a linear layer.
@@ -40,9 +42,9 @@ class Architecture:
 
     Args:
         layers, embeddings, final_norm, head: module names.
-        folds: see `Fold`, in the order of the forward pass.
-        unit_offset_norms: norms multiply by 1 + weight.
-        requires: config fields that must have these values for the folds to hold.
+        folds: see `Fold`, in the order of the forward pass. A layer has those whose modules it has; of several with one source,
+            the first.
+        requires: config fields with the values that the folds are for.
     """
 
     model_types: tuple[str, ...]
@@ -51,7 +53,6 @@ class Architecture:
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    unit_offset_norms: bool = False
     requires: tuple[tuple[str, Any], ...] = ()
 
 
@@ -61,7 +62,7 @@ _VALUES = Fold("self_attn.v_proj", ("self_attn.o_proj",))
 _UP = Fold("mlp.up_proj", ("mlp.down_proj",))
 
 _LLAMA = Architecture(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "granite"),
+    model_types=("llama", "mistral", "ministral3", "qwen2", "qwen3", "granite", "gemma", "smollm3"),
     folds=(
         Fold("input_layernorm", _QKV, "self_attn"),
         _VALUES,
@@ -72,7 +73,6 @@ _LLAMA = Architecture(
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     _LLAMA,
-    replace(_LLAMA, model_types=("gemma",), unit_offset_norms=True),
     replace(  # Gemma 2 and 3 also normalize what attention and MLP return: the norm before the MLP has another name
         _LLAMA,
         model_types=("gemma2", "gemma3_text"),
@@ -82,9 +82,124 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             Fold("pre_feedforward_layernorm", _GATE_UP, "mlp"),
             _UP,
         ),
-        unit_offset_norms=True,
     ),
-    replace(_LLAMA, model_types=("olmo2",), folds=(_VALUES, _UP)),  # its norms follow the blocks and feed the residual
+    replace(  # their norms follow attention and MLP, and feed the residual
+        _LLAMA, model_types=("olmo2", "olmo3", "exaone4"), folds=(_VALUES, _UP)
+    ),
+    replace(  # attention and MLP read the same norm side by side
+        _LLAMA, model_types=("cohere", "cohere2"), folds=(Fold("input_layernorm", (*_QKV, *_GATE_UP), ""), _VALUES, _UP)
+    ),
+    replace(  # the normed input is added to the residual, and values are normalized
+        _LLAMA,
+        model_types=("gemma3n_text",),
+        folds=(
+            Fold("altup.router_norm", ("altup.modality_router",)),
+            Fold("laurel.linear_left", ("laurel.linear_right",)),
+            Fold("pre_feedforward_layernorm", _GATE_UP, "mlp"),
+            _UP,
+        ),
+    ),
+    replace(  # values are normalized; some layers have no values of their own, some no keys either
+        _LLAMA,
+        model_types=("gemma4_text",),
+        folds=(
+            Fold("input_layernorm", _QKV, "self_attn"),
+            Fold("input_layernorm", _QKV[:2], "self_attn"),
+            Fold("input_layernorm", _QKV[:1], "self_attn"),
+            Fold("pre_feedforward_layernorm", _GATE_UP, "mlp"),
+            _UP,
+        ),
+    ),
+    replace(  # layers of linear attention and of attention with a gate, which lets values through
+        _LLAMA,
+        model_types=("qwen3_5_text",),
+        folds=(
+            Fold("input_layernorm", _QKV, "self_attn"),
+            _VALUES,
+            Fold(
+                "input_layernorm",
+                tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
+                "linear_attn",
+            ),
+            Fold("linear_attn.norm", ("linear_attn.out_proj",)),
+            Fold("post_attention_layernorm", _GATE_UP, "mlp"),
+            _UP,
+        ),
+    ),
+    replace(  # in layers with experts only the shared one takes a scale: its norm feeds the router and the others as well
+        _LLAMA,
+        model_types=("llama4_text",),
+        folds=(
+            Fold("input_layernorm", _QKV, "self_attn"),
+            _VALUES,
+            Fold("post_attention_layernorm", ("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward"),
+            Fold("feed_forward.up_proj", ("feed_forward.down_proj",)),
+            Fold("feed_forward.shared_expert.up_proj", ("feed_forward.shared_expert.down_proj",)),
+        ),
+    ),
+    replace(  # latent attention: keys and values are one matrix, so v -> o would need half a fold; experts as in Llama 4
+        _LLAMA,
+        model_types=("deepseek_v2", "deepseek_v3"),
+        folds=(
+            Fold("input_layernorm", ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), "self_attn"),
+            Fold("input_layernorm", ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"), "self_attn"),
+            Fold("self_attn.q_a_layernorm", ("self_attn.q_b_proj",), "self_attn"),
+            Fold("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "self_attn"),
+            Fold("post_attention_layernorm", _GATE_UP, "mlp"),
+            _UP,
+            Fold("mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj",)),
+        ),
+    ),
+    replace(  # LayerNorm with 1 + weight; the square of ReLU squares a scale
+        _LLAMA,
+        model_types=("nemotron",),
+        folds=(
+            Fold("input_layernorm", _QKV, "self_attn"),
+            _VALUES,
+            Fold("post_attention_layernorm", ("mlp.up_proj",), "mlp"),
+        ),
+    ),
+    replace(  # GELU between c_fc and c_proj
+        _LLAMA,
+        model_types=("starcoder2",),
+        folds=(
+            Fold("input_layernorm", _QKV, "self_attn"),
+            _VALUES,
+            Fold("post_attention_layernorm", ("mlp.c_fc",), "mlp"),
+        ),
+    ),
+    replace(  # gate and up are one matrix
+        _LLAMA,
+        model_types=("glm", "glm4"),
+        folds=(
+            Fold("input_layernorm", _QKV, "self_attn"),
+            _VALUES,
+            Fold("post_attention_layernorm", ("mlp.gate_up_proj",), "mlp"),
+        ),
+    ),
+    Architecture(  # q, k, v in one matrix; one norm for attention and MLP, or one for each
+        model_types=("falcon",),
+        folds=(
+            Fold("ln_attn", ("self_attention.query_key_value",), "self_attention"),
+            Fold("ln_mlp", ("mlp.dense_h_to_4h",), "mlp"),
+            Fold("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h"), ""),
+        ),
+        layers="transformer.h",
+        embeddings="transformer.word_embeddings",
+        final_norm="transformer.ln_f",
+        requires=(("parallel_attn", True),),
+    ),
+    Architecture(
+        model_types=("bloom",),
+        folds=(
+            Fold("input_layernorm", ("self_attention.query_key_value",), "self_attention"),
+            Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",), "mlp"),
+        ),
+        layers="transformer.h",
+        embeddings="transformer.word_embeddings",
+        final_norm="transformer.ln_f",
+        requires=(("apply_residual_connection_post_layernorm", False),),
+    ),
     Architecture(  # q, k, v are one matrix, and so are gate and up: v -> o and up -> down would need half a fold
         model_types=("phi3",),
         folds=(
@@ -134,37 +249,28 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 )
 
 
-def known_architectures() -> list[str]:
-    """Every `config.model_type` in the table."""
-    return sorted(name for architecture in ARCHITECTURES for name in architecture.model_types)
-
-
 def find_architecture(model_type: str | None) -> Architecture | None:
     """The table's entry for a `config.model_type`, or None."""
     return next((a for a in ARCHITECTURES if model_type in a.model_types), None)
 
 
-def foldable_architecture(model: nn.Module, method: str = "AWQ") -> Architecture:
-    """The table's entry for a model whose scales are to be folded; `method` is who asks, for messages.
-
-    Raises:
-        ArgumentError: the architecture is unknown, or this variant of it does not allow the folds.
-    """
+def expected_folds(model: nn.Module) -> tuple[Fold, ...]:
+    """The folds that the table has for a model; () where it has no entry, or the entry is for models with other settings."""
     config = text_config(model)
-    model_type = getattr(config, "model_type", None)
-    architecture = find_architecture(model_type)
-    if architecture is None:
-        raise ArgumentError(
-            f"{method} folds scales into the layers before, and how is known for {', '.join(known_architectures())}, "
-            f"got {model_type or type(model).__name__}; use GPTQ or RTN, or add an entry to qkernels/models/architectures.py"
-        )
-    for name, expected in architecture.requires:
-        if getattr(config, name, expected) != expected:
-            raise ArgumentError(
-                f"{method} can fold scales in {model_type} models with {name}={expected!r} only, got {getattr(config, name)!r}; "
-                f"use GPTQ or RTN"
-            )
-    return architecture
+    architecture = find_architecture(getattr(config, "model_type", None))
+    if architecture is None or any(getattr(config, name, value) != value for name, value in architecture.requires):
+        return ()
+    return architecture.folds
+
+
+def folds_of_layer(folds: Sequence[Fold], layer: nn.Module) -> tuple[Fold, ...]:
+    """Of the folds of an architecture those of one layer: it has all their modules, and no fold of their source stands before."""
+    names = {name for name, _ in layer.named_modules()}
+    found: dict[str, Fold] = {}
+    for fold in folds:
+        if names.issuperset((fold.source, *fold.targets)):
+            found.setdefault(fold.source, fold)
+    return tuple(found.values())
 
 
 def text_config(model: nn.Module) -> Any:
@@ -250,12 +356,6 @@ def shared_blocks(model: nn.Module) -> tuple[str, str] | None:
                     return other, name
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return next(((b, a) for a, b in tied.items() if a in owner and b in owner and owner[a] != owner[b]), None)
-
-
-def head_dim(model: nn.Module) -> int:
-    """The width of an attention head."""
-    config: Any = text_config(model)
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _holds_blocks(blocks: nn.ModuleList) -> bool:

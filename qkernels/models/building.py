@@ -36,7 +36,7 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> An
     need_transformers("building the model of a checkpoint")
     import transformers
 
-    where = path / CONFIG
+    where = path if path.is_file() else path / CONFIG  # a GGUF file is its own
     values = _decoded(_harmless(without_quantization(config)))
     kind, names = values.get("model_type"), values.get("architectures")
     if kind not in transformers.CONFIG_MAPPING:
@@ -47,6 +47,7 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> An
     try:
         with _parameters_on_meta():
             model = build(transformers.CONFIG_MAPPING[kind].from_dict(values), dtype=dtype)
+        _compute(model)
         if model.can_generate() and (path / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     except Exception as error:  # a config that makes no sense fails in as many ways as there are models
@@ -89,10 +90,31 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
+@torch.no_grad()
+def _compute(model: Any) -> None:
+    """Fill in the parameters that transformers does not save, because the model computes them (Marian's positions)."""
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        path, _, leaf = str(name).rpartition(".")
+        try:
+            owner, empty = model.get_submodule(path), model.get_parameter(name)
+        except AttributeError:  # a variant without it
+            continue
+        owner._parameters[leaf] = nn.Parameter(torch.empty_like(empty, device="cpu"), empty.requires_grad)
+        owner._parameters[leaf].is_computed = True
+        model._init_weights(owner)
+
+
+def computed(model: nn.Module) -> set[str]:
+    """The parameters that a checkpoint need not have, by name: `empty_model` has computed them."""
+    return {name for name, parameter in model.named_parameters() if hasattr(parameter, "is_computed")}
+
+
 def empty_to_meta(module: nn.Module) -> None:
-    """Free a module's parameters; buffers stay."""
+    """Free a module's parameters, but for those that are computed; buffers stay."""
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
+            if hasattr(parameter, "is_computed"):
+                continue
             setattr(owner, name, nn.Parameter(parameter.data.to("meta"), requires_grad=False))
 
 

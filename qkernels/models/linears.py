@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from ..errors import ConversionError
 from ..text import describe
 
 
@@ -95,6 +96,40 @@ _STATE_HOOKS = (
 )  # fmt: skip
 
 
+# Linear layers whose weight the module around them writes to, by the class of that module, below its list of blocks.
+_SCALED_IN_PLACE = {"RwkvModel": ("blocks", ("attention.output", "feed_forward.value"))}
+
+
+def scaled_in_place(model: nn.Module) -> dict[str, str]:
+    """Linear layers whose weight is not what they compute with, by name, with the reason: the first pass scales it in place."""
+    found = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        blocks, leaves = _SCALED_IN_PLACE.get(kind, ("", ()))
+        for index in range(len(getattr(module, blocks, ()))):
+            for leaf in leaves:
+                full = f"{name}.{blocks}.{index}.{leaf}".lstrip(".")
+                found[full] = f"{kind} scales its weight in place when it first runs"
+    return found
+
+
+def check_unscaled(model: nn.Module) -> None:
+    """Raise where a model's weights are not those that belong into files, since its first pass has scaled them.
+
+    Raises:
+        ConversionError: names the layer and the way out.
+    """
+    for name, module in model.named_modules():
+        every = getattr(getattr(module, "config", None), "rescale_every", 0)
+        blocks, (leaf, *_) = _SCALED_IN_PLACE.get(type(module).__name__, ("", ("",)))
+        if blocks and getattr(module, "layers_are_rescaled", False) and 0 < every < len(getattr(module, blocks)):
+            layer = f"{name}.{blocks}.{every}.{leaf}".lstrip(".")
+            raise ConversionError(
+                f"{layer} was scaled in place when {type(module).__name__} first ran, and files hold it as it was: save the "
+                f"model before it runs, or after a pass in training mode (model.train()), which scales it back"
+            )
+
+
 def _is_of_others(hook: Any) -> bool:
     """Whether it is none of those that torch's own parametrizations leave behind when they are removed."""
     return not str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.nn.utils")
@@ -105,7 +140,9 @@ def _computes_linear(module: nn.Module) -> bool:
     if type(module).forward is nn.Linear.forward:
         return True
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 8), (16, 8), (16,)))
+    # on the CPU, also where transformers builds a model inside of `torch.device("meta")`
+    shapes = (2, 3, 8), (16, 8), (16,)
+    x, weight, bias = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
     twin = copy.copy(module)  # shares what it does not replace
     parameters = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias) if module.bias is not None else None}
     twin.__dict__ |= {"in_features": 8, "out_features": 16, "_parameters": parameters}

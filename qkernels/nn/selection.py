@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
-from ..models.linears import is_conv1d, linear_of, why_not_plain
+from ..models.linears import is_conv1d, linear_of, scaled_in_place, why_not_plain
 from ..scheme import QuantScheme
 from .linear import QuantLinear
 from .modules import names_of_modules
@@ -159,7 +159,7 @@ def _sorted_out(
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             users.setdefault(id(parameter), []).append(name)
-    tied = _tied_later(model)
+    tied, scaled = _tied_later(model), scaled_in_place(model)
     spared = heads(model) if exclude is None else set()
     chosen: list[str] = []
     skipped: dict[str, str] = {}
@@ -178,7 +178,7 @@ def _sorted_out(
                 skipped[name] = A_HEAD
             elif shared:
                 skipped[name] = f"its weight is shared with {', '.join(shared)}"
-            elif reason := why_not_plain(module):
+            elif reason := scaled.get(name) or why_not_plain(module):
                 skipped[name] = reason
             elif name in tied:
                 skipped[name] = "its weight is tied to another module's"

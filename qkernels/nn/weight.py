@@ -65,10 +65,12 @@ class PackedWeight(Tensor):
     """The weight `[N, K]` of a `QuantLinear`, without its values: an instance is a shape, a dtype, a device and the layer.
 
     Whatever computes with it gets the dequantized weight, made for that one call and not kept; `F.linear` runs on the layer's
-    kernel. It is read-only, has no gradient, and `detach()` and `.data` are itself. A view or slice of it is a copy.
+    kernel. It is read-only, has no gradient, and `detach()` and `.data` are itself. A view or slice of it is a copy, and
+    read-only, too.
     """
 
     layer: Packed
+    _is_hf_initialized = True  # transformers initializes what it did not load, and asks its tensors (CLIP, Mamba)
 
     @staticmethod
     def __new__(cls, layer: Packed, device: torch.device) -> PackedWeight:
@@ -99,8 +101,9 @@ class PackedWeight(Tensor):
         _refuse_writing(getattr(func, "__name__", ""), args, kwargs)
         if func is nn.functional.linear and (y := _on_the_kernel(*args, **kwargs)) is not None:
             return y
-        args, kwargs = tree_map(_values, (tuple(args), dict(kwargs)))
-        return func(*args, **kwargs)
+        made: list[Tensor] = []
+        args, kwargs = tree_map(lambda value: _values(value, made), (tuple(args), dict(kwargs)))
+        return _read_only(func(*args, **kwargs), made)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -117,8 +120,43 @@ class PackedWeight(Tensor):
         return func(*args, **kwargs)
 
 
-def _values(value: Any) -> Any:
-    return value.layer.dequantize(value.dtype) if isinstance(value, PackedWeight) else value
+class _Copy(Tensor):
+    """Values that look like a view of the weight: what is written to them would be lost, so it is refused."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        _refuse_writing(getattr(func, "__name__", ""), args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            copies = [leaf for leaf in tree_leaves((tuple(args), dict(kwargs))) if isinstance(leaf, _Copy)]
+            return _read_only(func(*args, **kwargs), copies)
+
+
+def _read_only(result: Any, values: Sequence[Tensor]) -> Any:
+    """A function's result, whose tensors are `_Copy` where they lie in the memory of a weight's values."""
+    memory = {t.untyped_storage().data_ptr() for t in values if _has_memory(t)}
+
+    def mark(value: Any) -> Any:
+        shares = _has_memory(value) and value.untyped_storage().data_ptr() in memory
+        return value.as_subclass(_Copy) if shares else value
+
+    return tree_map(mark, result) if memory else result
+
+
+def _has_memory(t: Any) -> bool:
+    return type(t) in (Tensor, _Copy) and not t.is_meta and t.layout == torch.strided and t.numel() > 0
+
+
+def _values(value: Any, made: list[Tensor] | None = None) -> Any:
+    """The values where a weight is meant; they are added to `made`."""
+    if not isinstance(value, PackedWeight):
+        return value
+    values = value.layer.dequantize(value.dtype)
+    if made is not None:
+        made.append(values)
+    return values
 
 
 def _refuse_writing(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -126,7 +164,7 @@ def _refuse_writing(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
     target = args[0] if args else next((kwargs[key] for key in ("self", "input", "tensor") if key in kwargs), None)
     written = [target] if in_place or name in ("__set__", "__delete__") else []
-    if any(isinstance(leaf, PackedWeight) for leaf in (*written, *tree_leaves(kwargs.get("out")))):
+    if any(isinstance(leaf, PackedWeight | _Copy) for leaf in (*written, *tree_leaves(kwargs.get("out")))):
         raise ArgumentError(READ_ONLY)
 
 

@@ -160,5 +160,5 @@ class Options(ActBitsIsAct):
 
     @property
     def folds(self) -> bool:
-        """Whether it folds scales into what feeds a layer, which takes an entry in `models.architectures`."""
+        """Whether it folds scales into what feeds a layer, which `layerwise.tracing` finds."""
         return self.scale_search() is not None or self.scale_rule() is not None

@@ -1,4 +1,4 @@
-"""`atomic_directory`: a directory that appears complete or not at all."""
+"""`atomic_directory`, `atomic_files`: what appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -65,6 +65,66 @@ def atomic_directory(
             shutil.rmtree(temporary, ignore_errors=True)
         if lock >= 0:
             os.close(lock)
+
+
+@contextmanager
+def atomic_files(
+    directory: Path, names: Sequence[str], magic: bytes, overwrite: bool = False, sources: Collection[Path] = ()
+) -> Iterator[Path]:
+    """Files that appear in `directory` complete or not at all: yields a temporary directory in it to write them in; each takes
+    its place on success, the first of them last, so that who finds that one finds them all. What kills leave goes as in
+    `atomic_directory`.
+
+    Args:
+        names: of the files that the body writes.
+        magic: how such files begin. With `overwrite`, a file that begins so is replaced.
+        sources: what the body reads, which none of the files may be.
+
+    Raises:
+        CheckpointError: one of the files exists; or is one of `sources`, or no such file; or the disk is full or read-only.
+    """
+    first = directory / names[0]
+    temporary: Path | None = None
+    lock = -1
+    try:
+        with _as_checkpoint_error(first):
+            directory.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(first)
+            _check_files(directory, names, magic, overwrite, sources)
+            temporary, lock = _locked_directory(first)
+        with _as_checkpoint_error(first, DISK_FULL):
+            yield temporary
+        with _as_checkpoint_error(first):
+            _sync_tree(temporary)
+            _check_files(directory, names, magic, overwrite, sources)
+            for name in reversed(names):
+                (temporary / name).replace(directory / name)
+            _sync(directory)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+def _check_files(
+    directory: Path, names: Sequence[str], magic: bytes, overwrite: bool, sources: Collection[Path]
+) -> None:
+    for path in (directory / name for name in names):
+        if not path.exists():
+            continue
+        if path.resolve() in sources:
+            raise CheckpointError(f"{path} is read to write it, and is kept; choose another target")
+        if not overwrite:
+            raise CheckpointError(
+                f"{path} exists; choose another target, remove it, or pass overwrite=True (--overwrite)"
+            )
+        with path.open("rb") as file:  # a directory cannot be opened, and says so
+            begins = file.read(len(magic))
+        if begins != magic:
+            raise CheckpointError(
+                f"{path} does not begin with {magic!r}, so it is not overwritten; choose another target"
+            )
 
 
 @contextmanager

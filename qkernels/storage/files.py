@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
 import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def require_directory(path: Path) -> None:
     """
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is not a directory; a checkpoint is a local folder with {CONFIG} and *.safetensors "
+            f"{path} is not a directory; a checkpoint is a local folder with {CONFIG} and *.safetensors, or a GGUF file "
             "(download a Hub model first, with `hf download`)"
         )
 
@@ -85,6 +86,11 @@ def write_error(error: OSError, path: Path) -> CheckpointError:
             f"no space left to write {path} ({error.strerror}{room}); free some or choose another target"
         )
     return CheckpointError(f"cannot write {path}: {error}")
+
+
+def no_such_tensor(where: Path, name: str, known: Collection[str]) -> CheckpointError:
+    close = difflib.get_close_matches(name, known, n=1)
+    return CheckpointError(f"{where} has no tensor {name}{f'; the nearest name is {close[0]}' if close else ''}")
 
 
 def memory_of(tensor: Tensor) -> memoryview:

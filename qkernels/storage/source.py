@@ -7,7 +7,6 @@ nothing is ever unpickled. Layout of a safetensors file: uint64 little-endian le
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -31,6 +30,7 @@ from .files import (
     PICKLE_SUFFIXES,
     SINGLE,
     memory_of,
+    no_such_tensor,
     parse_json,
     read_json,
     require_directory,
@@ -104,9 +104,7 @@ class TensorSource:
             CheckpointError: there is none of that name.
         """
         if name not in self.entries:
-            close = difflib.get_close_matches(name, self.entries, n=1)
-            hint = f"; the nearest name is {close[0]}" if close else ""
-            raise CheckpointError(f"{self.directory} has no tensor {name}{hint}")
+            raise no_such_tensor(self.directory, name, self.entries)
         return self.entries[name]
 
     def shape(self, name: str) -> tuple[int, ...]:

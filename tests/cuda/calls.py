@@ -1,7 +1,7 @@
 """Weights and activations to calls of the launchers in csrc/cuda, run on the CPU by `emulator`.
 
 `multiply`, `dequantize` and `stage` are what the op does on a GPU, with the configuration given instead of chosen; outputs
-and workspaces start as NaN, and x lies in a larger tensor of NaN.
+and workspaces start as NaN, and x lies in a larger tensor of STRAY.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ UNIT = "mma_tile"
 LAYOUT = get_layout("mma_tile")
 DTYPES = (torch.float16, torch.bfloat16)
 TYPES = {None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}  # enum Type of csrc/types.h
+# What lies around x. Large, and finite: a kernel that reads NaN there, where it should read nothing, would find that its sum is
+# not finite and add it again, rightly (sum_again.cuh).
+STRAY = 4096.0
 PATHS = {"decode": 0, "gemm": 1, "dequantize": 2, "gemm_sm90": 3, "gemm_a8": 4, "gemm_a8_sm90": 5}
 
 
@@ -60,9 +63,9 @@ def padded(x: Tensor) -> tuple[Tensor, int]:
 
 
 def in_room(x: Tensor) -> Tensor:
-    """x as rows of a larger tensor of NaN: 16-byte aligned, so that the kernels copy 16 bytes at a time where K allows."""
+    """x as rows of a larger tensor of STRAY: 16-byte aligned, so that the kernels copy 16 bytes at a time where K allows."""
     M, K = x.shape
-    room = torch.full((M + 2, -(-K // 8) * 8 + 16), float("nan"), dtype=x.dtype)
+    room = torch.full((M + 2, -(-K // 8) * 8 + 16), STRAY, dtype=x.dtype)
     view = room[1 : M + 1, 8 : 8 + K]
     return view.copy_(x)
 

@@ -84,11 +84,13 @@ class Forced:
 
 def forced() -> Iterator[Forced]:
     """Every combination that a launcher tells apart, the plainest first."""
-    kinds = list(product(("g64", "g32"), ZEROS, SCALES))
+    kinds = list(product(("g64", "g32", "g16"), ZEROS, SCALES))
     for bits, dtype, (group, zeros, scales) in product((4, 8), DTYPES, kinds):
         scheme = f"w{bits}a16_{group}{zeros}"
         for tokens in (8, 16, 32):
             yield Forced(scheme, Config("decode", tokens, 1, 2), dtype, scales)
+        if group == "g16":  # the others have no instance of their own for it
+            continue
         for tokens in (32, 64, 128):
             yield Forced(scheme, Config("gemm", tokens), dtype, scales)
         for tokens in WGMMA_TOKENS:

@@ -17,7 +17,7 @@ class Mutant:
     broken: str
 
 
-DECODE = ("decode.cu", "decode.cuh")
+DECODE = ("decode_f16.cu", "decode.cuh")
 GEMM = ("gemm_sm80_f16.cu", "gemm_sm80.cuh")
 A8 = ("gemm_a8.cu", "gemm_a8.cuh")
 QUANTIZE = ("gemm_a8.cu", "quantize_a8.cuh")
@@ -28,8 +28,11 @@ NO_ROW_MASK = ("output.cuh", "if (m < out.M && n < out.N_pad) store", "if (n < o
 MUTANTS: dict[str, Mutant] = {
     # Scales are copied by some lanes for all, and slots are reused: without the warp's barrier lanes race.
     "DECODE_NO_WARP_BARRIER": Mutant(*DECODE, "__syncwarp();  // all lanes' copies of this slot", "// "),
-    "DECODE_SHORT_WAIT": Mutant(*DECODE, "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
-    "DECODE_NO_WAIT_FOR_X": Mutant(*DECODE, "cp_async_wait<kStages - 1>();", "cp_async_wait<kStages>();"),
+    "DECODE_SHORT_WAIT": Mutant(*DECODE, "    cp_async_wait<kUsual - 2>();", "    cp_async_wait<kUsual - 1>();"),
+    "DECODE_NO_WAIT_FOR_X": Mutant(*DECODE, "cp_async_wait<0>();  // x, the youngest", "cp_async_wait<1>();  // "),
+    "DECODE_NOT_AGAIN": Mutant(
+        "decode_bf16.cu", "decode.cuh", "if (!all_finite(low, high)) sum_again", "if (false) sum_again"
+    ),
     "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of the next slot", "// "),
     # The slot that is read next, instead of the one that is free.
     "GEMM_COPIES_TOO_EARLY": Mutant(*GEMM, "copy_step(step + kStages, slot);", "copy_step(step + kStages, next_slot);"),
@@ -40,8 +43,12 @@ MUTANTS: dict[str, Mutant] = {
         "    auto prepare_next = [&] {\n      if (step + kStages < end) copy_step(step + kStages, slot);\n",
     ),
     "GEMM_SHORT_WAIT": Mutant(*GEMM, "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
+    # In the first file that is linked: the function is inline, and the linker keeps one of equal names.
     "DECODE_NO_CLAMP": Mutant(
-        "decode.cu", "copy.cuh", "column = column < 0 ? 0 : column >= a.K ? a.K - 1 : column;", ""
+        "decode_bf16.cu", "copy.cuh", "return column < 0 ? 0 : column >= K ? K - 1 : column;", "return column + 0 * K;"
+    ),
+    "GEMM_NOT_AGAIN": Mutant(
+        "gemm_sm80_bf16.cu", "gemm_sm80.cuh", "if (!all_finite(low, high)) again |=", "if (false) again |="
     ),
     "GEMM_NO_ROW_MASK": Mutant("gemm_sm80_f16.cu", *NO_ROW_MASK),
     # What every launch did once: a limit of its own, which a smaller launch lowers under a larger one.
@@ -68,10 +75,14 @@ MUTANTS: dict[str, Mutant] = {
     "WGMMA_WRONG_PHASE": Mutant(
         *WGMMA, "mbarrier_wait(ring.full(), ring.parity);", "mbarrier_wait(ring.full(), ring.parity ^ 1);"
     ),
-    "WGMMA_PRODUCER_DOES_NOT_WAIT": Mutant(*WGMMA, "mbarrier_wait(ring.empty(), ring.parity ^ 1);", ""),
+    "WGMMA_PRODUCER_DOES_NOT_WAIT": Mutant(
+        *WGMMA, "mbarrier_wait(ring.empty(), ring.parity ^ 1);  // its codes", "// "
+    ),
     "WGMMA_WRONG_SWIZZLE": Mutant(
         "gemm_sm90.cu", "ptx_sm90.cuh", "uint64_t{128 / kRowBytes} << 62", "uint64_t{2} << 62"
     ),
+    # Scales are read from a stage that has brought none, but in the first step of their group.
+    "WGMMA_STALE_SCALES": Mutant(*WGMMA, "if (fresh_in == 0) {", "{"),
     "WGMMA_NO_PROXY_FENCE": Mutant(*WGMMA, "    fence_async_proxy();\n", ""),
     "WGMMA_EARLY_RELEASE": Mutant(
         *WGMMA,
@@ -81,8 +92,9 @@ MUTANTS: dict[str, Mutant] = {
     "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kConsumers);", ""),
     "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
     "WGMMA_NO_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // all blocks' totals", "// "),
-    "WGMMA_NO_LAST_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // nobody", "// "),
-    "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M) store_y", "store_y"),
+    "WGMMA_NO_LAST_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier_relaxed();  // nobody", "// "),
+    "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(*WGMMA, "if (m >= p.out.M || n >= (F::kScaled", "if (n >= (F::kScaled"),
+    "WGMMA_NOT_AGAIN": Mutant(*WGMMA, "if (!all_finite(low, high)) sum_again", "if (false) sum_again"),
     "IGMMA_NO_WAIT": Mutant(*IGMMA, "    wgmma_wait<0>();\n    wgmma_results(sums);\n    release", "    release"),
     "IGMMA_SHORT_WAIT": Mutant(*IGMMA, "wgmma_wait<1>();  // the first fragment", "wgmma_wait<2>();  // "),
     "IGMMA_NO_FENCE": Mutant(*IGMMA, "    wgmma_fence();\n", ""),
@@ -93,7 +105,9 @@ MUTANTS: dict[str, Mutant] = {
         "gemm_a8_sm90.cu", "ptx_sm90.cuh", "uint64_t{128 / kRowBytes} << 62", "uint64_t{1} << 62"
     ),
     # One step after its group has ended, the slot holds what another group or nobody wrote.
-    "IGMMA_SCALES_TOO_LATE": Mutant(*IGMMA, "walk.left == 1 || step + 1 == end ?", "step + 1 == end ?"),
+    "IGMMA_SCALES_TOO_LATE": Mutant(
+        "gemm_a8_sm90.cu", "gemm_sm90.cuh", "walk.left == 1 || step + 1 == end :", "step + 1 == end :"
+    ),
     "IGMMA_EARLY_RELEASE": Mutant(*IGMMA, "__syncwarp();  // all lanes have read the stage\n", "\n"),
     # Right as long as a group of 32 columns ends with its step; but the compiler and a reader see a loop whose second round
     # writes a fragment that is being read.

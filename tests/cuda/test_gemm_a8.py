@@ -10,6 +10,7 @@ from tests.cuda import calls, emulator
 from tests.cuda.calls import DTYPES, TYPES, in_room
 from tests.cuda.calls_a8 import check, expected, multiply_call, noise, quantized
 from tests.cuda.emulator import SCHEDULES, Call
+from tests.cuda.units import in_full
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
 
@@ -198,6 +199,7 @@ def test_a_missing_barrier_is_a_race(bug: str) -> None:
     assert DATA_RACE in emulator.replay(calls.UNIT, sanitized()[0], "tsan", bug=bug).report
 
 
+@in_full
 def test_a_missing_mask_is_an_overflow() -> None:
     assert "heap-buffer-overflow" in emulator.replay(calls.UNIT, sanitized()[0], "asan", bug="A8_NO_ROW_MASK").report
 

@@ -13,6 +13,7 @@ from tests.cuda import calls, emulator
 from tests.cuda.calls import DTYPES, in_room
 from tests.cuda.calls_a8 import check, expected, multiply_call, noise
 from tests.cuda.emulator import SCHEDULES, Call
+from tests.cuda.units import in_full
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
 
@@ -149,10 +150,12 @@ def test_what_is_asynchronous_is_waited_for(bug: str, report: str) -> None:
     assert report in found("program", bug)
 
 
+@in_full  # the twins of gemm_sm90
 @pytest.mark.parametrize("bug", ["IGMMA_EARLY_RELEASE", "IGMMA_NO_BARRIER_BEFORE_EXCHANGE"])
 def test_a_missing_barrier_is_a_race(bug: str) -> None:
     assert DATA_RACE in found("tsan", bug)
 
 
+@in_full
 def test_a_missing_mask_is_an_overflow() -> None:
     assert "heap-buffer-overflow" in found("asan", "IGMMA_NO_ROW_MASK")

@@ -16,6 +16,7 @@ from tests.cuda import calls, emulator
 from tests.cuda.bounds import ZEROS, bound
 from tests.cuda.calls import DTYPES, Config, gemm_sm90, in_room, multiply
 from tests.cuda.emulator import SCHEDULES
+from tests.cuda.units import in_full
 from tests.ops.helpers import exact_product, integers
 from tests.strategies import random_weight
 
@@ -170,6 +171,7 @@ def found(flavour: emulator.Flavour, bug: str, schedule: str = "ascending") -> s
         ("WGMMA_WRONG_PHASE", "more arrivals at an mbarrier"),
         ("WGMMA_WRONG_SWIZZLE", "wrong"),
         ("WGMMA_PRODUCER_DOES_NOT_WAIT", "more arrivals at an mbarrier"),
+        ("WGMMA_STALE_SCALES", "wrong"),
         ("WGMMA_NO_FENCE", "wgmma without wgmma.fence"),
         ("WGMMA_NO_PROXY_FENCE", "fence.proxy.async"),
         ("WGMMA_NO_CLUSTER_BARRIER", "wrong"),
@@ -180,11 +182,18 @@ def test_what_is_asynchronous_is_waited_for(bug: str, report: str) -> None:
     assert report in found("program", bug)
 
 
-@pytest.mark.parametrize("bug", ["WGMMA_EARLY_RELEASE", "WGMMA_NO_BARRIER_BEFORE_EXCHANGE", "WGMMA_NO_CLUSTER_BARRIER"])
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "WGMMA_EARLY_RELEASE",
+        "WGMMA_NO_BARRIER_BEFORE_EXCHANGE",
+        pytest.param("WGMMA_NO_CLUSTER_BARRIER", marks=in_full),
+    ],
+)
 def test_a_missing_barrier_is_a_race(bug: str) -> None:
     assert DATA_RACE in found("tsan", bug)
 
 
-@pytest.mark.parametrize("bug", ["WGMMA_NO_ROW_MASK", "WGMMA_CLUSTER_NO_ROW_MASK"])
+@pytest.mark.parametrize("bug", [pytest.param("WGMMA_NO_ROW_MASK", marks=in_full), "WGMMA_CLUSTER_NO_ROW_MASK"])
 def test_a_missing_mask_is_an_overflow(bug: str) -> None:
     assert "heap-buffer-overflow" in found("asan", bug)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from dataclasses import dataclass
 
@@ -210,6 +211,25 @@ def test_clusters_are_counted_as_the_device_has_room_for_them(capacity: int) -> 
         assert config != of_four, text
         assert predict(64, 4096, 4096, 90, of_four, **active) > at_once + 2000  # a second wave, and its start
         assert at_once < ns < at_once + 2000
+
+
+def test_the_model_has_the_counts_of_the_guard() -> None:
+    """kDecodeRounds: [4 bit, 8 bit][groups of 64 and more, of 32, of 16][8, 16, 32 tokens][16-bit scales, integer zeros, any]."""
+    text = (emulator.CUDA / "heuristics.h").read_text().split("kDecodeRounds[2][3][3][3] =")[1].split(";")[0]
+    rounds = [int(number) for number in re.findall(r"\d+", text)]
+    assert len(rounds) == 54
+    counted = json.loads((emulator.ROOT / "tools" / "guard.json").read_text())["cuda"]["figures"][
+        "cuda instructions a round"
+    ]
+    places = {
+        "decode w4 g128": (0, 0, 0, 0), "decode w4 g128, integer zeros": (0, 0, 0, 1),
+        "decode w4 g128, float zeros": (0, 0, 0, 2), "decode w4 g128, 16 tokens": (0, 0, 1, 0),
+        "decode w4 g128, 32 tokens": (0, 0, 2, 0), "decode w4 g32": (0, 1, 0, 0),
+        "decode w4 g16": (0, 2, 0, 0), "decode w8 g128": (1, 0, 0, 0),
+    }  # fmt: skip
+    assert places.keys() == {name for name in counted if name.startswith("decode")}
+    for name, (bits, groups, tokens, kind) in places.items():
+        assert rounds[((bits * 3 + groups) * 3 + tokens) * 3 + kind] == counted[name], name
 
 
 def test_every_number_of_a_card_has_a_source() -> None:

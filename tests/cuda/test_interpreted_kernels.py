@@ -7,11 +7,12 @@ import torch
 
 from tests.strategies import random_weight
 
+from .calls import TYPES, weight_arguments
 from .calls_a8 import expected as expected_a8
 from .calls_a8 import multiply_call as multiply_a8_call
 from .calls_a8 import noise
 from .cases import CASES, Case
-from .emulator import WHY_NOT
+from .emulator import WHY_NOT, Call
 from .interpreted import interpret
 from .units import needs_nvcc
 
@@ -54,3 +55,17 @@ def test_int8_products_are_exact(scheme: str, M: int, K: int, tokens: int, split
         assert one.outcome.races == set()
     factors = {opcode: t.used / t.least for opcode in HOT if (t := launches[1].shared(opcode)).least}
     assert set(factors.values()) <= {1.0}, factors
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dequantize_writes_whole_sectors(bits: int, dtype: torch.dtype) -> None:
+    """Of each 32 bytes of a line that a store of a warp touches it writes all, and the weight is right."""
+    weight = random_weight(f"w{bits}a16_g32_asym", 70, 192, exact=True)
+    buffers, integers = weight_arguments(weight)
+    to = torch.full((70, 192), float("nan"), dtype=dtype)
+    more = {"first": 0, "count": 2, "columns": 192, "type": TYPES[dtype]}
+    (one,) = interpret("mma_tile", Call("dequantize", {**buffers, "k_order": None, "to": to}, {**integers, **more}))
+    assert torch.equal(to, weight.dequantize().to(dtype))
+    stores = one.sectors("st.global")
+    assert stores.used == stores.least > 0

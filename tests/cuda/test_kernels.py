@@ -15,7 +15,8 @@ from torch import Tensor
 from qkernels import QuantTensor
 from tests.cuda import calls, emulator
 from tests.cuda.bounds import ZEROS, bound
-from tests.cuda.calls import DTYPES, Config, decode, gemm, in_room, multiply
+from tests.cuda.calls import DTYPES, STRAY, Config, decode, gemm, in_room, multiply
+from tests.cuda.emulator import Call
 from tests.ops.helpers import exact_product, integers, magnitudes
 from tests.strategies import random_weight
 
@@ -127,13 +128,13 @@ def test_every_dtype_of_scales_zeros_and_bias(dtype: torch.dtype, scale_dtype: t
 
 
 def test_strided_activations() -> None:
-    """Rows and columns picked out of a larger tensor whose other entries are NaN."""
+    """Rows and columns picked out of a larger tensor of other numbers."""
     weight = random_weight("w4a16_g32_fzero", 40, 96, exact=True)
     for M, dtype in ((1, torch.float16), (9, torch.bfloat16)):
         x = integers(M, 96, dtype=dtype)
-        room = torch.full((2 * M + 1, 3 * 96 + 5), float("nan"), dtype=dtype)
+        room = torch.full((2 * M + 1, 3 * 96 + 5), STRAY, dtype=dtype)
         for view in (room[1::2, 5:101], room[:M, 4 : 4 + 3 * 96 : 3], room.T[2:98, :M].T):
-            room.fill_(float("nan"))
+            room.fill_(STRAY)
             view.copy_(x)
             check(weight, view, decode(M))
             check(weight, view, gemm(32))
@@ -159,6 +160,24 @@ def test_orders_from_outside_cannot_read_outside() -> None:
         emulator.run(calls.UNIT, call)
         results.append(call.buffers["y"])
     assert torch.equal(*results)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("K", [96, 90])
+def test_an_order_may_lie_anywhere(K: int) -> None:
+    """Indices are read 16 bytes at a time where they are aligned, one by one in a view that is not, and past the last eight."""
+    weight = random_weight("w4a16_g32", 40, K, act_order=True, exact=True)
+    x = integers(3, K, dtype=torch.float16)
+    expected = exact_product(weight, x)
+    for offset in range(4):
+        call = calls.multiply_call(weight, x, decode(3))
+        order = call.buffers["k_order"]
+        assert order is not None
+        room = torch.full((K + 8,), -1, dtype=torch.int32)
+        start = -room.data_ptr() % 16 // 4 + offset
+        moved = room[start : start + K].copy_(order)
+        assert moved.data_ptr() % 16 == 4 * offset
+        emulator.run(calls.UNIT, Call("multiply", {**call.buffers, "k_order": moved}, call.integers))
+        assert torch.equal(call.buffers["y"], expected)  # type: ignore[arg-type]
 
 
 def test_a_row_depends_on_nothing_but_itself() -> None:

@@ -42,7 +42,7 @@ def test_the_host_twins_do_what_the_instructions_do() -> None:
     interpret("sample", as_ptx)
     left, right = on_host.given()["out"], as_ptx.given()["out"]
     written = (left != -1).any(dim=2).any(dim=0)
-    assert int(written.sum()) == 46  # all that wrappers.cuh puts
+    assert int(written.sum()) == 48  # all that wrappers.cuh puts
     differ = ((left != right).any(dim=2).any(dim=0)).nonzero()[:, 0].tolist()
     assert differ == []
 
@@ -122,8 +122,8 @@ def test_what_is_not_understood_is_an_error(body: str, message: str) -> None:
 def test_an_unknown_instruction_is_an_error_when_it_runs() -> None:
     from .ptx.interpreter import launch
 
-    program = parse(".entry kernel() {\n.reg .b32 %r<3>;\nvote.sync.any.pred %r1, %r2;\nret;\n}", "kernel")
-    with pytest.raises(PtxError, match="unsupported: vote"):
+    program = parse(".entry kernel() {\n.reg .b32 %r<3>;\nmatch.any.sync.b32 %r1, %r2;\nret;\n}", "kernel")
+    with pytest.raises(PtxError, match="unsupported: match"):
         launch(program, (1, 1, 1), (32, 1, 1), 0, [], [])
 
 

@@ -16,10 +16,10 @@ from torch.library import opcheck
 
 from qkernels import QuantLinear, QuantTensor, extension
 from qkernels.layouts import get_layout
-from tests.cuda import calls_a8
-from tests.cuda.calls import PATHS
+from tests.cuda import calls_a8, nonfinite
+from tests.cuda.calls import PATHS, STRAY
 from tests.cuda.instances import Forced, forced
-from tests.ops.helpers import arguments, dequantize_arguments, exact_product, integers
+from tests.ops.helpers import arguments, assert_like_a_float_layer, dequantize_arguments, exact_product, integers
 from tests.strategies import random_weight
 
 pytestmark = [
@@ -133,10 +133,20 @@ def test_act_order_odd_columns_and_strides(dtype: torch.dtype) -> None:
     args = on_gpu(arguments(weight, torch.zeros(1, 333, dtype=dtype), layout="mma_tile"))
     for M in TOKENS:
         x = integers(M, 333, dtype=dtype, most=2)
-        room = torch.full((2 * M + 1, 3 * 333), float("nan"), dtype=dtype, device="cuda")
+        room = torch.full((2 * M + 1, 3 * 333), STRAY, dtype=dtype, device="cuda")
         view = room[1::2, 5:338]
         view.copy_(x)
         assert torch.equal(torch.ops.qkernels.gemm_mma_tile(view, *args[1:]).cpu(), exact_product(weight, x)), M
+
+
+@pytest.mark.parametrize("path", ["decode", "gemm", "gemm_sm90"])
+def test_infinities_and_huge_numbers_give_what_a_float_layer_gives(path: str) -> None:
+    if path.endswith("sm90") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is sm_90a's alone")
+    for c, weight, x in (problem for problem in nonfinite.problems() if problem[0].path == path):
+        config = (PATHS[c.path], c.tokens, c.warps_n, c.warps_k, c.splits, c.half_accumulate, c.stages)
+        y = torch.ops.qkernels_forced.multiply(*on_gpu(arguments(weight, x, layout="mma_tile")), *config)
+        assert_like_a_float_layer(y.cpu(), weight, x)
 
 
 def test_large_layers_split_over_the_whole_card() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,88 +11,125 @@ import torch
 from torch import nn
 
 from qkernels.errors import ArgumentError, CheckpointError
-from qkernels.layerwise.running import LayerInputs, Place, run_layer
-from qkernels.layerwise.scaling import HeadSharing, apply_fold
+from qkernels.layerwise.folds import HeadSharing, ProvedFold, apply_fold
+from qkernels.layerwise.running import LayerInputs, Place, first_output, propagate
+from qkernels.layerwise.tracing import find_folds
 from qkernels.models.architectures import (
     ARCHITECTURES,
+    Fold,
     block_lists,
     decoder_layers,
-    foldable_architecture,
-    head_dim,
-    known_architectures,
+    expected_folds,
+    find_architecture,
+    folds_of_layer,
 )
 from qkernels.models.building import empty_model, empty_to_meta
-from qkernels.models.linears import linear_of
 from qkernels.storage import TensorSource
-from tests.tiny_models import VOCABULARY, first_inputs, tiny_model
+from tests.tiny_models import KINDS, VOCABULARY, first_inputs, in_float64, tiny_model
 
 pytest.importorskip("transformers")
 
 
-def first_layer_outputs(model: Any) -> tuple[nn.Module, LayerInputs, Place]:
+def layers_with_inputs(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, LayerInputs]]:
+    """The layers of a decoder in a dtype, each with what goes into it. It is run when the next is asked for, so that
+    what it writes for others is there."""
     name, layers = decoder_layers(model)
-    chain = first_inputs(model, torch.arange(24).view(2, 12) % VOCABULARY, torch.float64)
+    chain = first_inputs(model, torch.arange(24).view(2, 12) % VOCABULARY, dtype)
     assert chain.names == [f"{name}.{index}" for index in range(len(layers))] and not chain.follows
-    return layers[0], LayerInputs(chain.hidden, chain.calls[f"{name}.0"]), Place(torch.device("cpu"), torch.float64)
+    for leaf, layer in zip(chain.names, layers, strict=True):
+        inputs = LayerInputs(chain.hidden, chain.calls[leaf])
+        yield leaf, layer, inputs
+        with torch.no_grad():
+            propagate(layer, inputs, place(dtype), leaf)
 
 
-@pytest.mark.parametrize("model_type", known_architectures())
+def place(dtype: torch.dtype) -> Place:
+    return Place(torch.device("cpu"), dtype)
+
+
+def outputs(layer: nn.Module, inputs: LayerInputs, dtype: torch.dtype) -> torch.Tensor:
+    """What a layer puts out, without a trace in what it is called with."""
+    with torch.no_grad():
+        return first_output(inputs.calls[0].outcome(layer, inputs.hidden[0], place(dtype))[0])
+
+
+def settings(fold: Fold) -> tuple[str, frozenset[str], str | None]:
+    return fold.source, frozenset(fold.targets), fold.parent
+
+
+KNOWN = sorted(name for architecture in ARCHITECTURES for name in architecture.model_types)
+VARIANTS = [
+    *((model_type, {}) for model_type in KNOWN),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("deepseek_v2", {"q_lora_rank": 16}),
+    ("deepseek_v3", {"q_lora_rank": None}),
+    ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 2}),
+    ("gemma4_text", {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": KINDS * 2}),
+    ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}),
+    ("qwen2", {"num_key_value_heads": 4}),
+]
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
 def test_names_in_the_table_exist(model_type: str) -> None:
     model = tiny_model(model_type)
-    architecture = foldable_architecture(model)
-    name, layers = decoder_layers(model)
-    assert name == architecture.layers
-    assert len(layers) == 2
+    architecture = find_architecture(model_type)
+    assert architecture is not None
+    assert decoder_layers(model)[0] == architecture.layers
     assert model.get_submodule(architecture.embeddings) is model.get_input_embeddings()
     assert model.get_submodule(architecture.head) is model.get_output_embeddings()
     assert model.get_submodule(architecture.final_norm) is not None
-    for fold in architecture.folds:
-        assert all(linear_of(layers[0], target).in_features for target in fold.targets)
-        layers[0].get_submodule(fold.parent or "")
+    assert expected_folds(model) == architecture.folds
+    variants = [tiny_model(model_type, **changes) for name, changes in VARIANTS if name == model_type]
+    layers_of_all = [layer for variant in variants for layer in decoder_layers(variant)[1]]
+    used = {fold for layer in layers_of_all for fold in folds_of_layer(architecture.folds, layer)}
+    assert used == set(architecture.folds)
 
 
-@pytest.mark.parametrize("model_type", known_architectures())
-def test_folds_leave_the_function_as_it_is(model_type: str) -> None:
-    """With random scales from 1/8 to 8 on every fold of a layer, grouped-query attention included. The model is in fp64, but
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS, ids=str)
+def test_tracing_finds_what_the_table_says_and_scaled_layers_compute_what_they_did(
+    model_type: str, changes: dict[str, Any]
+) -> None:
+    """Every layer of a model, nothing more and nothing less. Then random scales from 1/8 to 8 on every fold, in fp64; but
     transformers computes norms and softmax in fp32 whatever the dtype: the bound is 32 roundings of that."""
-    model = tiny_model(model_type).double()
-    architecture = foldable_architecture(model)
-    layer, inputs, place = first_layer_outputs(model)
-    with torch.no_grad():
-        before = torch.cat(list(run_layer(layer, inputs, place)))
-        for fold in architecture.folds:
-            source, target = layer.get_submodule(fold.source), linear_of(layer, fold.targets[0])
-            channels = source.out_features if isinstance(source, nn.Linear) else target.in_features
-            sharing = HeadSharing(target.in_features // channels, head_dim(model))
+    model = tiny_model(model_type, **changes)
+    expected = expected_folds(model)
+    found = {}
+    for name, layer, inputs in layers_with_inputs(model, torch.float32):
+        found[name] = find_folds(layer, inputs, place(torch.float32), name).proved
+        assert [*map(settings, folds_of_layer(expected, layer))] == [settings(proved.fold) for proved in found[name]]
+    for name, layer, inputs in layers_with_inputs(in_float64(model), torch.float64):
+        before = outputs(layer, inputs, torch.float64)
+        for proved in found[name]:
+            source = layer.get_submodule(proved.fold.source)
+            channels = source.out_features if isinstance(source, nn.Linear) else source.weight.numel()
             scales = torch.exp2(torch.rand(channels, dtype=torch.float64) * 6 - 3)
-            apply_fold(layer, fold, scales, sharing, architecture.unit_offset_norms, torch.float64)
-        after = torch.cat(list(run_layer(layer, inputs, place)))
-    assert float((after - before).abs().max()) <= 32 * torch.finfo(torch.float32).eps * float(before.abs().max())
+            apply_fold(layer, proved, scales, torch.float64)
+        after = outputs(layer, inputs, torch.float64)
+        assert float((after - before).abs().max()) <= 32 * torch.finfo(torch.float32).eps * float(before.abs().max())
 
 
-@pytest.mark.parametrize("model_type", known_architectures())
+@pytest.mark.parametrize("model_type", KNOWN)
 def test_a_layer_is_run_as_the_model_runs_it(model_type: str) -> None:
     """With eager attention, which is causal by the mask alone: GPT-2 passes that by position."""
-    model = tiny_model(model_type, attn_implementation="eager").double()
-    layer, inputs, place = first_layer_outputs(model)
+    model = in_float64(tiny_model(model_type, attn_implementation="eager"))
+    _, layer, inputs = next(layers_with_inputs(model, torch.float64))
+    output = outputs(layer, inputs, torch.float64)
     with torch.no_grad():
-        (output,) = run_layer(layer, inputs, place)
         expected = model(torch.arange(24).view(2, 12) % VOCABULARY, output_hidden_states=True).hidden_states[1]
     assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma", "opt"])
 def test_a_wrong_fold_is_noticed(model_type: str) -> None:
-    """Negative control: the norm's scales given to the wrong half of the consumers."""
+    """Negative control of the bound: the norm's scales given to one of the consumers only."""
     model = tiny_model(model_type).double()
-    layer, inputs, place = first_layer_outputs(model)
-    fold = foldable_architecture(model).folds[0]
-    with torch.no_grad():
-        before = torch.cat(list(run_layer(layer, inputs, place)))
-        scales = torch.exp2(torch.rand(32, dtype=torch.float64) * 6 - 3)
-        wrong = type(fold)(fold.source, fold.targets[:1], fold.parent)
-        apply_fold(layer, wrong, scales, HeadSharing(), False, torch.float64)
-        after = torch.cat(list(run_layer(layer, inputs, place)))
+    _, layer, inputs = next(layers_with_inputs(model, torch.float64))
+    fold = expected_folds(model)[0]
+    before = outputs(layer, inputs, torch.float64)
+    scales = torch.exp2(torch.rand(32, dtype=torch.float64) * 6 - 3)
+    apply_fold(layer, ProvedFold(Fold(fold.source, fold.targets[:1])), scales, torch.float64)
+    after = outputs(layer, inputs, torch.float64)
     assert float((after - before).abs().max()) > 1e-3 * float(before.abs().max())
 
 
@@ -104,7 +142,7 @@ def test_head_sharing_repeats_heads_and_not_channels() -> None:
     assert torch.equal(HeadSharing().spread(spread), spread)
 
 
-@pytest.mark.parametrize("model_type", known_architectures())
+@pytest.mark.parametrize("model_type", KNOWN)
 def test_empty_model_has_no_weights_but_the_buffers(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     model.save_pretrained(tmp_path)
@@ -129,24 +167,50 @@ def test_empty_to_meta_frees_parameters_only() -> None:
     assert not any(b.is_meta for b in module.buffers())
 
 
-def test_an_unknown_architecture_is_named_for_awq() -> None:
+def test_nothing_is_expected_of_what_the_table_does_not_have() -> None:
     class Other(nn.Module):
         config = type("Config", (), {"model_type": "mamba"})()
 
-    with pytest.raises(
-        ArgumentError, match=r"AWQ folds scales .* known for gemma, .*qwen3, got mamba; use GPTQ or RTN"
-    ):
-        foldable_architecture(Other())
-    with pytest.raises(ArgumentError, match="got Linear; use GPTQ or RTN"):
-        foldable_architecture(nn.Linear(2, 2))
+    assert expected_folds(Other()) == expected_folds(nn.Linear(2, 2)) == ()
+    assert expected_folds(tiny_model("opt")) and not expected_folds(tiny_model("opt", activation_function="gelu"))
 
 
-def test_a_variant_that_does_not_fold_is_named() -> None:
-    model = tiny_model("opt", activation_function="gelu")
-    with pytest.raises(
-        ArgumentError, match=r"opt models with activation_function='relu' only, got 'gelu'; use GPTQ or RTN"
-    ):
-        foldable_architecture(model)
+def test_a_transposed_matrix_is_a_source_as_well() -> None:
+    model = tiny_model("gpt2", activation_function="relu")
+    _, layer, inputs = next(layers_with_inputs(model, torch.float32))
+    *_, found = find_folds(layer, inputs, place(torch.float32), "0").proved
+    assert settings(found.fold) == ("mlp.c_fc", frozenset({"mlp.c_proj"}), None)
+    before = outputs(layer, inputs, torch.float32)
+    apply_fold(layer, found, torch.exp2(torch.arange(layer.mlp.c_fc.weight.shape[1]) % 5 - 2.0), torch.float32)
+    assert torch.equal(outputs(layer, inputs, torch.float32), before)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "sources"),
+    [
+        ("opt", {"activation_function": "gelu"}, ["self_attn_layer_norm", "self_attn.v_proj", "final_layer_norm"]),
+        ("opt", {"do_layer_norm_before": False}, ["self_attn.v_proj", "fc1"]),
+        ("falcon", {"parallel_attn": False}, ["input_layernorm", "post_attention_layernorm"]),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, []),
+        ("stablelm", {}, ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"]),
+        ("stablelm", {"use_parallel_residual": True}, ["input_layernorm", "self_attn.v_proj", "mlp.up_proj"]),
+        ("gptj", {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, ["ln_1", "attn.v_proj"]),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, ["norm_1", "norm_2"]),
+        ("mamba", {}, ["norm"]),
+        ("olmo", {}, ["self_attn.v_proj", "mlp.up_proj"]),
+        ("olmo", {"clip_qkv": 8.0}, ["mlp.up_proj"]),
+        ("mixtral", {"num_local_experts": 4}, ["input_layernorm", "self_attn.v_proj"]),
+    ],
+    ids=str,
+)
+def test_what_has_no_entry_is_found(model_type: str, changes: dict[str, Any], sources: list[str]) -> None:
+    """Other settings of known architectures, and others. A router reads what experts read, and those take no scale; OLMo may
+    clamp values, and no number here is near the bound."""
+    model = tiny_model(model_type, **changes)
+    assert expected_folds(model) == ()
+    for name, layer, inputs in layers_with_inputs(model, torch.float32):
+        found = find_folds(layer, inputs, place(torch.float32), name)
+        assert [proved.fold.source for proved in found.proved] == sources
 
 
 class Block(nn.Module):

@@ -22,6 +22,8 @@ from qkernels.integrations.transformers import QKernelsConfig
 from qkernels.nn import pretrained
 from qkernels.nn.selection import heads
 
+from ..tiny_models import stir
+
 TEXT: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 64, "head_dim": 16,
@@ -116,9 +118,7 @@ SCHEME = "w8a16_g32"
 def tiny(kind: Kind) -> Any:
     torch.manual_seed(0)
     model = kind.model(kind.config()).eval()
-    for parameter in model.parameters():  # norms and biases are 1 and 0, which would hide one that is lost
-        if parameter.dim() == 1:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+    stir(model)
     return model
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from qkernels import RTN, quantize, replace_linear
+from qkernels import RTN, load, quantize, replace_linear, save
 from qkernels.calibrate import preview
-from qkernels.errors import ArgumentError, SchemeError, UnsupportedProblem
+from qkernels.errors import ArgumentError, ConversionError, SchemeError, UnsupportedProblem
 from qkernels.nn import ReplaceReport, Selection, select_linears
 from qkernels.nn.selection import A_HEAD, as_patterns, first_match, heads, matches
 from tests.tiny_models import tiny_model
@@ -184,3 +184,28 @@ def test_heads_of_other_models() -> None:
     only.base_model = nn.Identity()
     assert heads(only) == set()
     assert "body" in select_linears(nn.ModuleDict({"body": body, "score": head}), "w4a16_g32").chosen
+
+
+def test_weights_that_a_model_scales_in_place_stay_and_are_not_saved_scaled(tmp_path: Path) -> None:
+    """RWKV divides some weights of block i by 2^(i // rescale_every) before its first pass."""
+    import transformers
+
+    config = transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, rescale_every=1)
+    model = transformers.RwkvForCausalLM(config).eval()
+    report = replace_linear(model, "w8a16_g32", progress=False)
+    reason = "RwkvModel scales its weight in place when it first runs"
+    scaled = ("attention.output", "feed_forward.value")
+    assert {name for name, why in report.skipped.items() if why == reason} == {
+        f"rwkv.blocks.{index}.{leaf}" for index in range(2) for leaf in scaled
+    }
+    save(model, tmp_path / "before")
+    logits = model(torch.arange(8)[None])[0]
+    assert torch.equal(load(tmp_path / "before")(torch.arange(8)[None])[0], logits)
+    with pytest.raises(ConversionError, match=r"rwkv\.blocks\.1\.attention\.output was scaled in place .*model\.train"):
+        save(model, tmp_path / "after")
+    with pytest.raises(ConversionError, match="was scaled in place"):
+        model.save_pretrained(tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+    model.train()(torch.arange(8)[None])
+    save(model, tmp_path / "after")
+    assert torch.equal(load(tmp_path / "after")(torch.arange(8)[None])[0], logits)

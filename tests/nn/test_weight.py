@@ -102,6 +102,13 @@ def test_a_product_with_it_runs_on_the_kernel(layer: QuantLinear, monkeypatch: p
         lambda w: setattr(w, "requires_grad", True),
         lambda w: setattr(w, "data", torch.zeros(N, K)),
         lambda w: nn.Parameter(w),
+        lambda w: w[0].zero_(),
+        lambda w: w.data[2:5].copy_(torch.ones(3, K)),
+        lambda w: w.T[1].add_(1),
+        lambda w: w.view(-1).__setitem__(3, 7.0),
+        lambda w: w.chunk(2)[1].fill_(0),
+        lambda w: nn.init.zeros_(w[:, :4]),
+        lambda w: torch.mul(torch.ones(K), 2, out=w[0]),
     ],
 )
 def test_it_cannot_be_written(layer: QuantLinear, write: object) -> None:
@@ -112,6 +119,15 @@ def test_it_cannot_be_written(layer: QuantLinear, write: object) -> None:
     ):
         write(layer.weight)  # type: ignore[operator]
     assert torch.equal(layer.dequantize(), before)
+
+
+def test_what_is_computed_from_a_part_of_it_is_an_ordinary_tensor(layer: QuantLinear) -> None:
+    part, x = layer.weight[:3], torch.ones(2, K)
+    for made in (part + 1, part.clone(), torch.cat([part, part]), x @ part.T, x.expand_as(part[:2])):
+        assert type(made) is torch.Tensor
+        made.clone().zero_()
+    x[:1] *= 2  # an argument beside it is not the weight's
+    assert torch.equal(part, layer.dequantize()[:3])
 
 
 @pytest.mark.parametrize("value", [torch.zeros(N, K), nn.Parameter(torch.zeros(N, K)), None])

@@ -72,3 +72,19 @@ def exact_product(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, un
     assert float(terms.max() if terms.numel() else 0) / unit < 2**22, "the inputs are too large to be exact"
     y = x.double() @ weight.dequantize().double().T
     return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+def assert_like_a_float_layer(y: Tensor, weight: QuantTensor, x: Tensor, bias: Tensor | None = None) -> None:
+    """Infinities and NaN at the same places as those of a float layer with this weight, and the rest near its values."""
+    w = weight.dequantize(torch.float32).double()
+    truth = x.double() @ w.T + (0 if bias is None else bias.double())
+    assert torch.equal(y.isnan(), truth.isnan())
+    expected = truth.to(torch.float32).to(x.dtype)
+    assert torch.equal(y.isinf(), expected.isinf())
+    assert torch.equal(y[y.isinf()], expected[y.isinf()])
+    # Floating zero points are multiplied apart from the codes, each up to all steps of the group: see the numerics' bounds.
+    steps = weight.scales.double().abs()[:, weight.column_groups()] * 2**weight.scheme.bits
+    size = x.double().abs() @ (w.abs() + steps).T + 1
+    usual = y.isfinite()
+    bound = 1e-2 if x.dtype == torch.bfloat16 else 1e-3
+    assert bool(((y.double() - truth).abs() <= bound * size)[usual].all())

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from qkernels import RTN, SmoothQuant
 from qkernels.errors import ArgumentError
+from qkernels.layerwise.folds import HeadSharing
 from qkernels.layerwise.running import LayerInputs, LayerJob, Place, run_layer
-from qkernels.layerwise.scaling import HeadSharing, smooth_inputs
-from qkernels.models.architectures import decoder_layers, foldable_architecture, head_dim
+from qkernels.layerwise.scaling import smooth_inputs
+from qkernels.layerwise.tracing import find_folds
+from qkernels.models.architectures import decoder_layers, expected_folds
 from qkernels.quantizers import InputStatistics
 from tests.tiny_models import VOCABULARY, first_inputs, tiny_model
 
@@ -64,7 +66,7 @@ def test_a_smoothed_layer_computes_what_it_did(model_type: str, alpha: float) ->
     """In float64: folding is exact but for rounding, also through grouped-query attention's shared value heads.
     (Gemma's norms multiply in fp32 whatever the dtype; their fold has its test in test_awq.py.)"""
     model = tiny_model(model_type).double()
-    (name, layers), architecture = decoder_layers(model), foldable_architecture(model)
+    name, layers = decoder_layers(model)
     place = Place(torch.device("cpu"), torch.float64)
     ids = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -72,9 +74,11 @@ def test_a_smoothed_layer_computes_what_it_did(model_type: str, alpha: float) ->
         inputs = LayerInputs(chain.hidden, chain.calls[f"{name}.0"])
         before = copy.deepcopy(layers[0].state_dict())
         stored = {name: torch.float64 for name in before}
-        job = LayerJob("0", {}, stored, place, architecture, head_dim(model))
+        job = LayerJob("0", {}, stored, place)
+        folds = find_folds(layers[0], inputs, place, "0").proved
         (expected,) = run_layer(layers[0], inputs, place)
-        for fold in architecture.folds:
+        assert [found.fold for found in folds] == [*expected_folds(model)]
+        for fold in folds:
             smooth_inputs(layers[0], fold, SmoothQuant(alpha=alpha), inputs, job)
         (got,) = run_layer(layers[0], inputs, place)
     assert any(not torch.equal(before[name], value) for name, value in layers[0].state_dict().items())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import guard, guard_cuda
+from tools import guard, guard_cuda, guard_triton
 
 
 @pytest.mark.slow
@@ -55,6 +55,42 @@ def test_cuda_figures_have_not_risen() -> None:
     }
     worse["cuda spill bytes"] = {**figures["cuda spill bytes"], kernel: 8.0}
     assert len(guard.regressions(committed, worse, committed["compiler"])) == 2
+
+
+@pytest.mark.slow
+def test_triton_figures_have_not_risen_and_what_is_under_way_has_not_fallen() -> None:
+    if lacking := guard_triton.missing():
+        pytest.skip(f"SKIPPED: no {', no '.join(lacking)}")
+    figures, _ = guard_triton.measure()
+    committed = guard.committed()["triton"]
+    assert guard.regressions(committed, figures, guard_triton.compiler()) == []
+    assert all(figures[guard_triton.COPIES][f"gemv M=1 {card}"] >= 12 for card in guard_triton.CARDS)
+    # Negative control: a loop that waits for each of its loads, as the loop for one token did.
+    name = next(iter(figures[guard_triton.COPIES]))
+    worse = {kind: {**values, name: 0.0} for kind, values in figures.items() if kind in guard_triton.AT_LEAST}
+    assert len(guard.regressions(committed, {**figures, **worse}, "another Triton")) == 2
+
+
+PTX = """
+        cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10;
+        cp.async.commit_group;
+        @%p1 cp.async.ca.shared.global [ %r2 + 0 ], [ %rd2 + 0 ], 0x4;
+        cp.async.commit_group;
+$L__BB0_1:
+        cp.async.wait_group 1;
+        cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10;
+        @%p2 bra $L__BB0_1;
+"""
+
+
+def test_copies_ahead_are_those_before_the_first_wait() -> None:
+    assert guard_triton.copies_ahead(PTX) == 2
+    assert guard_triton.copies_ahead("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [ %rd1 + 0 ];") == 0
+
+
+def test_programs_of_a_multiprocessor_fit_its_registers_and_its_shared_memory() -> None:
+    assert guard_triton.resident_programs(127, 64, 7680, 232448) == 8  # 128 registers of 64 threads, eight times
+    assert guard_triton.resident_programs(32, 64, 50000, 166912) == 3
 
 
 SASS = """

@@ -34,6 +34,8 @@ SCHEMES = [
 DTYPES = [torch.float16, torch.bfloat16]
 GEMV = Config("gemv", 1, 16, 64, 2, 4, 2)
 GEMM = Config("gemm", 16, 32, 64, 2, 4, 2)
+DEQUANTIZE = Config("dequantize", 1, 64, 256, 0, 4, 1)
+INF, NAN = float("inf"), float("nan")
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
 act_orders = pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
@@ -112,7 +114,54 @@ def test_random_weights_within_the_rounding(dtype: torch.dtype, config: Config, 
     assert (error <= before + u * (exact.abs() + before) + u * tiny).all()
 
 
-@pytest.mark.parametrize("M", [0, 1, 2, 8, 9, 15, 16, 17, 33, 65])
+@schemes
+def test_dequantized_product_is_exact_where_bits_are_exact(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices of one strip; x in natural order and strided, the order of columns and a bias of another dtype are there."""
+    monkeypatch.setattr(launch, "SLICE_BYTES", 1)
+    dtype, act_order = (torch.float16, True) if "asym" in scheme else (torch.bfloat16, "g64" in scheme)
+    weight, x, bias, expected = exact_problem(scheme, 3, 70, 200, dtype, act_order)
+    made = launch.gemm(x.T.contiguous().T, *buffers(weight), bias.float(), 70, *numbers(weight), config=DEQUANTIZE)
+    assert torch.equal(made, expected)
+
+
+def test_a_dequantized_product_without_bias_without_columns_and_under_autocast() -> None:
+    weight, x, _, _ = exact_problem("w4a16_g32", 3, 70, 200, torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = product(x, weight, None, DEQUANTIZE)
+    assert torch.equal(made, (x.double() @ weight.dequantize().double().T).half())
+    bias = integers(5, dtype=torch.float16)
+    empty = product(torch.zeros(2, 0).half(), random_weight("w4a16_g32_asym", 5, 0), bias, DEQUANTIZE)
+    assert torch.equal(empty, bias.expand(2, 5))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_g16_asym", "w4a16_g64_fzero", "w8a16_g32_offset", "nf4_g64"])
+@dtypes
+@pytest.mark.parametrize("config", [GEMV, GEMM, DEQUANTIZE], ids=["gemv", "gemm", "dequantize"])
+def test_infinities_and_huge_numbers_give_what_a_float_layer_gives(
+    scheme: str, dtype: torch.dtype, config: Config
+) -> None:
+    """A row for each case, and the last one without. A weight is formed before it meets x: no term of it is multiplied apart."""
+    cases: list[dict[int, float]] = [{5: INF}, {5: INF, 60: INF}, {5: INF, 6: -INF}, {7: NAN}, {5: -INF, 9: NAN}]
+    if dtype == torch.bfloat16:
+        cases += [{k: 1e36 for k in range(96)}, {3: 3e38}, {3: -1e37, 70: 1e37}]
+    weight = random_weight(scheme, 20, 96)
+    x = torch.randn(len(cases) + 1, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for row, special in zip(x, cases):
+        for k, value in special.items():
+            row[k] = value
+    y, truth = product(x, weight, None, config), x.double() @ weight.dequantize().double().T
+    expected, usual = truth.to(torch.float32).to(dtype), y.isfinite()
+    assert torch.equal(y.isnan(), truth.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
+    assert torch.equal(y[y.isinf()], expected[y.isinf()])
+    bound = (1e-2 if dtype == torch.bfloat16 else 1e-3) * (x.double().abs() @ weight.dequantize().double().abs().T + 1)
+    assert bool(((y.double() - truth).abs() <= bound)[usual].all())
+    assert usual[-1].all()
+    assert not usual[0].any()
+
+
+@pytest.mark.parametrize("M", [0, 1, 2, 8, 9, 15, 16, 17, 33, 65, 600])
 def test_any_number_of_tokens_with_the_shipped_table(M: int) -> None:
     weight, x, bias, expected = exact_problem("w4a16_g64_asym", M, 70, 200, torch.float16)
     assert torch.equal(product(x, weight, bias), expected)

@@ -57,10 +57,11 @@ def test_opcheck_of_dequantize(scheme: str) -> None:
     assert set(opcheck(torch.ops.qkernels.dequantize_kpack.default, args).values()) == {"SUCCESS"}
 
 
-def test_gradients_are_those_of_the_plain_product() -> None:
+@pytest.mark.parametrize("M", [5, 600])  # a tile, and slices of a dequantized weight
+def test_gradients_are_those_of_the_plain_product(M: int) -> None:
     weight = random_weight("w4a16_g32_asym", N, K, act_order=True, exact=True)
-    x, bias = integers(5, K, dtype=HALF).requires_grad_(), integers(N, dtype=HALF).requires_grad_()
-    dy = integers(5, N, dtype=HALF)
+    x, bias = integers(M, K, dtype=HALF).requires_grad_(), integers(N, dtype=HALF).requires_grad_()
+    dy = integers(M, N, dtype=HALF)
     torch.ops.qkernels.gemm_kpack(*arguments(weight, x, bias, "kpack")).backward(dy)
     assert torch.equal(x.grad, (dy.double() @ weight.dequantize().double()).half())  # type: ignore[arg-type]
     assert torch.equal(bias.grad, dy.sum(0))  # type: ignore[arg-type]

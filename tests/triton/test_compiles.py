@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +14,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from qkernels import QuantScheme
 from qkernels.kernels.triton import jit
 from qkernels.kernels.triton.table import Config, read
-
-from .compiling import SHARED_MEMORY, Machine, compile_for, pointers, variant
+from tools.guard_triton import copies_ahead
+from tools.triton_aot import SHARED_MEMORY, Machine, compile_for, variant
 
 # Cards of the table, and those that "default" may meet: the ones with the least shared memory and the oldest.
 CARDS = [(card, sm) for card in read() for sm in ([card] if card in SHARED_MEMORY else ["sm80", "sm120"])]
 SHIPPED = [
-    pytest.param(sm, config, id=f"{card}-{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
-    for card, sm in CARDS
-    for config in dict.fromkeys(entry.config for entry in read()[card])
+    pytest.param(sm, config, id=f"{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
+    for sm, config in dict.fromkeys((sm, entry.config) for card, sm in CARDS for entry in read()[card])
 ]
 # `make test-full` compiles every format for every card; `make test` for the one with the oldest compiler rules.
 FORMAT_RUNS = [
@@ -57,6 +57,9 @@ def test_shipped_configuration(sm: str, config: Config) -> None:
     check(machine, sm)
     assert machine.seconds < FIRST_CALL_SECONDS
     assert ("mma" in machine.ptx) == (config.kernel == "gemm"), "tensor cores where they are meant, and only there"
+    assert not re.search(r"cvt\.rn\.\w+\.[us]\d", machine.ptx), "codes are not converted from integers"
+    if config.kernel == "gemv":
+        assert copies_ahead(machine.ptx) >= 12, "Triton pipelines a loop without tl.dot only where the loop says so"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -73,14 +76,14 @@ def test_reduction_and_dequantize(sm: str) -> None:
         ),
         sm,
     )
-    types = pointers(QuantScheme.parse("w4a16_g128_asym"), "fp16", ordered=True) | {"out": "*fp16"}
-    constants = {"MID": 8, "ZEROS": 1, "HALVES": 2, "ORDERED": True, "BLOCK_N": 16, "BLOCK_BYTES": 64}
-    check(compile_for(sm, jit.dequantize, types, constants, enable_fp_fusion=False), sm)
+    tile = Config("dequantize", 1, 16, 128, 0, 4, 1)
+    call = variant(QuantScheme.parse("w4a16_g128_asym"), K, "fp16", tile, ordered=True, bias=False, split=False)
+    check(compile_for(sm, *call, enable_fp_fusion=False), sm)
 
 
 def test_a_tile_that_no_card_holds_is_noticed() -> None:
     """Control: Triton compiles it without a word, and both checks see it."""
-    config = next(entry.config for entry in read()["sm80"] if entry.M > 1000)
+    config = next(entry.config for entry in read()["sm80"] if entry.M == 64)
     machine = compiled("sm80", replace(config, block_m=256, block_n=256, num_warps=4), "w4a16_g128", "fp16")
     with pytest.raises(AssertionError):
         check(machine, "sm80")

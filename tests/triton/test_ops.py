@@ -20,8 +20,8 @@ from tests.strategies import random_weight
 def call(scheme: str, x: torch.Tensor, *, device: str = "cpu", op: Any = ops.gemm) -> torch.Tensor:
     weight = random_weight(scheme, 40, 96)
     packed = LAYOUTS["kpack"].pack(weight)
-    buffers = [None if t is None else t.to(device) for t in packed.values()]
-    return op("kpack", x, *buffers, in_features=96, out_features=40, scheme=weight.scheme)
+    buffers = {name: None if t is None else t.to(device) for name, t in packed.items()}
+    return op("kpack", x, **buffers, in_features=96, out_features=40, scheme=weight.scheme)
 
 
 def reasons(scheme: str = "w4a16_g128", dtype: torch.dtype = torch.bfloat16, arch: str = "sm90") -> str:

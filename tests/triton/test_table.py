@@ -11,7 +11,17 @@ import pytest
 
 from qkernels.errors import ArgumentError
 from qkernels.kernels.triton import table
-from qkernels.kernels.triton.table import Config, Entry, choose, read, user_table, with_entries, write
+from qkernels.kernels.triton.table import (
+    Config,
+    Entry,
+    choose,
+    read,
+    run_bytes,
+    tiles_in,
+    user_table,
+    with_entries,
+    write,
+)
 
 OWN = Config("gemm", 32, 32, 128, 2, 4, 3)
 
@@ -26,7 +36,7 @@ def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_takes_the_nearest_shape_and_any_card() -> None:
     assert choose("sm90", 1, 4096, 4096).kernel == "gemv"
     assert choose("sm90", 8, 4096, 4096).kernel == "gemm"
-    assert choose("sm90", 5000, 4096, 4096) == next(e.config for e in read()["sm90"] if e.M == 2048)
+    assert choose("sm90", 5000, 4096, 4096) == next(e.config for e in read()["sm90"] if e.M == 512)
     assert choose("sm103", 64, 4096, 4096) == choose("default", 64, 4096, 4096)
     assert {"default", "sm80", "sm86", "sm89", "sm90", "sm120"} == set(read())
 
@@ -93,11 +103,13 @@ def test_the_row_of_the_checks_below_is_good(own_table: Path) -> None:
         ('{"cards": []}', "no attribute 'items'"),
         ('{"cards": {"sm90": [7]}}', "not subscriptable"),
         ('{"cards": {"sm90": [{"M": 1, "N": 1}]}}', "'K' is missing"),
-        (cards(kernel="rm"), 'kernel must be "gemv" or "gemm", got \'rm\''),
+        (cards(kernel="rm"), 'kernel must be "gemv", "gemm" or "dequantize", got \'rm\''),
         (cards(block_n=48), "block_n must be a power of two, got 48"),
         (cards(block_k=32), "block_k must be an integer from 64 to 1024, got 32"),
         (cards(num_warps=1e9), "num_warps must be an integer from 1 to 32, got 1000000000.0"),
         (cards(kernel="gemv"), "block_m must be an integer from 1 to 1, got 16"),
+        (cards(kernel="dequantize"), "block_m must be an integer from 1 to 1, got 16"),
+        (cards(block_m=4), "block_m must be an integer from 8 to 1024, got 4"),
         (cards(M=0), "M must be an integer from 1 to 1099511627776, got 0"),
         (cards(N=True), "N must be an integer"),
         (b"\xff\xfe", "can't decode byte"),
@@ -145,12 +157,57 @@ def test_the_shipped_table_is_sound_and_not_written_to() -> None:
     assert user_table() != table.TABLE
 
 
+def columns(at: int, half: int, halves: int) -> int:
+    """Layout kpack: of every 64 columns, byte j holds column j and, at width 4, column j + 32."""
+    return at if halves == 1 else at // 32 * 64 + at % 32 + 32 * half
+
+
 @pytest.mark.parametrize("halves", [1, 2])
-@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 24, 96])
-def test_steps_stay_inside_a_group_where_they_can(halves: int, group_size: int) -> None:
-    config = Config("gemm", 16, 64, 256, 4, 4, 2)
-    length = config.block_bytes(halves, 8, group_size)
-    assert length >= 32
-    assert group_size % (length * halves) == 0 or length == 32
-    part = config.bytes_per_split(1, 4096, 2048, length, 132)
-    assert part % length == 0
+@pytest.mark.parametrize("group", [1, 8, 16, 20, 24, 32, 48, 64, 96, 128, 160, 256])
+def test_runs_are_the_longest_powers_of_two_inside_one_group(halves: int, group: int) -> None:
+    run = run_bytes(group, halves, 128)
+
+    def inside(length: int) -> bool:
+        return all(
+            len({columns(at, half, halves) // group for at in range(first, first + length)}) == 1
+            for half in range(halves)
+            for first in range(0, 960, length)
+        )
+
+    assert 128 % run == 0
+    assert inside(run)
+    assert run == 128 or not inside(2 * run)
+
+
+def test_one_group_is_one_run() -> None:
+    assert run_bytes(0, 2, 128) == 128
+
+
+@pytest.mark.parametrize("group", [24, 32, 64, 96, 128, 192])
+def test_both_halves_of_a_byte_lie_in_one_group_where_it_holds_whole_blocks(group: int) -> None:
+    """What the kernels rest on when they load a group's scale once a step."""
+    same = all(columns(at, 0, 2) // group == columns(at, 1, 2) // group for at in range(960))
+    assert same == (group % 64 == 0)
+
+
+def test_slices_hold_whole_tiles() -> None:
+    assert tiles_in(64 << 20, 8192) == 64  # 64 rows of 8192 weights of two bytes are 1 MB
+    assert tiles_in(1, 8192) == 1
+
+
+def test_parts_of_k_are_whole_steps() -> None:
+    config = Config("gemm", 16, 32, 256, 4, 4, 2)
+    assert config.bytes_per_split(1, 4096, 2048, 132) % config.block_bytes == 0
+    assert config.bytes_per_split(4096, 4096, 2048, 132) == 2048
+
+
+@pytest.mark.parametrize("card", sorted(read()))
+def test_each_number_of_tokens_has_its_kernel(card: str) -> None:
+    """One token multiplies without tensor cores; two are a tile of 8, not two passes over the weight; from 513 on at the latest
+    the card's own product of a dequantized weight; the tile grows in between."""
+    chosen = [choose(card, M, 4096, 4096) for M in range(1, 600)]
+    assert [config.kernel for config in chosen[:3]] == ["gemv", "gemm", "gemm"]
+    assert {config.kernel for config in chosen[512:]} == {"dequantize"}
+    tiles = [config.block_m for config in chosen if config.kernel == "gemm"]
+    assert tiles == sorted(tiles)
+    assert tiles[0] == 8

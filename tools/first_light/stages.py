@@ -125,10 +125,12 @@ def other_schemes(limit: float = 10) -> list[Stage]:
             command = drive("time", **options, M=tokens, paths="{paths}", most=16)
             paths = INT8 if act == 8 else PLAIN
             found.append(Stage(f"sweep {N}x{K} w{bits}a{act} g{group}", command, limit, "sweep.jsonl", paths=paths))
-    for stages in (4, 8):  # rings for sm_90a that are shorter than what fits
-        options = problem(8192, 8192, 4, 128, "none", "bf16", 16)
-        command = drive("time", **options, M="64,128,512", paths="{paths}", most=6, stages=stages)
-        found.append(Stage(f"sweep stages {stages}", command, limit, "sweep.jsonl", paths=("gemm_sm90",)))
+    # Rings that are shorter than what fits sm_90a, and decode's of other than its four stages.
+    for path, rings, tokens in (("gemm_sm90", (4, 8), "64,128,512"), ("decode", (3, 6), "1,8,16")):
+        for stages in rings:
+            options = problem(8192, 8192, 4, 128, "none", "bf16", 16)
+            command = drive("time", **options, M=tokens, paths="{paths}", most=6, stages=stages)
+            found.append(Stage(f"sweep {path} stages {stages}", command, limit, "sweep.jsonl", paths=(path,)))
     return found
 
 

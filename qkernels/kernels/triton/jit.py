@@ -20,83 +20,142 @@ TABLE = tl.constexpr(3)
 
 
 @triton.jit
-def _unpack(packed, at, half: tl.constexpr, HALVES: tl.constexpr):
-    """Stored columns and codes of one half of the bytes at offsets `at` of a row.
+def _columns(at, half: tl.constexpr, HALVES: tl.constexpr):
+    """Stored columns of one half of the bytes at offsets `at` of a row.
 
     HALVES is 2 for codes of width 4, whose bytes hold two columns 32 apart, and 1 for width 8.
     """
-    if HALVES == 2:
-        columns = at // 32 * 64 + at % 32 + half * 32
-        codes = (packed >> (4 * half)) & 15
-    else:
-        columns = at
-        codes = packed
-    return columns, codes
+    return at // 32 * 64 + at % 32 + half * 32 if HALVES == 2 else at
 
 
 @triton.jit
-def _column(k_order, columns, known, K, ORDERED: tl.constexpr):
+def _sources(k_order, columns, K, ORDERED: tl.constexpr):
     """Where stored columns belong; clamped, since the order may come from a file."""
     if ORDERED:
-        columns = tl.minimum(tl.maximum(tl.load(k_order + columns, mask=known, other=0), 0), K - 1)
+        columns = tl.minimum(tl.maximum(tl.load(k_order + columns, mask=columns < K, other=0), 0), K - 1)
     return columns
 
 
 @triton.jit
-def _weights(
-    codes, scales, zeros, rows, row_mask, columns, first_column, K, G, group_size,
-    MID: tl.constexpr, ZEROS: tl.constexpr, UNIFORM: tl.constexpr,
+def _of_groups(
+    values, strip_base, row_mask, start, half: tl.constexpr, K, GROUP: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """fp32 weights [rows, columns] from codes.
+    """Scales or zeros [rows, runs] of one half of the bytes from `start` on. GROUP 0: all in one group.
 
-    UNIFORM: all columns lie in the group of the first, so that a row has one scale; else there is a look-up per weight.
+    One run a step is loaded as a row of rows: as [rows, 1] its layout would become that of all weights.
     """
-    strip_base = (rows // 64).to(tl.int64) * G * 64 + rows % 64
-    if UNIFORM:
-        at = (strip_base + first_column // group_size * 64)[:, None]
-        mask = (row_mask & (first_column < K))[:, None]
+    if GROUP == 0:
+        of_runs = tl.load(values + strip_base, mask=row_mask, other=0)[:, None]
+    elif RUN == BLOCK_BYTES:
+        column = _columns(start, half, HALVES)
+        of_runs = tl.load(values + (strip_base + column // GROUP * 64), mask=row_mask & (column < K), other=0)[:, None]
     else:
-        at = strip_base[:, None] + (columns // group_size * 64)[None, :]
-        mask = row_mask[:, None] & (columns < K)[None, :]
-    scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
+        columns = _columns(start + tl.arange(0, BLOCK_BYTES // RUN) * RUN, half, HALVES)
+        at = strip_base[:, None] + (columns // GROUP * 64)[None, :]
+        of_runs = tl.load(values + at, mask=row_mask[:, None] & (columns < K)[None, :], other=0)
+    return of_runs
+
+
+@triton.jit
+def _scales_and_zeros(
+    scales, zeros, strip_base, row_mask, start, half: tl.constexpr, K, ZEROS: tl.constexpr, GROUP: tl.constexpr,
+    HALVES: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Both of `_of_groups`; scales in the place of zeros that are not there, or are a table."""
+    scale = _of_groups(scales, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
+    zero = scale
+    if ZEROS == POINTS or ZEROS == OFFSETS:  # noqa: SIM109, Triton has no `in`
+        zero = _of_groups(zeros, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
+    return scale, zero
+
+
+@triton.jit
+def _spread(values, RUN: tl.constexpr):
+    """[rows, runs] to [rows, runs * RUN], each value RUN times over; a single run is left to broadcasting."""
+    if values.shape[1] > 1 and RUN > 1:
+        runs = tl.broadcast_to(values[:, :, None], (values.shape[0], values.shape[1], RUN))
+        values = tl.reshape(runs, (values.shape[0], values.shape[1] * RUN))
+    return values
+
+
+@triton.jit
+def _weights(
+    packed, half: tl.constexpr, scale, zero, table, nought, always, MID: tl.constexpr, ZEROS: tl.constexpr,
+    HALVES: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """fp32 weights [rows, bytes] of one half of packed bytes; scale and zero [rows, runs] as they are stored.
+
+    A conversion from integer runs at an eighth of the rate of other arithmetic. Here the code takes the place of mantissa bits
+    behind an exponent that makes it BASE + code: one logical operation. Of that, `(code - zero) * scale` takes one FMA where it
+    is exact: BASE + code and BASE + zero have 9 bits at most and a scale of 16 bits has 11, so that neither product rounds,
+    and the difference is a product of so few bits, too. (A scale beyond 2^119 overflows in them.) A weight is formed before it
+    meets x: what x times a code or a zero would make of an infinity, or of 1e36, is not what a float layer gives.
+
+    nought: 0. Where the compiler does not know it, the mask stays in its register; else ptxas makes it anew for each weight.
+    always: true. Triton pipelines no load inside a branch, and would copy the table's entries to shared memory one by one.
+    """
+    wide = scale.to(tl.float32)
     if ZEROS == TABLE:
-        weights = tl.load(zeros + (codes.to(tl.int32) & (2 * MID - 1))) * scale  # a code beyond the table wraps
-    elif ZEROS == SYMMETRIC:
-        weights = (codes.to(tl.float32) - MID) * scale
-    elif ZEROS == OFFSETS:
-        weights = codes.to(tl.float32) * scale + tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
+        codes = (packed >> (4 * half)).to(tl.int32) & (2 * MID - 1)  # a code beyond the table wraps
+        entries = tl.zeros(packed.shape, tl.float32)
+        if always:
+            entries = tl.load(table + codes)
+        weights = entries * _spread(wide, RUN)
     else:
-        weights = (codes.to(tl.float32) - tl.load(zeros + at, mask=mask, other=0).to(tl.float32)) * scale
+        BASE: tl.constexpr = 256 >> (4 * half)
+        PLACES: tl.constexpr = (15 << (15 + 4 * half)) if HALVES == 2 else (255 << 15)
+        EXPONENT: tl.constexpr = (127 + 8 - 4 * half) << 23
+        lifted = (((packed.to(tl.int32) << 15) & (PLACES + nought)) | EXPONENT).to(tl.float32, bitcast=True)
+        if ZEROS == OFFSETS:
+            weights = (lifted - BASE) * _spread(wide, RUN) + _spread(zero.to(tl.float32), RUN)
+        elif ZEROS == POINTS and not zero.dtype.is_int():
+            weights = ((lifted - BASE) - _spread(zero.to(tl.float32), RUN)) * _spread(wide, RUN)
+        else:
+            point = tl.full(wide.shape, BASE + MID, tl.float32) if ZEROS == SYMMETRIC else zero.to(tl.float32) + BASE
+            if scale.dtype.primitive_bitwidth <= 16:
+                weights = tl.fma(lifted, _spread(wide, RUN), _spread(-point * wide, RUN))
+            else:
+                weights = (lifted - _spread(point, RUN)) * _spread(wide, RUN)
     return weights
 
 
 @triton.jit
 def gemv(
-    x, qweight, scales, zeros, k_order, bias, out, N, K, G, group_size, x_stride, row_bytes, bytes_per_split,
-    MID: tl.constexpr, ZEROS: tl.constexpr, UNIFORM: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+    x, qweight, scales, zeros, k_order, bias, out, N, K, G, x_stride, row_bytes, bytes_per_split,
+    MID: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row of x per program (axis 1), without tensor cores. Axis 0: BLOCK_N rows of the weight, axis 2: parts of K."""
+    """One row of x per program (axis 1), without tensor cores. Axis 0: BLOCK_N rows of the weight, axis 2: parts of K.
+
+    RUN: so many bytes in a row lie in one group (`table.run_bytes`). STAGES: so many steps are under way; Triton pipelines a
+    loop without `tl.dot` only if the loop says so.
+    """
     m, part = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < N
     offsets = tl.arange(0, BLOCK_BYTES)
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
+    strip_base = (rows // 64).to(tl.int64) * G * 64 + rows % 64
     x_row = x + m.to(tl.int64) * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_BYTES), dtype=tl.float32)
     first = part * bytes_per_split
+    nought = tl.minimum(row_bytes, 0)
     last = tl.minimum(first + bytes_per_split, row_bytes)
-    for start in range(first, last, BLOCK_BYTES):
+    for start in tl.range(first, last, BLOCK_BYTES, num_stages=STAGES):
         at = start + offsets
-        packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < last)[None, :], other=0)
+        packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
         for half in tl.static_range(HALVES):
-            columns, codes = _unpack(packed, at, half, HALVES)
-            known = (columns < K) & (at < last)
-            source = _column(k_order, columns, known, K, ORDERED)
-            values = tl.load(x_row + source, mask=known, other=0.0).to(tl.float32)
+            if half == 0 or GROUP % 64 != 0:  # else both halves of a byte lie in one group
+                scale, zero = _scales_and_zeros(
+                    scales, zeros, strip_base, row_mask, start, half, K, ZEROS, GROUP, HALVES, BLOCK_BYTES, RUN
+                )  # fmt: skip
+            columns = _columns(at, half, HALVES)
+            source = _sources(k_order, columns, K, ORDERED)
+            values = tl.load(x_row + source, mask=columns < K, other=0.0).to(tl.float32)
             weights = _weights(
-                codes, scales, zeros, rows, row_mask, columns, start * HALVES + 32 * half, K, G, group_size,
-                MID, ZEROS, UNIFORM,
+                packed, half, scale, zero, zeros, nought, start < row_bytes, MID, ZEROS, HALVES, RUN
             )  # fmt: skip
             sums += values[None, :] * weights
     total = tl.sum(sums, axis=1)
@@ -110,12 +169,15 @@ def gemv(
 
 @triton.jit(do_not_specialize=["M"])
 def gemm(
-    x, qweight, scales, zeros, k_order, bias, out, M, N, K, G, group_size, x_stride, row_bytes, bytes_per_split,
-    MID: tl.constexpr, ZEROS: tl.constexpr, UNIFORM: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    x, qweight, scales, zeros, k_order, bias, out, M, N, K, G, x_stride, row_bytes, bytes_per_split,
+    MID: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+    RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A BLOCK_M x BLOCK_N tile of the result per program, on tensor cores.
+    """A BLOCK_M x BLOCK_N tile of the result per program, on tensor cores: its transpose, W x^T.
 
+    The weight is the first operand of the product, which tensor cores of all cards take from registers, where it was made
+    (wgmma takes the second from shared memory alone); tokens are the second, which is 8 wide at least, where the first is 16.
     Axis 0 counts tiles, those of neighbouring rows of x first, so that blocks that run together read the same weights; axis 1
     counts parts of K. Arguments are those of `gemv`.
     """
@@ -126,31 +188,32 @@ def gemm(
     token_mask, row_mask = tokens < M, rows < N
     offsets = tl.arange(0, BLOCK_BYTES)
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
+    strip_base = (rows // 64).to(tl.int64) * G * 64 + rows % 64
     x_rows = x + tokens.to(tl.int64)[:, None] * x_stride
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     first = part * bytes_per_split
     last = tl.minimum(first + bytes_per_split, row_bytes)
-    for start in range(first, last, BLOCK_BYTES):
+    for start in tl.range(first, last, BLOCK_BYTES, num_stages=STAGES):
         at = start + offsets
-        packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < last)[None, :], other=0)
+        packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
         for half in tl.static_range(HALVES):
-            columns, codes = _unpack(packed, at, half, HALVES)
-            known = (columns < K) & (at < last)
-            source = _column(k_order, columns, known, K, ORDERED)
-            values = tl.load(x_rows + source[None, :], mask=token_mask[:, None] & known[None, :], other=0.0)
-            weights = _weights(
-                codes, scales, zeros, rows, row_mask, columns, start * HALVES + 32 * half, K, G, group_size,
-                MID, ZEROS, UNIFORM,
-            )  # fmt: skip
-            sums = tl.dot(values, tl.trans(weights.to(values.dtype)), sums)
-    mask = token_mask[:, None] & row_mask[None, :]
+            if half == 0 or GROUP % 64 != 0:  # else both halves of a byte lie in one group
+                scale, zero = _scales_and_zeros(
+                    scales, zeros, strip_base, row_mask, start, half, K, ZEROS, GROUP, HALVES, BLOCK_BYTES, RUN
+                )  # fmt: skip
+            columns = _columns(at, half, HALVES)
+            source = _sources(k_order, columns, K, ORDERED)
+            values = tl.load(x_rows + source[None, :], mask=token_mask[:, None] & (columns < K)[None, :], other=0.0)
+            weights = _weights(packed, half, scale, zero, zeros, 0, start < row_bytes, MID, ZEROS, HALVES, RUN)
+            sums = tl.dot(weights.to(values.dtype), tl.trans(values), sums)
+    mask = row_mask[:, None] & token_mask[None, :]
     if SPLIT:
-        target = out + (part.to(tl.int64) * M + tokens)[:, None] * N + rows[None, :]
+        target = out + (part.to(tl.int64) * M + tokens)[None, :] * N + rows[:, None]
         tl.store(target, sums, mask=mask)
     else:
         if BIAS:
-            sums += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[None, :]
-        target = out + tokens.to(tl.int64)[:, None] * N + rows[None, :]
+            sums += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        target = out + tokens.to(tl.int64)[None, :] * N + rows[:, None]
         tl.store(target, sums.to(out.dtype.element_ty), mask=mask)
 
 
@@ -170,20 +233,24 @@ def reduce_parts(parts, bias, out, M, N, splits, BIAS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def dequantize(
-    qweight, scales, zeros, k_order, out, N, K, G, group_size, row_bytes,
-    MID: tl.constexpr, ZEROS: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+    qweight, scales, zeros, k_order, out, N, K, G, row_bytes,
+    MID: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """out [N, K], rounded once. Launched without contraction to FMA, so that it is bit-identical to the reference."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = tl.program_id(1) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    start = tl.program_id(1) * BLOCK_BYTES
+    at = start + tl.arange(0, BLOCK_BYTES)
     row_mask = rows < N
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
+    strip_base = (rows // 64).to(tl.int64) * G * 64 + rows % 64
     packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
     for half in tl.static_range(HALVES):
-        columns, codes = _unpack(packed, at, half, HALVES)
-        known = columns < K
-        target = _column(k_order, columns, known, K, ORDERED)
-        weights = _weights(codes, scales, zeros, rows, row_mask, columns, 0, K, G, group_size, MID, ZEROS, False)
+        scale, zero = _scales_and_zeros(
+            scales, zeros, strip_base, row_mask, start, half, K, ZEROS, GROUP, HALVES, BLOCK_BYTES, RUN
+        )  # fmt: skip
+        columns = _columns(at, half, HALVES)
+        target = _sources(k_order, columns, K, ORDERED)
+        weights = _weights(packed, half, scale, zero, zeros, 0, start < row_bytes, MID, ZEROS, HALVES, RUN)
         where = out + rows.to(tl.int64)[:, None] * K + target[None, :]
-        tl.store(where, weights.to(out.dtype.element_ty), mask=row_mask[:, None] & known[None, :])
+        tl.store(where, weights.to(out.dtype.element_ty), mask=row_mask[:, None] & (columns < K)[None, :])

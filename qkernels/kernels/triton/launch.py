@@ -15,23 +15,18 @@ from torch import Tensor
 from ...layouts import kpack
 from ...ops.weight import Weight, read_dequantize, read_product
 from . import jit
-from .table import ANY_CARD, Config, choose
+from .table import ANY_CARD, Config, choose, run_bytes, tiles_in
 
-_DEQUANTIZE_ROWS, _DEQUANTIZE_BYTES = 16, 64
+_DEQUANTIZE = Config("dequantize", 1, 16, 128, 0, 4, 1)  # the tile of the op `dequantize_kpack`
 _REDUCE_BLOCK = 1024
+SLICE_BYTES = 64 << 20  # of dequantized weight at a time: it stays in the L2 of large cards
 
 
 def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     """`y [M, N]`: the op `gemm_kpack`; `config` in the place of the table's, for tests and tuning."""
     x, weight, bias = read_product(kpack.LAYOUT, arguments)
-    qweight, scales, k_order, N, K = (
-        weight.qweight,
-        weight.scales,
-        weight.k_order,
-        weight.out_features,
-        weight.in_features,
-    )
-    zeros, group_size = zeros_or_table(weight), weight.group_size
+    qweight, scales, zeros, k_order = weight.qweight, weight.scales, zeros_or_table(weight), weight.k_order
+    N, K = weight.out_features, weight.in_features
     M = x.shape[0]
     out = x.new_empty((M, N))
     if out.numel() == 0:
@@ -39,22 +34,23 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     card, multiprocessors = _card(x.device)
     config = config or choose(card, M, N, max(K, 1))
     x = x if x.stride(1) == 1 else x.contiguous()
-    constants = _constants(weight)
-    groups, row_bytes, halves = scales.shape[-2], qweight.shape[-1], constants["HALVES"]
-    block_bytes = config.block_bytes(halves, groups, group_size)
-    part = config.bytes_per_split(M, N, row_bytes, block_bytes, multiprocessors)
+    if config.kernel == "dequantize":
+        _multiply_dequantized(x, weight, bias, out, config)
+        return out
+    groups, row_bytes = scales.shape[-2], qweight.shape[-1]
+    block_bytes = config.block_bytes
+    part = config.bytes_per_split(M, N, row_bytes, multiprocessors)
     splits = max(1, -(-row_bytes // part))
     parts = out if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
-    constants |= {
-        "UNIFORM": groups == 1 or group_size % (block_bytes * halves) == 0,
+    constants = _constants(weight, block_bytes) | {
         "BIAS": bias is not None,
         "SPLIT": splits > 1,
         "BLOCK_N": config.block_n,
-        "BLOCK_BYTES": block_bytes,
+        "STAGES": config.num_stages,
     }
     operands = (x, qweight, scales, zeros, k_order, bias, parts)
-    numbers = (N, K, groups, group_size, x.stride(0), row_bytes, part)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    numbers = (N, K, groups, x.stride(0), row_bytes, part)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     tiles_n = -(-N // config.block_n)
     with _on(x.device):
         if config.kernel == "gemv":
@@ -64,39 +60,55 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
             jit.gemm[tiles, splits](*operands, M, *numbers, **constants, BLOCK_M=config.block_m, **options)
         if splits > 1:
             blocks = -(-M * N // _REDUCE_BLOCK)
-            jit.reduce_parts[blocks,](parts, bias, out, M, N, splits, BIAS=bias is not None, BLOCK=_REDUCE_BLOCK)
+            jit.reduce_parts[blocks,](
+                parts, bias, out, M, N, splits, BIAS=bias is not None, BLOCK=_REDUCE_BLOCK, enable_fp_fusion=True
+            )  # fmt: skip
     return out
 
 
 def dequantize(*arguments: Any) -> Tensor:
     """The weight `[..., N, K]`: the op `dequantize_kpack`, one launch per expert."""
     weight, dtype = read_dequantize(kpack.LAYOUT, arguments)
-    qweight, scales, k_order, N, K = (
-        weight.qweight,
-        weight.scales,
-        weight.k_order,
-        weight.out_features,
-        weight.in_features,
-    )
-    zeros = zeros_or_table(weight)
-    lead = qweight.shape[:-3]
-    out = qweight.new_empty((*lead, N, K), dtype=dtype)
+    qweight, scales, zeros, N, K = weight.qweight, weight.scales, weight.zeros, weight.out_features, weight.in_features
+    out = qweight.new_empty((*qweight.shape[:-3], N, K), dtype=dtype)
     if out.numel() == 0:
         return out
-    constants = _constants(weight)
-    row_bytes, groups = qweight.shape[-1], scales.shape[-2]
-    weights, targets = qweight.reshape(-1, *qweight.shape[-3:]), out.view(-1, N, K)
-    all_scales = scales.reshape(-1, *scales.shape[-3:])
-    all_zeros = zeros if zeros is None or weight.codebook else zeros.reshape(-1, *zeros.shape[-3:])
-    grid = (-(-N // _DEQUANTIZE_ROWS), -(-row_bytes // _DEQUANTIZE_BYTES))
-    with _on(qweight.device):
-        for i, codes in enumerate(weights):
-            own_zeros = all_zeros if all_zeros is None or weight.codebook else all_zeros[i]
-            jit.dequantize[grid](
-                codes, all_scales[i], own_zeros, k_order, targets[i], N, K, groups, weight.group_size, row_bytes, **constants,
-                BLOCK_N=_DEQUANTIZE_ROWS, BLOCK_BYTES=_DEQUANTIZE_BYTES, enable_fp_fusion=False,
-            )  # fmt: skip
+    all_codes, all_scales = qweight.reshape(-1, *qweight.shape[-3:]), scales.reshape(-1, *scales.shape[-3:])
+    all_zeros = None if zeros is None else zeros.reshape(-1, *zeros.shape[-3:])
+    for i, target in enumerate(out.view(-1, N, K)):
+        own_zeros = None if all_zeros is None else all_zeros[i]
+        _dequantize(weight._replace(qweight=all_codes[i], scales=all_scales[i], zeros=own_zeros), target, _DEQUANTIZE)
     return out
+
+
+def _dequantize(weight: Weight, out: Tensor, config: Config) -> None:
+    """out [N, K], of one expert."""
+    if out.numel() == 0:
+        return
+    qweight, scales, zeros, k_order = weight.qweight, weight.scales, zeros_or_table(weight), weight.k_order
+    N, K = weight.out_features, weight.in_features
+    row_bytes, block_bytes = qweight.shape[-1], config.block_bytes
+    grid = (-(-N // config.block_n), -(-row_bytes // block_bytes))
+    with _on(qweight.device):
+        jit.dequantize[grid](
+            qweight, scales, zeros, k_order, out, N, K, scales.shape[-2], row_bytes,
+            **_constants(weight, block_bytes), BLOCK_N=config.block_n, num_warps=config.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _multiply_dequantized(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
+    """Slices of the weight in x's dtype, each multiplied by torch (cuBLAS) while it is in the L2 cache."""
+    N, K, rows = weight.out_features, weight.in_features, kpack.LAYOUT.rows_per_tile
+    tiles, tiles_per_slice = -(-N // rows), tiles_in(SLICE_BYTES, K)
+    buffer = x.new_empty((min(tiles_per_slice * rows, N), K))
+    bias = None if bias is None else bias.to(x.dtype)
+    for first in range(0, tiles, tiles_per_slice):
+        part = weight.tiles(kpack.LAYOUT, first, min(first + tiles_per_slice, tiles))
+        here = slice(first * rows, first * rows + part.out_features)
+        plain = buffer[: part.out_features]
+        _dequantize(part, plain, config)
+        # linear.out: autocast leaves it alone, and a bias is added before the one rounding.
+        torch.ops.aten.linear.out(x, plain, None if bias is None else bias[here], out=out[:, here])
 
 
 def zeros_or_table(weight: Weight) -> Tensor | None:
@@ -114,13 +126,24 @@ def zero_kind(weight: Weight) -> int:
     return int(jit.OFFSETS.value if weight.zeros_are_offsets else jit.POINTS.value)
 
 
-def _constants(weight: Weight) -> dict[str, Any]:
+def _constants(weight: Weight, block_bytes: int) -> dict[str, Any]:
+    """What every kernel is compiled for; the length of groups too: a division by a constant is a multiplication."""
+    groups, halves = weight.scales.shape[-2], _halves(weight)
+    group = weight.group_size if groups > 1 else 0
     return {
         "MID": 1 << (weight.bits - 1),
         "ZEROS": zero_kind(weight),
-        "HALVES": 8 // kpack.LAYOUT.stored_bits(weight.bits),
+        "GROUP": group,
+        "HALVES": halves,
         "ORDERED": weight.k_order is not None,
+        "BLOCK_BYTES": block_bytes,
+        "RUN": run_bytes(group, halves, block_bytes),
     }
+
+
+def _halves(weight: Weight) -> int:
+    """Columns in a byte."""
+    return 8 // kpack.LAYOUT.stored_bits(weight.bits)
 
 
 @lru_cache(maxsize=64)

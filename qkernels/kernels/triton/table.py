@@ -23,6 +23,7 @@ USER_TABLE = "QKERNELS_TRITON_TABLE"  # the environment variable that says where
 ANY_CARD = "default"
 MOST_TILE = 1024  # rows or columns of a tile: beyond what any card holds
 
+
 Cards = Mapping[str, tuple["Entry", ...]]
 
 
@@ -31,10 +32,11 @@ class Config:
     """One launch configuration.
 
     Args:
-        kernel: "gemv" (one row of x a program) or "gemm" (tensor cores).
-        block_m, block_n, block_k: rows of x, rows of the weight and columns of a step; block_m is 1 for "gemv".
+        kernel: "gemv" (one row of x a program), "gemm" (tensor cores) or "dequantize" (then the card's own product).
+        block_m, block_n, block_k: rows of x, rows of the weight and columns of a step at 4 bits; at 8 bits it is half as many
+            columns, of the same bytes. block_m is 1 for "gemv" and "dequantize".
         programs_per_sm: K is split until there are about so many programs per multiprocessor; 0: K is never split.
-        num_warps, num_stages: Triton's.
+        num_warps, num_stages: Triton's; a loop has num_stages - 1 steps under way. "dequantize" has no loop.
     """
 
     kernel: str
@@ -45,19 +47,35 @@ class Config:
     num_warps: int
     num_stages: int
 
-    def block_bytes(self, columns_per_byte: int, groups: int, group_size: int) -> int:
-        """Bytes of a row that a step reads: fewer than block_k says if that keeps a step inside one group; 32 at least."""
-        length = self.block_k // columns_per_byte
-        while length > 32 and groups > 1 and group_size % (length * columns_per_byte):
-            length //= 2
-        return length
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a row that a step reads."""
+        return self.block_k // 2
 
-    def bytes_per_split(self, M: int, N: int, row_bytes: int, block_bytes: int, multiprocessors: int) -> int:
+    def bytes_per_split(self, M: int, N: int, row_bytes: int, multiprocessors: int) -> int:
         """How many bytes of each row a program multiplies, a multiple of block_bytes."""
         tiles = -(-M // self.block_m) * -(-N // self.block_n)
-        steps = max(1, -(-row_bytes // block_bytes))
+        steps = max(1, -(-row_bytes // self.block_bytes))
         splits = min(steps, max(1, multiprocessors * self.programs_per_sm // tiles))
-        return -(-steps // splits) * block_bytes
+        return -(-steps // splits) * self.block_bytes
+
+
+def run_bytes(group: int, columns_per_byte: int, block_bytes: int) -> int:
+    """So many bytes in a row share their group's scale, from every multiple of it on: a power of two, block_bytes at most.
+
+    Two columns of a byte lie 32 apart, in one group or in two (layout `kpack`). A group of 0 holds all columns.
+    """
+    if group == 0:
+        return block_bytes
+    power = group & -group
+    if columns_per_byte == 2:
+        power = power // 2 if power >= 64 else min(power, 32)
+    return min(power, block_bytes)
+
+
+def tiles_in(slice_bytes: int, K: int) -> int:
+    """How many tiles of 64 rows of K 16-bit weights a slice holds; one at least."""
+    return max(1, slice_bytes // (2 * max(K, 1) * 64))
 
 
 @dataclass(frozen=True)
@@ -160,9 +178,9 @@ def _entry(row: dict[str, Any]) -> Entry:
     """Raises ValueError, TypeError or KeyError for anything that is no entry: a wrong number would fail inside a launch."""
     M, N, K = (_whole(row, name, 1, 2**40) for name in ("M", "N", "K"))
     kernel = row["kernel"]
-    if kernel not in ("gemv", "gemm"):
-        raise ValueError(f'kernel must be "gemv" or "gemm", got {kernel!r}')
-    least, most = (1, 1) if kernel == "gemv" else (16, MOST_TILE)
+    if kernel not in ("gemv", "gemm", "dequantize"):
+        raise ValueError(f'kernel must be "gemv", "gemm" or "dequantize", got {kernel!r}')
+    least, most = (8, MOST_TILE) if kernel == "gemm" else (1, 1)
     return Entry(
         M,
         N,

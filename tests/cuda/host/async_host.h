@@ -1,6 +1,6 @@
 // The twins of csrc/cuda/ptx_sm90.cuh. Asynchronous for real, as late as the manual allows: a copy lands when somebody
 // waits for its mbarrier's phase, a wgmma reads its operands and writes its results when its group is waited for. Until
-// then the destination is poison; in registers, NaN.
+// then the destination is poison; in registers, a large number.
 #pragma once
 #include <cstring>
 
@@ -227,7 +227,8 @@ void multiply_warp(Thread* lanes, size_t which) {
   }
 }
 
-constexpr uint32_t kPoisonSum = 0x7fc00000;  // NaN as fp32, 2143289344 as int32: d until its results are there
+// d until its results are there: 16777215 as fp32, 1266679807 as int32. Not NaN, which sum_again.cuh would mend.
+constexpr uint32_t kPoisonSum = 0x4b7fffff;
 
 template <class T, class Register, int kCount>
 QK_UNSEEN void issue_wgmma(Register (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
@@ -338,6 +339,8 @@ inline void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t b, b
   host::issue_wgmma<host::Bytes>(d, a, b, accumulate);
 }
 inline void cluster_barrier() { host::cluster_sync(); }
+inline void cluster_barrier_relaxed() { host::cluster_sync(); }
+inline bool elect_one() { return host::thread->index % host::kLanes == 0; }
 inline Words2 load_cluster8(uint32_t address, int rank) {
   const auto& blocks = host::block->cluster->blocks;
   if (rank < 0 || static_cast<size_t>(rank) >= blocks.size()) host::fail("no such block in the cluster");

@@ -207,6 +207,11 @@ inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   }
   return d;
 }
+template <int kBits>
+inline uint32_t shift_right_by_multiplying(uint32_t value) {
+  return static_cast<uint32_t>(uint64_t{value} * (1u << (32 - kBits)) >> 32);
+}
+inline void keep(uint32_t&) {}
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t d = 0;
@@ -248,6 +253,14 @@ inline uint32_t shuffle_xor(uint32_t v, int mask) {
 inline float shuffle_xor(float v, int mask) { return bits_to_float(shuffle_xor(float_to_bits(v), mask)); }
 inline uint32_t shuffle(uint32_t v, int lane) { return host::exchange("shfl.idx", v, static_cast<unsigned>(lane)); }
 inline float shuffle(float v, int lane) { return bits_to_float(shuffle(float_to_bits(v), lane)); }
+inline bool any_lane(bool v) {
+  const uint32_t operand[1] = {v};
+  host::give(0, operand);
+  host::warp_instruction("vote.any", &host::any_warp);
+  uint32_t result[1];
+  host::take(result);
+  return result[0] != 0;
+}
 inline void named_barrier_sync(int id, int threads) { host::barrier_sync(id, static_cast<unsigned>(threads)); }
 inline void named_barrier_arrive(int id, int threads) { host::arrive(id, static_cast<unsigned>(threads), false); }
 

@@ -117,4 +117,10 @@ QK_UNSEEN inline void shuffle_warp(Warp& w) {
   for (unsigned l = 0; l < kLanes; ++l) w.lane[l].out[0] = w.lane[w.lane[l].in[1] % kLanes].in[0];
 }
 
+QK_UNSEEN inline void any_warp(Warp& w) {
+  uint32_t any = 0;
+  for (unsigned l = 0; l < kLanes; ++l) any |= w.lane[l].in[0];
+  for (unsigned l = 0; l < kLanes; ++l) w.lane[l].out[0] = any;
+}
+
 }  // namespace qkernels::host

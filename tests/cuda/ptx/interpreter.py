@@ -259,6 +259,14 @@ class Block:
         result = warp.shuffle(op.opcode[2], *(self.read(o, "b32").reshape(-1, LANES) for o in (value, by)))
         self.write(target.first if isinstance(target, Pair) else target, result.reshape(-1), active)
 
+    def vote(self, op: Instruction, active: Array) -> None:
+        self.whole_warps(active)
+        target, value, members = (o for o in op.operands if not isinstance(o, str))
+        if op.opcode[2:] != ("any", "pred") or (self.read(members, "b32")[active] != 0xFFFFFFFF).any():
+            raise PtxError(f"only vote.any of whole warps is supported: {op.text}")
+        lanes = self.read(value, "pred").reshape(-1, LANES)
+        self.write(target, np.repeat(lanes.any(axis=1), LANES), active)
+
     # ---- the rest ----
 
     def compare(self, op: Instruction, active: Array) -> None:
@@ -321,6 +329,7 @@ def run_block(block: Block) -> None:
     handlers = {
         "ld": block.load, "st": block.store, "cp": block.copy, "ldmatrix": block.load_matrix,
         "stmatrix": block.store_matrix, "mma": block.mma, "shfl": block.shuffle,
+        "vote": block.vote,
     }  # fmt: skip
     counter = np.zeros(block.threads, np.int64)
     alive = block.everyone.copy()

@@ -48,6 +48,8 @@ __global__ void __launch_bounds__(32) wrappers_kernel(const uint32_t* in, uint32
   put(shuffle_xor(a, 5));
   put(shuffle(b, lane / 4 * 4));
   put(float_to_bits(shuffle_xor(x, 16)));
+  put(shift_right_by_multiplying<12>(a));
+  put(any_lane(static_cast<int>(a) > 0x7c000000));  // in some rounds
 
   // Four matrices of random bits; the second half of the memory arrives by cp.async.
   store_shared16(shared + 16 * lane, Words4{{a, b, c, a ^ b}});

@@ -9,7 +9,7 @@
 //
 // Problem: --N --K --M 1,8,16 --bits --group (0: one in K) --zeros none|int|float|offset --type bf16|fp16 --act 16|8.
 // Configurations: --paths decode,gemm,gemm_sm90,gemm_a8,gemm_a8_sm90 --most (of the least predicted time) --stages (of
-// the rings for sm_90a). Timing: --rounds --least-us (of a graph).
+// decode's ring, 2 to 6, and of those for sm_90a). Timing: --rounds --least-us (of a graph).
 //
 // One JSON line a configuration, begun and flushed before its launch. Exit status: 0; 1 where a result is wrong; 3
 // after an error of CUDA, with which the process ends, since its context is not to be trusted any more.

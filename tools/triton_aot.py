@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not there, and reads registers, spills and shared memory off the result.
+"""Compiles the Triton kernels for GPUs that are not there: registers, spills, shared memory, PTX and SASS of the result.
 
 Never in a process with TRITON_INTERPRET=1: Triton reads that when a kernel is decorated.
 """
@@ -19,14 +19,14 @@ from triton.compiler import ASTSource
 
 from qkernels import QuantScheme
 from qkernels.kernels.triton import jit
-from qkernels.kernels.triton.table import Config
+from qkernels.kernels.triton.table import Config, run_bytes
 
 # The most shared memory one block may have, bytes: CUDA C++ Programming Guide, table "Technical specifications per compute
 # capability", less the 1 KB that the system keeps where it is counted in.
 SHARED_MEMORY = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448, "sm120": 101376}
 # Arguments that the launcher passes with a value or an address divisible by 16, in shapes that models have.
 DIVISIBLE = (
-    "x", "qweight", "scales", "zeros", "k_order", "bias", "out", "parts", "N", "K", "group_size", "x_stride", "row_bytes",
+    "x", "qweight", "scales", "zeros", "k_order", "bias", "out", "parts", "N", "K", "x_stride", "row_bytes",
     "bytes_per_split",
 )  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -42,25 +42,28 @@ class Machine:
     local: int
     shared: int
     ptx: str
+    sass: str
     seconds: float  # processor time of the compilation, ptxas included: wall time says more about what else runs here
 
 
 def variant(scheme: QuantScheme, K: int, dtype: str, config: Config, *, ordered: bool, bias: bool, split: bool) -> Any:
     """Kernel, signature and constants of one call, as `launch.gemm` makes them."""
     halves = 2 if scheme.bits <= 4 else 1
-    block_bytes = config.block_bytes(halves, scheme.num_groups(K), scheme.group_length(K))
-    columns = block_bytes * halves
-    kernel = jit.gemv if config.kernel == "gemv" else jit.gemm
+    block_bytes = config.block_bytes
+    group = scheme.group_length(K) if scheme.num_groups(K) > 1 else 0
+    kernel = getattr(jit, config.kernel)
     constants = {
         "MID": scheme.mid_code,
         "ZEROS": 3 if scheme.codebook else _ZEROS[scheme.zeros],
-        "UNIFORM": scheme.num_groups(K) == 1 or scheme.group_length(K) % columns == 0,
+        "GROUP": group,
         "HALVES": halves,
         "ORDERED": ordered,
         "BIAS": bias,
         "SPLIT": split,
         "BLOCK_N": config.block_n,
         "BLOCK_BYTES": block_bytes,
+        "RUN": run_bytes(group, halves, block_bytes),
+        "STAGES": config.num_stages,
     }
     if config.kernel == "gemm":
         constants["BLOCK_M"] = config.block_m
@@ -84,7 +87,8 @@ def pointers(scheme: QuantScheme, dtype: str, *, ordered: bool) -> dict[str, str
 def compile_for(
     sm: str, kernel: Any, types: dict[str, str | None], constants: dict[str, Any], **options: Any
 ) -> Machine:
-    """Compile for "sm80" …; absent pointers (None) become constants, numbers are int32."""
+    """Compile for "sm80" …; absent pointers (None) become constants, numbers are int32, constants that the kernel has not
+    are left out."""
     names = list(kernel.arg_names)
     fixed = constants | {name: None for name, kind in types.items() if kind is None}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
@@ -99,14 +103,22 @@ def compile_for(
         },
     )
     begin = os.times()
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(sm[2:]), 32), options=options)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", int(sm[2:]), 32), options={"enable_fp_fusion": True} | options
+    )
     seconds = sum(os.times()[:4]) - sum(begin[:4])  # of this process and of its children
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = _said(["cuobjdump", "--dump-resource-usage", file.name])
+        sass = _said(["nvdisasm", "-c", file.name])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
-    return Machine(registers, stack, local, compiled.metadata.shared, compiled.asm["ptx"], seconds)
+    return Machine(registers, stack, local, compiled.metadata.shared, compiled.asm["ptx"], sass, seconds)
+
+
+def _said(command: list[str]) -> str:
+    """What one of the tools that come with Triton prints."""
+    run = [str(_TOOLS / command[0]), *command[1:]]
+    return subprocess.run(run, capture_output=True, text=True, check=True).stdout

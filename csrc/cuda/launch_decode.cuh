@@ -1,0 +1,84 @@
+// How an instance of decode is found and launched, for one type of activations, each a translation unit of its own: 25
+// instances. 14 of 8 tokens, for each width 4 for the usual scales and zeros (GroupKind) in groups of 32 and of 64 or
+// more, and 3 for all others and groups of 16; 7 of 16 tokens, where only symmetric 4 bit in groups of 64 and more has
+// one of its own (the others do not fit 128 registers); 4 of 32.
+#pragma once
+#include "blocks.h"
+#include "decode.cuh"
+#include "launchers.h"
+
+namespace qkernels::cuda {
+
+struct DecodeLaunch {
+  DecodeArguments p;
+  int tokens;
+  dim3 grid;
+  size_t shared;
+  cudaStream_t stream;
+
+  template <class F, int kTokenTiles>
+  cudaError_t run() const {
+    return launch(decode<F, kTokenTiles>, grid, dim3(p.warps_n * p.warps_k * 32), shared, stream, p);
+  }
+};
+
+inline bool is_16_bit(Type type) { return type == Type::kHalf || type == Type::kBFloat16; }
+
+template <class T, int kWidth, int kGroups>
+cudaError_t launch_8(const DecodeLaunch& launch) {
+  const GroupFormat& f = launch.p.format;
+  if (is_16_bit(f.scale_type) && f.zero_type == Type::kNone) {
+    return launch.run<BiasedFormat<T, kWidth, kGroups, GroupKind::kSymmetric16>, 1>();
+  }
+  if (is_16_bit(f.scale_type) && f.zero_type == Type::kUInt8) {
+    return launch.run<BiasedFormat<T, kWidth, kGroups, GroupKind::kInteger16>, 1>();
+  }
+  return launch.run<BiasedFormat<T, kWidth, kGroups, GroupKind::kAny>, 1>();
+}
+
+template <class T, int kWidth>
+cudaError_t launch_width(const DecodeLaunch& launch) {
+  const GroupFormat& f = launch.p.format;
+  const int groups = f.groups_per_step;
+  switch (launch.tokens) {
+    case 8:
+      return groups == 1   ? launch_8<T, kWidth, 1>(launch)
+             : groups == 2 ? launch_8<T, kWidth, 2>(launch)
+                           : launch.run<BiasedFormat<T, kWidth, 4, GroupKind::kAny>, 1>();
+    case 16:
+      if constexpr (kWidth == 4) {
+        if (groups == 1 && is_16_bit(f.scale_type) && f.zero_type == Type::kNone) {
+          return launch.run<BiasedFormat<T, 4, 1, GroupKind::kSymmetric16>, 2>();
+        }
+      }
+      return groups == 1   ? launch.run<BiasedFormat<T, kWidth, 1, GroupKind::kAny>, 2>()
+             : groups == 2 ? launch.run<BiasedFormat<T, kWidth, 2, GroupKind::kAny>, 2>()
+                           : launch.run<Format<T, kWidth, true>, 2>();
+    default:
+      return groups > 1 ? launch.run<Format<T, kWidth, true>, 4>() : launch.run<Format<T, kWidth, false>, 4>();
+  }
+}
+
+template <class T>
+cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t stream) {
+  const int warps = config.warps_n * config.warps_k;
+  if ((config.tokens != 8 && config.tokens != 16 && config.tokens != 32) || warps < 1 ||
+      warps > most_decode_warps(config.tokens) || call.x.M > config.tokens || config.splits < 1 || config.stages == 1 ||
+      config.stages > kMostDecodeStages) {
+    return cudaErrorInvalidValue;
+  }
+  DecodeArguments p{};
+  p.weight = call.weight, p.format = group_format(call.weight), p.x = call.x, p.out = call.out;
+  p.aligned = is_aligned(call.x);
+  p.warps_n = config.warps_n, p.warps_k = config.warps_k;
+  p.steps_per_block = divide_up(call.weight.steps, config.splits);
+  p.stage_bytes = stage_bytes(call.weight);
+  p.stages = decode_stages(config, call.weight.width);
+  p.warp_bytes = decode_warp_bytes(config.tokens, p.stage_bytes, p.stages);
+  const size_t shared = decode_shared_bytes(config, call.x.M, p.stage_bytes, call.weight.width, call.weight.steps);
+  const dim3 grid(divide_up(call.weight.strips, config.warps_n), config.splits);
+  const DecodeLaunch launch{p, config.tokens, grid, shared, stream};
+  return call.weight.width == 4 ? launch_width<T, 4>(launch) : launch_width<T, 8>(launch);
+}
+
+}  // namespace qkernels::cuda

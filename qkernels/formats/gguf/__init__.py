@@ -1,0 +1,18 @@
+"""GGUF's blocks: decoded bit for bit, taken apart without loss, and as `QuantTensor` where a scheme holds them."""
+
+from .parts import Meaning, Parts
+from .types import BLOCK_TYPES, BlockType, block_type, blocks_of, dequantize, parts_of
+from .weights import EXACT_SCHEMES, weight_of
+
+__all__ = [
+    "BLOCK_TYPES",
+    "EXACT_SCHEMES",
+    "BlockType",
+    "Meaning",
+    "Parts",
+    "block_type",
+    "blocks_of",
+    "dequantize",
+    "parts_of",
+    "weight_of",
+]

@@ -1,0 +1,214 @@
+"""Where the tensors of a GGUF file belong in a model of transformers: one table, one entry an architecture.
+
+llama.cpp names tensors in its own way (`blk.3.attn_q.weight`), and its converter changes some of them: the rows of q and k of
+"llama" come as rope wants neighbours to turn together there, and the norms of Gemma have their 1 added already.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..storage.gguf import GgufSource
+
+Kind = Literal["linear", "embedding", "norm"]
+_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<piece>[a-z0-9_]+)\.(?P<leaf>weight|bias)")
+# What the config is made of (`gguf_config.py`), not the model.
+FOR_CONFIG: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# One number beside an NVFP4 weight, which multiplies it; and one for activations, which stay in 16 bits here.
+SCALE: Final = ".scale"
+INPUT_SCALE: Final = ".input_scale"
+
+
+class Piece(NamedTuple):
+    """A module that a tensor of a file belongs to; of a layer, relative to it. `rope`: which number of heads its rows have, where
+    they are turned in pairs."""
+
+    module: str
+    kind: Kind = "linear"
+    rope: str | None = None
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """What `general.architecture` means.
+
+    Args:
+        name: as the file has it.
+        model_type, class_name: of transformers.
+        layer: pieces of a layer.
+        paired_rope: rows of q and k are in llama.cpp's order.
+        unit_offset_norms: the file's norm weights are 1 larger than the model's.
+    """
+
+    name: str
+    model_type: str
+    class_name: str
+    layer: Mapping[str, Piece]
+    paired_rope: bool = False
+    unit_offset_norms: bool = False
+    outer: Mapping[str, Piece] = field(
+        default_factory=lambda: {
+            "token_embd": Piece("model.embed_tokens", "embedding"),
+            "output_norm": Piece("model.norm", "norm"),
+            "output": Piece("lm_head"),
+        }
+    )
+
+
+_ATTENTION: Final = {
+    "attn_q": Piece("self_attn.q_proj", rope="num_attention_heads"),
+    "attn_k": Piece("self_attn.k_proj", rope="num_key_value_heads"),
+    "attn_v": Piece("self_attn.v_proj"),
+    "attn_output": Piece("self_attn.o_proj"),
+}
+_HEAD_NORMS: Final = {
+    "attn_q_norm": Piece("self_attn.q_norm", "norm"),
+    "attn_k_norm": Piece("self_attn.k_norm", "norm"),
+}
+_MLP: Final = {
+    "ffn_gate": Piece("mlp.gate_proj"),
+    "ffn_up": Piece("mlp.up_proj"),
+    "ffn_down": Piece("mlp.down_proj"),
+}
+_NORMS: Final = {"attn_norm": Piece("input_layernorm", "norm"), "ffn_norm": Piece("post_attention_layernorm", "norm")}
+_FOUR_NORMS: Final = {
+    "attn_norm": Piece("input_layernorm", "norm"),
+    "post_attention_norm": Piece("post_attention_layernorm", "norm"),
+    "ffn_norm": Piece("pre_feedforward_layernorm", "norm"),
+    "post_ffw_norm": Piece("post_feedforward_layernorm", "norm"),
+}
+
+_ALL: Final = (
+    GgufArchitecture("llama", "llama", "LlamaForCausalLM", _NORMS | _ATTENTION | _MLP, paired_rope=True),  # and Mistral
+    GgufArchitecture("qwen2", "qwen2", "Qwen2ForCausalLM", _NORMS | _ATTENTION | _MLP),
+    GgufArchitecture("qwen3", "qwen3", "Qwen3ForCausalLM", _NORMS | _ATTENTION | _HEAD_NORMS | _MLP),
+    GgufArchitecture("gemma", "gemma", "GemmaForCausalLM", _NORMS | _ATTENTION | _MLP, unit_offset_norms=True),
+    GgufArchitecture("gemma2", "gemma2", "Gemma2ForCausalLM", _FOUR_NORMS | _ATTENTION | _MLP, unit_offset_norms=True),
+    GgufArchitecture(
+        "gemma3",
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _FOUR_NORMS | _ATTENTION | _HEAD_NORMS | _MLP,
+        unit_offset_norms=True,
+    ),
+    GgufArchitecture(
+        "phi3",
+        "phi3",
+        "Phi3ForCausalLM",
+        _NORMS
+        | {
+            "attn_qkv": Piece("self_attn.qkv_proj"),
+            "attn_output": Piece("self_attn.o_proj"),
+            "ffn_up": Piece("mlp.gate_up_proj"),
+            "ffn_down": Piece("mlp.down_proj"),
+        },
+    ),
+)
+GGUF_ARCHITECTURES: Final = {architecture.name: architecture for architecture in _ALL}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a file belongs.
+
+    Args:
+        name: of the tensor in the model.
+        heads: of a rope in pairs; 0 where the rows are in order.
+        offset: what is to be subtracted.
+        scale: the tensor of one number that multiplies it, if there is one.
+    """
+
+    name: str
+    kind: Kind
+    heads: int = 0
+    offset: float = 0.0
+    scale: str | None = None
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The rows of the model, of a weight, a bias, or a weight in blocks, which run along a row."""
+        if not self.heads:
+            return tensor
+        order = torch.arange(len(tensor)).view(self.heads, -1, 2).transpose(1, 2).reshape(-1)
+        return tensor[order]
+
+
+def architecture_of(source: GgufSource) -> GgufArchitecture:
+    """The table's entry for a file.
+
+    Raises:
+        CheckpointError: the file does not name an architecture, or one that is not in the table; or holds experts.
+    """
+    name = source.get("general.architecture")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{source.path} has no general.architecture, so it holds no model")
+    if name not in GGUF_ARCHITECTURES:
+        raise CheckpointError(
+            f"{source.path} holds a model of architecture {name!r:.40}; GGUF files of {', '.join(GGUF_ARCHITECTURES)} are read "
+            "(Mistral's are llama); for another, load the original checkpoint, or add an entry to qkernels/models/gguf_names.py"
+        )
+    if source.get(f"{name}.expert_count", 0):
+        raise CheckpointError(
+            f"{source.path} holds a model with {source.get(f'{name}.expert_count')} experts a layer, which are not read from "
+            "GGUF files yet; load the original checkpoint"
+        )
+    return GGUF_ARCHITECTURES[name]
+
+
+def places_of(source: GgufSource, architecture: GgufArchitecture, config: Mapping[str, int]) -> dict[str, Place]:
+    """Where every tensor of a file belongs, by name in the file; those that the config is made of are left out.
+
+    Args:
+        config: numbers of layers and heads, as config.json has them.
+
+    Raises:
+        CheckpointError: a tensor that the table does not know, or with rows that its heads do not divide.
+    """
+    places: dict[str, Place] = {}
+    for name, entry in source.entries.items():
+        if name in FOR_CONFIG or name.endswith((SCALE, INPUT_SCALE)):
+            continue
+        match = _NAME.fullmatch(name)
+        layer = None if match is None or match["layer"] is None else int(match["layer"])
+        pieces = architecture.outer if layer is None else architecture.layer
+        piece = pieces.get(match["piece"]) if match is not None else None
+        if match is None or piece is None:
+            raise CheckpointError(
+                f"{source.path} has a tensor {name} ({entry.type.name} {list(entry.shape)}), which no {architecture.name} model "
+                "is known to have; load the original checkpoint"
+            )
+        if layer is not None and layer >= config["num_hidden_layers"]:
+            raise CheckpointError(
+                f"{source.path} has {name}, but says that it has {config['num_hidden_layers']} layers"
+            )
+        module = piece.module if layer is None else f"model.layers.{layer}.{piece.module}"
+        heads = config[piece.rope] if piece.rope is not None and architecture.paired_rope else 0
+        if heads and (not entry.shape or entry.shape[0] % (2 * heads)):
+            raise CheckpointError(f"{name} has rows {list(entry.shape)[:1]}, which are no {heads} heads of pairs")
+        scale = f"{name.rpartition('.')[0]}{SCALE}" if match["leaf"] == "weight" else None
+        places[name] = Place(
+            f"{module}.{match['leaf']}",
+            piece.kind,
+            heads,
+            1.0 if piece.kind == "norm" and architecture.unit_offset_norms else 0.0,
+            scale if scale in source else None,
+        )
+    _check_scales(source, places)
+    return places
+
+
+def _check_scales(source: GgufSource, places: Mapping[str, Place]) -> None:
+    for name, entry in source.entries.items():
+        if name.endswith((SCALE, INPUT_SCALE)):
+            base = name.removesuffix(SCALE).removesuffix(INPUT_SCALE)
+            if entry.shape != (1,) or entry.type.name != "F32" or f"{base}.weight" not in places:
+                raise CheckpointError(
+                    f"{source.path}: {name} must be one F32 number beside {base}.weight, got {entry.type.name} "
+                    f"{list(entry.shape)}"
+                )
