@@ -44,7 +44,7 @@ CONFIGURATIONS: tuple[tuple[str, Options], ...] = (
 @dataclass(frozen=True)
 class Row:
     """One configuration's results. Bytes are those of the quantized layers (of the same layers, for the original): codes at
-    their true width as a checkpoint holds them, and as the kernel reads them, where 3-bit codes ride in 4-bit tiles."""
+    their true width as a checkpoint holds them, and as the kernel reads them."""
 
     name: str
     scheme: str
@@ -162,7 +162,7 @@ def heading(model: Path, tokens: int) -> str:
         f"# {model.name}, quantized\n\n"
         f"Perplexity and KL over {tokens} held-out tokens in windows of {SEQ_LEN}; KL in nats a token from the original; "
         f"decoding of one sequence on {torch.get_num_threads()} threads of {platform.machine()}. MiB and bits per weight are "
-        f"those of the linear layers in the file; the kernel reads 3-bit codes from 4-bit tiles. "
+        f"those of the linear layers in the file. "
         f"qkernels {qkernels.__version__}, torch {torch.__version__}."
     )
 

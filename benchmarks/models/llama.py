@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
 
-from qkernels.layouts.tiles import stored_bits
+from qkernels.layouts.tiles import true_bits
 from qkernels.nn import QuantLinear
 from qkernels.scheme import QuantScheme
 
@@ -183,7 +183,7 @@ def predicted_memory(g: Geometry, scheme: QuantScheme | None, positions: int, pr
         if scheme is None:
             linears += N * K * itemsize
         else:
-            linears += N * K * stored_bits(scheme.bits) // 8 + N * scheme.num_groups(K) * itemsize
+            linears += N * K * true_bits(scheme.bits) // 8 + N * scheme.num_groups(K) * itemsize
     cache = 2 * g.layers * positions * g.kv_heads * g.head_dim * itemsize
     activations = prompt * (2 * g.hidden + 4 * g.intermediate) * itemsize + prompt * positions * (1 + itemsize)
     return Memory(g.layers * linears, 2 * g.vocabulary * g.hidden * itemsize, cache, activations)

@@ -48,34 +48,62 @@ struct Unpacker {
   }
 };
 
-struct Nibbles : Unpacker {
+struct Nibbles : Unpacker, BlockOf<4> {
   using Unpacker::Unpacker;
   using Raw = __m256i;
-  static constexpr int64_t kOctetBytes = kTileRows * kLaneBytes, kMemoryBytes = kOctetBytes;
-  static QK_INLINE Raw load(const uint8_t* at) { return lanes(at); }
+  static QK_INLINE Raw load(const uint8_t* at, int) { return lanes(at); }
   QK_INLINE __m256 value(Raw raw, int s, Zero zero) const {
     return value_of(raw, 16 * (s & 1) + 4 * (s >> 1), 15, zero);
   }
 };
 
-struct Bytes : Unpacker {
+struct Bytes : Unpacker, BlockOf<8> {
   using Unpacker::Unpacker;
   struct Raw {
     __m256i quad[2];
   };
-  static constexpr int64_t kOctetBytes = 2 * kTileRows * kLaneBytes, kMemoryBytes = kOctetBytes;
-  static QK_INLINE Raw load(const uint8_t* at) { return {{lanes(at), lanes(at + kTileRows * kLaneBytes)}}; }
+  static QK_INLINE Raw load(const uint8_t* at, int) { return {{lanes(at), lanes(at + kLineBytes)}}; }
   QK_INLINE __m256 value(const Raw& raw, int s, Zero zero) const {
     return value_of(raw.quad[s >> 2], 16 * (s & 1) + 8 * (s >> 1 & 1), 255, zero);
   }
 };
 
+// Codes in planes: each octet's lines, and how far its fields are from where they belong (variable shifts, which AVX2
+// has, and no rotation: the high plane goes there by two).
+template <int kBits>
+struct FromPlanes : Unpacker, BlockOf<kBits> {
+  using Unpacker::Unpacker;
+  using Block = BlockOf<kBits>;
+  static constexpr Planes planes = Block::planes;
+  struct Raw {
+    __m256i low, high;
+    int low_right, high_right;
+  };
+  static QK_INLINE Raw load(const uint8_t* at, int i) {
+    const __m256i low = lanes(at + Block::low_line(i) * kLineBytes);
+    const __m256i high = planes.high == 0 ? low : lanes(at + Block::high_line(i) * kLineBytes);
+    return {low, high, 32 - Block::low_left(i), i * planes.high * 4};
+  }
+  static QK_INLINE __m256i field(__m256i lanes, int right, int width) {
+    const __m256i moved = _mm256_srlv_epi32(lanes, _mm256_set1_epi32(right));
+    return _mm256_and_si256(moved, _mm256_set1_epi32((1 << width) - 1));
+  }
+  QK_INLINE __m256 value(const Raw& raw, int s, Zero zero) const {
+    const int word = 16 * (s & 1), p = s >> 1;
+    __m256i code = field(raw.low, raw.low_right + word + planes.low * p, planes.low);
+    if constexpr (planes.high != 0) {
+      const __m256i high = field(raw.high, raw.high_right + word + planes.high * p, planes.high);
+      code = _mm256_or_si256(code, _mm256_slli_epi32(high, planes.low));
+    }
+    return _mm256_sub_ps(_mm256_cvtepi32_ps(code), zero);
+  }
+};
+
 // Of a codebook with 16 values: two look-ups of eight, by the low three bits, and the fourth chooses
-struct Table {
+struct Table : BlockOf<4> {
   static constexpr bool kPanel = true;
   struct Zero {};
   using Raw = __m256i;
-  static constexpr int64_t kOctetBytes = kTileRows * kLaneBytes, kMemoryBytes = kOctetBytes;
   __m256 low, high;
   explicit Table(const Call& call) {
     alignas(32) float values[16];
@@ -83,7 +111,7 @@ struct Table {
     low = _mm256_load_ps(values), high = _mm256_load_ps(values + 8);
   }
   QK_INLINE Zero zero(int64_t) const { return {}; }
-  static QK_INLINE Raw load(const uint8_t* at) { return Unpacker::lanes(at); }
+  static QK_INLINE Raw load(const uint8_t* at, int) { return Unpacker::lanes(at); }
   QK_INLINE __m256 value(Raw raw, int s, Zero) const {
     const int shift = 16 * (s & 1) + 4 * (s >> 1);
     const __m256i code = (__m256i)((Lanes)raw >> shift);
@@ -107,15 +135,10 @@ struct Floats : Bytes {
   }
 };
 
-// Nibbles subtracts a zero, and a codebook has none.
-void multiply_by_codes(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (codebook_bits(call.codebook) == 4) return multiply_with<Avx2, Table>(call, tile, tiles, m0, m1);
-  multiply<Avx2, Nibbles, Nibbles, Bytes, Floats>(call, tile, tiles, m0, m1);
-}
-
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", Type::kFloat, stage<float>, multiply_by_codes, kLittleWork / 4};
+const Kernels kAvx2 = {"avx2", Type::kFloat, stage<float>,
+                       multiply<Avx2, Nibbles, Nibbles, Bytes, Table, Floats, FromPlanes, FromPlanes>, kLittleWork / 4};
 
 }  // namespace qkernels::cpu
 

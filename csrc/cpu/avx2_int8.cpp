@@ -1,6 +1,7 @@
 // AVX2 for int8 activations: 8 rows a vector. vpmaddubsw multiplies unsigned with signed bytes and adds two products in
 // int16, where it saturates; no sum below can reach that:
 //   4 bit  codes 0 ... 15 as they are: four products are at most 4 * 15 * 127 = 7620
+//   6 bit  and less, in planes: two products are at most 2 * 63 * 127 = 16002
 //   8 bit  codes 0 ... 255 would give 2 * 255 * 127 = 64770. Signed codes -128 ... 127 do not: |code| times x with the
 //          code's sign is at most 2 * 128 * 127 = 32512 < 32767. x is never -128, which has no negative.
 #include <cstdint>
@@ -46,6 +47,9 @@ struct Avx2Int8 : Avx2Sums {
   }
   static QK_INLINE __m256i dot_low(Integers nibbles, Integers x) {
     return _mm256_maddubs_epi16((__m256i)(nibbles & kLow), (__m256i)x);
+  }
+  static QK_INLINE Integers dot_small(Integers sum, Integers bytes, Integers x) {
+    return add_pairs(sum, _mm256_maddubs_epi16((__m256i)bytes, (__m256i)x));
   }
   static QK_INLINE Integers look_up(Integers table, Integers indices) {
     return (Integers)_mm256_shuffle_epi8((__m256i)table, (__m256i)indices);

@@ -61,6 +61,14 @@ struct FloatBytes : RawBytes, FloatZeros {
   }
 };
 
+template <int kBits>
+struct FloatPlanes : RawPlanes<kBits>, FloatZeros {
+  using FloatZeros::FloatZeros;
+  QK_INLINE __m512 value(const typename RawPlanes<kBits>::Raw& raw, int s, Zero zero) const {
+    return code_value<kBits>(RawPlanes<kBits>::code(raw, s >> 1, s & 1), zero);
+  }
+};
+
 // An 8-bit float, as the bf16 that it is
 struct Floats : RawBytes, NoZeros {
   static constexpr bool kPanel = true;
@@ -76,7 +84,9 @@ struct Floats : RawBytes, NoZeros {
 }  // namespace
 
 const Kernels kAvx512 = {"avx512", Type::kFloat, stage<float>,
-                         multiply<Avx512, SymmetricNibbles, NibblesWithZeros, FloatBytes, Floats>, kLittleWork};
+                         multiply<Avx512, SymmetricNibbles, NibblesWithZeros, FloatBytes, SymmetricNibbles, Floats,
+                                  FloatPlanes, FloatPlanes>,
+                         kLittleWork};
 
 }  // namespace qkernels::cpu
 

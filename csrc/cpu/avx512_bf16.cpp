@@ -86,6 +86,35 @@ struct BytePairs : RawBytes, FloatZeros {
   }
 };
 
+// Up to 5 bits are an index of vpermw, 6 bits one of vpermi2w; what is above them is left over, so tables repeat.
+template <int kBits>
+struct SymmetricPlanes : RawPlanes<kBits>, NoZeros {
+  __m512i table[2];
+  struct Value {
+    const Call& call;
+    int first;
+    float operator()(int i) const { return plain_value(call, (first + i) & ((1 << kBits) - 1)); }
+  };
+  explicit SymmetricPlanes(const Call& call) : table{bf16_table(Value{call, 0}), bf16_table(Value{call, 32})} {}
+  QK_INLINE __m512i value(const typename RawPlanes<kBits>::Raw& raw, int s, Zero) const {
+    const __m512i code = RawPlanes<kBits>::code(raw, s, 0);
+    if constexpr (kBits > 5) return _mm512_permutex2var_epi16(table[0], code, table[1]);
+    return _mm512_permutexvar_epi16(code, table[0]);
+  }
+};
+
+// Two fp32 whose top halves are the pair, as in BytePairs
+template <int kBits>
+struct PlanesWithZeros : RawPlanes<kBits>, FloatZeros {
+  using FloatZeros::FloatZeros;
+  QK_INLINE __m512i value(const typename RawPlanes<kBits>::Raw& raw, int s, Zero zero) const {
+    const __m512i code = RawPlanes<kBits>::code(raw, s, 0);
+    const __m512i low = _mm512_castps_si512(code_value<kBits>(code, zero));
+    const __m512i high = _mm512_castps_si512(code_value<kBits>(shifted(code, 16), zero));
+    return _mm512_or_si512(shifted(low, 16), high);
+  }
+};
+
 // An 8-bit float: bytes 0 and 2 of a lane are the pair 0, bytes 1 and 3 the pair 1.
 struct FloatPairs : RawBytes, NoZeros {
   static constexpr bool kPanel = true;
@@ -98,7 +127,8 @@ struct FloatPairs : RawBytes, NoZeros {
 
 void multiply_by_type(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
   if (call.x_type != Type::kBFloat16) return kAvx512.multiply(call, tile, tiles, m0, m1);
-  multiply<Avx512Bf16, SymmetricPairs, PairsWithZeros, BytePairs, FloatPairs>(call, tile, tiles, m0, m1);
+  multiply<Avx512Bf16, SymmetricPairs, PairsWithZeros, BytePairs, SymmetricPairs, FloatPairs, SymmetricPlanes,
+           PlanesWithZeros>(call, tile, tiles, m0, m1);
 }
 
 }  // namespace

@@ -59,19 +59,45 @@ struct Avx512Sums {
 QK_INLINE __m512i lanes(const uint8_t* at) { return _mm512_loadu_si512(at); }
 QK_INLINE __m512i shifted(__m512i v, int n) { return (__m512i)((Lanes)v >> n); }
 
-struct RawNibbles {
+struct RawNibbles : BlockOf<4> {
   using Raw = __m512i;
-  static constexpr int64_t kOctetBytes = kTileRows * kLaneBytes, kMemoryBytes = kOctetBytes;
   static constexpr bool kPanel = false;  // 128 rows of bf16 6 % faster than with one, 16 rows 24 %
-  static QK_INLINE Raw load(const uint8_t* at) { return lanes(at); }
+  static QK_INLINE Raw load(const uint8_t* at, int) { return lanes(at); }
 };
 
-struct RawBytes {
+struct RawBytes : BlockOf<8> {
   struct Raw {
     __m512i quad[2];
   };
-  static constexpr int64_t kOctetBytes = 2 * kTileRows * kLaneBytes, kMemoryBytes = kOctetBytes;
-  static QK_INLINE Raw load(const uint8_t* at) { return {{lanes(at), lanes(at + kTileRows * kLaneBytes)}}; }
+  static QK_INLINE Raw load(const uint8_t* at, int) { return {{lanes(at), lanes(at + kLineBytes)}}; }
+};
+
+// Codes in planes: the octet's fields of each plane at the bottom of a lane's words, those of the high plane where they
+// stand in a code.
+template <int kBits>
+struct RawPlanes : BlockOf<kBits> {
+  using Block = BlockOf<kBits>;
+  static constexpr Planes planes = Block::planes;
+  static constexpr bool kPanel = kBits > 2;  // four instructions a pair and more
+  struct Raw {
+    __m512i low, high;
+  };
+  static QK_INLINE __m512i line(const uint8_t* at, int n, int left) {
+    return _mm512_rolv_epi32(lanes(at + n * kLineBytes), _mm512_set1_epi32(left));
+  }
+  static QK_INLINE Raw load(const uint8_t* at, int i) {
+    const __m512i low = line(at, Block::low_line(i), Block::low_left(i));
+    if constexpr (planes.high == 0) return {low, low};
+    return {low, line(at, Block::high_line(i), Block::high_left(i))};
+  }
+  // The code of the column or pair p of a word, in its low bits; what is above is left over.
+  static QK_INLINE __m512i code(const Raw& raw, int p, int word) {
+    const __m512i low = shifted(raw.low, 16 * word + planes.low * p);
+    if constexpr (planes.high == 0) return low;
+    const __m512i high = shifted(raw.high, 16 * word + planes.high * p);
+    constexpr int kMask = (1 << planes.low) - 1;
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(kMask << 16 | kMask), low, high, 0xca);  // mask ? low : high
+  }
 };
 
 // The values of an 8-bit codebook, which bf16 holds exactly: magnitudes in four registers, the sign beside them.
@@ -107,6 +133,12 @@ struct FloatZeros {
                                           : Avx512Sums::set1(static_cast<float>(1 << (call.bits - 1)));
   }
 };
+
+// The code of a lane's low bits as an fp32, less its zero.
+template <int kBits>
+QK_INLINE __m512 code_value(__m512i code, __m512 zero) {
+  return _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32((1 << kBits) - 1))), zero);
+}
 
 // code - zero of the byte at bits shift ... shift + 7 of each lane, in fp32
 QK_INLINE __m512 byte_value(__m512i lanes, int shift, __m512 zero) {

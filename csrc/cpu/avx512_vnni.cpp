@@ -35,6 +35,7 @@ struct Vnni : Avx512Sums {
   static QK_INLINE Integers dot_bytes(Integers sum, Integers bytes, Integers x) {
     return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)x);
   }
+  static QK_INLINE Integers dot_small(Integers sum, Integers bytes, Integers x) { return dot_bytes(sum, bytes, x); }
   static QK_INLINE Integers look_up(Integers table, Integers indices) {
     return (Integers)_mm512_shuffle_epi8((__m512i)table, (__m512i)indices);
   }

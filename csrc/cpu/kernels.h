@@ -4,18 +4,18 @@
 // alone (tests/ops does, under the address sanitizer), and nothing inline that was compiled for AVX-512 can end up
 // being called on an older CPU.
 //
-// Layout cpu_tile_a16 (qkernels/layouts/cpu_tile_a16.py packs it):
-//   qweight [tiles][K_pad / 8 octets][...]   32 rows a tile, K_pad = K rounded up to 8, columns in k_order
-//     4 bit, an octet is 128 bytes: one 32-bit little-endian lane a row, code k of the octet in the 4 bits from
-//       16 * (k & 1) + 4 * (k >> 1) on, so that lane >> 4 i has the pair (2 i, 2 i + 1) at the bottom of its two words
-//     8 bit, an octet is two quads of 128 bytes: one lane a row, code k of the quad in the 8 bits from
-//       16 * (k & 1) + 8 * (k >> 1) on
+// Layout cpu_tile_a16 (qkernels/layouts/cpu_tile_a16.py packs it), 32 rows a tile:
+//   qweight [tiles][K_pad / block][...]      K_pad = K rounded up to whole blocks, columns in k_order. A block of
+//   columns
+//     is one plane of its codes after the other, lowest bits first (Planes); a plane of w bits is block * w / 32 lines
+//     of 128 bytes: one 32-bit little-endian lane a row, with 32 / w columns of the block. Column k of a lane has its w
+//     bits from 16 * (k & 1) + w * (k >> 1) on, so that lane >> w i has the pair (2 i, 2 i + 1) at the bottom of its
+//     two words. Of 4 and 8 bits a block is an octet, in one lane or two.
 //   scales, zeros [tiles][G][32]             group g holds stored columns g * group ... min(K, (g + 1) * group) - 1
 //   outer_scales, outer_zeros [tiles][S][32] where scales (and offsets) are products: then `scales` and `zeros` are the
 //     small factors, and outer factor s serves groups s * per ... (s + 1) * per - 1, or all of a row
-// Layout cpu_tile_a8 (qkernels/layouts/cpu_tile_a8.py), for x quantized to int8: the same, but for the lanes:
-//     4 bit, byte j of an octet's lane has code j of the octet in its low nibble and code 4 + j in its high one
-//     8 bit, byte j of a quad's lane has code j of the quad
+// Layout cpu_tile_a8 (qkernels/layouts/cpu_tile_a8.py), for x quantized to int8: the same, but for the lanes, whose
+//   column k has its bits from 8 * (k & 3) + w * (k >> 2) on: byte j has columns j, 4 + j, ...
 // Rows past N have code 0 and scale 0; columns past K have code 0 and meet x = 0. With more than one group, `group` is
 // a multiple of 8, so that every octet lies in one group.
 #pragma once
@@ -27,6 +27,22 @@ namespace qkernels::cpu {
 
 constexpr int kTileRows = 32;
 constexpr int kLaneBytes = 4;
+constexpr int kLineBytes = kTileRows * kLaneBytes;  // one lane of each row
+
+// Widths of the planes of a code; `high` is 0 where there is one.
+struct Planes {
+  int low, high;
+};
+static constexpr Planes planes_of(int bits) {
+  if (bits > 6) return {8, 0};
+  return bits > 3 ? Planes{4, bits - 4} : Planes{2, bits - 2};
+}
+static constexpr int stored_bits(int bits) { return planes_of(bits).low + planes_of(bits).high; }
+static constexpr int block_columns(int bits) {
+  const Planes planes = planes_of(bits);
+  const int lane = 32 / (planes.high != 0 ? planes.high : planes.low);
+  return lane > 8 ? lane : 8;
+}
 
 // A group is summed in runs of at most this many columns, and the scale is applied to each run's fp32 sum. It bounds
 // the panel of unpacked weights (16 KB in fp32) and the rounding error (see tests/ops/test_numerics.py). Every path of
@@ -49,7 +65,7 @@ static inline int tiles_together(int64_t M) { return M <= kFewTokens ? kMostTile
 struct Problem {
   int64_t M, N, K;     // tokens (rows of x), rows of the weight, columns of both
   int64_t group, G;    // columns that share a scale; groups in K
-  int64_t K_pad;       // K rounded up to whole octets
+  int64_t K_pad;       // K rounded up to whole blocks
   int64_t tile_bytes;  // of one tile's codes
   int bits;
   Type x_type;  // of x and y
@@ -98,8 +114,8 @@ static inline Problem make_problem(int64_t M, int64_t N, int64_t K, int bits, in
   Problem p{};
   p.M = M, p.N = N, p.K = K, p.bits = bits, p.group = group;
   p.G = K == 0 ? 1 : (K - 1) / group + 1;
-  p.K_pad = (K + 7) / 8 * 8;
-  p.tile_bytes = p.K_pad * (kTileRows * (bits <= 4 ? 4 : 8) / 8);
+  p.K_pad = (K + block_columns(bits) - 1) / block_columns(bits) * block_columns(bits);
+  p.tile_bytes = p.K_pad * (kTileRows * stored_bits(bits) / 8);
   return p;
 }
 

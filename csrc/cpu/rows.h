@@ -99,15 +99,26 @@ inline float rest_of(const Problem& p, float scale, float zero) {
   return p.zeros_are_offsets ? mid * scale + zero : (mid - zero) * scale;
 }
 
-// The code of stored column k of a row of a tile, in layout cpu_tile_a16.
+// The code of stored column k of a row of a tile; `bit`: where column i of a lane has its `width` bits.
+template <class Bit>
+inline int code_with(const Call& call, int64_t tile, int row, int64_t k, Bit bit) {
+  const int columns = block_columns(call.bits), column = static_cast<int>(k % columns);
+  const Planes planes = planes_of(call.bits);
+  const uint8_t* at =
+      call.qweight + tile * call.tile_bytes + k / columns * columns * stored_bits(call.bits) * 4 + row * kLaneBytes;
+  const auto in_plane = [&](int width) {
+    const int from = bit(column % (32 / width), width);
+    const int code = at[column / (32 / width) * kLineBytes + from / 8] >> (from % 8) & ((1 << width) - 1);
+    at += columns * width / 32 * kLineBytes;
+    return code;
+  };
+  const int low = in_plane(planes.low);
+  return planes.high == 0 ? low : low | in_plane(planes.high) << planes.low;
+}
+
+// In layout cpu_tile_a16.
 inline int code_at(const Call& call, int64_t tile, int row, int64_t k) {
-  const uint8_t* bytes = call.qweight + tile * call.tile_bytes;
-  if (call.bits <= 4) {
-    const int64_t octet = k / 8, i = k % 8, bit = 16 * (i & 1) + 4 * (i >> 1);
-    return bytes[(octet * kTileRows + row) * kLaneBytes + bit / 8] >> (bit % 8) & 15;
-  }
-  const int64_t quad = k / 4, i = k % 4, bit = 16 * (i & 1) + 8 * (i >> 1);
-  return bytes[(quad * kTileRows + row) * kLaneBytes + bit / 8];
+  return code_with(call, tile, row, k, [](int i, int width) { return 16 * (i & 1) + width * (i >> 1); });
 }
 
 // The column of x that stored column k meets. k_order comes from a file: a wrong entry must not become a wild read.

@@ -7,9 +7,7 @@ namespace qkernels::cpu {
 namespace {
 
 int code(const Call& call, int64_t tile, int row, int64_t k) {
-  const uint8_t* bytes = call.qweight + tile * call.tile_bytes;
-  if (call.bits <= 4) return bytes[(k / 8 * kTileRows + row) * kLaneBytes + k % 4] >> (k % 8 < 4 ? 0 : 4) & 15;
-  return bytes[(k / 4 * kTileRows + row) * kLaneBytes + k % 4];
+  return code_with(call, tile, row, k, [](int i, int width) { return 8 * (i & 3) + width * (i >> 2); });
 }
 
 void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {

@@ -11,7 +11,9 @@
 // U, an unpacker for V, made of a Call:
 //   Zero          what is subtracted from the codes of one vector of rows, per group
 //   Raw           the bytes of one octet of columns of one vector of rows
-//   kOctetBytes   from one octet to the next
+//   kOctetBytes   from one octet to the next, on average over a block
+//   kBlockOctets  octets of a block
+//   load(block, i): of octet i of the block that begins there
 //   kMemoryBytes  of those, how many come from memory and are worth prefetching: all, or none
 //   kPanel        whether more than kMaxDecodeTokens rows of x are worth unpacking a run once, into L1, or every
 //                 kMaxDecodeTokens of them unpack it again on its way into the products
@@ -30,6 +32,24 @@ namespace qkernels::cpu {
 namespace {
 
 constexpr int kOctet = 8;
+
+template <class T>
+struct As {  // a type as a value
+  using type = T;
+};
+
+// Where the planes of octet i of a block lie, and by how many bits to rotate a line to the left so that the octet's
+// codes begin at bit 0 of the low plane and at bit planes.low of the high one.
+template <int kBits>
+struct BlockOf {
+  static constexpr Planes planes = planes_of(kBits);
+  static constexpr int kBlockOctets = block_columns(kBits) / kOctet;
+  static constexpr int64_t kOctetBytes = kTileRows * kBits, kMemoryBytes = kOctetBytes;
+  static constexpr int low_line(int i) { return i * planes.low / 4; }
+  static constexpr int high_line(int) { return kBlockOctets * planes.low / 4; }
+  static constexpr int low_left(int i) { return 32 - i * planes.low % 4 * 4; }
+  static constexpr int high_left(int i) { return 32 + planes.low - i * planes.high * 4; }
+};
 
 // Fetches an octet's codes, in a run `ahead` bytes further on: normally the next one (2 KB of 4-bit codes; 1 and 4 KB
 // were slower). While a run meets many rows of x nothing else would fetch it: worth 1.5 x at M = 16, and 1.2 x at M = 1
@@ -63,16 +83,25 @@ struct Panel {
   using Raw = const uint8_t*;
   static constexpr int kSteps = kOctet / V::kStep;
   static constexpr int64_t kOctetBytes = kSteps * kTileRows * kLaneBytes, kMemoryBytes = 0;
-  static QK_INLINE Raw load(const uint8_t* at) { return at; }
+  static constexpr int kBlockOctets = 1;
+  static QK_INLINE Raw load(const uint8_t* at, int) { return at; }
   QK_INLINE typename V::Weight value(Raw raw, int s, Zero) const {
     return V::load_weight(raw + s * kTileRows * kLaneBytes);
   }
 };
 
-// acc[r][v] += weights of vector v times row r of x, over `octets` octets of columns.
+// The octet at `codes`, which is octet `octet` of its tile. The block that it lies in begins before it.
+template <class U>
+QK_INLINE typename U::Raw load_octet(const uint8_t* codes, int64_t octet) {
+  const int i = static_cast<int>(octet % U::kBlockOctets);
+  return U::load(codes - i * U::kOctetBytes, i);
+}
+
+// acc[r][v] += weights of vector v times row r of x, over `octets` octets of columns, from octet `first` of the tiles
+// on.
 template <class V, class U, int kVectors, int kTokens>
 QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const uint8_t* codes, int64_t tile_bytes,
-                          int64_t ahead, const typename V::X* x, int64_t x_stride, int octets,
+                          int64_t ahead, const typename V::X* x, int64_t x_stride, int64_t first, int octets,
                           typename V::Sum (&acc)[kTokens][kVectors]) {
   constexpr int kPerTile = kTileRows / V::kRows, kSteps = kOctet / V::kStep;
   // Four rows of x a pointer, addressed as p, p + s, p + 2 s, p + 3 s: gcc would compute an address for each row and
@@ -90,7 +119,7 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const
     typename U::Raw raw[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      raw[v] = U::load(codes + (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes);
+      raw[v] = load_octet<U>(codes + (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes, first + o);
     }
 #pragma GCC unroll 8
     for (int s = 0; s < kSteps; ++s) {
@@ -186,7 +215,7 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
       const bool last = g + 1 == call.G && o + kRunOctets >= group.octets;
       accumulate<V, U, kVectors, kTokens>(unpacker, zero, codes + octet * U::kOctetBytes, call.tile_bytes,
                                           last ? to_next : kRunBytes<U>, x + staged_at(call, m0, octet * kOctet),
-                                          call.staged.row_stride, octets, acc);
+                                          call.staged.row_stride, octet, octets, acc);
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
 #pragma GCC unroll 8
@@ -241,14 +270,14 @@ void decode_tiles(const Call& call, const U& unpacker, int64_t tile, int tiles, 
 // --- more rows: a run of a tile is unpacked into L1, then meets all rows of a block ---
 
 template <class V, class U>
-QK_INLINE void unpack_run(const U& unpacker, const typename U::Zero* zero, const uint8_t* codes, int octets,
-                          uint8_t* panel) {
+QK_INLINE void unpack_run(const U& unpacker, const typename U::Zero* zero, const uint8_t* codes, int64_t first,
+                          int octets, uint8_t* panel) {
   constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
   for (int o = 0; o < octets; ++o, codes += U::kOctetBytes, panel += Panel<V>::kOctetBytes) {
     prefetch_codes<U>(codes, kRunBytes<U>);
 #pragma GCC unroll 4
     for (int v = 0; v < kPerTile; ++v) {
-      const typename U::Raw raw = U::load(codes + v * kVectorBytes);
+      const typename U::Raw raw = load_octet<U>(codes + v * kVectorBytes, first + o);
 #pragma GCC unroll 8
       for (int s = 0; s < Panel<V>::kSteps; ++s) {
         V::store_weight(panel + s * kTileRows * kLaneBytes + v * kVectorBytes, unpacker.value(raw, s, zero[v]));
@@ -267,7 +296,7 @@ void multiply_block(const uint8_t* panel, int octets, const typename V::X* x, in
     Sum acc[kTokens][V::kHalf];
     for (auto& of_token : acc)
       for (Sum& sum : of_token) sum = V::zero();
-    accumulate<V, Panel<V>, V::kHalf, kTokens>(Panel<V>(), none, panel + row * kLaneBytes, 0, 0, x, x_stride, octets,
+    accumulate<V, Panel<V>, V::kHalf, kTokens>(Panel<V>(), none, panel + row * kLaneBytes, 0, 0, x, x_stride, 0, octets,
                                                acc);
 #pragma GCC unroll 16
     for (int r = 0; r < kTokens; ++r) {
@@ -308,7 +337,7 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
       const int64_t octet = group.first / kOctet + o;
-      unpack_run<V, U>(unpacker, zero, codes + octet * U::kOctetBytes, octets, panel);
+      unpack_run<V, U>(unpacker, zero, codes + octet * U::kOctetBytes, octet, octets, panel);
       const typename V::X* run = x + staged_at(call, m0, octet * kOctet);
       int64_t m = 0;
       for (; m + V::kTokens <= m1 - m0; m += V::kTokens) {
@@ -361,14 +390,34 @@ void multiply_with(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
   }
 }
 
-// Codes of up to 4 bits have a faster unpacker where no integer zero points are subtracted: it looks them up in a
-// table, which may as well be a codebook's. Float8 is that of 8-bit codebooks.
-template <class V, class Symmetric4, class Zeros4, class Any8, class Float8>
+// For each width the unpackers of an instruction set. Codes of 4 bits, and those of 2 and 3, have a faster one where no
+// integer zero points are subtracted: it looks them up in a table, which may as well be a codebook's (Table4). Float8
+// is that of 8-bit codebooks; Sym and Any take bits: they are those in planes, without integer zero points and with
+// any.
+template <class V, class Symmetric4, class Zeros4, class Any8, class Table4, class Float8, template <int> class Sym,
+          template <int> class Any>
 void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  const bool zeros = call.zero_type == Type::kUInt8;
+  const auto with = [&](auto sym, auto any) {
+    if (zeros) return multiply_with<V, typename decltype(any)::type>(call, tile, tiles, m0, m1);
+    return multiply_with<V, typename decltype(sym)::type>(call, tile, tiles, m0, m1);
+  };
   if (codebook_bits(call.codebook) == 8) return multiply_with<V, Float8>(call, tile, tiles, m0, m1);
-  if (call.bits > 4) return multiply_with<V, Any8>(call, tile, tiles, m0, m1);
-  if (call.zero_type == Type::kUInt8) return multiply_with<V, Zeros4>(call, tile, tiles, m0, m1);
-  return multiply_with<V, Symmetric4>(call, tile, tiles, m0, m1);
+  if (codebook_bits(call.codebook) == 4) return multiply_with<V, Table4>(call, tile, tiles, m0, m1);
+  switch (call.bits) {
+    case 2:
+      return with(As<Sym<2>>(), As<Any<2>>());
+    case 3:
+      return with(As<Sym<3>>(), As<Any<3>>());
+    case 4:
+      return with(As<Symmetric4>(), As<Zeros4>());
+    case 5:
+      return with(As<Sym<5>>(), As<Any<5>>());
+    case 6:
+      return with(As<Sym<6>>(), As<Any<6>>());
+    default:
+      return multiply_with<V, Any8>(call, tile, tiles, m0, m1);
+  }
 }
 
 }  // namespace

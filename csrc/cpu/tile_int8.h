@@ -9,6 +9,7 @@
 //   kByteBias     what `dot_bytes` subtracts from each 8-bit code
 //   dot_nibbles(sum, lanes, x0, x1)  low nibbles times x0 and high ones times x1
 //   dot_bytes(sum, lanes, x)         (bytes - kByteBias) times x
+//   dot_small(sum, lanes, x)         bytes of at most 6 bits times x
 //   look_up(table, indices)          bytes of a table of 16
 //   widen_bytes   consecutive bytes as int32, one a row
 #pragma once
@@ -23,7 +24,44 @@ namespace qkernels::cpu {
 namespace {
 
 enum class Zeros { kNone, kIntegers, kRest };
-enum class Codes { kNibbles, kBytes, kTable };  // kTable: nibbles that are indices into a codebook of integers
+// kTable: nibbles that are indices into a codebook of integers; the last four: in planes
+enum class Codes { kNibbles, kBytes, kTable, kTwo, kThree, kFive, kSix };
+
+// Bits of a code, as it is stored.
+constexpr int width_of(Codes codes) {
+  switch (codes) {
+    case Codes::kBytes:
+      return 8;
+    case Codes::kTwo:
+      return 2;
+    case Codes::kThree:
+      return 3;
+    case Codes::kFive:
+      return 5;
+    case Codes::kSix:
+      return 6;
+    default:
+      return 4;
+  }
+}
+
+// The four codes of quad q of octet i of a block of planes, a byte each: fields of the low plane's line, and of the
+// high one's. Shifts cross bytes, and the masks take what came from a neighbour away.
+template <class V, int kBits>
+QK_INLINE typename V::Integers quad_of(const uint8_t* block, int i, int q) {
+  using Block = BlockOf<kBits>;
+  constexpr Planes planes = Block::planes;
+  const auto low = V::lanes_at(block + Block::low_line(i) * kLineBytes);
+  const int low_right = i * 2 * planes.low % 8 + planes.low * q;
+  constexpr int32_t kOnes = 0x01010101;
+  auto codes = (low >> low_right) & kOnes * ((1 << planes.low) - 1);
+  if constexpr (planes.high != 0) {
+    const auto high = V::lanes_at(block + Block::high_line(i) * kLineBytes);
+    const int high_right = planes.high * (2 * i + q);
+    codes |= ((high >> high_right) & kOnes * ((1 << planes.high) - 1)) << planes.low;
+  }
+  return codes;
+}
 
 // In a look-up, the values of a codebook in steps, plus this: bytes that `dot_bytes` takes.
 constexpr int kTableBias = 128;
@@ -54,7 +92,9 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   using Integers = typename V::Integers;
   constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
   constexpr bool kBytes = kCodes == Codes::kBytes, kTable = kCodes == Codes::kTable;
-  constexpr int kQuadBytes = kTileRows * kLaneBytes, kOctetBytes = kBytes ? 2 * kQuadBytes : kQuadBytes;
+  constexpr int kWidth = width_of(kCodes);
+  constexpr bool kPlanes = planes_of(kWidth).high != 0 || kWidth == 2;
+  constexpr int kQuadBytes = kLineBytes, kOctetBytes = kTileRows * kWidth;
   const int32_t start = (kBytes || kTable ? V::kByteBias : 0) - (kTable ? kTableBias : 1 << (call.bits - 1));
   const Integers table = table_of<V>(call);
   const int64_t row_bytes = call.staged.row_stride, G = call.G, M = call.M;
@@ -97,13 +137,24 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
         acc[r][v] = kZeros == Zeros::kIntegers ? left_out * x_sums[r] : V::integers(start * x_sums[r]);
       }
     }
+    [[maybe_unused]] int64_t octet = group_of(call, g).first / kOctet;
     for (int64_t octets = group_of(call, g).octets; octets > 0; --octets) {
       if (--until_next == 0) ahead += to_next;
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const uint8_t* at = codes + vector_at[v];
         if (v * kVectorBytes % 64 == 0) __builtin_prefetch(ahead + vector_at[v]);
-        if constexpr (kBytes) {
+        if constexpr (kPlanes) {
+          constexpr int kBlock = BlockOf<kWidth>::kBlockOctets;
+          const int i = static_cast<int>(octet % kBlock);
+          const Integers first = quad_of<V, kWidth>(at - i * kOctetBytes, i, 0);
+          const Integers second = quad_of<V, kWidth>(at - i * kOctetBytes, i, 1);
+#pragma GCC unroll 8
+          for (int r = 0; r < kTokens; ++r) {
+            acc[r][v] = V::dot_small(acc[r][v], first, V::quad(x + r * row_bytes));
+            acc[r][v] = V::dot_small(acc[r][v], second, V::quad(x + r * row_bytes + 4));
+          }
+        } else if constexpr (kBytes) {
           if (v * kVectorBytes % 64 == 0) __builtin_prefetch(ahead + vector_at[v] + kQuadBytes);
           const Integers first = V::lanes_at(at), second = V::lanes_at(at + kQuadBytes);
 #pragma GCC unroll 8
@@ -125,6 +176,7 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
           }
         }
       }
+      ++octet;
       x += kOctet;
       codes += kOctetBytes;
       ahead += kOctetBytes;
@@ -201,8 +253,20 @@ void multiply_int8(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
   if (call.codebook != Codebook::kIntegers) {
     return multiply_int8_tiles<V, Codes::kTable, Zeros::kNone>(call, tile, tiles, m0, m1);
   }
-  if (call.bits > 4) return multiply_int8_width<V, Codes::kBytes>(call, tile, tiles, m0, m1);
-  return multiply_int8_width<V, Codes::kNibbles>(call, tile, tiles, m0, m1);
+  switch (call.bits) {
+    case 2:
+      return multiply_int8_width<V, Codes::kTwo>(call, tile, tiles, m0, m1);
+    case 3:
+      return multiply_int8_width<V, Codes::kThree>(call, tile, tiles, m0, m1);
+    case 4:
+      return multiply_int8_width<V, Codes::kNibbles>(call, tile, tiles, m0, m1);
+    case 5:
+      return multiply_int8_width<V, Codes::kFive>(call, tile, tiles, m0, m1);
+    case 6:
+      return multiply_int8_width<V, Codes::kSix>(call, tile, tiles, m0, m1);
+    default:
+      return multiply_int8_width<V, Codes::kBytes>(call, tile, tiles, m0, m1);
+  }
 }
 
 }  // namespace

@@ -1,56 +1,142 @@
 """Tiles for the CPU kernels with floating activations: 32 rows, k in octets; the same bytes for AVX-512, AVX2 and scalar code.
 
-    qweight  uint8 [..., tiles, K_pad * 32 * width / 8]   width 4 (codes of 2 to 4 bits) or 8 (5 to 8 bits)
-    scales   [..., tiles, G, 32]                          source dtype
-    zeros    [..., tiles, G, 32]                          uint8 for integer zero points, floating for the other kinds, or None
+    qweight  uint8 [..., tiles, K_pad * 32 * bits / 8]    7-bit codes take 8
+    scales   [..., tiles, G, 32]                          source dtype, or small factors
+    zeros    [..., tiles, G, 32]                          uint8 for integer zero points or small factors, floating, or None
     k_order  int32 [K]                                    which column of x each stored column multiplies, or None
+    outer_scales, outer_zeros  [..., tiles, S, 32]        or None
 
-Columns are stored in `k_order` (act-order: sorted by group), K padded to K_pad, a multiple of 8; groups are a multiple of 8
-long, so that only the last one can be padded. N is padded to whole tiles with rows of code 0 and scale 0. Padded columns have
-code 0 and meet x = 0.
+Columns are stored in `k_order` (act-order: sorted by group), K padded to K_pad, a multiple of a block of 8 columns (4 and 8
+bits), 16 (2 and 6) or 32 (3 and 5); groups are a multiple of 8 long, so that only the last one can be padded. N is padded to
+whole tiles with rows of code 0 and scale 0. Padded columns have code 0 and meet x = 0.
 
-One 32-bit lane a row, 16 rows to 64 bytes. For an octet of 4-bit codes the lane's low word holds k = 0, 2, 4, 6 and its high
-word k = 1, 3, 5, 7, lowest nibble first: shifting the lane right by 4 p leaves the pair (2 p, 2 p + 1) at the bottom of its two
-words, which is what a table look-up by word (vpermw) and a dot product of bf16 pairs (vdpbf16ps) want. For a quad of 8-bit
-codes the low word is k0 | k2 << 8, the high word k1 | k3 << 8. Both orders say the same thing about the bits of k, which is how
-they are written below: the lowest bit of k picks the word. `csrc/cpu/kernels.h` states the same contract for C++.
+A block is one plane after the other (`tiles.PLANES`), a plane of `width` bits a few 32-bit lanes a row, one after the other for
+all 32 rows: 16 rows to 64 bytes. The low word of a lane holds the even columns, its high word the odd ones, lowest bits first:
+of 4-bit codes k = 0, 2, 4, 6 and k = 1, 3, 5, 7. Shifting the lane right by width p leaves the pair (2 p, 2 p + 1) at the bottom
+of its two words, which is what a table look-up by word (vpermw) and a dot product of bf16 pairs (vdpbf16ps) want.
+`csrc/cpu/kernels.h` states the same contract for C++. Version 1 had no planes: codes of 2 and 3 bits took 4, of 5 and 6 bits 8.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ..errors import TensorError
 from ..scheme import CODEBOOKS, FACTORS, QuantScheme
 from ..tensor import SCALE_DTYPES
-from . import Layout
-from .tiles import Tiles, stored_bits
+from ..text import describe
+from . import Buffers, Layout
+from .tiles import PLANES, Tiles, join_planes, split_planes, stored_bits, true_bits
 
 ROWS_PER_TILE = 32
-COLUMNS = 8  # K is padded to a multiple of this
+OCTET = 8  # groups begin at multiples of this
+
+
+def columns(bits: int) -> int:
+    """Columns of a block: as many as fill whole lanes of the narrowest plane."""
+    return max(OCTET, 32 // min(PLANES[bits]))
 
 
 def limits(N: int, K: int, scheme: QuantScheme) -> list[str]:
     """Groups that end inside an octet."""
-    if scheme.num_groups(K) > 1 and scheme.group_length(K) % COLUMNS:
-        return [f"group_size {scheme.group_size} is not a multiple of {COLUMNS}"]
+    if scheme.num_groups(K) > 1 and scheme.group_length(K) % OCTET:
+        return [f"group_size {scheme.group_size} is not a multiple of {OCTET}"]
     return []
 
 
-def _lay(codes: Tensor, width: int) -> Tensor:
-    *lead, columns = codes.shape
-    if width == 4:  # k = 4 i + 2 h + e is nibble h of byte 2 e + i
-        i_h_e = codes.reshape(*lead, columns // 8, 2, 2, 2)
-        lanes = (i_h_e[..., 0, :] | (i_h_e[..., 1, :] << 4)).transpose(-1, -2).reshape(*lead, columns // 8, 4)
-    else:  # k = 2 h + e is byte 2 e + h
-        lanes = codes.reshape(*lead, columns // 4, 2, 2).transpose(-1, -2).reshape(*lead, columns // 4, 4)
-    return rows_inside(lanes)
+def _lay_plane(codes: Tensor, width: int) -> Tensor:
+    """[..., columns of a lane] -> [..., 4 bytes]: column k = 2 i + e is at bit width i of word e, 8 / width of them to a byte."""
+    halves = codes.unflatten(-1, (2, 8 // width, 2))  # byte of the word, place in the byte, word
+    return place(halves.movedim(-2, -1), width).transpose(-1, -2).flatten(-2)
 
 
-def _lift(qweight: Tensor, columns: int, width: int) -> Tensor:
-    lanes = rows_outside(qweight, columns * width // 32)
-    pairs = lanes.reshape(*lanes.shape[:-1], 2, 2).transpose(-1, -2)
-    return torch.stack([pairs & 15, pairs >> 4], dim=-2) if width == 4 else pairs
+def _lift_plane(lanes: Tensor, width: int) -> Tensor:
+    """The inverse."""
+    words = lanes.unflatten(-1, (2, 2)).transpose(-1, -2)  # byte of the word, word
+    return places(words, width).movedim(-1, -2).flatten(-3)
+
+
+def place(fields: Tensor, width: int) -> Tensor:
+    """[..., 8 / width fields of so many bits] -> bytes [...], the first lowest."""
+    bytes_ = fields[..., 0]
+    for i in range(1, 8 // width):
+        bytes_ = bytes_ | (fields[..., i] << (width * i))
+    return bytes_
+
+
+def places(bytes_: Tensor, width: int) -> Tensor:
+    """The inverse of `place`."""
+    return torch.stack([(bytes_ >> (width * i)) & ((1 << width) - 1) for i in range(8 // width)], dim=-1)
+
+
+def lay_with(
+    lay_plane: Callable[[Tensor, int], Tensor], planes: Callable[[int], int]
+) -> Callable[[Tensor, int], Tensor]:
+    """`Tiles.lay` in blocks of planes, given the order of a lane; `planes`: bits of a code -> as how many it is laid."""
+
+    def lay(codes: Tensor, bits: int) -> Tensor:
+        bits = planes(bits)
+        block = columns(bits)
+        blocks = codes.unflatten(-1, (codes.shape[-1] // block, block))
+        lanes = [
+            lay_plane(plane.unflatten(-1, (block * width // 32, 32 // width)), width)
+            for width, plane in split_planes(blocks, bits)
+        ]
+        return rows_inside(torch.cat(lanes, dim=-2).flatten(-3, -2))
+
+    return lay
+
+
+def lift_with(
+    lift_plane: Callable[[Tensor, int], Tensor], planes: Callable[[int], int]
+) -> Callable[[Tensor, int, int], Tensor]:
+    """The inverse of `lay_with`."""
+
+    def lift(qweight: Tensor, K_pad: int, bits: int) -> Tensor:
+        bits = planes(bits)
+        block = columns(bits)
+        lanes = rows_outside(qweight, K_pad * sum(PLANES[bits]) // 32).unflatten(
+            -2, (K_pad // block, block * sum(PLANES[bits]) // 32)
+        )
+        counts = [block * width // 32 for width in PLANES[bits]]
+        parts = torch.split(lanes, counts, dim=-2)
+        found = [lift_plane(part, width).flatten(-2) for part, width in zip(parts, PLANES[bits], strict=True)]
+        return join_planes(found, bits)
+
+    return lift
+
+
+def tiles_with(
+    lay_plane: Callable[[Tensor, int], Tensor], lift_plane: Callable[[Tensor, int], Tensor], old: bool = False
+) -> Tiles:
+    """The tiles of a CPU layout, given the order of a lane; `old`: those of version 1."""
+    planes = stored_bits if old else int
+    return Tiles(
+        ROWS_PER_TILE, lambda bits: columns(planes(bits)), lay_with(lay_plane, planes), lift_with(lift_plane, planes),
+        stored_bits=stored_bits if old else true_bits,
+    )  # fmt: skip
+
+
+def upgrade_of(old: Tiles, new: Tiles) -> Callable[[Buffers, int, int, QuantScheme], Buffers]:
+    """See `Layout.upgrades`: of version 1, where codes of 4 and 8 bits lay as they do."""
+
+    def upgrade(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffers:
+        if stored_bits(scheme.bits) == true_bits(scheme.bits):
+            return buffers
+        check_shape(buffers.get("qweight"), old.shapes(N, K, scheme.bits, scheme.group_length(K))["qweight"])
+        given = {"outer_scales": None, "outer_zeros": None, "zeros": None, "k_order": None, **buffers}
+        return new.pack(old.unpack(given, N, K, scheme))
+
+    return upgrade
+
+
+def check_shape(qweight: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise TensorError unless codes from outside have their shape: what follows indexes them."""
+    if qweight is None or qweight.dtype != torch.uint8 or qweight.shape[-len(shape) :] != shape:
+        raise TensorError(f"qweight must be uint8 {list(shape)}, got {describe(qweight, 'absent')}")
 
 
 def rows_inside(lanes: Tensor) -> Tensor:
@@ -63,8 +149,9 @@ def rows_outside(qweight: Tensor, lanes: int) -> Tensor:
     return qweight.reshape(*qweight.shape[:-1], lanes, ROWS_PER_TILE, 4).movedim(-2, -3)
 
 
-TILES = Tiles(ROWS_PER_TILE, COLUMNS, _lay, _lift)
+TILES, _TILES_1 = tiles_with(_lay_plane, _lift_plane), tiles_with(_lay_plane, _lift_plane, old=True)
 LAYOUT: Layout = Layout(
-    "cpu_tile_a16", 1, "cpu", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
+    "cpu_tile_a16", 2, "cpu", TILES.pack, TILES.unpack, TILES.shapes, true_bits, ROWS_PER_TILE,
     codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=8,
+    upgrades={1: upgrade_of(_TILES_1, TILES)},
 )  # fmt: skip

@@ -1,23 +1,21 @@
-"""Tiles for the CPU kernels with int8 activations: those of cpu_tile_a16 (same buffers, shapes and padding), but for the order
-of the codes in a lane. Dot products of bytes (vpdpbusd, vpmaddubsw) want four neighbours along K in the four bytes of a lane:
-
-    4 bit  byte j of an octet's lane holds code j in its low nibble and code 4 + j in its high one
-    8 bit  byte j of a quad's lane holds code j
+"""Tiles for the CPU kernels with int8 activations: those of cpu_tile_a16 (same buffers, blocks, planes and padding), but for the
+order of the codes in a lane. Dot products of bytes (vpdpbusd, vpmaddubsw) want four neighbours along K in the four bytes of a
+lane: byte j of a plane's lane holds columns j, 4 + j, 8 + j, … lowest bits first; of 4-bit codes code j in its low nibble and
+code 4 + j in its high one.
 
 `csrc/cpu/kernels.h` states the same contract for C++.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..codebooks import INTEGER_STEPS
 from ..scheme import FACTORS, QuantScheme
 from ..tensor import SCALE_DTYPES
 from . import Layout, cpu_tile_a16
-from .cpu_tile_a16 import COLUMNS, ROWS_PER_TILE, rows_inside, rows_outside
-from .tiles import Tiles, stored_bits
+from .cpu_tile_a16 import ROWS_PER_TILE, place, places, tiles_with, upgrade_of
+from .tiles import true_bits
 
 # So many products fit an int32 sum: of |x| <= 127 with |code - 2^(bits-1)| <= 128, or with |code - zero| <= 255, whatever the
 # byte that a file has for a zero point: 2^17 * 127 * 128 = 0.992 * 2^31, 2^16 * 127 * 255 = 0.988 * 2^31. Floating zeros and
@@ -35,22 +33,19 @@ def limits(N: int, K: int, scheme: QuantScheme) -> list[str]:
     return why
 
 
-def _lay(codes: Tensor, width: int) -> Tensor:
-    *lead, columns = codes.shape
-    if width == 4:
-        octets = codes.reshape(*lead, columns // 8, 8)
-        return rows_inside(octets[..., :4] | (octets[..., 4:] << 4))
-    return rows_inside(codes.reshape(*lead, columns // 4, 4))
+def _lay_plane(codes: Tensor, width: int) -> Tensor:
+    """[..., columns of a lane] -> [..., 4 bytes]"""
+    return place(codes.unflatten(-1, (8 // width, 4)).transpose(-1, -2), width)
 
 
-def _lift(qweight: Tensor, columns: int, width: int) -> Tensor:
-    lanes = rows_outside(qweight, columns * width // 32)
-    return torch.cat([lanes & 15, lanes >> 4], dim=-1) if width == 4 else lanes
+def _lift_plane(lanes: Tensor, width: int) -> Tensor:
+    """The inverse."""
+    return places(lanes, width).transpose(-1, -2).flatten(-2)
 
 
-TILES = Tiles(ROWS_PER_TILE, COLUMNS, _lay, _lift)
+TILES, _TILES_1 = tiles_with(_lay_plane, _lift_plane), tiles_with(_lay_plane, _lift_plane, old=True)
 LAYOUT: Layout = Layout(
-    "cpu_tile_a8", 1, "cpu", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
+    "cpu_tile_a8", 2, "cpu", TILES.pack, TILES.unpack, TILES.shapes, true_bits, ROWS_PER_TILE,
     acts=("int8",), codebooks=tuple(INTEGER_STEPS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES,
-    limits=limits, gemv_tokens=8,
+    limits=limits, gemv_tokens=8, upgrades={1: upgrade_of(_TILES_1, TILES)},
 )  # fmt: skip

@@ -35,22 +35,22 @@ COLUMNS = 64  # K is padded to a multiple of this
 GEMV_TOKENS = 8
 
 
-def _lay(codes: Tensor, width: int) -> Tensor:
-    if width == 8:
+def _lay(codes: Tensor, bits: int) -> Tensor:
+    if stored_bits(bits) == 8:
         return codes
     *lead, columns = codes.shape
     halves = codes.reshape(*lead, columns // COLUMNS, 2, COLUMNS // 2)
     return halves[..., 0, :] | (halves[..., 1, :] << 4)
 
 
-def _lift(qweight: Tensor, columns: int, width: int) -> Tensor:
-    if width == 8:
+def _lift(qweight: Tensor, columns: int, bits: int) -> Tensor:
+    if stored_bits(bits) == 8:
         return qweight
     blocks = qweight.reshape(*qweight.shape[:-1], columns // COLUMNS, COLUMNS // 2)
     return torch.stack([blocks & 15, blocks >> 4], dim=-2)
 
 
-TILES = Tiles(ROWS_PER_TILE, COLUMNS, _lay, _lift, rows_apart=True)
+TILES = Tiles(ROWS_PER_TILE, lambda bits: COLUMNS, _lay, _lift, rows_apart=True)
 
 
 def shapes(N: int, K: int, bits: int, group_length: int) -> Shapes:

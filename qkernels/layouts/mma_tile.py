@@ -76,7 +76,8 @@ def limits_a8(N: int, K: int, scheme: QuantScheme) -> list[str]:
     return why
 
 
-def _lay(codes: Tensor, width: int) -> Tensor:
+def _lay(codes: Tensor, bits: int) -> Tensor:
+    width = stored_bits(bits)
     *lead, strips, _, columns = codes.shape
     L = len(lead)
     steps = 4 if width == 4 else 2  # of 16 columns in a tile
@@ -90,7 +91,8 @@ def _lay(codes: Tensor, width: int) -> Tensor:
     return split.permute(*range(L), strip, block, tile, r, c, step, right, odd, high)
 
 
-def _lift(qweight: Tensor, columns: int, width: int) -> Tensor:
+def _lift(qweight: Tensor, columns: int, bits: int) -> Tensor:
+    width = stored_bits(bits)
     *lead, strips, _ = qweight.shape
     L = len(lead)
     if width == 4:
@@ -104,7 +106,7 @@ def _lift(qweight: Tensor, columns: int, width: int) -> Tensor:
 
 
 TILES = Tiles(
-    ROWS_PER_TILE, COLUMNS, _lay, _lift, groups=padded_groups,
+    ROWS_PER_TILE, lambda bits: COLUMNS, _lay, _lift, groups=padded_groups,
     row_order=tuple(8 * j + r for r in range(8) for j in range(8)),
 )  # fmt: skip
 LAYOUT: Layout = Layout(

@@ -8,12 +8,13 @@
     outer_scales, outer_zeros  [..., tiles, S, rows]        or None; where they are there, scales and zeros are the small factors
 
 Columns are stored in `k_order` (act-order: sorted by group). N is padded to whole tiles, K to K_pad, both with code 0; padded
-rows and groups have scale 0 (of e8m0, which has none, 2^-127), and padded columns meet x = 0. `width` is `stored_bits(bits)`.
+rows and groups have scale 0 (of e8m0, which has none, 2^-127), and padded columns meet x = 0. `width` is what a code takes up:
+4 or 8 bits, or in planes as many as it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,35 @@ GROUPED = ("scales", "zeros", *OUTER)
 
 
 def stored_bits(bits: int) -> int:
-    """Bits that a code takes up in a tile: 4 or 8."""
+    """Bits that a code takes up in a tile without planes: 4 or 8."""
     return 4 if bits <= 4 else 8
+
+
+# How many of a code's bits lie together, lowest first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2. Bytes of 7-bit codes are whole.
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (8,), 8: (8,)}
+
+
+def true_bits(bits: int) -> int:
+    """Bits that a code takes up in planes."""
+    return sum(PLANES[bits])
+
+
+def split_planes(codes: Tensor, bits: int) -> list[tuple[int, Tensor]]:
+    """Codes as (width, bits of that plane), lowest first."""
+    low, found = 0, []
+    for width in PLANES[bits]:
+        found.append((width, (codes >> low) & ((1 << width) - 1)))
+        low += width
+    return found
+
+
+def join_planes(planes: Sequence[Tensor], bits: int) -> Tensor:
+    """The inverse of `split_planes`."""
+    low, codes = 0, torch.zeros_like(planes[0])
+    for width, plane in zip(PLANES[bits], planes, strict=True):
+        codes = codes | (plane << low)
+        low += width
+    return codes
 
 
 def num_groups(K: int, group_length: int) -> int:
@@ -46,41 +74,47 @@ class Tiles:
 
     Args:
         rows: of the weight in a tile, the first dimension of every buffer.
-        columns: K is padded to a multiple of this.
-        lay: (codes `[..., tiles, rows, K_pad]`, width) -> the bytes of qweight, in their order.
-        lift: its inverse: (qweight, K_pad, width) -> the codes in their order.
+        columns: bits of a code -> K is padded to a multiple of this.
+        lay: (codes `[..., tiles, rows, K_pad]`, bits) -> the bytes of qweight, in their order.
+        lift: its inverse: (qweight, K_pad, bits) -> the codes in their order.
+        stored_bits: bits of a code -> how many it takes up.
         rows_apart: whether the bytes of a row are an axis of their own.
         row_order: row of the tile whose scale comes first, second, …; None: as they are.
         groups: (K, group_length) -> G_pad.
     """
 
     rows: int
-    columns: int
+    columns: Callable[[int], int]
     lay: Callable[[Tensor, int], Tensor]
     lift: Callable[[Tensor, int, int], Tensor]
     rows_apart: bool = False
     row_order: tuple[int, ...] | None = None
     groups: Callable[[int, int], int] = num_groups
+    stored_bits: Callable[[int], int] = stored_bits
 
     def shapes(self, N: int, K: int, bits: int, group_length: int) -> Shapes:
         """See `Layout.shapes`."""
-        tiles, columns, width = -(-N // self.rows), -(-K // self.columns) * self.columns, stored_bits(bits)
+        tiles, columns, width = -(-N // self.rows), self._padded(K, bits), self.stored_bits(bits)
         codes = (self.rows, columns * width // 8) if self.rows_apart else (columns * self.rows * width // 8,)
         return {"qweight": (tiles, *codes), "scales": (tiles, self.groups(K, group_length), self.rows)}
+
+    def _padded(self, K: int, bits: int) -> int:
+        columns = self.columns(bits)
+        return -(-K // columns) * columns
 
     def pack(self, weight: QuantTensor) -> dict[str, Tensor | None]:
         """See `Layout.arrange`; leading (expert) dimensions stay in front of qweight, scales and zeros."""
         N, K, scheme, k_order = weight.N, weight.K, weight.scheme, weight.k_order()
         shape = self.shapes(N, K, scheme.bits, scheme.group_length(K))["qweight"]
         codes = weight.codes if k_order is None else weight.codes[..., k_order.long()]
-        codes = pad(codes, (0, -K % self.columns, 0, -N % self.rows))
+        codes = pad(codes, (0, self._padded(K, scheme.bits) - K, 0, -N % self.rows))
         lead = codes.shape[:-2]
         codes = codes.reshape(*lead, shape[0], self.rows, codes.shape[-1])
         groups = {
             name: None if t is None else self._pack_groups(t, name, weight) for name, t in groups_of(weight).items()
         }
         return {
-            "qweight": self.lay(codes, stored_bits(scheme.bits)).reshape(*lead, *shape).contiguous(),
+            "qweight": self.lay(codes, scheme.bits).reshape(*lead, *shape).contiguous(),
             "k_order": k_order,
         } | groups
 
@@ -90,8 +124,8 @@ class Tiles:
         assert qweight is not None
         assert scales is not None
         *lead, tiles, _, rows = scales.shape
-        columns = -(-K // self.columns) * self.columns
-        codes = self.lift(qweight, columns, stored_bits(scheme.bits))
+        columns = self._padded(K, scheme.bits)
+        codes = self.lift(qweight, columns, scheme.bits)
         codes = codes.reshape(*lead, tiles * rows, columns)[..., :N, :K]
         if k_order is not None:
             codes = torch.empty_like(codes, memory_format=torch.contiguous_format).index_copy_(

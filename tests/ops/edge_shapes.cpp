@@ -25,9 +25,10 @@ int random_below(int n) {
   return static_cast<int>((state >> 8) % static_cast<uint32_t>(n));
 }
 
-size_t bytes_of(Type type) { return type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2; }
+size_t bytes_of(Type type) { return qkernels::size_of(type); }
 
-// `size` whole numbers from -3 to 3 (0 to 3 as kUInt8), as doubles and in memory of their type
+// `size` whole numbers from -3 to 3 (0 to 3 as kUInt8; 1, 2 or 4 as kE8M0 and kE4M3), as doubles and in memory of their
+// type
 struct Numbers {
   Type type;
   std::vector<double> values;
@@ -37,9 +38,14 @@ struct Numbers {
     static const uint16_t half[] = {0xc200, 0xc000, 0xbc00, 0, 0x3c00, 0x4000, 0x4200};
     static const uint16_t bf16[] = {0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040};
     for (size_t i = 0; i < values.size(); ++i) {
-      const int v = t == Type::kUInt8 ? random_below(4) : random_below(7) - 3;
+      const bool power = t == Type::kE8M0 || t == Type::kE4M3;
+      const int exponent = random_below(3);
+      const int v = power ? 1 << exponent : t == Type::kUInt8 ? random_below(4) : random_below(7) - 3;
       values[i] = v;
       if (t == Type::kUInt8) static_cast<uint8_t*>(memory)[i] = static_cast<uint8_t>(v);
+      if (t == Type::kInt8) static_cast<int8_t*>(memory)[i] = static_cast<int8_t>(v);
+      if (t == Type::kE8M0) static_cast<uint8_t*>(memory)[i] = static_cast<uint8_t>(127 + exponent);
+      if (t == Type::kE4M3) static_cast<uint8_t*>(memory)[i] = static_cast<uint8_t>((7 + exponent) << 3);
       if (t == Type::kFloat) static_cast<float*>(memory)[i] = static_cast<float>(v);
       if (t == Type::kHalf) static_cast<uint16_t*>(memory)[i] = half[v + 3];
       if (t == Type::kBFloat16) static_cast<uint16_t*>(memory)[i] = bf16[v + 3];
@@ -74,7 +80,36 @@ struct Shape {
   int bits;
   Type x, scale, zero, bias;
   bool offsets, ordered, strided, int8;
+  qkernels::Codebook codebook = qkernels::Codebook::kIntegers;
+  qkernels::Factors factors = qkernels::Factors::kNone;
 };
+
+// A scheme with a codebook or with products, in the place of what else a shape has.
+void make_special(Shape& s, int which) {
+  using qkernels::Codebook;
+  using qkernels::Factors;
+  static const Codebook books[] = {Codebook::kE2M1, Codebook::kIq4Nl, Codebook::kE4M3, Codebook::kE5M2};
+  static const Factors factors[] = {Factors::kK2, Factors::kK3,    Factors::kK45,   Factors::kK45,
+                                    Factors::kK6, Factors::kIq4Xs, Factors::kNvfp4M};
+  static const int bits[] = {2, 3, 4, 5, 6, 4, 4}, group[] = {16, 16, 32, 32, 16, 32, 16};
+  s.zero = Type::kNone, s.offsets = false;
+  if (which < 4) {
+    s.codebook = books[which], s.bits = qkernels::codebook_bits(books[which]);
+    s.scale = which % 2 == 0 ? Type::kE8M0 : Type::kE4M3;
+    return;
+  }
+  const int i = which - 4;
+  s.factors = factors[i], s.bits = bits[i], s.group = group[i];
+  s.scale = cpu::kind_of(s.factors).small, s.offsets = cpu::kind_of(s.factors).offsets;
+  if (s.factors == Factors::kIq4Xs) s.codebook = Codebook::kIq4Nl;
+  if (s.factors == Factors::kNvfp4M) s.codebook = Codebook::kE2M1;
+}
+
+// The number that a code means without a zero point.
+double plain(const Shape& s, int code) {
+  return s.codebook == qkernels::Codebook::kIntegers ? code - (1 << (s.bits - 1))
+                                                     : qkernels::codebook_value(s.codebook, code);
+}
 
 // x of one token as the kernels with int8 activations see it
 void quantize(std::vector<double>& x) {
@@ -88,8 +123,11 @@ void quantize(std::vector<double>& x) {
 int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   cpu::Call call{cpu::make_problem(s.M, s.N, s.K, s.bits, s.group)};
   // The sizes of buffers by themselves, not from the call.
-  const int width = s.bits <= 4 ? 4 : 8, per_lane = 32 / width;
-  const int64_t tiles = (s.N + 31) / 32, tile_bytes = (s.K + 7) / 8 * 8 * 32 * width / 8;
+  static const int low_bits[] = {0, 0, 2, 2, 4, 4, 4, 8, 8}, high_bits[] = {0, 0, 0, 1, 0, 1, 2, 0, 0};
+  static const int block_columns[] = {0, 0, 16, 32, 8, 32, 16, 8, 8};
+  const int low = low_bits[s.bits], high = high_bits[s.bits], block = block_columns[s.bits];
+  const int64_t tiles = (s.N + 31) / 32, block_bytes = block * 32 * (low + high) / 8;
+  const int64_t tile_bytes = (s.K + block - 1) / block * block_bytes;
   const int64_t G = (s.K - 1) / s.group + 1, groups = tiles * G * 32;
 
   std::vector<int> codes(static_cast<size_t>(s.N * s.K));
@@ -97,16 +135,29 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   std::memset(qweight, 0, tiles * tile_bytes - (short_of_a_byte ? 1 : 0));
   for (int64_t n = 0; n < s.N; ++n) {
     for (int64_t k = 0; k < s.K; ++k) {
-      const int code = codes[n * s.K + k] = random_below(1 << s.bits);
-      const int64_t lane = k / per_lane, i = k % per_lane;
-      const int64_t bit = s.int8 ? 8 * (i & 3) + 4 * (i >> 2) : 16 * (i & 1) + width * (i >> 1);
-      const int64_t at = (lane * cpu::kTileRows + n % cpu::kTileRows) * cpu::kLaneBytes + bit / 8;
-      if (!short_of_a_byte) qweight[n / cpu::kTileRows * tile_bytes + at] |= static_cast<uint8_t>(code << bit % 8);
+      int code = random_below(1 << s.bits);
+      if (s.bits == 8 && s.codebook != qkernels::Codebook::kIntegers) code &= 0xb7;  // of middling size
+      codes[n * s.K + k] = code;
+      int64_t plane = n / cpu::kTileRows * tile_bytes + k / block * block_bytes;
+      for (const int width : {low, high}) {
+        if (width == 0 || short_of_a_byte) continue;
+        const int64_t lane = k % block / (32 / width), i = k % block % (32 / width);
+        const int64_t bit = s.int8 ? 8 * (i & 3) + width * (i >> 2) : 16 * (i & 1) + width * (i >> 1);
+        const int64_t at = (lane * cpu::kTileRows + n % cpu::kTileRows) * cpu::kLaneBytes + bit / 8;
+        const int field = (width == low ? code : code >> low) & ((1 << width) - 1);
+        qweight[plane + at] |= static_cast<uint8_t>(field << bit % 8);
+        plane += block * width * 32 / 8;
+      }
     }
   }
   const int64_t step = s.strided ? 3 : 1, row = s.K * step + (s.strided ? 5 : 0);
   Numbers x(s.x, (s.M - 1) * row + (s.K - 1) * step + 1), scales(s.scale, groups);
-  Numbers zeros(s.zero == Type::kNone ? Type::kUInt8 : s.zero, s.zero == Type::kNone ? 0 : groups);
+  const bool products = s.factors != qkernels::Factors::kNone, any_zeros = s.zero != Type::kNone || s.offsets;
+  Numbers zeros(s.zero == Type::kNone ? Type::kUInt8 : s.zero, any_zeros ? groups : 0);
+  const int64_t per = !products ? 1 : s.factors == qkernels::Factors::kNvfp4M ? G : 256 / s.group;
+  const int64_t S = (G + per - 1) / per;
+  Numbers outer(Type::kHalf, products ? tiles * S * 32 : 0),
+      outer_zeros(Type::kHalf, products && s.offsets ? tiles * S * 32 : 0);
   Numbers bias(s.bias == Type::kNone ? Type::kFloat : s.bias, s.bias == Type::kNone ? 0 : s.N);
   std::vector<int32_t> order(static_cast<size_t>(s.K));
   for (int64_t k = 0; k < s.K; ++k) order[k] = static_cast<int32_t>(s.ordered ? (k * 5 + 3) % s.K : k);
@@ -117,7 +168,12 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   if (s.zero != Type::kNone) call.zeros = zeros.memory, call.zero_type = s.zero, call.zeros_are_offsets = s.offsets;
   if (s.bias != Type::kNone) call.bias = bias.memory, call.bias_type = s.bias;
   call.k_order = s.ordered ? order.data() : nullptr;
-  call.int8_activations = s.int8;
+  call.int8_activations = s.int8, call.codebook = s.codebook, call.factors = s.factors;
+  if (products) {
+    call.outer_type = Type::kHalf, call.S = S, call.outer_shift = cpu::kind_of(s.factors).outer_shift;
+    call.outer_scales = outer.memory, call.zeros_are_offsets = s.offsets;
+    if (s.offsets) call.zeros = zeros.memory, call.outer_zeros = outer_zeros.memory;
+  }
   call.y = std::malloc(bytes_of(s.x) * s.M * s.N);
   void* workspace = std::malloc(cpu::workspace_bytes(call, kernels));
   std::memset(workspace, 0xff, cpu::workspace_bytes(call, kernels));
@@ -135,11 +191,17 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
       double y = s.bias == Type::kNone ? 0 : bias.values[n];
       for (int64_t k = 0; k < s.K; ++k) {
         const int64_t at = (n / cpu::kTileRows * G + k / s.group) * cpu::kTileRows + n % cpu::kTileRows;
-        const double zero = s.zero == Type::kNone ? 1 << (s.bits - 1) : zeros.values[at], code = codes[n * s.K + k];
-        const double w = s.offsets ? code * scales.values[at] + zero : (code - zero) * scales.values[at];
+        const int64_t above = (n / cpu::kTileRows * S + k / s.group / per) * cpu::kTileRows + n % cpu::kTileRows;
+        const double scale = scales.values[at] * (products ? outer.values[above] : 1), code = codes[n * s.K + k];
+        const double zero = !any_zeros ? 0
+                            : products ? -zeros.values[at] * outer_zeros.values[above]
+                                       : zeros.values[at];
+        const double w = s.offsets               ? code * scale + zero
+                         : s.zero == Type::kNone ? plain(s, codes[n * s.K + k]) * scale
+                                                 : (code - zero) * scale;
         const int64_t column = order[k] < 0 ? 0 : order[k] >= s.K ? s.K - 1 : order[k];
         y += w * token[column];
-        const double product = (code - (1 << (s.bits - 1))) * scales.values[at];
+        const double product = (code - (1 << (s.bits - 1))) * scale;
         magnitude += std::abs(token[column]) * (rest ? std::abs(product) + std::abs(w - product) : std::abs(w));
       }
       // Exact but for the output's rounding; with int8 activations, each group and the token's scale round in fp32 too
@@ -167,16 +229,32 @@ int main(int argc, char** argv) {
       for (const int64_t K : {1, 7, 8, 9, 40, 129, 264}) {
         for (int round = 0; round < 2; ++round, ++cases) {  // everything else in turn, at prime or coprime steps
           const int64_t group[] = {8, K, 24, 128, K, 16, 136};
-          const int bits[] = {4, 8, 2, 6, 4};
+          const int bits[] = {4, 8, 2, 6, 4, 3, 5, 7};
           const int zero = cases % 11 % 4;
           const Type zero_type = zero == 0 ? Type::kNone : zero == 1 ? Type::kUInt8 : floats[cases % 3];
           const Type bias_type = cases % 4 == 3 ? Type::kNone : floats[cases % 4];
-          wrong += run({M, N, K, group[cases % 7], bits[cases % 5], floats[cases % 13 % 3], floats[cases % 17 % 3],
+          wrong += run({M, N, K, group[cases % 7], bits[cases % 8], floats[cases % 13 % 3], floats[cases % 17 % 3],
                         zero_type, bias_type, zero == 3, cases % 2 == 1, cases % 19 % 3 == 0, false},
                        kernels, short_of_a_byte);
-          wrong += run({M, N, K, group[cases % 7], bits[cases % 5], floats[cases % 13 % 3], floats[cases % 17 % 3],
+          wrong += run({M, N, K, group[cases % 7], bits[cases % 8], floats[cases % 13 % 3], floats[cases % 17 % 3],
                         zero_type, bias_type, zero == 3, cases % 2 == 1, cases % 19 % 3 == 0, true},
                        int8, short_of_a_byte);
+          Shape special{M,
+                        N,
+                        K,
+                        group[cases % 7],
+                        0,
+                        floats[cases % 13 % 3],
+                        Type::kNone,
+                        Type::kNone,
+                        bias_type,
+                        false,
+                        cases % 2 == 1,
+                        cases % 19 % 3 == 0,
+                        cases % 5 > 2};
+          make_special(special, cases % 11);
+          if (special.bits == 8) special.int8 = false;
+          wrong += run(special, special.int8 ? int8 : kernels, short_of_a_byte);
         }
       }
     }
