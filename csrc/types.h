@@ -20,24 +20,20 @@ enum class Factors : int { kNone, kK2, kK3, kK45, kK6, kIq4Xs, kNvfp4, kNvfp4M, 
 
 // static: an inline function that was compiled for AVX-512 must not stand in for one that was not (cpu/target.h).
 
-// Bytes of one value.
+// Bytes of one value. CUDA's kernels ask in their loops, and meet the first five types alone.
 static QK_CONSTEXPR int size_of(Type type) {
-  switch (type) {
-    case Type::kNone:
-      return 0;
-    case Type::kFloat:
-      return 4;
-    case Type::kHalf:
-    case Type::kBFloat16:
-      return 2;
-    default:
-      return 1;
-  }
+#ifndef __CUDACC__
+  if (type > Type::kBFloat16) return 1;
+#endif
+  return type == Type::kNone ? 0 : type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2;
 }
 
 // 16 and 32 bits wide: what x, biases and floating zeros may be.
 static QK_CONSTEXPR bool is_floating(Type type) {
-  return type == Type::kFloat || type == Type::kHalf || type == Type::kBFloat16;
+#ifndef __CUDACC__
+  if (type > Type::kBFloat16) return false;
+#endif
+  return type != Type::kNone && type != Type::kUInt8;
 }
 
 }  // namespace qkernels

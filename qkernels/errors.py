@@ -15,7 +15,7 @@ class QKernelsError(ValueError):
     ...     QuantScheme.parse("int4")
     ... except QKernelsError as error:
     ...     print(error)
-    a scheme looks like w4a16_g128, w4a16_g64_asym, w8a16_channel, w4a8_g128 or nf4_g64, got 'int4'
+    a scheme looks like w4a16_g128, w4a16_g64_asym, w8a16_channel, w4a8_g128, nf4_g64, mxfp4_g32 or q4_k, got 'int4'
     """
 
 

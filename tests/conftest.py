@@ -19,7 +19,12 @@ settings.register_profile("qkernels", deadline=None, derandomize="CI" in os.envi
 settings.load_profile("qkernels")
 
 
+# Of these a single test may take a minute: they begin, so that no worker is left alone with one at the end.
+LONG = ("tests/cuda", "tests/tools", "tests/triton")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     if torch.cuda.is_available():
         return
     for item in items:

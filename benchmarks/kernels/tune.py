@@ -158,13 +158,11 @@ def measured(
     size = sum(t.numel() * t.element_size() for t in packed.values() if t is not None)
     count = copies_needed(size, environment.cache_bytes(device), int(BUDGET * environment.available_bytes(device)))
     copies = [packed, *(copy_tensors(packed) for _ in range(count - 1))]
-    length, offsets = scheme.group_length(shape.K), scheme.zeros == "offset"
+    layout = get_layout("kpack")
+    numbers = layout.numbers_of(shape.N, shape.K, scheme)
 
     def call(config: Config, buffers: dict[str, Any]) -> Tensor:
-        qweight, scales, zeros, k_order = (buffers[name] for name in ("qweight", "scales", "zeros", "k_order"))
-        return launch.gemm(
-            x, qweight, scales, zeros, k_order, None, shape.N, scheme.bits, length, offsets, config=config
-        )
+        return launch.gemm(x, *(buffers[buffer.name] for buffer in layout.buffers), None, *numbers, config=config)
 
     samplers: dict[Config, Callable[[], float]] = {}
     failed: dict[Config, str] = {}

@@ -41,18 +41,17 @@ struct Avx2Sums {
   // 8 consecutive values as fp32
   static QK_INLINE Sum widen(Type type, const void* base, int64_t i) {
     if (type == Type::kFloat) return load(static_cast<const float*>(base) + i);
-    if (type == Type::kUInt8) {
-      const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(base) + i);
-      return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes)));
+    if (type == Type::kHalf || type == Type::kBFloat16) {
+      const auto* at = static_cast<const uint16_t*>(base) + i;
+      const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+      if (type == Type::kHalf) return _mm256_cvtph_ps(words);
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
     }
-    if (type == Type::kInt8) {
-      const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(base) + i);
-      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes)));
-    }
-    if (type == Type::kE8M0 || type == Type::kE4M3) return widen_bytes_of(type, static_cast<const uint8_t*>(base) + i);
-    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(base) + i));
-    if (type == Type::kHalf) return _mm256_cvtph_ps(words);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+    const auto* at = static_cast<const uint8_t*>(base) + i;
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
+    if (type == Type::kUInt8) return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+    if (type == Type::kInt8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    return widen_bytes_of(type, at);
   }
 };
 

@@ -126,6 +126,8 @@ int64_t workspace_bytes(const Call& call, const Kernels& kernels) {
 void gemm(Call call, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for) {
   if (call.M == 0 || call.N == 0) return;
   const bool copies = copies_x(call, kernels), sums = wants_sums(call);
+  call.scale_bytes = kTileRows * size_of(call.scale_type);
+  call.zero_bytes = kTileRows * (call.zero_type == Type::kNone ? 1 : size_of(call.zero_type));  // or small factors
   if (call.int8_activations) {
     call.staged = {workspace, call.K_pad + 1, 0, int8_row_bytes(call)};
     call.x_sums = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + staged_bytes(call, kernels));

@@ -143,9 +143,10 @@ struct Call : Problem {
     int64_t width, block_stride, row_stride;
   } staged = {};
   // With int8 activations `staged` is int8 [M, row_stride], and these are what `quantize_row` (rows_int8.h) adds to it.
-  float* x_scales = nullptr;  // [M]
-  int32_t* x_sums = nullptr;  // [G, M] sums of the codes of x over each group
-  float* sums = nullptr;      // [M, G] sums of floating x over each group, in fp32; null unless has_rest
+  float* x_scales = nullptr;                // [M]
+  int32_t* x_sums = nullptr;                // [G, M] sums of the codes of x over each group
+  int64_t scale_bytes = 0, zero_bytes = 0;  // of a tile's group, set by `gemm`
+  float* sums = nullptr;                    // [M, G] sums of floating x over each group, in fp32; null unless has_rest
 };
 
 static inline int64_t staged_at(const Call& call, int64_t m, int64_t k) {

@@ -65,11 +65,10 @@ QK_INLINE void prefetch_codes(const uint8_t* codes, int64_t ahead) {
 
 // Fetches a tile's scales or zeros (`base`) four groups before they are wanted, at its end those of `next_tile`: worth
 // 8 to 12 % at M = 1 and groups of 32, whose scales are a ninth of the bytes.
-QK_INLINE void prefetch_group(const Call& call, const void* base, Type type, int64_t tile, int64_t next_tile,
+QK_INLINE void prefetch_group(const Call& call, const void* base, int64_t bytes, int64_t tile, int64_t next_tile,
                               int64_t g) {
   constexpr int64_t kAhead = 4;
   if (base == nullptr) return;
-  const int64_t bytes = kTileRows * (type == Type::kNone ? 1 : size_of(type));  // kNone: small factors
   const int64_t row = g + kAhead < call.G ? tile * call.G : (next_tile - 1) * call.G;
   const uint8_t* at = static_cast<const uint8_t*>(base) + (row + g + kAhead) * bytes;
   __builtin_prefetch(at);
@@ -139,12 +138,14 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const
   }
 }
 
-// The scales of a vector of rows for group g: those that are stored, or products. One outer factor for a whole row
-// waits (`finished`), so that a group costs nothing more.
+// The scales of a vector of rows for group g, which are at `at`: those that are stored, or products. One outer factor
+// for a whole row waits (`finished`), so that a group costs nothing more.
 template <class V>
-QK_INLINE typename V::Sum scales_of(const Call& call, int64_t tile, int64_t g, int64_t row) {
-  const typename V::Sum small = V::widen(call.scale_type, call.scales, (tile * call.G + g) * kTileRows + row);
-  if (call.outer_type == Type::kNone || outer_of_row(call)) return small;
+QK_INLINE typename V::Sum scales_of(const Call& call, int64_t at, int64_t tile, int64_t g, int64_t row) {
+  const typename V::Sum small = V::widen(call.scale_type, call.scales, at);
+  if (call.factors == Factors::kNone || outer_of_row(call)) [[likely]] {
+    return small;
+  }
   return V::mul(small, V::widen(call.outer_type, call.outer_scales, outer_at(call, tile, g, row)));
 }
 
@@ -159,9 +160,9 @@ QK_INLINE typename V::Sum finished(const Call& call, int64_t tile, int64_t row, 
 // What a group adds once per row of x where zero points are floating: sum(x) * rest, with rest = (mid - zero) * scale,
 // or mid * scale + offset. The products with code - mid stay exact.
 template <class V>
-QK_INLINE typename V::Sum rest_of(const Call& call, typename V::Sum scale, int64_t tile, int64_t g, int64_t row) {
+QK_INLINE typename V::Sum rest_of(const Call& call, typename V::Sum scale, int64_t at, int64_t tile, int64_t g,
+                                  int64_t row) {
   const typename V::Sum mid = V::set1(static_cast<float>(1 << (call.bits - 1)));
-  const int64_t at = (tile * call.G + g) * kTileRows + row;
   if (call.factors != Factors::kNone) {
     const typename V::Sum outer = V::widen(call.outer_type, call.outer_zeros, outer_at(call, tile, g, row));
     const typename V::Sum product = V::mul(V::widen(Type::kUInt8, call.zeros, at), outer);
@@ -195,16 +196,18 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
   for (int64_t g = 0; g < call.G; ++g) {
     const Group group = group_of(call, g);
     for (int t = 0; t * kPerTile < kVectors; ++t) {
-      prefetch_group(call, call.scales, call.scale_type, tile + t, next_tile + t, g);
-      prefetch_group(call, call.zeros, call.zero_type, tile + t, next_tile + t, g);
+      prefetch_group(call, call.scales, call.scale_bytes, tile + t, next_tile + t, g);
+      prefetch_group(call, call.zeros, call.zero_bytes, tile + t, next_tile + t, g);
     }
     typename U::Zero zero[kVectors];
     Sum scale[kVectors];
+    int64_t at[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const int64_t t = tile + v / kPerTile, r = row + (v % kPerTile) * V::kRows;
-      zero[v] = unpacker.zero((t * call.G + g) * kTileRows + r);
-      scale[v] = scales_of<V>(call, t, g, r);
+      at[v] = (t * call.G + g) * kTileRows + r;
+      zero[v] = unpacker.zero(at[v]);
+      scale[v] = scales_of<V>(call, at[v], t, g, r);
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
@@ -224,7 +227,7 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
     }
     if (call.sums != nullptr) {
       for (int v = 0; v < kVectors; ++v) {
-        const Sum rest = rest_of<V>(call, scale[v], tile + v / kPerTile, g, row + (v % kPerTile) * V::kRows);
+        const Sum rest = rest_of<V>(call, scale[v], at[v], tile + v / kPerTile, g, row + (v % kPerTile) * V::kRows);
         for (int r = 0; r < kTokens; ++r)
           total[r][v] = V::fma(rest, V::set1(call.sums[(m0 + r) * call.G + g]), total[r][v]);
       }
@@ -332,7 +335,7 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
     typename U::Zero zero[kPerTile];
     for (int v = 0; v < kPerTile; ++v) {
       zero[v] = unpacker.zero(at + v * V::kRows);
-      V::store(scale + v * V::kRows, scales_of<V>(call, tile, g, v * V::kRows));
+      V::store(scale + v * V::kRows, scales_of<V>(call, at + v * V::kRows, tile, g, v * V::kRows));
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
@@ -348,7 +351,7 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
                                        call.staged.row_stride, scale, total + m * kTileRows);
     }
     for (int v = 0; v < kPerTile && call.sums != nullptr; ++v) {
-      const Sum rest = rest_of<V>(call, V::load(scale + v * V::kRows), tile, g, v * V::kRows);
+      const Sum rest = rest_of<V>(call, V::load(scale + v * V::kRows), at + v * V::kRows, tile, g, v * V::kRows);
       for (int64_t m = m0; m < m1; ++m) {
         float* sum = total + (m - m0) * kTileRows + v * V::kRows;
         V::store(sum, V::fma(rest, V::set1(call.sums[m * call.G + g]), V::load(sum)));

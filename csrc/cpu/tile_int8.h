@@ -119,8 +119,8 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   const int32_t* x_sums = call.x_sums + m0;
   for (int64_t g = 0; g < G; ++g, x_sums += M) {
     for (int t = 0; t * kPerTile < kVectors; ++t) {
-      prefetch_group(call, call.scales, call.scale_type, tile + t, next_tile + t, g);
-      if (kZeros != Zeros::kNone) prefetch_group(call, call.zeros, call.zero_type, tile + t, next_tile + t, g);
+      prefetch_group(call, call.scales, call.scale_bytes, tile + t, next_tile + t, g);
+      if (kZeros != Zeros::kNone) prefetch_group(call, call.zeros, call.zero_bytes, tile + t, next_tile + t, g);
     }
     const auto scale_at = [&](int v) {  // the first row's scale and zero
       return ((tile + v / kPerTile) * G + g) * kTileRows + v % kPerTile * V::kRows;
@@ -184,8 +184,8 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const int64_t t = tile + v / kPerTile, row = v % kPerTile * V::kRows;
-      const Sum scale = scales_of<V>(call, t, g, row);
-      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(call, scale, t, g, row) : V::zero();
+      const Sum scale = scales_of<V>(call, scale_at(v), t, g, row);
+      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(call, scale, scale_at(v), t, g, row) : V::zero();
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
         total[r][v] = V::fma(V::to_sum(acc[r][v]), scale, total[r][v]);

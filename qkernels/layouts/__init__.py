@@ -173,7 +173,7 @@ class Layout:
 
     def reads(self, version: object) -> bool:
         """Whether buffers of a version are this layout's, or can be made so (`upgraded`)."""
-        return version == self.version or version in self.upgrades
+        return version in (self.version, *self.upgrades)
 
     def upgraded(self, version: Any, buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffers:
         """Buffers of a version that it `reads`, as those of today."""

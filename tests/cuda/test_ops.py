@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.library import _scoped_library, opcheck
 from qkernels import extension
 from qkernels.errors import ArgumentError, ConversionError, UnsupportedProblem
 from qkernels.kernels.catalogue import Problem, list_kernels, select
-from qkernels.layouts import get_layout
+from qkernels.layouts import BUFFERS, get_layout
 from qkernels.scheme import QuantScheme
 from tests.ops.helpers import arguments, dequantize_arguments, exact_product, integers, layer_in
 from tests.strategies import random_weight
@@ -129,8 +130,10 @@ def test_fake_cuda_tensors_give_shapes() -> None:
         ]
         y = torch.ops.qkernels.gemm_mma_tile(*on_cuda)
         assert (list(y.shape), y.dtype, y.device.type, y.is_contiguous()) == ([5, 70], torch.float16, "cuda", True)
-        _, qweight, scales, zeros, order, _, *numbers = on_cuda
-        w = torch.ops.qkernels.dequantize_mma_tile(qweight, scales, zeros, order, 70, 200, *numbers[1:], torch.bfloat16)
+        plain = dequantize_arguments(weight, torch.bfloat16, "mma_tile")
+        w = torch.ops.qkernels.dequantize_mma_tile(
+            *(torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, torch.Tensor) else a for a in plain)
+        )
         assert (list(w.shape), w.dtype, w.device.type) == ([70, 200], torch.bfloat16, "cuda")
         with pytest.raises(ArgumentError, match="qweight must be uint8"):
             torch.ops.qkernels.gemm_mma_tile(
@@ -175,12 +178,10 @@ def test_dequantize_on_the_cpu_is_the_reference() -> None:
 # asks the same of the kernels.
 
 
-def stand_in(
-    layout: str, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, k_order: Tensor | None,
-    bias: Tensor | None, N: int, bits: int, group: int, offsets: bool,
-) -> Tensor:  # fmt: skip
+def stand_in(layout: str, x: Tensor, *arguments: Any) -> Tensor:
+    *buffers, bias, N = arguments[: len(BUFFERS) + 2]
     dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout}")
-    weight = dequantize(qweight, scales, zeros, k_order, N, x.shape[1], bits, group, offsets, torch.float32)
+    weight = dequantize(*buffers, N, x.shape[1], *arguments[len(BUFFERS) + 2 :], torch.float32)
     y = x.float() @ weight.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 

@@ -268,7 +268,8 @@ def test_a_float_model_goes_straight_into_a_codebook(model: Model, scheme: str, 
         for name in report.replaced:
             linear, layer = rounded.get_submodule(name), model.get_submodule(name)
             weight = rounding.quantize(linear.weight)
-            assert layer.scales.shape == (linear.out_features, -(-linear.in_features // rounding.group_size))
+            packed = layer.quant_tensor()
+            assert packed.scales.shape == (linear.out_features, -(-linear.in_features // rounding.group_size))
             assert not torch.equal(linear.weight, weight.dequantize())
             linear.weight.copy_(weight.dequantize())
     ids = torch.arange(20)[None]

@@ -305,7 +305,7 @@ def test_dequantize_is_the_definition(layout: str, scheme: str) -> None:
         (11, True, "zeros must be contiguous floating"),
         (12, 1, "codebook 1 takes 4 bits and no zeros, got bits=4 and zeros"),
         (12, 99, "codebook must be 0 to 6, got 99"),
-        (13, 1, "factors must be 0: scales that are products are not taken here"),
+        (13, 9, "factors must be 0 to 7, got 9"),
     ],
 )
 def test_the_compiled_op_checks_for_itself(position: int, value: Any, message: str) -> None:
