@@ -52,25 +52,31 @@ struct SymmetricPairs : RawNibbles, NoZeros {
   QK_INLINE __m512i value(Raw raw, int s, Zero) const { return _mm512_permutexvar_epi16(shifted(raw, 4 * s), table); }
 };
 
-// code + 16 - zero is 1 ... 31: an index, whose entry is code - zero.
-struct PairsWithZeros : RawNibbles {
+// Integer zero points of codes of up to 4 bits: code + 16 - zero is 1 ... 31, an index, whose entry is code - zero.
+struct SmallZeros {
   using Zero = __m512i;
   const Call& call;
   __m512i table;
   struct Value {
     int operator()(int i) const { return i - 16; }
   };
-  explicit PairsWithZeros(const Call& c) : call(c), table(bf16_table(Value{})) {}
+  explicit SmallZeros(const Call& c) : call(c), table(bf16_table(Value{})) {}
   QK_INLINE Zero zero(int64_t at) const {
     const auto* bytes = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(call.zeros) + at);
     const __m512i zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes));
     const __m512i both = _mm512_or_si512(zeros, _mm512_slli_epi32(zeros, 16));
     return _mm512_sub_epi16(_mm512_set1_epi16(16), both);
   }
-  QK_INLINE __m512i value(Raw raw, int s, Zero zero) const {
-    const __m512i code = _mm512_and_si512(shifted(raw, 4 * s), _mm512_set1_epi16(15));
+  // Of codes in the low `bits` of each word
+  QK_INLINE __m512i less_zero(__m512i words, int bits, Zero zero) const {
+    const __m512i code = _mm512_and_si512(words, _mm512_set1_epi16(static_cast<int16_t>((1 << bits) - 1)));
     return _mm512_permutexvar_epi16(_mm512_add_epi16(code, zero), table);
   }
+};
+
+struct PairsWithZeros : RawNibbles, SmallZeros {
+  using SmallZeros::SmallZeros;
+  QK_INLINE __m512i value(Raw raw, int s, Zero zero) const { return less_zero(shifted(raw, 4 * s), 4, zero); }
 };
 
 // An integer of at most 255 fills the top half of an fp32: two such halves are the pair.
@@ -113,6 +119,12 @@ struct PlanesWithZeros : RawPlanes<kBits>, FloatZeros {
     const __m512i high = _mm512_castps_si512(code_value<kBits>(shifted(code, 16), zero));
     return _mm512_or_si512(shifted(low, 16), high);
   }
+};
+
+template <>
+struct PlanesWithZeros<2> : RawPlanes<2>, SmallZeros {
+  using SmallZeros::SmallZeros;
+  QK_INLINE __m512i value(const Raw& raw, int s, Zero zero) const { return less_zero(code(raw, s, 0), 2, zero); }
 };
 
 // An 8-bit float: bytes 0 and 2 of a lane are the pair 0, bytes 1 and 3 the pair 1.

@@ -29,13 +29,13 @@ constexpr int kTileRows = 32;
 constexpr int kLaneBytes = 4;
 constexpr int kLineBytes = kTileRows * kLaneBytes;  // one lane of each row
 
-// Widths of the planes of a code; `high` is 0 where there is one.
+// Widths of the planes of a code; `high` is 0 where there is one. 3 bits take 4 (qkernels/layouts/tiles.py says why).
 struct Planes {
   int low, high;
 };
 static constexpr Planes planes_of(int bits) {
   if (bits > 6) return {8, 0};
-  return bits > 3 ? Planes{4, bits - 4} : Planes{2, bits - 2};
+  return bits > 4 ? Planes{4, bits - 4} : bits > 2 ? Planes{4, 0} : Planes{2, 0};
 }
 static constexpr int stored_bits(int bits) { return planes_of(bits).low + planes_of(bits).high; }
 static constexpr int block_columns(int bits) {

@@ -13,6 +13,7 @@
 //   Raw           the bytes of one octet of columns of one vector of rows
 //   kOctetBytes   from one octet to the next, on average over a block
 //   kBlockOctets  octets of a block
+//   kProducts     whether scales (and offsets) are products of two factors a group
 //   load(block, i): of octet i of the block that begins there
 //   kMemoryBytes  of those, how many come from memory and are worth prefetching: all, or none
 //   kPanel        whether more than kMaxDecodeTokens rows of x are worth unpacking a run once, into L1, or every
@@ -38,12 +39,19 @@ struct As {  // a type as a value
   using type = T;
 };
 
+template <class U>
+struct Products : U {
+  using U::U;
+  static constexpr bool kProducts = true;
+};
+
 // Where the planes of octet i of a block lie, and by how many bits to rotate a line to the left so that the octet's
 // codes begin at bit 0 of the low plane and at bit planes.low of the high one.
 template <int kBits>
 struct BlockOf {
   static constexpr Planes planes = planes_of(kBits);
   static constexpr int kBlockOctets = block_columns(kBits) / kOctet;
+  static constexpr bool kProducts = false;
   static constexpr int64_t kOctetBytes = kTileRows * kBits, kMemoryBytes = kOctetBytes;
   static constexpr int low_line(int i) { return i * planes.low / 4; }
   static constexpr int high_line(int) { return kBlockOctets * planes.low / 4; }
@@ -138,15 +146,20 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const
   }
 }
 
-// The scales of a vector of rows for group g, which are at `at`: those that are stored, or products. One outer factor
-// for a whole row waits (`finished`), so that a group costs nothing more.
+// Scales of a vector of rows for group g that are products; the small factors are at `at`.
 template <class V>
-QK_INLINE typename V::Sum scales_of(const Call& call, int64_t at, int64_t tile, int64_t g, int64_t row) {
+QK_INLINE typename V::Sum products_of(const Call& call, int64_t at, int64_t tile, int64_t g, int64_t row) {
   const typename V::Sum small = V::widen(call.scale_type, call.scales, at);
-  if (call.factors == Factors::kNone || outer_of_row(call)) [[likely]] {
-    return small;
-  }
   return V::mul(small, V::widen(call.outer_type, call.outer_scales, outer_at(call, tile, g, row)));
+}
+
+// The same, or scales as they are stored; which, the unpacker's type says: asked a group at run time it costs the loop
+// registers (W4A16 with groups of 32, M = 1 1.15 x slower). One outer factor for a whole row waits (`finished`).
+template <class V, class U>
+QK_INLINE typename V::Sum scales_of(const Call& call, int64_t at, [[maybe_unused]] int64_t tile,
+                                    [[maybe_unused]] int64_t g, [[maybe_unused]] int64_t row) {
+  if constexpr (U::kProducts) return products_of<V>(call, at, tile, g, row);
+  return V::widen(call.scale_type, call.scales, at);
 }
 
 // The total of a vector of rows, with the outer factor that waited.
@@ -160,16 +173,27 @@ QK_INLINE typename V::Sum finished(const Call& call, int64_t tile, int64_t row, 
 // What a group adds once per row of x where zero points are floating: sum(x) * rest, with rest = (mid - zero) * scale,
 // or mid * scale + offset. The products with code - mid stay exact.
 template <class V>
-QK_INLINE typename V::Sum rest_of(const Call& call, typename V::Sum scale, int64_t at, int64_t tile, int64_t g,
-                                  int64_t row) {
+QK_INLINE typename V::Sum stored_rest_of(const Call& call, typename V::Sum scale, int64_t at) {
   const typename V::Sum mid = V::set1(static_cast<float>(1 << (call.bits - 1)));
-  if (call.factors != Factors::kNone) {
-    const typename V::Sum outer = V::widen(call.outer_type, call.outer_zeros, outer_at(call, tile, g, row));
-    const typename V::Sum product = V::mul(V::widen(Type::kUInt8, call.zeros, at), outer);
-    return V::fma(mid, scale, V::sub(V::zero(), product));
-  }
   const typename V::Sum zero = V::widen(call.zero_type, call.zeros, at);
   return call.zeros_are_offsets ? V::fma(mid, scale, zero) : V::mul(V::sub(mid, zero), scale);
+}
+
+// The same where offsets are products.
+template <class V>
+QK_INLINE typename V::Sum product_rest_of(const Call& call, typename V::Sum scale, int64_t at, int64_t tile, int64_t g,
+                                          int64_t row) {
+  const typename V::Sum mid = V::set1(static_cast<float>(1 << (call.bits - 1)));
+  const typename V::Sum outer = V::widen(call.outer_type, call.outer_zeros, outer_at(call, tile, g, row));
+  const typename V::Sum product = V::mul(V::widen(Type::kUInt8, call.zeros, at), outer);
+  return V::fma(mid, scale, V::sub(V::zero(), product));
+}
+
+template <class V, class U>
+QK_INLINE typename V::Sum rest_of(const Call& call, typename V::Sum scale, int64_t at, [[maybe_unused]] int64_t tile,
+                                  [[maybe_unused]] int64_t g, [[maybe_unused]] int64_t row) {
+  if constexpr (U::kProducts) return product_rest_of<V>(call, scale, at, tile, g, row);
+  return stored_rest_of<V>(call, scale, at);
 }
 
 // Group g is columns first ... first + 8 octets - 1 of the tiles, in runs.
@@ -207,7 +231,7 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
       const int64_t t = tile + v / kPerTile, r = row + (v % kPerTile) * V::kRows;
       at[v] = (t * call.G + g) * kTileRows + r;
       zero[v] = unpacker.zero(at[v]);
-      scale[v] = scales_of<V>(call, at[v], t, g, r);
+      scale[v] = scales_of<V, U>(call, at[v], t, g, r);
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
@@ -227,7 +251,7 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
     }
     if (call.sums != nullptr) {
       for (int v = 0; v < kVectors; ++v) {
-        const Sum rest = rest_of<V>(call, scale[v], at[v], tile + v / kPerTile, g, row + (v % kPerTile) * V::kRows);
+        const Sum rest = rest_of<V, U>(call, scale[v], at[v], tile + v / kPerTile, g, row + (v % kPerTile) * V::kRows);
         for (int r = 0; r < kTokens; ++r)
           total[r][v] = V::fma(rest, V::set1(call.sums[(m0 + r) * call.G + g]), total[r][v]);
       }
@@ -335,7 +359,7 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
     typename U::Zero zero[kPerTile];
     for (int v = 0; v < kPerTile; ++v) {
       zero[v] = unpacker.zero(at + v * V::kRows);
-      V::store(scale + v * V::kRows, scales_of<V>(call, at + v * V::kRows, tile, g, v * V::kRows));
+      V::store(scale + v * V::kRows, scales_of<V, U>(call, at + v * V::kRows, tile, g, v * V::kRows));
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
@@ -351,7 +375,7 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
                                        call.staged.row_stride, scale, total + m * kTileRows);
     }
     for (int v = 0; v < kPerTile && call.sums != nullptr; ++v) {
-      const Sum rest = rest_of<V>(call, V::load(scale + v * V::kRows), at + v * V::kRows, tile, g, v * V::kRows);
+      const Sum rest = rest_of<V, U>(call, V::load(scale + v * V::kRows), at + v * V::kRows, tile, g, v * V::kRows);
       for (int64_t m = m0; m < m1; ++m) {
         float* sum = total + (m - m0) * kTileRows + v * V::kRows;
         V::store(sum, V::fma(rest, V::set1(call.sums[m * call.G + g]), V::load(sum)));
@@ -393,10 +417,9 @@ void multiply_with(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
   }
 }
 
-// For each width the unpackers of an instruction set. Codes of 4 bits, and those of 2 and 3, have a faster one where no
-// integer zero points are subtracted: it looks them up in a table, which may as well be a codebook's (Table4). Float8
-// is that of 8-bit codebooks; Sym and Any take bits: they are those in planes, without integer zero points and with
-// any.
+// For each width the unpackers of an instruction set. Codes of up to 4 bits have a faster one where no integer zero
+// points are subtracted: it looks them up in a table, which may as well be a codebook's (Table4). Float8 is that of
+// 8-bit codebooks; Sym and Any take bits: they are those in planes, without integer zero points and with any.
 template <class V, class Symmetric4, class Zeros4, class Any8, class Table4, class Float8, template <int> class Sym,
           template <int> class Any>
 void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
@@ -405,13 +428,27 @@ void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1)
     if (zeros) return multiply_with<V, typename decltype(any)::type>(call, tile, tiles, m0, m1);
     return multiply_with<V, typename decltype(sym)::type>(call, tile, tiles, m0, m1);
   };
+  switch (call.factors) {  // one factor a row (NVFP4) is none of a group
+    case Factors::kK2:
+      return multiply_with<V, Products<Sym<2>>>(call, tile, tiles, m0, m1);
+    case Factors::kK3:
+      return multiply_with<V, Products<Symmetric4>>(call, tile, tiles, m0, m1);
+    case Factors::kK45:
+      if (call.bits == 4) return multiply_with<V, Products<Symmetric4>>(call, tile, tiles, m0, m1);
+      return multiply_with<V, Products<Sym<5>>>(call, tile, tiles, m0, m1);
+    case Factors::kK6:
+      return multiply_with<V, Products<Sym<6>>>(call, tile, tiles, m0, m1);
+    case Factors::kIq4Xs:
+      return multiply_with<V, Products<Table4>>(call, tile, tiles, m0, m1);
+    default:
+      break;
+  }
   if (codebook_bits(call.codebook) == 8) return multiply_with<V, Float8>(call, tile, tiles, m0, m1);
   if (codebook_bits(call.codebook) == 4) return multiply_with<V, Table4>(call, tile, tiles, m0, m1);
   switch (call.bits) {
     case 2:
       return with(As<Sym<2>>(), As<Any<2>>());
     case 3:
-      return with(As<Sym<3>>(), As<Any<3>>());
     case 4:
       return with(As<Symmetric4>(), As<Zeros4>());
     case 5:

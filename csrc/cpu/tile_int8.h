@@ -24,8 +24,11 @@ namespace qkernels::cpu {
 namespace {
 
 enum class Zeros { kNone, kIntegers, kRest };
-// kTable: nibbles that are indices into a codebook of integers; the last four: in planes
-enum class Codes { kNibbles, kBytes, kTable, kTwo, kThree, kFive, kSix };
+// kProducts: of two factors a group. What a group asks at run time costs its loop registers: W4A8 with groups of 32, M
+// = 16 was 1.4 x slower, 128 1.5 x.
+enum class Scales { kStored, kProducts };
+// kTable: nibbles that are indices into a codebook of integers; the last three: in planes
+enum class Codes { kNibbles, kBytes, kTable, kTwo, kFive, kSix };
 
 // Bits of a code, as it is stored.
 constexpr int width_of(Codes codes) {
@@ -34,8 +37,6 @@ constexpr int width_of(Codes codes) {
       return 8;
     case Codes::kTwo:
       return 2;
-    case Codes::kThree:
-      return 3;
     case Codes::kFive:
       return 5;
     case Codes::kSix:
@@ -86,7 +87,7 @@ QK_INLINE typename V::Integers table_of(const Call& call) {
 //
 // The fp32 totals are in registers as long as there are enough, for a store costs the multipliers 0.8 of a cycle (Zen
 // 5) where a sum over a group of 32 takes 4: with all totals in L1, 16 rows and groups of 32 were 10 % slower.
-template <class V, Codes kCodes, Zeros kZeros, int kVectors, int kTokens>
+template <class V, Codes kCodes, Zeros kZeros, Scales kScales, int kVectors, int kTokens>
 void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64_t m0) {
   using Sum = typename V::Sum;
   using Integers = typename V::Integers;
@@ -183,9 +184,15 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t t = tile + v / kPerTile, row = v % kPerTile * V::kRows;
-      const Sum scale = scales_of<V>(call, scale_at(v), t, g, row);
-      const Sum rest = kZeros == Zeros::kRest ? rest_of<V>(call, scale, scale_at(v), t, g, row) : V::zero();
+      [[maybe_unused]] const int64_t t = tile + v / kPerTile, row = v % kPerTile * V::kRows;
+      Sum scale, rest = V::zero();
+      if constexpr (kScales == Scales::kProducts) {
+        scale = products_of<V>(call, scale_at(v), t, g, row);
+        if (kZeros == Zeros::kRest) rest = product_rest_of<V>(call, scale, scale_at(v), t, g, row);
+      } else {
+        scale = V::widen(call.scale_type, call.scales, scale_at(v));
+        if (kZeros == Zeros::kRest) rest = stored_rest_of<V>(call, scale, scale_at(v));
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {
         total[r][v] = V::fma(V::to_sum(acc[r][v]), scale, total[r][v]);
@@ -207,57 +214,87 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
 }
 
 // As many tiles at once as kDecodeVectors says for this number of rows of x; returns how many are left.
-template <class V, Codes kCodes, Zeros kZeros, int kTokens>
+template <class V, Codes kCodes, Zeros kZeros, Scales kScales, int kTokens>
 int multiply_int8_together(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t tokens) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return multiply_int8_together<V, kCodes, kZeros, kTokens - 1>(call, tile, tiles, m0, tokens);
+    if (tokens < kTokens)
+      return multiply_int8_together<V, kCodes, kZeros, kScales, kTokens - 1>(call, tile, tiles, m0, tokens);
   }
   constexpr int kVectors = V::kDecodeVectors[kTokens - 1], kTiles = kVectors * V::kRows / kTileRows;
   for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
-    multiply_int8_rows<V, kCodes, kZeros, kVectors, kTokens>(call, tile, tile + kTiles, m0);
+    multiply_int8_rows<V, kCodes, kZeros, kScales, kVectors, kTokens>(call, tile, tile + kTiles, m0);
   }
   return tiles;
 }
 
 // At most kTokens rows of x and one tile
-template <class V, Codes kCodes, Zeros kZeros, int kTokens>
+template <class V, Codes kCodes, Zeros kZeros, Scales kScales, int kTokens>
 void multiply_int8_last(const Call& call, int64_t tile, int64_t next_tile, int64_t m0, int64_t tokens) {
   constexpr int kPerTile = kTileRows / V::kRows;
-  if (tokens == kTokens) return multiply_int8_rows<V, kCodes, kZeros, kPerTile, kTokens>(call, tile, next_tile, m0);
-  if constexpr (kTokens > 1) multiply_int8_last<V, kCodes, kZeros, kTokens - 1>(call, tile, next_tile, m0, tokens);
+  if (tokens == kTokens)
+    return multiply_int8_rows<V, kCodes, kZeros, kScales, kPerTile, kTokens>(call, tile, next_tile, m0);
+  if constexpr (kTokens > 1)
+    multiply_int8_last<V, kCodes, kZeros, kScales, kTokens - 1>(call, tile, next_tile, m0, tokens);
 }
 
-template <class V, Codes kCodes, Zeros kZeros>
+template <class V, Codes kCodes, Zeros kZeros, Scales kScales>
 void multiply_int8_tiles(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
   const int64_t end = tile + tiles;
   if (m1 - m0 <= V::kDecodeTokens) {
-    tiles = multiply_int8_together<V, kCodes, kZeros, V::kDecodeTokens>(call, tile, tiles, m0, m1 - m0);
+    tiles = multiply_int8_together<V, kCodes, kZeros, kScales, V::kDecodeTokens>(call, tile, tiles, m0, m1 - m0);
   }
   for (int64_t t = end - tiles; t < end; ++t) {
     for (int64_t m = m0; m < m1; m += V::kTokens) {
       const int64_t next = m + V::kTokens < m1 ? t : t + 1;  // a tile stays in L2
-      multiply_int8_last<V, kCodes, kZeros, V::kTokens>(call, t, next, m, m1 - m < V::kTokens ? m1 - m : V::kTokens);
+      multiply_int8_last<V, kCodes, kZeros, kScales, V::kTokens>(call, t, next, m,
+                                                                 m1 - m < V::kTokens ? m1 - m : V::kTokens);
     }
   }
 }
 
 template <class V, Codes kCodes>
 void multiply_int8_width(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (has_rest(call)) return multiply_int8_tiles<V, kCodes, Zeros::kRest>(call, tile, tiles, m0, m1);
-  if (call.zero_type == Type::kNone) return multiply_int8_tiles<V, kCodes, Zeros::kNone>(call, tile, tiles, m0, m1);
-  return multiply_int8_tiles<V, kCodes, Zeros::kIntegers>(call, tile, tiles, m0, m1);
+  constexpr Scales kStored = Scales::kStored;
+  if (has_rest(call)) return multiply_int8_tiles<V, kCodes, Zeros::kRest, kStored>(call, tile, tiles, m0, m1);
+  if (call.zero_type == Type::kUInt8) {
+    return multiply_int8_tiles<V, kCodes, Zeros::kIntegers, kStored>(call, tile, tiles, m0, m1);
+  }
+  return multiply_int8_tiles<V, kCodes, Zeros::kNone, kStored>(call, tile, tiles, m0, m1);
+}
+
+// Scales of two factors: each kind has its width and its kind of zeros. One factor for a row waits until the end.
+template <class V>
+void multiply_int8_products(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  constexpr Scales kProducts = Scales::kProducts;
+  switch (call.factors) {
+    case Factors::kK2:
+      return multiply_int8_tiles<V, Codes::kTwo, Zeros::kRest, kProducts>(call, tile, tiles, m0, m1);
+    case Factors::kK3:
+      return multiply_int8_tiles<V, Codes::kNibbles, Zeros::kNone, kProducts>(call, tile, tiles, m0, m1);
+    case Factors::kK45:
+      if (call.bits == 4) {
+        return multiply_int8_tiles<V, Codes::kNibbles, Zeros::kRest, kProducts>(call, tile, tiles, m0, m1);
+      }
+      return multiply_int8_tiles<V, Codes::kFive, Zeros::kRest, kProducts>(call, tile, tiles, m0, m1);
+    case Factors::kK6:
+      return multiply_int8_tiles<V, Codes::kSix, Zeros::kNone, kProducts>(call, tile, tiles, m0, m1);
+    case Factors::kIq4Xs:
+      return multiply_int8_tiles<V, Codes::kTable, Zeros::kNone, kProducts>(call, tile, tiles, m0, m1);
+    default:
+      return multiply_int8_tiles<V, Codes::kTable, Zeros::kNone, Scales::kStored>(call, tile, tiles, m0, m1);
+  }
 }
 
 template <class V>
 void multiply_int8(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  if (call.factors != Factors::kNone) return multiply_int8_products<V>(call, tile, tiles, m0, m1);
   if (call.codebook != Codebook::kIntegers) {
-    return multiply_int8_tiles<V, Codes::kTable, Zeros::kNone>(call, tile, tiles, m0, m1);
+    return multiply_int8_tiles<V, Codes::kTable, Zeros::kNone, Scales::kStored>(call, tile, tiles, m0, m1);
   }
   switch (call.bits) {
     case 2:
       return multiply_int8_width<V, Codes::kTwo>(call, tile, tiles, m0, m1);
     case 3:
-      return multiply_int8_width<V, Codes::kThree>(call, tile, tiles, m0, m1);
     case 4:
       return multiply_int8_width<V, Codes::kNibbles>(call, tile, tiles, m0, m1);
     case 5:

@@ -1,20 +1,20 @@
 """Tiles for the CPU kernels with floating activations: 32 rows, k in octets; the same bytes for AVX-512, AVX2 and scalar code.
 
-    qweight  uint8 [..., tiles, K_pad * 32 * bits / 8]    7-bit codes take 8
+    qweight  uint8 [..., tiles, K_pad * 32 * bits / 8]    3-bit codes take 4, 7-bit ones 8
     scales   [..., tiles, G, 32]                          source dtype, or small factors
     zeros    [..., tiles, G, 32]                          uint8 for integer zero points or small factors, floating, or None
     k_order  int32 [K]                                    which column of x each stored column multiplies, or None
     outer_scales, outer_zeros  [..., tiles, S, 32]        or None
 
-Columns are stored in `k_order` (act-order: sorted by group), K padded to K_pad, a multiple of a block of 8 columns (4 and 8
-bits), 16 (2 and 6) or 32 (3 and 5); groups are a multiple of 8 long, so that only the last one can be padded. N is padded to
+Columns are stored in `k_order` (act-order: sorted by group), K padded to K_pad, a multiple of a block of 8 columns (3, 4
+and 7, 8 bits), 16 (2 and 6) or 32 (5); groups are a multiple of 8 long, so that only the last one can be padded. N is padded to
 whole tiles with rows of code 0 and scale 0. Padded columns have code 0 and meet x = 0.
 
 A block is one plane after the other (`tiles.PLANES`), a plane of `width` bits a few 32-bit lanes a row, one after the other for
 all 32 rows: 16 rows to 64 bytes. The low word of a lane holds the even columns, its high word the odd ones, lowest bits first:
 of 4-bit codes k = 0, 2, 4, 6 and k = 1, 3, 5, 7. Shifting the lane right by width p leaves the pair (2 p, 2 p + 1) at the bottom
 of its two words, which is what a table look-up by word (vpermw) and a dot product of bf16 pairs (vdpbf16ps) want.
-`csrc/cpu/kernels.h` states the same contract for C++. Version 1 had no planes: codes of 2 and 3 bits took 4, of 5 and 6 bits 8.
+`csrc/cpu/kernels.h` states the same contract for C++. Version 1 had no planes: codes of 2 bits took 4, of 5 and 6 bits 8.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ void quantize(std::vector<double>& x) {
 int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   cpu::Call call{cpu::make_problem(s.M, s.N, s.K, s.bits, s.group)};
   // The sizes of buffers by themselves, not from the call.
-  static const int low_bits[] = {0, 0, 2, 2, 4, 4, 4, 8, 8}, high_bits[] = {0, 0, 0, 1, 0, 1, 2, 0, 0};
-  static const int block_columns[] = {0, 0, 16, 32, 8, 32, 16, 8, 8};
+  static const int low_bits[] = {0, 0, 2, 4, 4, 4, 4, 8, 8}, high_bits[] = {0, 0, 0, 0, 0, 1, 2, 0, 0};
+  static const int block_columns[] = {0, 0, 16, 8, 8, 32, 16, 8, 8};
   const int low = low_bits[s.bits], high = high_bits[s.bits], block = block_columns[s.bits];
   const int64_t tiles = (s.N + 31) / 32, block_bytes = block * 32 * (low + high) / 8;
   const int64_t tile_bytes = (s.K + block - 1) / block * block_bytes;
