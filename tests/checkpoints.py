@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,3 +97,11 @@ def sound_or_refused(directory: Path) -> bool:
     found.to_json()
     found.to_markdown()
     return True
+
+
+def with_random_bytes(whole: bytes, begin: int, draw: random.Random) -> bytes:
+    """A file with eight bytes behind `begin` overwritten, where and with what is drawn."""
+    changed = bytearray(whole)
+    for _ in range(8):
+        changed[draw.randrange(begin, len(whole))] = draw.randrange(256)
+    return bytes(changed)

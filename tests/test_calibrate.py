@@ -33,7 +33,7 @@ from qkernels.layerwise.running import (
 from qkernels.models.architectures import decoder_layers
 from qkernels.nn.selection import A_HEAD
 from qkernels.quantizers import InputStatistics
-from tests.tiny_models import VOCABULARY, first_inputs, loud_model, run, tiny_model, token_windows
+from tests.tiny_models import VOCABULARY, divergence, first_inputs, loud_model, run, tiny_model, token_windows
 
 transformers = pytest.importorskip("transformers")
 
@@ -50,13 +50,6 @@ METHODS = {
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 LLAMA_LINEARS = (*ATTENTION_INPUTS, "self_attn.o_proj", *MLP_INPUTS, "mlp.down_proj")
-
-
-def divergence(model: Any, reference: Any) -> float:
-    ids = token_windows(16, 16, seed=9)
-    with torch.no_grad():
-        p, q = (torch.log_softmax(m(input_ids=ids).logits.float(), -1) for m in (reference, model))
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -18,7 +18,7 @@ from qkernels.layerwise.folds import Folds
 from qkernels.layerwise.work import work_path
 from qkernels.models.architectures import find_architecture
 from qkernels.quantizers import Options
-from tests.tiny_models import KINDS, loud_model, run, token_windows
+from tests.tiny_models import KINDS, divergence, loud_model, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,13 +37,6 @@ NEW: list[tuple[str, dict[str, Any], set[str]]] = [
     ("gemma4_text", SHARED, {"self_attn.o_proj", "per_layer_input_gate", "per_layer_projection"}),
     ("stablelm", {}, set()),  # not in the table
 ]
-
-
-def divergence(model: Any, reference: Any) -> float:
-    ids = token_windows(16, 16, seed=9)
-    with torch.no_grad():
-        p, q = (torch.log_softmax(m(input_ids=ids).logits.float(), -1) for m in (reference, model))
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("name", METHODS)

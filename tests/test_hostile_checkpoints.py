@@ -13,7 +13,7 @@ import torch
 from qkernels import QuantScheme, inspect
 from qkernels.checkpoint import CheckpointWriter
 from qkernels.storage import ShardWriter, TensorSource, read_json, write_json
-from tests.checkpoints import A16_FORMATS, sound_or_refused
+from tests.checkpoints import A16_FORMATS, sound_or_refused, with_random_bytes
 from tests.strategies import random_weight
 
 JUNK: list[Any] = [
@@ -83,10 +83,7 @@ def test_random_bytes_in_the_data(checkpoint: Path) -> None:
     begin = 8 + int.from_bytes(whole[:8], "little")
     outcomes = []
     for _ in range(100):
-        spoiled = bytearray(whole)
-        for _ in range(8):
-            spoiled[draw.randrange(begin, len(whole))] = draw.randrange(256)
-        path.write_bytes(spoiled)
+        path.write_bytes(with_random_bytes(whole, begin, draw))
         outcomes.append(sound_or_refused(checkpoint))
     assert True in outcomes
 

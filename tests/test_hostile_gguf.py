@@ -20,7 +20,7 @@ from qkernels.storage.gguf import GgufSource
 from qkernels.storage.gguf_header import MetaValue
 from qkernels.storage.gguf_types import KINDS
 from qkernels.texts import load_tokenizer
-from tests.checkpoints import sound_or_refused
+from tests.checkpoints import sound_or_refused, with_random_bytes
 from tests.gguf_files import LETTERS, Gguf, Tensor
 from tests.gguf_golden import FILES
 
@@ -112,10 +112,7 @@ def test_random_bytes_in_the_data(tmp_path: Path) -> None:
     begin = min(entry.offset for entry in GgufSource.open(FILES / "llama-mixed.gguf").entries.values())
     outcomes = []
     for _ in range(100):
-        spoiled = bytearray(whole)
-        for _ in range(8):
-            spoiled[draw.randrange(begin, len(whole))] = draw.randrange(256)
-        path.write_bytes(spoiled)
+        path.write_bytes(with_random_bytes(whole, begin, draw))
         outcomes.append(sound_or_refused(path))
     assert {True, False} == set(outcomes)
 

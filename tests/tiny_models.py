@@ -135,3 +135,11 @@ def run(model: Any, method: Any, **options: Any) -> Any:
     """`quantize` on `token_windows()`, with the reference where no kernel takes such small groups."""
     settings = {"calibration": token_windows(), "seq_len": 16, "on_unsupported": "reference", "progress": False}
     return quantize(model, method, **settings | options)
+
+
+def divergence(model: Any, reference: Any) -> float:
+    """KL of a model's next tokens from the reference's, nats a token, on random ids."""
+    ids = token_windows(16, 16, seed=9)
+    with torch.no_grad():
+        p, q = (torch.log_softmax(m(input_ids=ids).logits.float(), -1) for m in (reference, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
