@@ -27,7 +27,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -58,6 +58,7 @@ from ..nn.selection import as_patterns
 from ..quantizers import RTN
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
+from .placeholders import Packed, Pending, PendingExperts
 
 log = logging.getLogger(__name__)
 
@@ -174,24 +175,22 @@ class QKernelsQuantizer(HfQuantizer):
         check_strays(model, checkpoint)
         for module in self._placed:
             _untie(model, module)
-            _put(model, module, _Pending(linear_at(model, module, checkpoint.spelling(module))), self._also)
+            _put(model, module, Pending(linear_at(model, module, checkpoint.spelling(module))), self._also)
         for name in self._forms:
-            _put(model, name, _PendingExperts(model.get_submodule(name)), self._also)
+            _put(model, name, PendingExperts(model.get_submodule(name)), self._also)
         if self._routers:  # they get their values afterwards
             lacking = [re.escape(f"{module}.{leaf}") for module in self._routers for leaf in ("weight", "bias")]
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *lacking]
         ignored = model._keys_to_ignore_on_load_unexpected  # a list until transformers 5.8, then a set
         model._keys_to_ignore_on_load_unexpected = (set if isinstance(ignored, set) else list)(
-            [_Packed.KEY, *(ignored or ())]
+            [Packed.KEY, *(ignored or ())]
         )
-        return [_Packed(checkpoint), *weight_conversions]
+        return [Packed(checkpoint), *weight_conversions]
 
     def _select(self, model: Any) -> None:
         """Choose the layers to quantize while they load; everything else goes into the report."""
         config: Any = self.quantization_config
-        selection = select_linears(
-            model, config.scheme, config.include, config.exclude, config.overrides, "raise", True
-        )
+        selection = select_linears(model, config.scheme, config.include, config.exclude, config.overrides, "raise")
         self._schemes = dict(selection.chosen)
         self._schemes |= {f"{n}.{p}": s for n, schemes in selection.experts.items() for p, s in schemes.items()}
         self._forms = {n: form for n, form in experts_of(model).items() if n in selection.experts}
@@ -305,7 +304,13 @@ class QKernelsQuantizer(HfQuantizer):
                 self.report.add(f"{name}.{projection}", stack, count * dtype.itemsize)
         for module in self._routers:
             oddities += dequantize_router(model, module, checkpoint, _device_near(model, module), dtype)
-        left = select_linears(model, "w4a16_g128").skipped  # whatever the scheme
+        selection = select_linears(model, "w4a16_g128")  # whatever the scheme
+        left = dict(selection.skipped)
+        left |= {
+            f"{n}.{p}": "stacked experts that the checkpoint does not quantize"
+            for n, ps in selection.experts.items()
+            for p in ps
+        }
         self.report.skipped |= {n: why for n, why in left.items() if n not in self.report.replaced}
         for line in summary(oddities):
             log.warning("%s: %s", checkpoint.path, line)
@@ -435,43 +440,6 @@ class _QuantizeWeight(ConversionOps):
         return left
 
 
-class _Pending(nn.Module):
-    """Stands where a quantized module will be; keeps the linear layer, which is on meta, out of sight.
-
-    A module around it may initialize its weight and bias (Mamba): it is shown those of the linear layer, as initialized.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self._hidden = (linear,)
-        for parameter in linear.parameters():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.linear.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.linear.bias
-
-    @property
-    def linear(self) -> nn.Linear:
-        return self._hidden[0]
-
-
-class _PendingExperts(nn.Module):
-    """Stands where quantized experts will be; keeps the module that was there out of sight."""
-
-    def __init__(self, source: nn.Module) -> None:
-        super().__init__()
-        self._hidden = (source,)
-
-    @property
-    def source(self) -> nn.Module:
-        return self._hidden[0]
-
-
 def enable(methods: Iterable[str] = FOREIGN) -> None:
     """From here on, `from_pretrained` gives checkpoints of these methods to qkernels instead of the quantizers that come
     with transformers (which need optimum, gptqmodel or compressed-tensors). Calling it again changes nothing.
@@ -505,26 +473,6 @@ def register() -> None:
         if taken is not None and taken.__module__ != __name__:
             raise ArgumentError(f'quant_method "{native.METHOD}" is taken by {taken.__module__}.{taken.__name__}')
         mapping[native.METHOD] = own  # a second import of this module replaces its own classes
-
-
-class _Packed(WeightRenaming):
-    """Keeps the tensors of quantized modules, which we read, away from the patterns that come after it: gives them names that
-    none of those matches, and that are ignored."""
-
-    __slots__ = ("_keys",)
-    KEY = r"qkernels:\d+$"
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__("qkernels", "qkernels")
-        biases = [f"{module}.bias" for module in checkpoint.modules]
-        packed = [checkpoint.spelling(name) for name in biases if name in checkpoint]
-        packed += [f"{stack}_bias" for stack in checkpoint.stacks if f"{stack}_bias" in checkpoint]
-        packed += [name for module in (*checkpoint.modules, *checkpoint.stacks) for name in checkpoint.parts(module)]
-        self._keys = {name: f"qkernels:{index}" for index, name in enumerate(packed)}
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """(name, None), whether it is one of them or not: it is renamed for nobody else."""
-        return self._keys.get(source_key, source_key), None
 
 
 def _asked_in_place_of(modules: Iterable[str], conversions: Iterable[Any]) -> Iterator[str]:

@@ -162,10 +162,12 @@ def routers(model: nn.Module, experts: Iterable[str]) -> set[str]:
         for child, module in model.get_submodule(parent).named_children():
             if child == leaf:
                 continue
-            matrices = [(n, p) for n, p in module.named_parameters() if p.dim() == 2]
-            if len(matrices) == 1 and tuple(matrices[0][1].shape) in shapes:
-                path = f"{parent}.{child}.{matrices[0][0]}".lstrip(".")
-                found.add(path.rpartition(".")[0])
+            like = [n for n, p in module.named_parameters() if tuple(p.shape) in shapes]
+            others = [
+                n for n, p in module.named_parameters() if sum(size > 1 for size in p.shape) > 1 and n not in like
+            ]
+            if len(like) == 1 and not others:  # vectors beside it correct or scale what it says
+                found.add(f"{parent}.{child}.{like[0]}".lstrip(".").rpartition(".")[0])
     return found
 
 
@@ -208,3 +210,20 @@ def name_in_files(stack: str, expert: int, part: int) -> str:
     """What a part of one expert is called where its architecture has no names of its own."""
     experts, _, projection = stack.rpartition(".")
     return f"{experts}.{expert}.{PARTS[projection][part][0]}"
+
+
+def stack_at(model: nn.Module, name: str) -> tuple[str, ExpertsForm, str] | None:
+    """(the experts module, its form, the projection) where a name is that of stacked float experts; None: of a layer."""
+    experts, _, projection = name.rpartition(".")
+    if projection not in PARTS:
+        return None
+    try:
+        form = experts_form(model.get_submodule(experts))
+    except AttributeError:
+        return None
+    return (experts, form, projection) if form is not None and projection in (form.up, form.down) else None
+
+
+def parameter_of(model: nn.Module, name: str) -> str:
+    """The parameter that is the weight of a linear layer or of stacked experts."""
+    return f"{name}.weight" if stack_at(model, name) is None else name

@@ -132,7 +132,7 @@ def replace_linear(
     scheme = QuantScheme.parse(scheme)
     rules = {pattern: QuantScheme.parse(s) for pattern, s in (overrides or {}).items()}
     rounding = {s: (method or RTN()).with_scheme(s) for s in (scheme, *rules.values())}
-    selection = select_linears(model, scheme, include, exclude, rules, on_unsupported, experts=True)
+    selection = select_linears(model, scheme, include, exclude, rules, on_unsupported)
     report = ReplaceReport.of(selection, model)
     if not selection.chosen and not selection.experts:
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")

@@ -51,6 +51,12 @@ class Selection:
     skipped: Mapping[str, str]
     experts: Mapping[str, Mapping[str, QuantScheme]] = field(default_factory=dict)
 
+    @property
+    def every(self) -> dict[str, QuantScheme]:
+        """Layers and stacks of experts ("….experts.down_proj") alike."""
+        stacks = {f"{name}.{p}": scheme for name, schemes in self.experts.items() for p, scheme in schemes.items()}
+        return {**self.chosen, **stacks}
+
 
 def select_linears(
     model: nn.Module,
@@ -59,12 +65,11 @@ def select_linears(
     exclude: Patterns = None,
     overrides: Overrides = None,
     on_unsupported: OnUnsupported | None = None,
-    experts: bool = False,
 ) -> Selection:
-    """Choose the linear layers to quantize; nothing is changed, and no weight is read.
+    """Choose the linear layers and stacked experts to quantize; nothing is changed, and no weight is read.
 
     Patterns are shell patterns on the module's name as `model.named_modules()` spells it, or on its last part; of a module under
-    several names, on any of them.
+    several names, on any of them; of experts, on that of their module or of a projection.
 
     Args:
         model: its parameters may be on meta. `Conv1D` (GPT-2) is a linear layer too.
@@ -74,7 +79,6 @@ def select_linears(
         overrides: pattern -> scheme; the first match wins.
         on_unsupported: what a layer without a kernel means: "raise", "skip", or "reference" to run it on the slow one;
             None where no kernel is asked for, since only files are made.
-        experts: whether stacked experts are chosen, too; a pattern means them by the name of their module or of a projection.
 
     Raises:
         SchemeError: a scheme cannot be parsed.
@@ -100,7 +104,7 @@ def select_linears(
     aliases = {names[0]: names for names in names_of_modules(model).values()}
     forms = experts_of(model)
     names, skipped = _sorted_out(model, aliases, wanted, unwanted)
-    stacks, reasons = _sorted_experts(model, forms, wanted, unwanted, experts)
+    stacks, reasons = _sorted_experts(model, forms, wanted, unwanted)
     skipped |= reasons
     _check_patterns([*(wanted or ()), *rules], model)
     _check_exclude(unwanted or (), model)
@@ -225,7 +229,6 @@ def _sorted_experts(
     forms: Mapping[str, ExpertsForm],
     include: tuple[str, ...] | None,
     exclude: tuple[str, ...] | None,
-    wanted: bool,
 ) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
     """The projections of experts modules to quantize, by module, and the reason for every other one."""
     chosen: dict[str, tuple[str, str]] = {}
@@ -239,17 +242,12 @@ def _sorted_experts(
             reason = "excluded"
         elif include is not None and not _any_matches(names, include):
             reason = "not in include"
-        elif not wanted:
-            reason = "stacked experts ({}) are not calibrated yet; replace_linear and from_pretrained round them"
         elif any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None):
             reason = "its weights are no plain tensors"
         if reason is None:
             chosen[name] = projections
         else:
-            for p in projections:
-                t = module._parameters[p]
-                assert t is not None
-                skipped[f"{name}.{p}"] = reason.format(f"{list(t.shape)}, {t.nbytes:,} bytes")
+            skipped |= {f"{name}.{p}": reason for p in projections}
     return chosen, skipped
 
 
