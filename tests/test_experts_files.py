@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qkernels import RTN, QuantTensor, load, replace_linear, save
-from qkernels.errors import CheckpointError, UnsupportedProblem
+from qkernels.checkpoint import convert
+from qkernels.errors import CheckpointError, ConversionError, UnsupportedProblem
 from qkernels.formats import FORMATS
 from qkernels.integrations.transformers import QKernelsConfig, enable
 from qkernels.nn import QuantExperts
@@ -157,3 +158,44 @@ def test_experts_of_two_schemes_are_refused(tmp_path: Path) -> None:
     edited(tmp_path, coarser)
     with pytest.raises(CheckpointError, match=r"experts\.1\.w3"):
         load(tmp_path)
+
+
+def shipped(directory: Path) -> dict[str, Tensor]:
+    """A tiny gpt-oss as openai ships it; returns the float parameters that transformers' own reader makes of it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model = tiny_moe("gpt_oss", intermediate_size=64)
+    model.save_pretrained(directory)
+    torch.manual_seed(11)
+    floats: dict[str, Tensor] = {}
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            E, K, N = tensors.pop(name).shape
+            blocks = torch.randint(256, (E, N, K // 32, 16)).byte()
+            scales = torch.randint(118, 126, (E, N, K // 32)).byte()
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+            floats[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+
+    edited(directory, pack)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return floats
+
+
+def test_mxfp4_as_gpt_oss_ships_it(tmp_path: Path) -> None:
+    """Bit for bit what transformers' own reader dequantizes to, gate and up taking turns there; and the same logits."""
+    floats = shipped(tmp_path / "shipped")
+    back = load(tmp_path / "shipped")
+    plain = tiny_moe("gpt_oss", intermediate_size=64)
+    for name, value in floats.items():
+        experts, _, leaf = name.rpartition(".")
+        assert torch.equal(back.get_submodule(experts).dequantize(torch.float32)[leaf], value)
+        plain.get_parameter(name).data = value
+    assert str(back.model.layers[0].mlp.experts.down_proj.scheme) == "mxfp4_g32"
+    torch.testing.assert_close(logits(back), logits(plain), rtol=1e-5, atol=1e-5)
+    save(back, tmp_path / "native")
+    assert torch.equal(logits(load(tmp_path / "native")), logits(back))
+    with pytest.raises(ConversionError, match="in the order of the model's parameters"):
+        convert(tmp_path / "shipped", tmp_path / "converted")

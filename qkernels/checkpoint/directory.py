@@ -23,7 +23,7 @@ from .registry import WRITTEN, detect
 
 # Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: nothing there names it.
 _QUANTO = ("weight._data", "weight._data._data")
-_TELLING = {f.required[0] for f in (*WRITTEN.values(), *READ_ONLY.values())} - {"weight"}
+_TELLING = {f.required[0] for f in (*WRITTEN.values(), *READ_ONLY.values()) if f.joint == "."} - {"weight"}
 
 
 @dataclass(frozen=True)
@@ -300,6 +300,6 @@ def _group(names: Iterable[str], found: Format) -> dict[str, dict[str, str]]:
 
 def _split(name: str, found: Format) -> tuple[str, str]:
     """A tensor's module and suffix, both empty where the suffix is none of the format's; the longest suffix counts."""
-    fitting = [suffix for suffix in found.suffixes if name.endswith(f".{suffix}")]
+    fitting = [suffix for suffix in found.suffixes if name.endswith(f"{found.joint}{suffix}")]
     suffix = max(fitting, key=len, default="")
-    return (name[: -len(suffix) - 1], suffix) if suffix else ("", "")
+    return (name[: -len(suffix) - len(found.joint)], suffix) if suffix else ("", "")

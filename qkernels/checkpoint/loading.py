@@ -21,7 +21,7 @@ from ..models.experts import ExpertsForm, experts_of, routers
 from ..models.linears import as_linear
 from ..models.naming import float_state
 from ..nn import QuantExperts, QuantLinear, QuantStack, set_module
-from ..nn.experts import OrdersDiffer, bias_of
+from ..nn.experts import OrdersDiffer, bias_of, rows_in_halves
 from ..nn.packed import PackedModule
 from ..reports import readable_size
 from ..storage import CONFIG
@@ -291,11 +291,15 @@ def experts_at(
     for projection in (form.up, form.down):
         stack, shape = f"{name}.{projection}", list(form.shape(projection))
 
-        def weights(stack: str = stack, shape: list[int] = shape) -> Iterator[QuantTensor]:
+        def weights(
+            stack: str = stack, shape: list[int] = shape, projection: str = projection
+        ) -> Iterator[QuantTensor]:
             for expert, (weight, found) in enumerate(checkpoint.expert_weights(stack)):
                 if list(weight.codes.shape) != shape:
                     got = list(weight.codes.shape)
                     raise CheckpointError(f"{stack}: the model needs {shape} an expert, got {got} for expert {expert}")
+                if checkpoint.format is not None and checkpoint.format.rows_as_stored and projection == form.up:
+                    weight = rows_in_halves(form, weight)
                 oddities.update(dict.fromkeys((stack, oddity) for oddity in found))
                 yield weight
 

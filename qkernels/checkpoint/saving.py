@@ -140,6 +140,11 @@ def convert(
                 writer.add_tensor(name, source.read(name))
                 continue
             weight, found = source.weight(module)
+            if source.format.rows_as_stored:
+                raise ConversionError(
+                    f"{module}: a file of {source.format.name} holds stacked experts in the order of the model's parameters, "
+                    f"which is known of a model alone: load {source_dir} and save it"
+                )
             oddities += [(module, oddity) for oddity in found]
             writer.add_quantized(module, weight)
         writer.close()

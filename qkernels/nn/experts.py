@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..factors import as_bytes
 from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
 from ..layouts import get_layout
 from ..models.experts import ExpertsForm, activation_of, experts_form, shell_of
@@ -266,6 +268,18 @@ def bias_of(form: ExpertsForm, projection: str, stored: Tensor | None) -> Tensor
     if stored is None or projection != form.up:
         return stored
     return form.in_halves(stored, -1)
+
+
+def rows_in_halves(form: ExpertsForm, weight: QuantTensor) -> QuantTensor:
+    """One expert's gate and up, whose rows may take turns, with gate's first."""
+    if not form.interleaved:
+        return weight
+    assert weight.factors is None
+    order = form.in_halves(torch.arange(weight.N, device=weight.device), 0)
+    zeros = None if weight.zeros is None else weight.zeros[order]
+    scales = as_bytes(weight.scales)[order].view(weight.scales.dtype)
+    scheme = replace(weight.scheme, rows=1)
+    return QuantTensor(weight.codes[order], scales, zeros, weight.group_index, scheme)
 
 
 def _trained(stack: QuantStack) -> bool:
