@@ -18,6 +18,7 @@ from qkernels.errors import CheckpointError, ConversionError, UnsupportedProblem
 from qkernels.formats import FORMATS
 from qkernels.integrations.transformers import QKernelsConfig, enable
 from qkernels.nn import QuantExperts
+from tests.formats import test_bitsandbytes
 from tests.moe_models import FAMILIES, tiny_moe
 
 TOKENS = torch.tensor([[1, 5, 9, 33, 12, 40, 7, 2]])
@@ -144,6 +145,10 @@ def test_act_order_of_each_expert_runs_on_the_reference(tmp_path: Path) -> None:
     one = FORMATS["gptq"].parse(name, parts, config["quantization_config"]).weight
     assert torch.equal(weight[2].dequantize(), one.dequantize())
     assert logits(back).isfinite().all()
+    save(back, tmp_path / "native")
+    assert torch.equal(logits(load(tmp_path / "native", on_unsupported="reference")), logits(back))
+    with pytest.raises(ConversionError, match="one order of columns"):
+        save(back, tmp_path / "packed", format="cpu_tile_a16")
 
 
 def test_experts_of_two_schemes_are_refused(tmp_path: Path) -> None:
@@ -199,3 +204,54 @@ def test_mxfp4_as_gpt_oss_ships_it(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "native")), logits(back))
     with pytest.raises(ConversionError, match="in the order of the model's parameters"):
         convert(tmp_path / "shipped", tmp_path / "converted")
+
+
+@pytest.mark.parametrize("layout", ["cpu_tile_a16", "mma_tile", "kpack"])
+def test_packed_ahead_of_time(layout: str, tmp_path: Path) -> None:
+    model = quantized("mixtral", "w4a16_g32", hidden_size=64, intermediate_size=64)
+    save(model, tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "packed", layout)
+    assert "model.layers.0.mlp.experts.down_proj.qweight" in tensors_of(tmp_path / "packed")
+    torch.testing.assert_close(logits(load(tmp_path / "packed")), logits(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConversionError, match="load the checkpoint and save it"):
+        convert(tmp_path / "native", tmp_path / "gptq", "gptq")
+
+
+def test_auto_round_expert_by_expert(tmp_path: Path) -> None:
+    model = quantized("qwen3_moe", "w4a16_g8")
+    save(model, tmp_path, format="gptq")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 8, "sym": True,
+        "data_type": "int",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(logits(load(tmp_path)), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_bitsandbytes_expert_by_expert(tmp_path: Path) -> None:
+    """Names as transformers 4 gave them, when experts were linear layers."""
+    model = quantized("qwen3_moe", "nf4_g32", moe_intermediate_size=32)
+    save(model, tmp_path, format="native")
+    moved: dict[str, Tensor] = {}
+    for layer, block in enumerate(model.model.layers):
+        experts = block.mlp.experts
+        for projection, leaves in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            weight = getattr(experts, projection).quant_tensor()
+            for expert in range(8):
+                for part, leaf in enumerate(leaves):
+                    one = weight[expert].shard("N", part, len(leaves))
+                    one = QuantTensor(one.codes, one.scales.float(), None, None, one.scheme)
+                    name = f"model.layers.{layer}.mlp.experts.{expert}.{leaf}"
+                    moved |= {f"{name}.{suffix}": t for suffix, t in test_bitsandbytes.packed(one).items()}
+
+    def replaced(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            del tensors[name]
+        tensors.update(moved)
+
+    edited(tmp_path, replaced)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(logits(load(tmp_path)), logits(model), rtol=1e-5, atol=1e-5)

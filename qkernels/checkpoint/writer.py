@@ -62,6 +62,11 @@ class CheckpointWriter:
         self._write(module, None, weight)
 
     def _write(self, module: str, written: str | None, weight: QuantTensor) -> None:
+        if weight.codes.dim() != 2 and not self.format.stacks:
+            raise ConversionError(
+                f"{module}: {self.format.name} holds one [N, K] weight a module, got {list(weight.codes.shape)}; stacked experts "
+                f"are written one by one, under names that a model knows: load the checkpoint and save it"
+            )
         try:
             tensors = self.format.write(weight)
         except ConversionError as error:
@@ -73,13 +78,13 @@ class CheckpointWriter:
         self._act_order |= weight.group_index is not None
 
     def add_experts(self, stack: str, weight: QuantTensor) -> None:
-        """Write a stack of experts ("….experts.gate_up_proj", `[E, N, K]`): whole in the native format, else expert by expert
-        and gate apart from up, which is what other readers take.
+        """Write a stack of experts ("….experts.gate_up_proj", `[E, N, K]`): whole where the format has stacks, else expert by
+        expert and gate apart from up, which is what other readers take.
 
         Raises:
             ConversionError, CheckpointError: as `add_quantized`.
         """
-        if self.format.name == "native":
+        if self.format.stacks:
             self._write(stack, stack, weight)
             return
         parts = len(PARTS[stack.rpartition(".")[2]])

@@ -104,6 +104,7 @@ class Format:
         needs_metadata: the metadata of the safetensors headers says what the tensors are; `parse` finds it in the
             quantization_config, under `METADATA`.
         joint: what stands between the name of a module and a suffix.
+        stacks: whether a module may be stacked experts `[E, N, K]`; else they are written one by one.
         rows_as_stored: stacked experts have their rows in the order of transformers' parameter; else gate's come first.
     """
 
@@ -118,6 +119,7 @@ class Format:
     needs_metadata: bool = False
     joint: str = "."
     rows_as_stored: bool = False
+    stacks: bool = False
 
     @property
     def suffixes(self) -> tuple[str, ...]:

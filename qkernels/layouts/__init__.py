@@ -170,6 +170,11 @@ class Layout:
                 f"layout {self.name} holds scales in {dtype_names(self.scale_dtypes, 'and')}, got "
                 f"{dtype_name(weight.scales.dtype)}"
             )
+        if self.backend != "torch" and weight.group_index is not None and weight.group_index.dim() > 1:
+            raise ConversionError(
+                f"layout {self.name} holds one order of columns (act-order), got one for each of "
+                f"{weight.group_index.shape[0]} experts"
+            )
         made = self.arrange(weight)
         return {buffer.name: made.get(buffer.name) for buffer in self.buffers}
 
