@@ -90,7 +90,8 @@ build/active.stamp: pyproject.toml
 	$(PY) -c "import torch" || { echo "ENV=active needs an environment with torch; activate one, or leave ENV out"; exit 1; }
 	mkdir -p build && touch $@
 
-# Rebuilt only when a source changes; ninja compiles what is stale.
+# Rebuilt only when a source changes; ninja compiles what is stale. The tests read what nvcc makes on the way.
+$(EXTENSION) $(TEST_EXTENSION): export PYTORCH_NVCC = env PYTHONPATH=$(CURDIR) $(PY) -m tools.kept_nvcc
 $(sort $(EXTENSION) $(TEST_EXTENSION) build/extension-demo.stamp): $(READY) $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace
 	mkdir -p build && rm -f build/extension*.stamp && touch $@

@@ -10,6 +10,7 @@ One binary on torch's stable ABI for torch 2.10 and later, with no Python symbol
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -44,6 +45,11 @@ def cpu_sources() -> list[str]:
     return ["csrc/exports.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
 
 
+def digest_of_headers() -> str:
+    headers = sorted(p for p in HERE.glob("csrc/**/*") if p.suffix in (".h", ".cuh"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in headers)).hexdigest()[:16]
+
+
 def extension():  # type: ignore[no-untyped-def]
     """The one extension, and the command that builds it with ninja."""
     from torch.utils import cpp_extension
@@ -51,7 +57,8 @@ def extension():  # type: ignore[no-untyped-def]
     # The two warnings that are off come from torch's headers and from gcc 12's own intrinsics.
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
     cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *warnings, *DEFINES]
-    nvcc = ["-O3", "-std=c++17", *DEFINES]
+    # Torch has nvcc write down what a file includes only if torch itself is built for CUDA; so headers are in the command.
+    nvcc = ["-O3", "-std=c++17", *DEFINES, f"-DQKERNELS_HEADERS={digest_of_headers()}"]
     options: dict[str, list[str]] = {"include_dirs": [str(HERE / "csrc")], "libraries": [], "library_dirs": []}
     sources = cpu_sources()
     cuda_sources = sorted(str(p.relative_to(HERE)) for p in HERE.glob("csrc/cuda/*") if p.suffix in (".cu", ".cpp"))

@@ -1,6 +1,6 @@
 """What nvcc makes of csrc/cuda: PTX, cubins with ptxas's report, SASS. No GPU is needed for any of it.
 
-Results are kept in build/cuda_device and made again when a source or a header changes.
+Results are kept in build/cuda_device and made again when a source, a header or nvcc's place changes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ BUILDS = ROOT / "build" / "cuda_device"
 ARCHITECTURES = ("80", "86", "89", "90a", "120") if os.environ.get("QKERNELS_TEST_FULL") else ("80", "90a")
 # Bytes of shared memory that a block may have (CUDA programming guide, "technical specifications per compute capability").
 SHARED_LIMITS = {"80": 166912, "86": 101376, "89": 101376, "90a": 232448, "120": 101376}
+FLAGS = ("-std=c++17", "-O3")  # as setup.py
 REGISTERS = 65536  # of a multiprocessor, so at most as many of a block
 
 
@@ -61,8 +62,13 @@ def included(path: Path, known: set[Path]) -> set[Path]:
     return known
 
 
-def key_of(source: Path, command: list[str]) -> str:
-    digest = hashlib.sha256(" ".join(command).encode())
+def folder_of(source: Path, arch: str, bug: str | None = None) -> Path:
+    return BUILDS / f"{source.stem}-{arch}{f'-{bug}' if bug else ''}"
+
+
+def key_of(source: Path, arch: str, bug: str | None = None) -> str:
+    """Of all that the device code depends on, in hexadecimal digits."""
+    digest = hashlib.sha256(" ".join([str(NVCC), *FLAGS, arch, str(bug)]).encode())
     for path in sorted(included(source.resolve(), set())):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -71,6 +77,7 @@ def key_of(source: Path, command: list[str]) -> str:
 @functools.cache
 def compile_source(source: Path, arch: str, kind: str, bug: str | None = None) -> tuple[Path, str]:
     """The file (`kind`: ptx or cubin), and what ptxas said. nvcc runs once for both: getting to PTX takes half of its time.
+    What `make test` compiled for the extension is taken from there (`tools.kept_nvcc`).
 
     Args:
         bug: a macro QK_BUG_… that the tests' own kernels know.
@@ -79,11 +86,11 @@ def compile_source(source: Path, arch: str, kind: str, bug: str | None = None) -
         AssertionError: no nvcc, or it does not compile; then with nvcc's words.
     """
     assert NVCC is not None, "no nvcc"
-    folder = BUILDS / f"{source.stem}-{arch}{f'-{bug}' if bug else ''}"
+    folder = folder_of(source, arch, bug)
     cubin, report = folder / f"{source.stem}.cubin", folder / "report"
-    command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", f"-I{CUDA}", str(source), "-o", str(cubin)]
+    command = [str(NVCC), *FLAGS, f"-arch=sm_{arch}", "-cubin", f"-I{CUDA}", str(source), "-o", str(cubin)]
     command += ["-Xptxas", "-v", "--keep", "--keep-dir", str(folder), *([f"-DQK_BUG_{bug}"] if bug else [])]
-    key = key_of(source, command)
+    key = key_of(source, arch, bug)
     with locked(folder):
         if not (cubin.exists() and report.exists() and report.read_text().startswith(key)):
             done = subprocess.run(command, capture_output=True, text=True, check=False)

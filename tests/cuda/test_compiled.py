@@ -36,7 +36,7 @@ MULTIPROCESSORS = {"80": 108, "86": 82, "89": 128, "90a": 132, "120": 170}  # A1
 
 @every_architecture
 def test_no_kernel_spills(arch: str) -> None:
-    """Of all instances. The first test that asks for an architecture: nvcc takes a minute and a half of processor time for it."""
+    """Of all instances, as the extension has them; without such a build nvcc runs here, a minute and a half of processor time."""
     kernels = compiled_usages(KERNELS, arch)
     assert 40 < len(kernels) <= 150  # 46 of which are more than traps on sm_90a alone
     assert f"**{len(kernels)} kernel instances**" in LOG.read_text()
