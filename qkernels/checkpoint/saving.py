@@ -84,7 +84,7 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
             writer.add_experts(f"{name}.{projection}", stack.quant_tensor())
     for name, tensor in expert_biases(experts):
         writer.add_tensor(name, tensor)
-    for name, tensor in plain_tensors(model, layers | stacks_of(experts)):
+    for name, tensor in plain_tensors(model, {**layers, **inside_of(experts)}):
         writer.add_tensor(name, tensor)
     writer.close()
     if origin and (Path(origin) / CONFIG).is_file():
@@ -169,8 +169,13 @@ def layout_of(directory: str | os.PathLike[str], device: torch.device | str = "c
 
 
 def stacks_of(experts: Mapping[str, QuantExperts]) -> dict[str, nn.Module]:
-    """The stacks of experts modules by their full names."""
+    """The stacks of experts modules by the full names of the parameters that they stand for."""
     return {f"{name}.{p}": stack for name, module in experts.items() for p, stack in module.stacks.items()}
+
+
+def inside_of(experts: Mapping[str, QuantExperts]) -> dict[str, nn.Module]:
+    """The same by the names of the modules that they are."""
+    return {f"{n}.{module.form.child(p)}": stack for n, module in experts.items() for p, stack in module.stacks.items()}
 
 
 def expert_biases(experts: Mapping[str, QuantExperts]) -> Iterator[tuple[str, Tensor]]:

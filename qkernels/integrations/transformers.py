@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.loading import bias_for, check_strays, dequantize_router, experts_at, linear_at
-from ..checkpoint.saving import expert_biases, plain_tensors, stacks_of
+from ..checkpoint.saving import expert_biases, inside_of, plain_tensors, stacks_of
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, Written, native, summary
 from ..memory import give_back
@@ -359,7 +359,7 @@ class QKernelsQuantizer(HfQuantizer):
         for name, bias in expert_biases(experts):
             tensors |= dict(names.tensors(name, bias))
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        for name, tensor in plain_tensors(model, layers | stacks):
+        for name, tensor in plain_tensors(model, {**layers, **inside_of(experts)}):
             if name not in ignored:
                 tensors |= {written: t.detach() for written, t in names.tensors(name, tensor)}
         tensors |= {name: t.detach() for name, t in names.rest()}

@@ -53,6 +53,11 @@ class ExpertsForm:
         """Whether there is a gate."""
         return self.up == "gate_up_proj"
 
+    def child(self, projection: str) -> str:
+        """What the stack of a projection is called inside of `QuantExperts`. Not as the parameter was: PEFT's target_modules are
+        the ends of names, and "down_proj" means linear layers."""
+        return "down_stack" if projection == self.down else "up_stack"
+
     def shape(self, projection: str) -> tuple[int, int]:
         """(N, K) of a projection."""
         if projection == self.down:

@@ -294,14 +294,16 @@ def float_state(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         module, _, leaf = name.rpartition(".")
         layer = quantized.get(module)
-        experts, _, projection = module.rpartition(".")
+        experts, _, child = module.rpartition(".")
         if layer is not None and experts in stacked:
+            form = stacked[experts]
+            projection = next(p for p in (form.up, form.down) if form.child(p) == child)
             if leaf == "bias":
-                state[f"{module}_bias"] = tensor
+                state[f"{experts}.{projection}_bias"] = tensor
             else:
                 sizes = (stacked[experts].experts, layer.out_features, layer.in_features)
                 weight = torch.empty(sizes, dtype=layer.dtype, device="meta")
-                state[module] = stacked[experts].stored(projection, weight)
+                state[f"{experts}.{projection}"] = form.stored(projection, weight)
         elif layer is None or leaf == "bias":
             if isinstance(tensor, Tensor):
                 state[name] = tensor

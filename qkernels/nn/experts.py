@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from ..factors import as_bytes
 from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
 from ..layouts import get_layout
-from ..models.experts import ExpertsForm, activation_of, experts_form, shell_of
+from ..models.experts import PARTS, ExpertsForm, activation_of, experts_form, shell_of
 from ..ops import grouped, records_gradient
 from ..quantizers import RTN, Options
 from ..scheme import QuantScheme
@@ -127,7 +127,8 @@ class QuantExperts(nn.Module):
     once to x's dtype; products with routing weights and the sum over a token's experts are fp32 and rounded once. Ids outside
     0 … E - 1 (expert parallelism) add exactly 0.
 
-    Made by `replace_linear`, `load` and `from_pretrained`; its parts are named as the parameters were.
+    Made by `replace_linear`, `load` and `from_pretrained`. Its stacks are had under the names of the parameters, too
+    (`experts.down_proj`).
 
     Raises:
         ArgumentError: `source` is no experts module that is covered.
@@ -146,9 +147,8 @@ class QuantExperts(nn.Module):
         torch.Size([3, 64])
     """
 
-    gate_up_proj: QuantStack
-    up_proj: QuantStack
-    down_proj: QuantStack
+    up_stack: QuantStack
+    down_stack: QuantStack
 
     def __init__(self, source: nn.Module, form: ExpertsForm, stacks: Mapping[str, QuantStack]) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class QuantExperts(nn.Module):
         self.shell = shell_of(source)
         self.known_activation = known_activation(self.shell, form)
         for name in (form.up, form.down):
-            setattr(self, name, stacks[name])
+            setattr(self, form.child(name), stacks[name])
 
     @classmethod
     def from_experts(
@@ -209,7 +209,14 @@ class QuantExperts(nn.Module):
     @property
     def stacks(self) -> dict[str, QuantStack]:
         """Its projections by name."""
-        return {self.form.up: getattr(self, self.form.up), self.form.down: self.down_proj}
+        return {self.form.up: self.up_stack, self.form.down: self.down_stack}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PARTS:
+            form = self.__dict__["form"]
+            if name in (form.up, form.down):
+                return self._modules[form.child(name)]
+        return super().__getattr__(name)
 
     def forward(
         self, hidden: Tensor, ids: Tensor | None = None, weights: Tensor | None = None, *_: Any, **__: Any

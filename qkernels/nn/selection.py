@@ -191,8 +191,12 @@ def _sorted_out(
     chosen: list[str] = []
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | QuantStack):
+        if isinstance(module, QuantLinear):
             skipped[name] = "already quantized"
+        elif isinstance(module, QuantExperts):
+            skipped |= {f"{name}.{p}".lstrip("."): "already quantized" for p in module.stacks}
+        elif isinstance(module, QuantStack):
+            continue
         elif name in covered:
             continue  # `_sorted_experts`
         elif name in choosing and not _is_linear(module):

@@ -113,7 +113,13 @@ def refused(reason: str, model: Any, path: Path, method: Options) -> None:
 
 def quantized(model: nn.Module) -> dict[str, PackedModule]:
     """Linear layers, and stacks of experts."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    found: dict[str, PackedModule] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found[name] = module
+        elif isinstance(module, QuantExperts):
+            found |= {f"{name}.{projection}": stack for projection, stack in module.stacks.items()}
+    return found
 
 
 def dequantized(model: Any) -> Any:

@@ -18,8 +18,7 @@ import qkernels.integrations.transformers  # noqa: F401  (save_pretrained writes
 from qkernels import RTN, load, quantize, replace_linear, save
 from qkernels.errors import CheckpointError, ConversionError
 from qkernels.integrations.transformers import QKernelsConfig, enable
-from qkernels.nn import pretrained
-from qkernels.nn.packed import PackedModule
+from qkernels.nn import QuantExperts, QuantLinear, pretrained
 from qkernels.nn.selection import heads
 
 from ..tiny_models import stir
@@ -135,7 +134,9 @@ def close(model: Any, expected: Tensor) -> bool:
 
 
 def quantized(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    found = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, QuantExperts)}
+    return found | {f"{name}.{p}" for name, module in experts.items() for p in module.stacks}
 
 
 def stored(directory: Path) -> set[str]:

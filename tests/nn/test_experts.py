@@ -129,7 +129,7 @@ def test_state_dict_deepcopy_and_meta() -> None:
     assert torch.equal(experts(*call), other(*call))
     assert torch.equal(experts(*call), copy.deepcopy(experts)(*call))
     assert all(t.is_meta for t in copy.deepcopy(experts).to("meta").state_dict().values())
-    wrong = experts.state_dict() | {"down_proj.qweight": experts.state_dict()["down_proj.qweight"][:2]}
+    wrong = experts.state_dict() | {"down_stack.qweight": experts.state_dict()["down_stack.qweight"][:2]}
     with pytest.raises(RuntimeError, match="qweight must be"):
         other.load_state_dict(wrong)
 
@@ -154,3 +154,21 @@ def test_devices_without_grouped_kernels_refuse_before_the_work() -> None:
 def test_what_is_no_experts_module_is_refused() -> None:
     with pytest.raises(ArgumentError, match="no experts module"):
         QuantExperts.from_experts(nn.Linear(8, 8), SCHEME)
+
+
+def test_adapters_on_linear_layers_leave_experts_alone() -> None:
+    """target_modules are ends of names: "down_proj" means the shared expert's here, not the stack of the others."""
+    peft = pytest.importorskip("peft")
+    from qkernels.integrations.peft import on_quantized
+
+    model = tiny_moe("qwen2_moe")
+    replace_linear(model, SCHEME)
+    config = peft.LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, on_quantized(config))
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained
+    assert not any(".experts." in name for name in trained)
+    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    first = adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.grad
+    assert first is not None
+    assert float(first.abs().sum()) > 0  # through the experts of both layers
