@@ -18,7 +18,7 @@ from qkernels.errors import CheckpointError, ConversionError, UnsupportedProblem
 from qkernels.formats import FORMATS
 from qkernels.integrations.transformers import QKernelsConfig, enable
 from qkernels.nn import QuantExperts
-from tests.formats import test_bitsandbytes
+from qkernels.scheme import CODEBOOKS
 from tests.moe_models import FAMILIES, tiny_moe
 
 TOKENS = torch.tensor([[1, 5, 9, 33, 12, 40, 7, 2]])
@@ -229,6 +229,18 @@ def test_auto_round_expert_by_expert(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load(tmp_path)), logits(model), rtol=1e-5, atol=1e-5)
 
 
+def nf4_as_bitsandbytes(weight: QuantTensor) -> dict[str, Tensor]:
+    """The even code in the high half, row by row; the state as JSON."""
+    codes = weight.codes.flatten()
+    state = {"quant_type": "nf4", "blocksize": 32, "dtype": "float16", "shape": [weight.N, weight.K]}
+    return {
+        "weight": (codes[::2] << 4 | codes[1::2])[:, None],
+        "weight.absmax": weight.scales.flatten(),
+        "weight.quant_map": torch.tensor(CODEBOOKS["nf4"], dtype=torch.float32),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }
+
+
 def test_bitsandbytes_expert_by_expert(tmp_path: Path) -> None:
     """Names as transformers 4 gave them, when experts were linear layers."""
     model = quantized("qwen3_moe", "nf4_g32", moe_intermediate_size=32)
@@ -243,7 +255,7 @@ def test_bitsandbytes_expert_by_expert(tmp_path: Path) -> None:
                     one = weight[expert].shard("N", part, len(leaves))
                     one = QuantTensor(one.codes, one.scales.float(), None, None, one.scheme)
                     name = f"model.layers.{layer}.mlp.experts.{expert}.{leaf}"
-                    moved |= {f"{name}.{suffix}": t for suffix, t in test_bitsandbytes.packed(one).items()}
+                    moved |= {f"{name}.{suffix}": t for suffix, t in nf4_as_bitsandbytes(one).items()}
 
     def replaced(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if ".experts." in name]:
