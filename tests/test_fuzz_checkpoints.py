@@ -26,6 +26,7 @@ METHODS = [
     "hqq",
     "torchao",
     "auto-round",
+    "mxfp4",
     "qkernels",
     "quanto",
     "x",
@@ -86,6 +87,7 @@ BASES |= {
     "hqq": {"quant_method": "hqq"},
     "auto-round": {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False},
     "torchao": {"quant_method": "torchao"},
+    "mxfp4": {"quant_method": "mxfp4"},
 }
 ENTRIES = [
     json.dumps({"_type": kind, "_data": {"block_size": block, "shape": [8, 16], "target_dtype": {"_data": "int4"}}})

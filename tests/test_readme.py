@@ -91,6 +91,7 @@ FORMAT_ROWS = {
     "bitsandbytes NF4, FP4, int8": ["bitsandbytes 4-bit", "bitsandbytes int8"],
     "HQQ, axis 1": ["hqq"],
     "torchao int8, intx and int4 weight-only (safetensors)": ["torchao"],
+    "MXFP4 of gpt-oss": ["mxfp4"],
     "native": ["native"],
     "packed (the bytes of a kernel's layout)": [
         layout.name for layout in LAYOUTS.values() if layout.backend != "torch"

@@ -14,7 +14,7 @@ import pytest
 from qkernels import extension
 
 CSRC = Path(__file__).parent.parent.parent / "csrc" / "cpu"
-KERNELS = sorted(source for source in CSRC.glob("*.cpp") if source.name != "bindings.cpp")  # which are torch's
+KERNELS = sorted(source for source in CSRC.glob("*.cpp") if not source.name.startswith("bindings"))  # which are torch's
 HARNESS = Path(__file__).parent / "edge_shapes.cpp"
 CXX = shutil.which("g++") or shutil.which("c++")
 
