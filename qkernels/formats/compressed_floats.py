@@ -5,7 +5,7 @@
 | float-quantized, naive-quantized | weight float8_e4m3fn [N, K]    | float [1], [N, 1], [N/128, K/128] rounded up   |
 | mxfp8-quantized                  | weight float8_e4m3fn [N, K]    | uint8 [N, K/32], powers of two                 |
 | mxfp4-pack-quantized             | weight_packed uint8 [N, K/2]   | uint8 [N, K/32], powers of two                 |
-| nvfp4-pack-quantized             | weight_packed uint8 [N, K/2]   | float8_e4m3fn [N, K/16], and weight_global_scale float32 [1] |
+| nvfp4-pack-quantized | weight_packed uint8 [N, K/2] | float8_e4m3fn [N, K/16], weight_global_scale fp32 [1] |
 | mixed-precision                  | that of the format of the module's config group: these, pack-quantized, int-quantized |
 
 Two codes lie in a byte, the even column in the low half. The global scale divides. Blocks are those of `block_structure`; the
