@@ -46,7 +46,8 @@ def cpu_sources() -> list[str]:
 
 
 def digest_of_headers() -> str:
-    headers = sorted(p for p in HERE.glob("csrc/**/*") if p.suffix in (".h", ".cuh"))
+    """Of those that CUDA files include."""
+    headers = sorted(p for p in (*HERE.glob("csrc/*"), *HERE.glob("csrc/cuda/*")) if p.suffix in (".h", ".cuh"))
     return hashlib.sha256(b"".join(p.read_bytes() for p in headers)).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CheckpointError
-from ..formats import METADATA, READ_ONLY, Format, Oddity, Parsed
+from ..formats import METADATA, READ_ONLY, Format, Oddity, Parsed, modelopt
 from ..formats.beyond import beyond_weights, check_below
 from ..models.naming import WHOLE, Conversion, Members, into_model
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
@@ -81,6 +81,7 @@ class DirectoryCheckpoint:
         owned = {name for tensors in modules.values() for name in tensors.values()} | beyond.aside
         others = tuple(name for name in source.names() if name not in owned)
         check_below(modules, others)
+        _check_scaled(source, others, found)
         return cls(source, found, config, modules, others, beyond.oddities)
 
     @property
@@ -244,7 +245,7 @@ class DirectoryCheckpoint:
 
 def quantization_config(source: TensorSource) -> dict[str, Any] | None:
     """What a directory says about its quantization: in config.json, else in the file of its own that older GPTQ and AWQ
-    folders have. None where nothing says anything.
+    folders and ModelOpt's have. None where nothing says anything.
 
     Raises:
         CheckpointError: it is not a JSON object.
@@ -256,8 +257,25 @@ def quantization_config(source: TensorSource) -> dict[str, Any] | None:
         return config
     for name in QUANTIZATION_FILES:
         if (source.directory / name).is_file():
-            return read_json(source.directory / name)
+            return _flat(read_json(source.directory / name))
     return None
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """ModelOpt's own file has its fields one level down, under the name of their writer."""
+    inner, producer = config.get("quantization"), config.get("producer")
+    named = isinstance(producer, dict) and producer.get("name") == modelopt.METHOD
+    return {**inner, "quant_method": modelopt.METHOD} if named and isinstance(inner, dict) else config
+
+
+def _check_scaled(source: TensorSource, others: Iterable[str], found: Format) -> None:
+    """FP8 codes without the scales of their format would be read as the weights."""
+    for name in others:
+        if source.dtype(name).itemsize == 1 and source.dtype(name).is_floating_point:
+            raise CheckpointError(
+                f"{name} is {dtype_name(source.dtype(name))}, but {name.removesuffix('.weight')} has no "
+                f"{found.required[0]}, expected for {found.name}"
+            )
 
 
 def _check_unquantized(source: TensorSource) -> None:

@@ -132,9 +132,12 @@ from . import (  # noqa: E402  (they need Format)
     awq,
     awq_gemv,
     bitsandbytes,
+    compressed_floats,
     compressed_tensors,
+    fp8,
     gptq,
     hqq,
+    modelopt,
     mxfp4,
     native,
     torchao,
@@ -145,7 +148,8 @@ FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V
 READ_ONLY: dict[str, Format] = {
     f.name: f
     for f in (
-        compressed_tensors.INTEGERS, awq_gemv.GEMV, awq_gemv.GEMV_FAST, bitsandbytes.FOUR_BIT, bitsandbytes.INT8, hqq.FORMAT,
+        compressed_tensors.INTEGERS, compressed_floats.FLOATS, compressed_floats.FP4, compressed_floats.MIXED,
+        fp8.FORMAT, modelopt.FORMAT, awq_gemv.GEMV, awq_gemv.GEMV_FAST, bitsandbytes.FOUR_BIT, bitsandbytes.INT8, hqq.FORMAT,
         auto_round.FORMAT, torchao.FORMAT, mxfp4.FORMAT,
     )
 }  # fmt: skip

@@ -20,6 +20,7 @@ from tests.formats import (
     test_awq_gemv,
     test_bitsandbytes,
     test_compressed_tensors,
+    test_floating,
     test_hqq,
     test_torchao,
 )
@@ -40,6 +41,11 @@ def cases() -> dict[str, Case]:
     bnb = {"quant_method": "bitsandbytes"}
     return {
         "compressed-tensors int-quantized": Case(int8 | {"weight_scale": channel.scales}, integers),
+        "compressed-tensors float-quantized": Case(*test_floating.FILES["ct block"][1:]),
+        "compressed-tensors fp4-pack-quantized": Case(*test_floating.FILES["ct nvfp4"][1:]),
+        "compressed-tensors mixed-precision": Case(*test_floating.MIXED),
+        "fp8": Case(*test_floating.FILES["deepseek"][1:]),
+        "modelopt": Case(*test_floating.FILES["modelopt nvfp4"][1:]),
         "awq gemv": Case(test_awq_gemv.gemv(asym), test_awq_gemv.config(64)),
         "awq gemv_fast": Case(test_awq_gemv.gemv_fast(asym), test_awq_gemv.config(64, "gemv_fast")),
         "bitsandbytes 4-bit": Case(test_bitsandbytes.packed(nf4), bnb | {"load_in_4bit": True}),
@@ -89,7 +95,7 @@ def test_tensors_of_every_other_dtype_and_shape(name: str) -> None:
 @EACH
 def test_every_field_of_the_config_replaced_by_junk(name: str) -> None:
     tensors, config = CASES[name]
-    for field in {*config, "bits", "group_size", "extra_config", "ignore"} - {METADATA}:
+    for field in {*config, "bits", "group_size", "extra_config", "ignore", "quantized_layers"} - {METADATA}:
         for junk in JUNK:
             changed = config | {field: junk}
             if READ_ONLY[name].matches(changed):
@@ -102,7 +108,7 @@ def test_a_whole_checkpoint(name: str, tmp_path: Any) -> None:
     tensors, config = CASES[name].tensors, dict(CASES[name].config)
     source = tmp_path / "source"
     source.mkdir()
-    stored = {f"layers.0.a{READ_ONLY[name].joint}{suffix}": t.contiguous() for suffix, t in tensors.items()}
+    stored = {f"layers.0.a{READ_ONLY[name].joint}{suffix}": t.clone() for suffix, t in tensors.items()}
     # torchao keeps what its tensors are in the header; it does no harm to the others
     header = {f"layers.0.a{key.removeprefix('m')}": text for key, text in config.pop(METADATA, {}).items()}
     others = {"norm.weight": torch.ones(8), "layers.0.a.bias": torch.ones(4)}

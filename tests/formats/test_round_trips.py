@@ -171,8 +171,7 @@ def test_unknown_names() -> None:
     ("config", "answer"),
     [
         ({"quant_method": "awq", "version": "marlin"}, "'version': 'marlin'}, a kind that is not read yet"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "a kind that is not read yet"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "a kind that is not read yet"),
+        ({"quant_method": "compressed-tensors", "format": "mxfp6-quantized"}, "a kind that is not read yet"),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": {"format": "x"}},
             "a kind that is not read yet",
