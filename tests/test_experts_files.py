@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from qkernels.checkpoint import convert
 from qkernels.errors import CheckpointError, ConversionError, UnsupportedProblem
 from qkernels.formats import FORMATS
 from qkernels.integrations.transformers import QKernelsConfig, enable
+from qkernels.models.experts import experts_of, members_of
+from qkernels.models.naming import FileNames, into_model
 from qkernels.nn import QuantExperts
 from qkernels.scheme import CODEBOOKS
 from tests.moe_models import FAMILIES, tiny_moe
@@ -267,3 +270,23 @@ def test_bitsandbytes_expert_by_expert(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.testing.assert_close(logits(load(tmp_path)), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_of_names_is_that_of_transformers(family: str, tmp_path: Path) -> None:
+    """What `save_pretrained` writes expert by expert, our table places, all of it: a release with other names fails here."""
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path)
+    forms = experts_of(model)
+    weights = [name for name in tensors_of(tmp_path) if re.search(r"experts\.\d+\.", name)]
+    if not weights:
+        assert family in ("gpt_oss", "llama4", "granitemoe")  # 3-D in files, too
+        return
+    quantized_there = [name.removesuffix(".weight") for name in weights]
+    others = {name: t.to("meta") for name, t in tensors_of(tmp_path).items() if name not in weights}
+    stacks = into_model(model, others, quantized_there).stacks
+    assert stacks.keys() == {f"{name}.{p}" for name, form in forms.items() for p in (form.up, form.down)}
+    for stack, members in stacks.items():
+        assert sorted(members) == members_of(stack, forms)
+        names = FileNames(model)
+        assert {names.expert(stack, *member) for member in members} == set(members.values())
