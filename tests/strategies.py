@@ -44,6 +44,11 @@ def schemes(
     return st.one_of(integers, books, integer_books, factored, blocks)
 
 
+def bytes_of(t: torch.Tensor) -> torch.Tensor:
+    """So that NaN, which tables of floating codes hold, is equal to itself."""
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
 def random_weight(
     scheme: QuantScheme | str,
     N: int,

@@ -19,7 +19,7 @@ from qkernels.layouts import LAYOUTS, Layout, empty_buffers, unpack_checked
 from qkernels.quantizers import QUANTIZERS, RTN
 from tests.ops.helpers import arguments, integers
 from tests.refusals import REFUSED, SCHEMES, reasons_for
-from tests.strategies import random_weight, same_weight, scheme_taken
+from tests.strategies import bytes_of, random_weight, same_weight, scheme_taken
 
 SHAPES = [(32, 64), (33, 75), (1, 1), (70, 200)]
 weights = pytest.mark.parametrize(("N", "K"), SHAPES)
@@ -94,11 +94,6 @@ def test_empty_buffers_are_a_weight_of_zeros(layout: Layout) -> None:
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------------
-
-
-def bytes_of(t: torch.Tensor) -> torch.Tensor:
-    """So that NaN, which tables of floating codes hold, is equal to itself."""
-    return t.contiguous().reshape(-1).view(torch.uint8)
 
 
 @formats

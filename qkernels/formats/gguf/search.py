@@ -1,0 +1,453 @@
+"""Float weights to GGUF blocks: the searches for scale and minimum that llama.cpp makes, with the same codes.
+
+Every sum runs over the members of a group in order and in float32, as in ggml (`ggml-quants.c`; MIT), since a least-squares fit
+decides by comparing errors that differ in the last bit. So tensors lie with the members first, `[members, groups]`: a step of a
+sum is then one operation on all groups. Importance (llama.cpp's imatrix) is the mean square of each input column.
+
+Known to differ from ggml, for a reason not found: with importance, some groups of equal weights (12 of 256 such groups in one of
+three draws, Q4_1) become 14 · (x / 14) here and 15 · (x / 15) there, which are x but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError
+from ...text import describe
+from .parts import E2M1_TABLE, IQ4_TABLE, Parts, half_e8m0
+from .types import block_type, blocks_of
+
+_SLICE: Final = 2**20  # weights that are searched at once
+_TINY: Final = 1e-15  # a group whose largest weight is below it counts as zeros
+
+
+def gguf_blocks(weight: Tensor, type: str, importance: Tensor | None = None) -> Tensor:
+    """The weight in blocks of a GGUF type, with the bytes that llama.cpp's quantizer writes (equal weights in a group aside).
+
+    Args:
+        weight: `[..., N, K]` floating point, finite, K a multiple of the type's block; computed in float32.
+        type: a key of `WRITABLE_TYPES`, such as "Q4_K".
+        importance: None, or `[K]`, not negative: how much the error of a column counts (mean square of that input).
+            Q8_0 and MXFP4 make no use of it.
+
+    Returns:
+        uint8 `[..., N, bytes of a row]`.
+
+    Raises:
+        ArgumentError: no such type, rows of another length, values that are not finite, or a scale that float16 cannot hold.
+
+    >>> import torch
+    >>> from qkernels.formats.gguf import dequantize, gguf_blocks
+    >>> blocks = gguf_blocks(torch.linspace(-8, 7, 16).repeat(1, 2), "Q4_0")
+    >>> dequantize(blocks, "Q4_0")[0, :3]
+    tensor([-8., -7., -6.])
+    """
+    if type not in _SEARCHES:
+        raise ArgumentError(f"GGUF types that can be written are {', '.join(WRITABLE_TYPES)}, got {type!r:.40}")
+    ggml = block_type(type).ggml
+    if weight.dim() < 1 or not weight.is_floating_point() or weight.shape[-1] % ggml.elements:
+        raise ArgumentError(
+            f"weight for {type} must be floating point [..., a multiple of {ggml.elements}], got {describe(weight)}"
+        )
+    columns = weight.shape[-1]
+    if importance is not None:
+        if importance.shape != (columns,) or not importance.is_floating_point():
+            raise ArgumentError(f"importance must be floating point [{columns}], got {describe(importance)}")
+        importance = importance.float()
+        if not bool((importance.isfinite() & (importance >= 0)).all()):
+            raise ArgumentError("importance must be finite and not negative; measure it again, or leave it out")
+    rows = weight.reshape(-1, columns) if columns else weight.reshape(-1, 0)
+    out = torch.empty(len(rows), columns // ggml.elements * ggml.nbytes, dtype=torch.uint8, device=weight.device)
+    step = max(1, _SLICE // max(columns, 1))
+    for begin in range(0, len(rows) if columns else 0, step):
+        part = rows[begin : begin + step].float()
+        if not bool(part.isfinite().all()):
+            raise ArgumentError(
+                f"weight for {type} must be finite; rows {begin} … {begin + len(part) - 1} hold inf or NaN"
+            )
+        found = _SEARCHES[type](_Rows(part, importance, ggml.elements))
+        for scale in (found.d, found.dmin):
+            if scale is not None and not bool(scale.isfinite().all()):
+                raise ArgumentError(
+                    f"weights up to {float(part.abs().max()):.3g} give {type} a scale that float16 cannot hold; use BF16 or F32"
+                )
+        out[begin : begin + step] = blocks_of(found, type).view(len(part), -1)
+    return out.view(*weight.shape[:-1], -1) if out.numel() else out.view(*weight.shape[:-1], out.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows `[N, K]` of float32, their importance `[K]` or None, and the elements of a block."""
+
+    weight: Tensor
+    importance: Tensor | None
+    elements: int
+
+    def groups(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """Weights, and the importance of each: `[size, N * K / size]`."""
+        x = self.weight.reshape(-1, size).T.contiguous()
+        if self.importance is None:
+            return x, None
+        return x, self.importance.expand_as(self.weight).reshape(-1, size).T.contiguous()
+
+
+def _total(terms: Tensor) -> Tensor:
+    """The sum over dimension 0, one member after the other."""
+    result = torch.zeros_like(terms[0])
+    for term in terms:
+        result += term
+    return result
+
+
+def _nearest(x: Tensor) -> Tensor:
+    """ggml's rounding, half to even, as float32 integers: by adding 1.5 · 2^23, which beyond ±2^22 gives what its bits say."""
+    bits = (x + 12582912.0).view(torch.int32)
+    return ((bits & 0x7FFFFF) - 0x400000).float()
+
+
+def _peak(x: Tensor) -> Tensor:
+    """The first member of largest magnitude, with its sign, `[groups]`."""
+    return x.gather(0, x.abs().argmax(0, keepdim=True))[0]
+
+
+def _inverse(x: Tensor) -> Tensor:
+    return torch.where(x != 0, 1 / x, 0.0)
+
+
+def _root(x: Tensor) -> Tensor:
+    """The square root, rounded right: torch's float32 one (of MKL) is off by a bit for one number in six."""
+    return x.double().sqrt().float()
+
+
+def _f16(x: Tensor) -> Tensor:
+    return x.half().float()
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Codes `[members, groups]` as float32 integers, and the scale `[groups]`; `low`: the amount that is subtracted."""
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+
+
+def _fit_range(x: Tensor, weight: Tensor, top: int, tries: Iterable[float], absolute: bool) -> _Fit:
+    """Codes 0 … top with scale and minimum: for each width tried, the weighted least-squares line; the least error stays."""
+    low, high = x.amin(0).clamp(max=0), x.amax(0)
+    flat = high == low
+    width = torch.where(flat, 1.0, high - low)
+    sum_w, sum_x = _total(weight), _total(weight * x)
+
+    def error(codes: Tensor, scale: Tensor, least: Tensor) -> Tensor:
+        difference = scale * codes + least - x
+        return _total(weight * (difference.abs() if absolute else difference * difference))
+
+    inverse = top / width
+    scale, least = 1 / inverse, low
+    codes = _nearest(inverse * (x - low)).clamp(0, top)
+    best = error(codes, scale, least)
+    for change in tries:
+        # From the best minimum so far, not from the first: as ggml has it.
+        trial = _nearest((torch.tensor(change) + top) / torch.where(flat, 1.0, high - least) * (x - least)).clamp(
+            0, top
+        )
+        weighted = weight * trial
+        sum_l, sum_l2, sum_xl = _total(weighted), _total(weighted * trial), _total(weighted * x)
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        slope = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        start = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        above = start > 0
+        slope, start = torch.where(above, sum_xl / sum_l2, slope), torch.where(above, 0.0, start)
+        found = error(trial, slope, start)
+        better = (determinant > 0) & (found < best)
+        codes, best = torch.where(better, trial, codes), torch.where(better, found, best)
+        scale, least = torch.where(better, slope, scale), torch.where(better, start, least)
+    return _Fit(torch.where(flat, 0.0, codes), torch.where(flat, 0.0, scale), -torch.where(flat, low, least))
+
+
+def _fit_signed(x: Tensor, weight: Tensor, half: int) -> _Fit:
+    """Codes 0 … 2·half - 1 with their zero at `half`: 19 widths around the largest weight, each with its best scale."""
+    peak = _peak(x)
+    none = peak.abs() < _TINY
+    peak = torch.where(none, 1.0, peak)
+
+    def trial(width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes = _nearest(-width / peak * x).clamp(-half, half - 1)
+        return codes, _total(weight * x * codes), _total(weight * codes * codes)
+
+    codes, sum_lx, sum_l2 = trial(torch.tensor(float(half)))
+    scale = torch.where(sum_l2 != 0, sum_lx / sum_l2, 0.0)
+    best = scale * sum_lx
+    for step in (*range(-9, 0), *range(1, 10)):
+        others, sum_lx, sum_l2 = trial(half + torch.tensor(0.1) * step)
+        better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2)
+        codes, scale = torch.where(better, others, codes), torch.where(better, sum_lx / sum_l2, scale)
+        best = torch.where(better, scale * sum_lx, best)
+    return _Fit(torch.where(none, 0.0, codes + half), torch.where(none, 0.0, scale), torch.zeros_like(scale))
+
+
+def _descend(x: Tensor, weight: Tensor, codes: Tensor, low: int, high: int, positive: bool) -> _Fit:
+    """Five rounds in which each member in turn takes its best code given the others'; the scale fits them all."""
+    codes = codes.clone()
+    sum_lx, sum_l2 = _total(weight * x * codes), _total(weight * codes * codes)
+    for _ in range(5):
+        changed = False
+        for i in range(len(x)):
+            value, w, old = x[i], weight[i], codes[i]
+            lx, l2 = sum_lx - w * value * old, sum_l2 - w * old * old
+            open_ = (lx > 0) & (l2 > 0) if positive else lx > 0
+            new = _nearest(torch.where(open_, value * l2 / lx, 0.0)).clamp(max=high)
+            if not positive:
+                new = new.clamp(min=low)
+            lx, l2 = lx + w * value * new, l2 + w * new * new
+            better = open_ & (new != old) & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
+            if not positive:
+                better &= l2 > 0
+            codes[i] = torch.where(better, new, old)
+            sum_lx, sum_l2 = torch.where(better, lx, sum_lx), torch.where(better, l2, sum_l2)
+            changed |= bool(better.any())
+        if not changed:
+            break
+    return _Fit(codes, torch.where(sum_l2 > 0, sum_lx / sum_l2, 0.0), torch.zeros_like(sum_l2))
+
+
+def _fit_three_bits(x: Tensor) -> _Fit:
+    """Q3_K's codes 0 … 7 without importance: by rounding, then by coordinate."""
+    peak = _peak(x)
+    none = peak.abs() < _TINY
+    codes = _nearest(torch.tensor(-4.0) / torch.where(none, 1.0, peak) * x).clamp(-4, 3)
+    found = _descend(x, x * x, codes, -4, 3, positive=False)
+    return _Fit(torch.where(none, 0.0, found.codes + 4), torch.where(none, 0.0, found.scale), found.low)
+
+
+def _fit_positive(x: Tensor, weight: Tensor, top: int) -> _Fit:
+    """Codes 0 … top of scales or minima, which are not negative."""
+    peak = x.amax(0)
+    none = peak < _TINY
+    peak = torch.where(none, 1.0, peak)
+
+    def trial(inverse: Tensor) -> tuple[Tensor, Tensor]:
+        codes = _nearest(inverse * x).clamp(max=top)
+        difference = x - 1 / inverse * codes
+        return codes, _total(weight * difference * difference)
+
+    codes, best = trial(top / peak)
+    for step in (-4, -3, -2, -1, 1, 2, 3, 4):
+        others, error = trial((torch.tensor(0.1) * step + top) / peak)
+        better = error < best
+        codes, best = torch.where(better, others, codes), torch.where(better, error, best)
+    found = _descend(x, weight, codes, 0, top, positive=True)
+    return _Fit(torch.where(none, 0.0, found.codes), torch.where(none, 0.0, found.scale), found.low)
+
+
+def _steps(first: float, step: float, last: int) -> list[float]:
+    """first + step · i for i = 0 … last, in float32."""
+    return [float(torch.tensor(first) + torch.tensor(step) * i) for i in range(last + 1)]
+
+
+def _member_weights(x: Tensor, importance: Tensor, variance: Tensor) -> Tensor:
+    return importance * _root(variance + x * x)
+
+
+def _block_squares(x: Tensor, per: int) -> Tensor:
+    """Σ x² of each block of `per` groups, `[blocks]`, in order."""
+    blocks = (x * x).T.reshape(-1, per * len(x)).T
+    return _total(blocks)
+
+
+def _by_block(values: Tensor, per: int) -> Tensor:
+    """`[groups]` to `[per, blocks]`."""
+    return values.view(-1, per).T.contiguous()
+
+
+def _with_minimum(rows: _Rows, top: int, size: int, small_top: int, tries: list[float], absolute: bool) -> Parts:
+    """Q2_K, Q4_K, Q5_K."""
+    x, importance = rows.groups(size)
+    per = rows.elements // size
+    if importance is None:
+        weight = x.abs() if absolute else _root(_total(x * x) / size) + x.abs()
+        fit = _fit_range(x, weight, top, tries, absolute)
+        d, scales = _plain_factors(_by_block(fit.scale, per), small_top)
+        dmin, minima = _plain_factors(_by_block(fit.low, per), small_top)
+    else:
+        squares = _block_squares(x, per)
+        variance = (squares if absolute else 2 * squares) / rows.elements
+        weight = _member_weights(x, importance, variance.repeat_interleave(per))
+        fit = _fit_range(x, weight, top, _steps(-0.9, 0.05, 36), False)
+        share = _by_block(_total(weight), per)
+        fitted = _fit_positive(_by_block(fit.scale, per), share, small_top)
+        lows = _fit_positive(_by_block(fit.low, per), share, small_top)
+        d, scales, dmin, minima = fitted.scale, fitted.codes, lows.scale, lows.codes
+    step = (_f16(d) * scales).T.flatten()
+    least = (_f16(dmin) * minima).T.flatten()
+    again = _nearest((x + least) / torch.where(step != 0, step, 1.0)).clamp(0, top)
+    codes = torch.where(step != 0, again, fit.codes)
+    small = (scales.T.to(torch.uint8), minima.T.to(torch.uint8))
+    return Parts(_codes(codes, rows.elements), *small, d.half()[:, None], dmin.half()[:, None])
+
+
+def _plain_factors(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The outer factor `[blocks]` and small ones `[per, blocks]` of values: by the largest."""
+    largest = values.amax(0).clamp(min=0) + 0.0  # no -0
+    inverse = torch.where(largest > 0, top / largest, 0.0)
+    return largest / top, _nearest(inverse * values).clamp(max=top)
+
+
+def _codes(codes: Tensor, elements: int) -> Tensor:
+    return codes.to(torch.uint8).T.reshape(-1, elements)
+
+
+def _q3_k(rows: _Rows) -> Parts:
+    x, importance = rows.groups(16)
+    if importance is None:
+        fit = _fit_three_bits(x)
+        scales = _by_block(fit.scale, 16)
+        peak = _peak(scales)
+        inverse = torch.where(peak != 0, -32 / peak, 0.0)
+        small = torch.where(peak != 0, _nearest(inverse * scales).clamp(-32, 31), -32.0)
+        d = _inverse(inverse)
+    else:
+        variance = 2 * _block_squares(x, 16) / 256
+        weight = _member_weights(x, importance, variance.repeat_interleave(16))
+        fit = _fit_signed(x, weight, 4)
+        outer = _fit_signed(_by_block(fit.scale, 16), _by_block(_total(weight), 16), 32)
+        small, d = outer.codes - 32, outer.scale
+    step = (_f16(d) * small).T.flatten()
+    again = _nearest(x / torch.where(step != 0, step, 1.0)).clamp(-4, 3) + 4
+    codes = torch.where(step != 0, again, fit.codes)
+    return Parts(_codes(codes, 256), small.T.to(torch.int8), d=d.half()[:, None])
+
+
+def _q6_k(rows: _Rows) -> Parts:
+    x, importance = rows.groups(16)
+    fit = _fit_signed(x, x * x if importance is None else importance, 32)
+    scales = _by_block(fit.scale, 16)
+    peak = _peak(scales)
+    none = peak.abs() < _TINY
+    inverse = -128 / torch.where(none, 1.0, peak)
+    small = torch.where(none, 0.0, _nearest(inverse * scales).clamp(max=127))
+    d = torch.where(none, 0.0, 1 / inverse)
+    step = (_f16(d) * small).T.flatten()
+    again = _nearest(x / torch.where(step != 0, step, 1.0)).clamp(-32, 31) + 32
+    codes = torch.where(none.repeat_interleave(16), 0.0, torch.where(step != 0, again, fit.codes))
+    return Parts(_codes(codes, 256), small.T.to(torch.int8), d=d.half()[:, None])
+
+
+def _row_weights(rows: _Rows, x: Tensor, importance: Tensor) -> Tensor:
+    """Of the simple types: the variance is that of the row."""
+    columns = rows.weight.shape[1]
+    variance = _total((rows.weight * rows.weight).T) / columns
+    return _member_weights(x, importance, variance.repeat_interleave(columns // len(x)))
+
+
+def _plain_signed(rows: _Rows, half: int) -> Parts:
+    """Q4_0, Q5_0."""
+    x, importance = rows.groups(32)
+    if importance is not None:
+        fit = _fit_signed(x, _row_weights(rows, x, importance), half)
+        return Parts(_codes(fit.codes, 32), d=fit.scale.half()[:, None])
+    d = _peak(x) / -half
+    codes = (x * _inverse(d) + (half + 0.5)).trunc().clamp(max=2 * half - 1)
+    return Parts(_codes(codes, 32), d=d.half()[:, None])
+
+
+def _plain_range(rows: _Rows, top: int) -> Parts:
+    """Q4_1, Q5_1."""
+    x, importance = rows.groups(32)
+    if importance is not None:
+        fit = _fit_range(x, _row_weights(rows, x, importance), top, _steps(-0.9, 0.05, 36), False)
+        return Parts(_codes(fit.codes, 32), d=fit.scale.half()[:, None], dmin=(-fit.low).half()[:, None])
+    low = x.amin(0)
+    d = (x.amax(0) - low) / top
+    codes = ((x - low) * _inverse(d) + 0.5).trunc().clamp(max=top)
+    return Parts(_codes(codes, 32), d=d.half()[:, None], dmin=low.half()[:, None])
+
+
+def _q8_0(rows: _Rows) -> Parts:
+    x, _ = rows.groups(32)
+    d = x.abs().amax(0) / 127
+    relative = x * _inverse(d)
+    whole = relative.trunc()  # half away from zero, as roundf: relative + 0.5 would round 0.49999997 up
+    codes = whole + torch.where((relative - whole).abs() >= 0.5, relative.sign(), 0.0)
+    return Parts(_codes(codes + 128, 32), d=d.half()[:, None])
+
+
+def _nearest_entry(x: Tensor) -> Tensor:
+    """The index of the nearest number of IQ4's table; the upper one of two that are as near."""
+    table = torch.tensor(IQ4_TABLE, dtype=torch.float32, device=x.device)
+    upper = torch.searchsorted(table, x, right=True).clamp(1, 15)
+    return torch.where(x - table[upper - 1] < table[upper] - x, upper - 1, upper)
+
+
+def _iq4(rows: _Rows) -> Parts:
+    x, importance = rows.groups(32)
+    per = rows.elements // 32
+    table = torch.tensor(IQ4_TABLE, dtype=torch.float32, device=x.device)
+    if importance is None:
+        weight = x * x
+    else:
+        variance = _block_squares(x, per) * (2.0 / rows.elements)
+        weight = _member_weights(x, importance, variance.repeat_interleave(per))
+    peak = _peak(x)
+    none = peak.abs() < _TINY
+    peak = torch.where(none, 1.0, peak)
+
+    def trial(inverse: Tensor) -> tuple[Tensor, Tensor]:
+        values = table[_nearest_entry(inverse * x)]
+        weighted = weight * values
+        return _total(weighted * x), _total(weighted * values)
+
+    sum_qx, sum_q2 = trial(1 / (-peak / table[0]))
+    d = sum_qx / sum_q2
+    best = d * sum_qx
+    for step in range(-7, 8):
+        sum_qx, sum_q2 = trial((step + table[0]) / peak)
+        better = (sum_q2 > 0) & (sum_qx * sum_qx > best * sum_q2)
+        d = torch.where(better, sum_qx / sum_q2, d)
+        best = torch.where(better, d * sum_qx, best)
+    d = torch.where(none, 0.0, d)
+    if per == 1:
+        return Parts(_codes(_nearest_entry(_inverse(d) * x), 32), d=d.half()[:, None])
+    scales = _by_block(d, per)
+    outer = -_peak(scales) / 32
+    small = _nearest(_inverse(outer) * scales).clamp(-32, 31)
+    codes = _nearest_entry(_inverse((outer * small).T.flatten()) * x)
+    return Parts(_codes(codes, 256), small.T.to(torch.int8), d=outer.half()[:, None])
+
+
+def _mxfp4(rows: _Rows) -> Parts:
+    x, _ = rows.groups(32)
+    largest = x.abs().amax(0)
+    exponent = torch.where(largest > 0, torch.log2(largest).floor() + 125, 0.0).clamp(0, 254).to(torch.uint8)
+    d = half_e8m0(exponent)
+    codes, best = torch.zeros_like(x), x.abs()
+    for code, value in enumerate(E2M1_TABLE):
+        error = (value * d - x).abs()
+        better = error < best
+        codes, best = torch.where(better, float(code), codes), torch.where(better, error, best)
+    return Parts(_codes(codes, 32), exponent[:, None])
+
+
+_SEARCHES: Final[dict[str, Callable[[_Rows], Parts]]] = {
+    "Q4_0": partial(_plain_signed, half=8),
+    "Q4_1": partial(_plain_range, top=15),
+    "Q5_0": partial(_plain_signed, half=16),
+    "Q5_1": partial(_plain_range, top=31),
+    "Q8_0": _q8_0,
+    "Q2_K": partial(_with_minimum, top=3, size=16, small_top=15, tries=_steps(-0.5, 0.1, 15), absolute=True),
+    "Q3_K": _q3_k,
+    "Q4_K": partial(_with_minimum, top=15, size=32, small_top=63, tries=_steps(-1.0, 0.1, 20), absolute=False),
+    "Q5_K": partial(_with_minimum, top=31, size=32, small_top=63, tries=_steps(-0.5, 0.1, 15), absolute=False),
+    "Q6_K": _q6_k,
+    "IQ4_NL": _iq4,
+    "IQ4_XS": _iq4,
+    "MXFP4": _mxfp4,
+}
+WRITABLE_TYPES: Final = tuple(_SEARCHES)
