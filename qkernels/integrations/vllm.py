@@ -55,6 +55,9 @@ class VllmConfig(QuantizationConfig):
         super().__init__()
         self.config = config
         self.tensors: dict[str, tuple[str, ...]] = {}
+        self.spelled: dict[
+            str, str
+        ] = {}  # names in the files, by which a config gives schemes, of what vLLM calls otherwise
 
     @property
     def format(self) -> Format:
@@ -128,6 +131,7 @@ class VllmConfig(QuantizationConfig):
         """Modules get the names that the model of vLLM has for them."""
         named = {name: hf_to_vllm_mapper.apply_list([name]) for name in self.tensors}
         self.tensors = {new[0]: self.tensors[name] for name, new in named.items() if new}
+        self.spelled = {new[0]: name for name, new in named.items() if new and new[0] != name}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         """The method of a linear layer or head; None for what is not quantized.
@@ -230,7 +234,8 @@ class VllmLinearMethod(LinearMethodBase):
     def _weight(self, layer: Any, index: int, loading: Loading, rank: int, world: int) -> QuantTensor:
         """The rank's share of a part."""
         name, config = self.parts[index], self.config
-        weight = config.format.parse(name, loading.files.pop(index), config.config).weight
+        in_files = config.spelled.get(name, name)
+        weight = config.format.parse(in_files, loading.files.pop(index), config.config).weight
         here = loading.sizes if len(self.parts) == 1 else [loading.sizes[index]]
         try:
             if isinstance(layer, RowParallelLinear):

@@ -287,7 +287,7 @@ def test_head(plugin: Any, tmp_path: Path, ranks: SimpleNamespace) -> None:
 
 def test_config_survives_a_process(plugin: Any, tmp_path: Path) -> None:
     config = config_of(plugin, checkpoint(tmp_path))
-    assert set(vars(config)) == {"config", "tensors", "packed_modules_mapping"}
+    assert set(vars(config)) == {"config", "tensors", "spelled", "packed_modules_mapping"}
     again = pickle.loads(pickle.dumps({k: v for k, v in vars(config).items()}))
     assert again == vars(config)
 
@@ -314,6 +314,17 @@ def test_names_of_the_model_are_taken(plugin: Any, tmp_path: Path) -> None:
     config.tensors = {f"language_model.{name}": suffixes for name, suffixes in config.tensors.items()}
     config.apply_vllm_mapper(Mapper())
     assert isinstance(config.get_quant_method(LinearBase(), ATTENTION), plugin.VllmLinearMethod)
+
+
+def test_a_scheme_is_looked_up_by_the_name_in_the_file(plugin: Any, tmp_path: Path) -> None:
+    """w4a8 and w4a16 have the same bytes: under the name of vLLM the wrong one would be taken in silence."""
+    directory, name = checkpoint(tmp_path, overrides={"*.1.mlp.down_proj": "w4a8_g32"}), "model.layers.1.mlp.down_proj"
+    config, layer = config_of(plugin, directory), LinearBase()
+    config.config = config.config | {"modules": {f"language_model.{name}": "w4a8_g32"}}
+    config.tensors = {f"language_model.{module}": suffixes for module, suffixes in config.tensors.items()}
+    config.apply_vllm_mapper(Mapper())
+    filled(config, layer, name, directory, [64])
+    assert str(layer.qkernels[0].scheme) == "w4a8_g32"
 
 
 def test_suffixes_with_dots_get_names_that_parameters_can_have(plugin: Any) -> None:
