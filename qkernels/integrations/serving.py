@@ -38,6 +38,11 @@ class Served:
     gaps: tuple[str, ...]
 
 
+def there() -> bool:
+    """Whether the server of transformers can start."""
+    return all(importlib.util.find_spec(name) is not None for name in NEEDED)
+
+
 def need_server() -> None:
     """Raise unless the server of transformers can start.
 

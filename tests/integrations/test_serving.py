@@ -8,7 +8,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +20,9 @@ from qkernels.cli.main import main
 from qkernels.errors import CheckpointError
 from qkernels.integrations import serving
 
-there = all(find_spec(name) for name in serving.NEEDED)
-needs_server = pytest.mark.skipif(not there, reason=f"serving needs {', '.join(serving.NEEDED)}: {serving.INSTALL}")
+needs_server = pytest.mark.skipif(
+    not serving.there(), reason=f"serving needs {', '.join(serving.NEEDED)}: {serving.INSTALL}"
+)
 
 
 @pytest.fixture(scope="module")
