@@ -239,7 +239,7 @@ class VllmLinearMethod(LinearMethodBase):
         here = loading.sizes if len(self.parts) == 1 else [loading.sizes[index]]
         try:
             if isinstance(layer, RowParallelLinear):
-                weight = weight.shard("K", rank, world)
+                weight = weight.shard("K", rank, world) if world > 1 else weight  # act-order cannot even be cut in one
             elif len(here) > 1:  # merged in the file: each of its parts is cut for itself
                 copies = [replicas(layer, i) for i in range(len(here))]
                 whole = [size * world // count for size, count in zip(here, copies, strict=True)]

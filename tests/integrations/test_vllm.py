@@ -204,6 +204,9 @@ def test_act_order_is_kept_and_refused_where_k_is_cut(plugin: Any, tmp_path: Pat
     method = filled(config, layer, ATTENTION, directory, [64, 32, 32])
     assert any(linear.k_order is not None for linear in layer.qkernels)
     assert torch.equal(method.apply(layer, X), expected(directory, QKV, X))
+    rows, o_proj = RowParallelLinear(), "model.layers.0.self_attn.o_proj"
+    assert torch.equal(filled(config, rows, o_proj, directory, [64]).apply(rows, X), expected(directory, [o_proj], X))
+    assert rows.qkernels[0].k_order is not None
     ranks.world = 2
     with pytest.raises(ArgumentError, match=r"model\.layers\.0\.self_attn\.o_proj over 2 ranks: .*act-order"):
         filled(config, RowParallelLinear(), "model.layers.0.self_attn.o_proj", directory, [64])
