@@ -39,14 +39,15 @@ def find_cuda_home() -> Path | None:
 def cpu_sources() -> list[str]:
     """Instruction sets choose their own targets (csrc/cpu/target.h); elsewhere than on x86 there is the scalar code alone."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    names = ["bindings", "dispatch", "gemm", "scalar", "scalar_int8"]
+    names = ["bindings", "bindings_experts", "dispatch", "experts", "gemm", "scalar", "scalar_int8"]
     if x86:
         names += ["avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni"]
     return ["csrc/exports.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
 
 
 def digest_of_headers() -> str:
-    headers = sorted(p for p in HERE.glob("csrc/**/*") if p.suffix in (".h", ".cuh"))
+    """Of those that CUDA files include."""
+    headers = sorted(p for p in (*HERE.glob("csrc/*"), *HERE.glob("csrc/cuda/*")) if p.suffix in (".h", ".cuh"))
     return hashlib.sha256(b"".join(p.read_bytes() for p in headers)).hexdigest()[:16]
 
 

@@ -199,15 +199,15 @@ def _choose(
     rules = {pattern: method.with_scheme(scheme) for pattern, scheme in (overrides or {}).items()}
     schemes = {pattern: rule.scheme for pattern, rule in rules.items()}
     selection = select_linears(host.model, method.scheme, include, exclude, schemes, host.on_unsupported)
-    if not selection.chosen:
+    if not selection.every:
         raise ArgumentError(f"there is no linear layer to quantize:\n{ReplaceReport.of(selection)}")
     by_scheme = {rule.scheme: rule for rule in rules.values()} | {method.scheme: method}
-    return selection, {name: by_scheme[scheme] for name, scheme in selection.chosen.items()}
+    return selection, {name: by_scheme[scheme] for name, scheme in selection.every.items()}
 
 
 def _check_format(format: str, method: Options, selection: Selection) -> None:
     """Raise before the work begins where the format has no spelling for these schemes."""
-    get_format(format).config_of(Written.of(selection.chosen, method.orders_columns, selection.skipped))
+    get_format(format).config_of(Written.of(selection.every, method.orders_columns, selection.skipped))
 
 
 def _check_model(model: nn.Module, method: Options) -> None:

@@ -84,6 +84,10 @@ class Factors:
         """Those of some rows."""
         return self._each(lambda t: t[..., part, :])
 
+    def of_expert(self, expert: int) -> Factors:
+        """Those of one expert of a stack."""
+        return self._each(lambda t: t[expert])
+
     def groups(self, first: int, last: int, scheme: QuantScheme) -> Factors:
         """Those of groups first … last - 1; the cuts are those of outer factors, or a row's end."""
         per = kind_of(scheme).groups_per_outer

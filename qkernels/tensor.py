@@ -51,8 +51,8 @@ class QuantTensor:
         scales: fp16, bf16, fp32, float8_e8m0fnu or float8_e4m3fn `[..., N, G]`, finite; may be 0 or negative where the dtype
             has that. The dtype is that of the source, so that a file round-trips; arithmetic is fp32.
         zeros: None, or `[..., N, G]`: uint8 **true** zero points for `zeros="int"`, floating for "float" and "offset".
-        group_index: None where column k is in group k // group_size; else int32 `[K]` (act-order). Groups 0 … G - 2 have
-            exactly group_size members, the last has the rest.
+        group_index: None where column k is in group k // group_size; else int32 `[K]` (act-order), or `[E, K]` where experts
+            differ in it. Groups 0 … G - 2 have exactly group_size members, the last has the rest.
         scheme: what the codes mean.
         factors: what scales and zeros are products of, where `scheme.factors` names a kind; made by `from_factors`.
 
@@ -149,17 +149,39 @@ class QuantTensor:
         return -(-bits // 8)
 
     def column_groups(self) -> Tensor:
-        """int64 `[K]`: the group of each column, natural or not."""
+        """int64 `[K]`, or `[E, K]` where experts differ: the group of each column, natural or not."""
         if self.group_index is not None:
             return self.group_index.long()
         return natural_group_index(self.K, self.scheme, self.device).long()
 
     def k_order(self) -> Tensor | None:
-        """int32 `[K]`: the columns sorted by group (stable), or None where they already are. Kernels store columns in this
-        order and read x through it."""
+        """int32 `[K]` (`[E, K]` where experts differ): the columns sorted by group (stable), or None where they already are.
+        Kernels store columns in this order and read x through it."""
         if self.group_index is None:
             return None
-        return torch.argsort(self.group_index, stable=True).int()
+        return torch.argsort(self.group_index, dim=-1, stable=True).int()
+
+    def __getitem__(self, expert: int) -> QuantTensor:
+        """One expert of a stack, `[..., N, K]` of `[E, ..., N, K]`; nothing is copied.
+
+        Raises:
+            ArgumentError: the weight is of no experts.
+            IndexError: there is no such expert.
+
+        >>> import torch
+        >>> from qkernels import RTN, QuantTensor
+        >>> experts = QuantTensor.stack([RTN().quantize(torch.randn(8, 128)) for _ in range(4)])
+        >>> experts.codes.shape, experts[3].codes.shape
+        (torch.Size([4, 8, 128]), torch.Size([8, 128]))
+        """
+        if self.codes.dim() < 3:
+            raise ArgumentError(f"only stacked experts [E, N, K] have parts, got codes {list(self.codes.shape)}")
+        zeros = None if self.zeros is None else self.zeros[expert]
+        index, factors = self.group_index, self.factors
+        if index is not None and index.dim() > 1:
+            index = validated_group_index(index[expert], self.K, self.scheme) if not index.is_meta else index[expert]
+        factors = None if factors is None else factors.of_expert(expert)
+        return QuantTensor(self.codes[expert], self.scales[expert], zeros, index, self.scheme, factors)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[..., N, K]`: `(codes - zeros) * scales`, in fp32, then rounded once to `dtype`.
@@ -167,18 +189,24 @@ class QuantTensor:
         A symmetric scheme has its zero at 2^(bits-1); "offset" means `codes * scales + zeros`; a codebook means
         `codebook[codes] * scales`.
         """
-        groups = self.column_groups()
-        scales = self.scales.float()[..., groups]
+        scales = self._of_columns(self.scales)
         if self.scheme.codebook is not None:
             table = torch.tensor(CODEBOOKS[self.scheme.codebook], dtype=torch.float32, device=self.device)
             return (table[self.codes.long()] * scales).to(dtype)
         codes = self.codes.float()
         if self.zeros is None:
             return ((codes - self.scheme.mid_code) * scales).to(dtype)
-        zeros = self.zeros.float()[..., groups]
+        zeros = self._of_columns(self.zeros)
         if self.scheme.zeros == "offset":
             return (codes * scales + zeros).to(dtype)
         return ((codes - zeros) * scales).to(dtype)
+
+    def _of_columns(self, of_groups: Tensor) -> Tensor:
+        """fp32 `[..., N, K]`: for each column what its group has."""
+        groups = self.column_groups()
+        if groups.dim() == 1:
+            return of_groups.float()[..., groups]
+        return torch.gather(of_groups.float(), -1, groups.unsqueeze(-2).expand(*of_groups.shape[:-1], self.K))
 
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same tensor on another device; dtypes stay."""
@@ -261,21 +289,46 @@ class QuantTensor:
             scheme = replace(scheme, group_size="channel")
         if scheme.rows > 1 and any(part.N % scheme.rows for part in parts[:-1]):
             scheme = replace(scheme, rows=1)  # blocks of later parts begin elsewhere
-        return _joined(parts, lambda tensors: torch.cat(tensors, dim=-2), scheme)
+        return _joined(parts, lambda tensors: torch.cat(tensors, dim=-2), scheme, parts[0].group_index)
 
     @classmethod
     def stack(cls, parts: Sequence[QuantTensor]) -> QuantTensor:
         """Weights of one shape as the experts of one weight: `[..., N, K]` each, `[E, ..., N, K]` together.
 
+        Orders of columns (act-order) may differ from expert to expert; the stack then has one for each, `[E, K]`.
+
         Raises:
             ArgumentError: there are no parts, or they differ in shape or in what a weight has once: names it and the two values.
         """
-        _check_alike(parts, "shape", lambda weight: list(weight.codes.shape))
-        return _joined(parts, torch.stack, parts[0].scheme)
+        _check_alike(parts, "shape", lambda weight: list(weight.codes.shape), orders=True)
+        index, rank = parts[0].group_index, parts[0].codes.dim() if parts else 0
+        given = [part.group_index for part in parts]
+        if any(i is not None for i in given) and not _one_order(given):
+            if rank != 2:
+                raise ArgumentError(
+                    f"stacks of weights with orders of their own are of weights [N, K], got {rank} dimensions"
+                )
+            index = torch.stack([part.column_groups().int() for part in parts])
+        return _joined(parts, torch.stack, parts[0].scheme, index)
 
 
-def _check_alike(parts: Sequence[QuantTensor], shape: str, shape_of: Callable[[QuantTensor], list[int]]) -> None:
-    """Raise unless weights can be joined: everything that a weight has once is the same in all of them."""
+def _one_order(indices: Sequence[Tensor | None]) -> bool:
+    """Whether all weights have the order of columns of the first; of those on meta only whether they have one is known."""
+    first, *others = indices
+    for other in others:
+        if first is None or other is None:
+            if first is not other:
+                return False
+        elif not first.is_meta and not torch.equal(first, other):
+            return False
+    return True
+
+
+def _check_alike(
+    parts: Sequence[QuantTensor], shape: str, shape_of: Callable[[QuantTensor], list[int]], orders: bool = False
+) -> None:
+    """Raise unless weights can be joined: everything that a weight has once is the same in all of them (`orders`: apart from
+    the order of its columns)."""
     if not parts:
         raise ArgumentError("there must be at least one weight to join, got none")
 
@@ -283,7 +336,8 @@ def _check_alike(parts: Sequence[QuantTensor], shape: str, shape_of: Callable[[Q
         zeros = None if weight.zeros is None else dtype_name(weight.zeros.dtype)
         return {
             "scheme": str(weight.scheme), shape: shape_of(weight), "dtype of scales": dtype_name(weight.scales.dtype),
-            "dtype of zeros": zeros, "device": str(weight.device), "order of columns": weight.group_index is not None,
+            "dtype of zeros": zeros, "device": str(weight.device),
+            "order of columns": not orders and weight.group_index is not None,
             "dtype of outer factors": None if weight.factors is None else dtype_name(weight.factors.outer.dtype),
         }  # fmt: skip
 
@@ -295,32 +349,34 @@ def _check_alike(parts: Sequence[QuantTensor], shape: str, shape_of: Callable[[Q
                     f"weights that are joined need one {what}, got {expected[what]} (the first) and {got} (number {index})"
                 )
         a, b = parts[0].group_index, part.group_index
-        if a is not None and b is not None and not a.is_meta and not torch.equal(a, b):
+        if not orders and not _one_order([a, b]):
             raise ArgumentError(f"weights that are joined need one group_index (act-order), number {index} has another")
 
 
-def _joined(parts: Sequence[QuantTensor], join: Callable[[list[Tensor]], Tensor], scheme: QuantScheme) -> QuantTensor:
+def _joined(
+    parts: Sequence[QuantTensor], join: Callable[[list[Tensor]], Tensor], scheme: QuantScheme, index: Tensor | None
+) -> QuantTensor:
     zeros = [part.zeros for part in parts if part.zeros is not None]
     factors = [part.factors for part in parts if part.factors is not None]
     if factors:
         codes = join([part.codes for part in parts])
-        return QuantTensor.from_factors(codes, Factors.joined(factors, join), scheme, parts[0].group_index)
+        return QuantTensor.from_factors(codes, Factors.joined(factors, join), scheme, index)
     return QuantTensor(
         join([part.codes for part in parts]),
         join([as_bytes(part.scales) for part in parts]).view(parts[0].scales.dtype),
         join(zeros) if zeros else None,
-        parts[0].group_index,
+        index,
         scheme,
     )
 
 
 def group_index_of(k_order: Tensor | None, in_features: int, scheme: QuantScheme) -> Tensor | None:
-    """The int32 `[K]` group index whose columns, sorted by group, come in `k_order` (the inverse of `QuantTensor.k_order`)."""
+    """The int32 `[K]` group index (`[E, K]`) whose columns, sorted by group, come in `k_order` (the inverse of
+    `QuantTensor.k_order`)."""
     if k_order is None:
         return None
-    group_index = torch.empty_like(k_order)
-    group_index[k_order.long()] = natural_group_index(in_features, scheme, k_order.device)
-    return group_index
+    natural = natural_group_index(in_features, scheme, k_order.device).expand(k_order.shape)
+    return torch.empty_like(k_order).scatter_(-1, k_order.long(), natural)
 
 
 def natural_group_index(in_features: int, scheme: QuantScheme, device: torch.device | str = "cpu") -> Tensor:
@@ -383,8 +439,10 @@ def _check_shapes(qt: QuantTensor) -> None:
                 f"zeros must be {' or '.join(map(dtype_name, wanted))} [..., N, G] = {shape} for {scheme}, "
                 f"got {describe(qt.zeros)}"
             )
-    if qt.group_index is not None and (qt.group_index.dtype != torch.int32 or list(qt.group_index.shape) != [K]):
-        raise TensorError(f"group_index must be int32 [K] = [{K}], got {describe(qt.group_index)}")
+    index, experts = qt.group_index, [*codes.shape[:-2], K]
+    if index is not None and (index.dtype != torch.int32 or list(index.shape) not in ([K], experts) or index.dim() > 2):
+        either = f" or [E, K] = {experts}" if codes.dim() == 3 else ""
+        raise TensorError(f"group_index must be int32 [K] = [{K}]{either}, got {describe(index)}")
     devices = {t.device for t in (codes, qt.scales, qt.zeros, qt.group_index) if t is not None}
     if len(devices) > 1:
         raise TensorError(
@@ -413,7 +471,8 @@ def _check_values(qt: QuantTensor) -> None:
     if scheme.group_size == "tensor" and qt.scales.numel() and bool((qt.scales != qt.scales[..., :1, :1]).any()):
         raise TensorError(f"scales of {scheme} must all be equal: one scale for the whole matrix")
     if qt.group_index is not None:
-        validated_group_index(qt.group_index, qt.K, scheme)
+        for index in qt.group_index.view(-1, qt.K):
+            validated_group_index(index, qt.K, scheme)
 
 
 def _specials(codebook: str) -> Tensor:

@@ -46,10 +46,6 @@ _NO_CODEBOOK: Reasons = {
 }
 _NO_FACTORS: Reasons = {": none are supported": FACTORED_SCHEMES}
 _NO_A8_FACTORS: Reasons = {": none are supported": A8_FACTORED}
-_KPACK_BOOKS: Reasons = {
-    ": only nf4, fp4, e2m1, iq4nl and integer codes are supported": ["fp8_channel", "e5m2_g64", "fp8_block32"]
-}
-
 REFUSED: dict[str, Reasons] = {
     "native": {},
     "gptq": _GPTQ,
@@ -67,7 +63,7 @@ REFUSED: dict[str, Reasons] = {
         "codebook 'e2m1': only integer codes are supported": ["mxfp4_g32_a8"],
         **_NO_A8_FACTORS,
     },
-    "kpack": {**_KPACK_BOOKS, **_NO_FACTORS, "8-bit activations: these kernels take bfloat16 and float16 ones": A8_SCHEMES},
+    "kpack": {"8-bit activations: these kernels take bfloat16 and float16 ones": A8_SCHEMES},
 }  # fmt: skip
 REFUSED_IN_ACT_ORDER = {"awq": "columns are in act-order, and AWQ has no group index"}
 

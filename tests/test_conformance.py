@@ -96,6 +96,11 @@ def test_empty_buffers_are_a_weight_of_zeros(layout: Layout) -> None:
 # --- formats ----------------------------------------------------------------------------------------------------------------
 
 
+def bytes_of(t: torch.Tensor) -> torch.Tensor:
+    """So that NaN, which tables of floating codes hold, is equal to itself."""
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
 @formats
 @schemes
 @act_orders
@@ -117,7 +122,7 @@ def test_format_round_trip_or_refusal(fmt: Format, scheme: str, act_order: bool)
     assert torch.equal(again.dequantize(), weight.dequantize())
     assert again.scheme.bits == weight.scheme.bits
     rewritten = fmt.write(again)
-    assert all(torch.equal(rewritten[name], t) for name, t in tensors.items())
+    assert all(torch.equal(bytes_of(rewritten[name]), bytes_of(t)) for name, t in tensors.items())
 
 
 def test_what_every_format_refuses_is_written_down() -> None:

@@ -26,6 +26,9 @@ METHODS = [
     "hqq",
     "torchao",
     "auto-round",
+    "mxfp4",
+    "fp8",
+    "modelopt",
     "qkernels",
     "quanto",
     "x",
@@ -38,6 +41,12 @@ LABELS = [
     "gemv_fast",
     "pack-quantized",
     "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "mxfp8-quantized",
+    "mxfp4-pack-quantized",
+    "nvfp4-pack-quantized",
+    "mixed-precision",
     "auto_round",
     "auto_round:auto_gptq",
 ]
@@ -59,7 +68,7 @@ junk = st.recursive(
 KEYS = [
     "quant_method", "checkpoint_format", "format", "version", "packing_format", "bits", "group_size", "sym", "desc_act",
     "zero_point", "dynamic", "extra_config", "config_groups", "ignore", "modules", "scheme", "meta", "load_in_4bit",
-    "load_in_8bit", "pack_dtype", "layout",
+    "load_in_8bit", "pack_dtype", "layout", "weight_block_size", "fmt", "activation_scheme", "quant_algo", "quantized_layers",
 ]  # fmt: skip
 likely = st.fixed_dictionaries(
     {"quant_method": st.sampled_from(METHODS)},
@@ -77,8 +86,26 @@ BASES: dict[str, dict[str, Any]] = {
     for scheme in [QuantScheme(4, 32, act=LAYOUTS[name].acts[0] if name in LAYOUTS else None)]
 }
 PACKED = json.dumps(BASES["compressed-tensors"])
+
+
+def compressed(body: str, own: str | None = None, **weights: Any) -> dict[str, Any]:
+    """The config of a compressed-tensors file of floating-point weights; `own`: what its group calls its format."""
+    config: dict[str, Any] = json.loads(PACKED.replace("pack-quantized", body))
+    group = config["config_groups"]["group_0"]
+    group["weights"] |= {"type": "float", "num_bits": 4} | weights
+    group["format"] = own or body
+    return config
+
+
 BASES |= {
     "compressed-tensors int-quantized": json.loads(PACKED.replace("pack-quantized", "int-quantized")),
+    "compressed-tensors float-quantized": compressed(
+        "float-quantized", num_bits=8, strategy="block", block_structure=[16, 16]
+    ),
+    "compressed-tensors fp4-pack-quantized": compressed("mxfp4-pack-quantized", group_size=32),
+    "compressed-tensors mixed-precision": compressed("mixed-precision", "nvfp4-pack-quantized", group_size=16),
+    "fp8": {"quant_method": "fp8", "weight_block_size": [16, 16]},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     "awq gemv": {"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 32, "zero_point": True},
     "awq gemv_fast": {"quant_method": "awq", "version": "gemv_fast", "bits": 4, "group_size": 32, "zero_point": True},
     "bitsandbytes 4-bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -86,13 +113,14 @@ BASES |= {
     "hqq": {"quant_method": "hqq"},
     "auto-round": {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False},
     "torchao": {"quant_method": "torchao"},
+    "mxfp4": {"quant_method": "mxfp4"},
 }
 ENTRIES = [
     json.dumps({"_type": kind, "_data": {"block_size": block, "shape": [8, 16], "target_dtype": {"_data": "int4"}}})
     for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Int4TilePackedTo4dTensor", "x")
     for block in ([1, 16], [8, 16], [1, 2**40], None)
 ]
-DTYPES = {"I32": 4, "F16": 2, "U8": 1, "I8": 1, "F32": 4, "I64": 8}
+DTYPES = {"I32": 4, "F16": 2, "U8": 1, "I8": 1, "F32": 4, "I64": 8, "F8_E4M3": 1, "F8_E8M0": 1}
 
 
 @st.composite

@@ -86,11 +86,19 @@ FORMAT_ROWS = {
     "AWQ gemm": ["awq"],
     "compressed-tensors pack-quantized": ["compressed-tensors"],
     "compressed-tensors int-quantized (W8A8, read with 16-bit activations)": ["compressed-tensors int-quantized"],
+    "compressed-tensors FP8, MXFP8, MXFP4, NVFP4, mixed-precision (16-bit activations)": [
+        "compressed-tensors float-quantized",
+        "compressed-tensors fp4-pack-quantized",
+        "compressed-tensors mixed-precision",
+    ],
+    "FP8 in blocks, as DeepSeek-V3 and Qwen have it": ["fp8"],
+    "ModelOpt NVFP4, FP8, mixed": ["modelopt"],
     "AWQ gemv, gemv_fast": ["awq gemv", "awq gemv_fast"],
     "auto-round (GPTQ bodies; AWQ bodies with 4 bits)": ["auto-round"],
     "bitsandbytes NF4, FP4, int8": ["bitsandbytes 4-bit", "bitsandbytes int8"],
     "HQQ, axis 1": ["hqq"],
     "torchao int8, intx and int4 weight-only (safetensors)": ["torchao"],
+    "MXFP4 of gpt-oss": ["mxfp4"],
     "native": ["native"],
     "packed (the bytes of a kernel's layout)": [
         layout.name for layout in LAYOUTS.values() if layout.backend != "torch"

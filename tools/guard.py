@@ -62,7 +62,9 @@ def build(directory: Path, extra: Sequence[str] = ()) -> dict[str, Path]:
     """Objects of every instruction set and the driver `counted`, compiled as the extension is."""
     cxx = str(shutil.which("g++") or shutil.which("c++"))
     flags = [cxx, "-std=c++20", "-O3", "-g0", "-w", "-fvisibility=hidden", f"-I{CSRC}", *extra]
-    kernels = sorted(source for source in CSRC.glob("*.cpp") if source.name != "bindings.cpp")  # which are torch's
+    kernels = sorted(
+        source for source in CSRC.glob("*.cpp") if not source.name.startswith("bindings")
+    )  # which are torch's
     sources = [*kernels, Path(__file__).with_name("counted.cpp")]
     objects = {source.stem: directory / f"{source.stem}.o" for source in sources}
     jobs = [subprocess.Popen([*flags, "-c", str(s), "-o", str(objects[s.stem])]) for s in sources]

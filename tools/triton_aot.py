@@ -13,24 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qkernels import QuantScheme
 from qkernels.kernels.triton import jit
-from qkernels.kernels.triton.table import Config, run_bytes
+from qkernels.kernels.triton.launch import constants_of
+from qkernels.kernels.triton.table import Config
+from qkernels.scheme import FACTORS
 
 # The most shared memory one block may have, bytes: CUDA C++ Programming Guide, table "Technical specifications per compute
 # capability", less the 1 KB that the system keeps where it is counted in.
 SHARED_MEMORY = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448, "sm120": 101376}
 # Arguments that the launcher passes with a value or an address divisible by 16, in shapes that models have.
 DIVISIBLE = (
-    "x", "qweight", "scales", "zeros", "k_order", "bias", "out", "parts", "N", "K", "x_stride", "row_bytes",
-    "bytes_per_split",
+    "x", "qweight", "scales", "zeros", "outer_scales", "outer_zeros", "k_order", "bias", "out", "parts", "N", "K", "x_stride",
+    "row_bytes", "bytes_per_split",
 )  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_ZEROS = {"none": 0, "int": 1, "float": 1, "offset": 2}
+# Floats of one byte are passed as bytes.
+_POINTERS = {torch.uint8: "*u8", torch.int8: "*i8", torch.float8_e4m3fn: "*u8", torch.float8_e8m0fnu: "*u8"}
 
 
 @dataclass(frozen=True)
@@ -48,40 +52,44 @@ class Machine:
 
 def variant(scheme: QuantScheme, K: int, dtype: str, config: Config, *, ordered: bool, bias: bool, split: bool) -> Any:
     """Kernel, signature and constants of one call, as `launch.gemm` makes them."""
-    halves = 2 if scheme.bits <= 4 else 1
-    block_bytes = config.block_bytes
-    group = scheme.group_length(K) if scheme.num_groups(K) > 1 else 0
     kernel = getattr(jit, config.kernel)
-    constants = {
-        "MID": scheme.mid_code,
-        "ZEROS": 3 if scheme.codebook else _ZEROS[scheme.zeros],
-        "GROUP": group,
-        "HALVES": halves,
-        "ORDERED": ordered,
+    types = pointers(scheme, dtype, ordered=ordered)
+    types |= {"bias": f"*{dtype}" if bias else None, "out": "*fp32" if split else f"*{dtype}"}
+    constants = constants_of(scheme, K, scale_dtype(scheme, dtype), ordered, config.block_bytes) | {
         "BIAS": bias,
         "SPLIT": split,
         "BLOCK_N": config.block_n,
-        "BLOCK_BYTES": block_bytes,
-        "RUN": run_bytes(group, halves, block_bytes),
         "STAGES": config.num_stages,
     }
     if config.kernel == "gemm":
         constants["BLOCK_M"] = config.block_m
-    types = pointers(scheme, dtype, ordered=ordered)
-    types |= {"bias": f"*{dtype}" if bias else None, "out": "*fp32" if split else f"*{dtype}"}
     return kernel, types, constants
 
 
 def pointers(scheme: QuantScheme, dtype: str, *, ordered: bool) -> dict[str, str | None]:
     """Types of the buffers."""
     zeros = {"none": None, "int": "*u8"}.get(scheme.zeros, f"*{dtype}")
+    small = _POINTERS.get(scale_dtype(scheme, dtype), f"*{dtype}")
+    products = scheme.factors is not None
     return {
         "x": f"*{dtype}",
         "qweight": "*u8",
-        "scales": f"*{dtype}",
-        "zeros": "*fp32" if scheme.codebook else zeros,
+        "scales": small,
+        "zeros": "*fp32" if scheme.codebook else small if products and zeros else zeros,
+        "outer_scales": f"*{dtype}" if products else None,
+        "outer_zeros": f"*{dtype}" if products and zeros else None,
         "k_order": "*i32" if ordered else None,
     }
+
+
+def scale_dtype(scheme: QuantScheme, dtype: str) -> torch.dtype:
+    """That of the small factors; of MXFP4 e8m0, as its files have it; else that of x."""
+    if scheme.factors is not None:
+        small: torch.dtype = getattr(torch, FACTORS[scheme.factors].small)
+        return small
+    if scheme.codebook == "e2m1":
+        return torch.float8_e8m0fnu
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
 
 
 def compile_for(

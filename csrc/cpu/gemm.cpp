@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "staging.h"
 
 // Of the OpenMP that torch's pool is made with, and null where it is made with another: cores that this process may run
 // on. Not sched_getaffinity of the calling thread, which OMP_PROC_BIND ties to one core.
@@ -12,33 +13,10 @@ extern "C" __attribute__((weak)) int omp_get_num_procs();
 namespace qkernels::cpu {
 namespace {
 
-Type operand_type(const Problem& p, const Kernels& kernels) {
-  return p.x_type == Type::kBFloat16 ? kernels.bf16_operand : Type::kFloat;
-}
-
 // x is read in place where there are few rows and they already are what a kernel wants.
 bool copies_x(const Call& call, const Kernels& kernels) {
   return call.int8_activations || call.M > kFewTokens || call.k_order != nullptr || call.K != call.K_pad ||
          call.x_column_stride != 1 || call.x_type != operand_type(call, kernels);
-}
-
-// Columns of a block of the copy. A run must not cross blocks: they are kRun wide where groups start at multiples of
-// kRun or divide it, else as wide as a group.
-int64_t block_width(const Problem& p) {
-  return p.G == 1 || p.group % kRun == 0 || kRun % p.group == 0 ? kRun : p.group;
-}
-
-bool wants_sums(const Problem& p) { return has_rest(p) && !p.int8_activations; }
-
-// Bytes from one row of int8 activations to the next: whole cache lines, and not the multiple of 4096 at which rows
-// would share L1 sets.
-int64_t int8_row_bytes(const Problem& p) { return (p.K_pad / 64 + 1) * 64 + (p.K_pad / 64 % 2 == 1 ? 64 : 0); }
-
-int64_t staged_bytes(const Call& call, const Kernels& kernels) {
-  if (call.int8_activations) return call.M * int8_row_bytes(call);
-  if (!copies_x(call, kernels)) return 0;
-  const int64_t blocks = (call.K_pad + block_width(call) - 1) / block_width(call);
-  return blocks * call.M * block_width(call) * (operand_type(call, kernels) == Type::kFloat ? 4 : 2);
 }
 
 // Whether torch has more threads than this process has cores. The answer costs 0.4 us: asked again when their number
@@ -119,25 +97,13 @@ void multiply_units(void* context, int64_t begin, int64_t end) {
 }  // namespace
 
 int64_t workspace_bytes(const Call& call, const Kernels& kernels) {
-  return staged_bytes(call, kernels) + (wants_sums(call) || call.int8_activations ? call.M * call.G * 4 : 0) +
-         (call.int8_activations ? call.M * 4 : 0);
+  return staging_bytes(call, kernels, copies_x(call, kernels));
 }
 
 void gemm(Call call, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for) {
   if (call.M == 0 || call.N == 0) return;
   const bool copies = copies_x(call, kernels), sums = wants_sums(call);
-  call.scale_bytes = kTileRows * size_of(call.scale_type);
-  call.zero_bytes = kTileRows * (call.zero_type == Type::kNone ? 1 : size_of(call.zero_type));  // or small factors
-  if (call.int8_activations) {
-    call.staged = {workspace, call.K_pad + 1, 0, int8_row_bytes(call)};
-    call.x_sums = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + staged_bytes(call, kernels));
-    call.x_scales = reinterpret_cast<float*>(call.x_sums + call.M * call.G);
-  } else if (copies) {
-    call.staged = {workspace, block_width(call), call.M * block_width(call), block_width(call)};
-  } else {
-    call.staged = {call.x, call.K_pad + 1, 0, call.x_row_stride};
-  }
-  call.sums = sums ? reinterpret_cast<float*>(static_cast<char*>(workspace) + staged_bytes(call, kernels)) : nullptr;
+  lay_staging(call, kernels, copies, workspace);
 
   const bool alone = runs_alone(call, kernels, threads);
   if (alone) threads = 1;

@@ -68,7 +68,7 @@ struct Problem {
   int64_t K_pad;       // K rounded up to whole blocks
   int64_t tile_bytes;  // of one tile's codes
   int bits;
-  Type x_type;  // of x and y
+  Type x_type;  // of x, and of y where y_type is kNone
   Type scale_type;
   Type zero_type;          // kNone: symmetric, or `factors` says what zeros are; kUInt8: zero points, subtracted
   bool zeros_are_offsets;  // exactly; floating: zero points, or offsets, which are added after scaling
@@ -79,6 +79,7 @@ struct Problem {
   Type outer_type;         // of the outer factors; kNone: there are none
   int64_t S;               // outer factors of a row
   int outer_shift;         // group g has outer factor g >> outer_shift
+  Type y_type;             // kFloat: y is in fp32 whatever x is; kNone: as x
 };
 
 // Whether one outer factor serves all of a row: it waits until the row is summed.

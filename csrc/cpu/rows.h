@@ -273,12 +273,13 @@ inline void store_row(const Call& call, int64_t m, int64_t n0, int count, const 
     largest = magnitude > largest ? magnitude : largest;
   }
   if (largest >= 0x7f800000 && !call.int8_activations) sum_again(call, m, n0, valid, bias, y);
-  if (call.x_type == Type::kFloat) {
+  const Type y_type = call.y_type == Type::kNone ? call.x_type : call.y_type;
+  if (y_type == Type::kFloat) {
     std::memcpy(static_cast<float*>(call.y) + m * call.N + n0, y, static_cast<size_t>(valid) * 4);
     return;
   }
   uint16_t rounded[kMost];
-  if (call.x_type == Type::kBFloat16) {
+  if (y_type == Type::kBFloat16) {
     for (int i = 0; i < count; ++i) rounded[i] = to_bf16(y[i]);
   } else {
 #if defined(__F16C__)

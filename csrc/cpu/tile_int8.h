@@ -209,6 +209,9 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
       const Sum whole = finished<V>(call, tile + v / kPerTile, v % kPerTile * V::kRows, total[r][v]);
       V::store(sum + v * V::kRows, V::mul(whole, V::set1(call.x_scales[m0 + r] * step)));
     }
+    // The compiler would make this product and the bias one FMA where it has both in registers: in some of the
+    // instantiations, so that bits would hang on M and on how tiles are shared out.
+    asm volatile("" : : "r"(sum) : "memory");
     store_row(call, m0 + r, tile * kTileRows, kCount, sum, bias);
   }
 }

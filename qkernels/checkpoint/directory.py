@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from ..formats import METADATA, READ_ONLY, Format, Oddity, Parsed
+from ..errors import ArgumentError, CheckpointError
+from ..formats import METADATA, READ_ONLY, Format, Oddity, Parsed, modelopt
 from ..formats.beyond import beyond_weights, check_below
-from ..models.naming import Conversion, into_model
+from ..models.naming import WHOLE, Conversion, Members, into_model
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
+from ..tensor import QuantTensor
 from ..text import dtype_name
 from .registry import WRITTEN, detect
 
 # Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: nothing there names it.
 _QUANTO = ("weight._data", "weight._data._data")
-_TELLING = {f.required[0] for f in (*WRITTEN.values(), *READ_ONLY.values())} - {"weight"}
+_TELLING = {f.required[0] for f in (*WRITTEN.values(), *READ_ONLY.values()) if f.joint == "."} - {"weight"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class DirectoryCheckpoint:
         oddities: what is strange about it apart from single weights, by module or field.
         spelled: names in the files of tensors and modules that have another one here, by the one they have here.
         made: conversions of tensors in the files, by the names of what they make, with its shape as a tensor on meta.
+        members: the modules in the files that each stack of quantized experts is made of.
+        inside: their tensors: module in the files -> suffix -> name.
     """
 
     source: TensorSource
@@ -48,6 +51,8 @@ class DirectoryCheckpoint:
     oddities: tuple[tuple[str, Oddity], ...] = ()
     spelled: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, tuple[Conversion, Tensor]] = field(default_factory=dict)
+    members: Mapping[str, Members] = field(default_factory=dict)
+    inside: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> DirectoryCheckpoint:
@@ -76,6 +81,7 @@ class DirectoryCheckpoint:
         owned = {name for tensors in modules.values() for name in tensors.values()} | beyond.aside
         others = tuple(name for name in source.names() if name not in owned)
         check_below(modules, others)
+        _check_scaled(source, others, found)
         return cls(source, found, config, modules, others, beyond.oddities)
 
     @property
@@ -99,8 +105,43 @@ class DirectoryCheckpoint:
         assert self.format is not None
         return self.format.parse(self.spelled.get(module, module), self.tensors(module), self.quantization)
 
+    @property
+    def stacks(self) -> list[str]:
+        return list(self.members)
+
+    def expert_weights(self, stack: str) -> Iterator[Parsed]:
+        """One expert in memory at a time, but for stacks that lie in the files as one.
+
+        Raises:
+            CheckpointError: as `weight`; or the parts of an expert differ in what a weight has once (their schemes).
+        """
+        assert self.format is not None
+        members = self.members[stack]
+
+        def parsed(module: str) -> Parsed:
+            assert self.format is not None
+            tensors = {suffix: self.source.read(name) for suffix, name in self.inside[module].items()}
+            return self.format.parse(module, tensors, self.quantization)
+
+        if WHOLE in members:
+            whole = parsed(members[WHOLE])
+            for expert in range(whole.weight.codes.shape[0] if whole.weight.codes.dim() == 3 else 0):
+                yield Parsed(whole.weight[expert], whole.oddities)
+            return
+        for expert in sorted({expert for expert, _ in members}):
+            parts = [parsed(module) for (e, _), module in sorted(members.items()) if e == expert]
+            try:
+                weight = parts[0].weight if len(parts) == 1 else QuantTensor.concat([part.weight for part in parts])
+            except ArgumentError as error:
+                raise CheckpointError(
+                    f"expert {expert} of {stack}: gate and up are one matrix here; {error}"
+                ) from error
+            yield Parsed(weight, tuple(oddity for part in parts for oddity in part.oddities))
+
     def parts(self, module: str) -> list[str]:
         """The names in the files of the tensors that make it up."""
+        if module in self.members:
+            return [name for member in self.members[module].values() for name in self.inside[member].values()]
         return list(self.modules[module].values())
 
     def module_nbytes(self, module: str) -> int:
@@ -175,11 +216,14 @@ class DirectoryCheckpoint:
         tensors = {name: self._on_meta(name) for name in self.others}
         way = into_model(model, tensors, self.modules, transforms)
         model._weight_conversions = list(way.used)  # type: ignore[assignment]  # as transformers keeps them
+        inside = {module for members in way.stacks.values() for module in members.values()}
         made = {target: (conversion, t) for conversion, targets in way.made for target, t in targets.items()}
         kept = [way.names[name] for name in self.others if name in way.names]
         return replace(
             self,
-            modules={way.names[module]: tensors for module, tensors in self.modules.items()},
+            modules={way.names[module]: tensors for module, tensors in self.modules.items() if module not in inside},
+            members=way.stacks,
+            inside={module: self.modules[module] for module in inside},
             others=tuple(sorted([*kept, *made])),
             spelled={here: name for name, here in way.names.items() if here != name},
             made=made,
@@ -201,7 +245,7 @@ class DirectoryCheckpoint:
 
 def quantization_config(source: TensorSource) -> dict[str, Any] | None:
     """What a directory says about its quantization: in config.json, else in the file of its own that older GPTQ and AWQ
-    folders have. None where nothing says anything.
+    folders and ModelOpt's have. None where nothing says anything.
 
     Raises:
         CheckpointError: it is not a JSON object.
@@ -213,8 +257,25 @@ def quantization_config(source: TensorSource) -> dict[str, Any] | None:
         return config
     for name in QUANTIZATION_FILES:
         if (source.directory / name).is_file():
-            return read_json(source.directory / name)
+            return _flat(read_json(source.directory / name))
     return None
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """ModelOpt's own file has its fields one level down, under the name of their writer."""
+    inner, producer = config.get("quantization"), config.get("producer")
+    named = isinstance(producer, dict) and producer.get("name") == modelopt.METHOD
+    return {**inner, "quant_method": modelopt.METHOD} if named and isinstance(inner, dict) else config
+
+
+def _check_scaled(source: TensorSource, others: Iterable[str], found: Format) -> None:
+    """FP8 codes without the scales of their format would be read as the weights."""
+    for name in others:
+        if source.dtype(name).itemsize == 1 and source.dtype(name).is_floating_point:
+            raise CheckpointError(
+                f"{name} is {dtype_name(source.dtype(name))}, but {name.removesuffix('.weight')} has no "
+                f"{found.required[0]}, expected for {found.name}"
+            )
 
 
 def _check_unquantized(source: TensorSource) -> None:
@@ -257,6 +318,6 @@ def _group(names: Iterable[str], found: Format) -> dict[str, dict[str, str]]:
 
 def _split(name: str, found: Format) -> tuple[str, str]:
     """A tensor's module and suffix, both empty where the suffix is none of the format's; the longest suffix counts."""
-    fitting = [suffix for suffix in found.suffixes if name.endswith(f".{suffix}")]
+    fitting = [suffix for suffix in found.suffixes if name.endswith(f"{found.joint}{suffix}")]
     suffix = max(fitting, key=len, default="")
-    return (name[: -len(suffix) - 1], suffix) if suffix else ("", "")
+    return (name[: -len(suffix) - len(found.joint)], suffix) if suffix else ("", "")

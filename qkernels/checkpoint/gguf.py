@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -116,6 +116,13 @@ class GgufCheckpoint:
         scale = None if place.scale is None else self.source.read(place.scale)
         with naming(name):
             return Parsed(weight_of(place.rows(self.source.blocks(name)), kind, scale))
+
+    @property
+    def stacks(self) -> Collection[str]:
+        return ()
+
+    def expert_weights(self, stack: str) -> Iterator[Parsed]:
+        raise KeyError(stack)
 
     def parts(self, module: str) -> list[str]:
         return [self.modules[module]]

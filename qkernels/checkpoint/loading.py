@@ -6,7 +6,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -17,9 +17,12 @@ from ..errors import ArgumentError, CheckpointError, UnsupportedProblem
 from ..formats import Oddity, summary
 from ..memory import give_back
 from ..models.building import assign, computed, empty_model
+from ..models.experts import ExpertsForm, experts_of, routers
 from ..models.linears import as_linear
 from ..models.naming import float_state
-from ..nn import QuantLinear, set_module
+from ..nn import QuantExperts, QuantLinear, QuantStack, set_module
+from ..nn.experts import OrdersDiffer, bias_of, rows_in_halves
+from ..nn.packed import PackedModule
 from ..reports import readable_size
 from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
@@ -85,7 +88,20 @@ def load(
     slots = _slots(model)
     oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     used = {f"{module}.bias" for module in checkpoint.modules}
+    forms = experts_of(model)
+    choosing = routers(model, forms)
+    for name, form in forms.items():
+        if f"{name}.{form.up}" in checkpoint.stacks:
+            taken = [n for p in (form.up, form.down) for n in (f"{name}.{p}", f"{name}.{p}_bias")]
+            used.update(taken)
+            slots = [kept for slot in slots if (kept := [n for n in slot if n not in taken])]
+            loaded, strange = experts_at(model, name, form, checkpoint, device, dtype, on_unsupported)
+            set_module(model, name, loaded)
+            oddities += strange
     for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
+        if module in choosing:
+            oddities += dequantize_router(model, module, checkpoint, device, dtype)
+            continue
         linear = linear_at(model, module, checkpoint.spelling(module))
         weight, found = checkpoint.weight(module)
         oddities += [(module, oddity) for oddity in found]
@@ -173,7 +189,7 @@ def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoin
 
 def _quantized(name: str, checkpoint: Checkpoint) -> bool:
     module, _, leaf = name.rpartition(".")
-    return leaf == "weight" and module in checkpoint.modules
+    return (leaf == "weight" and module in checkpoint.modules) or name in checkpoint.stacks
 
 
 def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -251,6 +267,82 @@ def linear_at(model: nn.Module, module: str, spelled: str | None = None) -> nn.L
     if as_one is None:
         raise CheckpointError(f"{what}, which is a {type(linear).__name__}, not a Linear{meant}")
     return as_one
+
+
+def experts_at(
+    model: nn.Module,
+    name: str,
+    form: ExpertsForm,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_unsupported: OnUnsupported,
+    source: nn.Module | None = None,
+) -> tuple[QuantExperts, list[tuple[str, Oddity]]]:
+    """The experts of a checkpoint for a place in the model, read and packed one by one; `source`: the module that was there.
+
+    Raises:
+        CheckpointError: shapes or numbers do not fit the place; experts differ in scheme; a bias is missing.
+        UnsupportedProblem: no kernel takes them.
+    """
+    source = model.get_submodule(name) if source is None else source
+    oddities: dict[tuple[str, Oddity], None] = {}
+    stacks = {}
+    for projection in (form.up, form.down):
+        stack, shape = f"{name}.{projection}", list(form.shape(projection))
+
+        def weights(
+            stack: str = stack, shape: list[int] = shape, projection: str = projection
+        ) -> Iterator[QuantTensor]:
+            for expert, (weight, found) in enumerate(checkpoint.expert_weights(stack)):
+                if list(weight.codes.shape) != shape:
+                    got = list(weight.codes.shape)
+                    raise CheckpointError(f"{stack}: the model needs {shape} an expert, got {got} for expert {expert}")
+                if checkpoint.format is not None and checkpoint.format.rows_as_stored and projection == form.up:
+                    weight = rows_in_halves(form, weight)
+                oddities.update(dict.fromkeys((stack, oddity) for oddity in found))
+                yield weight
+
+        bias: Tensor | None = source._parameters.get(f"{projection}_bias")
+        if bias is not None:
+            full = f"{stack}_bias"
+            if full not in checkpoint or checkpoint.shape(full) != tuple(bias.shape):
+                got = list(checkpoint.shape(full)) if full in checkpoint else "none"
+                raise CheckpointError(f"{full}: the model needs {list(bias.shape)}, got {got}")
+            bias = bias_of(form, projection, checkpoint.read(full))
+        try:
+            try:
+                made = QuantStack.of(weights(), form.experts, bias, device, dtype, on_unsupported)
+            except OrdersDiffer:
+                made = QuantStack.of(weights(), form.experts, bias, device, dtype, on_unsupported, own_orders=True)
+        except UnsupportedProblem as error:
+            raise UnsupportedProblem(f"{stack}: {error}") from None
+        except ArgumentError as error:
+            raise CheckpointError(f"{stack}: {error}") from error
+        stacks[str(projection)] = made
+    return QuantExperts(source, form, stacks), list(oddities)
+
+
+def dequantize_router(
+    model: nn.Module, module: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> list[tuple[str, Oddity]]:
+    """Put a router that a file quantized into its place as floats: a module of its own kind computes with it."""
+    place = model.get_submodule(module)
+    target: Any = place._parameters["weight"]
+    weight, found = checkpoint.weight(module)
+    if list(weight.codes.shape) != list(target.shape):
+        raise CheckpointError(
+            f"{module}: the model needs a weight {list(target.shape)}, got {list(weight.codes.shape)}"
+        )
+    parts: dict[str, Tensor] = {"weight": weight.dequantize(torch.float32)}
+    if place._parameters.get("bias") is not None:
+        if f"{module}.bias" not in checkpoint:
+            raise CheckpointError(f"{module}.bias: the model needs one, and the files have none")
+        parts["bias"] = checkpoint.read(f"{module}.bias")
+    kept = {leaf: torch.float32 if _kept_in_fp32(model, f"{module}.{leaf}", dtype) else dtype for leaf in parts}
+    assign(model, {f"{module}.{leaf}": t.to(device, kept[leaf]) for leaf, t in parts.items()})
+    oddity = Oddity("a router that the file quantized is dequantized", f"{weight.scheme} {list(weight.codes.shape)}")
+    return [(module, oddity), *((module, other) for other in found)]
 
 
 def _nearest(model: nn.Module, module: str) -> str:
@@ -359,6 +451,6 @@ def _check_names(model: Any, missing: list[str], left_over: Iterable[str], check
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
-        if not isinstance(module, QuantLinear):
+        if not isinstance(module, PackedModule):
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -43,7 +43,7 @@ def packed_format(layout: Layout) -> Format:
             shape = native.weight_shape(tensors["weight_shape"])
             found = {buffer.name: tensors.get(buffer.name) for buffer in layout.buffers}
             buffers = layout.upgraded(version, found, shape[-2], shape[-1], scheme)
-            return Parsed(unpack_checked(layout, buffers, shape[-2], shape[-1], scheme))
+            return Parsed(unpack_checked(layout, buffers, shape[-2], shape[-1], scheme, tuple(shape[:-2])))
 
     def check(scheme: QuantScheme) -> None:
         # Asked for several groups: a scheme that the layout holds only for one is refused for all weights alike.
@@ -51,8 +51,6 @@ def packed_format(layout: Layout) -> Format:
             raise ConversionError(f"layout {layout.name} cannot hold {scheme}: {'; '.join(reasons)}")
 
     def write(weight: QuantTensor) -> dict[str, Tensor]:
-        if weight.codes.dim() != 2:
-            raise ConversionError(f"it holds one [N, K] weight a module, got {list(weight.codes.shape)}")
         check(weight.scheme)
         packed = {name: t for name, t in layout.pack(weight).items() if t is not None}
         return packed | {"weight_shape": native.shape_tensor(weight), native.GUARD: native.guard()}
@@ -70,6 +68,7 @@ def packed_format(layout: Layout) -> Format:
         parse=parse,
         write=write,
         config_of=config_of,
+        stacks=True,
     )
 
 

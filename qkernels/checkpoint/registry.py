@@ -13,8 +13,7 @@ WRITTEN: Final[dict[str, Format]] = FORMATS | PACKED
 # Met in files often enough to deserve an answer better than "unknown": kinds that nothing here reads, and origins of which
 # some kinds are read (a config of theirs that no format matched is another kind).
 _UNREAD = {
-    "fp8", "marlin", "gptq_p", "bitblas", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized", "mxfp6-quantized", "mxfp8-quantized", "mixed-precision", "marlin-24",
+    "marlin", "gptq_p", "bitblas", "mxfp6-quantized", "marlin-24", "fbgemm_fp8", "mxfp4", "quark",
 }  # fmt: skip
 _READ_IN_PART = {"bitsandbytes", "auto-round", "compressed-tensors"}
 

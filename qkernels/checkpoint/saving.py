@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ConversionError
 from ..formats import Oddity, summary
 from ..kernels.catalogue import Problem, arch_of, select
 from ..models.linears import check_unscaled
-from ..nn import QuantLinear
+from ..nn import QuantExperts, QuantLinear
 from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
 from ..storage.gguf import gguf_at
@@ -64,8 +64,9 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
     """`save` into an existing directory (see `atomic_directory`)."""
     chosen = get_format(format)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, QuantExperts)}
     model_config: Any = getattr(model, "config", None)
-    if not layers or model_config is None:
+    if not (layers or experts) or model_config is None:
         raise ConversionError(
             f"save needs a transformers model with QuantLinear modules, got {type(model).__name__} with {len(layers)} of "
             f"them and {'no' if model_config is None else 'a'} config; make them with replace_linear or quantize"
@@ -78,7 +79,12 @@ def write_model(model: nn.Module, directory: Path, format: str) -> None:
         writer.add_quantized(name, layer.quant_tensor())
         if layer.bias is not None:
             writer.add_tensor(f"{name}.bias", layer.bias)
-    for name, tensor in plain_tensors(model, layers):
+    for name, module in experts.items():
+        for projection, stack in module.stacks.items():
+            writer.add_experts(f"{name}.{projection}", stack.quant_tensor())
+    for name, tensor in expert_biases(experts):
+        writer.add_tensor(name, tensor)
+    for name, tensor in plain_tensors(model, {**layers, **inside_of(experts)}):
         writer.add_tensor(name, tensor)
     writer.close()
     if origin and (Path(origin) / CONFIG).is_file():
@@ -134,6 +140,11 @@ def convert(
                 writer.add_tensor(name, source.read(name))
                 continue
             weight, found = source.weight(module)
+            if source.format.rows_as_stored:
+                raise ConversionError(
+                    f"{module}: a file of {source.format.name} holds stacked experts in the order of the model's parameters, "
+                    f"which is known of a model alone: load {source_dir} and save it"
+                )
             oddities += [(module, oddity) for oddity in found]
             writer.add_quantized(module, weight)
         writer.close()
@@ -155,6 +166,28 @@ def layout_of(directory: str | os.PathLike[str], device: torch.device | str = "c
         raise CheckpointError(f"{directory} holds no quantized weights; quantize it first (qkernels quantize)")
     weight = checkpoint.weight(next(iter(checkpoint.modules))).weight
     return select(Problem(weight.N, weight.K, weight.scheme, torch.bfloat16, arch_of(device))).layout
+
+
+def stacks_of(experts: Mapping[str, QuantExperts]) -> dict[str, nn.Module]:
+    """The stacks of experts modules by the full names of the parameters that they stand for."""
+    return {f"{name}.{p}": stack for name, module in experts.items() for p, stack in module.stacks.items()}
+
+
+def inside_of(experts: Mapping[str, QuantExperts]) -> dict[str, nn.Module]:
+    """The same by the names of the modules that they are."""
+    return {f"{n}.{module.form.child(p)}": stack for n, module in experts.items() for p, stack in module.stacks.items()}
+
+
+def expert_biases(experts: Mapping[str, QuantExperts]) -> Iterator[tuple[str, Tensor]]:
+    """Biases of experts under the names and in the order of the modules that they replaced."""
+    for name, module in experts.items():
+        for projection, stack in module.stacks.items():
+            if stack.bias is not None:
+                bias = stack.bias.detach()
+                yield (
+                    f"{name}.{projection}_bias",
+                    module.form.taking_turns(bias) if projection == module.form.up else bias,
+                )
 
 
 def plain_tensors(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:

@@ -52,8 +52,15 @@ class Checkpoint(Protocol):
     def weight(self, module: str) -> Parsed:
         """The weight of a quantized module, and what is strange about it."""
 
+    @property
+    def stacks(self) -> Collection[str]:
+        """Stacks of quantized experts of the model it is named for ("….experts.gate_up_proj"), which are no `modules`."""
+
+    def expert_weights(self, stack: str) -> Iterator[Parsed]:
+        """The weights `[N, K]` of a stack, one expert after the other."""
+
     def parts(self, module: str) -> Collection[str]:
-        """The names in the files of the tensors that make up a quantized module, its bias aside."""
+        """The names in the files of the tensors that make up a quantized module or stack, its bias aside."""
 
     def module_nbytes(self, module: str) -> int:
         """Bytes that a quantized module takes in the file."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConversionError
 from ..formats import Format, Written
+from ..models.experts import PARTS, name_in_files
 from ..models.naming import FileNames
 from ..scheme import QuantScheme
 from ..storage import CONFIG, ShardWriter, write_json
@@ -58,15 +59,41 @@ class CheckpointWriter:
             ConversionError: the format cannot express it; names the module.
             CheckpointError: the module was added before, or the disk refuses.
         """
+        self._write(module, None, weight)
+
+    def _write(self, module: str, written: str | None, weight: QuantTensor) -> None:
+        if weight.codes.dim() != 2 and not self.format.stacks:
+            raise ConversionError(
+                f"{module}: {self.format.name} holds one [N, K] weight a module, got {list(weight.codes.shape)}; stacked experts "
+                f"are written one by one, under names that a model knows: load the checkpoint and save it"
+            )
         try:
             tensors = self.format.write(weight)
         except ConversionError as error:
             raise ConversionError(f"{module}: {error}") from error
-        name = module if self._file_names is None else self._file_names.module(module)
+        name = written or (module if self._file_names is None else self._file_names.module(module))
         for suffix, tensor in tensors.items():
             self._shards.add(f"{name}.{suffix}", tensor)
         self._schemes[name] = weight.scheme
         self._act_order |= weight.group_index is not None
+
+    def add_experts(self, stack: str, weight: QuantTensor) -> None:
+        """Write a stack of experts ("….experts.gate_up_proj", `[E, N, K]`): whole where the format has stacks, else expert by
+        expert and gate apart from up, which is what other readers take.
+
+        Raises:
+            ConversionError, CheckpointError: as `add_quantized`.
+        """
+        if self.format.stacks:
+            self._write(stack, stack, weight)
+            return
+        parts = len(PARTS[stack.rpartition(".")[2]])
+        for expert in range(weight.codes.shape[0]):
+            for part in range(parts):
+                one = weight[expert].shard("N", part, parts)
+                name = name_in_files(stack, expert, part)
+                written = name if self._file_names is None else self._file_names.expert(stack, expert, part)
+                self._write(name, written, one)
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that is not quantized; the bias of a quantized module after its weight.

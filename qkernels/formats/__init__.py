@@ -103,6 +103,9 @@ class Format:
         config_file: a file beside config.json that also gets the quantization_config, for older readers.
         needs_metadata: the metadata of the safetensors headers says what the tensors are; `parse` finds it in the
             quantization_config, under `METADATA`.
+        joint: what stands between the name of a module and a suffix.
+        stacks: whether a module may be stacked experts `[E, N, K]`; else they are written one by one.
+        rows_as_stored: stacked experts have their rows in the order of transformers' parameter; else gate's come first.
     """
 
     name: str
@@ -114,6 +117,9 @@ class Format:
     config_of: Callable[[Written], dict[str, Any]] = _no_config
     config_file: str | None = None
     needs_metadata: bool = False
+    joint: str = "."
+    rows_as_stored: bool = False
+    stacks: bool = False
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -126,9 +132,13 @@ from . import (  # noqa: E402  (they need Format)
     awq,
     awq_gemv,
     bitsandbytes,
+    compressed_floats,
     compressed_tensors,
+    fp8,
     gptq,
     hqq,
+    modelopt,
+    mxfp4,
     native,
     torchao,
 )
@@ -138,7 +148,8 @@ FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V
 READ_ONLY: dict[str, Format] = {
     f.name: f
     for f in (
-        compressed_tensors.INTEGERS, awq_gemv.GEMV, awq_gemv.GEMV_FAST, bitsandbytes.FOUR_BIT, bitsandbytes.INT8, hqq.FORMAT,
-        auto_round.FORMAT, torchao.FORMAT,
+        compressed_tensors.INTEGERS, compressed_floats.FLOATS, compressed_floats.FP4, compressed_floats.MIXED,
+        fp8.FORMAT, modelopt.FORMAT, awq_gemv.GEMV, awq_gemv.GEMV_FAST, bitsandbytes.FOUR_BIT, bitsandbytes.INT8, hqq.FORMAT,
+        auto_round.FORMAT, torchao.FORMAT, mxfp4.FORMAT,
     )
 }  # fmt: skip

@@ -257,7 +257,7 @@ def _unpack(words: Tensor, bits: int, count: int, dense: bool) -> Tensor:
 
 
 def _fields(module: str, config: Config, body: str) -> _Fields:
-    group = _group_of(module, config)
+    group = group_of(module, config)
     if group.get("format") not in (None, body):
         raise CheckpointError(f"its config group has the format {group['format']!r:.40}, the checkpoint says {body}")
     weights = group.get("weights")
@@ -277,7 +277,7 @@ def _fields(module: str, config: Config, body: str) -> _Fields:
         group_size=_group_size(weights),
         symmetric=symmetric is not False,
         ordered=ordered is True or str(ordered).lower() == "group",
-        activations=_activations(group),
+        activations=activations_of(group),
     )
 
 
@@ -294,7 +294,7 @@ def _group_size(weights: Mapping[str, Any]) -> GroupSize:
     return size
 
 
-def _activations(group: Mapping[str, Any]) -> str:
+def activations_of(group: Mapping[str, Any]) -> str:
     """What a group says about activations, in words; "" where it leaves them in 16 bits."""
     said = []
     for key, what in (("input_activations", "activations"), ("output_activations", "output activations")):
@@ -308,7 +308,7 @@ def _activations(group: Mapping[str, Any]) -> str:
     return ", and ".join(said)
 
 
-def _group_of(module: str, config: Config) -> Mapping[str, Any]:
+def group_of(module: str, config: Config) -> Mapping[str, Any]:
     """The config group of a module: its name before a pattern before a class name. A config with one group needs no
     match: names in files and in models may differ."""
     groups = config.get("config_groups")
@@ -367,20 +367,21 @@ def _reasons(scheme: QuantScheme) -> list[str]:
     return integer_scheme_reasons(plain if scheme.group_size == "tensor" else scheme, BITS)
 
 
-def _matches(body: str, config: Config) -> bool:
+def means(config: Config, *bodies: str) -> bool:
+    """Whether a `quantization_config` is of this method, in one of these formats, and not sparse besides."""
     sparsity = config.get("sparsity_config")
     sparse = isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense"
-    return config.get("quant_method") == METHOD and config.get("format") == body and not sparse
+    return config.get("quant_method") == METHOD and config.get("format") in bodies and not sparse
 
 
-# Scales that no kernel here looks at: see `_activations`.
-_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
+# Scales that no kernel here looks at: see `activations_of`.
+OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 
 PACKED: Format = Format(
     name="compressed-tensors",
     required=("weight_packed", "weight_scale", "weight_shape"),
-    optional=("weight_zero_point", "weight_g_idx", *_OF_ACTIVATIONS),
-    matches=lambda config: _matches(PACK, config),
+    optional=("weight_zero_point", "weight_g_idx", *OF_ACTIVATIONS),
+    matches=lambda config: means(config, PACK),
     parse=parse_packed,
     write=write,
     config_of=config_of,
@@ -388,7 +389,7 @@ PACKED: Format = Format(
 INTEGERS: Format = Format(
     name="compressed-tensors int-quantized",
     required=("weight_scale", "weight"),
-    optional=("weight_zero_point", "weight_g_idx", *_OF_ACTIVATIONS),
-    matches=lambda config: _matches(INT, config),
+    optional=("weight_zero_point", "weight_g_idx", *OF_ACTIVATIONS),
+    matches=lambda config: means(config, INT),
     parse=parse_integers,
 )

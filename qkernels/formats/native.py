@@ -9,7 +9,7 @@
 | factors      | uint8      | [..., N, ceil(2 G * bits / 8)] | instead of scales: small factors of them (and then of |
 |              |            |                              | offsets), less their lowest, Stream(their bits) along G |
 | outer_scales, outer_zeros | floating | [..., N, S]       | outer factors                                        |
-| group_index  | int32      | [K]                          | act-order only                                       |
+| group_index  | int32      | [K], or [E, K]               | act-order only                                       |
 | weight_shape | int64      | [2 or more]                  | [..., N, K]; K is not in the shape of qweight        |
 | weight       | uint8      | [0]                          | nothing; see below                                   |
 
@@ -60,7 +60,7 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
         width = -(-in_features * scheme.bits // 8)
         expect("qweight", tensors["qweight"], (torch.uint8,), (*rows, width), f"{scheme}, weight_shape {shape}")
         codes = unpack_bytes(tensors["qweight"], scheme.bits, in_features)
-        index = group_index_of("group_index", tensors.get("group_index"), in_features, scheme)
+        index = _group_index(tensors.get("group_index"), in_features, rows[:-1], scheme)
         if scheme.factors is not None:
             factors = _parse_factors(tensors, rows, groups, scheme)
             return Parsed(QuantTensor.from_factors(codes, factors, scheme, index))
@@ -78,6 +78,15 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
         elif zeros is not None:
             expect("zeros", zeros, FLOAT_DTYPES, (*rows, groups), f"{scheme}, G={groups}")
         return Parsed(QuantTensor(codes, scales, zeros, index, scheme))
+
+
+def _group_index(stored: Tensor | None, K: int, lead: list[int], scheme: QuantScheme) -> Tensor | None:
+    """One order of columns, or one for each of stacked experts."""
+    if stored is None or stored.dim() != 2:
+        return group_index_of("group_index", stored, K, scheme)
+    expect("group_index", stored, (torch.int32,), (*lead, K), "one for each expert")
+    found = [group_index_of("group_index", one, K, scheme) for one in stored]
+    return None if all(one is None for one in found) else stored
 
 
 def _parse_factors(tensors: Mapping[str, Tensor], rows: list[int], groups: int, scheme: QuantScheme) -> Factors:
@@ -211,4 +220,5 @@ FORMAT: Format = Format(
     parse=parse,
     write=write,
     config_of=config_of,
+    stacks=True,
 )

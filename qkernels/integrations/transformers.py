@@ -17,7 +17,9 @@ initialize for it. Its weight is read, validated and packed afterwards, one modu
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,24 +27,38 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.loading import bias_for, check_strays, linear_at
-from ..checkpoint.saving import plain_tensors
+from ..checkpoint.loading import bias_for, check_strays, dequantize_router, experts_at, linear_at
+from ..checkpoint.saving import expert_biases, inside_of, plain_tensors, stacks_of
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, Written, native, summary
 from ..memory import give_back
+from ..models.experts import ExpertsForm, experts_of, routers
 from ..models.linears import check_unscaled, is_conv1d
 from ..models.naming import FileNames
-from ..nn import QuantLinear, ReplaceReport, model_bytes, other_names, select_linears, set_module
+from ..nn import (
+    QuantExperts,
+    QuantLinear,
+    QuantStack,
+    ReplaceReport,
+    model_bytes,
+    other_names,
+    select_linears,
+    set_module,
+)
+from ..nn.experts import bias_of
 from ..nn.pretrained import prepare_with
 from ..nn.selection import as_patterns
+from ..quantizers import RTN
+from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
+from .placeholders import Packed, Pending, PendingExperts
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +131,9 @@ class QKernelsQuantizer(HfQuantizer):
         self._conversions: list[Any] | None = None
         self._conv1d: set[str] = set()
         self._cut_first: set[str] = set()
+        self._forms: dict[str, ExpertsForm] = {}  # of experts modules that are quantized, by name
+        self._stacks: dict[str, QuantStack] = {}  # those that were read, by the names of their parameters
+        self._routers: list[str] = []  # that the files quantized
         self._also: dict[str, list[str]] = {}  # names of modules that have several
 
     # --- before weights are loaded: the model is on meta ----------------------------------------------------------------
@@ -145,25 +164,36 @@ class QKernelsQuantizer(HfQuantizer):
             return weight_conversions
         checkpoint = self._checkpoint = checkpoint.named_as_in(model, weight_conversions)
         self._conversions = model._weight_conversions
+        forms = experts_of(model)
+        choosing = routers(model, forms)
+        self._forms = {n: form for n, form in forms.items() if f"{n}.{form.up}" in checkpoint.stacks}
+        self._routers = [module for module in checkpoint.modules if module in choosing]
         absent = [module for module in checkpoint.modules if _belongs_to_a_head(module, model, checkpoint)]
-        self._placed = [module for module in checkpoint.modules if module not in absent]
-        if absent or not self._placed:
+        self._placed = [module for module in checkpoint.modules if module not in (*absent, *self._routers)]
+        if absent or not (self._placed or self._forms):
             log.warning("%s has no place for %s of the checkpoint", type(model).__name__, ", ".join(absent))
         check_strays(model, checkpoint)
         for module in self._placed:
             _untie(model, module)
-            _put(model, module, _Pending(linear_at(model, module, checkpoint.spelling(module))), self._also)
+            _put(model, module, Pending(linear_at(model, module, checkpoint.spelling(module))), self._also)
+        for name in self._forms:
+            _put(model, name, PendingExperts(model.get_submodule(name)), self._also)
+        if self._routers:  # they get their values afterwards
+            lacking = [re.escape(f"{module}.{leaf}") for module in self._routers for leaf in ("weight", "bias")]
+            model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *lacking]
         ignored = model._keys_to_ignore_on_load_unexpected  # a list until transformers 5.8, then a set
         model._keys_to_ignore_on_load_unexpected = (set if isinstance(ignored, set) else list)(
-            [_Packed.KEY, *(ignored or ())]
+            [Packed.KEY, *(ignored or ())]
         )
-        return [_Packed(checkpoint), *weight_conversions]
+        return [Packed(checkpoint), *weight_conversions]
 
     def _select(self, model: Any) -> None:
         """Choose the layers to quantize while they load; everything else goes into the report."""
         config: Any = self.quantization_config
         selection = select_linears(model, config.scheme, config.include, config.exclude, config.overrides, "raise")
         self._schemes = dict(selection.chosen)
+        self._schemes |= {f"{n}.{p}": s for n, schemes in selection.experts.items() for p, s in schemes.items()}
+        self._forms = {n: form for n, form in experts_of(model).items() if n in selection.experts}
         self.report = ReplaceReport.of(selection, model)
         if not self._schemes:
             raise ArgumentError(f"there is no layer to quantize:\n{self.report}")
@@ -172,11 +202,33 @@ class QKernelsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, _, leaf = param_name.rpartition(".")
-        return (leaf == "weight" and module in self._schemes) or param_name in self._cut_first
+        return (
+            (leaf == "weight" and module in self._schemes)
+            or param_name in self._schemes
+            or param_name in self._cut_first
+        )
 
     def is_chosen(self, module: str) -> bool:
         """Whether it is to be quantized while it loads."""
         return module in self._schemes
+
+    def is_stack(self, parameter: str) -> bool:
+        """Whether a parameter is a stack of experts that is to be quantized while it loads."""
+        return parameter in self._schemes and parameter.rpartition(".")[0] in self._forms
+
+    def quantize_stack(self, model: Any, parameter: str, stored: Tensor) -> None:
+        """Pack a stack of experts that has just been read; its module is put together when all is loaded."""
+        name, _, projection = parameter.rpartition(".")
+        form, scheme, source = self._forms[name], self._schemes[parameter], model.get_submodule(name)
+        checked_weight(stored, parameter)
+        weights = form.of_projection(projection, stored)
+        made = (
+            RTN().with_scheme(scheme).quantize(w.contiguous(), name=f"{parameter}[{e}]") for e, w in enumerate(weights)
+        )
+        self._stacks[parameter] = QuantStack.of(made, form.experts, None, stored.device, stored.dtype)
+        source._parameters.pop(projection, None)  # nothing is to be initialized there
+        source._is_hf_initialized = True
+        self.report.add(parameter, self._stacks[parameter], stored.nbytes)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeWeight(self)
@@ -200,6 +252,8 @@ class QKernelsQuantizer(HfQuantizer):
         if self._checkpoint is not None:
             self._unpack(model, self._checkpoint)
             model._weight_conversions = self._conversions
+        else:
+            self._put_experts(model)
         missing = [name for name in self._schemes if name not in self.report.replaced]
         if missing:
             raise CheckpointError(
@@ -209,11 +263,24 @@ class QKernelsQuantizer(HfQuantizer):
         self.report.bytes_after = model_bytes(model)
         self._describe(model)
         for name, why in self.report.skipped.items():
-            if "experts" in why:
+            if why.startswith("stacked experts"):
                 log.warning("not quantized: %s: %s", name, why)
         log.info("%s", self.report)
         give_back()
         return model
+
+    def _put_experts(self, model: Any) -> None:
+        """Those whose stacks were quantized while they loaded; biases are there, too, by now."""
+        for name, form in self._forms.items():
+            found = {str(p): self._stacks[f"{name}.{p}"] for p in (form.up, form.down) if f"{name}.{p}" in self._stacks}
+            if len(found) < 2:
+                continue  # named as missing
+            source = model.get_submodule(name)
+            for projection, stack in found.items():
+                bias = bias_of(form, projection, source._parameters.get(f"{projection}_bias"))
+                if bias is not None:
+                    stack.bias = nn.Parameter(bias.detach().to(stack.dtype), requires_grad=False)
+            _put(model, name, QuantExperts(source, form, found), self._also)
 
     def _unpack(self, model: Any, checkpoint: Checkpoint) -> None:
         """Every placeholder becomes a `QuantLinear`, one module in memory at a time."""
@@ -227,7 +294,23 @@ class QKernelsQuantizer(HfQuantizer):
             layer = QuantLinear.from_quant_tensor(weight, bias, _device_near(model, module), dtype)
             set_module(model, module, layer, self._also.get(module, ()))
             self.report.add(module, layer, weight.codes.numel() * dtype.itemsize)
-        left = select_linears(model, "w4a16_g128").skipped  # whatever the scheme
+        for name, form in self._forms.items():
+            source, device = model.get_submodule(name).source, _device_near(model, name)
+            experts, strange = experts_at(model, name, form, checkpoint, device, dtype, "raise", source)
+            oddities += strange
+            set_module(model, name, experts, self._also.get(name, ()))
+            for projection, stack in experts.stacks.items():
+                count = form.experts * stack.out_features * stack.in_features
+                self.report.add(f"{name}.{projection}", stack, count * dtype.itemsize)
+        for module in self._routers:
+            oddities += dequantize_router(model, module, checkpoint, _device_near(model, module), dtype)
+        selection = select_linears(model, "w4a16_g128")  # whatever the scheme
+        left = dict(selection.skipped)
+        left |= {
+            f"{n}.{p}": "stacked experts that the checkpoint does not quantize"
+            for n, ps in selection.experts.items()
+            for p in ps
+        }
         self.report.skipped |= {n: why for n, why in left.items() if n not in self.report.replaced}
         for line in summary(oddities):
             log.warning("%s: %s", checkpoint.path, line)
@@ -236,6 +319,8 @@ class QKernelsQuantizer(HfQuantizer):
         """Make the model's config say what `save_pretrained` would write; returns the names that it would use."""
         names = FileNames(model)
         schemes = {names.module(name): layer.scheme for name, layer in _layers(model).items()}
+        stacks: dict[str, Any] = stacks_of(_experts(model))
+        schemes |= {name: stack.scheme for name, stack in stacks.items()}
         if schemes:
             self.quantization_config = QKernelsConfig(**native.config_of(Written.of(schemes)))
             model.config.quantization_config = self.quantization_config
@@ -267,8 +352,14 @@ class QKernelsQuantizer(HfQuantizer):
             tensors |= {f"{written}.{suffix}": t for suffix, t in native.write(layer.quant_tensor()).items()}
             if layer.bias is not None:
                 tensors[f"{written}.bias"] = layer.bias.detach()
+        experts = _experts(model)
+        stacks: dict[str, Any] = stacks_of(experts)
+        for name, stack in stacks.items():
+            tensors |= {f"{name}.{suffix}": t for suffix, t in native.write(stack.quant_tensor()).items()}
+        for name, bias in expert_biases(experts):
+            tensors |= dict(names.tensors(name, bias))
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        for name, tensor in plain_tensors(model, layers):
+        for name, tensor in plain_tensors(model, {**layers, **inside_of(experts)}):
             if name not in ignored:
                 tensors |= {written: t.detach() for written, t in names.tensors(name, tensor)}
         tensors |= {name: t.detach() for name, t in names.rest()}
@@ -286,6 +377,11 @@ class QKernelsQuantizer(HfQuantizer):
             plain.weight = nn.Parameter(weight)
             plain._parameters["bias"] = layer.bias
             set_module(model, name, plain)
+        for name, experts in _experts(model).items():
+            weights = {n: nn.Parameter(t) for n, t in experts.dequantize(as_dtype).items()}
+            floats = copy.copy(experts.shell)
+            floats._parameters = dict(weights)
+            set_module(model, name, floats)
         return model
 
 
@@ -330,6 +426,11 @@ class _QuantizeWeight(ConversionOps):
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             module = name.rpartition(".")[0]
+            if self.quantizer.is_stack(name):
+                self.quantizer.quantize_stack(model, name, weight)
+                if missing is not None:
+                    missing.discard(name)
+                continue
             if not self.quantizer.is_chosen(module):
                 left[name] = weight  # cut from the same tensor as one that is
                 continue
@@ -337,31 +438,6 @@ class _QuantizeWeight(ConversionOps):
             if missing is not None:
                 missing.discard(name)
         return left
-
-
-class _Pending(nn.Module):
-    """Stands where a quantized module will be; keeps the linear layer, which is on meta, out of sight.
-
-    A module around it may initialize its weight and bias (Mamba): it is shown those of the linear layer, as initialized.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self._hidden = (linear,)
-        for parameter in linear.parameters():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.linear.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.linear.bias
-
-    @property
-    def linear(self) -> nn.Linear:
-        return self._hidden[0]
 
 
 def enable(methods: Iterable[str] = FOREIGN) -> None:
@@ -397,25 +473,6 @@ def register() -> None:
         if taken is not None and taken.__module__ != __name__:
             raise ArgumentError(f'quant_method "{native.METHOD}" is taken by {taken.__module__}.{taken.__name__}')
         mapping[native.METHOD] = own  # a second import of this module replaces its own classes
-
-
-class _Packed(WeightRenaming):
-    """Keeps the tensors of quantized modules, which we read, away from the patterns that come after it: gives them names that
-    none of those matches, and that are ignored."""
-
-    __slots__ = ("_keys",)
-    KEY = r"qkernels:\d+$"
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__("qkernels", "qkernels")
-        biases = [f"{module}.bias" for module in checkpoint.modules]
-        packed = [checkpoint.spelling(name) for name in biases if name in checkpoint]
-        packed += [name for module in checkpoint.modules for name in checkpoint.parts(module)]
-        self._keys = {name: f"qkernels:{index}" for index, name in enumerate(packed)}
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """(name, None), whether it is one of them or not: it is renamed for nobody else."""
-        return self._keys.get(source_key, source_key), None
 
 
 def _asked_in_place_of(modules: Iterable[str], conversions: Iterable[Any]) -> Iterator[str]:
@@ -460,6 +517,10 @@ def _put(model: nn.Module, name: str, module: nn.Module, also: Mapping[str, list
 
 def _layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def _experts(model: nn.Module) -> dict[str, QuantExperts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantExperts)}
 
 
 def _device_near(model: nn.Module, module: str) -> torch.device:

@@ -33,6 +33,7 @@ class Problem:
         dtype: of the activations; its name ("bfloat16") is taken, too.
         arch: "cpu", or "sm80", "sm90", … for a CUDA device (`arch_of`).
         experts: 0 for a plain linear layer.
+        own_orders: whether experts have orders of columns (act-order) of their own.
 
     >>> import torch
     >>> from qkernels import Problem
@@ -46,6 +47,7 @@ class Problem:
     dtype: torch.dtype
     arch: str = "cpu"
     experts: int = 0
+    own_orders: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", QuantScheme.parse(self.scheme))
@@ -79,9 +81,18 @@ class KernelSpec:
     def reasons(self, problem: Problem) -> list[str]:
         """Why it cannot run the problem; empty if it can."""
         layout = get_layout(self.layout)
-        experts = [f"stacked experts are not implemented yet (got {problem.experts})"] if problem.experts else []
+        experts = _against_experts(layout, problem) if problem.experts else []
         here = BACKENDS[layout.backend].reasons(layout, problem.dtype, problem.arch)
         return experts + here + layout.reasons(problem.N, problem.K, problem.scheme)
+
+
+def _against_experts(layout: Layout, problem: Problem) -> list[str]:
+    why = []
+    if not layout.grouped:
+        why.append(f"has no grouped kernels for stacked experts yet (got {problem.experts})")
+    if problem.own_orders and layout.backend != "torch":
+        why.append("each expert has an order of columns of its own (act-order), and its kernels take one for all")
+    return why
 
 
 def arch_of(device: torch.device | str) -> str:

@@ -23,8 +23,10 @@ from ..errors import ArgumentError, CalibrationError, CheckpointError
 from ..evaluate import evaluating
 from ..kernels.catalogue import OnUnsupported
 from ..models.building import assign, computed, empty_to_meta
+from ..models.experts import ExpertsForm, stack_at
 from ..models.linears import as_stored, linear_of
-from ..nn import QuantLinear, model_bytes, other_names, set_module
+from ..nn import QuantExperts, QuantLinear, QuantStack, model_bytes, other_names, set_module
+from ..nn.experts import bias_of
 from ..quantizers import Options
 from ..reports import ModuleReport
 from ..tensor import QuantTensor
@@ -133,6 +135,7 @@ class MemoryHost:
         self.on_unsupported = on_unsupported
         self._also = other_names(model)
         self._original: nn.Module | None = None
+        self._stacks: dict[str, dict[str, QuantStack]] = {}  # of experts whose other projection is still to come
 
     def tokenizer(self) -> None:
         """None: nobody knows where it came from."""
@@ -156,6 +159,9 @@ class MemoryHost:
 
     def weight(self, name: str) -> Tensor:
         """A view of it."""
+        if (found := stack_at(self.model, name)) is not None:
+            _, form, projection = found
+            return form.of_projection(projection, self.model.get_parameter(name).data)
         return linear_of(self.model, name).weight.data
 
     @contextmanager
@@ -175,11 +181,25 @@ class MemoryHost:
             self.keep(f"{name}.{leaf}", weight)
 
     def keep(self, name: str, weight: QuantTensor) -> None:
-        """As a `QuantLinear`."""
+        """As a `QuantLinear`; of experts when both projections are there, as `QuantExperts`."""
+        if (found := stack_at(self.model, name)) is not None:
+            self._keep_stack(*found, weight)
+            return
         linear = linear_of(self.model, name)
         device, dtype = linear.weight.device, linear.weight.dtype
         packed = QuantLinear.from_quant_tensor(weight.to(device), linear.bias, device, dtype, self.on_unsupported)
         set_module(self.model, name, packed, self._also.get(name, ()))
+
+    def _keep_stack(self, name: str, form: ExpertsForm, projection: str, weight: QuantTensor) -> None:
+        source = self.model.get_submodule(name)
+        stored = source._parameters[projection]
+        device, dtype = stored.device, stored.dtype
+        bias = bias_of(form, projection, source._parameters.get(f"{projection}_bias"))
+        experts = (weight[expert].to(device) for expert in range(form.experts))
+        stacks = self._stacks.setdefault(name, {})
+        stacks[projection] = QuantStack.of(experts, form.experts, bias, device, dtype, self.on_unsupported)
+        if len(stacks) == 2:
+            set_module(self.model, name, QuantExperts(source, form, self._stacks.pop(name)), self._also.get(name, ()))
 
     def finished(self, unit: str) -> list[ModuleReport] | None:
         """Nothing is finished before the run."""
@@ -283,6 +303,8 @@ class DirectoryHost:
 
     def weight(self, name: str) -> Tensor:
         """Read from the source."""
+        if (found := stack_at(self.model, name)) is not None:
+            return found[1].of_projection(found[2], self.checkpoint.read(name))
         return as_stored(self.model.get_submodule(name), self.checkpoint.read(f"{name}.weight"))
 
     @contextmanager

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from ..checkpoint.registry import get_format
 from ..errors import ArgumentError, ConversionError, UnsupportedProblem
 from ..kernels.catalogue import KERNELS, OnUnsupported, Problem, arch_of
 from ..layouts import get_layout
+from ..models.experts import PARTS, parameter_of, stack_at
 from ..models.linears import linear_of
 from ..quantizers import Options
 from ..tensor import FLOAT_DTYPES
@@ -36,13 +38,14 @@ def check_limits(host: Host, methods: Mapping[str, Options], format: str | None,
     """
     asked, warned = set(), set()
     for name, method in methods.items():
-        dtype, (N, K) = host.dtype(f"{name}.weight"), linear_of(host.model, name).weight.shape
+        weight = parameter_of(host.model, name)
+        dtype, (N, K) = host.dtype(weight), _shape(host.model, name, format)
         if (method, dtype, N, K) in asked:
             continue
         asked.add((method, dtype, N, K))
         if dtype not in (*FLOAT_DTYPES, torch.float64):
             raise ArgumentError(
-                f"{name}.weight is {dtype_name(dtype)}, and only float16, bfloat16, float32 and float64 weights are quantized: "
+                f"{weight} is {dtype_name(dtype)}, and only float16, bfloat16, float32 and float64 weights are quantized: "
                 f"dequantize the model first, or leave the layer out with exclude"
             )
         if format is not None:
@@ -61,6 +64,17 @@ def check_limits(host: Host, methods: Mapping[str, Options], format: str | None,
                     "on_unsupported='reference' only, which is slow; `qkernels doctor` lists what each kernel takes",
                     name, method.scheme, N, K, ", ".join(able),
                 )  # fmt: skip
+
+
+def _shape(model: nn.Module, name: str, format: str | None) -> tuple[int, int]:
+    """N and K of a layer; of experts those of what is written: one expert, and gate apart from up, but for the native format."""
+    found = stack_at(model, name)
+    if found is None:
+        N, K = linear_of(model, name).weight.shape
+        return N, K
+    _, form, projection = found
+    N, K = form.shape(projection)
+    return (N if format in (None, "native") else N // len(PARTS[projection])), K
 
 
 def _able_kernels(name: str, N: int, K: int, method: Options) -> list[str]:

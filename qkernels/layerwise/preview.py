@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..models.architectures import block_lists, expected_folds, text_config
+from ..models.experts import parameter_of, stack_at
 from ..models.linears import linear_of
 from ..quantizers import RTN, Options
 from ..reports import MIB, ModulePreview, QuantPreview
@@ -41,7 +42,8 @@ def preview_of(
         samples, seq_len: how many calibration windows there will be, and tokens in each; for methods that need them.
     """
     modules = tuple(
-        _previewed(checkpoint, linear_of(model, name).weight.shape, name, chosen) for name, chosen in methods.items()
+        _previewed(checkpoint, _shape(model, name), name, parameter_of(model, name), chosen)
+        for name, chosen in methods.items()
     )
     before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
     after = before - sum(module.bytes_before - module.bytes_after for module in modules)
@@ -50,7 +52,9 @@ def preview_of(
     if method.needs == "moments":
         layers = [layer for blocks in block_lists(model).values() for layer in blocks]
         config: Any = text_config(model)
-        activations = samples * seq_len * checkpoint.dtype(f"{modules[0].name}.weight").itemsize * config.hidden_size
+        activations = (
+            samples * seq_len * checkpoint.dtype(parameter_of(model, modules[0].name)).itemsize * config.hidden_size
+        )
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
         # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
         device_bytes = 4 * (largest + 3 * max(module.shape[1] for module in modules) ** 2)
@@ -99,9 +103,20 @@ def as_quantized(weight: Tensor, method: Options) -> QuantTensor:
     return RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
 
 
-def _previewed(checkpoint: Checkpoint, shape: torch.Size, name: str, method: Options) -> ModulePreview:
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """`[N, K]`, or `[E, N, K]` of stacked experts."""
+    found = stack_at(model, name)
+    if found is None:
+        return tuple(linear_of(model, name).weight.shape)
+    _, form, projection = found
+    return (form.experts, *form.shape(projection))
+
+
+def _previewed(
+    checkpoint: Checkpoint, shape: tuple[int, ...], name: str, parameter: str, method: Options
+) -> ModulePreview:
     """Sizes without weights: quantizing a meta tensor gives the shapes."""
-    weight = torch.empty(shape, dtype=checkpoint.dtype(f"{name}.weight"), device="meta")
+    weight = torch.empty(shape, dtype=checkpoint.dtype(parameter), device="meta")
     result = as_quantized(weight, method)
-    nbytes = result.nbytes + (4 * result.K if method.orders_columns else 0)
+    nbytes = result.nbytes + (4 * result.K if method.orders_columns and weight.dim() == 2 else 0)
     return ModulePreview(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)

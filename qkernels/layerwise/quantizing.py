@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, CalibrationError, QKernelsError
 from ..models.architectures import block_lists, expected_folds, folds_of_layer
+from ..models.experts import experts_of, parameter_of
 from ..models.linears import linear_of, set_weight
 from ..quantizers import InputStatistics, Options, rounding_of
 from ..reports import ModuleReport
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..texts import Windows, batches_of
 from .capturing import Chain, Progress, capture, head_of
+from .experts import quantize_experts
 from .folds import Folds
 from .hosts import Host, Run
 from .running import Call, LayerInputs, LayerJob, Place, collect_statistics, input_groups, propagate
@@ -81,7 +83,7 @@ def _calibrate_all(
     """Those inside the blocks that run on token ids; and, for the name of any other, why it was not calibrated."""
     state = Progress.of(host.model)
     outside = (*block_lists(host.model), head_of(host.model))
-    stored_as = host.dtype(f"{next(iter(run.methods))}.weight")
+    stored_as = host.dtype(parameter_of(host.model, next(iter(run.methods))))
     keep_dtype = stored_as if stored_as in FLOAT_DTYPES else torch.float32
     results: dict[str, ModuleReport] = {}
 
@@ -153,7 +155,8 @@ def _one_block(
         weights.update({leaf: result.tensor for leaf, result in done.items()})
     reports = []
     for leaf, result in done.items():
-        size = result.tensor.codes.numel() * stored[f"{leaf}.weight"].itemsize
+        dtype = stored[leaf] if leaf in stored else stored[f"{leaf}.weight"]  # a stack of experts is a parameter itself
+        size = result.tensor.codes.numel() * dtype.itemsize
         reports.append(result.report(f"{name}.{leaf}", size))
     return reports, outputs
 
@@ -232,7 +235,9 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
     Args:
         layer: on the compute device, in its dtype.
     """
-    methods = {target: method.with_scales_for(job.stored[f"{target}.weight"]) for target, method in job.methods.items()}
+    forms = experts_of(layer)
+    linears = {target: method for target, method in job.methods.items() if target.rpartition(".")[0] not in forms}
+    methods = {target: method.with_scales_for(job.stored[f"{target}.weight"]) for target, method in linears.items()}
     for found in job.folds.proved if job.folds is not None else ():
         fold_scales(layer, found, methods, inputs, job)
     results: dict[str, Quantized] = {}
@@ -249,14 +254,26 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
         weight = linear_of(layer, target).weight.data
         results[target] = round_to_nearest(weight, methods[target], f"{job.name}.{target}", reason)
         set_weight(layer, target, results[target].tensor.dequantize())
-    return {target: results[target] for target in methods}
+    for leaf, form in forms.items():  # after all others, whose outputs they read
+        both: tuple[str, str] = (form.up, form.down)
+        of_experts = {p: job.methods[f"{leaf}.{p}"] for p in both if f"{leaf}.{p}" in job.methods}
+        for p, stack in quantize_experts(layer, leaf, form, of_experts, inputs, job).items() if of_experts else ():
+            results[f"{leaf}.{p}"] = Quantized(
+                stack.tensor, stack.method, stack.error, True, stack.seconds, stack.fallback
+            )
+    return {target: results[target] for target in job.methods}
 
 
 def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str | None = None) -> Quantized:
     """Quantize without calibration; `fallback` says why, if `method` wanted it otherwise."""
     began = time.perf_counter()
     rounding = rounding_of(method)
-    tensor = rounding.quantize(weight, name=f"{name}.weight")
+    if weight.dim() == 3:  # experts, one by one
+        tensor = QuantTensor.stack(
+            [rounding.quantize(w.contiguous(), name=f"{name}[{e}]") for e, w in enumerate(weight)]
+        )
+    else:
+        tensor = rounding.quantize(weight, name=f"{name}.weight")
     if fallback is not None:
         log.warning("%s is rounded to nearest: %s", name, fallback)
     values = weight.float()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..errors import ArgumentError, CalibrationError, CheckpointError, ConversionError, UnsupportedProblem
+from ..models.experts import stack_at
 from ..models.linears import as_stored
 from ..quantizers import Options
 from ..reports import ModuleReport
@@ -82,7 +83,7 @@ class WorkDirectory:
             if quantized:
                 writer = CheckpointWriter(temporary, {})
                 for module, weight in quantized.items():
-                    writer.add_quantized(module, weight)
+                    (writer.add_experts if weight.codes.dim() == 3 else writer.add_quantized)(module, weight)
                 for tensor_name, tensor in plain.items():
                     writer.add_tensor(tensor_name, tensor)
                 writer.close()
@@ -118,6 +119,9 @@ class WorkDirectory:
         found = {name.removeprefix(f"{unit}."): quantized.read(name) for name in quantized.names()}
         for module in quantized.modules:
             leaf = module.removeprefix(f"{unit}.")
+            if (stack := stack_at(layer, leaf)) is not None:
+                found[leaf] = stack[1].stored(stack[2], quantized.weight(module).weight.dequantize())
+                continue
             found[f"{leaf}.weight"] = as_stored(layer.get_submodule(leaf), quantized.weight(module).weight.dequantize())
         return found
 
@@ -133,8 +137,13 @@ class WorkDirectory:
                     writer.add_tensor(name, quantized.read(name))
                     done.add(name)
                 else:
-                    writer.add_quantized(module, quantized.weight(module).weight)
-                    done.add(f"{module}.weight")
+                    weight = quantized.weight(module).weight
+                    if weight.codes.dim() == 3:
+                        writer.add_experts(module, weight)
+                        done.add(module)
+                    else:
+                        writer.add_quantized(module, weight)
+                        done.add(f"{module}.weight")
         return done
 
     def _unit(self, index: int) -> Path:

@@ -99,6 +99,7 @@ class Layout:
         factors: names of those that the kernels multiply by.
         scale_dtypes: of scales that are no factors.
         limits: (N, K, scheme) -> why a weight cannot be packed so, apart from activations and codebooks; empty if it can.
+        grouped: whether there are grouped products of stacked experts (`grouped_gemm_<name>`, `experts_<name>`).
         gemv_tokens: the largest M of an op `gemv_<name>`; None: the layout has none.
         buffers: `BUFFERS`, and its own.
         numbers: `NUMBERS`, and its own.
@@ -120,6 +121,7 @@ class Layout:
     scale_dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     limits: Callable[[int, int, QuantScheme], list[str]] = no_limits
     gemv_tokens: int | None = None
+    grouped: bool = False
     buffers: tuple[Buffer, ...] = BUFFERS
     numbers: tuple[Number, ...] = NUMBERS
     upgrades: Mapping[int, Callable[[Buffers, int, int, QuantScheme], Buffers]] = field(default_factory=dict)
@@ -168,6 +170,11 @@ class Layout:
                 f"layout {self.name} holds scales in {dtype_names(self.scale_dtypes, 'and')}, got "
                 f"{dtype_name(weight.scales.dtype)}"
             )
+        if self.backend != "torch" and weight.group_index is not None and weight.group_index.dim() > 1:
+            raise ConversionError(
+                f"layout {self.name} holds one order of columns (act-order), got one for each of "
+                f"{weight.group_index.shape[0]} experts"
+            )
         made = self.arrange(weight)
         return {buffer.name: made.get(buffer.name) for buffer in self.buffers}
 
@@ -183,8 +190,10 @@ class Layout:
         """What the ops are told of a weight beside its buffers, in the order of `numbers`."""
         return tuple([number.of(N, K, scheme) for number in self.numbers])
 
-    def on_meta(self, N: int, K: int, scheme: QuantScheme, scale_dtype: torch.dtype, ordered: bool) -> Buffers:
-        """Dtypes and shapes of a weight's buffers, without a weight.
+    def on_meta(
+        self, N: int, K: int, scheme: QuantScheme, scale_dtype: torch.dtype, ordered: bool, lead: tuple[int, ...] = ()
+    ) -> Buffers:
+        """Dtypes and shapes of a weight's buffers, without a weight; `lead`: its (expert) dimensions in front.
 
         Raises:
             ConversionError: there are `reasons` against it.
@@ -205,7 +214,8 @@ class Layout:
         for buffer in self.buffers:
             shape = here[buffer.name] if buffer.name in here else shapes.get(buffer.name)
             dtype = buffer.dtype or dtypes.get(buffer.name, scale_dtype)
-            found[buffer.name] = None if shape is None else torch.empty(shape, dtype=dtype, device="meta")
+            front = lead if buffer.tiled else ()
+            found[buffer.name] = None if shape is None else torch.empty((*front, *shape), dtype=dtype, device="meta")
         return found
 
 
@@ -249,17 +259,21 @@ def empty_buffers(
     scale_dtype: torch.dtype,
     ordered: bool,
     device: torch.device | str,
+    lead: tuple[int, ...] = (),
 ) -> dict[str, Tensor | None]:
     """Buffers of the right shapes for a weight that is still to come, filled with zeros (`ordered`: with act-order)."""
-    shapes = layout.on_meta(N, K, scheme, scale_dtype, ordered)
+    shapes = layout.on_meta(N, K, scheme, scale_dtype, ordered, lead)
     empty = {name: None if t is None else torch.zeros_like(t, device=device) for name, t in shapes.items()}
     if ordered:
         empty["k_order"] = torch.arange(K, dtype=torch.int32, device=device)
     return empty
 
 
-def unpack_checked(layout: Layout, buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor:
+def unpack_checked(
+    layout: Layout, buffers: Buffers, N: int, K: int, scheme: QuantScheme, lead: tuple[int, ...] = ()
+) -> QuantTensor:
     """`layout.unpack` for buffers that come from outside: nothing is indexed before shapes, dtypes and column order hold.
+    `lead`: (expert) dimensions in front.
 
     Raises:
         ConversionError: the layout cannot hold such a weight.
@@ -270,8 +284,10 @@ def unpack_checked(layout: Layout, buffers: Buffers, N: int, K: int, scheme: Qua
     dtypes = layout.scale_dtypes if scheme.factors is None else FLOAT_DTYPES
     if scales is None or scales.dtype not in dtypes:
         raise TensorError(f"{field} must be a tensor of {dtype_names(dtypes, 'or')}, got {describe(scales, 'absent')}")
-    for name, want in layout.on_meta(N, K, scheme, scales.dtype, order is not None).items():
+    for name, want in layout.on_meta(N, K, scheme, scales.dtype, order is not None, lead).items():
         got = buffers.get(name)
+        if name == "k_order" and got is not None and got.dim() == 2 and layout.backend == "torch":
+            want = torch.empty((*lead, K), dtype=torch.int32, device="meta")  # experts with orders of their own
         if want is None or got is None:
             fits = want is got
         else:  # zero points may be float16 beside bfloat16 scales: any floating dtype will do where one is meant
@@ -282,6 +298,6 @@ def unpack_checked(layout: Layout, buffers: Buffers, N: int, K: int, scheme: Qua
                 f"{name} must be {describe(want, 'absent')} in layout {layout.name} for {scheme}, N={N} K={K}, "
                 f"got {describe(got, 'absent')}"
             )
-    if order is not None and not torch.equal(order.long().sort().values, torch.arange(K, device=order.device)):
+    if order is not None and bool((order.long().sort(-1).values != torch.arange(K, device=order.device)).any()):
         raise TensorError(f"k_order must be a permutation of 0 … {K - 1}, got repeated or out-of-range entries")
     return layout.unpack(buffers, N, K, scheme)

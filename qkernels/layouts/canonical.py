@@ -67,6 +67,6 @@ def unpack(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor
 
 LAYOUT: Layout = Layout(
     "reference", 1, "torch", arrange, unpack, shapes, stored_bits=lambda bits: 8, rows_per_tile=1,
-    codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES,
+    codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), grouped=True, scale_dtypes=SCALE_DTYPES,
 )  # fmt: skip
 LAYOUT_A8: Layout = replace(LAYOUT, name="reference_a8", acts=("int8",), codebooks=tuple(INTEGER_STEPS))

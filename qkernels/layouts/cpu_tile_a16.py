@@ -152,6 +152,6 @@ def rows_outside(qweight: Tensor, lanes: int) -> Tensor:
 TILES, _TILES_1 = tiles_with(_lay_plane, _lift_plane), tiles_with(_lay_plane, _lift_plane, old=True)
 LAYOUT: Layout = Layout(
     "cpu_tile_a16", 2, "cpu", TILES.pack, TILES.unpack, TILES.shapes, true_bits, ROWS_PER_TILE,
-    codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=8,
+    codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), grouped=True, scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=8,
     upgrades={1: upgrade_of(_TILES_1, TILES)},
 )  # fmt: skip

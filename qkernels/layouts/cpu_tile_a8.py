@@ -46,6 +46,6 @@ def _lift_plane(lanes: Tensor, width: int) -> Tensor:
 TILES, _TILES_1 = tiles_with(_lay_plane, _lift_plane), tiles_with(_lay_plane, _lift_plane, old=True)
 LAYOUT: Layout = Layout(
     "cpu_tile_a8", 2, "cpu", TILES.pack, TILES.unpack, TILES.shapes, true_bits, ROWS_PER_TILE,
-    acts=("int8",), codebooks=tuple(INTEGER_STEPS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES,
+    acts=("int8",), codebooks=tuple(INTEGER_STEPS), factors=tuple(FACTORS), grouped=True, scale_dtypes=SCALE_DTYPES,
     limits=limits, gemv_tokens=8, upgrades={1: upgrade_of(_TILES_1, TILES)},
 )  # fmt: skip

@@ -1,9 +1,10 @@
 """Rows packed along K for the Triton kernels: one row's codes are contiguous, in natural order but for the nibbles.
 
     qweight  uint8 [..., strips, 64, K_pad * width / 8]   width 4 (codes of 2 to 4 bits) or 8 (5 to 8 bits)
-    scales   [..., strips, G, 64]                         source dtype
-    zeros    [..., strips, G, 64]                         uint8 for integer zero points, floating for the other kinds, or None
+    scales   [..., strips, G, 64]                         source dtype, or small factors
+    zeros    [..., strips, G, 64]                         uint8 for integer zero points or small factors, floating, or None
     k_order  int32 [K]                                    which column of x each stored column multiplies, or None
+    outer_scales, outer_zeros  [..., strips, S, 64]       or None
     table    fp32 [2^bits]                                the values of a codebook, or None
 
 A strip is 64 rows of the weight; N and K are padded to multiples of 64 with code 0. Padded rows have scale 0 and are never
@@ -25,8 +26,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scheme import CODEBOOKS, QuantScheme
-from ..tensor import QuantTensor
+from ..scheme import CODEBOOKS, FACTORS, QuantScheme
+from ..tensor import SCALE_DTYPES, QuantTensor
 from . import BUFFERS, Buffer, Buffers, Layout, Shapes
 from .tiles import Tiles, stored_bits
 
@@ -72,6 +73,7 @@ def _with_table(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffer
 
 LAYOUT: Layout = Layout(
     "kpack", 2, "triton", arrange, TILES.unpack, shapes, stored_bits, ROWS_PER_TILE,
-    dtypes=(torch.bfloat16, torch.float16), codebooks=("nf4", "fp4", "e2m1", "iq4nl"), gemv_tokens=GEMV_TOKENS,
+    dtypes=(torch.bfloat16, torch.float16), codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES,
+    gemv_tokens=GEMV_TOKENS,
     buffers=(*BUFFERS, Buffer("table", optional=True, dtype=torch.float32, tiled=False)), upgrades={1: _with_table},
 )  # fmt: skip

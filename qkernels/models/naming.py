@@ -24,10 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConversionError
+from .experts import ExpertsForm, experts_of, members_of, name_in_files, part_of
 
 log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
+Members = Mapping[tuple[int, int], str]  # (expert, part) -> module in the files
+WHOLE = (-1, 0)  # of a stack that lies in the files as one
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,13 @@ class IntoModel:
         made: conversions of all other tensors, with what they make, by name in the model, as tensors on meta.
         used: the transforms that matched something. transformers names a model back by these
             (`model._weight_conversions`).
+        stacks: of each stack of quantized experts ("….experts.gate_up_proj"), the modules in the files that it is made of.
     """
 
     names: Mapping[str, str]
     made: tuple[tuple[Conversion, dict[str, Tensor]], ...]
     used: tuple[Any, ...]
+    stacks: Mapping[str, Members] = field(default_factory=dict)
 
 
 def into_model(
@@ -89,7 +94,13 @@ def into_model(
     weights = {f"{module}.weight": module for module in modules}
     names: dict[str, str] = {}
     groups: dict[str, Conversion] = {}
+    forms = experts_of(model)
+    stacks: dict[str, dict[tuple[int, int], str]] = {}
     for name in sorted({*tensors, *weights}, key=_natural):
+        if name in weights and (found := way.member(name, forms)) is not None:
+            stack, *member = found
+            _take_member(stacks.setdefault(stack, {}), (member[0], member[1]), weights[name], stack, model)
+            continue
         target, pattern, converter = way.place(name)
         if name in weights:
             if converter is not None:
@@ -118,7 +129,48 @@ def into_model(
     ]
     taken += [(next(iter(group.sources)), target) for group, targets in made for target in targets]
     _check_distinct(((name, target) for name, target in taken if target in way.places), model)
-    return IntoModel(names, tuple(made), tuple(way.used()))
+    _check_stacks(stacks, forms, model)
+    return IntoModel(names, tuple(made), tuple(way.used()), stacks)
+
+
+def _take_member(
+    members: dict[tuple[int, int], str], member: tuple[int, int], module: str, stack: str, model: Any
+) -> None:
+    other = members.setdefault(member, module)
+    if other != module:
+        raise CheckpointError(
+            f"{other} and {module} are both a part of {stack} of {type(model).__name__}; one is left over"
+        )
+
+
+def _check_stacks(stacks: Mapping[str, Members], forms: Mapping[str, ExpertsForm], model: Any) -> None:
+    """Raise unless every stack of quantized experts is whole, and so is what belongs to it."""
+    for stack, members in stacks.items():
+        experts, _, projection = stack.rpartition(".")
+        form = forms[experts]
+        other = f"{experts}.{form.down if projection == form.up else form.up}"
+        if other not in stacks:
+            raise CheckpointError(
+                f"{stack} of {type(model).__name__} is quantized in the files and {other} is not; experts are loaded with both "
+                f"quantized, or neither"
+            )
+        if WHOLE in members and len(members) == 1:
+            continue
+        wanted = set(members_of(stack, forms))
+        fused = {(expert, -1) for expert in range(form.experts)}
+        lacking = sorted((fused if fused & set(members) else wanted) - set(members))
+        strays = sorted(set(members) - wanted - fused)
+        if lacking:
+            expert, part = lacking[0]
+            raise CheckpointError(
+                f"{stack} of {type(model).__name__} has {form.experts} experts; the files lack {len(lacking)} of its quantized "
+                f"matrices, first {name_in_files(stack, expert, max(part, 0))} (they have {next(iter(members.values()))})"
+            )
+        if strays or len(members) not in (len(wanted), len(fused)):
+            some = members[strays[0]] if strays else next(iter(members.values()))
+            raise CheckpointError(
+                f"{some} is no part of {stack} of {type(model).__name__}, which has {form.experts} experts"
+            )
 
 
 class FileNames:
@@ -138,6 +190,8 @@ class FileNames:
         self._groups: dict[str, Conversion] = {}
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._modules: dict[str, str] = {}
+        self._members: dict[tuple[str, int, int], str] = {}
+        self._written: dict[str, list[str]] = {}  # names of what a group makes, by its target
         if self._known:
             self._forth, self._back = _Way(model), _Way(model, _backwards(model))
             self._plan()
@@ -151,6 +205,16 @@ class FileNames:
             written = renamed if self._forth.place(renamed)[::2] == (weight, None) else weight
         self._modules[name] = _module_of(written) or name
         return self._modules[name]
+
+    def expert(self, stack: str, expert: int, part: int) -> str:
+        """The name of a part of one expert ("….experts.3.gate_proj"), as files of this architecture have it."""
+        if self._known and not self._members:
+            forms = experts_of(self._model) | quantized_experts(self._model)
+            for group in self._groups.values():
+                for written in self._written.get(group.target, ()):
+                    if (found := self._forth.member(written, forms)) is not None:
+                        self._members[found] = _module_of(written) or written
+        return self._members.get((stack, expert, part), name_in_files(stack, expert, part))
 
     def tensors(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What is to be written now that this tensor has come: itself, or what a conversion makes of it and of those that
@@ -192,7 +256,9 @@ class FileNames:
                 log.debug("%s and what is stored with it keep their names: %s", group.target, error)
                 continue
             self._groups |= dict.fromkeys(group.sources, group)
-            written |= {self._back.rename(name): tensor for name, tensor in made.items()}
+            named = {self._back.rename(name): tensor for name, tensor in made.items()}
+            self._written[group.target] = [*named]
+            written |= named
         self._keep_proved(state, written)
 
     def _keep_proved(self, state: Tensors, written: Tensors) -> None:
@@ -223,17 +289,33 @@ def is_pretrained(model: object) -> bool:
 def float_state(model: nn.Module) -> dict[str, Tensor]:
     """A model's stored tensors; a quantized layer has the weight that it stands for, on meta, and its bias."""
     quantized: dict[str, Any] = {name: m for name, m in model.named_modules() if hasattr(m, "quant_tensor")}
+    stacked = quantized_experts(model)
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         module, _, leaf = name.rpartition(".")
         layer = quantized.get(module)
-        if layer is None or leaf == "bias":
+        experts, _, child = module.rpartition(".")
+        if layer is not None and experts in stacked:
+            form = stacked[experts]
+            projection = next(p for p in (form.up, form.down) if form.child(p) == child)
+            if leaf == "bias":
+                state[f"{experts}.{projection}_bias"] = tensor
+            else:
+                sizes = (stacked[experts].experts, layer.out_features, layer.in_features)
+                weight = torch.empty(sizes, dtype=layer.dtype, device="meta")
+                state[f"{experts}.{projection}"] = form.stored(projection, weight)
+        elif layer is None or leaf == "bias":
             if isinstance(tensor, Tensor):
                 state[name] = tensor
         else:
             shape = (layer.out_features, layer.in_features)
             state[f"{module}.weight"] = torch.empty(shape, dtype=layer.dtype, device="meta")
     return state
+
+
+def quantized_experts(model: nn.Module) -> dict[str, ExpertsForm]:
+    """The forms of a model's quantized experts, by name."""
+    return {name: m.form for name, m in model.named_modules() if isinstance(getattr(m, "form", None), ExpertsForm)}
 
 
 class _Way:
@@ -272,6 +354,18 @@ class _Way:
         if target not in self.places and self._as_based(name) in self.places:
             return self._as_based(name), "", None
         return target, pattern, converter
+
+    def member(self, weight: str, forms: Mapping[str, ExpertsForm]) -> tuple[str, int, int] | None:
+        """Which part of which expert's stack the weight of a module in files is (`part_of`); None: of none."""
+        renamed = _module_of(self.rename(weight)) or weight
+        prefix = f"{self._prefix}."
+        for name in (renamed, renamed.removeprefix(prefix), prefix + renamed):
+            if (found := part_of(name, forms)) is not None:
+                return found
+            experts, _, projection = name.rpartition(".")
+            if experts in forms and projection in (forms[experts].up, forms[experts].down):
+                return name, *WHOLE
+        return None
 
     def _as_based(self, name: str) -> str:
         without, with_one = name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}"

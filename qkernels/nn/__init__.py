@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from .experts import QuantExperts, QuantStack
 from .linear import QuantLinear
 from .modules import model_bytes, other_names, packed_bytes, set_module
 from .replace import ReplaceReport, replace_linear
 from .selection import Selection, select_linears
 
 __all__ = [
+    "QuantExperts",
     "QuantLinear",
+    "QuantStack",
     "ReplaceReport",
     "Selection",
     "model_bytes",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .linear import QuantLinear
+from .packed import PackedModule
 
 _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
@@ -46,7 +46,7 @@ def other_names(model: nn.Module) -> dict[str, list[str]]:
     return {first: others for first, *others in names_of_modules(model).values() if others}
 
 
-def packed_bytes(layer: QuantLinear) -> int:
+def packed_bytes(layer: PackedModule) -> int:
     """Bytes of the buffers the kernel reads."""
     return sum(t.nbytes for t in layer.packed().values() if t is not None)
 

@@ -17,7 +17,7 @@ class Packing(NamedTuple):
     layout: str
     version: int
     scheme: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 def as_tensor(packing: Packing, device: torch.device) -> Tensor:
@@ -30,12 +30,15 @@ def read_packing(state: Any) -> Packing | None:
     if state is None or (isinstance(state, Tensor) and state.is_meta):
         return None
     if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1 or state.numel() > 4096:
-        raise TensorError("the extra state of a QuantLinear must be JSON in a uint8 tensor of at most 4096 bytes")
+        raise TensorError("the extra state of a packed module must be JSON in a uint8 tensor of at most 4096 bytes")
     try:
         fields = json.loads(bytes(state.tolist()))
-        layout, version, scheme, (N, K) = (fields[name] for name in Packing._fields)
+        layout, version, scheme, shape = (fields[name] for name in Packing._fields)
+        sizes = tuple(int(size) for size in shape)
+        if not 2 <= len(sizes) <= 3:
+            raise ValueError(f"shape must be [N, K] or [E, N, K], got {len(sizes)} sizes")
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise TensorError(
-            f"the extra state of a QuantLinear must be JSON with {', '.join(Packing._fields)}: {error}"
+            f"the extra state of a packed module must be JSON with {', '.join(Packing._fields)}: {error}"
         ) from None
-    return Packing(str(layout), int(version), str(scheme), (int(N), int(K)))
+    return Packing(str(layout), int(version), str(scheme), sizes)

@@ -40,13 +40,13 @@ def mind_save_pretrained(quantized: type[nn.Module]) -> None:
     @functools.wraps(plain)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         only_adapters = getattr(self, "_hf_peft_config_loaded", False)
-        held = [name for name, module in self.named_modules() if isinstance(module, quantized)]
+        held = {name: type(module).__name__ for name, module in self.named_modules() if isinstance(module, quantized)}
         if only_adapters or not held:
             return plain(self, *args, **kwargs)
         if _prepare is None:
             raise ConversionError(
-                f"save_pretrained would write {len(held)} {quantized.__name__} modules of {type(self).__name__} (first {held[0]})"
-                f" so that nobody can read them: use qkernels.save(model, directory), or import "
+                f"save_pretrained would write {len(held)} {next(iter(held.values()))} modules of {type(self).__name__} "
+                f"(first {next(iter(held))}) so that nobody can read them: use qkernels.save(model, directory), or import "
                 f"qkernels.integrations.transformers, here and where the model will be loaded with from_pretrained"
             )
         with _prepare(self):

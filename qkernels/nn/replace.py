@@ -16,8 +16,10 @@ from ..quantizers import RTN, Options
 from ..quantizers.grid import checked_weight
 from ..reports import MIB
 from ..scheme import QuantScheme
+from .experts import QuantExperts, QuantStack
 from .linear import QuantLinear
 from .modules import model_bytes, other_names, packed_bytes, set_module
+from .packed import PackedModule
 from .selection import Overrides, Patterns, Selection, select_linears
 
 log = logging.getLogger(__name__)
@@ -50,20 +52,25 @@ class ReplaceReport:
     skipped: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    stacks: set[str] = field(default_factory=set)  # of those replaced, the stacks of experts
 
     @classmethod
     def of(cls, selection: Selection, model: nn.Module | None = None) -> ReplaceReport:
         """The report of a selection of which nothing is replaced yet."""
         return cls(skipped=dict(selection.skipped), bytes_before=0 if model is None else model_bytes(model))
 
-    def add(self, name: str, layer: QuantLinear, bytes_before: int) -> None:
-        """A layer now stands in the place of a float weight of so many bytes."""
+    def add(self, name: str, layer: PackedModule, bytes_before: int) -> None:
+        """A layer, or a stack of experts, now stands in the place of a float weight of so many bytes."""
+        if isinstance(layer, QuantStack):
+            self.stacks.add(name)
         self.replaced[name] = Replaced(layer.scheme, layer.layout, bytes_before, packed_bytes(layer))
 
     def __str__(self) -> str:
         schemes = sorted({str(r.scheme) for r in self.replaced.values()})
+        stacks = f" and {len(self.stacks)} stacks of experts" if self.stacks else ""
         lines = [
-            f"replaced {len(self.replaced)} linear layers ({', '.join(schemes) or 'none'}), skipped {len(self.skipped)}; "
+            f"replaced {len(self.replaced) - len(self.stacks)} linear layers{stacks} ({', '.join(schemes) or 'none'}), "
+            f"skipped {len(self.skipped)}; "
             f"model {self.bytes_before * MIB:.1f} -> {self.bytes_after * MIB:.1f} MiB"
         ]
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
@@ -81,6 +88,8 @@ def replace_linear(
     method: Options | None = None,
 ) -> ReplaceReport:
     """Round every linear layer's weight to `scheme` and swap in a `QuantLinear`, in place.
+
+    Stacked experts of a mixture (transformers 5) become `QuantExperts`; routers and gates of shared experts stay.
 
     Patterns are shell patterns on the module's name as `model.named_modules()` spells it, or on its last part ("lm_head",
     "*.down_proj", "encoder.layer.0.*").
@@ -125,23 +134,39 @@ def replace_linear(
     rounding = {s: (method or RTN()).with_scheme(s) for s in (scheme, *rules.values())}
     selection = select_linears(model, scheme, include, exclude, rules, on_unsupported)
     report = ReplaceReport.of(selection, model)
-    if not selection.chosen:
+    if not selection.chosen and not selection.experts:
         raise ArgumentError(f"replace_linear found no layer to replace:\n{report}")
     for name in selection.chosen:
         checked_weight(linear_of(model, name).weight, f"{name}.weight")
-    layers = {}
+    for name, schemes in selection.experts.items():
+        for projection in schemes:
+            checked_weight(model.get_parameter(f"{name}.{projection}"), f"{name}.{projection}")
+    layers: dict[str, QuantLinear] = {}
+    experts: dict[str, QuantExperts] = {}
     with GivingBack() as memory:
         for name, chosen in tqdm(
             selection.chosen.items(), desc="quantizing", unit="layer", delay=2, disable=not progress
         ):
             linear = linear_of(model, name)
             layers[name] = QuantLinear.from_linear(linear, chosen, rounding[chosen], on_unsupported, f"{name}.weight")
+        for name, schemes in tqdm(
+            selection.experts.items(), desc="quantizing experts", unit="module", delay=2, disable=not progress
+        ):
+            methods = {projection: rounding[chosen] for projection, chosen in schemes.items()}
+            source = model.get_submodule(name)
+            experts[name] = QuantExperts.from_experts(source, schemes, methods, on_unsupported, name)
         also = other_names(model)
         for name, layer in layers.items():
             float_bytes = linear_of(model, name).weight.nbytes
             report.add(name, layer, float_bytes)
             set_module(model, name, layer, also.get(name, ()))
             memory.freed(float_bytes)
+        for name, module in experts.items():
+            for projection, stack in module.stacks.items():
+                float_bytes = model.get_parameter(f"{name}.{projection}").nbytes
+                report.add(f"{name}.{projection}", stack, float_bytes)
+                memory.freed(float_bytes)
+            set_module(model, name, module, also.get(name, ()))
     report.bytes_after = model_bytes(model)
     log.info("%s", report)
     return report

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -16,8 +16,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..errors import ArgumentError, UnsupportedProblem
 from ..kernels.catalogue import OnUnsupported
+from ..models.experts import ExpertsForm, experts_of, routers
 from ..models.linears import is_conv1d, linear_of, scaled_in_place, why_not_plain
 from ..scheme import QuantScheme
+from .experts import QuantExperts, QuantStack
 from .linear import QuantLinear
 from .modules import names_of_modules
 
@@ -26,6 +28,7 @@ HEADS = (
     "lm_head", "*.lm_heads.*", "embed_out", "output_projection", "score", "scorer", "classifier", "classification_head",
     "qa_outputs", "qa_classifier", "seq_relationship", "start_logits", "end_logits", "bbox_predictor",
 )  # fmt: skip
+A_ROUTER = "a router: which experts a token gets, or how much of the shared one, stays exact"
 A_HEAD = "a head; name it in include to quantize it"
 
 Patterns = Iterable[str] | str | None
@@ -41,10 +44,18 @@ class Selection:
         chosen: the scheme of each linear layer that is to be quantized, by its name, in the model's order.
         skipped: the reason for every other matrix, by the name of its linear layer, or of the parameter where it is in
             none; embeddings and convolutions are not mentioned.
+        experts: of each experts module that is to be quantized, the schemes of its projections.
     """
 
     chosen: Mapping[str, QuantScheme]
     skipped: Mapping[str, str]
+    experts: Mapping[str, Mapping[str, QuantScheme]] = field(default_factory=dict)
+
+    @property
+    def every(self) -> dict[str, QuantScheme]:
+        """Layers and stacks of experts ("….experts.down_proj") alike."""
+        stacks = {f"{name}.{p}": scheme for name, schemes in self.experts.items() for p, scheme in schemes.items()}
+        return {**self.chosen, **stacks}
 
 
 def select_linears(
@@ -55,10 +66,10 @@ def select_linears(
     overrides: Overrides = None,
     on_unsupported: OnUnsupported | None = None,
 ) -> Selection:
-    """Choose the linear layers to quantize; nothing is changed, and no weight is read.
+    """Choose the linear layers and stacked experts to quantize; nothing is changed, and no weight is read.
 
     Patterns are shell patterns on the module's name as `model.named_modules()` spells it, or on its last part; of a module under
-    several names, on any of them.
+    several names, on any of them; of experts, on that of their module or of a projection.
 
     Args:
         model: its parameters may be on meta. `Conv1D` (GPT-2) is a linear layer too.
@@ -91,7 +102,10 @@ def select_linears(
             f"QuantLinear.from_linear(layer, scheme) makes the quantized one"
         )
     aliases = {names[0]: names for names in names_of_modules(model).values()}
+    forms = experts_of(model)
     names, skipped = _sorted_out(model, aliases, wanted, unwanted)
+    stacks, reasons = _sorted_experts(model, forms, wanted, unwanted)
+    skipped |= reasons
     _check_patterns([*(wanted or ()), *rules], model)
     _check_exclude(unwanted or (), model)
     chosen = {name: _first_match(aliases[name], rules, default) for name in names}
@@ -99,7 +113,17 @@ def select_linears(
         lacking = _without_kernel(model, chosen, on_unsupported)
         chosen = {name: scheme for name, scheme in chosen.items() if name not in lacking}
         skipped |= lacking
-    return Selection(chosen, skipped)
+    of_experts = {
+        name: {p: _first_match([f"{name}.{p}", name], rules, default) for p in projections}
+        for name, projections in stacks.items()
+    }
+    if on_unsupported is not None:
+        lacking = _experts_without_kernel(model, forms, of_experts, on_unsupported)
+        of_experts = {
+            n: schemes for n, schemes in of_experts.items() if not any(f"{n}.{p}" in lacking for p in schemes)
+        }
+        skipped |= lacking
+    return Selection(chosen, skipped, of_experts)
 
 
 def heads(model: nn.Module) -> set[str]:
@@ -160,18 +184,33 @@ def _sorted_out(
         for parameter in module._parameters.values():
             users.setdefault(id(parameter), []).append(name)
     tied, scaled = _tied_later(model), scaled_in_place(model)
+    with_experts = [name for name, m in model.named_modules() if isinstance(m, QuantExperts)]
+    covered = experts_of(model)
+    choosing = routers(model, [*covered, *with_experts])
     spared = heads(model) if exclude is None else set()
     chosen: list[str] = []
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             skipped[name] = "already quantized"
+        elif isinstance(module, QuantExperts):
+            skipped |= {f"{name}.{p}".lstrip("."): "already quantized" for p in module.stacks}
+        elif isinstance(module, QuantStack):
+            continue
+        elif name in covered:
+            continue  # `_sorted_experts`
+        elif name in choosing and not _is_linear(module):
+            weight = module.get_parameter("weight")
+            size = f"({list(weight.shape)}, {weight.nbytes:,} bytes)"
+            skipped[f"{name}.weight"] = A_ROUTER.replace("a router", f"a router {size}", 1)
         elif _is_linear(module):
             weight = module._parameters.get("weight")
             shared = [other for other in users.get(id(weight), []) if other != name and weight is not None]
             named = include is not None and _any_matches(aliases[name], include)
             if _any_matches(aliases[name], exclude or ()):
                 skipped[name] = "excluded"
+            elif name in choosing:
+                skipped[name] = A_ROUTER
             elif include is not None and not named:
                 skipped[name] = "not in include"
             elif name in spared and not named:
@@ -187,6 +226,55 @@ def _sorted_out(
         else:
             skipped |= _other_matrices(name, module)
     return chosen, skipped
+
+
+def _sorted_experts(
+    model: nn.Module,
+    forms: Mapping[str, ExpertsForm],
+    include: tuple[str, ...] | None,
+    exclude: tuple[str, ...] | None,
+) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """The projections of experts modules to quantize, by module, and the reason for every other one."""
+    chosen: dict[str, tuple[str, str]] = {}
+    skipped: dict[str, str] = {}
+    for name, form in forms.items():
+        projections = (form.up, form.down)
+        names = [name, *(f"{name}.{p}" for p in projections)]
+        module = model.get_submodule(name)
+        reason = None
+        if _any_matches(names, exclude or ()):
+            reason = "excluded"
+        elif include is not None and not _any_matches(names, include):
+            reason = "not in include"
+        elif any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None):
+            reason = "its weights are no plain tensors"
+        if reason is None:
+            chosen[name] = projections
+        else:
+            skipped |= {f"{name}.{p}": reason for p in projections}
+    return chosen, skipped
+
+
+def _experts_without_kernel(
+    model: nn.Module,
+    forms: Mapping[str, ExpertsForm],
+    chosen: Mapping[str, Mapping[str, QuantScheme]],
+    on_unsupported: OnUnsupported,
+) -> dict[str, str]:
+    """The same as `_without_kernel`: both projections stay where one lacks a kernel."""
+    lacking: dict[str, str] = {}
+    for name, schemes in chosen.items():
+        for projection, scheme in schemes.items():
+            t = model.get_submodule(name)._parameters[projection]
+            assert t is not None
+            allowed: OnUnsupported = "raise" if on_unsupported == "skip" else on_unsupported
+            try:
+                QuantExperts.check_supported(forms[name], projection, scheme, t.dtype, t.device, allowed)
+            except UnsupportedProblem as error:
+                if on_unsupported != "skip":
+                    raise UnsupportedProblem(f"{name}.{projection}: {error}") from None
+                lacking |= {f"{name}.{p}": str(error) for p in schemes}
+    return lacking
 
 
 def _tied_later(model: nn.Module) -> set[str]:
@@ -220,6 +308,8 @@ def _check_patterns(patterns: Sequence[str], model: nn.Module) -> None:
     """Every pattern must mean a linear layer, of which some may be quantized already."""
     modules = model.named_modules(remove_duplicate=False)
     names = [name for name, module in modules if _is_linear(module) or isinstance(module, QuantLinear)]
+    for name, form in experts_of(model).items():
+        names += [name, f"{name}.{form.up}", f"{name}.{form.down}"]
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise ArgumentError(

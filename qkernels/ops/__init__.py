@@ -15,11 +15,11 @@ from torch.autograd import forward_ad
 from ..errors import ArgumentError
 from ..layouts import Layout, get_layout
 from ..scheme import QuantScheme
-from . import schema
+from . import grouped, schema
 from .schema import GEMM, GEMV, Op, register
 from .weight import Product, Weight, dequantize_arguments, weight_from_buffers
 
-__all__ = ["GEMM", "Weight", "call", "dequantize", "gemm", "gemv", "records_gradient", "register"]
+__all__ = ["GEMM", "Weight", "call", "dequantize", "gemm", "gemv", "grouped", "records_gradient", "register"]
 
 
 def gemm(

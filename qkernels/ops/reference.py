@@ -121,14 +121,19 @@ def product_op(layout: Layout, *arguments: Any) -> Tensor:
         ArgumentError, SchemeError: see `scheme_of`.
     """
     x, weight, bias = read_product(layout, arguments)
-    act = layout.acts[0]
-    return PRODUCTS[act](x, _unpacked(layout, weight, act), bias)
+    return unpacked_product(layout, x, weight, bias)
 
 
 def dequantize_op(layout: Layout, *arguments: Any) -> Tensor:
     """`dequantize_<layout>` for a layout that has no faster one: unpack, then `QuantTensor.dequantize`."""
     weight, dtype = read_dequantize(layout, arguments)
     return _unpacked(layout, weight).dequantize(dtype)
+
+
+def unpacked_product(layout: Layout, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """The product with one weight of a layout that plain PyTorch runs, in x's dtype."""
+    act = layout.acts[0]
+    return PRODUCTS[act](x, _unpacked(layout, weight, act), bias)
 
 
 def _unpacked(layout: Layout, weight: Weight, act: str | None = None) -> QuantTensor:

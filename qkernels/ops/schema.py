@@ -112,7 +112,8 @@ def check_weight(layout: Layout, weight: Weight) -> int:
         )
     lead = qweight.shape[: -len(codes)]
     _check_groups(layout, weight, lead, shapes["scales"])
-    if k_order is not None and (k_order.dtype != torch.int32 or k_order.dim() != 1 or k_order.shape[0] != K):
+    orders = ((K,), (*lead, K)) if layout.backend == "torch" else ((K,),)
+    if k_order is not None and (k_order.dtype != torch.int32 or k_order.shape not in orders):
         raise ArgumentError(f"k_order must be None or int32 [K] = [{K}], got {describe(k_order)}")
     for buffer in BUFFERS[1:]:
         t = weight.value(buffer.name)
@@ -195,7 +196,7 @@ def _gradient(layout: Layout, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     found: dict[str, Tensor] = {}
     if wanted["x"]:
         weight = weight_from_buffers(layout, ctx.saved_tensors, ctx.numbers, ctx.in_features)
-        found["x"] = _gradient_of_x(layout, weight, dy).to(ctx.x_dtype)
+        found["x"] = gradient_of_x(layout, weight, dy).to(ctx.x_dtype)
     if wanted["bias"]:
         found["bias"] = dy.float().sum(0).to(ctx.bias_dtype)
     return tuple(found.get(name) for name in names)
@@ -222,7 +223,7 @@ def transformed_product(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _gradient_of_x(layout: Layout, weight: Weight, dy: Tensor) -> Tensor:
+def gradient_of_x(layout: Layout, weight: Weight, dy: Tensor) -> Tensor:
     """dx = dy W in fp32, W dequantized a slice of rows at a time."""
     dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout.name}")
     rows = layout.rows_per_tile
@@ -239,7 +240,8 @@ def _gradient_of_x(layout: Layout, weight: Weight, dy: Tensor) -> Tensor:
 # --- definitions ----------------------------------------------------------------------------------------------------------
 
 
-def _not_built(op: str, backend: Backend, *_: Any) -> Tensor:
+def not_built(op: str, backend: Backend, *_: Any) -> Tensor:
+    """What an op does whose code is not there: it says so."""
     raise UnsupportedProblem(
         f"torch.ops.qkernels.{op} is compiled code, and {backend.missing()}; build it with "
         f'`pip install . --no-build-isolation`, or allow the slow path with on_unsupported="reference"'
@@ -259,7 +261,8 @@ def _products_of(layout: Layout) -> dict[str, int | None]:
     return {f"gemm_{layout.name}": None} | gemv
 
 
-def _define_op(op: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def define_op(op: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make an op known, with its fake kernel."""
     LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     register_fake(f"qkernels::{op}", fake, lib=LIBRARY)
     defined: Callable[..., Tensor] = getattr(torch.ops.qkernels, op).default
@@ -269,7 +272,7 @@ def _define_op(op: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..
 def _define(layout: Layout) -> None:
     buffers = tuple(buffer.name for buffer in layout.buffers)
     for op, max_tokens in _products_of(layout).items():
-        run = _define_op(op, product_schema(layout), partial(_fake_product, layout, max_tokens))
+        run = define_op(op, product_schema(layout), partial(_fake_product, layout, max_tokens))
         save = partial(_save_for_gradient, layout)
         register_autograd(f"qkernels::{op}", partial(_gradient, layout), setup_context=save, lib=LIBRARY)
         if layout.backend == "torch":
@@ -277,7 +280,7 @@ def _define(layout: Layout) -> None:
         count_flops(op)
         (GEMM if max_tokens is None else GEMV)[layout.name] = Op(run, buffers, layout)
     op = f"dequantize_{layout.name}"
-    _define_op(op, dequantize_schema(layout), partial(_fake_dequantize, layout))
+    define_op(op, dequantize_schema(layout), partial(_fake_dequantize, layout))
     LIBRARY.impl(op, partial(reference.dequantize_op, layout), "CompositeExplicitAutograd")
 
 
@@ -287,7 +290,7 @@ def _refuse_what_is_not_there(layout: Layout) -> None:
         if backend.device == "cuda":
             LIBRARY.impl(op, partial(_needs_cuda, op), "CPU")
         if backend.device is not None and not backend.built():
-            LIBRARY.impl(op, partial(_not_built, op, backend), backend.device.upper())
+            LIBRARY.impl(op, partial(not_built, op, backend), backend.device.upper())
 
 
 def register(layout: Layout) -> None:

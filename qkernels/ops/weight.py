@@ -106,12 +106,12 @@ def product_names(layout: Layout) -> tuple[str, ...]:
 
 def product_schema(layout: Layout) -> str:
     """The schema of `gemm_<layout>` and `gemv_<layout>`, without a name."""
-    return _schema(_product_types(layout))
+    return schema_of(_product_types(layout))
 
 
 def dequantize_schema(layout: Layout) -> str:
     """The schema of `dequantize_<layout>`, without a name."""
-    return _schema(_dequantize_types(layout))
+    return schema_of(_dequantize_types(layout))
 
 
 def weight_from_buffers(layout: Layout, buffers: Sequence[Any], numbers: Sequence[Any], in_features: int) -> Weight:
@@ -129,18 +129,20 @@ def weight_from_buffers(layout: Layout, buffers: Sequence[Any], numbers: Sequenc
 
 
 def _product_types(layout: Layout) -> dict[str, str]:
-    return {"x": "Tensor"} | _buffer_types(layout) | {"bias": "Tensor?"} | {n.name: n.type for n in layout.numbers}
+    return {"x": "Tensor"} | buffer_types(layout) | {"bias": "Tensor?"} | {n.name: n.type for n in layout.numbers}
 
 
 def _dequantize_types(layout: Layout) -> dict[str, str]:
     out_features, *others = layout.numbers
     numbers = {out_features.name: out_features.type, "in_features": "int"} | {n.name: n.type for n in others}
-    return _buffer_types(layout) | numbers | {"dtype": "ScalarType"}
+    return buffer_types(layout) | numbers | {"dtype": "ScalarType"}
 
 
-def _buffer_types(layout: Layout) -> dict[str, str]:
+def buffer_types(layout: Layout) -> dict[str, str]:
+    """How a schema spells the buffers of a layout, by name."""
     return {buffer.name: "Tensor?" if buffer.optional else "Tensor" for buffer in layout.buffers}
 
 
-def _schema(types: Mapping[str, str]) -> str:
+def schema_of(types: Mapping[str, str]) -> str:
+    """The schema of an op with these arguments, without a name."""
     return f"({', '.join(f'{kind} {name}' for name, kind in types.items())}) -> Tensor"

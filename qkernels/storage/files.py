@@ -28,7 +28,8 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # beside config.json in older GPTQ and AWQ folders
+# Beside config.json: older GPTQ and AWQ folders, ModelOpt's.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

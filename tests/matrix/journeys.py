@@ -16,7 +16,8 @@ from qkernels import GPTQ, RTN, QuantLinear, QuantReport, load, quantize
 from qkernels.calibrate import preview
 from qkernels.errors import QKernelsError
 from qkernels.integrations.transformers import QKernelsConfig
-from qkernels.nn import set_module
+from qkernels.nn import QuantExperts, set_module
+from qkernels.nn.packed import PackedModule
 from qkernels.nn.selection import A_HEAD
 from qkernels.quantizers import Options
 
@@ -110,14 +111,28 @@ def refused(reason: str, model: Any, path: Path, method: Options) -> None:
     assert not quantized(mine) and not (path / "refused").exists()
 
 
-def quantized(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def quantized(model: nn.Module) -> dict[str, PackedModule]:
+    """Linear layers, and stacks of experts."""
+    found: dict[str, PackedModule] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found[name] = module
+        elif isinstance(module, QuantExperts):
+            found |= {f"{name}.{projection}": stack for projection, stack in module.stacks.items()}
+    return found
 
 
 def dequantized(model: Any) -> Any:
     """The same model with a float layer for every quantized one."""
     plain = copy.deepcopy(model)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, QuantExperts):
+            floats = copy.copy(module.shell)
+            floats._parameters = {n: nn.Parameter(t, requires_grad=False) for n, t in module.dequantize().items()}
+            set_module(plain, name, floats)
     for name, layer in quantized(model).items():
+        if not isinstance(layer, QuantLinear):
+            continue
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
         linear.weight.data, linear.bias = layer.dequantize(), layer.bias
         set_module(plain, name, linear)
@@ -165,6 +180,8 @@ def left(report: QuantReport) -> str:
     for reason in report.skipped.values():
         if reason == A_HEAD:
             kinds.append("head")
+        elif reason.startswith("a router"):
+            kinds.append("router")
         elif reason.startswith("stacked experts"):
             kinds.append("experts")
         elif reason.startswith("its weight is shared"):

@@ -24,13 +24,14 @@ Models that see were shown pictures, but for Gemma 4, Phi-4 multimodal and Mllam
 
 * **float**: a directory → `load`: the outputs are those of transformers, bit for bit.
 * **RTN 8**, **GPTQ 4**: `quantize` of the directory, groups of 32 → `load`: outputs within 1e-5 of the dequantized
-  model's; a model in memory gets the same weights. The number is that of the layers. *12 of 20*: 12 are calibrated; the
+  model's; a model in memory gets the same weights. The number is that of the layers, stacks
+  of experts included. *12 of 20*: 12 are calibrated; the
   others, which token ids do not reach, or which are read and not called, are rounded to nearest, as the report says of each.
 * **generate**: of those, the same tokens as of the dequantized model.
 * **QKernelsConfig**: `from_pretrained` quantizes to what RTN 8 does, and `load` and `from_pretrained` read what
   `save_pretrained` then writes: the same weights, bit for bit.
-* **stays as it is**: matrices that are not quantized: heads by default, experts in one tensor, and what is no linear
-  layer, by its class.
+* **stays as it is**: matrices that are not quantized: heads by default, routers, experts in one tensor of a kind that
+  is not covered, and what is no linear layer, by its class.
 
 What has no ✓ is refused in these words before any work, and in a dry run; – is for classes that do not generate.
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer
 
 import qkernels.integrations.transformers  # noqa: F401  (save_pretrained writes our format)
-from qkernels import RTN, QuantLinear, load, quantize, replace_linear, save
+from qkernels import RTN, load, quantize, replace_linear, save
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats import FORMATS
-from qkernels.integrations.transformers import QKernelsConfig
-from qkernels.nn import pretrained
+from qkernels.integrations.transformers import QKernelsConfig, enable
+from qkernels.nn import QuantExperts, QuantLinear, pretrained
 from qkernels.nn.selection import heads
 
 from ..tiny_models import stir
@@ -135,7 +134,9 @@ def close(model: Any, expected: Tensor) -> bool:
 
 
 def quantized(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    found = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, QuantExperts)}
+    return found | {f"{name}.{p}" for name, module in experts.items() for p in module.stacks}
 
 
 def stored(directory: Path) -> set[str]:
@@ -290,20 +291,31 @@ def quantized_llama(directory: Path) -> tf.LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("loader", [load, causal])
-def test_quantized_experts_are_refused_by_name(loader: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda n: ".1.w3." not in n,
+            r"11 experts; the files lack 1 of .*first model\.layers\.0\.mlp\.experts\.1\.up_proj",
+        ),
+        (
+            lambda n: ".1.w2." not in n,
+            r"11 experts; the files lack 1 of .*first model\.layers\.0\.mlp\.experts\.1\.down_proj",
+        ),
+        (lambda n: "w2" not in n, r"gate_up_proj of .* is quantized in the files and .*down_proj is not"),
+    ],
+)
+def test_a_lacking_expert_is_an_error(loader: Any, spoil: Any, message: str, tmp_path: Path) -> None:
     model = tiny(KINDS["mixtral"])
     replace_linear(model, SCHEME, progress=False)
-    save(model, tmp_path)
-    weight = RTN(8, 32).quantize(torch.randn(64, 32))
-    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
+    save(model, tmp_path, format="gptq")
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    del tensors[f"{expert}.weight"]
-    packed = {f"{expert}.{suffix}": tensor for suffix, tensor in FORMATS["native"].write(weight).items()}
-    save_file(tensors | packed, path, metadata={"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=rf"{expert} is quantized, .* a part of .*experts\.gate_up_proj; quantized experts"
-    ):
+    kept = {name: t for name, t in tensors.items() if "experts" not in name or spoil(name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, path, metadata={"format": "pt"})
+    enable()
+    with pytest.raises(CheckpointError, match=message):
         loader(tmp_path)
 
 

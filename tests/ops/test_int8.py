@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels import QuantScheme, QuantTensor
+from qkernels import QuantLinear, QuantScheme, QuantTensor
 from qkernels.errors import ArgumentError, ConversionError
 from qkernels.layouts import get_layout
 from qkernels.ops import reference
@@ -239,3 +239,15 @@ def test_what_it_refuses() -> None:
         torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], good, *buffers[3:-3], True, 0, 0)
     with pytest.raises((RuntimeError, ArgumentError), match="zeros must be given where zeros_are_offsets"):
         torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:-3], True, 0, 0)
+
+
+@pytest.mark.parametrize("N", [40, 130, 200])
+def test_a_row_has_the_same_bits_with_a_bias_whatever_its_neighbours(N: int) -> None:
+    """The compiler made scale and bias one FMA in the instantiation for one row, and not in others."""
+    torch.manual_seed(0)
+    layer = QuantLinear.from_linear(torch.nn.Linear(88, N), "w4a8_g8")
+    x = torch.randn(80, 88)
+    with torch.no_grad():
+        together = layer(x)
+        for M in (1, 2, 3, 5, 8, 64):
+            assert torch.equal(layer(x[:M]), together[:M])

@@ -25,6 +25,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
     torch.int32: "*i32",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")

@@ -19,6 +19,7 @@ from qkernels import QuantScheme, QuantTensor
 from qkernels.kernels.triton import launch
 from qkernels.kernels.triton.table import Config
 from qkernels.layouts import LAYOUTS
+from qkernels.scheme import FACTORS
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
 
@@ -31,13 +32,25 @@ SCHEMES = [
     "w2a16_g32", "w3a16_g24_asym", "w4a16_g32", "w4a16_g16_asym", "w4a16_g64", "w4a16_g64_fzero", "w4a16_g128_offset",
     "w4a16_channel", "w5a16_g32", "w8a16_g32_asym", "w8a16_g64", "w8a16_tensor", "nf4_g64", "fp4_g32",
 ]  # fmt: skip
+# A weight is fp32 before it meets x: of these not every dtype is met in every order.
+FLOATING = [
+    "mxfp4_g32", "iq4nl_g32", "fp8_channel", "fp8_block128", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "nvfp4_g16",
+    "nvfp4m_g16",
+]  # fmt: skip
 DTYPES = [torch.float16, torch.bfloat16]
 GEMV = Config("gemv", 1, 16, 64, 2, 4, 2)
 GEMM = Config("gemm", 16, 32, 64, 2, 4, 2)
 DEQUANTIZE = Config("dequantize", 1, 64, 256, 0, 4, 1)
 INF, NAN = float("inf"), float("nan")
-schemes = pytest.mark.parametrize("scheme", SCHEMES)
-act_orders = pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act_order"])
+schemes = pytest.mark.parametrize("scheme", [*SCHEMES, *FLOATING])
+formats = pytest.mark.parametrize(
+    ("scheme", "act_order", "dtype"),
+    [
+        *((scheme, order, dtype) for scheme in SCHEMES for order in (False, True) for dtype in DTYPES),
+        *((scheme, order, dtype) for scheme in FLOATING for order, dtype in zip((False, True), DTYPES)),
+    ],
+    ids=str,
+)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
 configs = pytest.mark.parametrize("config", [GEMV, GEMM], ids=["gemv", "gemm"])
 
@@ -66,9 +79,7 @@ def product(x: Tensor, weight: QuantTensor, bias: Tensor | None = None, config: 
     return launch.gemm(guarded(x), *buffers(weight), bias, weight.N, *numbers(weight), config=config)
 
 
-@schemes
-@act_orders
-@dtypes
+@formats
 def test_dequantize_is_bit_identical(scheme: str, act_order: bool, dtype: torch.dtype) -> None:
     for N, K in ((70, 200), (1, 1), (64, 65)):
         weight = random_weight(scheme, N, K, act_order=act_order)
@@ -76,15 +87,38 @@ def test_dequantize_is_bit_identical(scheme: str, act_order: bool, dtype: torch.
         assert torch.equal(made, weight.dequantize(dtype))
 
 
-def test_dequantize_takes_experts_and_fp32() -> None:
-    weight = random_weight("w4a16_g32_asym", 40, 96, experts=(3,))
+@pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "q4_k", "nvfp4_g16", "mxfp4_g32"])
+def test_dequantize_takes_experts_and_fp32(scheme: str) -> None:
+    weight = random_weight(scheme, 40, 96, experts=(3,))
     made = launch.dequantize(*buffers(weight), 40, 96, *numbers(weight), torch.float32)
     assert torch.equal(made, weight.dequantize())
 
 
-@schemes
-@act_orders
-@dtypes
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e8m0fnu, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("scheme", ["mxfp4_g32", "w4a16_g32", "fp8_block128"])
+def test_every_byte_of_a_scale_is_the_number_that_it_means(scheme: str, scale_dtype: torch.dtype) -> None:
+    """All that are numbers, subnormals among them, over all codes."""
+    parsed = QuantScheme.parse(scheme)
+    length = parsed.group_length(256) if parsed.group_size != "channel" else 256
+    every = torch.arange(256, dtype=torch.uint8)
+    every = torch.where(every.view(scale_dtype).float().isfinite(), every, 1)
+    scales = every.repeat(128 if parsed.rows > 1 else 1).view(-1, 256 // length)
+    if parsed.rows > 1:
+        scales = scales[: 256 * 2 : 2].repeat_interleave(parsed.rows, 0)[:256]
+    codes = torch.arange(256).remainder(parsed.max_code + 1).to(torch.uint8)
+    if parsed.codebook == "e4m3":
+        codes[[127, 255]] = 0  # which are no numbers
+    codes = codes.expand(len(scales), -1).contiguous()
+    weight = QuantTensor(codes, scales.view(scale_dtype), None, None, parsed)
+    for dtype in (torch.float32, torch.bfloat16):
+        made = launch.dequantize(*buffers(weight), weight.N, 256, *numbers(weight), dtype)
+        expected = weight.dequantize(dtype)
+        assert torch.equal(made.isnan(), expected.isnan())
+        assert torch.equal(made.nan_to_num(), expected.nan_to_num())
+
+
+@formats
 @configs
 def test_product_is_exact_where_bits_are_exact(
     scheme: str, act_order: bool, dtype: torch.dtype, config: Config
@@ -242,6 +276,7 @@ def test_a_read_past_the_end_kills_the_process() -> None:
 
 
 def test_scheme_names_cover_every_kind_of_zero_and_codebook() -> None:
-    parsed = [QuantScheme.parse(scheme) for scheme in SCHEMES]
+    parsed = [QuantScheme.parse(scheme) for scheme in (*SCHEMES, *FLOATING)]
     assert {scheme.zeros for scheme in parsed} == {"none", "int", "float", "offset"}
-    assert {scheme.codebook for scheme in parsed} == {None, "nf4", "fp4"}
+    assert {scheme.codebook for scheme in parsed} == {None, "nf4", "fp4", "e2m1", "iq4nl", "e4m3"}
+    assert {scheme.factors for scheme in parsed} == {None, *FACTORS}

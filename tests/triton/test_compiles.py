@@ -30,7 +30,17 @@ FORMAT_RUNS = [
     for config in dict.fromkeys(entry.config for entry in read()[sm])
 ]
 FIRST_CALL_SECONDS = 2.0  # what a first call may take; 0.4 to 0.8 are used (README.md)
-SCHEMES = ["w4a16_g32_asym", "w4a16_g128_fzero", "w4a16_g64_offset", "w8a16_g128", "w8a16_g32_asym", "nf4_g64"]
+SCHEMES = [
+    "w4a16_g32_asym",
+    "w4a16_g128_fzero",
+    "w4a16_g64_offset",
+    "w8a16_g128",
+    "w8a16_g32_asym",
+    "nf4_g64",
+    "q4_k",
+    "nvfp4_g16",
+]
+SCHEMES += ["mxfp4_g32", "fp8_channel", "q2_k", "q6_k", "iq4_xs"] if os.environ.get("QKERNELS_TEST_FULL") else []
 K = 4096
 
 

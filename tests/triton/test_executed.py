@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -28,8 +29,19 @@ GEMV = Config("gemv", 1, 16, 64, 0, 4, 2)
 GEMM = Config("gemm", 16, 32, 64, 0, 2, 2)
 DEQUANTIZE = Config("dequantize", 1, 16, 64, 0, 4, 1)
 SCHEMES = ["w4a16_g64_asym", "w4a16_g16_fzero", "w3a16_g24_offset", "w8a16_channel", "nf4_g64"]
+# With shifts, bytes and products of their own; one dtype of x is enough for these, since a weight is fp32 before it meets x.
+FLOATING = [
+    "mxfp4_g32",
+    "q4_k",
+    "nvfp4_g16",
+    *(["fp8_channel", "iq4_xs", "q6_k"] if os.environ.get("QKERNELS_TEST_FULL") else []),
+]
 DTYPES = [torch.float16, torch.bfloat16]
-schemes = pytest.mark.parametrize("scheme", SCHEMES)
+formats = pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [*((scheme, dtype) for scheme in SCHEMES for dtype in DTYPES), *((scheme, torch.bfloat16) for scheme in FLOATING)],
+    ids=lambda value: {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(value, value),
+)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
 configs = pytest.mark.parametrize("config", [GEMV, GEMM], ids=["gemv", "gemm"])
 SHIPPED = [
@@ -95,8 +107,7 @@ def test_shipped_configuration(kernels: Any, sm: str, config: Config) -> None:
     assert races(made) == set()
 
 
-@schemes
-@dtypes
+@formats
 @configs
 def test_product_is_exact_where_bits_are_exact(kernels: Any, scheme: str, dtype: torch.dtype, config: Config) -> None:
     """Also with the columns in another order, without a bias, and with a single row, column and token."""
@@ -127,8 +138,7 @@ def test_odd_shapes(kernels: Any, shape: tuple[int, int, int], config: Config) -
     assert races(made) == set()
 
 
-@schemes
-@dtypes
+@formats
 def test_dequantize_is_bit_identical(kernels: Any, scheme: str, dtype: torch.dtype) -> None:
     made = kernels()
     for N, K, act_order in ((70, 200, True), (1, 1, False), (64, 64, False)):

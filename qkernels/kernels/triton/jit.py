@@ -1,5 +1,8 @@
 """The Triton kernels on layout kpack (`layouts/kpack.py` says what the bytes mean). Importing this needs Triton.
 
+`scales` and `zeros` are the small factors where OUTER says so; the outer ones are `outer_scales` and `outer_zeros`. Floats of one
+byte come as bytes: not every card has a type for them, and all can shift.
+
 Plain pointers, no atomics, no autotuning. `gemv` and `gemm` either finish their tile (SPLIT false) or write an fp32 part of it
 to a workspace [splits, M, N], which `reduce_parts` adds in order: the result does not depend on which block ran first.
 Weights are dequantized in fp32, `(code - zero) * scale`; `gemm` rounds them to x's dtype for the tensor cores, `gemv` does not.
@@ -12,11 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Values of ZEROS, by `launch.zero_kind`.
+# Values of CODES, what a code means, by `launch.meaning_of_codes`.
 SYMMETRIC = tl.constexpr(0)
 POINTS = tl.constexpr(1)  # integer or float zero points
 OFFSETS = tl.constexpr(2)
 TABLE = tl.constexpr(3)
+E2M1 = tl.constexpr(4)
+E4M3 = tl.constexpr(5)
+E5M2 = tl.constexpr(6)
+# Values of SCALES: as what they are stored (small factors among them).
+NUMBERS = tl.constexpr(0)
+E8M0_BYTES = tl.constexpr(1)
+E4M3_BYTES = tl.constexpr(2)
+# A value of OUTER, which else is the number of groups under one outer factor, and 0 where there is none.
+ONE_A_ROW = tl.constexpr(-1)
 
 
 @triton.jit
@@ -34,6 +46,19 @@ def _sources(k_order, columns, K, ORDERED: tl.constexpr):
     if ORDERED:
         columns = tl.minimum(tl.maximum(tl.load(k_order + columns, mask=columns < K, other=0), 0), K - 1)
     return columns
+
+
+@triton.jit
+def _bases(rows, G, OUTER: tl.constexpr):
+    """Where the scales of these rows begin, and their outer factors (else the same)."""
+    strips = (rows // 64).to(tl.int64)
+    base = strips * G * 64 + rows % 64
+    outer = base
+    if OUTER == ONE_A_ROW:
+        outer = strips * 64 + rows % 64
+    elif OUTER != 0:
+        outer = strips * tl.cdiv(G, OUTER) * 64 + rows % 64
+    return base, outer
 
 
 @triton.jit
@@ -58,15 +83,49 @@ def _of_groups(
 
 
 @triton.jit
+def _e4m3(bits):
+    """The float of such a byte (int32): its exponent's bias is 120 below that of fp32, so that subnormals come out right."""
+    value = (((bits & 127) << 20) | ((bits & 128) << 24)).to(tl.float32, bitcast=True) * 2.0**120
+    return tl.where((bits & 127) == 127, float("nan"), value)
+
+
+@triton.jit
+def _stored(values, SCALES: tl.constexpr):
+    """Scales as they are stored, bytes as the fp32 that they mean."""
+    if SCALES == E8M0_BYTES:
+        bits = values.to(tl.int32)
+        shifted = tl.where(bits == 0, 1 << 22, tl.where(bits == 255, 0x7FC00000, bits << 23))  # 2^-127 is subnormal
+        values = shifted.to(tl.float32, bitcast=True)
+    elif SCALES == E4M3_BYTES:
+        values = _e4m3(values.to(tl.int32))
+    return values
+
+
+@triton.jit
 def _scales_and_zeros(
-    scales, zeros, strip_base, row_mask, start, half: tl.constexpr, K, ZEROS: tl.constexpr, GROUP: tl.constexpr,
+    scales, zeros, outer_scales, outer_zeros, strip_base, outer_base, row_mask, start, half: tl.constexpr, K,
+    CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr, GROUP: tl.constexpr,
     HALVES: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Both of `_of_groups`; scales in the place of zeros that are not there, or are a table."""
-    scale = _of_groups(scales, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
+    """Both of `_of_groups`; scales in the place of zeros that are not there. Products are rounded once, as `qkernels.factors`
+    makes them."""
+    scale = _stored(_of_groups(scales, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN), SCALES)
     zero = scale
-    if ZEROS == POINTS or ZEROS == OFFSETS:  # noqa: SIM109, Triton has no `in`
+    if CODES == POINTS or CODES == OFFSETS:  # noqa: SIM109, Triton has no `in`
         zero = _of_groups(zeros, strip_base, row_mask, start, half, K, GROUP, HALVES, BLOCK_BYTES, RUN)
+    if OUTER != 0:
+        SPAN: tl.constexpr = 0 if OUTER == ONE_A_ROW else GROUP * OUTER
+        outer = _of_groups(outer_scales, outer_base, row_mask, start, half, K, SPAN, HALVES, BLOCK_BYTES, RUN)
+        small, outer = scale.to(tl.float32), outer.to(tl.float32)
+        if DIVIDES:
+            outer = tl.where(outer == 0, 1.0, outer)  # of rows and columns that are not there
+            small, outer = tl.broadcast(small, outer)
+            scale = tl.div_rn(small, outer)
+        else:
+            scale = small * outer
+        if CODES == OFFSETS:
+            outer = _of_groups(outer_zeros, outer_base, row_mask, start, half, K, SPAN, HALVES, BLOCK_BYTES, RUN)
+            zero = -(zero.to(tl.float32) * outer.to(tl.float32))
     return scale, zero
 
 
@@ -81,7 +140,7 @@ def _spread(values, RUN: tl.constexpr):
 
 @triton.jit
 def _weights(
-    packed, half: tl.constexpr, scale, zero, table, nought, always, MID: tl.constexpr, ZEROS: tl.constexpr,
+    packed, half: tl.constexpr, scale, zero, table, nought, always, MID: tl.constexpr, CODES: tl.constexpr,
     HALVES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """fp32 weights [rows, bytes] of one half of packed bytes; scale and zero [rows, runs] as they are stored.
@@ -96,23 +155,32 @@ def _weights(
     always: true. Triton pipelines no load inside a branch, and would copy the table's entries to shared memory one by one.
     """
     wide = scale.to(tl.float32)
-    if ZEROS == TABLE:
+    if CODES == TABLE:
         codes = (packed >> (4 * half)).to(tl.int32) & (2 * MID - 1)  # a code beyond the table wraps
         entries = tl.zeros(packed.shape, tl.float32)
         if always:
             entries = tl.load(table + codes)
+        weights = entries * _spread(wide, RUN)
+    elif CODES == E2M1:
+        codes = (packed >> (4 * half)).to(tl.int32)
+        entries = (((codes & 7) << 22) | ((codes & 8) << 28)).to(tl.float32, bitcast=True) * 2.0**126  # its bias is 1
+        weights = entries * _spread(wide, RUN)
+    elif CODES == E4M3:
+        weights = _e4m3(packed.to(tl.int32)) * _spread(wide, RUN)
+    elif CODES == E5M2:
+        entries = (packed.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)  # fp16 without its last 8 bits
         weights = entries * _spread(wide, RUN)
     else:
         BASE: tl.constexpr = 256 >> (4 * half)
         PLACES: tl.constexpr = (15 << (15 + 4 * half)) if HALVES == 2 else (255 << 15)
         EXPONENT: tl.constexpr = (127 + 8 - 4 * half) << 23
         lifted = (((packed.to(tl.int32) << 15) & (PLACES + nought)) | EXPONENT).to(tl.float32, bitcast=True)
-        if ZEROS == OFFSETS:
+        if CODES == OFFSETS:
             weights = (lifted - BASE) * _spread(wide, RUN) + _spread(zero.to(tl.float32), RUN)
-        elif ZEROS == POINTS and not zero.dtype.is_int():
+        elif CODES == POINTS and not zero.dtype.is_int():
             weights = ((lifted - BASE) - _spread(zero.to(tl.float32), RUN)) * _spread(wide, RUN)
         else:
-            point = tl.full(wide.shape, BASE + MID, tl.float32) if ZEROS == SYMMETRIC else zero.to(tl.float32) + BASE
+            point = tl.full(wide.shape, BASE + MID, tl.float32) if CODES == SYMMETRIC else zero.to(tl.float32) + BASE
             if scale.dtype.primitive_bitwidth <= 16:
                 weights = tl.fma(lifted, _spread(wide, RUN), _spread(-point * wide, RUN))
             else:
@@ -122,8 +190,9 @@ def _weights(
 
 @triton.jit
 def gemv(
-    x, qweight, scales, zeros, k_order, bias, out, N, K, G, x_stride, row_bytes, bytes_per_split,
-    MID: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    x, qweight, scales, zeros, outer_scales, outer_zeros, k_order, bias, out, N, K, G, x_stride, row_bytes, bytes_per_split,
+    MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +206,7 @@ def gemv(
     row_mask = rows < N
     offsets = tl.arange(0, BLOCK_BYTES)
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
-    strip_base = (rows // 64).to(tl.int64) * G * 64 + rows % 64
+    strip_base, outer_base = _bases(rows, G, OUTER)
     x_row = x + m.to(tl.int64) * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_BYTES), dtype=tl.float32)
     first = part * bytes_per_split
@@ -149,13 +218,14 @@ def gemv(
         for half in tl.static_range(HALVES):
             if half == 0 or GROUP % 64 != 0:  # else both halves of a byte lie in one group
                 scale, zero = _scales_and_zeros(
-                    scales, zeros, strip_base, row_mask, start, half, K, ZEROS, GROUP, HALVES, BLOCK_BYTES, RUN
+                    scales, zeros, outer_scales, outer_zeros, strip_base, outer_base, row_mask, start, half, K,
+                    CODES, SCALES, OUTER, DIVIDES, GROUP, HALVES, BLOCK_BYTES, RUN,
                 )  # fmt: skip
             columns = _columns(at, half, HALVES)
             source = _sources(k_order, columns, K, ORDERED)
             values = tl.load(x_row + source, mask=columns < K, other=0.0).to(tl.float32)
             weights = _weights(
-                packed, half, scale, zero, zeros, nought, start < row_bytes, MID, ZEROS, HALVES, RUN
+                packed, half, scale, zero, zeros, nought, start < row_bytes, MID, CODES, HALVES, RUN
             )  # fmt: skip
             sums += values[None, :] * weights
     total = tl.sum(sums, axis=1)
@@ -169,8 +239,9 @@ def gemv(
 
 @triton.jit(do_not_specialize=["M"])
 def gemm(
-    x, qweight, scales, zeros, k_order, bias, out, M, N, K, G, x_stride, row_bytes, bytes_per_split,
-    MID: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    x, qweight, scales, zeros, outer_scales, outer_zeros, k_order, bias, out, M, N, K, G, x_stride, row_bytes, bytes_per_split,
+    MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +259,7 @@ def gemm(
     token_mask, row_mask = tokens < M, rows < N
     offsets = tl.arange(0, BLOCK_BYTES)
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
-    strip_base = (rows // 64).to(tl.int64) * G * 64 + rows % 64
+    strip_base, outer_base = _bases(rows, G, OUTER)
     x_rows = x + tokens.to(tl.int64)[:, None] * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     first = part * bytes_per_split
@@ -199,12 +270,13 @@ def gemm(
         for half in tl.static_range(HALVES):
             if half == 0 or GROUP % 64 != 0:  # else both halves of a byte lie in one group
                 scale, zero = _scales_and_zeros(
-                    scales, zeros, strip_base, row_mask, start, half, K, ZEROS, GROUP, HALVES, BLOCK_BYTES, RUN
+                    scales, zeros, outer_scales, outer_zeros, strip_base, outer_base, row_mask, start, half, K,
+                    CODES, SCALES, OUTER, DIVIDES, GROUP, HALVES, BLOCK_BYTES, RUN,
                 )  # fmt: skip
             columns = _columns(at, half, HALVES)
             source = _sources(k_order, columns, K, ORDERED)
             values = tl.load(x_rows + source[None, :], mask=token_mask[:, None] & (columns < K)[None, :], other=0.0)
-            weights = _weights(packed, half, scale, zero, zeros, 0, start < row_bytes, MID, ZEROS, HALVES, RUN)
+            weights = _weights(packed, half, scale, zero, zeros, 0, start < row_bytes, MID, CODES, HALVES, RUN)
             sums = tl.dot(weights.to(values.dtype), tl.trans(values), sums)
     mask = row_mask[:, None] & token_mask[None, :]
     if SPLIT:
@@ -233,8 +305,9 @@ def reduce_parts(parts, bias, out, M, N, splits, BIAS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def dequantize(
-    qweight, scales, zeros, k_order, out, N, K, G, row_bytes,
-    MID: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    qweight, scales, zeros, outer_scales, outer_zeros, k_order, out, N, K, G, row_bytes,
+    MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """out [N, K], rounded once. Launched without contraction to FMA, so that it is bit-identical to the reference."""
@@ -243,14 +316,15 @@ def dequantize(
     at = start + tl.arange(0, BLOCK_BYTES)
     row_mask = rows < N
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
-    strip_base = (rows // 64).to(tl.int64) * G * 64 + rows % 64
+    strip_base, outer_base = _bases(rows, G, OUTER)
     packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
     for half in tl.static_range(HALVES):
         scale, zero = _scales_and_zeros(
-            scales, zeros, strip_base, row_mask, start, half, K, ZEROS, GROUP, HALVES, BLOCK_BYTES, RUN
+            scales, zeros, outer_scales, outer_zeros, strip_base, outer_base, row_mask, start, half, K,
+            CODES, SCALES, OUTER, DIVIDES, GROUP, HALVES, BLOCK_BYTES, RUN,
         )  # fmt: skip
         columns = _columns(at, half, HALVES)
         target = _sources(k_order, columns, K, ORDERED)
-        weights = _weights(packed, half, scale, zero, zeros, 0, start < row_bytes, MID, ZEROS, HALVES, RUN)
+        weights = _weights(packed, half, scale, zero, zeros, 0, start < row_bytes, MID, CODES, HALVES, RUN)
         where = out + rows.to(tl.int64)[:, None] * K + target[None, :]
         tl.store(where, weights.to(out.dtype.element_ty), mask=row_mask[:, None] & (columns < K)[None, :])

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layouts import kpack
+from ...layouts import BUFFERS, kpack
+from ...ops.reference import scheme_of
 from ...ops.weight import Weight, read_dequantize, read_product
+from ...scheme import FACTORS, QuantScheme, ZeroKind
 from . import jit
 from .table import ANY_CARD, Config, choose, run_bytes, tiles_in
 
@@ -25,7 +27,6 @@ SLICE_BYTES = 64 << 20  # of dequantized weight at a time: it stays in the L2 of
 def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     """`y [M, N]`: the op `gemm_kpack`; `config` in the place of the table's, for tests and tuning."""
     x, weight, bias = read_product(kpack.LAYOUT, arguments)
-    qweight, scales, zeros, k_order = weight.qweight, weight.scales, zeros_or_table(weight), weight.k_order
     N, K = weight.out_features, weight.in_features
     M = x.shape[0]
     out = x.new_empty((M, N))
@@ -37,7 +38,7 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     if config.kernel == "dequantize":
         _multiply_dequantized(x, weight, bias, out, config)
         return out
-    groups, row_bytes = scales.shape[-2], qweight.shape[-1]
+    groups, row_bytes = weight.scales.shape[-2], weight.qweight.shape[-1]
     block_bytes = config.block_bytes
     part = config.bytes_per_split(M, N, row_bytes, multiprocessors)
     splits = max(1, -(-row_bytes // part))
@@ -48,7 +49,7 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
     }
-    operands = (x, qweight, scales, zeros, k_order, bias, parts)
+    operands = (x, *_buffers(weight), bias, parts)
     numbers = (N, K, groups, x.stride(0), row_bytes, part)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     tiles_n = -(-N // config.block_n)
@@ -69,15 +70,14 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
 def dequantize(*arguments: Any) -> Tensor:
     """The weight `[..., N, K]`: the op `dequantize_kpack`, one launch per expert."""
     weight, dtype = read_dequantize(kpack.LAYOUT, arguments)
-    qweight, scales, zeros, N, K = weight.qweight, weight.scales, weight.zeros, weight.out_features, weight.in_features
-    out = qweight.new_empty((*qweight.shape[:-3], N, K), dtype=dtype)
+    N, K, experts = weight.out_features, weight.in_features, weight.qweight.shape[:-3]
+    out = weight.qweight.new_empty((*experts, N, K), dtype=dtype)
     if out.numel() == 0:
         return out
-    all_codes, all_scales = qweight.reshape(-1, *qweight.shape[-3:]), scales.reshape(-1, *scales.shape[-3:])
-    all_zeros = None if zeros is None else zeros.reshape(-1, *zeros.shape[-3:])
+    tiled = {b.name: weight.value(b.name) for b in BUFFERS if b.tiled and weight.value(b.name) is not None}
     for i, target in enumerate(out.view(-1, N, K)):
-        own_zeros = None if all_zeros is None else all_zeros[i]
-        _dequantize(weight._replace(qweight=all_codes[i], scales=all_scales[i], zeros=own_zeros), target, _DEQUANTIZE)
+        own = {name: t.reshape(-1, *t.shape[len(experts) :])[i] for name, t in tiled.items()}
+        _dequantize(weight._replace(**own), target, _DEQUANTIZE)
     return out
 
 
@@ -85,13 +85,12 @@ def _dequantize(weight: Weight, out: Tensor, config: Config) -> None:
     """out [N, K], of one expert."""
     if out.numel() == 0:
         return
-    qweight, scales, zeros, k_order = weight.qweight, weight.scales, zeros_or_table(weight), weight.k_order
     N, K = weight.out_features, weight.in_features
-    row_bytes, block_bytes = qweight.shape[-1], config.block_bytes
+    row_bytes, block_bytes = weight.qweight.shape[-1], config.block_bytes
     grid = (-(-N // config.block_n), -(-row_bytes // block_bytes))
-    with _on(qweight.device):
+    with _on(out.device):
         jit.dequantize[grid](
-            qweight, scales, zeros, k_order, out, N, K, scales.shape[-2], row_bytes,
+            *_buffers(weight), out, N, K, weight.scales.shape[-2], row_bytes,
             **_constants(weight, block_bytes), BLOCK_N=config.block_n, num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -111,39 +110,56 @@ def _multiply_dequantized(x: Tensor, weight: Weight, bias: Tensor | None, out: T
         torch.ops.aten.linear.out(x, plain, None if bias is None else bias[here], out=out[:, here])
 
 
-def zeros_or_table(weight: Weight) -> Tensor | None:
-    """What the kernels find behind their pointer to zeros: a codebook has none, and they look its values up there."""
+def _buffers(weight: Weight) -> tuple[Tensor | None, ...]:
+    """What the kernels take of a weight. Codebooks have no zeros: behind that pointer they find the table."""
     table: Tensor | None = weight.own["table"]
-    return table if weight.codebook else weight.zeros
+    zeros = table if weight.codebook else weight.zeros
+    scales = weight.scales.view(torch.uint8) if weight.scales.dtype in _SCALES else weight.scales
+    return (
+        weight.qweight, scales, zeros, weight.outer_scales, weight.outer_zeros, weight.k_order,
+    )  # fmt: skip
 
 
-def zero_kind(weight: Weight) -> int:
-    """What the kernels call ZEROS."""
-    if weight.codebook:
-        return int(jit.TABLE.value)
-    if weight.zeros is None:
-        return int(jit.SYMMETRIC.value)
-    return int(jit.OFFSETS.value if weight.zeros_are_offsets else jit.POINTS.value)
+# What the kernels make of a code by shifts; the values of other codebooks they look up.
+_FLOATS = {"e2m1": jit.E2M1, "e4m3": jit.E4M3, "e5m2": jit.E5M2}
+_SCALES = {torch.float8_e8m0fnu: jit.E8M0_BYTES, torch.float8_e4m3fn: jit.E4M3_BYTES}
 
 
-def _constants(weight: Weight, block_bytes: int) -> dict[str, Any]:
-    """What every kernel is compiled for; the length of groups too: a division by a constant is a multiplication."""
-    groups, halves = weight.scales.shape[-2], _halves(weight)
-    group = weight.group_size if groups > 1 else 0
+def meaning_of_codes(zeros: ZeroKind, codebook: str | None) -> int:
+    """What the kernels call CODES."""
+    if codebook is not None:
+        return int(_FLOATS.get(codebook, jit.TABLE).value)
+    kinds = {"none": jit.SYMMETRIC, "int": jit.POINTS, "float": jit.POINTS, "offset": jit.OFFSETS}
+    return int(kinds[zeros].value)
+
+
+def constants_of(scheme: QuantScheme, K: int, scales: torch.dtype, ordered: bool, block_bytes: int) -> dict[str, Any]:
+    """What every kernel is compiled for; the length of groups too: a division by a constant is a multiplication.
+
+    Args:
+        scales: their dtype (that of the small factors where they are products).
+    """
+    halves = 8 // kpack.LAYOUT.stored_bits(scheme.bits)
+    group = scheme.group_length(K) if scheme.num_groups(K) > 1 else 0
+    kind = None if scheme.factors is None else FACTORS[scheme.factors]
     return {
-        "MID": 1 << (weight.bits - 1),
-        "ZEROS": zero_kind(weight),
+        "MID": scheme.mid_code,
+        "CODES": meaning_of_codes(scheme.zeros, scheme.codebook),
+        "SCALES": int(_SCALES.get(scales, jit.NUMBERS).value),
+        "OUTER": 0 if kind is None else kind.groups_per_outer or int(jit.ONE_A_ROW.value),
+        "DIVIDES": kind is not None and kind.divides,
         "GROUP": group,
         "HALVES": halves,
-        "ORDERED": weight.k_order is not None,
+        "ORDERED": ordered,
         "BLOCK_BYTES": block_bytes,
         "RUN": run_bytes(group, halves, block_bytes),
     }
 
 
-def _halves(weight: Weight) -> int:
-    """Columns in a byte."""
-    return 8 // kpack.LAYOUT.stored_bits(weight.bits)
+def _constants(weight: Weight, block_bytes: int) -> dict[str, Any]:
+    """`constants_of` the scheme that an op's arguments spell out."""
+    ordered = weight.k_order is not None
+    return constants_of(scheme_of(weight), weight.in_features, weight.scales.dtype, ordered, block_bytes)
 
 
 @lru_cache(maxsize=64)

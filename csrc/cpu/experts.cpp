@@ -1,0 +1,276 @@
+// See experts.h.
+#include "experts.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "rows.h"
+#include "staging.h"
+
+namespace qkernels::cpu {
+namespace {
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// The call of all rows: as the kernels see it, x has R rows. A16 kernels look at x itself again where sums are not
+// finite (sum_again), so x is gathered; int8 codes are made once a token, and those are gathered.
+Call call_of(const Grouped& g, int64_t M) {
+  Call call = g.stack.call;
+  call.M = M;
+  call.x = g.x, call.x_type = g.x_type, call.x_row_stride = call.K, call.x_column_stride = 1;
+  call.y = g.y, call.y_type = g.y_type;
+  return call;
+}
+
+struct Segment {
+  int64_t expert, m0, m1, tiles_per_unit, first_unit;
+};
+
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
+struct Work {
+  const Grouped& grouped;
+  const Kernels& kernels;
+  Call call, tokens;  // of R sorted rows; of T tokens (int8 activations)
+  std::vector<Segment> segments;
+  std::vector<Share> shares;
+  int64_t units = 0;
+
+  Work(const Grouped& g, const Kernels& k) : grouped(g), kernels(k), call(call_of(g, g.R)), tokens(call_of(g, g.T)) {}
+
+  void divide(int64_t threads) {
+    const int64_t tiles = tiles_of(call);
+    int64_t all = 0;
+    for (int64_t e = 0; e < grouped.stack.experts; ++e) {
+      const int64_t begin = grouped.offsets[e], end = grouped.offsets[e + 1];
+      const int64_t blocks = (end - begin + kBlockTokens - 1) / kBlockTokens;
+      if (blocks == 0) continue;
+      const int64_t rows = blocks == 1 ? end - begin : ((end - begin + blocks - 1) / blocks + 7) / 8 * 8;
+      for (int64_t m = begin; m < end; m += rows) {
+        segments.push_back({e, m, std::min(end, m + rows), tiles_together(std::min(end - m, rows)), 0});
+        all += tiles;
+      }
+    }
+    for (Segment& s : segments) {
+      while (s.tiles_per_unit > 1 && all < 4 * threads * s.tiles_per_unit) s.tiles_per_unit /= 2;
+      s.first_unit = units;
+      units += (tiles + s.tiles_per_unit - 1) / s.tiles_per_unit;
+    }
+    shares = std::vector<Share>(std::min(threads, units));
+    const int64_t n = static_cast<int64_t>(shares.size());
+    for (int64_t i = 0; i < n; ++i) shares[i].next = units * i / n, shares[i].end = units * (i + 1) / n;
+  }
+
+  void run(int64_t unit) const {
+    const auto after = std::upper_bound(segments.begin(), segments.end(), unit,
+                                        [](int64_t u, const Segment& s) { return u < s.first_unit; });
+    const Segment& s = *(after - 1);
+    Call one = call;
+    const auto move = [&](const void* p, int64_t bytes) -> const void* {
+      return p == nullptr ? nullptr : static_cast<const char*>(p) + s.expert * bytes;
+    };
+    const Strides& strides = grouped.stack.strides;
+    one.qweight = static_cast<const uint8_t*>(move(one.qweight, strides.qweight));
+    one.scales = move(one.scales, strides.scales), one.zeros = move(one.zeros, strides.zeros);
+    one.outer_scales = move(one.outer_scales, strides.outer_scales);
+    one.outer_zeros = move(one.outer_zeros, strides.outer_zeros);
+    one.bias = move(one.bias, strides.bias);
+    const int64_t tile = (unit - s.first_unit) * s.tiles_per_unit;
+    kernels.multiply(one, tile, static_cast<int>(std::min(s.tiles_per_unit, tiles_of(one) - tile)), s.m0, s.m1);
+  }
+};
+
+void stage_tokens(void* context, int64_t m0, int64_t m1) {
+  const Work& work = *static_cast<Work*>(context);
+  work.kernels.stage(work.tokens, m0, m1);
+}
+
+void gather_codes(void* context, int64_t m0, int64_t m1) {
+  const Work& work = *static_cast<Work*>(context);
+  const Call &to = work.call, &from = work.tokens;
+  char* codes = static_cast<char*>(const_cast<void*>(to.staged.data));
+  for (int64_t m = m0; m < m1; ++m) {
+    const int64_t t = work.grouped.rows[m];
+    std::memcpy(codes + m * to.staged.row_stride,
+                static_cast<const char*>(from.staged.data) + t * from.staged.row_stride,
+                static_cast<size_t>(to.staged.row_stride));
+    to.x_scales[m] = from.x_scales[t];
+    for (int64_t g = 0; g < to.G; ++g) to.x_sums[g * to.M + m] = from.x_sums[g * from.M + t];
+  }
+}
+
+void gather_rows(void* context, int64_t m0, int64_t m1) {
+  const Work& work = *static_cast<Work*>(context);
+  const int64_t bytes = work.call.K * size_of(work.call.x_type);
+  char* to = static_cast<char*>(const_cast<void*>(work.call.x));
+  for (int64_t m = m0; m < m1; ++m) {
+    std::memcpy(to + m * bytes, static_cast<const char*>(work.grouped.x) + work.grouped.rows[m] * bytes,
+                static_cast<size_t>(bytes));
+  }
+  work.kernels.stage(work.call, m0, m1);
+}
+
+// As in gemm.cpp: every worker has a share of its own, then helps others.
+void multiply_units(void* context, int64_t begin, int64_t end) {
+  Work& work = *static_cast<Work*>(context);
+  if (begin >= end) return;
+  const int64_t n = static_cast<int64_t>(work.shares.size());
+  for (int64_t i = begin; i < begin + n; ++i) {
+    Share& share = work.shares[i % n];
+    for (int64_t unit; (unit = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) work.run(unit);
+  }
+}
+
+void zero_rows(const Grouped& g, int64_t begin, int64_t end) {
+  const int64_t bytes = g.stack.call.N * size_of(g.y_type);
+  if (end > begin) std::memset(static_cast<char*>(g.y) + begin * bytes, 0, static_cast<size_t>((end - begin) * bytes));
+}
+
+// --- the block ---
+
+struct Between {
+  const Block& block;
+  const float* up;  // [R, 2 I] or [R, I]
+  void* inner;      // [R, I] in x's type
+  int64_t width;
+};
+
+float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+float activated(const Block& b, float gate, float up) {
+  switch (b.activation) {
+    case Activation::kSilu:
+      return gate * sigmoid(gate) * up;
+    case Activation::kGelu:
+      return 0.5f * gate * (1.0f + std::erf(gate * 0.70710678f)) * up;
+    case Activation::kGeluTanh:
+      return 0.5f * gate * (1.0f + std::tanh(0.79788456f * (gate + 0.044715f * gate * gate * gate))) * up;
+    case Activation::kSwigluOai: {
+      const float g = gate > b.limit ? b.limit : gate;
+      const float u = up > b.limit ? b.limit : up < -b.limit ? -b.limit : up;
+      return (u + 1.0f) * (g * sigmoid(g * b.alpha));
+    }
+    case Activation::kRelu2Alone:
+      return up > 0.0f || up != up ? up * up : 0.0f;
+    case Activation::kSiluAlone:
+      return up * sigmoid(up);
+    default:
+      return 0.5f * up * (1.0f + std::erf(up * 0.70710678f));
+  }
+}
+
+void store(Type type, void* to, int64_t i, float value) {
+  if (type == Type::kFloat) {
+    static_cast<float*>(to)[i] = value;
+  } else {
+    static_cast<uint16_t*>(to)[i] = type == Type::kBFloat16 ? to_bf16(value) : to_half(value);
+  }
+}
+
+void activate_rows(void* context, int64_t m0, int64_t m1) {
+  const Between& a = *static_cast<Between*>(context);
+  const bool gated = is_gated(a.block.activation);
+  for (int64_t m = m0; m < m1; ++m) {
+    const float* first = a.up + m * a.width * (gated ? 2 : 1);
+    const float* up = gated ? first + a.width : first;
+    for (int64_t i = 0; i < a.width; ++i) {
+      store(a.block.x_type, a.inner, m * a.width + i, activated(a.block, first[i], up[i]));
+    }
+  }
+}
+
+struct Summing {
+  const Block& block;
+  const float* down;     // [R, H]
+  const int64_t* place;  // [T, k]: its row of `down`, or -1
+};
+
+void sum_rows(void* context, int64_t t0, int64_t t1) {
+  const Summing& s = *static_cast<Summing*>(context);
+  const int64_t H = s.block.down.call.N, k = s.block.k;
+  std::vector<float> sums(static_cast<size_t>(H));
+  for (int64_t t = t0; t < t1; ++t) {
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t place = s.place[t * k + j];
+      if (place < 0) continue;
+      const float weight = s.block.weights[t * k + j];
+      const float* row = s.down + place * H;
+      for (int64_t h = 0; h < H; ++h) sums[h] += weight * row[h];
+    }
+    for (int64_t h = 0; h < H; ++h) store(s.block.x_type, s.block.y, t * H + h, sums[h]);
+  }
+}
+
+}  // namespace
+
+void widen(Type type, const void* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = load(type, from, i);
+}
+
+int64_t workspace_bytes(const Grouped& g, const Kernels& kernels) {
+  const Call sorted = call_of(g, g.R), tokens = call_of(g, g.T);
+  const int64_t first =
+      sorted.int8_activations ? staging_bytes(tokens, kernels, true) : g.R * sorted.K * size_of(g.x_type);
+  return aligned(staging_bytes(sorted, kernels, true)) + aligned(first);
+}
+
+void grouped_gemm(const Grouped& g, const Kernels& kernels, void* workspace, int64_t threads,
+                  ParallelFor parallel_for) {
+  zero_rows(g, 0, g.offsets[0]);
+  zero_rows(g, g.offsets[g.stack.experts], g.R);
+  if (g.R == 0 || g.T == 0 || g.stack.call.N == 0) return;
+  Work work(g, kernels);
+  char* behind = static_cast<char*>(workspace) + aligned(staging_bytes(work.call, kernels, true));
+  lay_staging(work.call, kernels, true, workspace);
+  if (work.call.int8_activations) {
+    lay_staging(work.tokens, kernels, true, behind);
+    parallel_for(g.T, &work, stage_tokens);
+    parallel_for(g.R, &work, gather_codes);
+  } else {
+    work.call.x = behind;
+    parallel_for(g.R, &work, gather_rows);
+  }
+  work.divide(threads);
+  if (work.units > 0) parallel_for(static_cast<int64_t>(work.shares.size()), &work, multiply_units);
+}
+
+void experts(const Block& b, const Kernels& kernels, Allocate allocate, void* context, int64_t threads,
+             ParallelFor parallel_for) {
+  const int64_t E = b.up.experts, pairs = b.T * b.k;
+  std::vector<int64_t> offsets(static_cast<size_t>(E + 1)), place(static_cast<size_t>(pairs), -1);
+  for (int64_t p = 0; p < pairs; ++p) {
+    if (b.ids[p] >= 0 && b.ids[p] < E) ++offsets[b.ids[p] + 1];
+  }
+  for (int64_t e = 0; e < E; ++e) offsets[e + 1] += offsets[e];
+  const int64_t R = offsets[E];
+  std::vector<int64_t> rows(static_cast<size_t>(R)), here(static_cast<size_t>(R)), next = offsets;
+  for (int64_t p = 0; p < pairs; ++p) {
+    if (b.ids[p] < 0 || b.ids[p] >= E) continue;
+    place[p] = next[b.ids[p]]++;
+    rows[place[p]] = p / b.k;
+  }
+  for (int64_t r = 0; r < R; ++r) here[r] = r;
+
+  const int64_t halves = b.up.call.N, width = b.down.call.K, H = b.down.call.N;
+  float* up = static_cast<float*>(allocate(context, R * halves * 4));
+  void* inner = allocate(context, R * width * size_of(b.x_type));
+  float* down = static_cast<float*>(allocate(context, R * H * 4));
+  const Grouped first{b.up, b.x, b.x_type, b.T, R, rows.data(), offsets.data(), up, Type::kFloat};
+  const Grouped second{b.down, inner, b.x_type, R, R, here.data(), offsets.data(), down, Type::kFloat};
+  void* workspace = allocate(context, std::max(workspace_bytes(first, kernels), workspace_bytes(second, kernels)));
+  grouped_gemm(first, kernels, workspace, threads, parallel_for);
+  Between between{b, up, inner, width};
+  if (R > 0) parallel_for(R, &between, activate_rows);
+  grouped_gemm(second, kernels, workspace, threads, parallel_for);
+  Summing summing{b, down, place.data()};
+  if (b.T > 0) parallel_for(b.T, &summing, sum_rows);
+}
+
+}  // namespace qkernels::cpu

@@ -1,0 +1,160 @@
+"""Stacked experts of a decoder layer, quantized one expert at a time, given the tokens that the router sends to each.
+
+What went into the experts module is kept for all of the calibration (one `[tokens, H]` more than the layer's own inputs); the
+second moments of an expert's rows are made when its turn comes, so one Hessian is in memory, whatever their number. Down sees
+what the quantized up puts out. Experts that got too few tokens are rounded to nearest and listed. No order of columns is
+written: it would be another one for each expert, which no grouped kernel takes, so GPTQ's "group" is "static" here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from ..models.experts import ExpertsForm, activation_of, shell_of
+from ..quantizers import GPTQ, InputStatistics, Options, rounding_of
+from ..tensor import QuantTensor
+from .running import LayerInputs, LayerJob, Stop, run_to_stop
+
+log = logging.getLogger(__name__)
+
+LEAST_SHARE: Final = 0.005  # of the tokens: an expert with fewer is rounded to nearest
+
+
+@dataclass(frozen=True)
+class QuantizedStack:
+    """One projection of all experts: see `quantizing.Quantized`."""
+
+    tensor: QuantTensor
+    method: str
+    error: float
+    seconds: float
+    fallback: str | None
+
+
+@dataclass
+class _Sums:
+    """What is collected over the experts of a projection."""
+
+    weights: list[QuantTensor]
+    rare: dict[int, int]
+    error: float = 0.0
+    energy: float = 0.0
+    seconds: float = 0.0
+
+
+def for_experts(method: Options) -> Options:
+    """A method as experts take it."""
+    return replace(method, act_order="static") if isinstance(method, GPTQ) and method.orders_columns else method
+
+
+def quantize_experts(
+    layer: nn.Module, leaf: str, form: ExpertsForm, methods: Mapping[str, Options], inputs: LayerInputs, job: LayerJob
+) -> dict[str, QuantizedStack]:
+    """Quantize an experts module of a decoder layer, which then holds the dequantized weights.
+
+    Args:
+        leaf: its name in the layer.
+        methods: of each projection.
+
+    Returns:
+        by projection.
+    """
+    source: Any = layer.get_submodule(leaf)
+    x, ids = _seen(layer, leaf, form, inputs, job)
+    between = activation_of(shell_of(source), form)
+    methods = {p: for_experts(m).with_scales_for(job.stored[f"{leaf}.{p}"]) for p, m in methods.items()}
+    floats = {p: form.of_projection(p, source._parameters[p].data) for p in methods}
+    sums = {p: _Sums([], {}) for p in methods}
+    least = max(1, round(LEAST_SHARE * len(x)))
+    bias = source._parameters.get(f"{form.up}_bias")
+    halves = None if bias is None else form.in_halves(bias.data, -1).float()
+    restored: dict[str, list[Tensor]] = {p: [] for p in methods}
+    projections: tuple[str, str] = (form.up, form.down)
+    for expert in range(form.experts):
+        rows = x[(ids == expert).any(1)].float()
+        for projection in projections:
+            name = f"{job.name}.{leaf}.{projection}[{expert}]"
+            weight = floats[projection][expert].float()
+            made = _one(weight, rows, methods[projection], least, name, sums[projection], expert)
+            restored[projection].append(made)
+            if projection == form.up:
+                up = rows @ made.T
+                rows = between(up if halves is None else up + halves[expert]).float()
+    found: dict[str, QuantizedStack] = {}
+    for projection, total in sums.items():
+        source._parameters[projection].data.copy_(form.stored(projection, torch.stack(restored[projection])))
+        found[projection] = _result(total, methods[projection], f"{job.name}.{leaf}.{projection}", len(x), least)
+    return found
+
+
+def _seen(layer: nn.Module, leaf: str, form: ExpertsForm, inputs: LayerInputs, job: LayerJob) -> tuple[Tensor, Tensor]:
+    """What goes into the experts over all batches: rows `[tokens, H]`, and the experts of each `[tokens, k]`."""
+    rows, ids = [], []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        x = given[0].detach().reshape(-1, form.hidden)
+        if form.routed:
+            rows.append(x)
+            ids.append(given[1].detach())
+        else:  # rows of tokens that an expert was not chosen for are 0
+            owner = torch.arange(form.experts, device=x.device).repeat_interleave(x.shape[0] // form.experts)
+            chosen = (x != 0).any(1)
+            rows.append(x[chosen])
+            ids.append(owner[chosen, None])
+        raise Stop
+
+    handle = layer.get_submodule(leaf).register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        run_to_stop(layer, inputs, job.place)
+    finally:
+        handle.remove()
+    if not rows:
+        device = next(layer.parameters()).device
+        return torch.zeros(0, form.hidden, device=device), torch.zeros(0, 1, dtype=torch.int64, device=device)
+    return torch.cat(rows), torch.cat(ids)
+
+
+def _one(weight: Tensor, rows: Tensor, method: Options, least: int, name: str, sums: _Sums, expert: int) -> Tensor:
+    """Quantize one expert's weight; returns it dequantized."""
+    began = time.perf_counter()
+    statistics = InputStatistics(weight.shape[1], weight.device)
+    tensor = None
+    if len(rows) >= least:
+        statistics.update(rows)
+        try:
+            tensor = method.quantize(weight, statistics.hessian(name), name)
+        except CalibrationError as hopeless:
+            log.debug("%s is rounded to nearest: %s", name, hopeless)
+    if tensor is None:
+        sums.rare[expert] = len(rows)
+        tensor = rounding_of(method).quantize(weight, name=name)
+    restored = tensor.dequantize()
+    sums.weights.append(tensor)
+    sums.error += float((rows @ (restored - weight).T).square().sum())
+    sums.energy += float((rows @ weight.T).square().sum())
+    sums.seconds += time.perf_counter() - began
+    return restored
+
+
+def _result(sums: _Sums, method: Options, name: str, tokens: int, least: int) -> QuantizedStack:
+    fallback = None
+    if sums.rare:
+        some = ", ".join(f"{expert} ({count} tokens)" for expert, count in [*sums.rare.items()][:8])
+        more = ", …" if len(sums.rare) > 8 else ""
+        fallback = (
+            f"{len(sums.rare)} of {len(sums.weights)} experts saw fewer than {least} of {tokens} tokens, or too few of a kind, "
+            f"and are rounded to nearest: {some}{more}"
+        )
+        log.warning("%s: %s", name, fallback)
+    error = (sums.error / sums.energy) ** 0.5 if sums.energy > 0 else 0.0
+    used = rounding_of(method).name if len(sums.rare) == len(sums.weights) else method.name
+    return QuantizedStack(QuantTensor.stack(sums.weights), used, error, sums.seconds, fallback)

@@ -1,0 +1,113 @@
+"""Experts in `quantize`: in memory, from directories, with the tokens that the router sends to each."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qkernels import GPTQ, RTN, load, quantize
+from qkernels.calibrate import preview
+from qkernels.nn import QuantExperts
+from qkernels.quantizers import rounding_of
+from tests.moe_models import tiny_moe
+
+torch.manual_seed(0)
+WINDOWS = torch.randint(2, 60, (24, 16))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(WINDOWS[:4]).logits
+    return found
+
+
+def lively(family: str) -> Any:
+    """Experts loud enough to be heard."""
+    model = tiny_moe(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(0, 0.4)
+    return model
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "nemotron_h"])
+@pytest.mark.parametrize("method", [RTN(4, 8), GPTQ(4, 8)], ids=["rtn", "gptq"])
+def test_a_directory_is_quantized_as_a_model_is(family: str, method: Any, tmp_path: Path) -> None:
+    model = lively(family)
+    model.save_pretrained(tmp_path / "float")
+    options: dict[str, Any] = {} if method.needs == "weight" else {"calibration": WINDOWS, "seq_len": 16}
+    mine = copy.deepcopy(model)
+    report = quantize(mine, method, progress=False, **options)
+    stacks = [
+        m
+        for m in report.modules
+        if m.name.rpartition(".")[2] in ("gate_up_proj", "up_proj", "down_proj") and ".experts." in m.name
+    ]
+    assert len(stacks) == 2 * sum(isinstance(m, QuantExperts) for m in mine.modules())
+    assert all(0 < m.error < 0.5 for m in stacks)
+    planned = preview(tmp_path / "float", method, seq_len=16)
+    assert {m.name: m.bytes_after for m in planned.modules if ".experts." in m.name} == {
+        m.name: m.bytes_after for m in stacks
+    }
+    quantize(tmp_path / "float", method, save_to=tmp_path / "out", progress=False, **options)
+    assert torch.equal(logits(load(tmp_path / "out")), logits(mine))
+
+
+def test_gptq_keeps_more_of_what_experts_put_out_than_rounding() -> None:
+    model = lively("mixtral")
+    errors = {}
+    for name, method in (("rtn", RTN(3, 8)), ("gptq", GPTQ(3, 8))):
+        made = copy.deepcopy(model)
+        quantize(made, method, include="*experts", calibration=WINDOWS, seq_len=16, progress=False)
+        errors[name] = float((logits(made) - logits(model)).square().mean())
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def test_one_expert_has_the_bits_of_a_linear_layer_with_its_tokens() -> None:
+    model = lively("mixtral")
+    block = model.model.layers[0].mlp
+    taken: list[tuple[Tensor, Tensor]] = []
+    handle = block.experts.register_forward_pre_hook(lambda m, args: taken.append((args[0], args[1])))
+    with torch.no_grad():
+        model(WINDOWS)
+    handle.remove()
+    x, ids = taken[0]
+    rows = x[(ids == 2).any(1)]
+    weight = block.experts.gate_up_proj[2].detach()
+    expected = GPTQ(4, 8, act_order="static").quantize(weight, 2 / len(rows) * rows.T @ rows)
+    made = copy.deepcopy(model)
+    quantize(made, GPTQ(4, 8), include="*layers.0.mlp.experts", calibration=WINDOWS, seq_len=16, progress=False)
+    got = made.model.layers[0].mlp.experts.gate_up_proj.quant_tensor()[2]
+    assert got.group_index is None
+    assert float((got.codes == expected.codes).float().mean()) > 0.999  # sums in another order
+
+
+def test_experts_that_see_few_tokens_are_rounded_and_listed() -> None:
+    model = lively("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[3] = 0
+            layer.mlp.gate.weight[:3] *= 0.01
+
+    def away_from_3(module: nn.Module, args: Any, output: Any) -> Any:
+        scores, weights, ids = output
+        return scores, weights, torch.where(ids == 3, (ids[:, :1] + 1) % 3, ids)
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(away_from_3)
+    made = copy.deepcopy(model)
+    report = quantize(made, GPTQ(4, 8), include="*experts", calibration=WINDOWS, seq_len=16, progress=False)
+    for module in report.modules:
+        assert module.fallback is not None
+        assert "1 of 4 experts saw fewer than" in module.fallback
+        assert "3 (0 tokens)" in module.fallback
+        assert module.method == "gptq"
+    stack = made.model.layers[0].mlp.experts.down_proj.quant_tensor()
+    rounded = rounding_of(GPTQ(4, 8)).quantize(model.model.layers[0].mlp.experts.down_proj[3].detach())
+    assert torch.equal(stack[3].codes, rounded.codes)
