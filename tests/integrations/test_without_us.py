@@ -14,6 +14,7 @@ from qkernels import load, replace_linear, save
 from qkernels.errors import CheckpointError
 from qkernels.integrations import serving
 from tests.checkpoints import small_llama
+from tests.tiny_models import tiny_model
 
 FROM_PRETRAINED = """
 import sys
@@ -52,6 +53,18 @@ def test_from_pretrained_refuses(tmp_path: Path, format: str) -> None:
     assert "mismatch" in done.stderr
     assert "q_proj.weight" in done.stderr
     assert load(directory) is not None
+
+
+def test_a_mixture_of_experts_is_refused_for_its_attention(tmp_path: Path) -> None:
+    """Stacked experts are parameters without a `.weight`, which no guard stands for: the linear layers beside them are."""
+    model = tiny_model("mixtral", num_local_experts=4)
+    report = replace_linear(model, "w4a16_g16", on_unsupported="reference")
+    assert any("experts" in name for name in report.replaced)
+    save(model, tmp_path / "out")
+    done = elsewhere(FROM_PRETRAINED, tmp_path / "out")
+    assert done.returncode != 0
+    assert "LOADED" not in done.stdout
+    assert "q_proj.weight" in done.stderr
 
 
 def test_without_the_guard_it_would_be_random(tmp_path: Path) -> None:
