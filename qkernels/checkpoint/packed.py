@@ -4,6 +4,7 @@
 |--------------|-------------------------------------------------------------------------------|
 | qweight, scales, zeros, … | the buffers of `Layout.pack`, those that a weight can do without where there are any |
 | weight_shape | int64 [..., N, K]                                                             |
+| weight       | uint8 [0], as in the native format and for its reason                         |
 
 `quantization_config`: that of the native format, with `layout` and `layout_version`. Every layout is a format of its own,
 named after it, so that whatever reads, writes, converts and inspects formats does the same for packed checkpoints. A machine
@@ -38,6 +39,7 @@ def packed_format(layout: Layout) -> Format:
                     f"{layout.version}; pack the original checkpoint again (qkernels pack)"
                 )
             scheme = native.scheme_of(module, config)
+            native.check_guard(tensors)
             shape = native.weight_shape(tensors["weight_shape"])
             found = {buffer.name: tensors.get(buffer.name) for buffer in layout.buffers}
             buffers = layout.upgraded(version, found, shape[-2], shape[-1], scheme)
@@ -51,7 +53,7 @@ def packed_format(layout: Layout) -> Format:
     def write(weight: QuantTensor) -> dict[str, Tensor]:
         check(weight.scheme)
         packed = {name: t for name, t in layout.pack(weight).items() if t is not None}
-        return packed | {"weight_shape": native.shape_tensor(weight)}
+        return packed | {"weight_shape": native.shape_tensor(weight), native.GUARD: native.guard()}
 
     def config_of(written: Written) -> dict[str, Any]:
         for scheme in written.schemes:
@@ -61,7 +63,7 @@ def packed_format(layout: Layout) -> Format:
     return Format(
         name=layout.name,
         required=(*(buffer.name for buffer in layout.buffers if not buffer.optional), "weight_shape"),
-        optional=tuple(buffer.name for buffer in layout.buffers if buffer.optional),
+        optional=(*(buffer.name for buffer in layout.buffers if buffer.optional), native.GUARD),
         matches=lambda config: config.get("quant_method") == native.METHOD and config.get("layout") == layout.name,
         parse=parse,
         write=write,

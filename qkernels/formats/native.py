@@ -11,9 +11,14 @@
 | outer_scales, outer_zeros | floating | [..., N, S]       | outer factors                                        |
 | group_index  | int32      | [K], or [E, K]               | act-order only                                       |
 | weight_shape | int64      | [2 or more]                  | [..., N, K]; K is not in the shape of qweight        |
+| weight       | uint8      | [0]                          | nothing; see below                                   |
 
 `quantization_config`: `{"quant_method": "qkernels", "version": 1, "scheme": "w4a16_g128", "modules": {name: scheme}}`
 with the schemes of those modules that differ from `scheme`.
+
+**Why an empty `weight`.** A program that has not imported this library may load the checkpoint all the same: transformers warns
+of a quant_method that it does not know, and initializes what it misses with random numbers. An empty tensor where it looks for a
+weight is a mismatch of shapes, which is an error everywhere (docs/decisions/0017). Files from before have none.
 """
 
 from __future__ import annotations
@@ -29,12 +34,14 @@ from ..errors import CheckpointError
 from ..factors import Factors, as_bytes, kind_of
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, SCALE_DTYPES, QuantTensor
+from ..text import describe
 from . import Config, Format, Parsed, Written
 from .bitstream import pack_bytes, unpack_bytes
 from .validation import expect, group_index_of, integer, naming
 
 METHOD = "qkernels"
 VERSION = 1
+GUARD = "weight"
 MAX_WEIGHTS = 2**48  # products of sizes beyond this overflow before any check could compare them
 
 
@@ -46,6 +53,7 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     """
     with naming(module):
         scheme = scheme_of(module, config)
+        check_guard(tensors)
         shape = weight_shape(tensors["weight_shape"])
         rows, in_features = shape[:-1], shape[-1]
         groups = scheme.num_groups(in_features)
@@ -123,7 +131,7 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
         tensors["zeros"] = pack_bytes(weight.zeros, bits) if integers else weight.zeros.contiguous()
     if weight.group_index is not None:
         tensors["group_index"] = weight.group_index.contiguous()
-    return tensors | {"weight_shape": shape_tensor(weight)}
+    return tensors | {"weight_shape": shape_tensor(weight), GUARD: guard()}
 
 
 def _written_factors(factors: Factors, scheme: QuantScheme) -> dict[str, Tensor]:
@@ -167,6 +175,24 @@ def scheme_of(module: str, config: Config) -> QuantScheme:
     return scheme
 
 
+def guard() -> Tensor:
+    """What stands in the place of the weight that others would look for."""
+    return torch.empty(0, dtype=torch.uint8)
+
+
+def check_guard(tensors: Mapping[str, Tensor]) -> None:
+    """Raise where a module's `weight` is one.
+
+    Raises:
+        CheckpointError: says so.
+    """
+    found = tensors.get(GUARD)
+    if found is not None and found.numel():
+        raise CheckpointError(
+            f"both a weight {describe(found)} and a quantized one are there; one of them is left over"
+        )
+
+
 def shape_tensor(weight: QuantTensor) -> Tensor:
     """What `weight_shape` holds."""
     return torch.tensor(weight.codes.shape, dtype=torch.int64)
@@ -189,7 +215,7 @@ def weight_shape(tensor: Tensor) -> list[int]:
 FORMAT: Format = Format(
     name="native",
     required=("qweight", "weight_shape"),
-    optional=("scales", "zeros", "factors", "outer_scales", "outer_zeros", "group_index"),
+    optional=("scales", "zeros", "factors", "outer_scales", "outer_zeros", "group_index", GUARD),
     matches=lambda config: config.get("quant_method") == METHOD and "layout" not in config,
     parse=parse,
     write=write,

@@ -1,0 +1,149 @@
+"""`qkernels serve` with the clients that people have: `openai`, and plain HTTP."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qkernels import RTN, load, load_tokenizer, quantize
+from qkernels.cli.main import main
+from qkernels.errors import CheckpointError
+from qkernels.integrations import serving
+
+needs_server = pytest.mark.skipif(
+    not serving.there(), reason=f"serving needs {', '.join(serving.NEEDED)}: {serving.INSTALL}"
+)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    out = tmp_path_factory.mktemp("served")
+    for format in ("native", "gptq", "awq", "compressed-tensors"):
+        asym = {"symmetric": False} if format == "awq" else {}
+        quantize(
+            tiny_llama_dir, RTN(bits=4, group_size=32, **asym), save_to=out / format, format=format, progress=False
+        )
+    return out
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port
+
+
+class Running:
+    """A server of one model, and how to ask it."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.port = free_port()
+        batching = options.pop("continuous_batching", False)
+        self.server = serving.serve(
+            path, "tiny", "127.0.0.1", self.port, torch.device("cpu"), None, batching, non_blocking=True, **options
+        )
+        for _ in range(200):
+            try:
+                self.get("/health")
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise AssertionError("the server did not start")
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=20) as answer:
+            return json.load(answer)
+
+    def post(self, **fields: Any) -> Any:
+        body = json.dumps({"model": "tiny", "prompt": "the cat", "max_tokens": 8, "temperature": 0} | fields).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture
+def running(quantized: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    started = Running(quantized / "native", **getattr(request, "param", {}))
+    yield started
+    started.server.kill_server()
+
+
+def continuation(path: Path, tokens: int = 8) -> str:
+    tokenizer, model = load_tokenizer(path), load(path)
+    ids = tokenizer("the cat", return_tensors="pt")
+    with torch.inference_mode():
+        out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0)
+    text: str = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+@needs_server
+@pytest.mark.parametrize("format", ["native", "gptq", "awq", "compressed-tensors"])
+def test_plain_http(quantized: Path, format: str) -> None:
+    """What the server says is what the model says, not what random weights would."""
+    started = Running(quantized / format)
+    try:
+        assert [model["id"] for model in started.get("/v1/models")["data"]] == ["tiny"]
+        answer = started.post()
+        assert answer["choices"][0]["text"].strip() == continuation(quantized / format).strip()
+        assert answer["usage"]["completion_tokens"] == 8
+    finally:
+        started.server.kill_server()
+
+
+@needs_server
+@pytest.mark.parametrize("running", [{}, {"continuous_batching": True}], indirect=True, ids=["plain", "batching"])
+def test_openai_client(running: Running) -> None:
+    """Streamed and not, eight at once, and one that goes away in the middle."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def ask(prompt: str, **fields: Any) -> Any:
+        return client.completions.create(model="tiny", prompt=prompt, max_tokens=8, temperature=0, **fields)
+
+    whole = ask("the cat").choices[0].text
+    pieces = [chunk.choices[0].text for chunk in ask("the cat", stream=True) if chunk.choices]
+    assert "".join(pieces) == whole
+    assert len(pieces) > 1
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(ask, ["the cat"] * 8))
+    assert all(answer.usage.completion_tokens == 8 for answer in answers)
+    stream = client.completions.create(model="tiny", prompt="the moon", max_tokens=20, temperature=0, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert ask("the cat").choices[0].text == whole
+
+
+def test_what_the_server_does_not_do_is_said(quantized: Path) -> None:
+    gaps = "\n".join(serving.check(quantized / "native", "tiny", False).gaps)
+    for what in ("no chat template", "context of this model", "logprobs", "wait for one another"):
+        assert what in gaps
+    assert "first request's sampling" in "\n".join(serving.check(quantized / "native", "tiny", True).gaps)
+
+
+def test_a_model_without_text_is_refused(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = SimpleNamespace(config={"architectures": ["BertForMaskedLM"]})
+    monkeypatch.setattr(serving, "open_checkpoint", lambda path: encoder)
+    with pytest.raises(CheckpointError, match="is a BertForMaskedLM; served are"):
+        serving.check(quantized / "native", "tiny", False)
+
+
+def test_a_missing_extra_is_named(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serving, "NEEDED", ("fastapi_is_not_here",))
+    assert main(["serve", str(quantized / "native")]) == 1
+    assert "serving needs fastapi_is_not_here, not installed: pip install 'qkernels[serve]'" in capsys.readouterr().err

