@@ -128,6 +128,7 @@ from . import (  # noqa: E402  (they need Format)
     bitsandbytes,
     compressed_floats,
     compressed_tensors,
+    compressed_writing,
     fp8,
     gptq,
     hqq,
@@ -136,7 +137,7 @@ from . import (  # noqa: E402  (they need Format)
     torchao,
 )
 
-FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V2, awq.GEMM, compressed_tensors.PACKED)}
+FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V2, awq.GEMM, compressed_writing.PACKED)}
 # Origins whose files are read, into any of the above, but not written.
 READ_ONLY: dict[str, Format] = {
     f.name: f

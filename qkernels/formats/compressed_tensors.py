@@ -1,4 +1,5 @@
-"""compressed-tensors files, as llm-compressor writes them: `pack-quantized` (read and written), `int-quantized` (read).
+"""compressed-tensors files of integers, as llm-compressor writes them, read: `pack-quantized` (`compressed_writing` writes it),
+`int-quantized`.
 
 | tensor (pack-quantized) | dtype  | shape                     | content                                              |
 |-------------------------|--------|---------------------------|------------------------------------------------------|
@@ -33,9 +34,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import GroupSize, QuantScheme
 from ..tensor import QuantTensor
-from . import Config, Format, Oddity, Parsed, Written
-from .bitstream import pack, unpack, word_count
-from .native import shape_tensor, weight_shape
+from . import Config, Format, Oddity, Parsed
+from .bitstream import unpack, word_count
+from .native import weight_shape
 from .validation import (
     boolean,
     check_float,
@@ -44,18 +45,14 @@ from .validation import (
     group_index_of,
     group_size_of,
     integer,
-    integer_scheme_reasons,
     naming,
     pattern_of,
-    refuse,
-    weight_reasons,
 )
 
 METHOD = "compressed-tensors"
 PACK, INT = "pack-quantized", "int-quantized"
 BITS = range(2, 9)
 DENSE_SINCE = (0, 18)
-VERSION = "0.18.0"  # the first whose packing is ours
 
 
 class _Fields(NamedTuple):
@@ -103,62 +100,6 @@ def parse_integers(module: str, tensors: Mapping[str, Tensor], config: Config) -
         expect("weight", stored, (torch.int8,), tuple(stored.shape))
         weight = _weight(_unsigned("weight", stored, fields.bits), tensors, fields, True)
         return Parsed(weight, tuple(_oddities(tensors, fields, True)))
-
-
-def write(weight: QuantTensor) -> dict[str, Tensor]:
-    """The tensors of one module, by suffix, densely packed.
-
-    Raises:
-        ConversionError: a codebook, float zeros or offsets; one scale per tensor with zero points; int8 activations; a
-            short last group; stacked experts; scales that are all zero.
-    """
-    scheme, bits = weight.scheme, weight.scheme.bits
-    reasons = _reasons(scheme) + weight_reasons(weight)
-    if isinstance(scheme.group_size, int) and weight.K % scheme.group_size:
-        reasons.append(f"K={weight.K} is not a multiple of group_size {scheme.group_size}, which its readers need")
-    if scheme.group_size == "tensor" and not weight.scales.numel():
-        reasons.append("an empty weight has no scale per tensor")
-    refuse(PACKED.name, reasons)
-    tensors = {
-        "weight_packed": pack(weight.codes, bits),
-        "weight_scale": (weight.scales[0, :1] if scheme.group_size == "tensor" else weight.scales).contiguous(),
-    }
-    if weight.zeros is not None:
-        tensors["weight_zero_point"] = pack(weight.zeros.T, bits).T.contiguous()
-    if weight.group_index is not None:
-        tensors["weight_g_idx"] = weight.group_index.contiguous()
-    return tensors | {"weight_shape": shape_tensor(weight)}
-
-
-def config_of(written: Written) -> dict[str, Any]:
-    """See `Format`. "Linear" has the default scheme; every other scheme becomes a group that names its modules."""
-    default, modules = written.default, written.modules
-    for scheme in written.schemes:
-        refuse(PACKED.name, _reasons(scheme))
-    targets: dict[QuantScheme, list[str]] = {default: ["Linear"]}
-    for name, scheme in sorted(modules.items()):
-        if scheme != default:
-            targets.setdefault(scheme, []).append(name)
-    groups = {
-        f"group_{i}": {
-            "targets": names,
-            "weights": _own_fields(scheme, written.act_order),
-            "input_activations": None,
-            "output_activations": None,
-            "format": PACK,
-        }
-        for i, (scheme, names) in enumerate(targets.items())
-    }
-    return {
-        "quant_method": METHOD,
-        "format": PACK,
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": [*([] if "lm_head" in modules else ["lm_head"]), *sorted({*written.unquantized} - {"lm_head"})],
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-        "version": VERSION,
-    }
 
 
 def _oddities(tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> Iterator[Oddity]:
@@ -240,7 +181,7 @@ def _dense(packed: Tensor, K: int, bits: int, config: Config) -> bool:
 
 def _version(config: Config) -> tuple[int, ...]:
     """The version as numbers; without one, that of today."""
-    parts = str(config.get("version", VERSION)).split(".")[:2]
+    parts = str(config.get("version", "0.18")).split(".")[:2]
     return tuple(int(part) for part in parts) if all(p.isascii() and p.isdecimal() for p in parts) else DENSE_SINCE
 
 
@@ -344,29 +285,6 @@ def _strings(config: Config, key: str) -> Iterator[str]:
     return iter(values)
 
 
-def _own_fields(scheme: QuantScheme, act_order: bool) -> dict[str, Any]:
-    grouped = isinstance(scheme.group_size, int)
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "group" if grouped else scheme.group_size,
-        "group_size": scheme.group_size if grouped else None,
-        "actorder": "group" if act_order and grouped else None,
-        "block_structure": None,
-        "dynamic": False,
-        "observer": "minmax",
-        "observer_kwargs": {},
-    }
-
-
-def _reasons(scheme: QuantScheme) -> list[str]:
-    if scheme.group_size == "tensor" and scheme.zeros == "int":
-        return ["one scale per tensor goes with one zero point, and ours has one a row"]
-    plain = QuantScheme(scheme.bits, "channel", scheme.zeros, scheme.act, scheme.codebook)
-    return integer_scheme_reasons(plain if scheme.group_size == "tensor" else scheme, BITS)
-
-
 def means(config: Config, *bodies: str) -> bool:
     """Whether a `quantization_config` is of this method, in one of these formats, and not sparse besides."""
     sparsity = config.get("sparsity_config")
@@ -377,15 +295,6 @@ def means(config: Config, *bodies: str) -> bool:
 # Scales that no kernel here looks at: see `activations_of`.
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 
-PACKED: Format = Format(
-    name="compressed-tensors",
-    required=("weight_packed", "weight_scale", "weight_shape"),
-    optional=("weight_zero_point", "weight_g_idx", *OF_ACTIVATIONS),
-    matches=lambda config: means(config, PACK),
-    parse=parse_packed,
-    write=write,
-    config_of=config_of,
-)
 INTEGERS: Format = Format(
     name="compressed-tensors int-quantized",
     required=("weight_scale", "weight"),
