@@ -87,7 +87,9 @@ FORMAT_ROWS = {
     "compressed-tensors pack-, float-, mxfp4-pack-, nvfp4-pack-quantized and mixtures (FP8, MXFP4, NVFP4; 16-bit activations)": [
         "compressed-tensors"
     ],
-    "compressed-tensors int-quantized (W8A8, read with 16-bit activations)": ["compressed-tensors int-quantized"],
+    "compressed-tensors int-quantized (W8A8: 16-bit activations, int8 ones where asked)": [
+        "compressed-tensors int-quantized"
+    ],
     "compressed-tensors of other tools: MXFP8, naive-quantized, and the above (16-bit activations)": [
         "compressed-tensors float-quantized",
         "compressed-tensors fp4-pack-quantized",

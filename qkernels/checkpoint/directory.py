@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..formats import METADATA, READ_ONLY, Format, Oddity, Parsed, modelopt
+from ..formats import ACTIVATIONS, METADATA, READ_ONLY, Format, Oddity, Parsed, modelopt
 from ..formats.beyond import beyond_weights, check_below
 from ..models.naming import Conversion, into_model
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
@@ -64,6 +64,7 @@ class DirectoryCheckpoint:
         if config is None:
             _check_unquantized(source)
             return cls(source, None, {}, {}, tuple(source.names()))
+        config = {key: value for key, value in config.items() if key != ACTIVATIONS}
         found = detect(config)
         if found.needs_metadata:
             config = config | {METADATA: source.metadata}
@@ -99,6 +100,10 @@ class DirectoryCheckpoint:
         """
         assert self.format is not None
         return self.format.parse(self.spelled.get(module, module), self.tensors(module), self.quantization)
+
+    def with_activations_of_the_file(self) -> DirectoryCheckpoint:
+        """The same checkpoint, whose weights run with the activations that it asks for."""
+        return replace(self, quantization={**self.quantization, ACTIVATIONS: "file"})
 
     def parts(self, module: str) -> list[str]:
         """The names in the files of the tensors that make it up."""

@@ -117,6 +117,10 @@ class GgufCheckpoint:
         with naming(name):
             return Parsed(weight_of(place.rows(self.source.blocks(name)), kind, scale))
 
+    def with_activations_of_the_file(self) -> GgufCheckpoint:
+        """Itself: these files say nothing of activations."""
+        return self
+
     def parts(self, module: str) -> list[str]:
         return [self.modules[module]]
 

@@ -7,7 +7,8 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Activations = Literal["file", "16bit"]
+
 
 def load(
     directory: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
     on_unsupported: OnUnsupported = "raise",
+    activations: Activations | None = None,
     **others: Any,
 ) -> Any:
     """Any known checkpoint, quantized or not, as a `transformers` model in which quantized modules are `QuantLinear`.
@@ -53,6 +57,10 @@ def load(
         dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
             Scales keep their own.
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
+        activations: None: as the file says where that is computed here exactly as by its origin (our own `w8a8_channel`), else
+            in 16 bits, and a warning says what the file asks for. "file": also where another rounding is all that differs
+            (compressed-tensors' int8 a token); an error where no kernel has them, but for floats, which stay in 16 bits.
+            "16bit": never quantized.
         others: none; those of transformers' `from_pretrained` get an error that says what to pass instead.
 
     Returns:
@@ -63,7 +71,7 @@ def load(
         CheckpointError: the directory is incomplete, malformed or of an unknown kind; or its tensors and the model that
             config.json describes do not fit each other. Nothing missing or left over is passed over in silence.
         UnsupportedProblem: no kernel takes a module.
-        ArgumentError: an argument that `load` does not have, or a dtype that no model is loaded in.
+        ArgumentError: an argument or a value of `activations` that `load` does not have, or a dtype that no model is loaded in.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
@@ -78,16 +86,22 @@ def load(
     True
     """
     _refuse_others(others)
+    if activations not in (None, *get_args(Activations)):
+        raise ArgumentError(f'activations must be "file", "16bit" or None, got {activations!r:.40}')
     named = _named_dtype(dtype)
     checkpoint, device = open_checkpoint(directory), torch.device(device)
     dtype = named or _dtype_of(checkpoint)
     model, checkpoint = model_of(checkpoint, dtype)
+    if activations == "file":
+        checkpoint = checkpoint.with_activations_of_the_file()
     slots = _slots(model)
     oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     used = {f"{module}.bias" for module in checkpoint.modules}
     for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
         linear = linear_at(model, module, checkpoint.spelling(module))
         weight, found = checkpoint.weight(module)
+        if activations == "16bit":
+            weight = replace(weight, scheme=replace(weight.scheme, act=None))
         oddities += [(module, oddity) for oddity in found]
         bias = bias_for(linear, checkpoint, module, weight)
         try:

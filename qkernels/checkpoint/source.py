@@ -52,6 +52,10 @@ class Checkpoint(Protocol):
     def weight(self, module: str) -> Parsed:
         """The weight of a quantized module, and what is strange about it."""
 
+    def with_activations_of_the_file(self) -> Checkpoint:
+        """The same checkpoint, whose weights run with the activations that it asks for; `weight` raises where no kernel has
+        them."""
+
     def parts(self, module: str) -> Collection[str]:
         """The names in the files of the tensors that make up a quantized module, its bias aside."""
 

@@ -22,6 +22,7 @@ from ..tensor import QuantTensor
 
 Config = Mapping[str, Any]
 METADATA = "__metadata__"  # the name that a safetensors header has for it
+ACTIVATIONS = "__activations__"  # what `load` was asked for, where `parse` finds it: "file", or absent
 
 
 class Oddity(NamedTuple):

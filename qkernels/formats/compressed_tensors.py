@@ -19,6 +19,12 @@ ceil(K * bits / 32). (Rows so short that both need the same number go by the ver
 `int-quantized` keeps `weight` as int8 `[N, K]`, one code a byte, and is made for int8 activations. Its weights are read as
 what they are, with 16-bit activations, which lose nothing; an oddity says what the file asked for, of inputs and of outputs.
 
+Asked for the activations of the file (`load(…, activations="file")`), int8 ones with one symmetric scale a token run on the
+kernels that have them. That is no default, because it is not to the bit what compressed-tensors 0.20 computes (calculate_qparams,
+fake_quantize): there the scale is max |x| / 127.5, in the dtype of x, and codes go down to -128; in our kernels it is
+max |x| / 127, in fp32, and the AVX2 products need codes without -128. Scales from the file, zero points and quantized outputs are
+an error: no kernel here has them.
+
 The scheme of a module comes from the `config_groups` entry whose `targets` fit it best: its name, else a pattern ("re:…"),
 else the class name "Linear".
 """
@@ -26,6 +32,7 @@ else the class name "Linear".
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +41,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import GroupSize, QuantScheme
 from ..tensor import QuantTensor
-from . import Config, Format, Oddity, Parsed
+from . import ACTIVATIONS, Config, Format, Oddity, Parsed
 from .bitstream import unpack, word_count
 from .native import weight_shape
 from .validation import (
@@ -61,6 +68,7 @@ class _Fields(NamedTuple):
     symmetric: bool
     ordered: bool  # actorder "group"
     activations: str  # what the group wants done to activations, "" for nothing
+    act: str | None  # what our kernels have for it: a key of `scheme.ACTIVATIONS`
 
 
 def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
@@ -83,7 +91,7 @@ def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> 
         why = f"{fields.bits} bits, weight_shape {sizes}"
         expect("weight_packed", packed, (torch.int32,), (N, width), why)
         weight = _weight(_unpack(packed, fields.bits, K, dense), tensors, fields, dense)
-        return Parsed(weight, tuple(_oddities(tensors, fields, dense)))
+        return _as_asked(weight, fields, config, _oddities(tensors, fields, dense))
 
 
 def parse_integers(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
@@ -99,15 +107,40 @@ def parse_integers(module: str, tensors: Mapping[str, Tensor], config: Config) -
             raise CheckpointError(f"weight must be int8 [N, K], got {list(stored.shape)}")
         expect("weight", stored, (torch.int8,), tuple(stored.shape))
         weight = _weight(_unsigned("weight", stored, fields.bits), tensors, fields, True)
-        return Parsed(weight, tuple(_oddities(tensors, fields, True)))
+        return _as_asked(weight, fields, config, _oddities(tensors, fields, True))
+
+
+def _as_asked(weight: QuantTensor, fields: _Fields, config: Config, oddities: Iterator[Oddity]) -> Parsed:
+    """The weight with the activations that it runs with, and a word about those of the file."""
+    if not fields.activations:
+        return Parsed(weight, tuple(oddities))
+    asked = f"the config asks for {fields.activations}"
+    if config.get(ACTIVATIONS) != "file":
+        why = "the weights are used with 16-bit activations instead"
+        if fields.act is not None:
+            why += '; activations="file" runs them in int8, by max |x| / 127 where compressed-tensors has 127.5'
+        return Parsed(weight, (Oddity(asked, why), *oddities))
+    if fields.act is None:
+        raise CheckpointError(
+            f"{asked}; kernels here have int8 with one symmetric scale a token, made while they run; load it with "
+            'activations="16bit"'
+        )
+    said = Oddity(asked, "int8 by max |x| / 127 in fp32, where compressed-tensors has max |x| / 127.5")
+    return Parsed(replace(weight, scheme=replace(weight.scheme, act=fields.act)), (said, *oddities))
+
+
+def _act_of(group: Mapping[str, Any]) -> str | None:
+    """The activations of our kernels that a group asks for but for the divisor; None where they have none such."""
+    args = group.get("input_activations")
+    if not isinstance(args, dict) or group.get("output_activations") is not None:
+        return None
+    wanted = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+    usual = {"type": "int", "symmetric": True}
+    return "int8" if all(args.get(key, usual.get(key)) == value for key, value in wanted.items()) else None
 
 
 def _oddities(tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> Iterator[Oddity]:
-    """Activations that the file wants quantized, the older packing, act-order that is natural or denied."""
-    if fields.activations:
-        yield Oddity(
-            f"the config asks for {fields.activations}", "the weights are used with 16-bit activations instead"
-        )
+    """The older packing, act-order that is natural or denied."""
     if fields.bits in (3, 5, 6, 7) and not dense:
         yield Oddity("codes are packed as before version 0.18", f"{32 // fields.bits} in a word")
     if "weight_g_idx" in tensors and not fields.ordered and not _unset(tensors["weight_g_idx"]):
@@ -219,6 +252,7 @@ def _fields(module: str, config: Config, body: str) -> _Fields:
         symmetric=symmetric is not False,
         ordered=ordered is True or str(ordered).lower() == "group",
         activations=activations_of(group),
+        act=_act_of(group),
     )
 
 
