@@ -84,9 +84,13 @@ def test_support_matrix_is_that_of_the_catalogue(monkeypatch: pytest.MonkeyPatch
 FORMAT_ROWS = {
     "GPTQ v1, v2": ["gptq", "gptq_v2"],
     "AWQ gemm": ["awq"],
-    "compressed-tensors pack-quantized": ["compressed-tensors"],
-    "compressed-tensors int-quantized (W8A8, read with 16-bit activations)": ["compressed-tensors int-quantized"],
-    "compressed-tensors FP8, MXFP8, MXFP4, NVFP4, mixed-precision (16-bit activations)": [
+    "compressed-tensors pack-, float-, mxfp4-pack-, nvfp4-pack-quantized and mixtures (FP8, MXFP4, NVFP4; 16-bit activations)": [
+        "compressed-tensors"
+    ],
+    "compressed-tensors int-quantized (W8A8: 16-bit activations, int8 ones where asked)": [
+        "compressed-tensors int-quantized"
+    ],
+    "compressed-tensors of other tools: MXFP8, naive-quantized, and the above (16-bit activations)": [
         "compressed-tensors float-quantized",
         "compressed-tensors fp4-pack-quantized",
         "compressed-tensors mixed-precision",

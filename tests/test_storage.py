@@ -375,6 +375,13 @@ def test_pickles_are_refused_unopened(tmp_path: Path, name: str) -> None:
         TensorSource.open(tmp_path)
 
 
+def test_the_pickle_of_hqq_is_refused_by_name(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {})
+    (tmp_path / "qmodel.pt").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    with pytest.raises(CheckpointError, match=r"holds HQQ's qmodel.pt, a pickle, .*--method hqq"):
+        TensorSource.open(tmp_path)
+
+
 def test_places_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"org/model is not a directory; a checkpoint is a local folder"):
         TensorSource.open("org/model")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CheckpointError
-from ..formats import METADATA, READ_ONLY, Format, Oddity, Parsed, modelopt
+from ..formats import ACTIVATIONS, METADATA, READ_ONLY, Format, Oddity, Parsed, modelopt
 from ..formats.beyond import beyond_weights, check_below
 from ..models.naming import WHOLE, Conversion, Members, into_model
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
@@ -69,6 +69,7 @@ class DirectoryCheckpoint:
         if config is None:
             _check_unquantized(source)
             return cls(source, None, {}, {}, tuple(source.names()))
+        config = {key: value for key, value in config.items() if key != ACTIVATIONS}
         found = detect(config)
         if found.needs_metadata:
             config = config | {METADATA: source.metadata}
@@ -137,6 +138,10 @@ class DirectoryCheckpoint:
                     f"expert {expert} of {stack}: gate and up are one matrix here; {error}"
                 ) from error
             yield Parsed(weight, tuple(oddity for part in parts for oddity in part.oddities))
+
+    def with_activations_of_the_file(self) -> DirectoryCheckpoint:
+        """The same checkpoint, whose weights run with the activations that it asks for."""
+        return replace(self, quantization={**self.quantization, ACTIVATIONS: "file"})
 
     def parts(self, module: str) -> list[str]:
         """The names in the files of the tensors that make it up."""

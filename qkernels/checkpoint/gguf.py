@@ -124,6 +124,10 @@ class GgufCheckpoint:
     def expert_weights(self, stack: str) -> Iterator[Parsed]:
         raise KeyError(stack)
 
+    def with_activations_of_the_file(self) -> GgufCheckpoint:
+        """Itself: these files say nothing of activations."""
+        return self
+
     def parts(self, module: str) -> list[str]:
         return [self.modules[module]]
 

@@ -7,7 +7,8 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Activations = Literal["file", "16bit"]
+
 
 def load(
     directory: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
     on_unsupported: OnUnsupported = "raise",
+    activations: Activations | None = None,
     **others: Any,
 ) -> Any:
     """Any known checkpoint, quantized or not, as a `transformers` model in which quantized modules are `QuantLinear`.
@@ -56,6 +60,10 @@ def load(
         dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
             Scales keep their own.
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
+        activations: None: as the file says where that is computed here exactly as by its origin (our own `w8a8_channel`), else
+            in 16 bits, and a warning says what the file asks for. "file": also where another rounding is all that differs
+            (compressed-tensors' int8 a token); an error where no kernel has them, but for floats, which stay in 16 bits.
+            "16bit": never quantized.
         others: none; those of transformers' `from_pretrained` get an error that says what to pass instead.
 
     Returns:
@@ -66,7 +74,7 @@ def load(
         CheckpointError: the directory is incomplete, malformed or of an unknown kind; or its tensors and the model that
             config.json describes do not fit each other. Nothing missing or left over is passed over in silence.
         UnsupportedProblem: no kernel takes a module.
-        ArgumentError: an argument that `load` does not have, or a dtype that no model is loaded in.
+        ArgumentError: an argument or a value of `activations` that `load` does not have, or a dtype that no model is loaded in.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
@@ -81,10 +89,14 @@ def load(
     True
     """
     _refuse_others(others)
+    if activations not in (None, *get_args(Activations)):
+        raise ArgumentError(f'activations must be "file", "16bit" or None, got {activations!r:.40}')
     named = _named_dtype(dtype)
     checkpoint, device = open_checkpoint(directory), torch.device(device)
     dtype = named or _dtype_of(checkpoint)
     model, checkpoint = model_of(checkpoint, dtype)
+    if activations == "file":
+        checkpoint = checkpoint.with_activations_of_the_file()
     slots = _slots(model)
     oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     used = {f"{module}.bias" for module in checkpoint.modules}
@@ -95,7 +107,8 @@ def load(
             taken = [n for p in (form.up, form.down) for n in (f"{name}.{p}", f"{name}.{p}_bias")]
             used.update(taken)
             slots = [kept for slot in slots if (kept := [n for n in slot if n not in taken])]
-            loaded, strange = experts_at(model, name, form, checkpoint, device, dtype, on_unsupported)
+            sixteen = activations == "16bit"
+            loaded, strange = experts_at(model, name, form, checkpoint, device, dtype, on_unsupported, sixteen=sixteen)
             set_module(model, name, loaded)
             oddities += strange
     for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
@@ -104,6 +117,8 @@ def load(
             continue
         linear = linear_at(model, module, checkpoint.spelling(module))
         weight, found = checkpoint.weight(module)
+        if activations == "16bit":
+            weight = _with_16_bits(weight)
         oddities += [(module, oddity) for oddity in found]
         bias = bias_for(linear, checkpoint, module, weight)
         try:
@@ -269,6 +284,11 @@ def linear_at(model: nn.Module, module: str, spelled: str | None = None) -> nn.L
     return as_one
 
 
+def _with_16_bits(weight: QuantTensor) -> QuantTensor:
+    """The same weight, for activations as they come."""
+    return replace(weight, scheme=replace(weight.scheme, act=None))
+
+
 def experts_at(
     model: nn.Module,
     name: str,
@@ -278,8 +298,10 @@ def experts_at(
     dtype: torch.dtype,
     on_unsupported: OnUnsupported,
     source: nn.Module | None = None,
+    sixteen: bool = False,
 ) -> tuple[QuantExperts, list[tuple[str, Oddity]]]:
-    """The experts of a checkpoint for a place in the model, read and packed one by one; `source`: the module that was there.
+    """The experts of a checkpoint for a place in the model, read and packed one by one; `source`: the module that was there;
+    `sixteen`: with 16-bit activations, whatever the file has.
 
     Raises:
         CheckpointError: shapes or numbers do not fit the place; experts differ in scheme; a bias is missing.
@@ -301,7 +323,7 @@ def experts_at(
                 if checkpoint.format is not None and checkpoint.format.rows_as_stored and projection == form.up:
                     weight = rows_in_halves(form, weight)
                 oddities.update(dict.fromkeys((stack, oddity) for oddity in found))
-                yield weight
+                yield _with_16_bits(weight) if sixteen else weight
 
         bias: Tensor | None = source._parameters.get(f"{projection}_bias")
         if bias is not None:

@@ -59,6 +59,10 @@ class Checkpoint(Protocol):
     def expert_weights(self, stack: str) -> Iterator[Parsed]:
         """The weights `[N, K]` of a stack, one expert after the other."""
 
+    def with_activations_of_the_file(self) -> Checkpoint:
+        """The same checkpoint, whose weights run with the activations that it asks for; `weight` raises where no kernel has
+        them."""
+
     def parts(self, module: str) -> Collection[str]:
         """The names in the files of the tensors that make up a quantized module or stack, its bias aside."""
 

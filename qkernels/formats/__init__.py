@@ -22,6 +22,7 @@ from ..tensor import QuantTensor
 
 Config = Mapping[str, Any]
 METADATA = "__metadata__"  # the name that a safetensors header has for it
+ACTIVATIONS = "__activations__"  # what `load` was asked for, where `parse` finds it: "file", or absent
 
 
 class Oddity(NamedTuple):
@@ -134,6 +135,7 @@ from . import (  # noqa: E402  (they need Format)
     bitsandbytes,
     compressed_floats,
     compressed_tensors,
+    compressed_writing,
     fp8,
     gptq,
     hqq,
@@ -143,7 +145,7 @@ from . import (  # noqa: E402  (they need Format)
     torchao,
 )
 
-FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V2, awq.GEMM, compressed_tensors.PACKED)}
+FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, gptq.V1, gptq.V2, awq.GEMM, compressed_writing.PACKED)}
 # Origins whose files are read, into any of the above, but not written.
 READ_ONLY: dict[str, Format] = {
     f.name: f

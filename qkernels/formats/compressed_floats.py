@@ -1,4 +1,4 @@
-"""compressed-tensors files of floating-point weights, and those that mix several kinds; read.
+"""compressed-tensors files of floating-point weights, and those that mix several kinds; read. `compressed_writing` writes.
 
 | format                           | weight tensor                  | weight_scale                                   |
 |----------------------------------|--------------------------------|------------------------------------------------|

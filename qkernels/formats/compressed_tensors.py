@@ -1,4 +1,5 @@
-"""compressed-tensors files, as llm-compressor writes them: `pack-quantized` (read and written), `int-quantized` (read).
+"""compressed-tensors files of integers, as llm-compressor writes them, read: `pack-quantized` (`compressed_writing` writes it),
+`int-quantized`.
 
 | tensor (pack-quantized) | dtype  | shape                     | content                                              |
 |-------------------------|--------|---------------------------|------------------------------------------------------|
@@ -18,6 +19,12 @@ ceil(K * bits / 32). (Rows so short that both need the same number go by the ver
 `int-quantized` keeps `weight` as int8 `[N, K]`, one code a byte, and is made for int8 activations. Its weights are read as
 what they are, with 16-bit activations, which lose nothing; an oddity says what the file asked for, of inputs and of outputs.
 
+Asked for the activations of the file (`load(…, activations="file")`), int8 ones with one symmetric scale a token run on the
+kernels that have them. That is no default, because it is not to the bit what compressed-tensors 0.20 computes (calculate_qparams,
+fake_quantize): there the scale is max |x| / 127.5, in the dtype of x, and codes go down to -128; in our kernels it is
+max |x| / 127, in fp32, and the AVX2 products need codes without -128. Scales from the file, zero points and quantized outputs are
+an error: no kernel here has them.
+
 The scheme of a module comes from the `config_groups` entry whose `targets` fit it best: its name, else a pattern ("re:…"),
 else the class name "Linear".
 """
@@ -25,6 +32,7 @@ else the class name "Linear".
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +41,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import GroupSize, QuantScheme
 from ..tensor import QuantTensor
-from . import Config, Format, Oddity, Parsed, Written
-from .bitstream import pack, unpack, word_count
-from .native import shape_tensor, weight_shape
+from . import ACTIVATIONS, Config, Format, Oddity, Parsed
+from .bitstream import unpack, word_count
+from .native import weight_shape
 from .validation import (
     boolean,
     check_float,
@@ -44,18 +52,14 @@ from .validation import (
     group_index_of,
     group_size_of,
     integer,
-    integer_scheme_reasons,
     naming,
     pattern_of,
-    refuse,
-    weight_reasons,
 )
 
 METHOD = "compressed-tensors"
 PACK, INT = "pack-quantized", "int-quantized"
 BITS = range(2, 9)
 DENSE_SINCE = (0, 18)
-VERSION = "0.18.0"  # the first whose packing is ours
 
 
 class _Fields(NamedTuple):
@@ -64,6 +68,7 @@ class _Fields(NamedTuple):
     symmetric: bool
     ordered: bool  # actorder "group"
     activations: str  # what the group wants done to activations, "" for nothing
+    act: str | None  # what our kernels have for it: a key of `scheme.ACTIVATIONS`
 
 
 def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
@@ -86,7 +91,7 @@ def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> 
         why = f"{fields.bits} bits, weight_shape {sizes}"
         expect("weight_packed", packed, (torch.int32,), (N, width), why)
         weight = _weight(_unpack(packed, fields.bits, K, dense), tensors, fields, dense)
-        return Parsed(weight, tuple(_oddities(tensors, fields, dense)))
+        return _as_asked(weight, fields, config, _oddities(tensors, fields, dense))
 
 
 def parse_integers(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
@@ -102,71 +107,40 @@ def parse_integers(module: str, tensors: Mapping[str, Tensor], config: Config) -
             raise CheckpointError(f"weight must be int8 [N, K], got {list(stored.shape)}")
         expect("weight", stored, (torch.int8,), tuple(stored.shape))
         weight = _weight(_unsigned("weight", stored, fields.bits), tensors, fields, True)
-        return Parsed(weight, tuple(_oddities(tensors, fields, True)))
+        return _as_asked(weight, fields, config, _oddities(tensors, fields, True))
 
 
-def write(weight: QuantTensor) -> dict[str, Tensor]:
-    """The tensors of one module, by suffix, densely packed.
-
-    Raises:
-        ConversionError: a codebook, float zeros or offsets; one scale per tensor with zero points; int8 activations; a
-            short last group; stacked experts; scales that are all zero.
-    """
-    scheme, bits = weight.scheme, weight.scheme.bits
-    reasons = _reasons(scheme) + weight_reasons(weight)
-    if isinstance(scheme.group_size, int) and weight.K % scheme.group_size:
-        reasons.append(f"K={weight.K} is not a multiple of group_size {scheme.group_size}, which its readers need")
-    if scheme.group_size == "tensor" and not weight.scales.numel():
-        reasons.append("an empty weight has no scale per tensor")
-    refuse(PACKED.name, reasons)
-    tensors = {
-        "weight_packed": pack(weight.codes, bits),
-        "weight_scale": (weight.scales[0, :1] if scheme.group_size == "tensor" else weight.scales).contiguous(),
-    }
-    if weight.zeros is not None:
-        tensors["weight_zero_point"] = pack(weight.zeros.T, bits).T.contiguous()
-    if weight.group_index is not None:
-        tensors["weight_g_idx"] = weight.group_index.contiguous()
-    return tensors | {"weight_shape": shape_tensor(weight)}
+def _as_asked(weight: QuantTensor, fields: _Fields, config: Config, oddities: Iterator[Oddity]) -> Parsed:
+    """The weight with the activations that it runs with, and a word about those of the file."""
+    if not fields.activations:
+        return Parsed(weight, tuple(oddities))
+    asked = f"the config asks for {fields.activations}"
+    if config.get(ACTIVATIONS) != "file":
+        why = "the weights are used with 16-bit activations instead"
+        if fields.act is not None:
+            why += '; activations="file" runs them in int8, by max |x| / 127 where compressed-tensors has 127.5'
+        return Parsed(weight, (Oddity(asked, why), *oddities))
+    if fields.act is None:
+        raise CheckpointError(
+            f"{asked}; kernels here have int8 with one symmetric scale a token, made while they run; load it with "
+            'activations="16bit"'
+        )
+    said = Oddity(asked, "int8 by max |x| / 127 in fp32, where compressed-tensors has max |x| / 127.5")
+    return Parsed(replace(weight, scheme=replace(weight.scheme, act=fields.act)), (said, *oddities))
 
 
-def config_of(written: Written) -> dict[str, Any]:
-    """See `Format`. "Linear" has the default scheme; every other scheme becomes a group that names its modules."""
-    default, modules = written.default, written.modules
-    for scheme in written.schemes:
-        refuse(PACKED.name, _reasons(scheme))
-    targets: dict[QuantScheme, list[str]] = {default: ["Linear"]}
-    for name, scheme in sorted(modules.items()):
-        if scheme != default:
-            targets.setdefault(scheme, []).append(name)
-    groups = {
-        f"group_{i}": {
-            "targets": names,
-            "weights": _own_fields(scheme, written.act_order),
-            "input_activations": None,
-            "output_activations": None,
-            "format": PACK,
-        }
-        for i, (scheme, names) in enumerate(targets.items())
-    }
-    return {
-        "quant_method": METHOD,
-        "format": PACK,
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": [*([] if "lm_head" in modules else ["lm_head"]), *sorted({*written.unquantized} - {"lm_head"})],
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-        "version": VERSION,
-    }
+def _act_of(group: Mapping[str, Any]) -> str | None:
+    """The activations of our kernels that a group asks for but for the divisor; None where they have none such."""
+    args = group.get("input_activations")
+    if not isinstance(args, dict) or group.get("output_activations") is not None:
+        return None
+    wanted = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+    usual = {"type": "int", "symmetric": True}
+    return "int8" if all(args.get(key, usual.get(key)) == value for key, value in wanted.items()) else None
 
 
 def _oddities(tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> Iterator[Oddity]:
-    """Activations that the file wants quantized, the older packing, act-order that is natural or denied."""
-    if fields.activations:
-        yield Oddity(
-            f"the config asks for {fields.activations}", "the weights are used with 16-bit activations instead"
-        )
+    """The older packing, act-order that is natural or denied."""
     if fields.bits in (3, 5, 6, 7) and not dense:
         yield Oddity("codes are packed as before version 0.18", f"{32 // fields.bits} in a word")
     if "weight_g_idx" in tensors and not fields.ordered and not _unset(tensors["weight_g_idx"]):
@@ -240,7 +214,7 @@ def _dense(packed: Tensor, K: int, bits: int, config: Config) -> bool:
 
 def _version(config: Config) -> tuple[int, ...]:
     """The version as numbers; without one, that of today."""
-    parts = str(config.get("version", VERSION)).split(".")[:2]
+    parts = str(config.get("version", "0.18")).split(".")[:2]
     return tuple(int(part) for part in parts) if all(p.isascii() and p.isdecimal() for p in parts) else DENSE_SINCE
 
 
@@ -278,6 +252,7 @@ def _fields(module: str, config: Config, body: str) -> _Fields:
         symmetric=symmetric is not False,
         ordered=ordered is True or str(ordered).lower() == "group",
         activations=activations_of(group),
+        act=_act_of(group),
     )
 
 
@@ -344,29 +319,6 @@ def _strings(config: Config, key: str) -> Iterator[str]:
     return iter(values)
 
 
-def _own_fields(scheme: QuantScheme, act_order: bool) -> dict[str, Any]:
-    grouped = isinstance(scheme.group_size, int)
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "group" if grouped else scheme.group_size,
-        "group_size": scheme.group_size if grouped else None,
-        "actorder": "group" if act_order and grouped else None,
-        "block_structure": None,
-        "dynamic": False,
-        "observer": "minmax",
-        "observer_kwargs": {},
-    }
-
-
-def _reasons(scheme: QuantScheme) -> list[str]:
-    if scheme.group_size == "tensor" and scheme.zeros == "int":
-        return ["one scale per tensor goes with one zero point, and ours has one a row"]
-    plain = QuantScheme(scheme.bits, "channel", scheme.zeros, scheme.act, scheme.codebook)
-    return integer_scheme_reasons(plain if scheme.group_size == "tensor" else scheme, BITS)
-
-
 def means(config: Config, *bodies: str) -> bool:
     """Whether a `quantization_config` is of this method, in one of these formats, and not sparse besides."""
     sparsity = config.get("sparsity_config")
@@ -377,15 +329,6 @@ def means(config: Config, *bodies: str) -> bool:
 # Scales that no kernel here looks at: see `activations_of`.
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 
-PACKED: Format = Format(
-    name="compressed-tensors",
-    required=("weight_packed", "weight_scale", "weight_shape"),
-    optional=("weight_zero_point", "weight_g_idx", *OF_ACTIVATIONS),
-    matches=lambda config: means(config, PACK),
-    parse=parse_packed,
-    write=write,
-    config_of=config_of,
-)
 INTEGERS: Format = Format(
     name="compressed-tensors int-quantized",
     required=("weight_scale", "weight"),

@@ -36,6 +36,8 @@ from .files import (
     require_directory,
 )
 
+HQQ_PICKLE = "qmodel.pt"  # how HQQ itself saves a model
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -181,6 +183,11 @@ def _weight_files(root: Path) -> tuple[list[Path], dict[str, str] | None]:
             "and Mistral's consolidated files are not read (convert them with transformers, or fetch the repository's model-*)"
         )
     pickled = sorted(p.name for p in root.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    if HQQ_PICKLE in pickled:
+        raise CheckpointError(
+            f"{root} holds HQQ's {HQQ_PICKLE}, a pickle, which may run code when it is opened; quantize the original with "
+            "`qkernels quantize MODEL OUT --method hqq`"
+        )
     if pickled:
         raise CheckpointError(
             f"{root} holds only pickled weights ({', '.join(pickled[:3])}), which may run code when they are opened; "

@@ -15,7 +15,8 @@ from qkernels import QuantScheme
 from qkernels.checkpoint.registry import detect
 from qkernels.errors import CheckpointError
 from qkernels.formats import Written
-from qkernels.formats.compressed_tensors import INTEGERS, PACKED
+from qkernels.formats.compressed_tensors import INTEGERS
+from qkernels.formats.compressed_writing import PACKED
 from tests.strategies import random_weight, same_weight
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "compressed_tensors"
