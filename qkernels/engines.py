@@ -18,6 +18,7 @@ NEEDS = {
     "auto-round": "needs auto-round",
     "torchao": "needs torchao",
 }
+PLUGIN = "vLLM with qkernels"  # beside it in one environment: docs/serving.md
 VLLM_GROUPS = (16, 32, 64, 128, "channel")
 
 
@@ -44,16 +45,16 @@ def engines_for(
     if format_name is None:
         return ()
     own = Engine("qkernels", True, ())
+    plugin = _plugin(schemes, ordered)
     if format_name == "native":
         why = ("its format is our own; convert it with `qkernels pack … --format gptq`",)
-        return own, Engine("transformers", False, why), Engine("vLLM", False, why)
+        return own, Engine("transformers", False, why), Engine("vLLM", False, why), plugin
     if format_name == "gguf":
-        plugin = Engine("vLLM", True, ("needs vllm-gguf-plugin, which does not read every type",))
         return (
             own,
             Engine("llama.cpp", True, ()),
             Engine("transformers", True, ("needs gguf, and dequantizes it",)),
-            plugin,
+            Engine("vLLM", True, ("needs vllm-gguf-plugin, which does not read every type",)),
         )
     needs = next(
         (text for start, text in NEEDS.items() if format_name.startswith(start)), "needs optimum and gptqmodel"
@@ -70,7 +71,13 @@ def engines_for(
     differing = list(unequal_merges(schemes, floats))
     if differing:
         limits.append(f"merged modules need one scheme: {len(differing)} differ, first {differing[0]}")
-    return own, Engine("transformers", True, (needs,)), Engine("vLLM", not limits, tuple(limits))
+    return own, Engine("transformers", True, (needs,)), Engine("vLLM", not limits, tuple(limits)), plugin
+
+
+def _plugin(schemes: Mapping[str, QuantScheme], ordered: Sequence[str]) -> Engine:
+    if any(".experts." in module for module in schemes):
+        return Engine(PLUGIN, False, ("no quantized experts yet",))
+    return Engine(PLUGIN, True, ("on one rank where act-order columns would be cut",) if ordered else ())
 
 
 def unequal_merges(schemes: Mapping[str, QuantScheme], floats: Collection[str]) -> dict[str, str]:

@@ -45,13 +45,21 @@ _NO_CODEBOOK: Reasons = {
     ": only integer codes are supported": [s for s in WITH_CODEBOOK if s not in A8_SCHEMES],
 }
 _NO_FACTORS: Reasons = {": none are supported": FACTORED_SCHEMES}
-_NO_A8_FACTORS: Reasons = {": none are supported": A8_FACTORED}
+_NO_A8_FACTORS: Reasons = {
+    ": none are supported": A8_FACTORED
+}  # What compressed-tensors has formats for, with integer codes' columns in no other order.
+_WRITTEN_FLOATS = ["fp8_channel", "fp8_block32", "mxfp4_g32", "nvfp4_g16"]
+
 REFUSED: dict[str, Reasons] = {
     "native": {},
     "gptq": _GPTQ,
     "gptq_v2": _GPTQ,
     "awq": {**_NO_FIELDS, **_PER_TENSOR, "bits must be 4, got ": [s for s in SCHEMES if not s.startswith(_BITS_4)]},
-    "compressed-tensors": _NO_FIELDS,
+    "compressed-tensors": {
+        **{reason: [s for s in refused if s not in _WRITTEN_FLOATS] for reason, refused in _NO_FIELDS.items()},
+        "scales of mxfp4 are float8_e8m0fnu, got float16": ["mxfp4_g32"],
+        "weight_global_scale is one positive float32": ["nvfp4_g16"],
+    },
     "cpu_tile_a16": {"8-bit activations: these kernels take float32, bfloat16 and float16 ones": A8_SCHEMES},
     "cpu_tile_a8": {"16-bit activations: these kernels quantize them to int8": A16_SCHEMES},
     "mma_tile": {**_NO_CODEBOOK, **_NO_FACTORS, "8-bit activations: these kernels take bfloat16 and float16 ones": A8_SCHEMES},
@@ -71,4 +79,6 @@ REFUSED_IN_ACT_ORDER = {"awq": "columns are in act-order, and AWQ has no group i
 def reasons_for(fmt: str, scheme: str, ordered: bool) -> list[str]:
     """What the refusal has to say; empty: the format stores it."""
     reasons = [reason for reason, refused in REFUSED[fmt].items() if scheme in refused]
+    if fmt == "compressed-tensors" and ordered and scheme in _WRITTEN_FLOATS:
+        reasons.append("weight_g_idx goes with integer codes")
     return reasons + ([REFUSED_IN_ACT_ORDER[fmt]] if ordered and fmt in REFUSED_IN_ACT_ORDER else [])

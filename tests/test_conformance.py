@@ -111,9 +111,10 @@ def test_format_round_trip_or_refusal(fmt: Format, scheme: str, act_order: bool)
         return
     config = fmt.config_of(Written(weight.scheme, {"layer": weight.scheme}, act_order=ordered))
     tensors = fmt.write(weight)
-    assert detect(config) is fmt
-    assert set(fmt.required) <= tensors.keys() <= set(fmt.suffixes)
-    again = fmt.parse("layer", tensors, config).weight
+    reader = detect(config)
+    assert reader is fmt or (fmt.name == "compressed-tensors" and weight.scheme.codebook is not None)
+    assert set(reader.required) <= tensors.keys() <= set(reader.suffixes)
+    again = reader.parse("layer", tensors, config).weight
     assert torch.equal(again.dequantize(), weight.dequantize())
     assert again.scheme.bits == weight.scheme.bits
     rewritten = fmt.write(again)

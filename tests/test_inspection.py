@@ -90,6 +90,7 @@ def test_act_order_static_order_and_who_serves_them(tmp_path: Path) -> None:
     assert not vllm.serves
     assert vllm.notes == ("act-order was removed in 2026 (RFC 48148): 1 modules, first layers.0.q_proj",)
     assert engine(ordered, "qkernels").serves
+    assert engine(ordered, "vLLM with qkernels").notes == ("on one rank where act-order columns would be cut",)
     static = written(tmp_path / "b", "gptq", q_proj="w4a16_g32")
     edit_json(static / "config.json", lambda c: c["quantization_config"].update(desc_act=True))
     assert inspect(static).layers[0].columns == "static"
@@ -117,6 +118,7 @@ def test_other_engines(quantized: dict[str, Path]) -> None:
     assert engine(inspect(quantized["gptq"]), "transformers").notes == ("needs optimum and gptqmodel",)
     assert engine(inspect(quantized["awq"]), "transformers").notes == ("needs gptqmodel and accelerate",)
     assert not engine(inspect(quantized["native"]), "vLLM").serves
+    assert engine(inspect(quantized["native"]), "vLLM with qkernels") == Engine("vLLM with qkernels", True, ())
 
 
 def test_oddities_are_counted_by_kind(tmp_path: Path, quantized: dict[str, Path]) -> None:

@@ -181,7 +181,7 @@ def guard() -> Tensor:
 
 
 def check_guard(tensors: Mapping[str, Tensor]) -> None:
-    """Raise where a module's `weight` is one.
+    """Raise where a module's `weight` is one, or nothing that we wrote.
 
     Raises:
         CheckpointError: says so.
@@ -191,6 +191,8 @@ def check_guard(tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"both a weight {describe(found)} and a quantized one are there; one of them is left over"
         )
+    if found is not None and (found.dtype, found.shape) != (torch.uint8, (0,)):
+        raise CheckpointError(f"weight must be uint8 [0], which stands for nothing, got {describe(found)}")
 
 
 def shape_tensor(weight: QuantTensor) -> Tensor:

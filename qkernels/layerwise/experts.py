@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..models.experts import ExpertsForm, activation_of, shell_of
-from ..quantizers import GPTQ, InputStatistics, Options, rounding_of
+from ..quantizers import InputStatistics, Options, rounding_of
 from ..tensor import QuantTensor
 from .running import LayerInputs, LayerJob, Stop, run_to_stop
 
@@ -50,11 +50,6 @@ class _Sums:
     seconds: float = 0.0
 
 
-def for_experts(method: Options) -> Options:
-    """A method as experts take it."""
-    return replace(method, act_order="static") if isinstance(method, GPTQ) and method.orders_columns else method
-
-
 def quantize_experts(
     layer: nn.Module, leaf: str, form: ExpertsForm, methods: Mapping[str, Options], inputs: LayerInputs, job: LayerJob
 ) -> dict[str, QuantizedStack]:
@@ -70,7 +65,7 @@ def quantize_experts(
     source: Any = layer.get_submodule(leaf)
     x, ids = _seen(layer, leaf, form, inputs, job)
     between = activation_of(shell_of(source), form)
-    methods = {p: for_experts(m).with_scales_for(job.stored[f"{leaf}.{p}"]) for p, m in methods.items()}
+    methods = {p: m.with_one_order().with_scales_for(job.stored[f"{leaf}.{p}"]) for p, m in methods.items()}
     floats = {p: form.of_projection(p, source._parameters[p].data) for p in methods}
     sums = {p: _Sums([], {}) for p in methods}
     least = max(1, round(LEAST_SHARE * len(x)))

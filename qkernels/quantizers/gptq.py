@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -68,6 +68,10 @@ class GPTQ(Options):
             raise ArgumentError(
                 f"damping is a share of the Hessian's mean diagonal and must be in (0, 1], got {self.damping!r}"
             )
+
+    def with_one_order(self) -> GPTQ:
+        """See `Options.with_one_order`: groups that are static need no order of columns in what is stored."""
+        return replace(self, act_order="static") if self.orders_columns else self
 
     @property
     def orders_columns(self) -> bool:

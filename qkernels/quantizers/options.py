@@ -145,6 +145,10 @@ class Options(ActBitsIsAct):
         """
         raise NotImplementedError(f"{type(self).__name__} has no quantize of its own")
 
+    def with_one_order(self: Self) -> Self:
+        """The same method, which leaves columns where they are in what it makes: experts of a stack share one order."""
+        return self
+
     @property
     def orders_columns(self) -> bool:
         """Whether groups are formed in another order than the columns', so that the result may have a `group_index`."""
