@@ -45,9 +45,8 @@ _NO_CODEBOOK: Reasons = {
     ": only integer codes are supported": [s for s in WITH_CODEBOOK if s not in A8_SCHEMES],
 }
 _NO_FACTORS: Reasons = {": none are supported": FACTORED_SCHEMES}
-_NO_A8_FACTORS: Reasons = {
-    ": none are supported": A8_FACTORED
-}  # What compressed-tensors has formats for, with integer codes' columns in no other order.
+_NO_A8_FACTORS: Reasons = {": none are supported": A8_FACTORED}
+# What compressed-tensors has formats for; their columns are in no other order.
 _WRITTEN_FLOATS = ["fp8_channel", "fp8_block32", "mxfp4_g32", "nvfp4_g16"]
 
 REFUSED: dict[str, Reasons] = {
