@@ -1,36 +1,14 @@
 // grouped_gemm_cpu_tile_... and experts_cpu_tile_... on torch's stable ABI. Schemas: qkernels/ops/grouped.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "../inputs.h"
 #include "checks.h"
 #include "experts.h"
+#include "tensors.h"
 
 namespace qkernels::cpu {
 namespace {
-
-Tensor empty(int32_t dtype, std::array<int64_t, 2> shape) {
-  const std::array<int64_t, 2> strides{std::max<int64_t>(shape[1], 1), 1};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(),
-                                                  /*device_index=*/0, &handle));
-  return Tensor(handle);
-}
-
-void parallel_for(int64_t n, void* context, Body body) {
-  if (n == 1) return body(context, 0, 1);
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-int32_t dtype_of(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
 
 // The buffer of the first expert: what the checks of one weight are asked about.
 Buffer of_expert(const Tensor& t, int64_t experts, const char* name) {
@@ -71,13 +49,8 @@ Stack stack_of(const Tensor& x, int64_t K, const Inputs& in, bool int8) {
               in.codebook,
               in.factors};
   refuse(wrong_product(a, int8));
-  const auto at = [](const Buffer* b) { return b == nullptr ? nullptr : b->data; };
-  Call call{problem_of(a, int8)};
-  call.qweight = static_cast<const uint8_t*>(a.qweight.data);
-  call.scales = a.scales.data, call.zeros = at(a.zeros);
-  call.outer_scales = at(a.outer_scales), call.outer_zeros = at(a.outer_zeros);
-  call.k_order = static_cast<const int32_t*>(at(a.k_order));
-  call.bias = at(a.bias);
+  Call call = call_with(a, int8);
+  call.bias = data_of(a.bias);
   const OptionalTensor qweight = in.qweight, scales = in.scales;
   return {call,
           {stride_of(qweight, E), stride_of(scales, E), stride_of(in.zeros, E), stride_of(in.outer_scales, E),
@@ -87,12 +60,6 @@ Stack stack_of(const Tensor& x, int64_t K, const Inputs& in, bool int8) {
 
 OptionalTensor dense(const OptionalTensor& t) {
   return t.has_value() && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
-}
-
-const Kernels& kernels_now(bool int8) {
-  const Choice choice = current();
-  STD_TORCH_CHECK(choice.kernels != nullptr, choice.error);
-  return int8 ? int8_kernels(*choice.kernels) : *choice.kernels;
 }
 
 void check_x(const Tensor& x) {

@@ -2,12 +2,12 @@
 #include "experts.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "rows.h"
+#include "shares.h"
 #include "staging.h"
 
 namespace qkernels::cpu {
@@ -29,11 +29,6 @@ struct Segment {
   int64_t expert, m0, m1, tiles_per_unit, first_unit;
 };
 
-struct alignas(64) Share {
-  std::atomic<int64_t> next{0};
-  int64_t end = 0;
-};
-
 struct Work {
   const Grouped& grouped;
   const Kernels& kernels;
@@ -49,9 +44,7 @@ struct Work {
     int64_t all = 0;
     for (int64_t e = 0; e < grouped.stack.experts; ++e) {
       const int64_t begin = grouped.offsets[e], end = grouped.offsets[e + 1];
-      const int64_t blocks = (end - begin + kBlockTokens - 1) / kBlockTokens;
-      if (blocks == 0) continue;
-      const int64_t rows = blocks == 1 ? end - begin : ((end - begin + blocks - 1) / blocks + 7) / 8 * 8;
+      const int64_t rows = rows_of_a_block(end - begin);
       for (int64_t m = begin; m < end; m += rows) {
         segments.push_back({e, m, std::min(end, m + rows), tiles_together(std::min(end - m, rows)), 0});
         all += tiles;
@@ -62,9 +55,7 @@ struct Work {
       s.first_unit = units;
       units += (tiles + s.tiles_per_unit - 1) / s.tiles_per_unit;
     }
-    shares = std::vector<Share>(std::min(threads, units));
-    const int64_t n = static_cast<int64_t>(shares.size());
-    for (int64_t i = 0; i < n; ++i) shares[i].next = units * i / n, shares[i].end = units * (i + 1) / n;
+    shares = shares_of(units, threads);
   }
 
   void run(int64_t unit) const {
@@ -116,15 +107,9 @@ void gather_rows(void* context, int64_t m0, int64_t m1) {
   work.kernels.stage(work.call, m0, m1);
 }
 
-// As in gemm.cpp: every worker has a share of its own, then helps others.
 void multiply_units(void* context, int64_t begin, int64_t end) {
   Work& work = *static_cast<Work*>(context);
-  if (begin >= end) return;
-  const int64_t n = static_cast<int64_t>(work.shares.size());
-  for (int64_t i = begin; i < begin + n; ++i) {
-    Share& share = work.shares[i % n];
-    for (int64_t unit; (unit = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) work.run(unit);
-  }
+  work_through(work.shares, begin, end, [&](int64_t unit) { work.run(unit); });
 }
 
 void zero_rows(const Grouped& g, int64_t begin, int64_t end) {

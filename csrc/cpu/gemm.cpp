@@ -1,9 +1,9 @@
 // What all instruction sets share: staging of x, the split into units of work, and their distribution over threads.
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "kernels.h"
+#include "shares.h"
 #include "staging.h"
 
 // Of the OpenMP that torch's pool is made with, and null where it is made with another: cores that this process may run
@@ -38,12 +38,6 @@ bool runs_alone(const Problem& p, const Kernels& kernels, int64_t threads) {
   return threads == 1 || (little && crowded(threads));
 }
 
-// Units that one worker begins with, one after another in memory.
-struct alignas(64) Share {
-  std::atomic<int64_t> next{0};
-  int64_t end = 0;
-};
-
 struct Work {
   const Call& call;
   const Kernels& kernels;
@@ -52,20 +46,13 @@ struct Work {
 
   Work(const Call& c, const Kernels& k, int64_t threads) : call(c), kernels(k) {
     // A unit is a few tiles with all rows, or one tile with a block of rows. Tiles are taken together only while every
-    // thread has four units: one thread's last unit then is a small part of the whole. Blocks have equal sizes, a
-    // multiple of 8 rows where there are several: 65 rows are 40 + 25, not 64 + 1.
-    const int64_t blocks = (call.M + kBlockTokens - 1) / kBlockTokens;
+    // thread has four units: one thread's last unit then is a small part of the whole.
     tiles_per_unit = tiles_together(call.M);
     while (tiles_per_unit > 1 && tiles_of(call) < 4 * threads * tiles_per_unit) tiles_per_unit /= 2;
     tile_units = (tiles_of(call) + tiles_per_unit - 1) / tiles_per_unit;
-    rows_per_block = blocks == 1 ? call.M : ((call.M + blocks - 1) / blocks + 7) / 8 * 8;
+    rows_per_block = rows_of_a_block(call.M);
     units = tile_units * ((call.M + rows_per_block - 1) / rows_per_block);
-    shares = std::vector<Share>(std::min(threads, units));
-    const int64_t n = static_cast<int64_t>(shares.size());
-    for (int64_t i = 0; i < n; ++i) {
-      shares[i].next = units * i / n;
-      shares[i].end = units * (i + 1) / n;
-    }
+    shares = shares_of(units, threads);
   }
 };
 
@@ -74,24 +61,16 @@ void stage_rows(void* context, int64_t m0, int64_t m1) {
   work.kernels.stage(work.call, m0, m1);
 }
 
-// The workers begin ... end - 1. Each has a share of its own, for a core reads 88 GB/s in one stream (both cores of a
-// Zen 5), 79 where the other takes every second piece of 256 KB, and 68 with pieces of 64 KB. Then it takes from the
-// shares of others: cores may be busy with something else, or differ in speed. Blocks of rows are outermost, so that a
-// block of x stays in L2 while the weights stream past it.
+// Blocks of rows are outermost, so that a block of x stays in L2 while the weights stream past it.
 void multiply_units(void* context, int64_t begin, int64_t end) {
   Work& work = *static_cast<Work*>(context);
   const Call& call = work.call;
-  if (begin >= end) return;
-  const int64_t shares = static_cast<int64_t>(work.shares.size());
-  for (int64_t i = begin; i < begin + shares; ++i) {
-    Share& share = work.shares[i % shares];
-    for (int64_t unit; (unit = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
-      const int64_t tile = unit % work.tile_units * work.tiles_per_unit;
-      const int64_t m0 = unit / work.tile_units * work.rows_per_block;
-      const int tiles = static_cast<int>(std::min(work.tiles_per_unit, tiles_of(call) - tile));
-      work.kernels.multiply(call, tile, tiles, m0, std::min(call.M, m0 + work.rows_per_block));
-    }
-  }
+  work_through(work.shares, begin, end, [&](int64_t unit) {
+    const int64_t tile = unit % work.tile_units * work.tiles_per_unit;
+    const int64_t m0 = unit / work.tile_units * work.rows_per_block;
+    const int tiles = static_cast<int>(std::min(work.tiles_per_unit, tiles_of(call) - tile));
+    work.kernels.multiply(call, tile, tiles, m0, std::min(call.M, m0 + work.rows_per_block));
+  });
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ from .compressed_tensors import (
     parse_integers,
     parse_packed,
 )
-from .floating import MXFP4, MXFP8, NVFP4, fp8, mxfp4, mxfp8, nvfp4
+from .floating import FP8_CHANNEL, FP8_TENSOR, MXFP4, MXFP8, NVFP4, fp8, mxfp4, mxfp8, nvfp4, square
 from .validation import group_size_of, integer, naming
 
 FLOAT, NAIVE, MXFP8_BODY = "float-quantized", "naive-quantized", "mxfp8-quantized"
@@ -120,12 +120,11 @@ def _check_float(weights: Mapping[str, Any], bits: int) -> None:
 def _fp8(weights: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantTensor:
     _check_float(weights, 8)
     strategy, scale = weights.get("strategy"), tensors["weight_scale"]
-    scheme = QuantScheme(8, "channel", codebook="e4m3")
+    scheme = FP8_CHANNEL
     if strategy == "tensor":
-        scheme = QuantScheme(8, "tensor", codebook="e4m3")
+        scheme = FP8_TENSOR
     elif strategy == "block":
-        side = _side(weights.get("block_structure"))
-        scheme = QuantScheme(8, side, codebook="e4m3", rows=side)
+        scheme = _blocks(weights.get("block_structure"))
     elif strategy == "group":
         size = group_size_of(weights, "group_size")
         scheme = QuantScheme(8, "channel" if size is None else size, codebook="e4m3")
@@ -134,14 +133,16 @@ def _fp8(weights: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantTens
     return fp8(tensors["weight"], scale, scheme)
 
 
-def _side(structure: Any) -> int:
-    """128 of a block_structure [128, 128], which older versions spell "128x128"."""
-    text = str(structure).lower().split("x") if isinstance(structure, str) else structure
-    sides = [int(s) if isinstance(s, str) and s.isascii() and s.isdecimal() and len(s) < 10 else s for s in text or []] \
-        if isinstance(text, list) else []  # fmt: skip
-    if len(sides) != 2 or type(sides[0]) is not int or sides[0] != sides[1] or not 0 < sides[0] < 2**31:
-        raise CheckpointError(f"block_structure must be two equal sides such as [128, 128], got {structure!r:.40}")
-    return sides[0]
+def _blocks(structure: Any) -> QuantScheme:
+    """Of a block_structure [128, 128], which older versions spell "128x128"."""
+    sides = structure.lower().split("x") if isinstance(structure, str) else structure
+    if isinstance(sides, list) and all(_is_decimal(side) for side in sides):
+        return square("block_structure", [int(side) for side in sides])
+    return square("block_structure", structure)
+
+
+def _is_decimal(side: Any) -> bool:
+    return type(side) is int or (isinstance(side, str) and side.isascii() and side.isdecimal() and len(side) < 10)
 
 
 def _mxfp8(weights: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantTensor:

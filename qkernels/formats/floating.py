@@ -20,6 +20,7 @@ from .validation import check_scales, expect
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 MXFP4, MXFP8 = QuantScheme(4, 32, codebook="e2m1"), QuantScheme(8, 32, codebook="e4m3")
+FP8_TENSOR, FP8_CHANNEL = (QuantScheme(8, size, codebook="e4m3") for size in ("tensor", "channel"))
 NVFP4 = QuantScheme(4, 16, codebook="e2m1", factors="nvfp4")
 NVFP4_MULTIPLIED = QuantScheme(4, 16, codebook="e2m1", factors="nvfp4m")
 
@@ -119,8 +120,28 @@ def pairs(field: str, packed: Tensor, *dtypes: torch.dtype) -> Tensor:
         CheckpointError: it is no matrix of bytes.
     """
     matrix(field, packed, *(dtypes or (torch.uint8,)))
-    both = packed.view(torch.uint8)
+    return halves(packed.view(torch.uint8))
+
+
+def halves(both: Tensor) -> Tensor:
+    """uint8 `[…, 2 n]`: the codes of `[…, n]` bytes, the low half first."""
     return torch.stack([both & 15, both >> 4], -1).flatten(-2)
+
+
+def square(field: str, sides: object) -> QuantScheme:
+    """FP8 in square blocks.
+
+    Args:
+        field: whose value `sides` is.
+        sides: two equal lengths.
+
+    Raises:
+        CheckpointError: they are not; names the field.
+    """
+    two = sides if isinstance(sides, list) and len(sides) == 2 else [None, None]
+    if type(two[0]) is not int or two[0] != two[1] or not 0 < two[0] < 2**31:
+        raise CheckpointError(f"{field} must be two equal sides such as [128, 128], got {sides!r:.40}")
+    return QuantScheme(8, two[0], codebook="e4m3", rows=two[0])
 
 
 def powers_of_two(scale: Tensor, field: str = "weight_scale") -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from . import Config, Format, Oddity, Parsed
-from .floating import fp8
+from .floating import FP8_TENSOR, fp8, square
 from .validation import naming
 
 METHOD = "fp8"
@@ -40,12 +40,7 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
 
 def _scheme(config: Config) -> QuantScheme:
     block = config.get("weight_block_size")
-    if block is None:
-        return QuantScheme(8, "tensor", codebook="e4m3")
-    sides = block if isinstance(block, list) else []
-    if len(sides) != 2 or type(sides[0]) is not int or sides[0] != sides[1] or not 0 < sides[0] < 2**31:
-        raise CheckpointError(f"weight_block_size must be two equal sides such as [128, 128], got {block!r:.40}")
-    return QuantScheme(8, sides[0], codebook="e4m3", rows=sides[0])
+    return FP8_TENSOR if block is None else square("weight_block_size", block)
 
 
 def _oddities(tensors: Mapping[str, Tensor], config: Config) -> Iterator[Oddity]:

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..scheme import QuantScheme
 from . import Config, Format, Oddity, Parsed
-from .floating import NVFP4_MULTIPLIED, fp8, nvfp4
+from .floating import FP8_CHANNEL, FP8_TENSOR, NVFP4_MULTIPLIED, fp8, nvfp4
 from .validation import naming
 
 METHOD = "modelopt"
 MIXED = "MIXED_PRECISION"
 _NVFP4: Final = ("NVFP4", "W4A16_NVFP4")
-_FP8: Final = {"FP8": "tensor", "FP8_PER_CHANNEL_PER_TOKEN": "channel"}
+_FP8: Final = {"FP8": FP8_TENSOR, "FP8_PER_CHANNEL_PER_TOKEN": FP8_CHANNEL}
 
 
 def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
@@ -54,9 +53,7 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
                 f"got {'no weight_scale_2' if outer is None else 'weight_scale_2'} and weight {stored.dtype}"
             )
         if outer is None:
-            weight = fp8(
-                stored, scale, QuantScheme(8, "channel" if _FP8[algorithm] == "channel" else "tensor", codebook="e4m3")
-            )
+            weight = fp8(stored, scale, _FP8[algorithm])
         else:
             weight = nvfp4(stored, scale, outer, NVFP4_MULTIPLIED, "weight", "weight_scale_2")
         return Parsed(weight, tuple(_oddities(tensors, algorithm)))

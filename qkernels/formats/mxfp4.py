@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..scheme import QuantScheme
 from ..tensor import QuantTensor
 from ..text import describe
 from . import Config, Format, Parsed
+from .floating import MXFP4, halves, powers_of_two
 from .validation import expect, naming
-
-SCHEME = QuantScheme(4, 32, codebook="e2m1")
 
 
 def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
@@ -35,8 +33,7 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
         if blocks.dtype != torch.uint8 or blocks.dim() < 3 or blocks.shape[-1] != 16:
             raise CheckpointError(f"blocks must be uint8 [E, N, K / 32, 16], got {describe(blocks)}")
         expect("scales", scales, (torch.uint8,), blocks.shape[:-1], "like blocks")
-        codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-3)
-        return Parsed(QuantTensor(codes, scales.view(torch.float8_e8m0fnu), None, None, SCHEME))
+        return Parsed(QuantTensor(halves(blocks).flatten(-2), powers_of_two(scales, "scales"), None, None, MXFP4))
 
 
 FORMAT: Format = Format(
