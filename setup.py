@@ -40,9 +40,10 @@ def find_cuda_home() -> Path | None:
 def cpu_sources() -> list[str]:
     """Instruction sets choose their own targets (csrc/cpu/target.h); elsewhere than on x86 there is the scalar code alone."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    names = ["bindings", "bindings_experts", "dispatch", "experts", "gemm", "scalar", "scalar_int8"]
+    names = ["bindings", "bindings_experts", "bindings_gguf", "dispatch", "experts", "gemm", "gguf"]
+    names += ["gguf_scalar", "scalar", "scalar_int8"]
     if x86:
-        names += ["avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni"]
+        names += ["avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni", "gguf_avx2", "gguf_avx512"]
     return ["csrc/exports.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
 
 
