@@ -1,6 +1,7 @@
 """GGUF's blocks: decoded bit for bit, taken apart without loss, and as `QuantTensor` where a scheme holds them;
 and made of float weights."""
 
+from .importance import ImportanceFile, InputSquares, read_importance, write_importance
 from .parts import Meaning, Parts
 from .search import WRITABLE_TYPES, gguf_blocks
 from .types import BLOCK_TYPES, BlockType, block_type, blocks_of, dequantize, parts_of
@@ -11,6 +12,8 @@ __all__ = [
     "EXACT_SCHEMES",
     "WRITABLE_TYPES",
     "BlockType",
+    "ImportanceFile",
+    "InputSquares",
     "Meaning",
     "Parts",
     "block_type",
@@ -18,5 +21,7 @@ __all__ = [
     "dequantize",
     "gguf_blocks",
     "parts_of",
+    "read_importance",
     "weight_of",
+    "write_importance",
 ]

@@ -4,8 +4,7 @@ Every sum runs over the members of a group in order and in float32, as in ggml (
 decides by comparing errors that differ in the last bit. So tensors lie with the members first, `[members, groups]`: a step of a
 sum is then one operation on all groups. Importance (llama.cpp's imatrix) is the mean square of each input column.
 
-Known to differ from ggml, for a reason not found: with importance, some groups of equal weights (12 of 256 such groups in one of
-three draws, Q4_1) become 14 · (x / 14) here and 15 · (x / 15) there, which are x but for rounding.
+torch makes `number / tensor` of a reciprocal and a product, which is rounded twice: `_quotient` is not.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _TINY: Final = 1e-15  # a group whose largest weight is below it counts as zeros
 
 
 def gguf_blocks(weight: Tensor, type: str, importance: Tensor | None = None) -> Tensor:
-    """The weight in blocks of a GGUF type, with the bytes that llama.cpp's quantizer writes (equal weights in a group aside).
+    """The weight in blocks of a GGUF type, with the bytes that llama.cpp's quantizer writes.
 
     Args:
         weight: `[..., N, K]` floating point, finite, K a multiple of the type's block; computed in float32.
@@ -116,6 +115,11 @@ def _peak(x: Tensor) -> Tensor:
     return x.gather(0, x.abs().argmax(0, keepdim=True))[0]
 
 
+def _quotient(number: float, x: Tensor) -> Tensor:
+    """number / x, rounded once."""
+    return torch.tensor(float(number), device=x.device) / x
+
+
 def _inverse(x: Tensor) -> Tensor:
     return torch.where(x != 0, 1 / x, 0.0)
 
@@ -149,7 +153,7 @@ def _fit_range(x: Tensor, weight: Tensor, top: int, tries: Iterable[float], abso
         difference = scale * codes + least - x
         return _total(weight * (difference.abs() if absolute else difference * difference))
 
-    inverse = top / width
+    inverse = _quotient(top, width)
     scale, least = 1 / inverse, low
     codes = _nearest(inverse * (x - low)).clamp(0, top)
     best = error(codes, scale, least)
@@ -238,7 +242,7 @@ def _fit_positive(x: Tensor, weight: Tensor, top: int) -> _Fit:
         difference = x - 1 / inverse * codes
         return codes, _total(weight * difference * difference)
 
-    codes, best = trial(top / peak)
+    codes, best = trial(_quotient(top, peak))
     for step in (-4, -3, -2, -1, 1, 2, 3, 4):
         others, error = trial((torch.tensor(0.1) * step + top) / peak)
         better = error < best
@@ -296,7 +300,7 @@ def _with_minimum(rows: _Rows, top: int, size: int, small_top: int, tries: list[
 def _plain_factors(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The outer factor `[blocks]` and small ones `[per, blocks]` of values: by the largest."""
     largest = values.amax(0).clamp(min=0) + 0.0  # no -0
-    inverse = torch.where(largest > 0, top / largest, 0.0)
+    inverse = torch.where(largest > 0, _quotient(top, largest), 0.0)
     return largest / top, _nearest(inverse * values).clamp(max=top)
 
 

@@ -11,20 +11,22 @@ from qkernels.errors import ArgumentError
 from qkernels.formats.gguf import dequantize, search
 from qkernels.formats.gguf.search import WRITABLE_TYPES, gguf_blocks
 from tests.gguf_golden import FILES
-from tests.gguf_weights import COLUMNS, digest, made_importance, made_weight
+from tests.gguf_weights import COLUMNS, digest, made_equals, made_importance, made_weight
 
-GOLDEN = json.loads((FILES / "quantized.json").read_text())["blocks"]
+GOLDEN = json.loads((FILES / "quantized.json").read_text())
+WEIGHTS = {"blocks": made_weight, "equals": made_equals}
 
 
 def test_every_writable_type_has_golden_blocks() -> None:
-    assert set(GOLDEN) == set(WRITABLE_TYPES)
+    assert set(GOLDEN["blocks"]) == set(GOLDEN["equals"]) == set(WRITABLE_TYPES)
 
 
+@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("kind", ["plain", "importance"])
 @pytest.mark.parametrize("type", WRITABLE_TYPES)
-def test_the_bytes_are_those_of_llama_cpp(type: str, kind: str) -> None:
+def test_the_bytes_are_those_of_llama_cpp(type: str, kind: str, weight: str) -> None:
     importance = made_importance() if kind == "importance" else None
-    assert digest(gguf_blocks(made_weight(), type, importance)) == GOLDEN[type][kind]
+    assert digest(gguf_blocks(WEIGHTS[weight](), type, importance)) == GOLDEN[weight][type][kind]
 
 
 @pytest.mark.parametrize("type", WRITABLE_TYPES)
