@@ -2,6 +2,7 @@
 and made of float weights."""
 
 from .importance import ImportanceFile, InputSquares, read_importance, write_importance
+from .lossless import exact_blocks
 from .parts import Meaning, Parts
 from .search import WRITABLE_TYPES, gguf_blocks
 from .types import BLOCK_TYPES, BlockType, block_type, blocks_of, dequantize, parts_of
@@ -19,6 +20,7 @@ __all__ = [
     "block_type",
     "blocks_of",
     "dequantize",
+    "exact_blocks",
     "gguf_blocks",
     "parts_of",
     "read_importance",
