@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -14,11 +15,12 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, summary
-from ..formats.gguf import WRITABLE_TYPES, exact_blocks, gguf_blocks
+from ..formats.gguf import WRITABLE_TYPES, ImportanceFile, exact_blocks, gguf_blocks
 from ..models.gguf_mixes import Chosen
 from ..models.gguf_names import Place
 from ..storage import read_from
 from ..storage.gguf import SUFFIX
+from ..storage.gguf_header import MetaValue
 from ..storage.gguf_types import GGML_TYPES, OF_DTYPE
 from ..storage.gguf_writer import gguf_writer
 from ..text import describe
@@ -36,7 +38,7 @@ def plan_gguf(
     type: str | None = None,
     pure: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
-    importance: Mapping[str, Tensor] | None = None,
+    importance: ImportanceFile | None = None,
 ) -> GgufPlan:
     """What `to_gguf` with the same arguments writes: types, sizes, metadata. Weights are read only where what they hold decides.
 
@@ -57,8 +59,10 @@ def plan_gguf(
             raise ArgumentError(
                 f"{name} was to be {found.type}, which is only read; written are {', '.join((*_FLOATS, *WRITABLE_TYPES))}"
             )
-    _check_importance(slots, importance or {})
-    return plan_of(slots, type, chosen)
+    if importance is not None:
+        _check_importance(slots, importance)
+    plan = plan_of(slots, type, chosen)
+    return plan if importance is None else replace(plan, metadata={**plan.metadata, **_measured(importance)})
 
 
 def to_gguf(
@@ -67,7 +71,7 @@ def to_gguf(
     type: str | None = None,
     pure: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
-    importance: Mapping[str, Tensor] | None = None,
+    importance: ImportanceFile | None = None,
     overwrite: bool = False,
 ) -> GgufPlan:
     """Write a checkpoint as a GGUF file that llama.cpp loads, all or nothing, with one tensor in memory at a time.
@@ -82,7 +86,7 @@ def to_gguf(
         type: a mix ("Q4_K_M"), or None.
         pure: every matrix in the one type.
         tensor_types: (regular expression on the name in the file, type); the first that is found decides.
-        importance: float `[K]` by name in the file: how much the error of each input column counts.
+        importance: how much the error of each input column counts, by name in the file.
         overwrite: replace a GGUF file.
 
     Returns:
@@ -104,7 +108,8 @@ def to_gguf(
         for name, tensor in plan.constants.items():
             writer.add(name, tensor)
         for name, entry in tqdm(plan.entries.items(), desc="writing", unit="tensor", leave=False, delay=2):
-            columns = None if importance is None else importance.get(name)
+            found = None if importance is None else importance.entries.get(name)
+            columns = None if found is None else found.importance(*entry.shape)
             writer.add(name, _data(name, entry, checkpoint, columns, oddities))
     if type is not None and checkpoint.format is not None:
         log.warning(
@@ -116,16 +121,32 @@ def to_gguf(
     return plan
 
 
-def _check_importance(slots: Slots, importance: Mapping[str, Tensor]) -> None:
-    for name, columns in importance.items():
-        if name in slots.shapes and columns.shape != slots.shapes[name][-1:]:
-            raise ArgumentError(
-                f"importance of {name} must be [{slots.shapes[name][-1]}], got {describe(columns)}; it is of another model"
-            )
-    lacking = [
-        n for n, shape in slots.shapes.items() if len(shape) > 1 and n.startswith("blk.") and n not in importance
-    ]
-    if importance and lacking:
+def _measured(importance: ImportanceFile) -> dict[str, MetaValue]:
+    """What llama.cpp's quantizer notes of an importance matrix."""
+    found = {"quantize.imatrix.entries_count": MetaValue("u32", len(importance.entries))}
+    if importance.datasets:
+        found["quantize.imatrix.dataset"] = MetaValue("string", importance.datasets[0])
+    if importance.chunk_count:
+        found["quantize.imatrix.chunks_count"] = MetaValue("u32", importance.chunk_count)
+    return found
+
+
+def _check_importance(slots: Slots, importance: ImportanceFile) -> None:
+    """Raise where a matrix is of another model; say which weights it does not know."""
+    for name, entry in importance.entries.items():
+        if name in slots.shapes:
+            try:
+                entry.importance(*slots.shapes[name])
+            except ArgumentError as error:
+                raise ArgumentError(f"{name}: {error}") from error
+    inner = [name for name, shape in slots.shapes.items() if len(shape) > 1 and name.startswith("blk.")]
+    lacking = [name for name in inner if name not in importance.entries]
+    if len(lacking) == len(inner):
+        raise ArgumentError(
+            f"the importance is of none of this model's tensors ({', '.join(inner[:2])}, …), but of "
+            f"{', '.join(list(importance.entries)[:2])}: it was measured on another model"
+        )
+    if lacking:
         log.warning(
             "%d weights have no importance and are made without, for example %s", len(lacking), ", ".join(lacking[:3])
         )
