@@ -24,8 +24,8 @@ from qkernels.storage.gguf import GgufSource
 from qkernels.texts import load_tokenizer
 from tests.gguf_blocks import split_as
 from tests.gguf_golden import FILES, rewritten
+from tests.gguf_golden import MODELS as GOLDEN
 
-GOLDEN = sorted(path.stem for path in FILES.glob("*.gguf"))
 IDS = torch.arange(12)[None] * 7 % 64
 
 with safe_open(FILES / "logits.safetensors", "pt") as _file:

@@ -97,7 +97,7 @@ def load(
     model, checkpoint = model_of(checkpoint, dtype)
     if activations == "file":
         checkpoint = checkpoint.with_activations_of_the_file()
-    slots = _slots(model)
+    slots = tied_slots(model)
     oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     used = {f"{module}.bias" for module in checkpoint.modules}
     forms = experts_of(model)
@@ -132,7 +132,7 @@ def load(
             continue
         set_module(model, module, layer)
     missing = _fill(model, slots, checkpoint, used, device, dtype)
-    _check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
+    check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, device)
     give_back()
     for line in summary(oddities):
@@ -192,7 +192,7 @@ def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoin
     in_files = [*checkpoint.names(), *checkpoint.modules]
     if base is model or any(name.startswith(inside) for name in in_files):
         return model, named
-    missing = [slot for slot in _slots(model) if not any(name in named or _quantized(name, named) for name in slot)]
+    missing = [slot for slot in tied_slots(model) if not any(name in named or _quantized(name, named) for name in slot)]
     if not missing or any(name.startswith(inside) for slot in missing for name in slot):
         return model, named
     log.warning(
@@ -220,8 +220,8 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(checkpoint.shape(name))}"
             )
     may_lack = computed(model)
-    missing = [n[0] for n in _slots(model) if n[0] not in may_lack and not any(name in checkpoint for name in n)]
-    _check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
+    missing = [n[0] for n in tied_slots(model) if n[0] not in may_lack and not any(name in checkpoint for name in n)]
+    check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
 
 
 def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -239,7 +239,7 @@ def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
         belongs = module in checkpoint.modules and leaf != "bias"
         if name not in places and (belongs or leaf in suffixes - {"weight"}):
             strays.append(name)
-    _check_names(model, [], strays, checkpoint)
+    check_names(model, [], strays, checkpoint)
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
@@ -256,7 +256,7 @@ def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     )
 
 
-def _slots(model: nn.Module) -> list[list[str]]:
+def tied_slots(model: nn.Module) -> list[list[str]]:
     """The places that the checkpoint must fill: names of parameters and stored buffers, tied ones together."""
     slots: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -454,7 +454,12 @@ def _untie(model: Any, why: str) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _check_names(model: Any, missing: list[str], left_over: Iterable[str], checkpoint: Checkpoint) -> None:
+def check_names(model: Any, missing: list[str], left_over: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Raise unless a checkpoint lacks nothing and has nothing left over, but for what models compute.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     ignored |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}  # computed; older files still store them
     unexpected = [name for name in left_over if not any(re.search(pattern, name) for pattern in ignored)]
