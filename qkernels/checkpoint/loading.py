@@ -93,7 +93,7 @@ def load(
         raise ArgumentError(f'activations must be "file", "16bit" or None, got {activations!r:.40}')
     named = _named_dtype(dtype)
     checkpoint, device = open_checkpoint(directory), torch.device(device)
-    dtype = named or _dtype_of(checkpoint)
+    dtype = named or stored_dtype(checkpoint)
     model, checkpoint = model_of(checkpoint, dtype)
     if activations == "file":
         checkpoint = checkpoint.with_activations_of_the_file()
@@ -242,7 +242,7 @@ def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
     _check_names(model, [], strays, checkpoint)
 
 
-def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """What config.json says, else the dtype of the first float tensor that is not quantized."""
     named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
     if named is None:
@@ -361,7 +361,7 @@ def dequantize_router(
         if f"{module}.bias" not in checkpoint:
             raise CheckpointError(f"{module}.bias: the model needs one, and the files have none")
         parts["bias"] = checkpoint.read(f"{module}.bias")
-    kept = {leaf: torch.float32 if _kept_in_fp32(model, f"{module}.{leaf}", dtype) else dtype for leaf in parts}
+    kept = {leaf: torch.float32 if kept_in_fp32(model, f"{module}.{leaf}", dtype) else dtype for leaf in parts}
     assign(model, {f"{module}.{leaf}": t.to(device, kept[leaf]) for leaf, t in parts.items()})
     oddity = Oddity("a router that the file quantized is dequantized", f"{weight.scheme} {list(weight.codes.shape)}")
     return [(module, oddity), *((module, other) for other in found)]
@@ -437,11 +437,11 @@ def _parameter(model: Any, checkpoint: Checkpoint, name: str, device: torch.devi
         raise CheckpointError(f"{name}: the model needs {kind} {list(place.shape)}, got {describe(tensor)}")
     wanted = place.dtype
     if place.is_floating_point():
-        wanted = torch.float32 if _kept_in_fp32(model, name, dtype) else dtype
+        wanted = torch.float32 if kept_in_fp32(model, name, dtype) else dtype
     return nn.Parameter(tensor.to(device, wanted), requires_grad=place.requires_grad)
 
 
-def _kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
+def kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
     """Some models name modules that lose too much in fp16, or in any 16-bit dtype."""
     patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
