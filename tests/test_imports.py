@@ -28,7 +28,7 @@ STOREYS = (
     ("kernels",),
     ("nn",),
     ("checkpoint", "evaluate"),
-    ("layerwise",),
+    ("generating", "layerwise"),
     ("calibrate", "engines"),
     ("inspection", "planning"),
     ("integrations",),

@@ -99,15 +99,13 @@ def _planned(name: str, path: Path, dtype: torch.dtype | None, at_hand: bool) ->
     checkpoint = open_checkpoint(path)
     chosen = dtype or stored_dtype(checkpoint)
     model, checkpoint = model_of(checkpoint, chosen)
-    file = sum(checkpoint.nbytes(n) for n in checkpoint.names()) + sum(
-        map(checkpoint.module_nbytes, checkpoint.modules)
-    )
+    parts = (*checkpoint.modules, *checkpoint.stacks)
+    file = sum(map(checkpoint.nbytes, checkpoint.names())) + sum(map(checkpoint.module_nbytes, parts))
     notes = tuple(summary([*checkpoint.oddities]))
     if checkpoint.format is None:
         check_fits(model, checkpoint)
         return Planned(name, model, chosen, file, notes=notes)
     weights, ordered = _stored(checkpoint, at_hand)
-    file += sum(_stack_nbytes(checkpoint, stack) for stack in checkpoint.stacks)
     return Planned(
         name,
         model,
@@ -134,11 +132,6 @@ def _of_config(name: str, path: Path, dtype: torch.dtype | None) -> Planned:
         )
     chosen = dtype or known[named]
     return Planned(name, empty_model(config, chosen, path.parent), chosen, notes=tuple(notes))
-
-
-def _stack_nbytes(checkpoint: Checkpoint, stack: str) -> int:
-    assert isinstance(checkpoint, DirectoryCheckpoint)
-    return sum(checkpoint.source.nbytes(name) for name in checkpoint.parts(stack))
 
 
 # --- quantized modules without their values -----------------------------------------------------------------------------------
