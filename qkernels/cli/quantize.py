@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..scheme import GroupSize
-from .common import Subparsers, add_device, command_parser, positive, read_text
+from .common import Subparsers, add_device, add_revision, command_parser, local, positive, read_text
 
 if TYPE_CHECKING:
     from ..quantizers import Options
@@ -50,11 +50,12 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels quantize my-llama/ out/ --method rtn --scheme mxfp4_g32 --format compressed-tensors\n"
         "  qkernels quantize my-llama/ out/ --method gptq --scheme w4a8_g128 --calibration text.txt\n"
         "  qkernels quantize my-llama/ out/ --method smoothquant --calibration text.txt    (w8a8_channel)\n"
-        "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run",
+        "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run\n"
+        "  qkernels quantize Qwen/Qwen3-0.6B out/ --method rtn --revision main",
         "Quantize a model directory, one decoder layer at a time: memory stays at one layer plus the calibration "
         "activations. The output directory appears complete or not at all.",
     )
-    parser.add_argument("model", help="a directory with safetensors, config.json and a tokenizer")
+    parser.add_argument("model", help="a directory with safetensors, config.json and a tokenizer, or a Hub id")
     parser.add_argument("out", help="the directory to make; it must not exist yet")
     parser.add_argument(
         "--method",
@@ -107,6 +108,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="another scheme for some layers",
     )
     add_device(parser)
+    add_revision(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that qkernels wrote")
     parser.add_argument(
         "--resume",
@@ -172,25 +174,23 @@ def run(args: argparse.Namespace) -> int:
     from ..layerwise.preview import check_disk
     from ..texts import load_tokenizer
 
-    method = method_of(args)
+    method, path = method_of(args), local(args, args.model)
     selection = {
         "include": args.include,
         "exclude": args.exclude,
         "overrides": dict(args.override),
     }
     if args.dry_run:
-        previewed = preview(
-            args.model, method, **selection, samples=args.samples, seq_len=args.seq_len, format=args.format
-        )
+        previewed = preview(path, method, **selection, samples=args.samples, seq_len=args.seq_len, format=args.format)
         print(previewed.to_markdown())
         check_disk(previewed, args.out)
         return 0
     report = quantize(
-        args.model,
+        path,
         method,
         calibration=[read_text(args.calibration)] if args.calibration else None,
         evaluation=[read_text(args.eval_text)] if args.eval_text else None,
-        tokenizer=load_tokenizer(args.model) if args.calibration or args.eval_text else None,
+        tokenizer=load_tokenizer(path) if args.calibration or args.eval_text else None,
         save_to=args.out,
         format=args.format,
         samples=args.samples,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,6 @@ from ..scheme import QuantScheme
 from ..storage import CONFIG, read_json
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import dtype_name
-
-# What tells how codes are grouped or shaped, and is read where the file is at hand: by name, or because it is this small.
-_TELLING: Final = re.compile(r"(^|\.)(g_idx|weight_g_idx|weight_shape|weight_format|quant_state\.\w+)$")
-_SMALL: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -191,7 +187,9 @@ def _once(
 def _without_values(
     checkpoint: DirectoryCheckpoint, module: str, tensors: Mapping[str, str], at_hand: bool
 ) -> tuple[QuantTensor, bool]:
-    """What a format makes of tensors of these shapes: codes of 0 and scales of 1, but for what tells how they are arranged.
+    """What a format makes of tensors of these shapes, without looking at codes: they are 0. What tells how they are grouped, and
+    whether they are symmetric, is read where the files are at hand, of one module of each kind and shape; else scales are 1 and
+    columns in their natural order.
 
     Raises:
         CheckpointError: it takes values to tell.
@@ -199,12 +197,10 @@ def _without_values(
     assert checkpoint.format is not None
     source = checkpoint.source
     made: dict[str, Tensor] = {}
+    codes = max(tensors, key=lambda suffix: source.nbytes(tensors[suffix]))
     for suffix, name in tensors.items():
-        dtype, shape = source.dtype(name), source.shape(name)
-        if at_hand and (_TELLING.search(suffix) or source.nbytes(name) <= _SMALL):
-            made[suffix] = source.read(name)
-        else:
-            made[suffix] = _ones(dtype, shape)
+        known = at_hand and suffix != codes
+        made[suffix] = source.read(name) if known else _ones(source.dtype(name), source.shape(name))
     if not at_hand:
         made = {suffix: t for suffix, t in made.items() if suffix not in ("g_idx", "weight_g_idx")}
     try:
@@ -216,7 +212,7 @@ def _without_values(
         ) from error
     has_order = weight.group_index is not None
     if not at_hand and checkpoint.quantization.get("desc_act") is True:
-        has_order = True
+        has_order = True  # what its indices would tell is allowed for
     return replace(weight, group_index=None).to("meta"), has_order
 
 

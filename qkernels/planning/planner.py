@@ -149,7 +149,8 @@ def plan(
     bench: str | None = None,
     revision: str | None = None,
 ) -> Plan:
-    """Whether a model fits, and in which form it should be taken; reads headers only.
+    """Whether a model fits, and in which form it should be taken; reads headers only (and of a quantized checkpoint the scales and
+    zero points of one module of each kind).
 
     Args:
         model: a checkpoint directory, a GGUF file, a config.json alone, or a Hub id, of which headers alone are fetched.

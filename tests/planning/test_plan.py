@@ -96,8 +96,8 @@ def test_checkpoints_as_they_are(tmp_path: Path, mixture: Path, tiny_llama_dir: 
         assert near(found.rows[0].weights, load(source)), source
 
 
-def test_tools_files_are_planned_without_their_values() -> None:
-    """What the format makes of tensors that are only shaped like those of the file has the scheme of the file."""
+def test_tools_files_are_planned_without_their_codes() -> None:
+    """What the format makes of codes that are only shaped like those of the file has the scheme of the file."""
     from qkernels.checkpoint.directory import METADATA, DirectoryCheckpoint, _group
     from qkernels.checkpoint.registry import detect
     from qkernels.planning.models import _without_values
