@@ -113,7 +113,9 @@ class Inspection:
             for x in self.layers
         ]
         tensors = [[x.name, " x ".join(map(str, x.shape)), x.dtype, readable_size(x.nbytes)] for x in self.unquantized]
-        engines = [[x.name, "yes" if x.serves else "no", "; ".join(x.notes)] for x in self.engines]
+        engines = [
+            [f"{x.name} {x.version}".rstrip(), "yes" if x.serves else "no", "; ".join(x.notes)] for x in self.engines
+        ]
         parts = [f"# {self.directory}", table(["", ""], facts)]
         if layers:
             parts += ["## Quantized", table(["module", "N x K", "scheme", "columns", "size"], layers)]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from ..quantizers import QUANTIZERS, Options
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -28,8 +30,23 @@ class Candidate:
     format: str = "native"
 
     @property
+    def options(self) -> Options | None:
+        """The method as it is by default; None for a model as it is."""
+        return QUANTIZERS[self.method]() if self.method else None
+
+    @property
     def calibrated(self) -> bool:
-        return self.method in ("gptq", "awq", "smoothquant")
+        """Whether it needs a text."""
+        return self.options is not None and self.options.needs == "moments"
+
+    @property
+    def orders_columns(self) -> bool:
+        return self.options is not None and self.options.orders_columns
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether it quantizes stacked experts: a method that scales what linear layers read does not."""
+        return self.options is None or not self.options.folds
 
 
 # Best first.
@@ -47,7 +64,6 @@ CANDIDATES: Final = (
     Candidate("w3a16_g128_asym", "awq", 2.4e-2),
     Candidate("w2a16_g128", "gptq", 1.3e-1),
 )
-NOT_FOR_EXPERTS: Final = ("awq", "smoothquant")  # they scale what linear layers read, not stacked experts
 # What --prefer speed and size do not go beyond: from there on the bundled model is visibly another one (top-1 agreement below
 # 88 %, docs/quality.md).
 LARGEST_KL: Final = 3e-2

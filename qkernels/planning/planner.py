@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..engines import Engine, engines_for
+from ..engines import Engine, engines_for, engines_of_floats
 from ..errors import ArgumentError
 from ..models.architectures import text_config
 from ..models.experts import experts_of
@@ -22,7 +22,7 @@ from ..text import dtype_name, table
 from ..texts import capped
 from .cache import KV_DTYPES, Cache, cache_of
 from .devices import Device, device_of, with_bandwidth
-from .measured import CANDIDATES, CPU_SHARE, LARGEST_KL, NOT_FOR_EXPERTS, Candidate
+from .measured import CANDIDATES, CPU_SHARE, LARGEST_KL, Candidate
 from .models import Planned, planned_model
 from .weights import TORCH, Inventory, Sizes, described, in_scheme, inventory, sizes_as_floats, sizes_in
 
@@ -149,7 +149,7 @@ def plan(
     bench: str | None = None,
     revision: str | None = None,
 ) -> Plan:
-    """Whether a model fits, and in which form it should be taken; reads headers only (and of a quantized checkpoint the scales and
+    """Whether a model fits, and in which form it should be taken; reads headers only (of a quantized checkpoint also scales and
     zero points of one module of each kind).
 
     Args:
@@ -243,7 +243,7 @@ def _candidates(planned: Planned, schemes: Sequence[str]) -> list[Candidate]:
         return [CANDIDATES[0]]
     mixture = bool(experts_of(planned.model))
     if not schemes:
-        return [known for known in CANDIDATES if not (mixture and known.method in NOT_FOR_EXPERTS)]
+        return [known for known in CANDIDATES if not (mixture and not known.takes_experts)]
     known = {candidate.scheme: candidate for candidate in CANDIDATES}
     asked = [str(QuantScheme.parse(scheme)) for scheme in schemes]
     return [known.get(scheme, Candidate(scheme, "rtn", None)) for scheme in asked]
@@ -259,9 +259,9 @@ def _sizes(planned: Planned, found: Inventory, candidate: Candidate, device: Dev
             sizes = replace(sizes, kernels={**sizes.kernels, TORCH: sum(sizes.lacking.values())}, lacking={})
         engines = engines_for(planned.format, planned.schemes, sorted(planned.ordered), ())
     elif candidate.scheme is None:
-        return sizes_as_floats(found, planned.file), ("transformers", "vLLM", "SGLang")
+        return sizes_as_floats(found, planned.file), engines_of_floats()
     else:
-        scheme, in_order = QuantScheme.parse(candidate.scheme), candidate.method == "gptq"
+        scheme, in_order = QuantScheme.parse(candidate.scheme), candidate.orders_columns
         sizes = sizes_in(
             found, in_scheme(found, scheme), device, lambda name: in_order and not found.matrices[name].experts
         )
