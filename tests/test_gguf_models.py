@@ -206,6 +206,9 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
         "llama.cpp": True,
         "transformers": True,
         "vLLM": True,
+        "vLLM with qkernels": False,
+        "SGLang": True,
+        "Ollama": True,
     }
     assert 4 < (found.bits_per_weight or 0) < 9
     assert main(["inspect", str(FILES / "llama-mixed.gguf")]) == 0
