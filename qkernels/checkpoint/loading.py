@@ -29,7 +29,7 @@ from ..reports import readable_size
 from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import describe, dtype_name, dtype_names
-from .gguf import GGUF
+from .gguf import GGUF, dequantized_experts
 from .placing import DeviceMap, Placement, connect, placement_of
 from .source import Checkpoint, open_checkpoint
 
@@ -118,9 +118,22 @@ def load(
             used.update(taken)
             slots = [kept for slot in slots if (kept := [n for n in slot if n not in taken])]
             sixteen = activations == "16bit"
-            loaded, strange = experts_at(
-                model, name, form, checkpoint, place(name), dtype, on_unsupported, sixteen=sixteen
-            )
+            device = place(name)
+            try:
+                loaded, strange = experts_at(
+                    model, name, form, checkpoint, device, dtype, on_unsupported, sixteen=sixteen
+                )
+            except UnsupportedProblem:
+                if checkpoint.format is not GGUF:
+                    raise
+                for projection in (form.up, form.down):
+                    stack = f"{name}.{projection}"
+                    floats, weight = dequantized_experts(checkpoint.expert_weights(stack), dtype)
+                    assign(
+                        model, {stack: nn.Parameter(form.stored(projection, floats).to(device), requires_grad=False)}
+                    )
+                    oddities.append((stack, _dequantized(weight, device, dtype)))
+                continue
             set_module(model, name, loaded)
             oddities += strange
     for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
