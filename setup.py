@@ -20,8 +20,9 @@ from setuptools import setup
 HERE = Path(__file__).resolve().parent
 # torch 2.10: without it the binary asks for the torch that it was built with
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-# Cards without code of their own (10.0, 10.3: B200, B300) compile the PTX of 8.0, since PTX goes upwards only.
-CUDA_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;12.0+PTX"
+# 8.6 and 8.9 run the code of 8.0 (decision 0020); cards of no family here (10.0, 10.3: B200, B300) compile its PTX, since PTX
+# goes upwards only.
+CUDA_ARCHITECTURES = "8.0+PTX;9.0a;12.0+PTX"
 
 
 def find_cuda_home() -> Path | None:

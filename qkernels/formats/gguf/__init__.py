@@ -2,6 +2,7 @@
 and made of float weights."""
 
 from .importance import ImportanceFile, InputSquares, read_importance, write_importance
+from .lossless import exact_blocks
 from .parts import Meaning, Parts
 from .quantizing import gguf_blocks
 from .search import WRITABLE_TYPES
@@ -20,6 +21,7 @@ __all__ = [
     "block_type",
     "blocks_of",
     "dequantize",
+    "exact_blocks",
     "gguf_blocks",
     "parts_of",
     "read_importance",
