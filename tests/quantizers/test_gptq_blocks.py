@@ -45,6 +45,26 @@ def test_a_grid_has_the_values_of_its_blocks(type: str) -> None:
         grid.blocks(codes[:, :3])
 
 
+@pytest.mark.parametrize("type", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_moved_scales_are_those_of_the_blocks(type: str) -> None:
+    """Each row by another shift, to the ends of what six bits hold and no further."""
+    weight = made_weight()[:, :512]
+    grid = BlockGrid.search(weight, type)
+    codes = grid.parts.codes.T.float()
+    before = dequantize(grid.blocks(codes.T), type)
+    shifts = torch.tensor(grid.shifts)
+    assert grid.shifts[0] == (0, 0) and len(shifts) == (25 if grid.parts.minima is not None else 5)
+    for group in range(512 // grid.group):
+        cut = slice(group * grid.group, (group + 1) * grid.group)
+        assert torch.equal(grid.shifted(group, codes[cut], (0, 0))[0].T, before[:, cut])
+        by = shifts[(torch.arange(24) + group) % len(shifts)].T
+        expected = grid.shifted(group, codes[cut], by)[0].T
+        grid.move(group, by)
+        assert torch.equal(dequantize(grid.blocks(codes.T), type)[:, cut], expected)
+        for index in range(cut.start, cut.stop):
+            assert torch.equal(grid.round(expected[:, index - cut.start], index)[1], expected[:, index - cut.start])
+
+
 @pytest.mark.parametrize("order", ["natural", "energy"])
 @pytest.mark.parametrize("type", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "Q4_0", "Q5_1", "MXFP4"])
 def test_the_error_of_the_output_falls(type: str, order: str) -> None:
