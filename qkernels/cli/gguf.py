@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ArgumentError
+from .common import local
 
 if TYPE_CHECKING:
     from ..formats.gguf import ImportanceFile
@@ -74,10 +75,11 @@ def quantize_to_gguf(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "type": args.type.upper(), "pure": args.pure, "tensor_types": args.tensor_type, "importance": _importance(args.imatrix),
     }  # fmt: skip
+    path = local(args, args.model)
     if args.dry_run:
-        print(plan_gguf(args.model, **options).to_markdown())
+        print(plan_gguf(path, **options).to_markdown())
         return 0
-    print(to_gguf(args.model, args.out, overwrite=args.overwrite, **options).to_markdown())
+    print(to_gguf(path, args.out, overwrite=args.overwrite, **options).to_markdown())
     print(f"wrote {args.out}")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import ArgumentError
-from .common import Subparsers, any_device, command_parser
+from .common import Subparsers, add_revision, any_device, command_parser, local
 
 GGUF = "gguf"
 NAME, SUMMARY = "pack", "rewrite a quantized checkpoint for a kernel, or in another format"
@@ -25,7 +25,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "Rewrite a quantized checkpoint: in the layout that a kernel reads (--layout), or in another file format "
         "(--format). The weights stay the same, bit for bit; what the target cannot express is refused with the reason.",
     )
-    parser.add_argument("checkpoint", help="a quantized checkpoint directory or GGUF file")
+    parser.add_argument("checkpoint", help="a quantized checkpoint directory, GGUF file or Hub id")
     parser.add_argument("out", help="the directory (with --format gguf: the file) to make; it must not exist yet")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
@@ -38,6 +38,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--device", type=any_device, default="cpu", help="the device that --layout auto packs for (default: cpu)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that qkernels wrote")
+    add_revision(parser)
     return parser
 
 
@@ -46,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoint.packed import PACKED
     from ..checkpoint.saving import layout_of
 
+    path = local(args, args.checkpoint)
     if args.format == GGUF or (args.format is None and args.layout is None and str(args.out).endswith(".gguf")):
-        plan = to_gguf(args.checkpoint, args.out, overwrite=args.overwrite)
+        plan = to_gguf(path, args.out, overwrite=args.overwrite)
         print(plan.to_markdown())
         print(f"wrote {args.out} ({GGUF})")
         return 0
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format is not None:
         target = args.format
     elif layout == "auto":
-        target = layout_of(args.checkpoint, args.device)
+        target = layout_of(path, args.device)
     elif layout in PACKED:
         target = layout
     else:
@@ -63,6 +65,6 @@ def run(args: argparse.Namespace) -> int:
             f"--layout must be auto, {', '.join(list(PACKED)[:-1])} or {list(PACKED)[-1]}, got {layout!r}; a checkpoint in no "
             "kernel's layout, which every machine reads, is --format native"
         )
-    convert(args.checkpoint, args.out, target, args.overwrite)
+    convert(path, args.out, target, args.overwrite)
     print(f"wrote {args.out} ({target})")
     return 0

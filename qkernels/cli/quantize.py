@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..scheme import GroupSize
-from .common import Subparsers, add_device, command_parser, positive, read_text
+from .common import Subparsers, add_device, add_revision, command_parser, local, positive, read_text
 from .gguf import add_gguf_options, check_no_gguf_options, quantize_to_gguf
 
 if TYPE_CHECKING:
@@ -55,12 +55,13 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run\n"
         "  qkernels quantize my-llama/ my-llama-Q4_K_M.gguf --type Q4_K_M\n"
         "  qkernels quantize my-llama/ my-llama-Q3_K_M.gguf --type Q3_K_M --imatrix my-llama.imatrix\n"
-        "  qkernels quantize my-llama/ out.gguf --type Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run",
+        "  qkernels quantize my-llama/ out.gguf --type Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run\n"
+        "  qkernels quantize Qwen/Qwen3-0.6B out/ --method rtn --revision main",
         "Quantize a model directory, one decoder layer at a time: memory stays at one layer plus the calibration "
         "activations. The output appears complete or not at all. With --type a GGUF file is written, of any checkpoint that can "
         "be loaded, one tensor at a time.",
     )
-    parser.add_argument("model", help="a directory with safetensors, config.json and a tokenizer")
+    parser.add_argument("model", help="a directory with safetensors, config.json and a tokenizer, or a Hub id")
     parser.add_argument("out", help="the directory to make, or with --type the .gguf file; it must not exist yet")
     parser.add_argument(
         "--method",
@@ -111,6 +112,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     )
     add_gguf_options(parser)
     add_device(parser)
+    add_revision(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that qkernels wrote")
     parser.add_argument(
         "--resume",
@@ -182,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
     from ..layerwise.preview import check_disk
     from ..texts import load_tokenizer
 
-    method = method_of(args)
+    method, path = method_of(args), local(args, args.model)
     selection = {
         "include": args.include,
         "exclude": args.exclude,
@@ -190,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.dry_run:
         previewed = preview(
-            args.model,
+            path,
             method,
             **selection,
             samples=args.samples,
@@ -201,11 +203,11 @@ def run(args: argparse.Namespace) -> int:
         check_disk(previewed, args.out)
         return 0
     report = quantize(
-        args.model,
+        path,
         method,
         calibration=[read_text(args.calibration)] if args.calibration else None,
         evaluation=[read_text(args.eval_text)] if args.eval_text else None,
-        tokenizer=load_tokenizer(args.model) if args.calibration or args.eval_text else None,
+        tokenizer=load_tokenizer(path) if args.calibration or args.eval_text else None,
         save_to=args.out,
         format=args.format or DEFAULT_FORMAT,
         samples=args.samples,

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import CheckpointError, ConversionError
 from ..storage.gguf import GgufSource
 
-Kind = Literal["linear", "embedding", "norm"]
+# "plain" is read as numbers whatever it is in: a router; "row" is a vector there and a matrix of one row here.
+Kind = Literal["linear", "embedding", "norm", "plain", "row", "experts"]
 _NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<piece>[a-z0-9_]+)\.(?P<leaf>weight|bias)")
 _IN_LAYER: Final = re.compile(r"model\.layers\.(?P<layer>\d{1,6})\.(?P<module>.+)")
 # What the config is made of (`gguf_config.py`), not the model.
@@ -29,11 +30,12 @@ INPUT_SCALE: Final = ".input_scale"
 
 class Piece(NamedTuple):
     """A module that a tensor of a file belongs to; of a layer, relative to it. `rope`: which number of heads its rows have, where
-    they are turned in pairs."""
+    they are turned in pairs. `part`: of stacked experts, whose `module` is a parameter, which part of their rows."""
 
     module: str
     kind: Kind = "linear"
     rope: str | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,27 @@ GGUF_ARCHITECTURES: Final = {architecture.name: architecture for architecture in
 # Another model_type of transformers that files have under the name of an architecture.
 _AS_ANOTHER: Final = {"llama": "mistral"}
 
+_EXPERTS: Final = {
+    "ffn_gate_inp": Piece("mlp.gate", "plain"),
+    "ffn_gate_exps": Piece("mlp.experts.gate_up_proj", "experts", part=0),
+    "ffn_up_exps": Piece("mlp.experts.gate_up_proj", "experts", part=1),
+    "ffn_down_exps": Piece("mlp.experts.down_proj", "experts"),
+}
+_SHARED_EXPERT: Final = {
+    "ffn_gate_inp_shexp": Piece("mlp.shared_expert_gate", "row"),
+    "ffn_gate_shexp": Piece("mlp.shared_expert.gate_proj"),
+    "ffn_up_shexp": Piece("mlp.shared_expert.up_proj"),
+    "ffn_down_shexp": Piece("mlp.shared_expert.down_proj"),
+}
+_MIXTURES: Final = (
+    GgufArchitecture("llama", "mixtral", "MixtralForCausalLM", _NORMS | _ATTENTION | _EXPERTS, paired_rope=True),
+    GgufArchitecture("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", _NORMS | _ATTENTION | _EXPERTS | _SHARED_EXPERT),
+    GgufArchitecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", _NORMS | _ATTENTION | _HEAD_NORMS | _EXPERTS),
+    GgufArchitecture("olmoe", "olmoe", "OlmoeForCausalLM", _NORMS | _ATTENTION | _HEAD_NORMS | _EXPERTS),
+)
+# Of files that hold experts.
+GGUF_MIXTURES: Final = {architecture.name: architecture for architecture in _MIXTURES}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -126,6 +149,7 @@ class Place:
         heads: of a rope in pairs; 0 where the rows are in order.
         offset: what is to be subtracted.
         scale: the tensor of one number that multiplies it, if there is one.
+        part: of stacked experts, which of the parts of `name` it is: 0 for gate (and down), 1 for up.
     """
 
     name: str
@@ -133,6 +157,7 @@ class Place:
     heads: int = 0
     offset: float = 0.0
     scale: str | None = None
+    part: int = 0
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The rows of the model, of a weight, a bias, or a weight in blocks, which run along a row."""
@@ -153,20 +178,24 @@ def architecture_of(source: GgufSource) -> GgufArchitecture:
     """The table's entry for a file.
 
     Raises:
-        CheckpointError: the file does not name an architecture, or one that is not in the table; or holds experts.
+        CheckpointError: the file does not name an architecture, or one that is not in the table; or experts of one that is read
+            without any.
     """
     name = source.get("general.architecture")
     if not isinstance(name, str):
         raise CheckpointError(f"{source.path} has no general.architecture, so it holds no model")
+    if source.get(f"{name}.expert_count", 0) and name in GGUF_MIXTURES:
+        return GGUF_MIXTURES[name]
     if name not in GGUF_ARCHITECTURES:
         raise CheckpointError(
-            f"{source.path} holds a model of architecture {name!r:.40}; GGUF files of {', '.join(GGUF_ARCHITECTURES)} are read "
-            "(Mistral's are llama); for another, load the original checkpoint, or add an entry to qkernels/models/gguf_names.py"
+            f"{source.path} holds a model of architecture {name!r:.40}; GGUF files of "
+            f"{', '.join(GGUF_ARCHITECTURES | GGUF_MIXTURES)} are read (Mistral's and Mixtral's are llama); for another, "
+            "load the original checkpoint, or add an entry to qkernels/models/gguf_names.py"
         )
     if source.get(f"{name}.expert_count", 0):
         raise CheckpointError(
-            f"{source.path} holds a model with {source.get(f'{name}.expert_count')} experts a layer, which are not read from "
-            "GGUF files yet; load the original checkpoint"
+            f"{source.path} holds a model with {source.get(f'{name}.expert_count')} experts a layer; GGUF files with "
+            f"experts are read of {', '.join(GGUF_MIXTURES)} (Mixtral's are llama); load the original checkpoint"
         )
     return GGUF_ARCHITECTURES[name]
 
@@ -247,12 +276,17 @@ def places_of(source: GgufSource, architecture: GgufArchitecture, config: Mappin
         if heads and (not entry.shape or entry.shape[0] % (2 * heads)):
             raise CheckpointError(f"{name} has rows {list(entry.shape)[:1]}, which are no {heads} heads of pairs")
         scale = f"{name.rpartition('.')[0]}{SCALE}" if match["leaf"] == "weight" else None
+        if piece.kind == "experts" and (match["leaf"] != "weight" or len(entry.shape) != 3):
+            raise CheckpointError(
+                f"{name} must be the weights [E, N, K] of stacked experts, got {entry.type.name} {list(entry.shape)}"
+            )
         places[name] = Place(
-            f"{module}.{match['leaf']}",
+            module if piece.kind == "experts" else f"{module}.{match['leaf']}",
             piece.kind,
             heads,
             1.0 if piece.kind == "norm" and architecture.unit_offset_norms else 0.0,
             scale if scale in source else None,
+            piece.part,
         )
     _check_scales(source, places)
     return places

@@ -4,7 +4,8 @@ and made of float weights."""
 from .importance import ImportanceFile, InputSquares, read_importance, write_importance
 from .lossless import exact_blocks
 from .parts import Meaning, Parts
-from .search import WRITABLE_TYPES, gguf_blocks
+from .quantizing import gguf_blocks
+from .search import WRITABLE_TYPES
 from .types import BLOCK_TYPES, BlockType, block_type, blocks_of, dequantize, parts_of
 from .weights import EXACT_SCHEMES, weight_of
 
