@@ -130,7 +130,8 @@ def directory_of(name: str, path: Path) -> Path:
     return path
 
 
-FLOATS = [name for name in MODELS if name not in ("llama-k", "llama-mixed", "qwen3")]
+MIXTURES = ("mixtral", "olmoe", "qwen2moe", "qwen3moe")  # read alone
+FLOATS = [name for name in MODELS if name not in ("llama-k", "llama-mixed", "qwen3", *MIXTURES)]
 # Said by default; ranks of merges instead of scores; what the golden files do not have.
 DEFAULTS = (
     "key_length",
