@@ -135,6 +135,10 @@ def choose_types(
     slots, windows = _asked(path, calibration, samples, seq_len)
     if slots.checkpoint.format is not None:
         raise ArgumentError(f"{path} is quantized already: what its tensors lose is measured on the float checkpoint")
+    if any(place.kind == "experts" for place in slots.places.values()):
+        raise ArgumentError(
+            f"{path} is a mixture of experts, of which no tensor's cost is measured yet; name a type (Q4_K_M)"
+        )
     matrices = {name: place for name, place in slots.places.items() if len(slots.shapes[name]) > 1}
     fixed = {name: Chosen("F32") for name in slots.places.keys() - matrices.keys()}
     smallest = {name: Chosen(_candidates(slots.shapes[name])[0]) for name in matrices}

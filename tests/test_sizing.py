@@ -91,7 +91,9 @@ def test_importance_is_the_mean_square_of_inputs(source: Path) -> None:
     with torch.no_grad():
         model(IDS)
     expected = seen[0].flatten(0, 1).square().mean(0)
-    assert torch.allclose(found.entries["blk.2.ffn_down.weight"].importance(256, 256), expected, rtol=5e-3)  # float16 there
+    assert torch.allclose(
+        found.entries["blk.2.ffn_down.weight"].importance(256, 256), expected, rtol=5e-3
+    )  # float16 there
     assert float(found.entries["output.weight"].counts) == 256
     assert "token_embd.weight" not in found.entries
 
@@ -137,7 +139,9 @@ def test_narrow_rows_have_types_of_their_own(tmp_path: Path, source: Path) -> No
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((source / name).read_bytes())
     found = choose_types(tmp_path, 10**6, IDS)
-    assert "Q8_0" in {choice.option.type for choice in found.choices.values()} <= {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+    assert (
+        "Q8_0" in {choice.option.type for choice in found.choices.values()} <= {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+    )
 
 
 @pytest.mark.large

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError
+from ..models.experts import PARTS
 from ..models.gguf_config import config_of
-from ..models.gguf_metadata import QUANTIZATION_VERSION, check_config, metadata_of
+from ..models.gguf_metadata import QUANTIZATION_VERSION, check_config, experts_in, metadata_of
 from ..models.gguf_mixes import FILE_TYPE_OF, Chosen, Facts, file_order, types_of
 from ..models.gguf_names import GgufArchitecture, Place, architecture_for, places_for, places_of
 from ..models.gguf_tokenizer import tokenizer_of
@@ -171,17 +172,27 @@ def slots_of(path: str | Path) -> Slots:
     )
     config = model.config.to_dict()
     places = places_for(names, architecture, config)
-    shapes = {spelled: tuple(state[place.name].shape) for spelled, place in places.items()}
+    shapes = {spelled: _shape_in_file(tuple(state[place.name].shape), place) for spelled, place in places.items()}
     sources = {spelled: names[place.name] for spelled, place in places.items()}
     for spelled, source in sources.items():
-        if source in named and named.shape(source) != shapes[spelled]:
-            raise CheckpointError(f"{source}: the model needs {list(shapes[spelled])}, got {list(named.shape(source))}")
+        needed = tuple(state[places[spelled].name].shape)
+        if source in named and named.shape(source) != needed:
+            raise CheckpointError(f"{source}: the model needs {list(needed)}, got {list(named.shape(source))}")
     return Slots(named, architecture, config, places, sources, shapes)
+
+
+def _shape_in_file(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    """Of stacked experts each part has its rows; a matrix of one row is a vector."""
+    if place.kind == "row":
+        return shape[1:]
+    if place.kind != "experts":
+        return shape
+    return (shape[0], shape[1] // len(PARTS[place.name.rpartition(".")[2]]), shape[2])
 
 
 def _holds(checkpoint: Checkpoint, name: str) -> bool:
     module, _, leaf = name.rpartition(".")
-    return name in checkpoint or (leaf == "weight" and module in checkpoint.modules)
+    return name in checkpoint or name in checkpoint.stacks or (leaf == "weight" and module in checkpoint.modules)
 
 
 def _names(checkpoint: Checkpoint) -> list[str]:
@@ -208,7 +219,7 @@ def chosen_types(
     """The types that a mix gives to them."""
     config = slots.config
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    facts = Facts(slots.architecture.name, config["num_hidden_layers"], heads, kv_heads)
+    facts = Facts(slots.architecture.name, config["num_hidden_layers"], heads, kv_heads, experts_in(config))
     return types_of(slots.shapes, mix, facts, pure, overrides, importance)
 
 

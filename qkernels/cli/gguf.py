@@ -89,7 +89,8 @@ def quantize_to_gguf(args: argparse.Namespace) -> int:
     others = _OTHERS if args.target_size is None else {**_OTHERS, "type": "--type", **_OWN}
     given = [option for name, option in others.items() if getattr(args, name)]
     if given:
-        raise ArgumentError(f"{asked} says how a GGUF file is quantized: leave out {', '.join(given)}, or leave it out")
+        rest = f"leave out {', '.join(given)}, or leave out {asked.split()[0]}"
+        raise ArgumentError(f"{asked} says how a GGUF file is quantized: {rest}")
     if args.calibration and args.imatrix:
         raise ArgumentError("--calibration measures an importance matrix, and --imatrix is one: leave one of them out")
     if args.target_size is not None:
