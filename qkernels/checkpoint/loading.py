@@ -29,7 +29,7 @@ from ..reports import readable_size
 from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import describe, dtype_name, dtype_names
-from .gguf import GGUF
+from .gguf import GGUF, dequantized_experts
 from .placing import DeviceMap, Placement, connect, placement_of
 from .source import Checkpoint, open_checkpoint
 
@@ -107,7 +107,7 @@ def load(
     place = placement_of(device, device_map, model, checkpoint)
     if activations == "file":
         checkpoint = checkpoint.with_activations_of_the_file()
-    slots = _slots(model)
+    slots = tied_slots(model)
     oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     used = {f"{module}.bias" for module in checkpoint.modules}
     forms = experts_of(model)
@@ -118,9 +118,22 @@ def load(
             used.update(taken)
             slots = [kept for slot in slots if (kept := [n for n in slot if n not in taken])]
             sixteen = activations == "16bit"
-            loaded, strange = experts_at(
-                model, name, form, checkpoint, place(name), dtype, on_unsupported, sixteen=sixteen
-            )
+            device = place(name)
+            try:
+                loaded, strange = experts_at(
+                    model, name, form, checkpoint, device, dtype, on_unsupported, sixteen=sixteen
+                )
+            except UnsupportedProblem:
+                if checkpoint.format is not GGUF:
+                    raise
+                for projection in (form.up, form.down):
+                    stack = f"{name}.{projection}"
+                    floats, weight = dequantized_experts(checkpoint.expert_weights(stack), dtype)
+                    assign(
+                        model, {stack: nn.Parameter(form.stored(projection, floats).to(device), requires_grad=False)}
+                    )
+                    oddities.append((stack, _dequantized(weight, device, dtype)))
+                continue
             set_module(model, name, loaded)
             oddities += strange
     for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
@@ -145,7 +158,7 @@ def load(
             continue
         set_module(model, module, layer)
     missing = _fill(model, slots, checkpoint, used, place, dtype)
-    _check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
+    check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, place)
     if place.spread:
         connect(model, place)
@@ -203,7 +216,7 @@ def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoin
     in_files = [*checkpoint.names(), *checkpoint.modules]
     if base is model or any(name.startswith(inside) for name in in_files):
         return model, named
-    missing = [slot for slot in _slots(model) if not any(name in named or _quantized(name, named) for name in slot)]
+    missing = [slot for slot in tied_slots(model) if not any(name in named or _quantized(name, named) for name in slot)]
     if not missing or any(name.startswith(inside) for slot in missing for name in slot):
         return model, named
     log.warning(
@@ -231,8 +244,8 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(checkpoint.shape(name))}"
             )
     may_lack = computed(model)
-    missing = [n[0] for n in _slots(model) if n[0] not in may_lack and not any(name in checkpoint for name in n)]
-    _check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
+    missing = [n[0] for n in tied_slots(model) if n[0] not in may_lack and not any(name in checkpoint for name in n)]
+    check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
 
 
 def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -250,7 +263,7 @@ def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
         belongs = module in checkpoint.modules and leaf != "bias"
         if name not in places and (belongs or leaf in suffixes - {"weight"}):
             strays.append(name)
-    _check_names(model, [], strays, checkpoint)
+    check_names(model, [], strays, checkpoint)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -267,7 +280,7 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     )
 
 
-def _slots(model: nn.Module) -> list[list[str]]:
+def tied_slots(model: nn.Module) -> list[list[str]]:
     """The places that the checkpoint must fill: names of parameters and stored buffers, tied ones together."""
     slots: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -466,7 +479,12 @@ def _untie(model: Any, why: str) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _check_names(model: Any, missing: list[str], left_over: Iterable[str], checkpoint: Checkpoint) -> None:
+def check_names(model: Any, missing: list[str], left_over: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Raise unless a checkpoint lacks nothing and has nothing left over, but for what models compute.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     ignored |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}  # computed; older files still store them
     unexpected = [name for name in left_over if not any(re.search(pattern, name) for pattern in ignored)]

@@ -56,4 +56,5 @@ FORMAT: Format = Format(
     optional=("activation_scale", "input_scale"),
     matches=lambda config: config.get("quant_method") == METHOD,
     parse=parse,
+    sliced=True,
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def _stored(checkpoint: Checkpoint, at_hand: bool) -> tuple[dict[str, QuantTenso
     known: dict[Any, tuple[QuantTensor, bool]] = {}
     for module in checkpoint.modules:
         if isinstance(checkpoint, GgufCheckpoint):
-            weights[module] = _of_blocks(checkpoint, module)
+            weights[module] = _of_blocks(checkpoint, checkpoint.modules[module])
             continue
         assert isinstance(checkpoint, DirectoryCheckpoint)
         tensors = checkpoint.modules[module]
@@ -149,6 +150,9 @@ def _stored(checkpoint: Checkpoint, at_hand: bool) -> tuple[dict[str, QuantTenso
         weights[module] = weight
         ordered.update([module] if has_order else [])
     for stack in checkpoint.stacks:
+        if isinstance(checkpoint, GgufCheckpoint):
+            weights[stack] = _of_blocks(checkpoint, checkpoint.members[stack])
+            continue
         assert isinstance(checkpoint, DirectoryCheckpoint)
         weight, has_order = _stack(known, checkpoint, stack, at_hand)
         weights[stack] = weight
@@ -225,7 +229,14 @@ def _ones(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def _of_blocks(checkpoint: GgufCheckpoint, module: str) -> QuantTensor:
-    entry = checkpoint.source.entry(checkpoint.modules[module])
-    rows = torch.empty(entry.shape[0], entry.nbytes // entry.shape[0], dtype=torch.uint8, device="meta")
-    return weight_of(rows, entry.type.name)
+def _of_blocks(checkpoint: GgufCheckpoint, names: Sequence[str]) -> QuantTensor:
+    """The weight of a layer, or of stacked experts, whose gate and up may be two entries."""
+    entries = [checkpoint.source.entry(name) for name in names]
+    one = []
+    for entry in entries:
+        *lead, rows, _ = entry.shape
+        nbytes = entry.nbytes // (rows * prod(lead))
+        one.append(weight_of(torch.empty(rows, nbytes, dtype=torch.uint8, device="meta"), entry.type.name))
+    weight = one[0] if len(one) == 1 else QuantTensor.concat(one)
+    experts = entries[0].shape[:-2]
+    return QuantTensor.stack([weight] * experts[0]) if experts else weight
