@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.arguments import stored_dtype
 from ..checkpoint.directory import DirectoryCheckpoint
 from ..checkpoint.gguf import GgufCheckpoint
-from ..checkpoint.loading import check_fits, kept_in_fp32, model_of, stored_dtype
+from ..checkpoint.loading import check_fits, kept_in_fp32, model_of
 from ..errors import CheckpointError, QKernelsError
 from ..formats import summary
 from ..formats.gguf import weight_of
@@ -43,6 +44,7 @@ class Planned:
         ordered: those of them that have one.
         dequantizes: whether a module that no kernel takes is dequantized (GGUF) and no error.
         notes: what a user should know of the files.
+        checkpoint: of a float model in files, under the model's names.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Planned:
     ordered: frozenset[str] = frozenset()
     dequantizes: bool = False
     notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
 
     @property
     def schemes(self) -> dict[str, QuantScheme]:
@@ -102,7 +105,7 @@ def _planned(name: str, path: Path, dtype: torch.dtype | None, at_hand: bool) ->
     notes = tuple(summary([*checkpoint.oddities]))
     if checkpoint.format is None:
         check_fits(model, checkpoint)
-        return Planned(name, model, chosen, file, notes=notes)
+        return Planned(name, model, chosen, file, notes=notes, checkpoint=checkpoint)
     weights, ordered = _stored(checkpoint, at_hand)
     return Planned(
         name,
