@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkernels import GPTQ, RTN, load, quantize
+from qkernels import AWQ, GPTQ, RTN, SmoothQuant, load, quantize
 from qkernels.calibrate import preview
 from qkernels.nn import QuantExperts
 from qkernels.quantizers import rounding_of
-from tests.moe_models import tiny_moe
+from tests.moe_models import FAMILIES, tiny_moe
 
 torch.manual_seed(0)
 WINDOWS = torch.randint(2, 60, (24, 16))
@@ -37,7 +37,7 @@ def lively(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "nemotron_h"])
-@pytest.mark.parametrize("method", [RTN(4, 8), GPTQ(4, 8)], ids=["rtn", "gptq"])
+@pytest.mark.parametrize("method", [RTN(4, 8), GPTQ(4, 8), AWQ(4, 8, grid=4)], ids=["rtn", "gptq", "awq"])
 def test_a_directory_is_quantized_as_a_model_is(family: str, method: Any, tmp_path: Path) -> None:
     model = lively(family)
     model.save_pretrained(tmp_path / "float")
@@ -67,6 +67,63 @@ def test_gptq_keeps_more_of_what_experts_put_out_than_rounding() -> None:
         quantize(made, method, include="*experts", calibration=WINDOWS, seq_len=16, progress=False)
         errors[name] = float((logits(made) - logits(model)).square().mean())
     assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def loud(family: str) -> Any:
+    """A few channels of every norm are louder than the others, as in models that were trained."""
+    model = lively(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.dim() == 1:
+                parameter[::7] *= 12
+            elif name.endswith(("gate.weight", "router.weight")):
+                parameter /= 4
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_are_shared_by_all_that_read_them(family: str) -> None:
+    """One scale for experts, router and shared experts: the model computes what it did; 8 bits show it. A scale that the router
+    did not get would send most tokens to other experts."""
+    model = loud(family)
+    made = copy.deepcopy(model)
+    report = quantize(
+        made, AWQ(8, 8, grid=2), calibration=WINDOWS, seq_len=16, progress=False, on_unsupported="reference"
+    )
+    stacks = [m for m in report.modules if m.name.endswith((".experts.gate_up_proj", ".experts.up_proj"))]
+    assert stacks and all(m.unscaled is None and m.method == "awq" for m in stacks)
+    assert all(m.unscaled for m in report.modules if m.name.endswith(".experts.down_proj"))
+    changed = [
+        name
+        for name, module in made.named_modules()
+        if name.endswith(("post_attention_layernorm", ".norm"))
+        and not torch.equal(module.weight, model.get_submodule(name).weight)  # type: ignore[arg-type]
+    ]
+    assert changed, "no scale was taken"
+    far = (logits(made) - logits(model)).abs() > 0.05 * logits(model).abs().max()
+    assert float(far.float().mean()) < 0.05  # a token between two experts may go to the other one
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "llama4"])
+def test_awq_keeps_more_of_loud_channels_than_rounding(family: str) -> None:
+    model = loud(family)
+    errors = {}
+    for name, method in (("rtn", RTN(3, 8, symmetric=False)), ("awq", AWQ(3, 8, clip="none", grid=8))):
+        made = copy.deepcopy(model)
+        options: dict[str, Any] = {"calibration": WINDOWS, "seq_len": 16} if name == "awq" else {}
+        quantize(made, method, include="*experts", progress=False, on_unsupported="reference", **options)
+        errors[name] = float((logits(made) - logits(model)).square().mean())
+    assert errors["awq"] < 0.9 * errors["rtn"], errors
+
+
+def test_smoothquant_scales_experts_too() -> None:
+    model = loud("qwen2_moe")
+    made = copy.deepcopy(model)
+    quantize(made, SmoothQuant(), calibration=WINDOWS, seq_len=16, progress=False, on_unsupported="reference")
+    plain = copy.deepcopy(model)
+    quantize(plain, RTN(8, "channel", act="int8"), progress=False, on_unsupported="reference")
+    errors = [float((logits(m) - logits(model)).square().mean()) for m in (made, plain)]
+    assert errors[0] < 0.8 * errors[1], errors
 
 
 def test_one_expert_has_the_bits_of_a_linear_layer_with_its_tokens() -> None:

@@ -238,8 +238,10 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
     forms = experts_of(layer)
     linears = {target: method for target, method in job.methods.items() if target.rpartition(".")[0] not in forms}
     methods = {target: method.with_scales_for(job.stored[f"{target}.weight"]) for target, method in linears.items()}
+    stacked = {target: method for target, method in job.methods.items() if target not in linears}
+    scaled = methods | {target: method.with_scales_for(job.stored[target]) for target, method in stacked.items()}
     for found in job.folds.proved if job.folds is not None else ():
-        fold_scales(layer, found, methods, inputs, job)
+        fold_scales(layer, found, scaled, inputs, job)
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
@@ -258,8 +260,9 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
         both: tuple[str, str] = (form.up, form.down)
         of_experts = {p: job.methods[f"{leaf}.{p}"] for p in both if f"{leaf}.{p}" in job.methods}
         for p, stack in quantize_experts(layer, leaf, form, of_experts, inputs, job).items() if of_experts else ():
+            unscaled = job.folds.why_unscaled(f"{leaf}.{p}") if job.folds is not None else None
             results[f"{leaf}.{p}"] = Quantized(
-                stack.tensor, stack.method, stack.error, True, stack.seconds, stack.fallback
+                stack.tensor, stack.method, stack.error, True, stack.seconds, stack.fallback, unscaled
             )
     return {target: results[target] for target in job.methods}
 
