@@ -18,6 +18,7 @@ from .engines import Engine, engines_for, unequal_merges
 from .errors import CheckpointError
 from .formats import Oddity, summary
 from .formats.validation import boolean, first_of
+from .hub import local_copy
 from .reports import quality_line, readable_size
 from .scheme import QuantScheme
 from .tensor import QuantTensor
@@ -116,7 +117,9 @@ class Inspection:
         facts += [["quality", self.quality]] if self.quality is not None else []
         layers = [[x.name, _sizes(x), x.scheme, x.columns, readable_size(x.nbytes)] for x in self.layers]
         tensors = [[x.name, " x ".join(map(str, x.shape)), x.dtype, readable_size(x.nbytes)] for x in self.unquantized]
-        engines = [[x.name, "yes" if x.serves else "no", "; ".join(x.notes)] for x in self.engines]
+        engines = [
+            [f"{x.name} {x.version}".rstrip(), "yes" if x.serves else "no", "; ".join(x.notes)] for x in self.engines
+        ]
         parts = [f"# {self.directory}", table(["", ""], facts)]
         if layers:
             parts += ["## Quantized", table(["module", "N x K", "scheme", "columns", "size"], layers)]
@@ -129,9 +132,9 @@ class Inspection:
         return "\n\n".join(parts)
 
 
-def inspect(directory: str | os.PathLike[str]) -> Inspection:
-    """Check a checkpoint, a directory or a GGUF file, completely: headers first and then every quantized module, one in memory at
-    a time.
+def inspect(directory: str | os.PathLike[str], revision: str | None = None) -> Inspection:
+    """Check a checkpoint, a directory, a GGUF file or either by its id on the Hub (at `revision`), completely: headers first and
+    then every quantized module, one in memory at a time.
 
     Raises:
         CheckpointError: it is not sound; names every broken module and its field (the first 20).
@@ -150,7 +153,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
     >>> round(found.bits_per_weight, 1)  # 4, and a scale of 16 bits for each 32 weights
     4.5
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(local_copy(directory, revision))
     layers: list[LayerInfo] = []
     oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     errors: list[str] = []

@@ -24,8 +24,8 @@ from qkernels.storage.gguf import GgufSource
 from qkernels.texts import load_tokenizer
 from tests.gguf_blocks import split_as
 from tests.gguf_golden import FILES, rewritten
+from tests.gguf_golden import MODELS as GOLDEN
 
-GOLDEN = sorted(path.stem for path in FILES.glob("*.gguf"))
 IDS = torch.arange(12)[None] * 7 % 64
 
 with safe_open(FILES / "logits.safetensors", "pt") as _file:
@@ -211,6 +211,9 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
         "llama.cpp": True,
         "transformers": True,
         "vLLM": True,
+        "vLLM with qkernels": False,
+        "SGLang": True,
+        "Ollama": True,
     }
     assert 4 < (found.bits_per_weight or 0) < 9
     assert main(["inspect", str(FILES / "llama-mixed.gguf")]) == 0

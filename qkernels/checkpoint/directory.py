@@ -164,7 +164,7 @@ class DirectoryCheckpoint:
         return list(self.modules[module].values())
 
     def module_nbytes(self, module: str) -> int:
-        return sum(self.source.nbytes(name) for name in self.modules[module].values())
+        return sum(map(self.source.nbytes, self.parts(module)))
 
     def names(self) -> list[str]:
         return list(self.others)

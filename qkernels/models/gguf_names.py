@@ -1,4 +1,4 @@
-"""Where the tensors of a GGUF file belong in a model of transformers: one table, one entry an architecture.
+"""Where the tensors of a GGUF file belong in a model of transformers, and back: one table, one entry an architecture.
 
 llama.cpp names tensors in its own way (`blk.3.attn_q.weight`), and its converter changes some of them: the rows of q and k of
 "llama" come as rope wants neighbours to turn together there, and the norms of Gemma have their 1 added already.
@@ -7,19 +7,20 @@ llama.cpp names tensors in its own way (`blk.3.attn_q.weight`), and its converte
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConversionError
 from ..storage.gguf import GgufSource
 
 # "plain" is read as numbers whatever it is in: a router; "row" is a vector there and a matrix of one row here.
 Kind = Literal["linear", "embedding", "norm", "plain", "row", "experts"]
 _NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<piece>[a-z0-9_]+)\.(?P<leaf>weight|bias)")
+_IN_LAYER: Final = re.compile(r"model\.layers\.(?P<layer>\d{1,6})\.(?P<module>.+)")
 # What the config is made of (`gguf_config.py`), not the model.
 FOR_CONFIG: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # One number beside an NVFP4 weight, which multiplies it; and one for activations, which stay in 16 bits here.
@@ -114,6 +115,8 @@ _ALL: Final = (
     ),
 )
 GGUF_ARCHITECTURES: Final = {architecture.name: architecture for architecture in _ALL}
+# Another model_type of transformers that files have under the name of an architecture.
+_AS_ANOTHER: Final = {"llama": "mistral"}
 
 _EXPERTS: Final = {
     "ffn_gate_inp": Piece("mlp.gate", "plain"),
@@ -163,6 +166,13 @@ class Place:
         order = torch.arange(len(tensor)).view(self.heads, -1, 2).transpose(1, 2).reshape(-1)
         return tensor[order]
 
+    def rows_in_file(self, tensor: Tensor) -> Tensor:
+        """The way back from `rows`."""
+        if not self.heads:
+            return tensor
+        order = torch.arange(len(tensor)).view(self.heads, 2, -1).transpose(1, 2).reshape(-1)
+        return tensor[order]
+
 
 def architecture_of(source: GgufSource) -> GgufArchitecture:
     """The table's entry for a file.
@@ -188,6 +198,51 @@ def architecture_of(source: GgufSource) -> GgufArchitecture:
             f"experts are read of {', '.join(GGUF_MIXTURES)} (Mixtral's are llama); load the original checkpoint"
         )
     return GGUF_ARCHITECTURES[name]
+
+
+def architecture_for(model_type: str) -> GgufArchitecture:
+    """The table's entry for a model of transformers.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    for architecture in _ALL:
+        if model_type in (architecture.model_type, _AS_ANOTHER.get(architecture.name)):
+            return architecture
+    known = sorted({*(architecture.model_type for architecture in _ALL), *_AS_ANOTHER.values()})
+    raise ConversionError(
+        f"GGUF files are written of {', '.join(known)} models, got {model_type!r:.40}; for another, use llama.cpp's converter, "
+        "or add an entry to qkernels/models/gguf_names.py"
+    )
+
+
+def places_for(names: Iterable[str], architecture: GgufArchitecture, config: Mapping[str, Any]) -> dict[str, Place]:
+    """Where the tensors of a model belong in a file, by their names there: the way back from `places_of`.
+
+    Args:
+        names: of the model's tensors.
+        config: numbers of heads, as config.json has them.
+
+    Raises:
+        ConversionError: the file has no place for a tensor.
+    """
+    outer = {piece.module: name for name, piece in architecture.outer.items()}
+    inner = {piece.module: name for name, piece in architecture.layer.items()}
+    places: dict[str, Place] = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        match = _IN_LAYER.fullmatch(module)
+        spelled = outer.get(module) if match is None else inner.get(match["module"])
+        if spelled is None or leaf not in ("weight", "bias"):
+            raise ConversionError(
+                f"a GGUF file of architecture {architecture.name} has no place for {name}, so that it cannot hold this model"
+            )
+        piece = architecture.outer[spelled] if match is None else architecture.layer[spelled]
+        heads = int(config[piece.rope]) if piece.rope is not None and architecture.paired_rope else 0
+        offset = 1.0 if piece.kind == "norm" and architecture.unit_offset_norms else 0.0
+        prefix = "" if match is None else f"blk.{match['layer']}."
+        places[f"{prefix}{spelled}.{leaf}"] = Place(name, piece.kind, heads, offset)
+    return places
 
 
 def places_of(source: GgufSource, architecture: GgufArchitecture, config: Mapping[str, int]) -> dict[str, Place]:
