@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qkernels import AWQ, GPTQ, RTN, SmoothQuant, load, quantize
 from qkernels.calibrate import preview
+from qkernels.errors import ArgumentError
 from qkernels.nn import QuantExperts
 from qkernels.quantizers import rounding_of
 from tests.moe_models import FAMILIES, tiny_moe
@@ -143,6 +144,60 @@ def test_one_expert_has_the_bits_of_a_linear_layer_with_its_tokens() -> None:
     got = made.model.layers[0].mlp.experts.gate_up_proj.quant_tensor()[2]
     assert got.group_index is None
     assert float((got.codes == expected.codes).float().mean()) > 0.999  # sums in another order
+
+
+def test_all_tokens_through_every_expert() -> None:
+    """One set of second moments for up, of all tokens; no expert is too rare; what it costs shows on the tokens that come."""
+    model = lively("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[:] = 0
+            layer.mlp.gate.weight[0] = (
+                5  # of half of the tokens experts 1, 2, 3 are the best, by a tie that goes to 1 and 2
+            )
+    inputs: list[tuple[Tensor, Tensor]] = []
+    handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda m, args: inputs.append(args[:2]))
+    logits(model)
+    with torch.no_grad():
+        model(WINDOWS)
+    handle.remove()
+    x, ids = inputs[-1]
+    absent = [e for e in range(4) if not bool((ids == e).any())]
+    assert absent, "every expert has tokens"
+    made = {routing: copy.deepcopy(model) for routing in ("routed", "all")}
+    options: dict[str, Any] = {
+        "include": "*layers.0.mlp.experts",
+        "calibration": WINDOWS,
+        "seq_len": 16,
+        "progress": False,
+    }
+    reports = {routing: quantize(m, GPTQ(4, 8), routing=routing, **options) for routing, m in made.items()}
+    assert all(m.fallback for m in reports["routed"].modules) and not any(m.fallback for m in reports["all"].modules)
+    assert "routing='all'" in reports["all"].options and "routing" not in reports["routed"].options
+    weight = model.model.layers[0].mlp.experts.gate_up_proj[absent[0]].detach()
+    expected = GPTQ(4, 8, act_order="static").quantize(weight, 2 / len(x) * x.T @ x)
+    got = made["all"].model.layers[0].mlp.experts.gate_up_proj.quant_tensor()[absent[0]]
+    assert float((got.codes == expected.codes).float().mean()) > 0.999
+    inner = x @ expected.dequantize().T
+    inner = torch.nn.functional.silu(inner[:, :40]) * inner[:, 40:]
+    down = model.model.layers[0].mlp.experts.down_proj[absent[0]].detach()
+    expected = GPTQ(4, 8, act_order="static").quantize(down, 2 / len(x) * inner.T @ inner)
+    got = made["all"].model.layers[0].mlp.experts.down_proj.quant_tensor()[absent[0]]
+    assert float((got.codes == expected.codes).float().mean()) > 0.99
+    with pytest.raises(ArgumentError, match='routing must be "routed" or "all"'):
+        quantize(model, GPTQ(4, 8), routing="some", **options)  # type: ignore[arg-type]
+
+
+def test_a_dry_run_says_what_hessians_take(tmp_path: Path) -> None:
+    """One set at a time, whatever the number of experts; and what goes into the experts, for all of the calibration."""
+    lively("mixtral").save_pretrained(tmp_path)
+    few, many = (preview(tmp_path, GPTQ(4, 8), samples=samples, seq_len=16) for samples in (8, 16))
+    assert few.moments_bytes == 4 * 3 * 40**2
+    assert many.device_bytes - few.device_bytes == 4 * 8 * 16 * 32
+    layer = sum(p.numel() for p in lively("mixtral").model.layers[0].parameters())
+    assert few.device_bytes == 4 * layer + few.moments_bytes + 4 * 8 * 16 * 32 + 4 * (2 * 80 * 32 + 32 * 40)
+    assert "of them for Hessians" in few.to_markdown()
+    assert preview(tmp_path, RTN(4, 8)).moments_bytes == 0
 
 
 def test_experts_that_see_few_tokens_are_rounded_and_listed() -> None:

@@ -16,6 +16,7 @@ _OTHERS: Final = {
     "method": "--method", "bits": "--bits", "scheme": "--scheme", "group_size": "--group-size", "asym": "--asym",
     "act_order": "--act-order", "format": "--format", "include": "--include", "exclude": "--exclude", "override": "--override",
     "calibration": "--calibration", "eval_text": "--eval-text", "resume": "--resume",
+    "routing": "--routing",
 }  # fmt: skip
 _OWN: Final = {"pure": "--pure", "tensor_type": "--tensor-type", "imatrix": "--imatrix"}
 

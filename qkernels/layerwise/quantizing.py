@@ -150,7 +150,7 @@ def _one_block(
         folds = find_folds(layer, inputs, place, name) if run.method.folds else None
         if folds is not None:
             _check_expected(host.model, layer, folds, name)
-        done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, folds))
+        done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, folds, run.routing))
         outputs = propagate(layer, inputs, place, name, keep)
         weights.update({leaf: result.tensor for leaf, result in done.items()})
     reports = []

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..quantizers import InputStatistics, Options
 from .folds import Folds, input_weight, reader_of
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+Routing = Literal["routed", "all"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class LayerJob:
         stored: the dtype of each parameter in the checkpoint, by its name in the decoder layer.
         place: where it is computed.
         folds: for methods that fold scales: which there are, and why not others.
+        routing: what experts are calibrated with: the tokens that the router sends to each, or all.
     """
 
     name: str
@@ -136,6 +138,7 @@ class LayerJob:
     stored: Mapping[str, torch.dtype]
     place: Place
     folds: Folds | None = None
+    routing: Routing = "routed"
 
 
 class Stop(Exception):
