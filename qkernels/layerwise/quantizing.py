@@ -271,16 +271,17 @@ def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str |
     """Quantize without calibration; `fallback` says why, if `method` wanted it otherwise."""
     began = time.perf_counter()
     rounding = rounding_of(method)
-    if weight.dim() == 3:  # experts, one by one
-        tensor = QuantTensor.stack(
-            [rounding.quantize(w.contiguous(), name=f"{name}[{e}]") for e, w in enumerate(weight)]
-        )
-    else:
-        tensor = rounding.quantize(weight, name=f"{name}.weight")
+    made, sums = [], [0.0, 0.0]
+    for expert, one in enumerate(weight if weight.dim() == 3 else [weight]):
+        what = f"{name}[{expert}]" if weight.dim() == 3 else f"{name}.weight"
+        made.append(rounding.quantize(one.contiguous(), name=what))
+        values = one.float()
+        sums[0] += float((made[-1].dequantize() - values).square().sum())
+        sums[1] += float(values.square().sum())
+    tensor = QuantTensor.stack(made) if weight.dim() == 3 else made[0]
     if fallback is not None:
         log.warning("%s is rounded to nearest: %s", name, fallback)
-    values = weight.float()
-    error = _ratio(float((tensor.dequantize() - values).square().sum()), float(values.square().sum()))
+    error = _ratio(*sums)
     return Quantized(tensor, rounding.name, error, False, time.perf_counter() - began, fallback)
 
 
