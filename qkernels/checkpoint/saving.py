@@ -21,6 +21,7 @@ from ..nn import QuantExperts, QuantLinear
 from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
 from ..storage.gguf import gguf_at
+from .activations import as_written
 from .registry import get_format
 from .source import open_checkpoint
 from .writer import CheckpointWriter
@@ -139,7 +140,7 @@ def convert(
             if module is None:
                 writer.add_tensor(name, source.read(name))
                 continue
-            weight, found = source.weight(module)
+            weight, found = as_written(source.weight(module), source.format, chosen)
             if source.format.rows_as_stored:
                 raise ConversionError(
                     f"{module}: a file of {source.format.name} holds stacked experts in the order of the model's parameters, "

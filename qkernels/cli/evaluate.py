@@ -8,6 +8,7 @@ import time
 
 from .common import (
     Subparsers,
+    add_activations,
     add_device,
     add_dtype,
     add_on_unsupported,
@@ -36,6 +37,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=positive, help="tokens in a window (default: 2048, capped to the model's)")
     add_device(parser)
     add_dtype(parser)
+    add_activations(parser)
     add_on_unsupported(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -48,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
     dtype = dtype_of(args)
     ids = token_ids(load_tokenizer(args.checkpoint), read_text(args.text))
-    model = load(args.checkpoint, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
+    model = load(
+        args.checkpoint, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported,
+        activations=args.activations,
+    )  # fmt: skip
     seq_len = window_length(model, args.seq_len)
     start = time.perf_counter()
     results: list[Perplexity | Comparison] = [perplexity(model, ids, seq_len)]

@@ -9,6 +9,7 @@ import time
 from ..errors import ArgumentError
 from .common import (
     Subparsers,
+    add_activations,
     add_device,
     add_dtype,
     add_on_unsupported,
@@ -39,6 +40,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: 0)")
     add_device(parser)
     add_dtype(parser)
+    add_activations(parser)
     add_on_unsupported(parser)
     return parser
 
@@ -54,7 +56,10 @@ def run(args: argparse.Namespace) -> int:
     if inputs["input_ids"].shape[1] == 0:
         raise ArgumentError(f"--prompt must have at least one token, got {args.prompt!r}")
     dtype = dtype_of(args)
-    model = load(args.checkpoint, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
+    model = load(
+        args.checkpoint, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported,
+        activations=args.activations,
+    )  # fmt: skip
     warn_of_threads(args.device)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
