@@ -69,12 +69,12 @@ __global__ void __launch_bounds__(kQuantizeThreads)
       const uint16_t value = static_cast<uint16_t>(half_of(i < 8 ? low : high, i % 8));
       // The smallest scale, 2^-133 / 127, still has nine bits: 127.1 is the most that comes out before rounding.
       const float v = half ? f16_to_float(value) : bf16_to_float(value);
-      float q = v / scale;
+      float level = v / scale;
       if (wide) {
-        q = rounded_to(half, q);
-        q = q < -128.0f ? -128.0f : q > 127.0f ? 127.0f : q;
+        level = rounded_to(half, level);
+        level = level < -128.0f ? -128.0f : level > 127.0f ? 127.0f : level;
       }
-      const int code = finite ? static_cast<int>(rintf(q)) : 0;
+      const int code = finite ? static_cast<int>(rintf(level)) : 0;
       const int j = i / 8 + i % 2 * 2;  // column 2 c + 8 right + odd is byte right + 2 odd of word c
       q.word[i % 8 / 2] |= (static_cast<uint32_t>(code) & 0xffu) << (8 * j);
     }
