@@ -17,6 +17,14 @@ NEEDS = {
     "hqq": "needs hqq",
     "auto-round": "needs auto-round",
     "torchao": "needs torchao",
+    "quanto": "needs optimum-quanto, whose QuantizedModelForCausalLM loads it",
+    "fp8": "dequantizes it where a GPU has no FP8",
+    "mxfp4": "dequantizes it where its kernels do not run",
+}
+# Formats that vLLM itself does not read.
+NOT_IN_VLLM = {
+    "quanto": "vLLM does not read quanto's files; convert it with `qkernels pack … --format compressed-tensors`",
+    "gptq_p": "vLLM does not read bit planes; convert it with `qkernels pack … --format gptq_v2`",
 }
 PLUGIN = "vLLM with qkernels"  # beside it in one environment: docs/serving.md
 VLLM_GROUPS = (16, 32, 64, 128, "channel")
@@ -59,19 +67,25 @@ def engines_for(
     needs = next(
         (text for start, text in NEEDS.items() if format_name.startswith(start)), "needs optimum and gptqmodel"
     )
-    limits = []
+    limits = [NOT_IN_VLLM[format_name]] if format_name in NOT_IN_VLLM else []
     if ordered:
         limits.append(f"act-order was removed in 2026 (RFC 48148): {len(ordered)} modules, first {ordered[0]}")
     narrow = sorted({scheme.bits for scheme in schemes.values()} & {2, 3})
     if narrow:
         limits.append(f"no {' or '.join(map(str, narrow))}-bit kernels but Humming's")
-    groups = sorted({str(s.group_size) for s in schemes.values() if s.group_size not in VLLM_GROUPS})
+    groups = sorted({str(s.group_size) for s in schemes.values() if not _grouped_for_vllm(s)})
     if groups:
         limits.append(f"group sizes are {', '.join(map(str, VLLM_GROUPS))}, got {', '.join(groups)}")
     differing = list(unequal_merges(schemes, floats))
     if differing:
         limits.append(f"merged modules need one scheme: {len(differing)} differ, first {differing[0]}")
     return own, Engine("transformers", True, (needs,)), Engine("vLLM", not limits, tuple(limits)), plugin
+
+
+def _grouped_for_vllm(scheme: QuantScheme) -> bool:
+    """FP8 and W8A8 take one scale for the whole of a weight, too."""
+    whole = scheme.codebook == "e4m3" or (scheme.bits == 8 and scheme.act is not None)
+    return scheme.group_size in VLLM_GROUPS or (whole and scheme.group_size == "tensor")
 
 
 def _plugin(schemes: Mapping[str, QuantScheme], ordered: Sequence[str]) -> Engine:
