@@ -3,7 +3,7 @@
 32 codes take `bits` int32 words, plane after plane, the lowest bits first. The planes of 3, 5, 6 and 7 bits are 2 + 1, 4 + 1,
 4 + 2 and 4 + 2 + 1 wide; of 2, 4 and 8 bits there is one, which is a stream. In a plane of width w word i holds the codes from
 i * (32 / w) on, each in w bits, lowest first. qweight is packed so down K and qzeros along N, both whole multiples of 32. Zero
-points are true ones, as in v2. (GPTQModel 7.7, docs/gptq_planar.md.)
+points are true ones, as in v2. (GPTQModel 7.7, its page "GPTQ planar".)
 
 The tensors of 3, 5, 6 and 7 bits have the shapes that a stream would give them: the name alone tells.
 """
