@@ -20,8 +20,9 @@ from setuptools import setup
 HERE = Path(__file__).resolve().parent
 # torch 2.10: without it the binary asks for the torch that it was built with
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-# Cards without code of their own (10.0, 10.3: B200, B300) compile the PTX of 8.0, since PTX goes upwards only.
-CUDA_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;12.0+PTX"
+# 8.6 and 8.9 run the code of 8.0 (decision 0020); cards of no family here (10.0, 10.3: B200, B300) compile its PTX, since PTX
+# goes upwards only.
+CUDA_ARCHITECTURES = "8.0+PTX;9.0a;12.0+PTX"
 
 
 def find_cuda_home() -> Path | None:
@@ -39,9 +40,10 @@ def find_cuda_home() -> Path | None:
 def cpu_sources() -> list[str]:
     """Instruction sets choose their own targets (csrc/cpu/target.h); elsewhere than on x86 there is the scalar code alone."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    names = ["bindings", "bindings_experts", "dispatch", "experts", "gemm", "scalar", "scalar_int8"]
+    names = ["bindings", "bindings_experts", "bindings_gguf", "dispatch", "experts", "gemm", "gguf"]
+    names += ["gguf_scalar", "scalar", "scalar_int8"]
     if x86:
-        names += ["avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni"]
+        names += ["avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni", "gguf_avx2", "gguf_avx512"]
     return ["csrc/exports.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
 
 

@@ -23,6 +23,7 @@ from .checkpoint.registry import get_format
 from .errors import ArgumentError
 from .evaluate import compare, perplexity
 from .formats import Written
+from .hub import local_copy
 from .kernels.catalogue import OnUnsupported
 from .layerwise.hollow import check_calibratable
 from .layerwise.hosts import DirectoryHost, Host, Run, host_of
@@ -72,6 +73,7 @@ def quantize(
     evaluation: Evaluation = None,
     overwrite: bool = False,
     resume: bool = False,
+    revision: str | None = None,
     progress: bool = True,
 ) -> QuantReport:
     """Quantize the linear layers of a causal language model.
@@ -80,7 +82,7 @@ def quantize(
 
     Args:
         model_or_dir: a model, whose linear layers are replaced by `QuantLinear` in place (after an error it may be changed in
-            part); or a checkpoint directory, which is read layer by layer and never as a whole.
+            part); or a checkpoint directory, or one on the Hub by its id, which is read layer by layer and never as a whole.
         method: `GPTQ(…)`, `AWQ(…)` or `SmoothQuant(…)`; or `RTN(…)`, `HQQ(…)` or `NF4(…)`, which take any module and need no
             calibration.
         calibration: a list of texts, of chats (messages with a role and a content) or of token ids, what a tokenizer returns
@@ -103,6 +105,7 @@ def quantize(
         overwrite: `save_to` may be a checkpoint that qkernels wrote and nobody changed since; never the source.
         resume: for a directory: go on with what an interrupted run for `save_to` has finished (see `layerwise/work.py`). The
             result has the same bits as that of one run, on the same machine with as many threads.
+        revision: of a model on the Hub.
         progress: show a progress bar.
 
     Returns:
@@ -131,6 +134,8 @@ def quantize(
     _check_method(method)
     began = time.perf_counter()
     place = Place(torch.device(device))
+    if not isinstance(model_or_dir, nn.Module):
+        model_or_dir = local_copy(model_or_dir, revision)
     host = host_of(model_or_dir, on_unsupported)
     if host.needs_target and save_to is None:
         raise ArgumentError(f"quantizing the directory {model_or_dir} needs save_to=, the directory to make")
@@ -176,7 +181,7 @@ def preview(
         ArgumentError, SchemeError, CheckpointError, ConversionError, UnsupportedProblem: as `quantize` before the work begins.
     """
     _check_method(method)
-    host = DirectoryHost.open(model_dir)
+    host = DirectoryHost.open(local_copy(model_dir))
     selection, methods = _choose(host, method, include, exclude, overrides)
     _check_format(format, method, selection)
     check_limits(host, methods, format, on_unsupported)

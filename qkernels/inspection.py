@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -17,6 +18,7 @@ from .engines import Engine, engines_for, unequal_merges
 from .errors import CheckpointError
 from .formats import Oddity, summary
 from .formats.validation import boolean, first_of
+from .hub import local_copy
 from .reports import quality_line, readable_size
 from .scheme import QuantScheme
 from .tensor import QuantTensor
@@ -28,7 +30,7 @@ MAX_ERRORS = 20
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One quantized weight `[out_features, in_features]`.
+    """One quantized weight `[out_features, in_features]`, or `experts` of them in one stack.
 
     `columns`: how they fall into groups: "natural" (k // group_size), "act-order" (a group index, whose gather kernels pay
     for), "static" (quantized in act-order, but grouped naturally: free).
@@ -40,6 +42,12 @@ class LayerInfo:
     scheme: str
     columns: Columns
     nbytes: int
+    experts: int = 1
+
+    @property
+    def weights(self) -> int:
+        """How many numbers it holds."""
+        return self.experts * self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Inspection:
     @property
     def quantized_weights(self) -> int:
         """How many weights are quantized."""
-        return sum(layer.out_features * layer.in_features for layer in self.layers)
+        return sum(layer.weights for layer in self.layers)
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -107,12 +115,11 @@ class Inspection:
             ["size", readable_size(self.nbytes) + bits],
         ]
         facts += [["quality", self.quality]] if self.quality is not None else []
-        layers = [
-            [x.name, f"{x.out_features} x {x.in_features}", x.scheme, x.columns, readable_size(x.nbytes)]
-            for x in self.layers
-        ]
+        layers = [[x.name, _sizes(x), x.scheme, x.columns, readable_size(x.nbytes)] for x in self.layers]
         tensors = [[x.name, " x ".join(map(str, x.shape)), x.dtype, readable_size(x.nbytes)] for x in self.unquantized]
-        engines = [[x.name, "yes" if x.serves else "no", "; ".join(x.notes)] for x in self.engines]
+        engines = [
+            [f"{x.name} {x.version}".rstrip(), "yes" if x.serves else "no", "; ".join(x.notes)] for x in self.engines
+        ]
         parts = [f"# {self.directory}", table(["", ""], facts)]
         if layers:
             parts += ["## Quantized", table(["module", "N x K", "scheme", "columns", "size"], layers)]
@@ -125,9 +132,9 @@ class Inspection:
         return "\n\n".join(parts)
 
 
-def inspect(directory: str | os.PathLike[str]) -> Inspection:
-    """Check a checkpoint, a directory or a GGUF file, completely: headers first and then every quantized module, one in memory at
-    a time.
+def inspect(directory: str | os.PathLike[str], revision: str | None = None) -> Inspection:
+    """Check a checkpoint, a directory, a GGUF file or either by its id on the Hub (at `revision`), completely: headers first and
+    then every quantized module, one in memory at a time.
 
     Raises:
         CheckpointError: it is not sound; names every broken module and its field (the first 20).
@@ -146,7 +153,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
     >>> round(found.bits_per_weight, 1)  # 4, and a scale of 16 bits for each 32 weights
     4.5
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(local_copy(directory, revision))
     layers: list[LayerInfo] = []
     oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     errors: list[str] = []
@@ -175,7 +182,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
             f"{len(errors)} of {len(checkpoint.modules) + len(in_blocks)} quantized modules are broken{more}:\n  {listed}"
         )
     config = checkpoint.quantization
-    listed_above = {f"{layer.name}.weight" for layer in layers}
+    listed_above = {full for layer in layers for full in (layer.name, f"{layer.name}.weight")}
     others = tuple(_tensor(checkpoint, name) for name in checkpoint.names() if name not in listed_above)
     architectures = checkpoint.config.get("architectures")
     format_name = None if checkpoint.format is None else checkpoint.format.name
@@ -201,16 +208,24 @@ def _layer(module: str, weight: QuantTensor, checkpoint: Checkpoint) -> LayerInf
         columns = "act-order"
     elif boolean(checkpoint.quantization, "desc_act"):
         columns = "static"
-    return LayerInfo(module, weight.N, weight.K, str(weight.scheme), columns, checkpoint.module_nbytes(module))
+    nbytes, experts = checkpoint.module_nbytes(module), math.prod(weight.codes.shape[:-2])
+    return LayerInfo(module, weight.N, weight.K, str(weight.scheme), columns, nbytes, experts)
 
 
 def _layer_in_blocks(name: str, checkpoint: Checkpoint) -> list[LayerInfo]:
     """A weight in blocks that no scheme holds: what they are called stands for the scheme."""
     shape = checkpoint.shape(name)
+    kind, nbytes = checkpoint.stored_as(name), checkpoint.nbytes(name)
+    if len(shape) == 3:
+        return [LayerInfo(name, *shape[1:], kind, "natural", nbytes, shape[0])]
     if len(shape) != 2 or not name.endswith(".weight"):
         return []
-    module = name.removesuffix(".weight")
-    return [LayerInfo(module, *shape, checkpoint.stored_as(name), "natural", checkpoint.nbytes(name))]
+    return [LayerInfo(name.removesuffix(".weight"), *shape, kind, "natural", nbytes)]
+
+
+def _sizes(layer: LayerInfo) -> str:
+    sizes = (layer.out_features, layer.in_features)
+    return " x ".join(map(str, sizes if layer.experts == 1 else (layer.experts, *sizes)))
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> TensorInfo:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from .errors import ArgumentError
 
 PROC = Path("/proc/self")
 
@@ -129,3 +132,23 @@ def _quota(limit: str, period: str = "") -> list[float]:
     if time <= 0 or each <= 0:
         raise ValueError(f"expected a time and a period above 0, got {time} and {each}")
     return [time / each]
+
+
+def memory_available(proc: Path = PROC) -> int:
+    """Bytes that this process may still take without swapping: what the system has free, at most what its cgroups (v2) leave.
+
+    Raises:
+        ArgumentError: the system does not say (no Linux).
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        places = _cgroups(proc)
+    except (OSError, ValueError, StopIteration) as error:
+        raise ArgumentError(f"this system does not say how much memory is free ({error!r}); name an amount") from error
+    for directory, names in places:
+        if names == ["cpu.max"]:
+            with suppress(OSError, ValueError):  # "max", or no such controller
+                limit = int((directory / "memory.max").read_text())
+                free = min(free, limit - int((directory / "memory.current").read_text()))
+    return max(free, 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, CalibrationError, CheckpointError, QKernelsError
+from .hub import local_copy
 from .models.architectures import text_config
 from .models.gguf_tokenizer import tokenizer_of
 from .optional import need_transformers
@@ -33,9 +34,9 @@ _BESIDE = {  # what tokenizers and collators put beside them, and calibration do
 }  # fmt: skip
 
 
-def load_tokenizer(directory: str | Path) -> Any:
-    """The checkpoint's own tokenizer, of a GGUF file the one in its metadata; nothing is downloaded, no code of the checkpoint is
-    run.
+def load_tokenizer(directory: str | Path, revision: str | None = None) -> Any:
+    """The checkpoint's own tokenizer, of a GGUF file the one in its metadata; of a model by its id on the Hub, at `revision`. No
+    code of the checkpoint is run.
 
     Raises:
         CheckpointError: there is no such directory or file, or no tokenizer in it that transformers can read; its cause says
@@ -52,10 +53,11 @@ def load_tokenizer(directory: str | Path) -> Any:
     need_transformers("reading a tokenizer")
     from transformers import AutoTokenizer
 
+    directory = Path(local_copy(directory, revision))
     file = gguf_at(directory)
     if file is not None:
         return tokenizer_of(GgufSource.open(file))
-    require_directory(Path(directory))  # transformers would take a name for one on the Hub
+    require_directory(directory)  # transformers would take a name for one on the Hub
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:

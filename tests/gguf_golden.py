@@ -14,6 +14,7 @@ from qkernels.storage.gguf_types import GGML_TYPES
 from qkernels.storage.gguf_writer import Planned, gguf_writer
 
 FILES = Path(__file__).parent / "golden" / "gguf"
+MODELS = sorted(path.stem for path in FILES.glob("*.gguf") if path.stem != "importance")
 Change = Mapping[str, MetaValue | None]
 Tensors = dict[str, tuple[str, Tensor]]  # name -> type and blocks or numbers
 

@@ -26,6 +26,13 @@ def made_weight() -> Tensor:
     return weight
 
 
+def made_equals() -> Tensor:
+    """`[24, 1024]` float32: every 32 weights are one number, or (the last half) the whole row."""
+    values = made_weight()[9:].flatten().view(-1, 1)
+    groups = values[: ROWS // 2 * COLUMNS // 32].expand(-1, 32).reshape(ROWS // 2, COLUMNS)
+    return torch.cat([groups, values[-ROWS // 2 :].expand(-1, COLUMNS)])
+
+
 def made_importance() -> Tensor:
     """`[1024]` float32, over five powers of ten, with zeros."""
     raw = hashlib.shake_256(b"importance").digest(COLUMNS * 2)

@@ -532,7 +532,7 @@ def test_dtypes_by_name(dtype: Any, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"torch_dtype": "auto"}, "load takes no torch_dtype=: it is called dtype here"),
-        ({"device_map": "auto"}, "load takes no device_map=: the whole model goes to device= here"),
+        ({"cache_dir": "x"}, "load takes no cache_dir=: set HF_TOKEN or HF_HUB_CACHE, or download it first"),
         ({"trust_remote_code": True}, "no code of a checkpoint is run here"),
         ({"dtype": "int8"}, "dtype must be float16, bfloat16 or float32, also by name, or None, got 'int8'"),
     ],

@@ -116,7 +116,7 @@ BASES |= {
     "auto-round": {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False},
     "torchao": {"quant_method": "torchao"},
     "mxfp4": {"quant_method": "mxfp4"},
-    "gptq_p": {"quant_method": "gptq", "checkpoint_format": "gptq_p", "bits": 5, "group_size": 16, "sym": False},
+    "planar gptq_p": {"quant_method": "gptq", "checkpoint_format": "gptq_p", "bits": 5, "group_size": 16, "sym": False},
     "fp8 of DeepSeek-V4": {"quant_method": "fp8", "weight_block_size": [16, 16], "expert_dtype": "fp4"},
     "quanto": {"quant_method": "quanto", "modules": {"m": {"weights": "qint8"}}},
 }

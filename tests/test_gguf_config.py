@@ -131,7 +131,11 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         {"general.architecture": MetaValue("string", "rwkv7")},
         "architecture 'rwkv7'; GGUF files of llama, qwen2,",
     ),
-    "experts": ("llama", {"llama.expert_count": number(8)}, "with 8 experts a layer, which are not read"),
+    "experts": (
+        "gemma",
+        {"gemma.expert_count": number(8)},
+        "with 8 experts a layer; GGUF files with experts are read of",
+    ),
     "layers": ("llama", {"llama.block_count": number(1)}, r"has blk\.1\..*, but says that it has 1 layers"),
     "no layers": (
         "llama",

@@ -19,13 +19,13 @@ from qkernels.checkpoint import convert, open_checkpoint
 from qkernels.cli.main import main
 from qkernels.errors import CheckpointError, UnsupportedProblem
 from qkernels.formats.gguf import dequantize
-from qkernels.models.gguf_names import GGUF_ARCHITECTURES
+from qkernels.models.gguf_names import GGUF_ARCHITECTURES, GGUF_MIXTURES
 from qkernels.storage.gguf import GgufSource
 from qkernels.texts import load_tokenizer
 from tests.gguf_blocks import split_as
 from tests.gguf_golden import FILES, rewritten
+from tests.gguf_golden import MODELS as GOLDEN
 
-GOLDEN = sorted(path.stem for path in FILES.glob("*.gguf"))
 IDS = torch.arange(12)[None] * 7 % 64
 
 with safe_open(FILES / "logits.safetensors", "pt") as _file:
@@ -69,7 +69,9 @@ def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
     found = torch.log_softmax(logits(load(path, dtype="float32"))[0, -1].double(), -1)
     expected = torch.tensor(LLAMA_CPP["logprobs"][name], dtype=torch.float64)
     spread = float(expected.max() - expected.min())
-    allowed = {"llama-mixed": 5e-3, "llama-k": 1e-2, "qwen3": 2e-3, "gemma3": 2e-3}.get(name, 5e-4)
+    allowed = {
+        "llama-mixed": 5e-3, "llama-k": 1e-2, "qwen3": 2e-3, "gemma3": 2e-3, "mixtral": 2e-2, "qwen2moe": 2e-2, "qwen3moe": 2e-2
+    }.get(name, 5e-4)  # fmt: skip
     assert float((found - expected).abs().max()) < allowed * spread
 
 
@@ -87,10 +89,13 @@ def test_text_is_split_as_llama_cpp_does(pre: str, tmp_path: Path) -> None:
 
 
 def test_every_architecture_has_a_file() -> None:
-    assert {GgufSource.open(FILES / f"{name}.gguf").get("general.architecture") for name in GOLDEN} == {
-        *GGUF_ARCHITECTURES
+    files = [GgufSource.open(FILES / f"{name}.gguf") for name in GOLDEN]
+    mixtures = {
+        file.get("general.architecture") for file in files if file.get("llama.expert_count") or "moe" in str(file.path)
     }
-    assert LOGITS.keys() == {*GOLDEN} and len(GOLDEN) == 10
+    assert {file.get("general.architecture") for file in files} == {*GGUF_ARCHITECTURES, *GGUF_MIXTURES}
+    assert mixtures == {*GGUF_MIXTURES}
+    assert LOGITS.keys() == {*GOLDEN} and len(GOLDEN) == 14
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -206,6 +211,9 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
         "llama.cpp": True,
         "transformers": True,
         "vLLM": True,
+        "vLLM with qkernels": False,
+        "SGLang": True,
+        "Ollama": True,
     }
     assert 4 < (found.bits_per_weight or 0) < 9
     assert main(["inspect", str(FILES / "llama-mixed.gguf")]) == 0

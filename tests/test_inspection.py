@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from qkernels import QuantScheme, inspect, load, replace_linear, save
 from qkernels.checkpoint import CheckpointWriter
+from qkernels.engines import ENGINES, engines_for, engines_table
 from qkernels.errors import CheckpointError
 from qkernels.inspection import Engine, Inspection
 from tests.checkpoints import A16_FORMATS, edit_json, plain_checkpoint, rewritten
@@ -118,7 +120,9 @@ def test_other_engines(quantized: dict[str, Path]) -> None:
     assert engine(inspect(quantized["gptq"]), "transformers").notes == ("needs optimum and gptqmodel",)
     assert engine(inspect(quantized["awq"]), "transformers").notes == ("needs gptqmodel and accelerate",)
     assert not engine(inspect(quantized["native"]), "vLLM").serves
-    assert engine(inspect(quantized["native"]), "vLLM with qkernels") == Engine("vLLM with qkernels", True, ())
+    assert engine(inspect(quantized["native"]), "vLLM with qkernels") == Engine(
+        "vLLM with qkernels", True, (), "0.32.0"
+    )
 
 
 def test_oddities_are_counted_by_kind(tmp_path: Path, quantized: dict[str, Path]) -> None:
@@ -177,3 +181,27 @@ def test_headers_come_first(tmp_path: Path, quantized: dict[str, Path]) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="the file is truncated"):
         inspect(copy)
+
+
+def test_engines_are_told_of_one_version(quantized: dict[str, Path]) -> None:
+    for known in ENGINES:
+        assert known.version and re.fullmatch(r"20\d\d-\d\d", known.date)
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert engines_table() in page
+    assert "| SGLang 0.5.23 " in inspect(quantized["gptq"]).to_markdown()
+
+
+@pytest.mark.parametrize("name", ["cpu_tile_a16", "native"])
+def test_our_own_formats_are_nobody_elses(name: str) -> None:
+    served = {e.name for e in engines_for(name, {"a": QuantScheme.parse("w4a16_g128")}, (), ()) if e.serves}
+    assert served == {"qkernels", "vLLM with qkernels"}
+
+
+def test_what_a_format_is_read_by() -> None:
+    def served(name: str, scheme: str) -> set[str]:
+        return {e.name for e in engines_for(name, {"a.q": QuantScheme.parse(scheme)}, (), ()) if e.serves}
+
+    assert served("hqq", "w4a16_g64_fzero") == {"qkernels", "transformers", "vLLM with qkernels"}
+    assert "vLLM" in served("compressed-tensors float-quantized", "fp8_tensor") & served("awq gemv", "w4a16_g128_asym")
+    experts = engines_for("gptq", {"mlp.experts.0.up_proj": QuantScheme.parse("w4a16_g128")}, (), ())
+    assert {e.name for e in experts if not e.serves} == {"vLLM with qkernels"}

@@ -96,7 +96,7 @@ def every(*bits: int, form: str = "w{}a16_g128") -> tuple[str, ...]:
 FLOATS = ("fp8_tensor", "fp8_channel", "fp8_block128", "mxfp4_g32", "nvfp4_g16")
 FORMAT_ROWS = {
     "GPTQ v1, v2": Row(("gptq", "gptq_v2"), every(2, 3, 4, 8)),
-    "GPTQModel's bit planes": Row(("gptq_p",), every(*range(2, 9))),
+    "GPTQModel's bit planes": Row(("planar gptq_p",), every(*range(2, 9))),
     "AWQ gemm": Row(("awq",), ("w4a16_g128_asym",)),
     "AWQ gemv, gemv_fast": Row(("awq gemv", "awq gemv_fast"), ("w4a16_g128_asym",)),
     "compressed-tensors pack-quantized (W4A16, W8A16)": Row(("compressed-tensors",), every(*range(2, 9))),

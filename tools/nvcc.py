@@ -22,7 +22,7 @@ CUDA = ROOT / "csrc" / "cuda"
 KERNELS = tuple(sorted(CUDA.glob("*.cu")))  # the files of the package that nvcc compiles
 BUILDS = ROOT / "build" / "cuda_device"
 # What is compiled: what the guard reads, and in a full run all.
-ARCHITECTURES = ("80", "86", "89", "90a", "120") if os.environ.get("QKERNELS_TEST_FULL") else ("80", "90a")
+ARCHITECTURES = ("80", "90a", "120") if os.environ.get("QKERNELS_TEST_FULL") else ("80", "90a")
 # Bytes of shared memory that a block may have (CUDA programming guide, "technical specifications per compute capability").
 SHARED_LIMITS = {"80": 166912, "86": 101376, "89": 101376, "90a": 232448, "120": 101376}
 FLAGS = ("-std=c++17", "-O3")  # as setup.py

@@ -13,7 +13,7 @@ namespace {
 
 // Rows of x that meet a tile together. Blocks have equal sizes, a multiple of 8 rows where there are several: 65 rows
 // are 40 + 25, not 64 + 1.
-int64_t rows_of_a_block(int64_t M) {
+inline int64_t rows_of_a_block(int64_t M) {
   const int64_t blocks = (M + kBlockTokens - 1) / kBlockTokens;
   return blocks <= 1 ? M : ((M + blocks - 1) / blocks + 7) / 8 * 8;
 }

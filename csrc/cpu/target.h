@@ -12,3 +12,13 @@
 #define QK_TARGET_BEGIN(isa) QK_PRAGMA(GCC push_options) QK_PRAGMA(GCC target(isa))
 #define QK_TARGET_END QK_PRAGMA(GCC pop_options)
 #endif
+
+// Products and sums of the rest of a file are rounded one by one, never contracted to one operation: the same bits on
+// every instruction set, and those of PyTorch.
+#if defined(__clang__)
+#define QK_UNCONTRACTED_BEGIN QK_PRAGMA(clang fp contract(off))
+#define QK_UNCONTRACTED_END
+#else
+#define QK_UNCONTRACTED_BEGIN QK_PRAGMA(GCC push_options) QK_PRAGMA(GCC optimize("fp-contract=off"))
+#define QK_UNCONTRACTED_END QK_PRAGMA(GCC pop_options)
+#endif

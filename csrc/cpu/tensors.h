@@ -23,7 +23,7 @@ Tensor empty(int32_t dtype, std::array<int64_t, 2> shape) {
   return Tensor(handle);
 }
 
-int32_t dtype_of(const Tensor& t) {
+inline int32_t dtype_of(const Tensor& t) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;

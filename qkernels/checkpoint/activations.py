@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -16,6 +16,8 @@ from .packed import PACKED
 
 if TYPE_CHECKING:
     from ..kernels.catalogue import OnUnsupported
+
+Activations = Literal["file", "16bit"]
 
 
 def with_16_bits(weight: QuantTensor) -> QuantTensor:
@@ -35,11 +37,14 @@ def as_it_runs(
     dtype: torch.dtype,
     on_unsupported: OnUnsupported = "raise",
     experts: int = 0,
+    activations: Activations | None = None,
 ) -> Parsed:
-    """A weight of another tool's format with the activations that it asks for where a kernel has them, else with 16-bit ones and
-    a word about it."""
+    """A weight with activations as `load` was asked for. By default, of another tool's format: those that it asks for where a
+    kernel has them, else 16-bit ones and a word about it."""
     weight = parsed.weight
-    if weight.scheme.act is None or is_ours(format):
+    if activations == "16bit":
+        return Parsed(with_16_bits(weight), parsed.oddities)
+    if weight.scheme.act is None or activations == "file" or is_ours(format):
         return parsed
     try:
         select(Problem(weight.N, weight.K, weight.scheme, dtype, arch_of(device), experts), on_unsupported)
@@ -52,7 +57,7 @@ def as_it_runs(
     return parsed
 
 
-def as_written(parsed: Parsed, source: Format, target: Format) -> Parsed:
+def as_written(parsed: Parsed, source: Format | None, target: Format) -> Parsed:
     """A weight of another tool's format as `target` holds it: without activations that it has no field for, and then a word about
     it."""
     weight = parsed.weight

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, CheckpointError
 from ..formats import ACTIVATIONS, METADATA, READ_ONLY, SHAPES, Format, Oddity, Parsed, fp8, modelopt, quanto
 from ..formats.beyond import beyond_weights, check_below
+from ..formats.stacks import experts_in, parsed_experts, stack_and_suffix
 from ..models.building import shapes_of_linears
+from ..models.experts import ExpertsForm, experts_of
 from ..models.naming import WHOLE, Conversion, Members, into_model
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
 from ..tensor import QuantTensor
@@ -107,7 +109,10 @@ class DirectoryCheckpoint:
             CheckpointError: naming the module and the field.
         """
         assert self.format is not None
-        return self.format.parse(self.spelled.get(module, module), self.tensors(module), self.quantization)
+        spelled, tensors = self.spelled.get(module, module), self.tensors(module)
+        if experts_in(tensors, self.format) is None:
+            return self.format.parse(spelled, tensors, self.quantization)
+        return _stacked(spelled, parsed_experts(self.format, spelled, tensors, self.quantization))
 
     @property
     def stacks(self) -> list[str]:
@@ -122,11 +127,20 @@ class DirectoryCheckpoint:
         assert self.format is not None
         members = self.members[stack]
 
+        def tensors(module: str) -> dict[str, Tensor]:
+            return {suffix: self.source.read(name) for suffix, name in self.inside[module].items()}
+
         def parsed(module: str) -> Parsed:
             assert self.format is not None
-            tensors = {suffix: self.source.read(name) for suffix, name in self.inside[module].items()}
-            return self.format.parse(module, tensors, self.quantization)
+            return self.format.parse(module, tensors(module), self.quantization)
 
+        if WHOLE in members and self.format.sliced:
+            module = members[WHOLE]
+            stored = tensors(module)
+            if experts_in(stored, self.format) is None:
+                raise CheckpointError(f"{module} must hold stacked experts [E, N, K], got one matrix")
+            yield from parsed_experts(self.format, module, stored, self.quantization)
+            return
         if WHOLE in members:
             whole = parsed(members[WHOLE])
             for expert in range(whole.weight.codes.shape[0] if whole.weight.codes.dim() == 3 else 0):
@@ -153,7 +167,7 @@ class DirectoryCheckpoint:
         return list(self.modules[module].values())
 
     def module_nbytes(self, module: str) -> int:
-        return sum(self.source.nbytes(name) for name in self.modules[module].values())
+        return sum(map(self.source.nbytes, self.parts(module)))
 
     def names(self) -> list[str]:
         return list(self.others)
@@ -223,6 +237,7 @@ class DirectoryCheckpoint:
         assert not self.spelled and not self.made, "it is named as in a model already"
         tensors = {name: self._on_meta(name) for name in self.others}
         way = into_model(model, tensors, self.modules, transforms)
+        self._check_in_order(way.stacks, experts_of(model))
         model._weight_conversions = list(way.used)  # type: ignore[assignment]  # as transformers keeps them
         inside = {module for members in way.stacks.values() for module in members.values()}
         made = {target: (conversion, t) for conversion, targets in way.made for target, t in targets.items()}
@@ -237,6 +252,22 @@ class DirectoryCheckpoint:
             made=made,
         )
 
+    def _check_in_order(self, stacks: Mapping[str, Members], forms: Mapping[str, ExpertsForm]) -> None:
+        """Refuse stacks whose rows nobody tells the order of: as the parameter, or as the matrices that were made of it."""
+        for stack, members in stacks.items():
+            form = forms[stack.rpartition(".")[0]]
+            if (
+                WHOLE in members
+                and self.format is not None
+                and self.format.sliced
+                and (form.transposed or form.interleaved)
+            ):
+                raise CheckpointError(
+                    f"{members[WHOLE]} is stacked experts in {self.format.name}; of a model that keeps them transposed or with "
+                    "rows of gate and up in turns such stacks are not read, since files do not say which order theirs have; use "
+                    "a file with its experts one by one"
+                )
+
     def spelling(self, name: str) -> str:
         """The name in the files, for messages."""
         return next(iter(self.made[name][0].sources)) if name in self.made else self.spelled.get(name, name)
@@ -249,6 +280,15 @@ class DirectoryCheckpoint:
 
     def copy_side_files(self, target: Path) -> None:
         copy_side_files(self.path, target)
+
+
+def _stacked(stack: str, experts: Iterable[Parsed]) -> Parsed:
+    found = list(experts)
+    try:
+        weight = QuantTensor.stack([one.weight for one in found])
+    except ArgumentError as error:
+        raise CheckpointError(f"{stack}: {error}") from error
+    return Parsed(weight, tuple(dict.fromkeys(oddity for one in found for oddity in one.oddities)))
 
 
 def quantization_config(source: TensorSource) -> dict[str, Any] | None:
@@ -316,7 +356,7 @@ def _check_unquantized(source: TensorSource) -> None:
 def _group(names: Iterable[str], found: Format) -> dict[str, dict[str, str]]:
     grouped: dict[str, dict[str, str]] = {}
     for name in names:
-        module, suffix = _split(name, found)
+        module, suffix = stack_and_suffix(name, found) or _split(name, found)
         if module:
             grouped.setdefault(module, {})[suffix] = name
     known = set(names)
@@ -329,7 +369,8 @@ def _group(names: Iterable[str], found: Format) -> dict[str, dict[str, str]]:
             raise CheckpointError(
                 f"{module} lacks {', '.join(missing)} (it has {', '.join(tensors)}), expected for {found.name}"
             )
-        if "weight" not in found.suffixes and f"{module}.weight" in known:
+        stands_for = f"{module}.weight" if f"{module}.weight" in known else module
+        if stands_for in known and stands_for not in tensors.values():
             raise CheckpointError(
                 f"{module} has both a float weight and {', '.join(tensors)}; one of them is left over"
             )

@@ -1,7 +1,9 @@
 """`GgufCheckpoint`: a GGUF file, or all parts of a split one, as a `Checkpoint`.
 
 Linear layers whose blocks a `QuantScheme` holds without loss are quantized modules; every other tensor is read as numbers, and
-what is in blocks of another type is dequantized, which the oddities say.
+what is in blocks of another type is dequantized, which the oddities say. Stacked experts are modules where all three of their
+tensors are such blocks (gate and up of one type); else all three are dequantized, for a model has both of its projections
+quantized or neither.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,12 +22,14 @@ from ..errors import CheckpointError
 from ..formats import Config, Format, Oddity, Parsed
 from ..formats.gguf import EXACT_SCHEMES, dequantize, weight_of
 from ..formats.validation import naming
+from ..models.experts import PARTS
 from ..models.gguf_config import config_of
 from ..models.gguf_names import INPUT_SCALE, Place, architecture_of, places_of
-from ..models.naming import into_model
+from ..models.naming import WHOLE, into_model
 from ..reports import readable_size
 from ..storage.gguf import GgufEntry, GgufSource
 from ..storage.gguf_types import FILE_TYPES
+from ..tensor import QuantTensor
 from ..text import dtype_name
 from ..texts import load_tokenizer
 
@@ -50,19 +54,21 @@ class GgufCheckpoint:
         source: all tensors of the file.
         config: what config.json would say.
         places: where each tensor of the file belongs, by its name there.
-        modules: quantized module -> name of its weight in the file.
-        spelled: every other tensor -> its name in the file.
+        modules: quantized module -> names in the file of its parts, by rows: one, but for gate and up of experts.
+        spelled: every other tensor -> the names in the file of its parts.
         decoded: dtype in which blocks are read as numbers: float32, in which they are computed, or that of the model under whose
             names this is, so that memory holds no more than the model will.
+        members: as `modules`, of stacked experts of the model under whose names this is.
     """
 
     source: GgufSource
     config: Mapping[str, Any]
     places: Mapping[str, Place]
-    modules: Mapping[str, str]
-    spelled: Mapping[str, str]
+    modules: Mapping[str, tuple[str, ...]]
+    spelled: Mapping[str, tuple[str, ...]]
     oddities: tuple[tuple[str, Oddity], ...] = ()
     decoded: torch.dtype = torch.float32
+    members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GgufCheckpoint:
@@ -75,12 +81,19 @@ class GgufCheckpoint:
         architecture = architecture_of(source)
         config, unread = config_of(source, architecture)
         places = places_of(source, architecture, config)
-        modules, spelled = {}, {}
+        modules: dict[str, tuple[str, ...]] = {}
+        spelled: dict[str, tuple[str, ...]] = {}
+        stacks: dict[str, dict[int, str]] = {}
         for name, place in places.items():
-            if _is_exact(source.entry(name), place):
-                modules[place.name.removesuffix(".weight")] = name
+            if place.kind == "experts":
+                stacks.setdefault(place.name, {})[place.part] = name
+            elif _is_exact(source.entry(name), place):
+                modules[place.name.removesuffix(".weight")] = (name,)
             else:
-                spelled[place.name] = name
+                spelled[place.name] = (name,)
+        for experts, projections in _by_experts(source, stacks).items():
+            packed = all(_are_exact(source, names) for names in projections.values())
+            (modules if packed else spelled).update({f"{experts}.{p}": names for p, names in projections.items()})
         oddities = [(key, Oddity("metadata that is not understood", repr(source.get(key))[:40])) for key in unread]
         oddities += _dequantized(source, places, spelled)
         oddities += [
@@ -111,28 +124,44 @@ class GgufCheckpoint:
         Raises:
             CheckpointError: a scale is NaN or infinite; names the tensor.
         """
-        name = self.modules[module]
+        names = self.modules[module]
+        if self.places[names[0]].kind == "experts":
+            return Parsed(QuantTensor.stack([parsed.weight for parsed in self._experts(names)]))
+        return Parsed(self._weight(names[0]))
+
+    def _weight(self, name: str, expert: int | None = None) -> QuantTensor:
         place, kind = self.places[name], self.source.entry(name).type.name
         scale = None if place.scale is None else self.source.read(place.scale)
+        blocks = self.source.blocks(name)
         with naming(name):
-            return Parsed(weight_of(place.rows(self.source.blocks(name)), kind, scale))
+            return weight_of(place.rows(blocks if expert is None else blocks[expert]), kind, scale)
 
     @property
     def stacks(self) -> Collection[str]:
-        return ()
+        return self.members.keys()
 
     def expert_weights(self, stack: str) -> Iterator[Parsed]:
-        raise KeyError(stack)
+        """One expert in memory at a time.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        yield from self._experts(self.members[stack])
+
+    def _experts(self, names: tuple[str, ...]) -> Iterator[Parsed]:
+        for expert in range(self.source.entry(names[0]).shape[0]):
+            parts = [self._weight(name, expert) for name in names]
+            yield Parsed(parts[0] if len(parts) == 1 else QuantTensor.concat(parts))
 
     def with_activations_of_the_file(self) -> GgufCheckpoint:
         """Itself: these files say nothing of activations."""
         return self
 
     def parts(self, module: str) -> list[str]:
-        return [self.modules[module]]
+        return list(self.members[module] if module in self.members else self.modules[module])
 
     def module_nbytes(self, module: str) -> int:
-        return self.source.entry(self.modules[module]).nbytes
+        return sum(self.source.entry(name).nbytes for name in self.modules[module])
 
     def names(self) -> list[str]:
         return sorted(self.spelled)
@@ -141,20 +170,28 @@ class GgufCheckpoint:
         return name in self.spelled
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entry(name).shape
+        first, *others = self._entries(name)
+        if others:
+            E, N, K = first.shape
+            return E, N + sum(entry.shape[1] for entry in others), K
+        row = name in self.spelled and self.places[self.spelled[name][0]].kind == "row"
+        return (1, *first.shape) if row and len(first.shape) == 1 else first.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        entry, place = self._entry(name), self.places[self.spelled[name]]
+        return self._dtype(self.spelled[name][0])
+
+    def _dtype(self, spelled: str) -> torch.dtype:
+        entry, place = self.source.entry(spelled), self.places[spelled]
         if place.offset or place.scale is not None:
             return torch.float32
         return self.decoded if entry.type.dtype is None else entry.type.dtype
 
     def stored_as(self, name: str) -> str:
-        ggml = self._entry(name).type
-        return ggml.name if ggml.dtype is None else dtype_name(ggml.dtype)
+        kinds = dict.fromkeys(entry.type for entry in self._entries(name))
+        return ", ".join(ggml.name if ggml.dtype is None else dtype_name(ggml.dtype) for ggml in kinds)
 
     def nbytes(self, name: str) -> int:
-        return self._entry(name).nbytes
+        return sum(entry.nbytes for entry in self._entries(name))
 
     def read(self, name: str) -> Tensor:
         """A tensor that is no quantized module's, in memory of its own, on the CPU.
@@ -162,12 +199,17 @@ class GgufCheckpoint:
         Raises:
             CheckpointError: as `GgufSource.blocks`; or blocks hold NaN or infinities.
         """
-        spelled = self.spelled[name]
+        parts = [self._read(spelled) for spelled in self.spelled[name]]
+        if len(parts) > 1:
+            return torch.cat([part.to(self.dtype(name)) for part in parts], dim=-2)
+        return parts[0].view(self.shape(name))
+
+    def _read(self, spelled: str) -> Tensor:
         entry, place = self.source.entry(spelled), self.places[spelled]
         if entry.type.dtype is not None:
             tensor = place.rows(self.source.read(spelled))
         else:
-            tensor = dequantize(place.rows(self.source.blocks(spelled)), entry.type.name, self.dtype(name))
+            tensor = dequantize(place.rows(self.source.blocks(spelled)), entry.type.name, self._dtype(spelled))
             if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_CHECKED_AT_ONCE)):
                 raise CheckpointError(
                     f"{self.path}: {spelled} ({entry.type.name}) has blocks whose weights are not finite"
@@ -179,8 +221,8 @@ class GgufCheckpoint:
         return tensor
 
     def in_file_order(self) -> Iterator[tuple[str, str | None]]:
-        here = {spelled: name for name, spelled in self.spelled.items()}
-        owner = {spelled: module for module, spelled in self.modules.items()}
+        here = {spelled[0]: name for name, spelled in self.spelled.items()}
+        owner = {spelled[0]: module for module, spelled in self.modules.items()}
         for name in self.source.entries:
             if name in owner:
                 yield name, owner[name]
@@ -204,14 +246,15 @@ class GgufCheckpoint:
         dtype: Any = getattr(model, "dtype", None)
         return replace(
             self,
-            modules={way.names[module]: name for module, name in self.modules.items()},
+            modules={way.names[module]: names for module, names in self.modules.items() if module in way.names},
+            members={stack: self.modules[whole[WHOLE]] for stack, whole in way.stacks.items()},
             spelled={way.names[name]: spelled for name, spelled in self.spelled.items()},
             decoded=dtype if isinstance(dtype, torch.dtype) else torch.float32,
         )
 
     def spelling(self, name: str) -> str:
         """The name in the file, for messages."""
-        return self.modules.get(name) or self.spelled.get(name, name)
+        return (self.members.get(name) or self.modules.get(name) or self.spelled.get(name, (name,)))[0]
 
     def files(self) -> list[Path]:
         return list(self.source.files)
@@ -223,8 +266,16 @@ class GgufCheckpoint:
         except CheckpointError as error:
             log.warning("%s: the tokenizer stays behind: %s", self.path, error)
 
-    def _entry(self, name: str) -> GgufEntry:
-        return self.source.entry(self.spelled.get(name, name))
+    def _entries(self, name: str) -> list[GgufEntry]:
+        return [self.source.entry(spelled) for spelled in self.spelled.get(name, (name,))]
+
+
+def dequantized_experts(weights: Iterable[Parsed], dtype: torch.dtype) -> tuple[Tensor, QuantTensor]:
+    """Stacked experts `[E, N, K]` as numbers, and the last of them, quantized."""
+    floats: list[Tensor] = []
+    for weight, _ in weights:
+        floats.append(weight.dequantize(dtype))
+    return torch.stack(floats), weight
 
 
 def _is_exact(entry: GgufEntry, place: Place) -> bool:
@@ -233,17 +284,50 @@ def _is_exact(entry: GgufEntry, place: Place) -> bool:
     return plain and place.name.endswith(".weight") and entry.type.name in EXACT_SCHEMES and len(entry.shape) == 2
 
 
+def _are_exact(source: GgufSource, names: tuple[str, ...]) -> bool:
+    """Whether the parts of stacked experts are in blocks of one type, which a scheme holds."""
+    kinds = {source.entry(name).type.name for name in names}
+    return len(kinds) == 1 and kinds <= EXACT_SCHEMES.keys()
+
+
+def _by_experts(source: GgufSource, stacks: Mapping[str, Mapping[int, str]]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The parts of each projection of each experts module, by rows.
+
+    Raises:
+        CheckpointError: one is missing, or they do not fit each other.
+    """
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for stack, parts in stacks.items():
+        experts, _, projection = stack.rpartition(".")
+        names = tuple(parts[i] for i in sorted(parts))
+        shapes = {source.entry(name).shape for name in names}
+        if len(names) != len(PARTS[projection]) or len(shapes) > 1:
+            raise CheckpointError(
+                f"{source.path} needs {len(PARTS[projection])} tensors of one shape for {stack}, got "
+                + ", ".join(f"{name} {list(source.entry(name).shape)}" for name in names)
+            )
+        found.setdefault(experts, {})[projection] = names
+    for experts, projections in found.items():
+        if len(projections) != 2:
+            raise CheckpointError(
+                f"{source.path} has {', '.join(projections)} of {experts} and not its other projection"
+            )
+    return found
+
+
 def _dequantized(
-    source: GgufSource, places: Mapping[str, Place], spelled: Mapping[str, str]
+    source: GgufSource, places: Mapping[str, Place], spelled: Mapping[str, tuple[str, ...]]
 ) -> list[tuple[str, Oddity]]:
     """One line for each type of blocks that nothing runs packed: which, how many tensors, how many bytes."""
     found: dict[tuple[str, str], list[str]] = {}
-    for name in spelled.values():
+    for name in (part for names in spelled.values() for part in names):
         entry = source.entry(name)
         if entry.type.dtype is None:
-            what = (
-                "embeddings are" if places[name].kind == "embedding" else f"{entry.type.name} has no kernel yet and is"
-            )
+            what = f"{entry.type.name} has no kernel yet and is"
+            if places[name].kind == "embedding":
+                what = "embeddings are"
+            elif places[name].kind == "experts":
+                what = "experts of which not all are in one type of blocks that has a kernel are"
             found.setdefault((what, entry.type.name), []).append(name)
     lines = []
     for (what, kind), names in found.items():

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, CheckpointError, UnsupportedProblem
 from ..formats import Oddity, summary
+from ..hub import local_copy
 from ..memory import give_back
 from ..models.building import assign, computed, empty_model
 from ..models.experts import ExpertsForm, experts_of, routers
@@ -27,16 +28,15 @@ from ..reports import readable_size
 from ..storage import CONFIG
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import describe, dtype_name, dtype_names
-from .activations import as_it_runs, with_16_bits
-from .gguf import GGUF
+from .activations import Activations, as_it_runs
+from .gguf import GGUF, dequantized_experts
+from .placing import DeviceMap, Placement, connect, placement_of
 from .source import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from ..kernels.catalogue import OnUnsupported
 
 log = logging.getLogger(__name__)
-
-Activations = Literal["file", "16bit"]
 
 
 def load(
@@ -45,6 +45,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     on_unsupported: OnUnsupported = "raise",
     activations: Activations | None = None,
+    device_map: DeviceMap | None = None,
+    revision: str | None = None,
     **others: Any,
 ) -> Any:
     """Any known checkpoint, quantized or not, as a `transformers` model in which quantized modules are `QuantLinear`.
@@ -54,8 +56,9 @@ def load(
 
     Args:
         directory: a local checkpoint with config.json and safetensors; or a GGUF file, any part of a split one, or a folder that
-            holds one and no safetensors. Blocks that a scheme holds without loss (all but IQ1 to IQ3, TQ1_0 and Q1_0) run packed
-            where a kernel takes them, all others are dequantized, which a warning says.
+            holds one and no safetensors; or the id of either on the Hub ("owner/name", "owner/name:FILE.gguf"; see `hub`). GGUF
+            blocks that a scheme holds without loss (all but IQ1 to IQ3, TQ1_0 and Q1_0) run packed where a kernel takes them, all
+            others are dequantized, which a warning says.
         device: where the model goes.
         dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
             Scales keep their own.
@@ -63,6 +66,10 @@ def load(
         activations: None: as the file says where kernels have that as its origin computes it (compressed-tensors' int8 a token,
             LLM.int8), else in 16 bits, and a warning says what the file asks for. "file": the same, but an error where integers
             are asked that no kernel has; floats stay in 16 bits. "16bit": never quantized.
+        device_map: instead of `device`: "auto" fills the GPUs with layers and leaves the rest on the CPU; a number of layers goes
+            to the first GPU, with all that is outside of layers; or a mapping from names of modules to devices ({"": 0,
+            "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays there; activations travel.
+        revision: of a model on the Hub: a branch, tag or commit.
         others: none; those of transformers' `from_pretrained` get an error that says what to pass instead.
 
     Returns:
@@ -91,12 +98,13 @@ def load(
     if activations not in (None, *get_args(Activations)):
         raise ArgumentError(f'activations must be "file", "16bit" or None, got {activations!r:.40}')
     named = _named_dtype(dtype)
-    checkpoint, device = open_checkpoint(directory), torch.device(device)
-    dtype = named or _dtype_of(checkpoint)
+    checkpoint = open_checkpoint(local_copy(directory, revision))
+    dtype = named or stored_dtype(checkpoint)
     model, checkpoint = model_of(checkpoint, dtype)
+    place = placement_of(device, device_map, model, checkpoint)
     if activations == "file":
         checkpoint = checkpoint.with_activations_of_the_file()
-    slots = _slots(model)
+    slots = tied_slots(model)
     oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     used = {f"{module}.bias" for module in checkpoint.modules}
     forms = experts_of(model)
@@ -106,22 +114,32 @@ def load(
             taken = [n for p in (form.up, form.down) for n in (f"{name}.{p}", f"{name}.{p}_bias")]
             used.update(taken)
             slots = [kept for slot in slots if (kept := [n for n in slot if n not in taken])]
-            loaded, strange = experts_at(
-                model, name, form, checkpoint, device, dtype, on_unsupported, activations=activations
-            )
+            device = place(name)
+            try:
+                loaded, strange = experts_at(
+                    model, name, form, checkpoint, device, dtype, on_unsupported, activations=activations
+                )
+            except UnsupportedProblem:
+                if checkpoint.format is not GGUF:
+                    raise
+                for projection in (form.up, form.down):
+                    stack = f"{name}.{projection}"
+                    floats, weight = dequantized_experts(checkpoint.expert_weights(stack), dtype)
+                    assign(
+                        model, {stack: nn.Parameter(form.stored(projection, floats).to(device), requires_grad=False)}
+                    )
+                    oddities.append((stack, _dequantized(weight, device, dtype)))
+                continue
             set_module(model, name, loaded)
             oddities += strange
     for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
         if module in choosing:
-            oddities += dequantize_router(model, module, checkpoint, device, dtype)
+            oddities += dequantize_router(model, module, checkpoint, place(module), dtype)
             continue
+        device = place(module)
         linear = linear_at(model, module, checkpoint.spelling(module))
         parsed = checkpoint.weight(module)
-        if activations is None:
-            parsed = as_it_runs(parsed, checkpoint.format, device, dtype, on_unsupported)
-        weight, found = parsed
-        if activations == "16bit":
-            weight = with_16_bits(weight)
+        weight, found = as_it_runs(parsed, checkpoint.format, device, dtype, on_unsupported, activations=activations)
         oddities += [(module, oddity) for oddity in found]
         bias = bias_for(linear, checkpoint, module, weight)
         try:
@@ -134,9 +152,11 @@ def load(
             assign(model, {f"{module}.{leaf}": t.to(device, dtype) for leaf, t in parts.items() if t is not None})
             continue
         set_module(model, module, layer)
-    missing = _fill(model, slots, checkpoint, used, device, dtype)
-    _check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
-    _move_buffers(model, device)
+    missing = _fill(model, slots, checkpoint, used, place, dtype)
+    check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
+    _move_buffers(model, place)
+    if place.spread:
+        connect(model, place)
     give_back()
     for line in summary(oddities):
         log.warning("%s: %s", checkpoint.path, line)
@@ -153,14 +173,10 @@ def _dequantized(weight: QuantTensor, device: torch.device, dtype: torch.dtype) 
 # What scripts pass to `from_pretrained`, and what it is here.
 _OF_TRANSFORMERS: Final = {
     "torch_dtype": "it is called dtype here",
-    "device_map": 'the whole model goes to device= here, for example device="cuda"; to spread it over several, load it with '
-    "transformers (qkernels.integrations.transformers)",
     "quantization_config": "the checkpoint says how it is quantized; to quantize, use replace_linear or quantize",
     "trust_remote_code": "no code of a checkpoint is run here",
     "low_cpu_mem_usage": "memory stays near the size of the result anyway",
-    **dict.fromkeys(
-        ("revision", "token", "cache_dir", "subfolder"), "a checkpoint is a local directory here; download it first"
-    ),
+    **dict.fromkeys(("token", "cache_dir", "subfolder"), "set HF_TOKEN or HF_HUB_CACHE, or download it first"),
     **dict.fromkeys(("attn_implementation", "use_safetensors", "local_files_only"), "leave it out"),
 }
 
@@ -195,7 +211,7 @@ def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoin
     in_files = [*checkpoint.names(), *checkpoint.modules]
     if base is model or any(name.startswith(inside) for name in in_files):
         return model, named
-    missing = [slot for slot in _slots(model) if not any(name in named or _quantized(name, named) for name in slot)]
+    missing = [slot for slot in tied_slots(model) if not any(name in named or _quantized(name, named) for name in slot)]
     if not missing or any(name.startswith(inside) for slot in missing for name in slot):
         return model, named
     log.warning(
@@ -223,8 +239,8 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{name}: the model that {CONFIG} describes needs {list(tensor.shape)}, got {list(checkpoint.shape(name))}"
             )
     may_lack = computed(model)
-    missing = [n[0] for n in _slots(model) if n[0] not in may_lack and not any(name in checkpoint for name in n)]
-    _check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
+    missing = [n[0] for n in tied_slots(model) if n[0] not in may_lack and not any(name in checkpoint for name in n)]
+    check_names(model, missing, [name for name in checkpoint.names() if name not in needed], checkpoint)
 
 
 def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -242,10 +258,10 @@ def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
         belongs = module in checkpoint.modules and leaf != "bias"
         if name not in places and (belongs or leaf in suffixes - {"weight"}):
             strays.append(name)
-    _check_names(model, [], strays, checkpoint)
+    check_names(model, [], strays, checkpoint)
 
 
-def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """What config.json says, else the dtype of the first float tensor that is not quantized."""
     named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
     if named is None:
@@ -259,7 +275,7 @@ def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     )
 
 
-def _slots(model: nn.Module) -> list[list[str]]:
+def tied_slots(model: nn.Module) -> list[list[str]]:
     """The places that the checkpoint must fill: names of parameters and stored buffers, tied ones together."""
     slots: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -315,16 +331,15 @@ def experts_at(
             stack: str = stack, shape: list[int] = shape, projection: str = projection
         ) -> Iterator[QuantTensor]:
             for expert, parsed in enumerate(checkpoint.expert_weights(stack)):
-                if activations is None:
-                    parsed = as_it_runs(parsed, checkpoint.format, device, dtype, on_unsupported, form.experts)
-                weight, found = parsed
+                of_file = checkpoint.format
+                weight, found = as_it_runs(parsed, of_file, device, dtype, on_unsupported, form.experts, activations)
                 if list(weight.codes.shape) != shape:
                     got = list(weight.codes.shape)
                     raise CheckpointError(f"{stack}: the model needs {shape} an expert, got {got} for expert {expert}")
                 if checkpoint.format is not None and checkpoint.format.rows_as_stored and projection == form.up:
                     weight = rows_in_halves(form, weight)
                 oddities.update(dict.fromkeys((stack, oddity) for oddity in found))
-                yield with_16_bits(weight) if activations == "16bit" else weight
+                yield weight
 
         bias: Tensor | None = source._parameters.get(f"{projection}_bias")
         if bias is not None:
@@ -362,7 +377,7 @@ def dequantize_router(
         if f"{module}.bias" not in checkpoint:
             raise CheckpointError(f"{module}.bias: the model needs one, and the files have none")
         parts["bias"] = checkpoint.read(f"{module}.bias")
-    kept = {leaf: torch.float32 if _kept_in_fp32(model, f"{module}.{leaf}", dtype) else dtype for leaf in parts}
+    kept = {leaf: torch.float32 if kept_in_fp32(model, f"{module}.{leaf}", dtype) else dtype for leaf in parts}
     assign(model, {f"{module}.{leaf}": t.to(device, kept[leaf]) for leaf, t in parts.items()})
     oddity = Oddity("a router that the file quantized is dequantized", f"{weight.scheme} {list(weight.codes.shape)}")
     return [(module, oddity), *((module, other) for other in found)]
@@ -402,7 +417,7 @@ def _fill(
     slots: list[list[str]],
     checkpoint: Checkpoint,
     used: set[str],
-    device: torch.device,
+    place: Placement,
     dtype: torch.dtype,
 ) -> list[str]:
     """Load what is not quantized; returns the names that the checkpoint lacks."""
@@ -414,17 +429,18 @@ def _fill(
         if len(names) < len(slot) and names:
             _untie(model, f"{slot[0]} and {slot[-1]} are tied by {CONFIG}, but one of them is quantized")
         if not present and names and names[0] in made:
-            assign(model, {names[0]: nn.Parameter(made[names[0]].to(device), requires_grad=False)})
+            there = made[names[0]].to(place(names[0]))
+            assign(model, {names[0]: nn.Parameter(there, requires_grad=False)})
             continue
         if not present:
             missing += names[:1]
             continue
-        first = _parameter(model, checkpoint, present[0], device, dtype)
+        first = _parameter(model, checkpoint, present[0], place(present[0]), dtype)
         values = dict.fromkeys(names, first)
         for name in present[1:]:
             if not torch.equal(checkpoint.read(present[0]), checkpoint.read(name)):
                 _untie(model, f"{present[0]} and {name} are tied by {CONFIG}, but differ in the checkpoint")
-                values[name] = _parameter(model, checkpoint, name, device, dtype)
+                values[name] = _parameter(model, checkpoint, name, place(name), dtype)
         assign(model, values)
     return missing
 
@@ -438,11 +454,11 @@ def _parameter(model: Any, checkpoint: Checkpoint, name: str, device: torch.devi
         raise CheckpointError(f"{name}: the model needs {kind} {list(place.shape)}, got {describe(tensor)}")
     wanted = place.dtype
     if place.is_floating_point():
-        wanted = torch.float32 if _kept_in_fp32(model, name, dtype) else dtype
+        wanted = torch.float32 if kept_in_fp32(model, name, dtype) else dtype
     return nn.Parameter(tensor.to(device, wanted), requires_grad=place.requires_grad)
 
 
-def _kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
+def kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
     """Some models name modules that lose too much in fp16, or in any 16-bit dtype."""
     patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
@@ -455,7 +471,12 @@ def _untie(model: Any, why: str) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _check_names(model: Any, missing: list[str], left_over: Iterable[str], checkpoint: Checkpoint) -> None:
+def check_names(model: Any, missing: list[str], left_over: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Raise unless a checkpoint lacks nothing and has nothing left over, but for what models compute.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     ignored |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}  # computed; older files still store them
     unexpected = [name for name in left_over if not any(re.search(pattern, name) for pattern in ignored)]
@@ -472,8 +493,8 @@ def _check_names(model: Any, missing: list[str], left_over: Iterable[str], check
     raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}")
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
+def _move_buffers(model: nn.Module, place: Placement) -> None:
+    for path, module in model.named_modules():
         if not isinstance(module, PackedModule):
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
+                module._buffers[name] = None if buffer is None else buffer.to(place(path))

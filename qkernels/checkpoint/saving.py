@@ -13,17 +13,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import CheckpointError, ConversionError
-from ..formats import Oddity, summary
+from ..errors import ArgumentError, CheckpointError, ConversionError
+from ..formats import Format, Oddity, summary
 from ..kernels.catalogue import Problem, arch_of, select
+from ..models.experts import PARTS, ExpertsForm, experts_of
 from ..models.linears import check_unscaled
 from ..nn import QuantExperts, QuantLinear
+from ..nn.experts import rows_in_halves
 from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
 from ..storage.gguf import gguf_at
+from ..tensor import QuantTensor
 from .activations import as_written
+from .loading import model_of
 from .registry import get_format
-from .source import open_checkpoint
+from .source import Checkpoint, open_checkpoint
 from .writer import CheckpointWriter
 
 log = logging.getLogger(__name__)
@@ -122,7 +126,8 @@ def convert(
     """Rewrite a quantized checkpoint in another format, module by module, all or nothing.
 
     Every weight stays equal, bit for bit when dequantized; what the format cannot express is refused. A quality report comes
-    along, and says that the checkpoint was rewritten.
+    along, and says that the checkpoint was rewritten. Experts of a mixture are stacked where the format has stacks and taken
+    apart where it has none, which asks transformers for the model; a stack is unpacked in memory while it is written.
 
     Raises:
         ConversionError: the format cannot express a weight (names the module and the reason), or nothing is quantized.
@@ -132,27 +137,75 @@ def convert(
     source = open_checkpoint(source_dir)
     if source.format is None:
         raise ConversionError(f"{source_dir} holds no quantized weights; quantize it first (qkernels quantize)")
+    model, source = _with_experts_in_place(source, chosen)
     oddities: list[tuple[str, Oddity]] = [*source.oddities]
     with atomic_directory(target_dir, overwrite, read_from(source.path)) as temporary:
-        writer = CheckpointWriter(temporary, source.config, chosen)
+        writer = CheckpointWriter(temporary, source.config, chosen, named_for=model)
         parts = list(source.in_file_order())
         for name, module in tqdm(parts, desc="packing", unit="tensor", leave=False, delay=2):
             if module is None:
                 writer.add_tensor(name, source.read(name))
                 continue
             weight, found = as_written(source.weight(module), source.format, chosen)
-            if source.format.rows_as_stored:
-                raise ConversionError(
-                    f"{module}: a file of {source.format.name} holds stacked experts in the order of the model's parameters, "
-                    f"which is known of a model alone: load {source_dir} and save it"
-                )
             oddities += [(module, oddity) for oddity in found]
             writer.add_quantized(module, weight)
+        forms = {} if model is None else experts_of(model)
+        for stack in tqdm(source.stacks, desc="packing", unit="stack", leave=False, delay=2):
+            oddities += _convert_stack(source, stack, forms, writer)
         writer.close()
         source.copy_side_files(temporary)
         carry_report(source.path, temporary, format)
     for line in summary(oddities):
         log.warning("%s: %s", source.path, line)
+
+
+def _with_experts_in_place(source: Checkpoint, chosen: Format) -> tuple[nn.Module | None, Checkpoint]:
+    """The checkpoint under the names of its model, and the model, where experts have to be stacked or taken apart; else None, and
+    the checkpoint as it is."""
+    found = {_in_stack(module) for module in source.modules} - {None}
+    assert source.format is not None
+    if found <= {chosen.stacks} and not source.format.rows_as_stored:
+        return None, source
+    try:
+        model, named = model_of(source, torch.float32)
+    except CheckpointError:
+        if found == {False}:  # one by one they are in every format, under the names that they have
+            return None, source
+        raise
+    return model, named
+
+
+def _in_stack(module: str) -> bool | None:
+    """Whether a quantized module is stacked experts (True), a part of one expert (False), or none of them (None); by its name,
+    which decides no more than whether a model is asked."""
+    *_, above, parent, leaf = ("", "", *module.split("."))
+    if parent == "experts" and leaf in PARTS:
+        return True
+    return False if above == "experts" and parent.isdecimal() else None
+
+
+def _convert_stack(
+    source: Checkpoint, stack: str, forms: Mapping[str, ExpertsForm], writer: CheckpointWriter
+) -> list[tuple[str, Oddity]]:
+    """Write the experts of a stack, together or one by one as the format has them."""
+    experts, _, projection = stack.rpartition(".")
+    oddities: dict[tuple[str, Oddity], None] = {}
+    kept: list[QuantTensor] = []
+    for expert, parsed in enumerate(source.expert_weights(stack)):
+        weight, found = as_written(parsed, source.format, writer.format)
+        oddities.update(dict.fromkeys((stack, oddity) for oddity in found))
+        if source.format is not None and source.format.rows_as_stored and projection == forms[experts].up:
+            weight = rows_in_halves(forms[experts], weight)
+        if writer.format.stacks:
+            kept.append(weight)
+        else:
+            writer.add_expert(stack, expert, weight)
+    if kept:
+        try:
+            writer.add_experts(stack, QuantTensor.stack(kept))
+        except ArgumentError as error:
+            raise ConversionError(f"{stack}: {error}") from error
+    return list(oddities)
 
 
 def layout_of(directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> str:

@@ -67,7 +67,7 @@ class Checkpoint(Protocol):
         """The names in the files of the tensors that make up a quantized module or stack, its bias aside."""
 
     def module_nbytes(self, module: str) -> int:
-        """Bytes that a quantized module takes in the file."""
+        """Bytes that a quantized module or stack takes in the file."""
 
     def names(self) -> list[str]:
         """All other tensors, sorted: biases of quantized modules, norms, embeddings, everything that is not quantized."""

@@ -87,13 +87,20 @@ class CheckpointWriter:
         if self.format.stacks:
             self._write(stack, stack, weight)
             return
-        parts = len(PARTS[stack.rpartition(".")[2]])
         for expert in range(weight.codes.shape[0]):
-            for part in range(parts):
-                one = weight[expert].shard("N", part, parts)
-                name = name_in_files(stack, expert, part)
-                written = name if self._file_names is None else self._file_names.expert(stack, expert, part)
-                self._write(name, written, one)
+            self.add_expert(stack, expert, weight[expert])
+
+    def add_expert(self, stack: str, expert: int, weight: QuantTensor) -> None:
+        """Write one expert `[N, K]` of a stack, gate apart from up, in a format that has no stacks.
+
+        Raises:
+            ConversionError, CheckpointError: as `add_quantized`.
+        """
+        parts = len(PARTS[stack.rpartition(".")[2]])
+        for part in range(parts):
+            name = name_in_files(stack, expert, part)
+            written = name if self._file_names is None else self._file_names.expert(stack, expert, part)
+            self._write(name, written, weight.shard("N", part, parts))
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that is not quantized; the bias of a quantized module after its weight.

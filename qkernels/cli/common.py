@@ -44,6 +44,11 @@ def positive(text: str) -> int:
     return value
 
 
+def unsigned(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    return 0 if text == "0" else positive(text)
+
+
 def seed(text: str) -> int:
     """An argparse type: what torch's generators take, -2^63 … 2^64 - 1."""
     digits = text.removeprefix("-")
@@ -90,6 +95,14 @@ def temperature(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """An argparse type: a number above 0, at most 1."""
+    value = temperature(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
+    return value
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", type=device, default="cpu", help="where to compute, for example cpu or cuda:0 (default: cpu)"
@@ -98,6 +111,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of activations (default: that of the checkpoint)")
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="of a model on the Hub: a branch, tag or commit (default: main)")
+
+
+def local(args: argparse.Namespace, model: str) -> str:
+    """Where a model lies here: a Hub id's folder in the cache, at `--revision`; everything else as it is."""
+    from ..hub import local_copy
+
+    return str(local_copy(model, args.revision))
 
 
 def add_on_unsupported(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import QKernelsError
-from . import bench, doctor, evaluate, generate, inspect, pack, quantize, serve
+from . import bench, doctor, evaluate, generate, inspect, pack, plan, quantize, serve
 from .streams import drop_output, take_any_text
 
-COMMANDS = (quantize, pack, inspect, evaluate, generate, serve, bench, doctor)
+COMMANDS = (plan, quantize, pack, inspect, evaluate, generate, serve, bench, doctor)
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the last two as a shell has them, for signals 2 and 13
 
 

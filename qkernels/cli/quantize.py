@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..scheme import GroupSize
-from .common import Subparsers, add_device, command_parser, positive, read_text
+from .common import Subparsers, add_device, add_revision, command_parser, local, positive, read_text
+from .gguf import add_gguf_options, check_no_gguf_options, quantize_to_gguf
 
 if TYPE_CHECKING:
     from ..quantizers import Options
 
 
 NAME, SUMMARY = "quantize", "quantize a model directory"
+DEFAULT_METHOD, DEFAULT_FORMAT = "gptq", "native"
 
 
 def group_size(text: str) -> GroupSize:
@@ -50,16 +52,20 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels quantize my-llama/ out/ --method rtn --scheme mxfp4_g32 --format compressed-tensors\n"
         "  qkernels quantize my-llama/ out/ --method gptq --scheme w4a8_g128 --calibration text.txt\n"
         "  qkernels quantize my-llama/ out/ --method smoothquant --calibration text.txt    (w8a8_channel)\n"
-        "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run",
+        "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run\n"
+        "  qkernels quantize my-llama/ my-llama-Q4_K_M.gguf --type Q4_K_M\n"
+        "  qkernels quantize my-llama/ my-llama-Q3_K_M.gguf --type Q3_K_M --imatrix my-llama.imatrix\n"
+        "  qkernels quantize my-llama/ out.gguf --type Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run\n"
+        "  qkernels quantize Qwen/Qwen3-0.6B out/ --method rtn --revision main",
         "Quantize a model directory, one decoder layer at a time: memory stays at one layer plus the calibration "
-        "activations. The output directory appears complete or not at all.",
+        "activations. The output appears complete or not at all. With --type a GGUF file is written, of any checkpoint that can "
+        "be loaded, one tensor at a time.",
     )
-    parser.add_argument("model", help="a directory with safetensors, config.json and a tokenizer")
-    parser.add_argument("out", help="the directory to make; it must not exist yet")
+    parser.add_argument("model", help="a directory with safetensors, config.json and a tokenizer, or a Hub id")
+    parser.add_argument("out", help="the directory to make, or with --type the .gguf file; it must not exist yet")
     parser.add_argument(
         "--method",
         choices=QUANTIZERS,
-        default="gptq",
         help=f"{_listed(_names(lambda method: method.needs == 'weight'))} need no calibration (default: gptq)",
     )
     parser.add_argument("--bits", type=int, choices=range(2, 9), help="width of a weight (default: 4; smoothquant: 8)")
@@ -93,9 +99,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seq-len", type=positive, default=2048, help="tokens in a window, capped to the model's (default: 2048)"
     )
-    parser.add_argument(
-        "--format", default="native", help="native, gptq, gptq_v2, awq or compressed-tensors (default: native)"
-    )
+    parser.add_argument("--format", help="native, gptq, gptq_v2, awq or compressed-tensors (default: native)")
     parser.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="never these layers (default: heads)")
     parser.add_argument(
@@ -106,7 +110,9 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         metavar="PATTERN=SCHEME",
         help="another scheme for some layers",
     )
+    add_gguf_options(parser)
     add_device(parser)
+    add_revision(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that qkernels wrote")
     parser.add_argument(
         "--resume",
@@ -125,7 +131,8 @@ def method_of(args: argparse.Namespace) -> Options:
     """
     from ..quantizers import QUANTIZERS
 
-    method = QUANTIZERS[args.method]
+    name = args.method or DEFAULT_METHOD
+    method = QUANTIZERS[name]
     if args.scheme is not None:
         if args.bits is not None or args.group_size is not None or args.asym:
             raise ArgumentError(f"--scheme {args.scheme} says it all: leave out --bits, --group-size and --asym")
@@ -137,7 +144,7 @@ def method_of(args: argparse.Namespace) -> Options:
     options = {name: value for name, value in given.items() if value is not None}
     if args.asym and not method.integer_zeros:
         raise ArgumentError(
-            f"--asym gives {_listed(_names(lambda known: known.integer_zeros))} integer zero points; {args.method} has "
+            f"--asym gives {_listed(_names(lambda known: known.integer_zeros))} integer zero points; {name} has "
             f"zero points of its own or none"
         )
     if args.act_order is not None and not _orders(method):
@@ -148,7 +155,9 @@ def method_of(args: argparse.Namespace) -> Options:
 
 
 def _no_act_order(args: argparse.Namespace) -> ArgumentError:
-    return ArgumentError(f"--act-order is an option of {_listed(_names(_orders))}, got --method {args.method}")
+    return ArgumentError(
+        f"--act-order is an option of {_listed(_names(_orders))}, got --method {args.method or DEFAULT_METHOD}"
+    )
 
 
 def _names(which: Callable[[type[Options]], bool]) -> list[str]:
@@ -168,11 +177,14 @@ def _listed(names: list[str]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.type is not None:
+        return quantize_to_gguf(args)
+    check_no_gguf_options(args)
     from ..calibrate import preview, quantize
     from ..layerwise.preview import check_disk
     from ..texts import load_tokenizer
 
-    method = method_of(args)
+    method, path = method_of(args), local(args, args.model)
     selection = {
         "include": args.include,
         "exclude": args.exclude,
@@ -180,19 +192,24 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.dry_run:
         previewed = preview(
-            args.model, method, **selection, samples=args.samples, seq_len=args.seq_len, format=args.format
+            path,
+            method,
+            **selection,
+            samples=args.samples,
+            seq_len=args.seq_len,
+            format=args.format or DEFAULT_FORMAT,
         )
         print(previewed.to_markdown())
         check_disk(previewed, args.out)
         return 0
     report = quantize(
-        args.model,
+        path,
         method,
         calibration=[read_text(args.calibration)] if args.calibration else None,
         evaluation=[read_text(args.eval_text)] if args.eval_text else None,
-        tokenizer=load_tokenizer(args.model) if args.calibration or args.eval_text else None,
+        tokenizer=load_tokenizer(path) if args.calibration or args.eval_text else None,
         save_to=args.out,
-        format=args.format,
+        format=args.format or DEFAULT_FORMAT,
         samples=args.samples,
         seq_len=args.seq_len,
         device=args.device,

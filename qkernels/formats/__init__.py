@@ -109,6 +109,8 @@ class Format:
             quantization_config, under `SHAPES`.
         joint: what stands between the name of a module and a suffix.
         stacks: whether a module may be stacked experts `[E, N, K]`; else they are written one by one.
+        sliced: whether stacked experts are read expert by expert, each as a module of its own (`stacks.py`).
+        codes: suffixes of which one is the tensor of codes.
         rows_as_stored: stacked experts have their rows in the order of transformers' parameter; else gate's come first.
     """
 
@@ -125,6 +127,8 @@ class Format:
     joint: str = "."
     rows_as_stored: bool = False
     stacks: bool = False
+    sliced: bool = False
+    codes: tuple[str, ...] = ("weight_packed", "weight", "_weight_qdata")
 
     @property
     def suffixes(self) -> tuple[str, ...]:

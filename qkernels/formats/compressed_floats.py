@@ -179,6 +179,7 @@ FLOATS: Format = Format(
     optional=_ALSO,
     matches=lambda config: means(config, FLOAT, NAIVE, MXFP8_BODY),
     parse=parse,
+    sliced=True,
 )
 FP4: Format = Format(
     name="compressed-tensors fp4-pack-quantized",
@@ -186,6 +187,7 @@ FP4: Format = Format(
     optional=("weight_global_scale", *_ALSO),
     matches=lambda config: means(config, MXFP4_BODY, NVFP4_BODY),
     parse=parse,
+    sliced=True,
 )
 MIXED: Format = Format(
     name="compressed-tensors mixed-precision",
@@ -193,4 +195,5 @@ MIXED: Format = Format(
     optional=("weight", "weight_packed", "weight_shape", "weight_global_scale", *_ALSO),
     matches=lambda config: means(config, MIXED_BODY),
     parse=parse,
+    sliced=True,
 )

@@ -330,4 +330,5 @@ INTEGERS: Format = Format(
     optional=("weight_zero_point", "weight_g_idx", *OF_ACTIVATIONS),
     matches=lambda config: means(config, INT),
     parse=parse_integers,
+    sliced=True,
 )

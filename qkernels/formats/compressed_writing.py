@@ -211,4 +211,5 @@ PACKED: Format = Format(
     parse=parse_packed,
     write=write,
     config_of=config_of,
+    sliced=True,
 )

@@ -84,6 +84,7 @@ FORMAT: Format = Format(
     optional=("activation_scale", "input_scale"),
     matches=lambda config: config.get("quant_method") == METHOD and not config.get(SCALE),
     parse=parse,
+    sliced=True,
 )
 SCALED: Format = Format(
     name="fp8 of DeepSeek-V4",

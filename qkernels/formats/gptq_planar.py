@@ -65,7 +65,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 FORMAT: Format = Format(
-    name=NAME,
+    name=f"planar {NAME}",
     required=("qweight", "qzeros", "scales"),
     optional=("g_idx",),
     matches=lambda config: (

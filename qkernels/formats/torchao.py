@@ -81,7 +81,7 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
 def _entry(module: str, config: Config) -> _Entry:
     """The JSON of one weight in the metadata, checked."""
     metadata: Mapping[str, str] = config.get(METADATA) or {}
-    text = metadata.get(f"{module}.weight")
+    text = metadata.get(f"{module}.weight", metadata.get(module))
     if text is None:
         raise CheckpointError(f"the safetensors metadata has no entry {module}.weight, which says what its tensors are")
     if len(text) > MAX_ENTRY:
@@ -93,8 +93,11 @@ def _entry(module: str, config: Config) -> _Entry:
     fields = found.get("_data") if isinstance(found, dict) else None
     if not isinstance(fields, dict):
         raise CheckpointError(f"the metadata of {module}.weight needs _type and _data, got {found!r:.60}")
-    shape = None if fields.get("shape") is None else _pair("shape", fields["shape"])
-    return _Entry(str(found.get("_type")), _pair("block_size", fields.get("block_size")), shape, fields)
+    block, shape = fields.get("block_size"), fields.get("shape")
+    if isinstance(block, list) and len(block) == 3 and block[0] == 1:  # of stacked experts, here one of them
+        block, shape = block[1:], shape[1:] if isinstance(shape, list) else shape
+    size = None if shape is None else _pair("shape", shape)
+    return _Entry(str(found.get("_type")), _pair("block_size", block), size, fields)
 
 
 def _pair(key: str, value: Any) -> tuple[int, int]:
@@ -259,4 +262,5 @@ FORMAT: Format = Format(
     matches=lambda config: config.get("quant_method") == METHOD,
     parse=parse,
     needs_metadata=True,
+    sliced=True,
 )

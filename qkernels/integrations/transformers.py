@@ -7,6 +7,7 @@ model.save_pretrained("out/")                               # our native format
 model = AutoModelForCausalLM.from_pretrained("out/")        # importing this module is enough for it
 enable()                                                    # from here on also GPTQ, AWQ and compressed-tensors files
 model = AutoModelForCausalLM.from_pretrained("some-gptq-model/")
+model = AutoModelForCausalLM.from_pretrained("dir/", gguf_file="model-Q4_K_M.gguf")    # packed, too (gguf.py)
 
 All of them yield `QuantLinear` modules. `model.hf_quantizer.report` lists what was quantized and, with reasons, every matrix that
 was not. Written for the hooks of transformers 5.8.1 to 5.24 (`transformers/quantizers/base.py`); tested with both ends.
@@ -59,11 +60,13 @@ from ..nn.selection import as_patterns
 from ..quantizers import RTN
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
+from ..tensor import QuantTensor
 from .placeholders import Packed, Pending, PendingExperts
 
 log = logging.getLogger(__name__)
 
 FOREIGN: Final = ("gptq", "awq", "compressed-tensors")
+GGUF: Final = "gguf"
 
 
 class QKernelsConfig(QuantizationConfigMixin):
@@ -121,6 +124,7 @@ class QKernelsQuantizer(HfQuantizer):
     """Puts `QuantLinear` modules into a model that `from_pretrained` loads; see the head of this file."""
 
     requires_calibration = False
+    of_qkernels = True
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -142,9 +146,7 @@ class QKernelsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        self.report.bytes_before = model_bytes(model)
-        self._also = other_names(model)
-        self._conv1d = {name for name, module in model.named_modules() if is_conv1d(module)}
+        self._begin(model)
         if not self.pre_quantized:
             self._select(model)
             return model
@@ -156,6 +158,11 @@ class QKernelsQuantizer(HfQuantizer):
         self._model = model
         return model
 
+    def _begin(self, model: Any) -> None:
+        self.report.bytes_before = model_bytes(model)
+        self._also = other_names(model)
+        self._conv1d = {name for name, module in model.named_modules() if is_conv1d(module)}
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Put placeholders where quantized modules will be, by the names that transformers gives to tensors of files: here
         it says what they are, a `key_mapping` included."""
@@ -164,7 +171,7 @@ class QKernelsQuantizer(HfQuantizer):
         if checkpoint is None or model is None:
             return weight_conversions
         checkpoint = self._checkpoint = checkpoint.named_as_in(model, weight_conversions)
-        self._conversions = model._weight_conversions
+        self._conversions = getattr(model, "_weight_conversions", None)
         forms = experts_of(model)
         choosing = routers(model, forms)
         self._forms = {n: form for n, form in forms.items() if f"{n}.{form.up}" in checkpoint.stacks}
@@ -293,9 +300,10 @@ class QKernelsQuantizer(HfQuantizer):
             weight, found = as_it_runs(checkpoint.weight(module), checkpoint.format, device, dtype)
             oddities += [(module, oddity) for oddity in found]
             bias = bias_for(pending.linear, checkpoint, module, weight)
-            layer = QuantLinear.from_quant_tensor(weight, bias, device, dtype)
+            layer = self._layer(module, weight, bias, device, dtype)
             set_module(model, module, layer, self._also.get(module, ()))
-            self.report.add(module, layer, weight.codes.numel() * dtype.itemsize)
+            if isinstance(layer, QuantLinear):
+                self.report.add(module, layer, weight.codes.numel() * dtype.itemsize)
         for name, form in self._forms.items():
             source, device = model.get_submodule(name).source, _device_near(model, name)
             experts, strange = experts_at(model, name, form, checkpoint, device, dtype, "raise", source)
@@ -316,6 +324,12 @@ class QKernelsQuantizer(HfQuantizer):
         self.report.skipped |= {n: why for n, why in left.items() if n not in self.report.replaced}
         for line in summary(oddities):
             log.warning("%s: %s", checkpoint.path, line)
+
+    def _layer(
+        self, module: str, weight: QuantTensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+    ) -> nn.Module:
+        """What takes the place of a quantized module of a checkpoint."""
+        return QuantLinear.from_quant_tensor(weight, bias, device, dtype)
 
     def _describe(self, model: Any) -> FileNames:
         """Make the model's config say what `save_pretrained` would write; returns the names that it would use."""
@@ -398,7 +412,7 @@ def _saving(model: Any) -> Iterator[None]:
     adopted = getattr(model, "hf_quantizer", None) is None
     if adopted:
         model.hf_quantizer = QKernelsQuantizer(QKernelsConfig())
-    elif type(model.hf_quantizer).__module__ != __name__:  # not isinstance: this module may be imported twice
+    elif not getattr(model.hf_quantizer, "of_qkernels", False):  # not isinstance: this module may be imported twice
         raise ConversionError(
             f"{type(model).__name__} holds QuantLinear modules and modules of {type(model.hf_quantizer).__name__}: there is "
             f"no format for both in one checkpoint"
@@ -442,18 +456,32 @@ class _QuantizeWeight(ConversionOps):
         return left
 
 
-def enable(methods: Iterable[str] = FOREIGN) -> None:
+def enable(methods: Iterable[str] | None = None) -> None:
     """From here on, `from_pretrained` gives checkpoints of these methods to qkernels instead of the quantizers that come
-    with transformers (which need optimum, gptqmodel or compressed-tensors). Calling it again changes nothing.
+    with transformers (which need optimum, gptqmodel or compressed-tensors), and GGUF files (`gguf_file=`) instead of readers that
+    dequantize them. Calling it again changes nothing.
+
+    Args:
+        methods: of "gptq", "awq", "compressed-tensors" and "gguf"; None for all that this transformers asks about (GGUF files
+            since 5.23).
 
     Raises:
-        ArgumentError: a method that is not one of "gptq", "awq", "compressed-tensors".
+        ArgumentError: another method, or "gguf" with a transformers that asks nobody about it.
     """
-    chosen = as_patterns(methods) or ()
+    asks = GGUF in AUTO_QUANTIZER_MAPPING
+    chosen = as_patterns(methods) or (*FOREIGN, *[GGUF] * asks)
     for method in chosen:
-        if method not in FOREIGN:
-            raise ArgumentError(f"methods must be of {', '.join(FOREIGN)}, got {method!r}")
-    for method in chosen:
+        if method not in (*FOREIGN, GGUF):
+            raise ArgumentError(f"methods must be of {', '.join((*FOREIGN, GGUF))}, got {method!r}")
+    if GGUF in chosen:
+        if not asks:
+            raise ArgumentError(
+                "this transformers asks nobody about GGUF files (5.23 does); load them with qkernels.load"
+            )
+        from . import gguf
+
+        gguf.answer()
+    for method in (method for method in chosen if method != GGUF):
         # Scripts pass `quantization_config=GPTQConfig(…)` for a checkpoint of GPTQ, too; transformers takes it, and goes by the
         # checkpoint, where the two classes have one name.
         name = AUTO_QUANTIZATION_CONFIG_MAPPING[method].__name__

@@ -78,12 +78,16 @@ class KernelSpec:
         backend = "" if layout.backend == "torch" else f"{layout.backend}."
         return cls(f"{backend}{layout.name}", layout.name, f"gemm_{layout.name}")
 
-    def reasons(self, problem: Problem) -> list[str]:
-        """Why it cannot run the problem; empty if it can."""
+    def reasons(self, problem: Problem, installed: bool = True) -> list[str]:
+        """Why it cannot run the problem; empty if it can. `installed`: whether its code has to be there, in this installation."""
         layout = get_layout(self.layout)
         experts = _against_experts(layout, problem) if problem.experts else []
-        here = BACKENDS[layout.backend].reasons(layout, problem.dtype, problem.arch)
-        return experts + here + layout.reasons(problem.N, problem.K, problem.scheme)
+        backend = BACKENDS[layout.backend]
+        return [
+            *experts,
+            *(backend.reasons if installed else backend.limits)(layout, problem.dtype, problem.arch),
+            *layout.reasons(problem.N, problem.K, problem.scheme),
+        ]
 
 
 def _against_experts(layout: Layout, problem: Problem) -> list[str]:

@@ -96,7 +96,7 @@ def config_of(source: GgufSource, architecture: GgufArchitecture) -> tuple[dict[
     turn_end = _token_id(source, "tokenizer.ggml.eot_token_id")
     if turn_end is not None and config["eos_token_id"] not in (None, turn_end):
         config["eos_token_id"] = [config["eos_token_id"], turn_end]
-    config |= _OF_ARCHITECTURE[architecture.name](source, keys, config)
+    config |= _OF_MODEL_TYPE[architecture.model_type](source, keys, config)
     return config, keys.unread()
 
 
@@ -344,8 +344,58 @@ def _phi3(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, 
     }
 
 
-_OF_ARCHITECTURE: Final = {
-    "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gemma": _gemma, "gemma2": _gemma2, "gemma3": _gemma3, "phi3": _phi3,
+def _experts(keys: _Keys, count: str = "num_experts") -> dict[str, Any]:
+    """Numbers of experts; under which name the model has them."""
+    experts, used = keys.integer("expert_count"), keys.integer("expert_used_count")
+    if used > experts:
+        raise CheckpointError(f"{keys.source.path} sends a token to {used} experts of {experts}")
+    return {count: experts, "num_experts_per_tok": used}
+
+
+def _mixtral(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    window = keys.raw("attention.sliding_window")
+    return _experts(keys, "num_local_experts") | {
+        "rope_parameters": _rope(source, keys, config),
+        "sliding_window": keys.integer("attention.sliding_window") if window else None,
+    }
+
+
+def _normed(keys: _Keys, default: bool) -> bool:
+    """Whether the weights of the experts of a token are made to add up to 1; llama.cpp has it in its code."""
+    value = keys.raw("expert_weights_norm")
+    return default if value is None else value is True
+
+
+def _qwen2_moe(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    found = _qwen2(source, keys, config) | _experts(keys)
+    width = keys.integer("expert_feed_forward_length", config["intermediate_size"] // found["num_experts_per_tok"])
+    return found | {
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": keys.integer(
+            "expert_shared_feed_forward_length", config["intermediate_size"]
+        ),
+        "norm_topk_prob": _normed(keys, False),
+        "qkv_bias": "blk.0.attn_q.bias" in source,
+    }
+
+
+def _qwen3_moe(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    found = _qwen3(source, keys, config) | _experts(keys)
+    width = keys.integer("expert_feed_forward_length", config["intermediate_size"] // found["num_experts_per_tok"])
+    return found | {"moe_intermediate_size": width, "norm_topk_prob": _normed(keys, True)}
+
+
+def _olmoe(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    clamp = None if keys.raw("attention.clamp_kqv") is None else keys.number("attention.clamp_kqv")
+    return _experts(keys) | {
+        "rope_parameters": _rope(source, keys, config), "norm_topk_prob": _normed(keys, False), "clip_qkv": clamp,
+        "attention_bias": "blk.0.attn_q.bias" in source,
+    }  # fmt: skip
+
+
+_OF_MODEL_TYPE: Final = {
+    "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gemma": _gemma, "gemma2": _gemma2, "gemma3_text": _gemma3,
+    "phi3": _phi3, "mixtral": _mixtral, "qwen2_moe": _qwen2_moe, "qwen3_moe": _qwen3_moe, "olmoe": _olmoe,
 }  # fmt: skip
 
 

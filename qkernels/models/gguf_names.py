@@ -1,4 +1,4 @@
-"""Where the tensors of a GGUF file belong in a model of transformers: one table, one entry an architecture.
+"""Where the tensors of a GGUF file belong in a model of transformers, and back: one table, one entry an architecture.
 
 llama.cpp names tensors in its own way (`blk.3.attn_q.weight`), and its converter changes some of them: the rows of q and k of
 "llama" come as rope wants neighbours to turn together there, and the norms of Gemma have their 1 added already.
@@ -7,18 +7,20 @@ llama.cpp names tensors in its own way (`blk.3.attn_q.weight`), and its converte
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConversionError
 from ..storage.gguf import GgufSource
 
-Kind = Literal["linear", "embedding", "norm"]
+# "plain" is read as numbers whatever it is in: a router; "row" is a vector there and a matrix of one row here.
+Kind = Literal["linear", "embedding", "norm", "plain", "row", "experts"]
 _NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<piece>[a-z0-9_]+)\.(?P<leaf>weight|bias)")
+_IN_LAYER: Final = re.compile(r"model\.layers\.(?P<layer>\d{1,6})\.(?P<module>.+)")
 # What the config is made of (`gguf_config.py`), not the model.
 FOR_CONFIG: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # One number beside an NVFP4 weight, which multiplies it; and one for activations, which stay in 16 bits here.
@@ -28,11 +30,12 @@ INPUT_SCALE: Final = ".input_scale"
 
 class Piece(NamedTuple):
     """A module that a tensor of a file belongs to; of a layer, relative to it. `rope`: which number of heads its rows have, where
-    they are turned in pairs."""
+    they are turned in pairs. `part`: of stacked experts, whose `module` is a parameter, which part of their rows."""
 
     module: str
     kind: Kind = "linear"
     rope: str | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,29 @@ _ALL: Final = (
     ),
 )
 GGUF_ARCHITECTURES: Final = {architecture.name: architecture for architecture in _ALL}
+# Another model_type of transformers that files have under the name of an architecture.
+_AS_ANOTHER: Final = {"llama": "mistral"}
+
+_EXPERTS: Final = {
+    "ffn_gate_inp": Piece("mlp.gate", "plain"),
+    "ffn_gate_exps": Piece("mlp.experts.gate_up_proj", "experts", part=0),
+    "ffn_up_exps": Piece("mlp.experts.gate_up_proj", "experts", part=1),
+    "ffn_down_exps": Piece("mlp.experts.down_proj", "experts"),
+}
+_SHARED_EXPERT: Final = {
+    "ffn_gate_inp_shexp": Piece("mlp.shared_expert_gate", "row"),
+    "ffn_gate_shexp": Piece("mlp.shared_expert.gate_proj"),
+    "ffn_up_shexp": Piece("mlp.shared_expert.up_proj"),
+    "ffn_down_shexp": Piece("mlp.shared_expert.down_proj"),
+}
+_MIXTURES: Final = (
+    GgufArchitecture("llama", "mixtral", "MixtralForCausalLM", _NORMS | _ATTENTION | _EXPERTS, paired_rope=True),
+    GgufArchitecture("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM", _NORMS | _ATTENTION | _EXPERTS | _SHARED_EXPERT),
+    GgufArchitecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", _NORMS | _ATTENTION | _HEAD_NORMS | _EXPERTS),
+    GgufArchitecture("olmoe", "olmoe", "OlmoeForCausalLM", _NORMS | _ATTENTION | _HEAD_NORMS | _EXPERTS),
+)
+# Of files that hold experts.
+GGUF_MIXTURES: Final = {architecture.name: architecture for architecture in _MIXTURES}
 
 
 @dataclass(frozen=True)
@@ -123,6 +149,7 @@ class Place:
         heads: of a rope in pairs; 0 where the rows are in order.
         offset: what is to be subtracted.
         scale: the tensor of one number that multiplies it, if there is one.
+        part: of stacked experts, which of the parts of `name` it is: 0 for gate (and down), 1 for up.
     """
 
     name: str
@@ -130,6 +157,7 @@ class Place:
     heads: int = 0
     offset: float = 0.0
     scale: str | None = None
+    part: int = 0
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The rows of the model, of a weight, a bias, or a weight in blocks, which run along a row."""
@@ -138,27 +166,83 @@ class Place:
         order = torch.arange(len(tensor)).view(self.heads, -1, 2).transpose(1, 2).reshape(-1)
         return tensor[order]
 
+    def rows_in_file(self, tensor: Tensor) -> Tensor:
+        """The way back from `rows`."""
+        if not self.heads:
+            return tensor
+        order = torch.arange(len(tensor)).view(self.heads, 2, -1).transpose(1, 2).reshape(-1)
+        return tensor[order]
+
 
 def architecture_of(source: GgufSource) -> GgufArchitecture:
     """The table's entry for a file.
 
     Raises:
-        CheckpointError: the file does not name an architecture, or one that is not in the table; or holds experts.
+        CheckpointError: the file does not name an architecture, or one that is not in the table; or experts of one that is read
+            without any.
     """
     name = source.get("general.architecture")
     if not isinstance(name, str):
         raise CheckpointError(f"{source.path} has no general.architecture, so it holds no model")
+    if source.get(f"{name}.expert_count", 0) and name in GGUF_MIXTURES:
+        return GGUF_MIXTURES[name]
     if name not in GGUF_ARCHITECTURES:
         raise CheckpointError(
-            f"{source.path} holds a model of architecture {name!r:.40}; GGUF files of {', '.join(GGUF_ARCHITECTURES)} are read "
-            "(Mistral's are llama); for another, load the original checkpoint, or add an entry to qkernels/models/gguf_names.py"
+            f"{source.path} holds a model of architecture {name!r:.40}; GGUF files of "
+            f"{', '.join(GGUF_ARCHITECTURES | GGUF_MIXTURES)} are read (Mistral's and Mixtral's are llama); for another, "
+            "load the original checkpoint, or add an entry to qkernels/models/gguf_names.py"
         )
     if source.get(f"{name}.expert_count", 0):
         raise CheckpointError(
-            f"{source.path} holds a model with {source.get(f'{name}.expert_count')} experts a layer, which are not read from "
-            "GGUF files yet; load the original checkpoint"
+            f"{source.path} holds a model with {source.get(f'{name}.expert_count')} experts a layer; GGUF files with "
+            f"experts are read of {', '.join(GGUF_MIXTURES)} (Mixtral's are llama); load the original checkpoint"
         )
     return GGUF_ARCHITECTURES[name]
+
+
+def architecture_for(model_type: str) -> GgufArchitecture:
+    """The table's entry for a model of transformers.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    for architecture in _ALL:
+        if model_type in (architecture.model_type, _AS_ANOTHER.get(architecture.name)):
+            return architecture
+    known = sorted({*(architecture.model_type for architecture in _ALL), *_AS_ANOTHER.values()})
+    raise ConversionError(
+        f"GGUF files are written of {', '.join(known)} models, got {model_type!r:.40}; for another, use llama.cpp's converter, "
+        "or add an entry to qkernels/models/gguf_names.py"
+    )
+
+
+def places_for(names: Iterable[str], architecture: GgufArchitecture, config: Mapping[str, Any]) -> dict[str, Place]:
+    """Where the tensors of a model belong in a file, by their names there: the way back from `places_of`.
+
+    Args:
+        names: of the model's tensors.
+        config: numbers of heads, as config.json has them.
+
+    Raises:
+        ConversionError: the file has no place for a tensor.
+    """
+    outer = {piece.module: name for name, piece in architecture.outer.items()}
+    inner = {piece.module: name for name, piece in architecture.layer.items()}
+    places: dict[str, Place] = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        match = _IN_LAYER.fullmatch(module)
+        spelled = outer.get(module) if match is None else inner.get(match["module"])
+        if spelled is None or leaf not in ("weight", "bias"):
+            raise ConversionError(
+                f"a GGUF file of architecture {architecture.name} has no place for {name}, so that it cannot hold this model"
+            )
+        piece = architecture.outer[spelled] if match is None else architecture.layer[spelled]
+        heads = int(config[piece.rope]) if piece.rope is not None and architecture.paired_rope else 0
+        offset = 1.0 if piece.kind == "norm" and architecture.unit_offset_norms else 0.0
+        prefix = "" if match is None else f"blk.{match['layer']}."
+        places[f"{prefix}{spelled}.{leaf}"] = Place(name, piece.kind, heads, offset)
+    return places
 
 
 def places_of(source: GgufSource, architecture: GgufArchitecture, config: Mapping[str, int]) -> dict[str, Place]:
@@ -192,12 +276,17 @@ def places_of(source: GgufSource, architecture: GgufArchitecture, config: Mappin
         if heads and (not entry.shape or entry.shape[0] % (2 * heads)):
             raise CheckpointError(f"{name} has rows {list(entry.shape)[:1]}, which are no {heads} heads of pairs")
         scale = f"{name.rpartition('.')[0]}{SCALE}" if match["leaf"] == "weight" else None
+        if piece.kind == "experts" and (match["leaf"] != "weight" or len(entry.shape) != 3):
+            raise CheckpointError(
+                f"{name} must be the weights [E, N, K] of stacked experts, got {entry.type.name} {list(entry.shape)}"
+            )
         places[name] = Place(
-            f"{module}.{match['leaf']}",
+            module if piece.kind == "experts" else f"{module}.{match['leaf']}",
             piece.kind,
             heads,
             1.0 if piece.kind == "norm" and architecture.unit_offset_norms else 0.0,
             scale if scale in source else None,
+            piece.part,
         )
     _check_scales(source, places)
     return places

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..errors import CheckpointError
@@ -44,7 +45,7 @@ def tokenizer_of(source: GgufSource) -> Any:
 
     given = _given(source)
     kind, tokens, pre = given["tokenizer_type"], given["tokens"], given.get("pre_tokenizer_type")
-    convert, splits = _converter()
+    convert, splits = converter()
     if kind == "gpt2" and pre is not None and pre not in {*splits, *_AS_GPT2, *_DIGITS_APART}:
         raise CheckpointError(
             f"{source.path} has a tokenizer that splits text as {pre!r:.40}, which transformers' converter does not know (it "
@@ -54,6 +55,7 @@ def tokenizer_of(source: GgufSource) -> Any:
         backend, _ = convert(source.get("general.architecture", ""), given)
     except Exception as error:  # a vocabulary that makes no sense fails in many ways
         raise CheckpointError(f"{source.path} has a tokenizer that transformers cannot rebuild: {error}") from error
+    backend = _of_the_file(backend, len(tokens))
     if kind == "llama" and not str(source.get("general.architecture")).startswith("gemma"):
         _as_sentencepiece(backend, _flag(source, "add_space_prefix", True))
     if pre in _DIGITS_APART and pre not in splits:
@@ -139,8 +141,8 @@ def _flag(source: GgufSource, key: str, default: bool) -> bool:
     return default if value is None else value
 
 
-def _converter() -> tuple[Any, frozenset[str]]:
-    """transformers' function, and the ways to split text that it knows by name."""
+def converter() -> tuple[Any, Mapping[str, str]]:
+    """transformers' function, and the patterns of the ways to split text that it knows by name."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import (
             GGUF_PRE_TOKENIZER_SPLITS,
@@ -149,8 +151,22 @@ def _converter() -> tuple[Any, frozenset[str]]:
     except ImportError:  # before 5.2x
         from transformers.integrations.ggml import convert_gguf_tokenizer
 
-        return convert_gguf_tokenizer, frozenset()
-    return convert_gguf_tokenizer, frozenset(GGUF_PRE_TOKENIZER_SPLITS)
+        return convert_gguf_tokenizer, {}
+    return convert_gguf_tokenizer, GGUF_PRE_TOKENIZER_SPLITS
+
+
+def _of_the_file(backend: Any, count: int) -> Any:
+    """The same without the special tokens that the converter's classes have by default (GPT-2's <|endoftext|>) and the file has
+    not: their ids lie beyond the embedding."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(backend.to_str())
+    kept = [token for token in state["added_tokens"] if token["id"] < count]
+    return (
+        backend
+        if len(kept) == len(state["added_tokens"])
+        else Tokenizer.from_str(json.dumps(state | {"added_tokens": kept}))
+    )
 
 
 def _split_digits(backend: Any) -> None:

@@ -178,13 +178,15 @@ class FileNames:
 
     Args:
         model: a module of any kind; what is no `PreTrainedModel` keeps its names. May be on meta.
+        one_by_one: experts have the names of single ones, although the model was loaded from files with stacks.
 
     Raises:
         ConversionError: a tensor has no name that a reader would understand.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, one_by_one: bool = False) -> None:
         self._model: Any = model
+        self._one_by_one = one_by_one
         self._known = is_pretrained(model)
         self._names: dict[str, str] = {}
         self._groups: dict[str, Conversion] = {}
@@ -193,7 +195,7 @@ class FileNames:
         self._members: dict[tuple[str, int, int], str] = {}
         self._written: dict[str, list[str]] = {}  # names of what a group makes, by its target
         if self._known:
-            self._forth, self._back = _Way(model), _Way(model, _backwards(model))
+            self._forth, self._back = _Way(model), _Way(model, _backwards(model, one_by_one))
             self._plan()
 
     def module(self, name: str) -> str:
@@ -208,13 +210,19 @@ class FileNames:
 
     def expert(self, stack: str, expert: int, part: int) -> str:
         """The name of a part of one expert ("….experts.3.gate_proj"), as files of this architecture have it."""
-        if self._known and not self._members:
-            forms = experts_of(self._model) | quantized_experts(self._model)
-            for group in self._groups.values():
-                for written in self._written.get(group.target, ()):
-                    if (found := self._forth.member(written, forms)) is not None:
-                        self._members[found] = _module_of(written) or written
+        if self._known and not self._members and not self._one_by_one:
+            self._members = FileNames(self._model, one_by_one=True)._named_members()
         return self._members.get((stack, expert, part), name_in_files(stack, expert, part))
+
+    def _named_members(self) -> dict[tuple[str, int, int], str]:
+        """The names of all parts of experts, by (stack, expert, part)."""
+        forms = experts_of(self._model) | quantized_experts(self._model)
+        members: dict[tuple[str, int, int], str] = {}
+        for group in self._groups.values():
+            for written in self._written.get(group.target, ()):
+                if (found := self._forth.member(written, forms)) is not None:
+                    members[found] = _module_of(written) or written
+        return members
 
     def tensors(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What is to be written now that this tensor has come: itself, or what a conversion makes of it and of those that
@@ -377,15 +385,21 @@ class _Way:
         return (transform for transform in self._all if transform.was_used())
 
 
-def _backwards(model: Any) -> list[Any]:
-    """The transforms that transformers would save a model by, as `revert_weight_conversion` chooses them."""
+def _backwards(model: Any, one_by_one: bool = False) -> list[Any]:
+    """The transforms that transformers would save a model by, as `revert_weight_conversion` chooses them; with those that take
+    stacked experts apart, if asked."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
     used = getattr(model, "_weight_conversions", None)
+    every = get_model_conversion_mapping(model, add_legacy=False)
     if used is None:  # not loaded, so whether its files have such a prefix is not known
-        every = get_model_conversion_mapping(model, add_legacy=False)
         used = [transform for transform in every if not isinstance(transform, PrefixChange)]
+    elif (
+        one_by_one
+    ):  # from files with stacks no conversion of single ones was used, and single ones have names all the same
+        known = [_patterns(transform) for transform in used]
+        used = [*used, *(t for t in every if _patterns(t) not in known and _makes_experts(t, model))]
     back = []
     for transform in reversed(used):
         try:
@@ -393,6 +407,25 @@ def _backwards(model: Any) -> list[Any]:
         except Exception as error:  # a conversion that cannot be undone: its tensors keep the model's names
             log.debug("%s of %s has no way back: %s", transform, type(model).__name__, error)
     return back
+
+
+def _patterns(transform: Any) -> tuple[list[str], list[str]]:
+    return list(transform.source_patterns), list(transform.target_patterns)
+
+
+def _makes_experts(transform: Any, model: Any) -> bool:
+    """Whether a conversion stacks quantized experts of a model out of single ones."""
+    from transformers.core_model_loading import WeightConverter
+
+    stacks = [f"{n}.{p}" for n, form in quantized_experts(model).items() for p in (form.up, form.down)]
+    stacks += [f"{n}.{p}" for n, form in experts_of(model).items() for p in (form.up, form.down)]
+    if not isinstance(transform, WeightConverter) or not stacks:
+        return False
+    try:
+        back: Any = transform.reverse_transform()
+    except Exception:  # it has no way back
+        return False
+    return any(back.rename_source_key(stack)[1] is not None for stack in stacks)
 
 
 def _check_distinct(names: Iterable[tuple[str, str]], model: object) -> None:

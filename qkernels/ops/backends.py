@@ -38,12 +38,17 @@ class Backend:
 
     def reasons(self, layout: Layout, dtype: torch.dtype, arch: str) -> list[str]:
         """Why the kernels of a layout do not run with activations of `dtype` on `arch` here; empty if they do."""
-        why = self.elsewhere(arch)
-        if missing := self.missing():
-            why.append(missing)
-        if dtype not in layout.dtypes:
-            why.append(f"activations must be {dtype_names(layout.dtypes)} (got {dtype})")
-        return why
+        missing = self.missing()
+        return [*self.elsewhere(arch), *([missing] if missing else []), *_of_dtype(layout, dtype)]
+
+    def limits(self, layout: Layout, dtype: torch.dtype, arch: str) -> list[str]:
+        """The same of an installation that has all code, on whatever machine."""
+        asked = _not_sm80 if self.device == "cuda" else self.elsewhere
+        return [*asked(arch), *_of_dtype(layout, dtype)]
+
+
+def _of_dtype(layout: Layout, dtype: torch.dtype) -> list[str]:
+    return [] if dtype in layout.dtypes else [f"activations must be {dtype_names(layout.dtypes)} (got {dtype})"]
 
 
 def _not_the_cpu(arch: str) -> list[str]:

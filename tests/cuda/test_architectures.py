@@ -26,9 +26,9 @@ def default_build() -> tuple[str, ...]:
     ("arch", "code"),
     [
         ("sm80", "code for 8.0"),
-        ("sm86", "code for 8.6"),
-        ("sm87", "code for 8.6"),
-        ("sm89", "code for 8.9"),
+        ("sm86", "code for 8.0"),
+        ("sm87", "code for 8.0"),
+        ("sm89", "code for 8.0"),
         ("sm90", "code for 9.0a"),
         ("sm100", "PTX for 8.0, compiled by the driver at the first call"),
         ("sm103", "PTX for 8.0, compiled by the driver at the first call"),

@@ -60,7 +60,7 @@ def cases() -> dict[str, Case]:
             {"blocks": torch.randint(256, (2, 8, 3, 16)).byte(), "scales": torch.randint(100, 140, (2, 8, 3)).byte()},
             {"quant_method": "mxfp4"},
         ),
-        "gptq_p": Case(test_planar.stored(five), test_planar.config(five)),
+        "planar gptq_p": Case(test_planar.stored(five), test_planar.config(five)),
         "quanto": Case(
             {"weight._data": int8["weight"], "weight._scale": channel.scales},
             {"quant_method": "quanto", "modules": {key: {"weights": "qint8"} for key in ("m", "layers.0.a")}},

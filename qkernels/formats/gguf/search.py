@@ -4,13 +4,12 @@ Every sum runs over the members of a group in order and in float32, as in ggml (
 decides by comparing errors that differ in the last bit. So tensors lie with the members first, `[members, groups]`: a step of a
 sum is then one operation on all groups. Importance (llama.cpp's imatrix) is the mean square of each input column.
 
-Known to differ from ggml, for a reason not found: with importance, some groups of equal weights (12 of 256 such groups in one of
-three draws, Q4_1) become 14 · (x / 14) here and 15 · (x / 15) there, which are x but for rounding.
+torch makes `number / tensor` of a reciprocal and a product, which is rounded twice: `_quotient` is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -18,8 +17,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError
-from ...text import describe
 from .parts import E2M1_TABLE, IQ4_TABLE, Parts, half_e8m0
 from .types import block_type, blocks_of
 
@@ -27,62 +24,39 @@ _SLICE: Final = 2**20  # weights that are searched at once
 _TINY: Final = 1e-15  # a group whose largest weight is below it counts as zeros
 
 
-def gguf_blocks(weight: Tensor, type: str, importance: Tensor | None = None) -> Tensor:
-    """The weight in blocks of a GGUF type, with the bytes that llama.cpp's quantizer writes (equal weights in a group aside).
+def blocks_searched(
+    weight: Tensor, type: str, importance: Tensor | None, searches: Mapping[str, Search]
+) -> tuple[Tensor, Tensor]:
+    """The twin of the op `gguf_blocks` (`quantizing.py`): the same bits.
 
     Args:
-        weight: `[..., N, K]` floating point, finite, K a multiple of the type's block; computed in float32.
-        type: a key of `WRITABLE_TYPES`, such as "Q4_K".
-        importance: None, or `[K]`, not negative: how much the error of a column counts (mean square of that input).
-            Q8_0 and MXFP4 make no use of it.
+        weight: floating `[N, K]`.
+        importance: float32 `[K]`, or None.
 
     Returns:
-        uint8 `[..., N, bytes of a row]`.
-
-    Raises:
-        ArgumentError: no such type, rows of another length, values that are not finite, or a scale that float16 cannot hold.
-
-    >>> import torch
-    >>> from qkernels.formats.gguf import dequantize, gguf_blocks
-    >>> blocks = gguf_blocks(torch.linspace(-8, 7, 16).repeat(1, 2), "Q4_0")
-    >>> dequantize(blocks, "Q4_0")[0, :3]
-    tensor([-8., -7., -6.])
+        uint8 `[N, bytes of a row]`; and int64 `[1, 2]`: the first row that holds inf or NaN, and the first whose scale float16
+        cannot hold, N where there is none.
     """
-    if type not in _SEARCHES:
-        raise ArgumentError(f"GGUF types that can be written are {', '.join(WRITABLE_TYPES)}, got {type!r:.40}")
-    ggml = block_type(type).ggml
-    if weight.dim() < 1 or not weight.is_floating_point() or weight.shape[-1] % ggml.elements:
-        raise ArgumentError(
-            f"weight for {type} must be floating point [..., a multiple of {ggml.elements}], got {describe(weight)}"
-        )
-    columns = weight.shape[-1]
-    if importance is not None:
-        if importance.shape != (columns,) or not importance.is_floating_point():
-            raise ArgumentError(f"importance must be floating point [{columns}], got {describe(importance)}")
-        importance = importance.float()
-        if not bool((importance.isfinite() & (importance >= 0)).all()):
-            raise ArgumentError("importance must be finite and not negative; measure it again, or leave it out")
-    rows = weight.reshape(-1, columns) if columns else weight.reshape(-1, 0)
-    out = torch.empty(len(rows), columns // ggml.elements * ggml.nbytes, dtype=torch.uint8, device=weight.device)
+    ggml, (rows, columns) = block_type(type).ggml, weight.shape
+    out = torch.empty(rows, columns // ggml.elements * ggml.nbytes, dtype=torch.uint8, device=weight.device)
+    wrong = torch.full((1, 2), rows, dtype=torch.int64, device=weight.device)
     step = max(1, _SLICE // max(columns, 1))
-    for begin in range(0, len(rows) if columns else 0, step):
-        part = rows[begin : begin + step].float()
-        if not bool(part.isfinite().all()):
-            raise ArgumentError(
-                f"weight for {type} must be finite; rows {begin} … {begin + len(part) - 1} hold inf or NaN"
-            )
-        found = _SEARCHES[type](_Rows(part, importance, ggml.elements))
-        for scale in (found.d, found.dmin):
-            if scale is not None and not bool(scale.isfinite().all()):
-                raise ArgumentError(
-                    f"weights up to {float(part.abs().max()):.3g} give {type} a scale that float16 cannot hold; use BF16 or F32"
-                )
+    for begin in range(0, rows if columns else 0, step):
+        part = weight[begin : begin + step].float()
+        found = searches[type](Rows(part, importance, ggml.elements))
         out[begin : begin + step] = blocks_of(found, type).view(len(part), -1)
-    return out.view(*weight.shape[:-1], -1) if out.numel() else out.view(*weight.shape[:-1], out.shape[-1])
+        infinite = [
+            ~scale.isfinite().view(len(part), -1).all(1) for scale in (found.d, found.dmin) if scale is not None
+        ]
+        for at, bad in ((0, [~part.isfinite().all(1)]), (1, infinite)):
+            for flags in bad:
+                first = flags.nonzero().flatten()[:1] + begin
+                wrong[0, at] = torch.cat([first, wrong[0, at : at + 1]]).amin()
+    return out, wrong
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class Rows:
     """Rows `[N, K]` of float32, their importance `[K]` or None, and the elements of a block."""
 
     weight: Tensor
@@ -95,6 +69,9 @@ class _Rows:
         if self.importance is None:
             return x, None
         return x, self.importance.expand_as(self.weight).reshape(-1, size).T.contiguous()
+
+
+Search = Callable[[Rows], Parts]
 
 
 def _total(terms: Tensor) -> Tensor:
@@ -112,12 +89,27 @@ def _nearest(x: Tensor) -> Tensor:
 
 
 def _peak(x: Tensor) -> Tensor:
-    """The first member of largest magnitude, with its sign, `[groups]`."""
-    return x.gather(0, x.abs().argmax(0, keepdim=True))[0]
+    """The first member of largest magnitude, with its sign, `[groups]`; no -0."""
+    return x.gather(0, x.abs().argmax(0, keepdim=True))[0] + 0.0
+
+
+def _least(x: Tensor) -> Tensor:
+    """The first least member, `[groups]`: of 0 and -0 the first, where argmin takes any."""
+    least = x[0]
+    for member in x[1:]:
+        least = torch.where(member < least, member, least)
+    return least
+
+
+def _quotient(number: float, x: Tensor) -> Tensor:
+    """number / x, rounded once."""
+    return torch.tensor(float(number), device=x.device) / x
 
 
 def _inverse(x: Tensor) -> Tensor:
-    return torch.where(x != 0, 1 / x, 0.0)
+    """1 / x, or 0 where that is no number."""
+    inverse = 1 / x
+    return torch.where(inverse.isfinite(), inverse, 0.0)
 
 
 def _root(x: Tensor) -> Tensor:
@@ -140,7 +132,8 @@ class _Fit:
 
 def _fit_range(x: Tensor, weight: Tensor, top: int, tries: Iterable[float], absolute: bool) -> _Fit:
     """Codes 0 … top with scale and minimum: for each width tried, the weighted least-squares line; the least error stays."""
-    low, high = x.amin(0).clamp(max=0), x.amax(0)
+    low, high = _least(x), x.amax(0)
+    low = torch.where(low > 0, 0.0, low)
     flat = high == low
     width = torch.where(flat, 1.0, high - low)
     sum_w, sum_x = _total(weight), _total(weight * x)
@@ -149,15 +142,14 @@ def _fit_range(x: Tensor, weight: Tensor, top: int, tries: Iterable[float], abso
         difference = scale * codes + least - x
         return _total(weight * (difference.abs() if absolute else difference * difference))
 
-    inverse = top / width
+    inverse = _quotient(top, width)
     scale, least = 1 / inverse, low
-    codes = _nearest(inverse * (x - low)).clamp(0, top)
+    codes = _nearest((inverse * (x - low)).clamp(0, top))
     best = error(codes, scale, least)
     for change in tries:
         # From the best minimum so far, not from the first: as ggml has it.
-        trial = _nearest((torch.tensor(change) + top) / torch.where(flat, 1.0, high - least) * (x - least)).clamp(
-            0, top
-        )
+        ratio = (torch.tensor(change) + top) / torch.where(flat, 1.0, high - least)
+        trial = _nearest((ratio * (x - least)).clamp(0, top))
         weighted = weight * trial
         sum_l, sum_l2, sum_xl = _total(weighted), _total(weighted * trial), _total(weighted * x)
         determinant = sum_w * sum_l2 - sum_l * sum_l
@@ -238,7 +230,7 @@ def _fit_positive(x: Tensor, weight: Tensor, top: int) -> _Fit:
         difference = x - 1 / inverse * codes
         return codes, _total(weight * difference * difference)
 
-    codes, best = trial(top / peak)
+    codes, best = trial(_quotient(top, peak))
     for step in (-4, -3, -2, -1, 1, 2, 3, 4):
         others, error = trial((torch.tensor(0.1) * step + top) / peak)
         better = error < best
@@ -267,7 +259,7 @@ def _by_block(values: Tensor, per: int) -> Tensor:
     return values.view(-1, per).T.contiguous()
 
 
-def _with_minimum(rows: _Rows, top: int, size: int, small_top: int, tries: list[float], absolute: bool) -> Parts:
+def _with_minimum(rows: Rows, top: int, size: int, small_top: int, tries: list[float], absolute: bool) -> Parts:
     """Q2_K, Q4_K, Q5_K."""
     x, importance = rows.groups(size)
     per = rows.elements // size
@@ -296,15 +288,15 @@ def _with_minimum(rows: _Rows, top: int, size: int, small_top: int, tries: list[
 def _plain_factors(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The outer factor `[blocks]` and small ones `[per, blocks]` of values: by the largest."""
     largest = values.amax(0).clamp(min=0) + 0.0  # no -0
-    inverse = torch.where(largest > 0, top / largest, 0.0)
-    return largest / top, _nearest(inverse * values).clamp(max=top)
+    inverse = torch.where(largest > 0, _quotient(top, largest), 0.0)
+    return largest / top, _nearest(inverse * values).clamp(0, top)
 
 
 def _codes(codes: Tensor, elements: int) -> Tensor:
     return codes.to(torch.uint8).T.reshape(-1, elements)
 
 
-def _q3_k(rows: _Rows) -> Parts:
+def _q3_k(rows: Rows) -> Parts:
     x, importance = rows.groups(16)
     if importance is None:
         fit = _fit_three_bits(x)
@@ -325,7 +317,7 @@ def _q3_k(rows: _Rows) -> Parts:
     return Parts(_codes(codes, 256), small.T.to(torch.int8), d=d.half()[:, None])
 
 
-def _q6_k(rows: _Rows) -> Parts:
+def _q6_k(rows: Rows) -> Parts:
     x, importance = rows.groups(16)
     fit = _fit_signed(x, x * x if importance is None else importance, 32)
     scales = _by_block(fit.scale, 16)
@@ -340,14 +332,14 @@ def _q6_k(rows: _Rows) -> Parts:
     return Parts(_codes(codes, 256), small.T.to(torch.int8), d=d.half()[:, None])
 
 
-def _row_weights(rows: _Rows, x: Tensor, importance: Tensor) -> Tensor:
+def _row_weights(rows: Rows, x: Tensor, importance: Tensor) -> Tensor:
     """Of the simple types: the variance is that of the row."""
     columns = rows.weight.shape[1]
     variance = _total((rows.weight * rows.weight).T) / columns
     return _member_weights(x, importance, variance.repeat_interleave(columns // len(x)))
 
 
-def _plain_signed(rows: _Rows, half: int) -> Parts:
+def _plain_signed(rows: Rows, half: int) -> Parts:
     """Q4_0, Q5_0."""
     x, importance = rows.groups(32)
     if importance is not None:
@@ -358,19 +350,19 @@ def _plain_signed(rows: _Rows, half: int) -> Parts:
     return Parts(_codes(codes, 32), d=d.half()[:, None])
 
 
-def _plain_range(rows: _Rows, top: int) -> Parts:
+def _plain_range(rows: Rows, top: int) -> Parts:
     """Q4_1, Q5_1."""
     x, importance = rows.groups(32)
     if importance is not None:
         fit = _fit_range(x, _row_weights(rows, x, importance), top, _steps(-0.9, 0.05, 36), False)
         return Parts(_codes(fit.codes, 32), d=fit.scale.half()[:, None], dmin=(-fit.low).half()[:, None])
-    low = x.amin(0)
-    d = (x.amax(0) - low) / top
+    low = _least(x)
+    d = (x.amax(0) - low) / top + 0.0  # no -0, which amax may take for 0
     codes = ((x - low) * _inverse(d) + 0.5).trunc().clamp(max=top)
     return Parts(_codes(codes, 32), d=d.half()[:, None], dmin=low.half()[:, None])
 
 
-def _q8_0(rows: _Rows) -> Parts:
+def _q8_0(rows: Rows) -> Parts:
     x, _ = rows.groups(32)
     d = x.abs().amax(0) / 127
     relative = x * _inverse(d)
@@ -386,7 +378,7 @@ def _nearest_entry(x: Tensor) -> Tensor:
     return torch.where(x - table[upper - 1] < table[upper] - x, upper - 1, upper)
 
 
-def _iq4(rows: _Rows) -> Parts:
+def _iq4(rows: Rows) -> Parts:
     x, importance = rows.groups(32)
     per = rows.elements // 32
     table = torch.tensor(IQ4_TABLE, dtype=torch.float32, device=x.device)
@@ -422,10 +414,12 @@ def _iq4(rows: _Rows) -> Parts:
     return Parts(_codes(codes, 256), small.T.to(torch.int8), d=outer.half()[:, None])
 
 
-def _mxfp4(rows: _Rows) -> Parts:
+def _mxfp4(rows: Rows) -> Parts:
     x, _ = rows.groups(32)
     largest = x.abs().amax(0)
-    exponent = torch.where(largest > 0, torch.log2(largest).floor() + 125, 0.0).clamp(0, 254).to(torch.uint8)
+    exponent = (
+        torch.where(largest > 0, largest.double().log2().float().floor() + 125, 0.0).clamp(0, 254).to(torch.uint8)
+    )
     d = half_e8m0(exponent)
     codes, best = torch.zeros_like(x), x.abs()
     for code, value in enumerate(E2M1_TABLE):
@@ -435,7 +429,7 @@ def _mxfp4(rows: _Rows) -> Parts:
     return Parts(_codes(codes, 32), exponent[:, None])
 
 
-_SEARCHES: Final[dict[str, Callable[[_Rows], Parts]]] = {
+PLAIN: Final[dict[str, Search]] = {
     "Q4_0": partial(_plain_signed, half=8),
     "Q4_1": partial(_plain_range, top=15),
     "Q5_0": partial(_plain_signed, half=16),
@@ -450,4 +444,4 @@ _SEARCHES: Final[dict[str, Callable[[_Rows], Parts]]] = {
     "IQ4_XS": _iq4,
     "MXFP4": _mxfp4,
 }
-WRITABLE_TYPES: Final = tuple(_SEARCHES)
+WRITABLE_TYPES: Final = tuple(PLAIN)

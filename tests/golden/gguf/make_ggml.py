@@ -23,6 +23,7 @@ from qkernels.storage.gguf import GgufSource
 from qkernels.storage.gguf_header import MetaValue
 from qkernels.storage.gguf_writer import Planned, gguf_writer
 from tests.gguf_blocks import bits_of, of_type, split_as
+from tests.gguf_golden import MODELS
 
 FILES = Path(__file__).parent
 TEXTS = [
@@ -117,7 +118,7 @@ def logprobs(path: Path) -> list[float]:
 
 def main() -> None:
     lib = library()
-    paths = sorted(FILES.glob("*.gguf"))
+    paths = [FILES / f"{name}.gguf" for name in MODELS]
     with tempfile.TemporaryDirectory() as directory:
         llama = GgufSource.open(FILES / "llama.gguf")
         by_pre = {

@@ -55,6 +55,8 @@ K_QUANTS = {
     "attn_q": Q.Q4_K, "attn_k": Q.Q5_K, "attn_v": Q.Q6_K, "attn_output": Q.Q2_K, "ffn_gate": Q.Q3_K, "ffn_up": Q.IQ4_XS,
     "ffn_down": Q.IQ3_S, "token_embd": Q.Q4_K, "output": Q.Q6_K,
 }  # fmt: skip
+# An expert's down has rows of 256, the least that K-quants have.
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_hidden_layers": 1}
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_key_value_heads": 1}
 CASES: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Q]]] = {
     "llama": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}, "llama", "gpt2", {}),
@@ -71,6 +73,22 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Q]]] = {
         "gemma3", "llama", {},
     ),
     "phi3": ("phi3", PHI3, "phi3", "llama", {}),
+    "mixtral": (
+        "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "llama", "llama",
+        {"ffn_gate_exps": Q.Q4_0, "ffn_up_exps": Q.Q4_0, "ffn_down_exps": Q.Q5_1, "attn_q": Q.Q8_0},
+    ),
+    "qwen2moe": (
+        "qwen2_moe", MIXTURE | {"shared_expert_intermediate_size": 64, "norm_topk_prob": False}, "qwen2moe", "gpt2",
+        {"ffn_gate_exps": Q.MXFP4, "ffn_up_exps": Q.MXFP4, "ffn_down_exps": Q.Q4_K, "ffn_up_shexp": Q.Q8_0},
+    ),
+    "qwen3moe": (
+        "qwen3_moe", MIXTURE | {"norm_topk_prob": True, "head_dim": 16}, "qwen3moe", "gpt2",
+        {"ffn_gate_exps": Q.Q8_0, "ffn_up_exps": Q.Q8_0, "ffn_down_exps": Q.IQ3_S},
+    ),
+    "olmoe": (
+        "olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False, "num_key_value_heads": 4}, "olmoe",
+        "gpt2", {},
+    ),
 }  # fmt: skip
 
 
@@ -168,8 +186,18 @@ def add_config(writer: gguf.GGUFWriter, model: Any, arch: str) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if (experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)) is not None:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if arch in ("gemma", "gemma2", "gemma3", "qwen3") or head_dim * config.num_attention_heads != config.hidden_size:
+    if (
+        arch in ("gemma", "gemma2", "gemma3", "qwen3", "qwen3moe")
+        or head_dim * config.num_attention_heads != config.hidden_size
+    ):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     rope = config.rope_parameters
@@ -212,10 +240,31 @@ def add_factors(writer: gguf.GGUFWriter, model: Any) -> None:
     writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
 
 
+def add_experts(
+    writer: gguf.GGUFWriter, names: Any, hf_name: str, tensor: torch.Tensor, types: dict[str, Q]
+) -> torch.Tensor:
+    """Stacked experts: gate and up apart. Returns what is read back."""
+    read = []
+    parts = tensor.chunk(2, dim=1) if hf_name.endswith("gate_up_proj") else (tensor,)
+    for part, leaf in zip(parts, ("gate_proj", "up_proj") if len(parts) == 2 else ("down_proj",)):
+        ours = names.get_name(f"{hf_name.rpartition('.')[0]}.{leaf}")
+        qtype = types.get(ours.rpartition(".")[2], Q.F16)
+        rows = part.float().flatten(0, 1).contiguous().numpy()
+        blocks = quantized(rows, qtype)
+        writer.add_tensor(f"{ours}.weight", blocks.reshape(*part.shape[:2], -1), raw_dtype=qtype)
+        read.append(torch.from_numpy(dequantize(blocks, qtype).copy()).view(part.shape))
+    return torch.cat(read, dim=1)
+
+
 def make(name: str) -> tuple[torch.Tensor, list[int]]:
     """Write the file; the logits of its weights, and the ids of the text."""
     model_type, fields, arch, kind, types = CASES[name]
     model = tiny_model(model_type, **{"intermediate_size": 64, "vocab_size": TOKENS} | fields)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("mlp.gate.weight"):
+            parameter.data *= 15  # so that no rounding of activations changes whom a token is sent to
+        elif ".experts." in parameter_name:
+            parameter.data *= 8  # so that they count
     gemma = arch.startswith("gemma")
     writer = gguf.GGUFWriter(FILES / f"{name}.gguf", arch)
     writer.add_name("tiny")  # llama.cpp takes names with "phi" in them for more than a name
@@ -228,10 +277,14 @@ def make(name: str) -> tuple[torch.Tensor, list[int]]:
     for hf_name, tensor in model.state_dict().items():
         if hf_name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
+        if ".experts." in hf_name:
+            stored[hf_name] = add_experts(writer, names, hf_name, tensor, types)
+            continue
         module, _, leaf = hf_name.rpartition(".")
         ours = names.get_name(module)
         assert ours is not None, hf_name
-        qtype = Q.F32 if tensor.dim() == 1 else types.get(ours.rpartition(".")[2], Q.F16)
+        routes = ours.rpartition(".")[2].startswith("ffn_gate_inp")
+        qtype = Q.F32 if tensor.dim() == 1 or routes else types.get(ours.rpartition(".")[2], Q.F16)
         weight = tensor.float().numpy()
         heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}.get(
             ours.rpartition(".")[2], 0
@@ -240,7 +293,7 @@ def make(name: str) -> tuple[torch.Tensor, list[int]]:
         weight = paired(weight, heads) if heads else weight
         weight = weight + 1 if gemma and "norm" in ours else weight
         blocks = quantized(weight, qtype)
-        writer.add_tensor(f"{ours}.{leaf}", blocks, raw_dtype=qtype)
+        writer.add_tensor(f"{ours}.{leaf}", blocks.squeeze() if routes else blocks, raw_dtype=qtype)
         read = dequantize(blocks, qtype).reshape(weight.shape)
         read = read - 1 if gemma and "norm" in ours else read
         stored[hf_name] = torch.from_numpy((unpaired(read, heads) if heads else read).copy())

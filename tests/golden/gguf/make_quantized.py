@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qkernels.formats.gguf.search import WRITABLE_TYPES
 from qkernels.storage.gguf_types import GGML_TYPES
-from tests.gguf_weights import digest, made_importance, made_weight
+from tests.gguf_weights import digest, made_equals, made_importance, made_weight
 
 found = find_spec("xllamacpp")
 assert found is not None and found.origin is not None
@@ -34,10 +34,15 @@ def quantized(weight: Tensor, type: str, importance: Tensor | None) -> str:
     return digest(out)
 
 
-weight, importance = made_weight(), made_importance()
-hashes = {
-    name: {"plain": quantized(weight, name, None), "importance": quantized(weight, name, importance)}
-    for name in WRITABLE_TYPES
-}
-golden = {"xllamacpp": version("xllamacpp"), "blocks": hashes}
+importance = made_importance()
+
+
+def hashes(weight: Tensor) -> dict[str, dict[str, str]]:
+    return {
+        name: {"plain": quantized(weight, name, None), "importance": quantized(weight, name, importance)}
+        for name in WRITABLE_TYPES
+    }
+
+
+golden = {"xllamacpp": version("xllamacpp"), "blocks": hashes(made_weight()), "equals": hashes(made_equals())}
 (Path(__file__).parent / "quantized.json").write_text(json.dumps(golden, indent=1) + "\n")

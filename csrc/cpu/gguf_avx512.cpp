@@ -1,0 +1,20 @@
+// The searches with AVX-512, which has FMA: QK_UNCONTRACTED keeps the compiler from it.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "target.h"
+QK_UNCONTRACTED_BEGIN
+QK_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c")
+
+#define QK_PART 16
+#include "gguf_blocks.h"
+
+namespace qkernels::cpu {
+const GgufSearches kGgufAvx512{row_variances, search_blocks};
+}  // namespace qkernels::cpu
+
+QK_TARGET_END
+QK_UNCONTRACTED_END

@@ -1,0 +1,224 @@
+"""`to_gguf`: any checkpoint of a known architecture as a GGUF file, in a mix of types or without loss, one tensor at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import ArgumentError, CheckpointError, ConversionError
+from ..formats import Oddity, summary
+from ..formats.gguf import WRITABLE_TYPES, ImportanceFile, exact_blocks, gguf_blocks
+from ..models.gguf_mixes import Chosen
+from ..models.gguf_names import Place
+from ..storage import read_from
+from ..storage.gguf import SUFFIX
+from ..storage.gguf_header import MetaValue
+from ..storage.gguf_types import GGML_TYPES, OF_DTYPE
+from ..storage.gguf_writer import gguf_writer
+from ..text import describe
+from .gguf import GgufCheckpoint
+from .gguf_plan import Entry, GgufPlan, Slots, chosen_types, plan_of, slots_of
+from .source import Checkpoint
+
+log = logging.getLogger(__name__)
+
+_FLOATS: Final = ("F32", "F16", "BF16")
+
+
+def plan_gguf(
+    source: str | os.PathLike[str],
+    type: str | None = None,
+    pure: bool = False,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    importance: ImportanceFile | None = None,
+) -> GgufPlan:
+    """What `to_gguf` with the same arguments writes: types, sizes, metadata. Weights are read only where what they hold decides.
+
+    Raises:
+        ArgumentError, CheckpointError, ConversionError: as `to_gguf`.
+    """
+    if type is None:
+        if pure or tensor_types or importance is not None:
+            raise ArgumentError(
+                "pure, tensor_types and importance choose how a type is made: name a type such as Q4_K_M"
+            )
+        slots = slots_of(Path(source))
+        return plan_of(slots, None, _lossless_types(slots))
+    slots = slots_of(Path(source))
+    chosen = chosen_types(slots, type, pure, tensor_types, importance is not None)
+    for name, found in chosen.items():
+        if found.type not in (*_FLOATS, *WRITABLE_TYPES):
+            raise ArgumentError(
+                f"{name} was to be {found.type}, which is only read; written are {', '.join((*_FLOATS, *WRITABLE_TYPES))}"
+            )
+    if importance is not None:
+        _check_importance(slots, importance)
+    plan = plan_of(slots, type, chosen)
+    return plan if importance is None else replace(plan, metadata={**plan.metadata, **_measured(importance)})
+
+
+def to_gguf(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type: str | None = None,
+    pure: bool = False,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    importance: ImportanceFile | None = None,
+    overwrite: bool = False,
+) -> GgufPlan:
+    """Write a checkpoint as a GGUF file that llama.cpp loads, all or nothing, with one tensor in memory at a time.
+
+    With a type, every weight is made by llama.cpp's own search for the type that its rules give it (`models/gguf_mixes.py`); of a
+    quantized checkpoint the dequantized weight, unless the type holds the quantized one without loss. Without a type nothing is
+    lost: quantized weights become the smallest type that means the same, all others stay in their dtype (vectors are float32).
+
+    Args:
+        source: any checkpoint that `load` reads, of an architecture in `models/gguf_names.py`.
+        target: the file, whose name ends in .gguf.
+        type: a mix ("Q4_K_M"), or None.
+        pure: every matrix in the one type.
+        tensor_types: (regular expression on the name in the file, type); the first that is found decides.
+        importance: how much the error of each input column counts, by name in the file.
+        overwrite: replace a GGUF file.
+
+    Returns:
+        The plan by which it was written.
+
+    Raises:
+        ArgumentError: no such type, or one that is only read; arguments that do not go together.
+        ConversionError: no GGUF file can hold this model, its tokenizer, or (without a type) one of its weights; says why.
+        CheckpointError: the source is not sound; the target exists; the disk refuses.
+    """
+    path = Path(target).expanduser()
+    if path.suffix != SUFFIX:
+        raise ArgumentError(f"a GGUF file is called something{SUFFIX}, got {path.name!r:.60}")
+    plan = plan_gguf(source, type, pure, tensor_types, importance)
+    checkpoint = plan.checkpoint
+    oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
+    sources = read_from(checkpoint.path)
+    with gguf_writer(path, plan.metadata, plan.planned(), overwrite, sources=sources) as writer:
+        for name, tensor in plan.constants.items():
+            writer.add(name, tensor)
+        for name, entry in tqdm(plan.entries.items(), desc="writing", unit="tensor", leave=False, delay=2):
+            found = None if importance is None else importance.entries.get(name)
+            columns = None if found is None else found.importance(*entry.shape)
+            writer.add(name, _data(name, entry, checkpoint, columns, oddities))
+    if type is not None and checkpoint.format is not None:
+        log.warning(
+            "%s is quantized already: weights that %s does not hold without loss were dequantized and quantized again",
+            checkpoint.path, type,
+        )  # fmt: skip
+    for line in summary(oddities):
+        log.warning("%s: %s", checkpoint.path, line)
+    return plan
+
+
+def _measured(importance: ImportanceFile) -> dict[str, MetaValue]:
+    """What llama.cpp's quantizer notes of an importance matrix."""
+    found = {"quantize.imatrix.entries_count": MetaValue("u32", len(importance.entries))}
+    if importance.datasets:
+        found["quantize.imatrix.dataset"] = MetaValue("string", importance.datasets[0])
+    if importance.chunk_count:
+        found["quantize.imatrix.chunks_count"] = MetaValue("u32", importance.chunk_count)
+    return found
+
+
+def _check_importance(slots: Slots, importance: ImportanceFile) -> None:
+    """Raise where a matrix is of another model; say which weights it does not know."""
+    for name, entry in importance.entries.items():
+        if name in slots.shapes:
+            try:
+                entry.importance(*slots.shapes[name])
+            except ArgumentError as error:
+                raise ArgumentError(f"{name}: {error}") from error
+    inner = [name for name, shape in slots.shapes.items() if len(shape) > 1 and name.startswith("blk.")]
+    lacking = [name for name in inner if name not in importance.entries]
+    if len(lacking) == len(inner):
+        raise ArgumentError(
+            f"the importance is of none of this model's tensors ({', '.join(inner[:2])}, …), but of "
+            f"{', '.join(list(importance.entries)[:2])}: it was measured on another model"
+        )
+    if lacking:
+        log.warning(
+            "%d weights have no importance and are made without, for example %s", len(lacking), ", ".join(lacking[:3])
+        )
+
+
+def _data(
+    name: str, entry: Entry, checkpoint: Checkpoint, importance: Tensor | None, oddities: list[tuple[str, Oddity]]
+) -> Tensor:
+    """What the writer takes: blocks, or numbers of the planned dtype, in the file's order of rows."""
+    module = entry.source.rpartition(".")[0]
+    wanted = entry.chosen.type
+    if entry.source in checkpoint:
+        return _made(name, entry.place, checkpoint.read(entry.source), wanted, importance)
+    weight, found = checkpoint.weight(module)
+    oddities += [(module, oddity) for oddity in found]
+    if tuple(weight.codes.shape) != entry.shape:
+        raise CheckpointError(f"{module}: the model needs a weight {list(entry.shape)}, got {list(weight.codes.shape)}")
+    if wanted not in _FLOATS:
+        try:
+            return entry.place.rows_in_file(exact_blocks(weight, wanted)[1])
+        except ConversionError:
+            pass  # then it is quantized anew
+    return _made(name, entry.place, weight.dequantize(torch.float32), wanted, importance)
+
+
+def _made(name: str, place: Place, tensor: Tensor, type: str, importance: Tensor | None) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ConversionError(
+            f"{place.name} is {describe(tensor)}, which is no weight; expected floating-point numbers"
+        )
+    if place.offset:
+        tensor = tensor.float() + place.offset
+    tensor = place.rows_in_file(tensor)
+    dtype = GGML_TYPES[type].dtype
+    if dtype is None:
+        try:
+            return gguf_blocks(tensor, type, importance)
+        except ArgumentError as error:
+            raise ConversionError(f"{name}: {error}") from error
+    made = tensor.to(dtype)
+    if dtype == torch.float16 and not bool(made.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise ConversionError(
+            f"{name}: weights up to {float(tensor.abs().max()):.3g} do not fit float16, which ends at 65504; take BF16"
+        )
+    return made
+
+
+def _lossless_types(slots: Slots) -> dict[str, Chosen]:
+    """The types that lose nothing, of a checkpoint that is quantized."""
+    checkpoint = slots.checkpoint
+    if isinstance(checkpoint, GgufCheckpoint):
+        raise ConversionError(f"{checkpoint.path} is a GGUF file already; to make another of it, name a type (Q4_K_M)")
+    if checkpoint.format is None:
+        raise ConversionError(
+            f"{checkpoint.path} holds no quantized weights; name the type that they are to have (qkernels quantize --type "
+            "Q4_K_M, F16 or BF16)"
+        )
+    chosen = {}
+    for name, source in slots.sources.items():
+        if source not in checkpoint:
+            module = source.rpartition(".")[0]
+            try:
+                chosen[name] = Chosen(exact_blocks(checkpoint.weight(module).weight)[0])
+            except ConversionError as error:
+                raise ConversionError(
+                    f"{module}: {error}; with loss: qkernels quantize {checkpoint.path} OUT.gguf --type Q4_K_M"
+                ) from error
+        elif len(slots.shapes[name]) < 2 or slots.places[name].offset:
+            chosen[name] = Chosen("F32")
+        else:
+            dtype = checkpoint.dtype(source)
+            if dtype not in OF_DTYPE or OF_DTYPE[dtype].name not in _FLOATS:
+                raise ConversionError(f"{source} is {dtype}, which has no lossless type in GGUF files that are read")
+            chosen[name] = Chosen(OF_DTYPE[dtype].name)
+    return chosen

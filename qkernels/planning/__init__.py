@@ -1,0 +1,5 @@
+"""Whether a model fits, told from headers: its weights, its cache, the device, and which quantized form to take."""
+
+from .planner import Plan, PlanRow, plan
+
+__all__ = ["Plan", "PlanRow", "plan"]
