@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   const int first = m0 + warp_m * kWarpTokens;
   uint32_t again = 0;  // a bit for each token with sums that are not finite
   turn_around<kWarpTokenTiles>(totals, exchange, p.out, first, n, lane, [&](int m, int n, float low, float high) {
+    if constexpr (is_coded(F::kCoding)) apply_outer(p.weight, n, low, high);
     if (!all_finite(low, high)) again |= 1u << (m - first);
     store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
   });
