@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
 from qkernels import QuantScheme, QuantTensor
-from qkernels.codebooks import CODEBOOKS, width_of
+from qkernels.codebooks import CODEBOOK_NUMBERS, CODEBOOKS, width_of
 from tests.ops.helpers import assert_like_a_float_layer
 from tests.strategies import random_weight
 
 from . import calls
 from .calls import DTYPES, Config, decode, gemm, in_room
+from .cards import CARDS, SHARED
 from .instances import rounded
+from .test_heuristics import choose, shared_bytes
 
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 
@@ -125,6 +128,26 @@ def test_infinities_and_overflow_are_those_of_a_float_layer(scheme: str) -> None
         x[0, 3], x[1, 5], x[2, 7] = math.inf, math.nan, 1e38
         y = calls.multiply(weight, in_room(x), coded(M))
         assert_like_a_float_layer(y, weight, x)
+
+
+@pytest.mark.parametrize("sm", CARDS)
+def test_only_what_there_is_is_chosen(sm: int) -> None:
+    """Decode of 8 or 32 tokens, gemm_sm80 of 64, dequantize + mm; on no card wgmma. Each has shared memory enough."""
+    reached = set()
+    for codebook, bits in (("nf4", 4), ("e2m1", 4), ("e4m3", 8)):
+        for groups, group_bytes in ((1, 128), (2, 128), (4, 256)):
+            for M, (N, K) in product((1, 8, 9, 16, 17, 32, 33, 64, 300, 4096), ((256, 256), (4096, 14336))):
+                config, ns, _ = choose(
+                    M, N, K, sm, codebook=CODEBOOK_NUMBERS[codebook], bits=bits, groups_per_step=groups,
+                    steps_per_group=1, groups=K // 64 * groups, group_bytes=group_bytes,
+                )  # fmt: skip
+                path, tokens = config[:2]
+                assert (path, tokens) in {(0, 8), (0, 32), (1, 64), (2, 0)}, config
+                assert path != 0 or tokens >= M
+                assert shared_bytes(M, K, config, bits, group_bytes) <= SHARED[sm] * 1024 or path == 2
+                assert 0 < ns < 1e12
+                reached.add((path, tokens))
+    assert reached >= {(0, 8), (0, 32), (2, 0)}
 
 
 def test_what_has_no_kernel_is_refused() -> None:
