@@ -133,10 +133,12 @@ def mix(body: list[str]) -> dict[str, int]:
 
 
 def families(names: list[str]) -> dict[str, str]:
-    """Mangled name -> name of the template or function, without namespaces and arguments."""
+    """Mangled name -> name of the template or function, without namespaces and arguments; instances for codebooks apart."""
     done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
     return {
-        name: re.sub(r"[<(].*", "", plain.removeprefix("void ")).split("::")[-1] for name, plain in zip(names, done)
+        name: re.sub(r"[<(].*", "", plain.removeprefix("void ")).split("::")[-1]
+        + (" of codebooks" if "CodedFormat" in name else "")
+        for name, plain in zip(names, done)
     }
 
 

@@ -64,8 +64,8 @@ struct GroupChunk {
 
   static QK_DEVICE GroupChunk at(const Weight& w, const GroupFormat& f, int64_t value, int chunk) {
     const int byte = chunk * 16;
-    if (byte < f.scale_bytes) return {w.scales + value * size_of(f.scale_type) + byte, f.scale_bytes};
-    return {w.zeros + value * size_of(f.zero_type) + byte - f.scale_bytes, f.zero_bytes};
+    if (byte < f.scale_bytes) return {w.scales + value * f.scale_size + byte, f.scale_bytes};
+    return {w.zeros + value * f.zero_size + byte - f.scale_bytes, f.zero_bytes};
   }
 };
 

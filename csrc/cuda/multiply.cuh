@@ -46,6 +46,7 @@ struct GroupFormat {
   bool zeros_are_offsets;
   int mid;
   int groups_per_step;
+  int scale_size, zero_size;    // bytes of a value
   int scale_bytes, zero_bytes;  // of one strip and step
   CodeValues values;            // of codes that are no integers
 };
@@ -53,8 +54,8 @@ struct GroupFormat {
 // `type`: of x.
 inline GroupFormat group_format(const Weight& w, Type type) {
   const GroupBytes bytes = group_bytes(w);
-  return {w.scale_type,      w.zero_type,  w.zeros_are_offsets, w.mid,
-          w.groups_per_step, bytes.scales, bytes.zeros,         code_values(w, type)};
+  return {w.scale_type,          w.zero_type,          w.zeros_are_offsets, w.mid,       w.groups_per_step,
+          size_of(w.scale_type), size_of(w.zero_type), bytes.scales,        bytes.zeros, code_values(w, type)};
 }
 
 // Bytes of a strip's codes, scales and zeros for 64 columns.
@@ -108,7 +109,7 @@ QK_DEVICE void load_eight(Type type, uint32_t base, int index, float (&value)[8]
     for (int i = 0; i < 8; ++i) value[i] = small_to_float(type, v.word[i / 4] >> (i % 4 * 8) & 0xff);
     return;
   }
-  const Words4 v = load_shared16(base + index * size_of(type));
+  const Words4 v = load_shared16(base + index * (type == Type::kFloat ? 4 : 2));
   if (type == Type::kFloat) {
     const Words4 w = load_shared16(base + index * 4 + 16);
 #pragma unroll
