@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   for (int m = first; again != 0; ++m, again >>= 1) {
     if ((again & 1) == 0) continue;
     float low = bits_to_float(kNaN), high = low;
-    sum_again<typename F::T>(p.weight, {p.x, p.out.M, p.x_columns, p.x_stride, 1, nullptr}, m, n, share, low, high);
+    sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, {p.x, p.out.M, p.x_columns, p.x_stride, 1, nullptr}, m, n,
+                                                   share, low, high);
     store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
   }
 }

@@ -46,16 +46,17 @@ struct GroupFormat {
   bool zeros_are_offsets;
   int mid;
   int groups_per_step;
-  int scale_size, zero_size;    // bytes of a value
   int scale_bytes, zero_bytes;  // of one strip and step
+  int scale_size, zero_size;    // bytes of a value
   CodeValues values;            // of codes that are no integers
 };
 
 // `type`: of x.
 inline GroupFormat group_format(const Weight& w, Type type) {
   const GroupBytes bytes = group_bytes(w);
-  return {w.scale_type,          w.zero_type,          w.zeros_are_offsets, w.mid,       w.groups_per_step,
-          size_of(w.scale_type), size_of(w.zero_type), bytes.scales,        bytes.zeros, code_values(w, type)};
+  return {w.scale_type,         w.zero_type,         w.zeros_are_offsets, w.mid,
+          w.groups_per_step,    bytes.scales,        bytes.zeros,         size_of(w.scale_type),
+          size_of(w.zero_type), code_values(w, type)};
 }
 
 // Bytes of a strip's codes, scales and zeros for 64 columns.
@@ -100,6 +101,12 @@ QK_DEVICE void unpack_eight(bool half, const Words4& v, float (&value)[8]) {
   }
 }
 
+// Bytes of a value that is not of 8 bits but an integer. Four answers, not two: that is what ptxas finds 128 registers
+// for.
+QK_DEVICE int value_size(Type type) {
+  return type == Type::kNone ? 0 : type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2;
+}
+
 // Eight floating values in a row: a lane's rows of a whole strip. kCoded: of 8 bits, too.
 template <bool kCoded = false>
 QK_DEVICE void load_eight(Type type, uint32_t base, int index, float (&value)[8]) {
@@ -109,7 +116,7 @@ QK_DEVICE void load_eight(Type type, uint32_t base, int index, float (&value)[8]
     for (int i = 0; i < 8; ++i) value[i] = small_to_float(type, v.word[i / 4] >> (i % 4 * 8) & 0xff);
     return;
   }
-  const Words4 v = load_shared16(base + index * (type == Type::kFloat ? 4 : 2));
+  const Words4 v = load_shared16(base + index * value_size(type));
   if (type == Type::kFloat) {
     const Words4 w = load_shared16(base + index * 4 + 16);
 #pragma unroll

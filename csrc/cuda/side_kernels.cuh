@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const Dequan
   // Columns 32 j + 8 c ... + 7 of rows r and r + 8: half `right` of the words of 16 columns `s` of lanes 4 r + 0 ... 3.
   const uint8_t* codes = w.codes + (static_cast<int64_t>(p.first_strip + strip) * w.steps + step) * step_bytes(kWidth);
   const int right = c & 1;
-  const auto value = [&w](uint32_t code) { return kCoded ? code_value(w, code) : static_cast<float>(code); };
+  const auto value = [&w](uint32_t code) { return code_value<kCoded>(w, code); };
   float code[2][2][8];  // [j][row r, row r + 8][column]
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const Dequan
       if (j == 0 || w.groups_per_step > 1) {
         const int in_step = w.groups_per_step == 4 ? 2 * j + (c >> 1) : w.groups_per_step == 2 ? j : 0;
         const int64_t place = (first_group + in_step) * kStripRows + 8 * r + 2 * tile + high;
-        group = load_group_values(w, place);
+        group = load_group_values<kCoded>(w, place);
       }
       const int k = step * kStepColumns + 32 * j + 8 * c;
       float values[8];
