@@ -40,7 +40,8 @@ class GPTQ(Options):
             "none": from left to right.
             "group": by falling input energy, and groups are formed in that order: columns of like energy share a scale.
             The result has a `group_index`.
-            "static": by falling input energy, in natural groups whose grid is fixed beforehand.
+            "static": by falling input energy, in natural groups whose grid is fixed beforehand; "group" means that for
+            floats of 4 and 8 bits, blocks and products (`fixes_groups`).
         damping: share of the Hessian's mean diagonal that is added to its diagonal.
         clip: "mse" (the default) weights each column's error by what it costs after the later columns have made up for it.
 
@@ -74,9 +75,18 @@ class GPTQ(Options):
         return replace(self, act_order="static") if self.orders_columns else self
 
     @property
+    def fixes_groups(self) -> bool:
+        """Whether groups are natural ones whose grid is fixed before any column is rounded: act_order="static"; one group; floats
+        (e2m1, e4m3), which no file of others has in another order of columns; blocks and products, whose scales belong to
+        neighbours that have their turn at other times."""
+        scheme = self.scheme
+        shared = scheme.rows > 1 or scheme.factors is not None or scheme.codebook in ("e2m1", "e4m3")
+        return self.act_order == "static" or not isinstance(scheme.group_size, int) or shared
+
+    @property
     def orders_columns(self) -> bool:
-        """With act_order="group"."""
-        return self.act_order == "group"
+        """With act_order="group", but where groups are fixed."""
+        return self.act_order == "group" and not self.fixes_groups
 
     def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
         """Quantize a weight `[N, K]` given the Hessian of its inputs, their second moments `[K, K]`
@@ -102,7 +112,7 @@ class GPTQ(Options):
         factor = inverse_factor(live[order][:, order], self.damping, name)
 
         columns = values.T[order].contiguous()  # [K, N]: a column of the weight is contiguous
-        if self.act_order == "static" or not isinstance(scheme.group_size, int):
+        if self.fixes_groups:
             grid, groups = self._fixed_grid(values, factor, order, scale_dtype)
             codes = _sweep(columns, factor, scheme, grid, groups[order])
         else:
