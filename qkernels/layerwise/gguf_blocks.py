@@ -15,7 +15,7 @@ def gguf_gptq(
     weight: Tensor,
     hessian: Tensor,
     type: str,
-    order: BlockOrder = "natural",
+    order: BlockOrder = "energy",
     damping: float = 0.01,
     rounds: int = 3,
     name: str = "weight",

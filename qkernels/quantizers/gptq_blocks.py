@@ -61,7 +61,7 @@ def gptq_blocks(
     hessian: Tensor,
     search: GridSearch,
     elements: int,
-    order: BlockOrder = "natural",
+    order: BlockOrder = "energy",
     damping: float = 0.01,
     rounds: int = 3,
     name: str = "weight",
