@@ -323,6 +323,19 @@ def test_more_than_one_token_ends_a_text(tmp_path: Path) -> None:
     assert (written["tokenizer.ggml.eos_token_id"].value, written["tokenizer.ggml.eot_token_id"].value) == (1, 7)
 
 
+def test_a_space_before_a_text_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    """transformers' Llama class puts none before one, against tokenizer.json, sentencepiece and llama.cpp."""
+    directory = saved(tmp_path / "hf", tiny_model("llama", vocab_size=300), tokenizer=False)
+    load_tokenizer(FILES / "mistral.gguf").save_pretrained(directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}))
+    before = load_tokenizer(directory)
+    to_gguf(directory, tmp_path / "m.gguf", "F16")
+    after = load_tokenizer(tmp_path / "m.gguf")
+    assert before("the moon")["input_ids"] == after("the moon")["input_ids"]
+    assert before(" the moon")["input_ids"] != after(" the moon")["input_ids"]
+
+
 def test_a_vocabulary_may_be_smaller_than_the_embedding(tmp_path: Path) -> None:
     plan = plan_gguf(saved(tmp_path / "hf", tiny_model("llama", vocab_size=320)), "F16")
     assert plan.metadata["tokenizer.ggml.tokens"].value[-1] == "[PAD319]"
