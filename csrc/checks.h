@@ -9,6 +9,7 @@
 #include <sstream>
 #include <string>
 
+#include "activations.h"
 #include "types.h"
 
 namespace qkernels {
@@ -32,6 +33,7 @@ struct Arguments {
   int64_t out_features, bits, group_size;
   bool zeros_are_offsets;
   int64_t codebook, factors;  // numbers of the lists in types.h
+  int64_t act = 0;            // of layouts for int8 activations: Rounding
 };
 
 template <class... Parts>
@@ -96,6 +98,12 @@ inline std::string wrong_order(const Arguments& a, int64_t K, bool contiguous) {
   const Buffer& order = *a.k_order;
   if (order.int32 && has_shape(order, {K}) && (order.contiguous || !contiguous)) return "";
   return text("k_order must be ", contiguous_if(contiguous), "int32 [K] = [", K, "], got ", described(order));
+}
+
+// What layouts for int8 activations are asked beyond the others; `last`: the highest number that there are kernels for.
+inline std::string wrong_act(const Arguments& a, Rounding last) {
+  if (a.act >= static_cast<int64_t>(Rounding::kFull) && a.act <= static_cast<int64_t>(last)) return "";
+  return text("act must be 1 to ", static_cast<int64_t>(last), ", got ", a.act);
 }
 
 inline std::string wrong_bias(const Arguments& a) {

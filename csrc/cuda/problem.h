@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../activations.h"
 #include "layout.h"
 
 namespace qkernels::cuda {
@@ -125,7 +126,8 @@ struct Call {
   Weight weight;
   Activations x;
   Output out;
-  Type type;  // of x and y: kHalf or kBFloat16
+  Type type;                            // of x and y: kHalf or kBFloat16
+  Rounding rounding = Rounding::kNone;  // of x, where it is quantized to int8
 };
 
 // Bytes of workspace: the staged copy of x, if the path wants one, then the partial sums.

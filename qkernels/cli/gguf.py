@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _OTHERS: Final = {
     "method": "--method", "bits": "--bits", "scheme": "--scheme", "group_size": "--group-size", "asym": "--asym",
     "act_order": "--act-order", "format": "--format", "include": "--include", "exclude": "--exclude", "override": "--override",
-    "eval_text": "--eval-text", "resume": "--resume",
+    "eval_text": "--eval-text", "resume": "--resume", "routing": "--routing",
 }  # fmt: skip
 _OWN: Final = {"pure": "--pure", "tensor_type": "--tensor-type", "imatrix": "--imatrix"}
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

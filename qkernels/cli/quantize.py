@@ -96,6 +96,11 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval-text", metavar="FILE", help="UTF-8 text the model has not seen: the report says perplexity and KL on it"
     )
+    parser.add_argument(
+        "--routing",
+        choices=("routed", "all"),
+        help="tokens that an expert is calibrated with: those that the router sends to it, or all (default: routed)",
+    )
     parser.add_argument("--samples", type=positive, default=128, help="calibration windows (default: 128)")
     parser.add_argument(
         "--seq-len", type=positive, default=2048, help="tokens in a window, capped to the model's (default: 2048)"
@@ -216,6 +221,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         overwrite=args.overwrite,
         resume=args.resume,
+        routing=args.routing or "routed",
         **selection,
     )
     print(report.to_markdown())

@@ -24,8 +24,8 @@ Width 8: two words per 16 columns, bytes a0 a2 a1 a3 and a4 a6 a5 a7.
 Scales and zeros of a strip: row 8 j + r is at 8 r + j, so that the eight rows that one lane meets (r + 0, 8, … 56) are next to
 each other: 16 bytes in 16-bit types. `csrc/cuda/layout.h` states the same contract for C++.
 
-`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act="int8"`), with ops of its own:
-`gemm_mma_tile_a8` quantizes x per token, in the order of columns that these bytes ask of `mma.m16n8k32`.
+`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act="int8"` and `"int8_wide"`), with ops of
+its own: `gemm_mma_tile_a8` quantizes x per token, in the order of columns that these bytes ask of `mma.m16n8k32`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..scheme import QuantScheme
-from . import Layout
+from ..scheme import ACTIVATIONS, QuantScheme
+from . import NUMBERS_A8, Layout
 from .tiles import Tiles, num_groups, stored_bits
 
 ROWS_PER_TILE = 64  # rows of a strip, the first dimension of every buffer
 COLUMNS = 64  # K is padded to a multiple of this
 SHORT_GROUPS = (16, 32)
-MOST_GROUP_COLUMNS_A8 = 131072  # 131072 · 128 · 127 < 2³¹: the int32 sum of a group
+MOST_GROUP_COLUMNS_A8 = 131072  # 131072 · 128 · 127 < 2³¹: the int32 sum of a group; of 128 · 128 one less
 
 
 def padded_groups(K: int, group_length: int) -> int:
@@ -69,10 +69,9 @@ def limits_a8(N: int, K: int, scheme: QuantScheme) -> list[str]:
     group = scheme.group_length(K)
     if scheme.num_groups(K) > 1 and group != 32 and group % COLUMNS:
         why.append(f"group_size {scheme.group_size} is neither 32 nor a multiple of {COLUMNS}")
-    if -(-min(group, K) // COLUMNS) * COLUMNS > MOST_GROUP_COLUMNS_A8:
-        why.append(
-            f"groups of {min(group, K)} columns: an int32 sum is exact over {MOST_GROUP_COLUMNS_A8} (use group_size)"
-        )
+    most = MOST_GROUP_COLUMNS_A8 - (ACTIVATIONS[scheme.act].lowest == -128)
+    if -(-min(group, K) // COLUMNS) * COLUMNS > most:
+        why.append(f"groups of {min(group, K)} columns: an int32 sum is exact over {most} (use group_size)")
     return why
 
 
@@ -113,4 +112,6 @@ LAYOUT: Layout = Layout(
     "mma_tile", 1, "cuda", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
     dtypes=(torch.bfloat16, torch.float16), limits=limits, gemv_tokens=32,
 )  # fmt: skip
-LAYOUT_A8: Layout = replace(LAYOUT, name="mma_tile_a8", acts=("int8",), limits=limits_a8, gemv_tokens=None)
+LAYOUT_A8: Layout = replace(
+    LAYOUT, name="mma_tile_a8", acts=("int8", "int8_wide"), limits=limits_a8, gemv_tokens=None, numbers=NUMBERS_A8
+)

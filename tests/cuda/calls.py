@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qkernels import QuantTensor
 from qkernels.layouts import Layout, get_layout
+from qkernels.scheme import ACTIVATION_NUMBERS
 from tests.cuda import emulator
 from tests.cuda.emulator import Call
 
@@ -78,7 +79,7 @@ def weight_arguments(weight: QuantTensor, layout: Layout = LAYOUT) -> tuple[dict
     integers = {
         "N": weight.N, "K": weight.K, "bits": weight.scheme.bits, "group": weight.scheme.group_length(weight.K),
         "scale_type": TYPES[scales.dtype], "zero_type": TYPES[None if zeros is None else zeros.dtype],
-        "zeros_are_offsets": int(weight.scheme.zeros == "offset"),
+        "zeros_are_offsets": int(weight.scheme.zeros == "offset"), "act": ACTIVATION_NUMBERS[weight.scheme.act],
     }  # fmt: skip
     return buffers, integers
 

@@ -53,7 +53,8 @@ def wrong(tensors: dict[str, Plain | None], question: str = "product", scheme: s
     integers = {
         "question": QUESTIONS.index(question), "N": 70, "K": 200, "bits": parsed.bits, "group": parsed.group_length(200),
         "zeros_are_offsets": parsed.zeros == "offset", "codebook": CODEBOOK_NUMBERS[parsed.codebook],
-        "factors": FACTOR_NUMBERS[parsed.factors], "sm": 90, **more,
+        "factors": FACTOR_NUMBERS[parsed.factors], "sm": 90,
+        "act": int(question.endswith("a8")), **more,
     }  # fmt: skip
     text = torch.zeros(512, dtype=torch.uint8)
     emulator.run(calls.UNIT, emulator.Call("wrong", {"tensors": rows, "text": text}, integers))

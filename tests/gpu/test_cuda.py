@@ -74,7 +74,8 @@ def run_forced(case: Forced, x: Tensor) -> Tensor:
     c = case.config
     config = (PATHS[c.path], c.tokens, c.warps_n, c.warps_k, c.splits, c.half_accumulate, c.stages)
     args = arguments(case.weight(), x, layout=case.layout.name)
-    result = torch.ops.qkernels_forced.multiply(*on_gpu(args), *config)
+    act = () if case.layout.numbers[-1].name == "act" else (0,)  # the forced op is told it in any case
+    result = torch.ops.qkernels_forced.multiply(*on_gpu(args), *act, *config)
     assert isinstance(result, Tensor)
     return result.cpu()
 
@@ -145,7 +146,7 @@ def test_infinities_and_huge_numbers_give_what_a_float_layer_gives(path: str) ->
         pytest.skip("wgmma is sm_90a's alone")
     for c, weight, x in (problem for problem in nonfinite.problems() if problem[0].path == path):
         config = (PATHS[c.path], c.tokens, c.warps_n, c.warps_k, c.splits, c.half_accumulate, c.stages)
-        y = torch.ops.qkernels_forced.multiply(*on_gpu(arguments(weight, x, layout="mma_tile")), *config)
+        y = torch.ops.qkernels_forced.multiply(*on_gpu(arguments(weight, x, layout="mma_tile")), 0, *config)
         assert_like_a_float_layer(y.cpu(), weight, x)
 
 

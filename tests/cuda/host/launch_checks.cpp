@@ -51,7 +51,8 @@ int run_wrong(const Named& call) {
                     call.integer("group"),
                     call.integer("zeros_are_offsets") != 0,
                     call.integer("codebook"),
-                    call.integer("factors")};
+                    call.integer("factors"),
+                    call.integer("act", 0)};
   const int64_t question = call.integer("question"), K = call.integer("K");
   std::string wrong;
   if (question == 1) wrong = cuda::wrong_decode(a.x);

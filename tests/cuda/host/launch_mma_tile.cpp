@@ -35,9 +35,9 @@ Activations activations_of(const Named& call) {
 }
 
 Config config_of(const Named& call) {
-  return {static_cast<Path>(call.integer("path")),   static_cast<int>(call.integer("tokens")),
-          static_cast<int>(call.integer("warps_n")), static_cast<int>(call.integer("warps_k")),
-          static_cast<int>(call.integer("splits")),  call.integer("half_accumulate") != 0,
+  return {static_cast<Path>(call.integer("path")),    static_cast<int>(call.integer("tokens")),
+          static_cast<int>(call.integer("warps_n")),  static_cast<int>(call.integer("warps_k")),
+          static_cast<int>(call.integer("splits")),   call.integer("half_accumulate") != 0,
           static_cast<int>(call.integer("stages", 0))};
 }
 
@@ -50,6 +50,7 @@ qkernels::cuda::Call call_of(const Named& call) {
            c.weight.N,
            c.weight.strips * kStripRows,
            nullptr};
+  c.rounding = static_cast<qkernels::Rounding>(call.integer("act", 0));
   return c;
 }
 
@@ -73,7 +74,8 @@ int run_dequantize(const Named& call) {
 }
 
 int run_quantize_a8(const Named& call) {
-  return quantize_a8(activations_of(call), type_named(call, "type"), static_cast<int>(call.integer("steps")),
+  return quantize_a8(activations_of(call), type_named(call, "type"),
+                     static_cast<qkernels::Rounding>(call.integer("act")), static_cast<int>(call.integer("steps")),
                      call.pointer<int8_t>("to"), call.pointer<float>("token_scales"), nullptr);
 }
 
@@ -124,7 +126,6 @@ int run_choose(const Named& call) {
 
 const qkernels::host::Registered kMultiply("multiply", run_multiply), kWorkspace("workspace", run_workspace),
     kStage("stage", run_stage), kDequantize("dequantize", run_dequantize), kChoose("choose", run_choose),
-    kPredict("predict", run_predict),
-    kQuantizeA8("quantize_a8", run_quantize_a8), kClusters("clusters", run_clusters);
+    kPredict("predict", run_predict), kQuantizeA8("quantize_a8", run_quantize_a8), kClusters("clusters", run_clusters);
 
 }  // namespace
