@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import ArgumentError
 from .parts import Meaning, Parts, half_e8m0
 from .quantizing import SearchName, gguf_blocks
+from .search import inverse_of
 from .types import block_type, blocks_of, parts_of
 
 
@@ -56,8 +57,7 @@ class BlockGrid:
         """Values `[N]` of one column to the nearest on the grid: codes as float32, and what they mean."""
         meaning = _meaning(self.type)
         step, low = self.step[:, index // meaning.group], self.low[:, index // meaning.group]
-        inverse = torch.where(step != 0, 1 / step, 0.0)
-        target = (column.float() + low) * inverse
+        target = (column.float() + low) * inverse_of(step)
         if meaning.table is None:
             codes = (target.round() + meaning.zero).clamp(0, 2**meaning.bits - 1)
             return codes, step * (codes - meaning.zero) - low
