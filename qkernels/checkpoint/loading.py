@@ -7,8 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from ..reports import readable_size
 from ..storage import CONFIG
 from ..tensor import QuantTensor
 from ..text import describe, dtype_name
+from .activations import Activations, as_it_runs
 from .arguments import named_dtype, refuse_others, stored_dtype
 from .gguf import GGUF, dequantized_experts
 from .placing import DeviceMap, Placement, connect, placement_of
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from ..kernels.catalogue import OnUnsupported
 
 log = logging.getLogger(__name__)
-
-Activations = Literal["file", "16bit"]
 
 
 def load(
@@ -66,10 +64,9 @@ def load(
         dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
             Scales keep their own.
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
-        activations: None: as the file says where that is computed here exactly as by its origin (our own `w8a8_channel`), else
-            in 16 bits, and a warning says what the file asks for. "file": also where another rounding is all that differs
-            (compressed-tensors' int8 a token); an error where no kernel has them, but for floats, which stay in 16 bits.
-            "16bit": never quantized.
+        activations: None: as the file says where kernels have that as its origin computes it (compressed-tensors' int8 a token,
+            LLM.int8), else in 16 bits, and a warning says what the file asks for. "file": the same, but an error where integers
+            are asked that no kernel has; floats stay in 16 bits. "16bit": never quantized.
         device_map: instead of `device`: "auto" fills the GPUs with layers and leaves the rest on the CPU; a number of layers goes
             to the first GPU, with all that is outside of layers; or a mapping from names of modules to devices ({"": 0,
             "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays there; activations travel.
@@ -118,11 +115,10 @@ def load(
             taken = [n for p in (form.up, form.down) for n in (f"{name}.{p}", f"{name}.{p}_bias")]
             used.update(taken)
             slots = [kept for slot in slots if (kept := [n for n in slot if n not in taken])]
-            sixteen = activations == "16bit"
             device = place(name)
             try:
                 loaded, strange = experts_at(
-                    model, name, form, checkpoint, device, dtype, on_unsupported, sixteen=sixteen
+                    model, name, form, checkpoint, device, dtype, on_unsupported, activations=activations
                 )
             except UnsupportedProblem:
                 if checkpoint.format is not GGUF:
@@ -143,9 +139,8 @@ def load(
             continue
         device = place(module)
         linear = linear_at(model, module, checkpoint.spelling(module))
-        weight, found = checkpoint.weight(module)
-        if activations == "16bit":
-            weight = _with_16_bits(weight)
+        parsed = checkpoint.weight(module)
+        weight, found = as_it_runs(parsed, checkpoint.format, device, dtype, on_unsupported, activations=activations)
         oddities += [(module, oddity) for oddity in found]
         bias = bias_for(linear, checkpoint, module, weight)
         try:
@@ -266,11 +261,6 @@ def linear_at(model: nn.Module, module: str, spelled: str | None = None) -> nn.L
     return as_one
 
 
-def _with_16_bits(weight: QuantTensor) -> QuantTensor:
-    """The same weight, for activations as they come."""
-    return replace(weight, scheme=replace(weight.scheme, act=None))
-
-
 def experts_at(
     model: nn.Module,
     name: str,
@@ -280,10 +270,10 @@ def experts_at(
     dtype: torch.dtype,
     on_unsupported: OnUnsupported,
     source: nn.Module | None = None,
-    sixteen: bool = False,
+    activations: Activations | None = None,
 ) -> tuple[QuantExperts, list[tuple[str, Oddity]]]:
     """The experts of a checkpoint for a place in the model, read and packed one by one; `source`: the module that was there;
-    `sixteen`: with 16-bit activations, whatever the file has.
+    `activations`: as of `load`.
 
     Raises:
         CheckpointError: shapes or numbers do not fit the place; experts differ in scheme; a bias is missing.
@@ -298,14 +288,16 @@ def experts_at(
         def weights(
             stack: str = stack, shape: list[int] = shape, projection: str = projection
         ) -> Iterator[QuantTensor]:
-            for expert, (weight, found) in enumerate(checkpoint.expert_weights(stack)):
+            for expert, parsed in enumerate(checkpoint.expert_weights(stack)):
+                of_file = checkpoint.format
+                weight, found = as_it_runs(parsed, of_file, device, dtype, on_unsupported, form.experts, activations)
                 if list(weight.codes.shape) != shape:
                     got = list(weight.codes.shape)
                     raise CheckpointError(f"{stack}: the model needs {shape} an expert, got {got} for expert {expert}")
                 if checkpoint.format is not None and checkpoint.format.rows_as_stored and projection == form.up:
                     weight = rows_in_halves(form, weight)
                 oddities.update(dict.fromkeys((stack, oddity) for oddity in found))
-                yield _with_16_bits(weight) if sixteen else weight
+                yield weight
 
         bias: Tensor | None = source._parameters.get(f"{projection}_bias")
         if bias is not None:

@@ -35,6 +35,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.activations import as_it_runs
 from ..checkpoint.loading import bias_for, check_strays, dequantize_router, experts_at, linear_at
 from ..checkpoint.saving import expert_biases, inside_of, plain_tensors, stacks_of
 from ..errors import ArgumentError, CheckpointError, ConversionError
@@ -295,10 +296,11 @@ class QKernelsQuantizer(HfQuantizer):
         oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
         for module in self._placed:
             pending = model.get_submodule(module)
-            weight, found = checkpoint.weight(module)
+            device = _device_near(model, module)
+            weight, found = as_it_runs(checkpoint.weight(module), checkpoint.format, device, dtype)
             oddities += [(module, oddity) for oddity in found]
             bias = bias_for(pending.linear, checkpoint, module, weight)
-            layer = self._layer(module, weight, bias, _device_near(model, module), dtype)
+            layer = self._layer(module, weight, bias, device, dtype)
             set_module(model, module, layer, self._also.get(module, ()))
             if isinstance(layer, QuantLinear):
                 self.report.add(module, layer, weight.codes.numel() * dtype.itemsize)
