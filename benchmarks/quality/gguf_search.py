@@ -3,8 +3,8 @@
 python -m benchmarks.quality.gguf_search examples/demo_model [--types Q4_K …] [--out gguf-search.json]
 
 Relative errors: Σ importance · (ŵ - w)² over Σ importance · w², and of the output, tr Δ H Δᵀ over tr W H Wᵀ, both summed over
-layers in fp64; H is 2/n Σ x xᵀ of calibration.txt in the float model, importance its diagonal. KL to the float model, nats a token
-over eval.txt, with all of these layers in one type and fp32 everywhere else.
+layers in fp64; H is 2/n Σ x xᵀ of calibration.txt in the float model, importance its diagonal. KL to the float model, nats
+a token over eval.txt, with all of these layers in one type and fp32 everywhere else.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """GPTQ for formats whose scales are found block by block by a search of their own: GGUF's types.
 
-The sweep and its sources are those of `gptq.py`. A block's scales cannot be fitted column by column, so a search fits them: to the
-columns as they are when the sweep reaches the block, which have then taken in the errors of all columns before; or to the weight
-as it came, for all blocks beforehand, and the sweep goes by falling energy. The scales stay, and rounds of coordinate descent on the
-codes follow (Behdin et al. 2023, QuantEase, section 3.1): each column in turn takes the code that is best beside all others, which
-never raises the error.
+The sweep and its sources are those of `gptq.py`. A block's scales cannot be fitted column by column, so a search fits them:
+to the columns as they are when the sweep reaches the block, which have then taken in the errors of all columns before; or to
+the weight as it came, for all blocks beforehand, and the sweep goes by falling energy. The scales stay, and rounds of
+coordinate descent on the codes follow (Behdin et al. 2023, QuantEase, section 3.1): each column in turn takes the code that
+is best beside all others, which never raises the error.
 """
 
 from __future__ import annotations
