@@ -9,6 +9,8 @@
 #include <sstream>
 #include <string>
 
+#include "activations.h"
+#include "codebooks.h"
 #include "types.h"
 
 namespace qkernels {
@@ -32,6 +34,7 @@ struct Arguments {
   int64_t out_features, bits, group_size;
   bool zeros_are_offsets;
   int64_t codebook, factors;  // numbers of the lists in types.h
+  int64_t act = 0;            // of layouts for int8 activations: Rounding
 };
 
 template <class... Parts>
@@ -91,11 +94,38 @@ inline std::string wrong_zeros(const Arguments& a, Shape shape, bool contiguous)
               in_words(shape), " like scales, got ", described(zeros));
 }
 
+// What the codebook asks of bits and zeros.
+inline std::string wrong_codebook(const Arguments& a) {
+  if (a.codebook < 0 || a.codebook >= static_cast<int64_t>(Codebook::kCount)) {
+    return text("codebook must be 0 to ", static_cast<int64_t>(Codebook::kCount) - 1, ", got ", a.codebook);
+  }
+  const auto codebook = static_cast<Codebook>(a.codebook);
+  if (codebook == Codebook::kIntegers || (codebook_bits(codebook) == a.bits && a.zeros == nullptr)) return "";
+  return text("codebook ", a.codebook, " takes ", codebook_bits(codebook), " bits and no zeros, got bits=", a.bits,
+              a.zeros == nullptr ? "" : " and zeros");
+}
+
+// One buffer of factors: whether it is `there`, and as it should be.
+inline std::string wrong_factor(const char* name, const Buffer* b, bool there, const char* type, bool fits,
+                                Shape shape) {
+  if (b == nullptr) return there ? text(name, " must be given with these factors, got None") : "";
+  if (there && fits && has_shape(*b, shape) && b->contiguous) return "";
+  return there ? text(name, " must be contiguous ", type, " ", in_words(shape), " with these factors, got ",
+                      described(*b))
+               : text(name, " must be None with these factors, got ", described(*b));
+}
+
 inline std::string wrong_order(const Arguments& a, int64_t K, bool contiguous) {
   if (a.k_order == nullptr) return "";
   const Buffer& order = *a.k_order;
   if (order.int32 && has_shape(order, {K}) && (order.contiguous || !contiguous)) return "";
   return text("k_order must be ", contiguous_if(contiguous), "int32 [K] = [", K, "], got ", described(order));
+}
+
+// What layouts for int8 activations are asked beyond the others; `last`: the highest number that there are kernels for.
+inline std::string wrong_act(const Arguments& a, Rounding last) {
+  if (a.act >= static_cast<int64_t>(Rounding::kFull) && a.act <= static_cast<int64_t>(last)) return "";
+  return text("act must be 1 to ", static_cast<int64_t>(last), ", got ", a.act);
 }
 
 inline std::string wrong_bias(const Arguments& a) {

@@ -24,6 +24,7 @@ struct Inputs {
   int64_t out_features, bits, group_size;
   bool zeros_are_offsets;
   int64_t codebook, factors;
+  int64_t act = 0;
 };
 
 // `op` as torch calls gemm_<layout> and gemv_<layout>.
@@ -36,6 +37,16 @@ Tensor product_op(const Tensor& x, const Tensor& qweight, const Tensor& scales, 
              zeros_are_offsets, codebook, factors});
 }
 
+// The same of layouts for int8 activations, which have one number more.
+template <Tensor (*op)(const Inputs&)>
+Tensor product_op_a8(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+                     const OptionalTensor& k_order, const OptionalTensor& outer_scales,
+                     const OptionalTensor& outer_zeros, const OptionalTensor& bias, int64_t out_features, int64_t bits,
+                     int64_t group_size, bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t act) {
+  return op({&x, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits, group_size,
+             zeros_are_offsets, codebook, factors, act});
+}
+
 // `op` as torch calls dequantize_<layout>.
 template <Tensor (*op)(const Inputs&, int64_t in_features, ScalarType dtype)>
 Tensor dequantize_op(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
@@ -45,6 +56,18 @@ Tensor dequantize_op(const Tensor& qweight, const Tensor& scales, const Optional
   const OptionalTensor no_bias;
   return op({nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, no_bias, out_features, bits,
              group_size, zeros_are_offsets, codebook, factors},
+            in_features, dtype);
+}
+
+template <Tensor (*op)(const Inputs&, int64_t in_features, ScalarType dtype)>
+Tensor dequantize_op_a8(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+                        const OptionalTensor& k_order, const OptionalTensor& outer_scales,
+                        const OptionalTensor& outer_zeros, int64_t out_features, int64_t in_features, int64_t bits,
+                        int64_t group_size, bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t act,
+                        ScalarType dtype) {
+  const OptionalTensor no_bias;
+  return op({nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, no_bias, out_features, bits,
+             group_size, zeros_are_offsets, codebook, factors, act},
             in_features, dtype);
 }
 
@@ -128,7 +151,8 @@ struct Plain {
                  in.group_size,
                  in.zeros_are_offsets,
                  in.codebook,
-                 in.factors};
+                 in.factors,
+                 in.act};
   }
   Plain(const Plain&) = delete;
 };

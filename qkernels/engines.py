@@ -57,7 +57,7 @@ class KnownEngine:
 
 _SAFETENSORS: Final = (
     "native", *PACKED, "gptq", "awq", "compressed-tensors", "fp8", "modelopt", "bitsandbytes", "hqq", "auto-round", "torchao",
-    "mxfp4",
+    "mxfp4", "planar gptq_p",
 )  # fmt: skip
 
 ENGINES: Final = (
@@ -71,6 +71,8 @@ ENGINES: Final = (
             "hqq": "needs hqq",
             "auto-round": "needs auto-round",
             "torchao": "needs torchao",
+            "planar gptq_p": "needs optimum and gptqmodel",
+            "quanto": "needs optimum-quanto, whose QuantizedModelForCausalLM loads it",
             "fp8": "needs a GPU and kernels from the Hub, or dequantizes it",
             "mxfp4": "needs a GPU and kernels from the Hub, or dequantizes it",
             "gguf": "needs gguf, and dequantizes it",
@@ -183,7 +185,8 @@ def _limits(
             f"no {' or '.join(map(str, narrow))}-bit kernels" + (" but Humming's" if known.name == "vLLM" else "")
         )
     if known.groups is not None:
-        groups = sorted({str(s.group_size) for s in integers if s.group_size not in known.groups})
+        whole = [s for s in integers if s.group_size == "tensor" and s.act is not None]  # W8A8 may have one scale
+        groups = sorted({str(s.group_size) for s in integers if s.group_size not in known.groups and s not in whole})
         if groups:
             limits.append(f"group sizes are {', '.join(map(str, known.groups))}, got {', '.join(groups)}")
     differing = list(unequal_merges(schemes, floats)) if known.merges else []

@@ -3,7 +3,8 @@
 w4a16_g128          4-bit symmetric weights in groups of 128 along K, 16-bit activations
 w4a16_g128_asym     the same with integer zero points;  _fzero: float zero points;  _offset: w = code * scale + offset
 w8a16_channel       one scale per output channel;  w8a16_tensor: one scale for the whole matrix
-w4a8_g128           activations quantized to int8 while the kernel runs; zeros as above
+w4a8_g128           activations quantized to int8 while the kernel runs; zeros as above; so are w8a8w_channel and w8a8z_channel,
+                    as compressed-tensors computes, and w8a8o6_channel, LLM.int8's (`ACTIVATIONS`)
 nf4_g64             codes are indices into a codebook (`codebooks`); so are nvfp4_g16, iq4nl_g32, fp8_channel
 mxfp4_g32           4-bit floats under scales that are powers of two;  fp8_block128: one scale a block of 128 x 128
 q4_k, iq4_xs        GGUF's super-blocks: scales are products of two factors (`FACTORS`)
@@ -21,6 +22,7 @@ from .errors import SchemeError
 
 __all__ = [
     "ACTIVATIONS",
+    "ACTIVATION_NUMBERS",
     "CODEBOOKS",
     "CODEBOOK_NUMBERS",
     "FACTORS",
@@ -43,21 +45,36 @@ class Activation:
         spelling: what follows the "a" of a short form, digits first.
         bits: width of the values that meet the weight's codes.
         integers: whether those values are integers, which multiply integer codes and no codebook's entries.
+        what: how they are made, in a few words; "" where a width says it all.
+        lowest: the smallest of the integers.
+        grouped: whether the grouped products of stacked experts have them.
+        threshold: where |x| >= it in any row, the column multiplies in 16 bits; None: nowhere.
     """
 
     spelling: str
     bits: int
     integers: bool = False
+    what: str = ""
+    lowest: int = -127
+    grouped: bool = True
+    threshold: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit activations"
+        return f"{self.bits}-bit activations" + (f" ({self.what})" if self.what else "")
 
 
-# The one table of activations: a scheme's `act` is a key of it, and layouts name the keys that their kernels take.
+# The one table of activations: a scheme's `act` is a key of it, and layouts name the keys that their kernels take. All integers
+# are made while the kernel runs, with one scale a token. compressed-tensors computes scale and quotient in the dtype of x
+# (calculate_qparams, fake_quantize; 0.20). LLM.int8: Dettmers et al. 2022, section 3.2, as bitsandbytes 0.50 computes it
+# (backends/default/ops.py, int8_vectorwise_quant): x rounded to float16, the maximum of a row without the entries >= 6.
 ACTIVATIONS: dict[str | None, Activation] = {
     None: Activation("16", 16),  # as they come: float16 or bfloat16, on some kernels also float32
-    "int8": Activation("8", 8, integers=True),  # one scale a token, max |x| / 127, made while the kernel runs
+    "int8": Activation("8", 8, integers=True),  # max |x| / 127, in fp32
+    "int8_wide": Activation("8w", 8, True, "max |x| / 127.5 in the dtype of x, -128 to 127", lowest=-128),
+    "int8_zero": Activation("8z", 8, True, "(max - min) / 255 and a zero point a token", lowest=-128, grouped=False),
+    "int8_outliers": Activation("8o6", 8, True, "columns with |x| >= 6 in 16 bits", grouped=False, threshold=6.0),
 }
+ACTIVATION_NUMBERS: dict[str | None, int] = {name: i for i, name in enumerate(ACTIVATIONS)}
 
 
 @dataclass(frozen=True)
@@ -154,7 +171,7 @@ class QuantScheme(ActBitsIsAct):
         group_size: how many neighbours along K share a scale: a positive integer, "channel" (a whole row) or "tensor".
         zeros: "none" is symmetric, code 2^(bits-1) means 0; "int" and "float" are zero points subtracted from the code
             before scaling; "offset" is added after scaling.
-        act: None keeps activations in 16 (or 32) bits; "int8" quantizes them per token inside the kernel. A key of
+        act: None keeps activations in 16 (or 32) bits; "int8" and others quantize them per token inside the kernel. A key of
             `ACTIVATIONS`.
         codebook: None, or the name of a table in `CODEBOOKS` that maps a code to a value.
         rows: how many neighbours along N share a scale, too: 1, but for blocks such as FP8's 128 x 128, where it is group_size.

@@ -36,6 +36,7 @@ METHODS = [
 LABELS = [
     "gptq",
     "gptq_v2",
+    "gptq_p",
     "gemm",
     "gemv",
     "gemv_fast",
@@ -69,6 +70,7 @@ KEYS = [
     "quant_method", "checkpoint_format", "format", "version", "packing_format", "bits", "group_size", "sym", "desc_act",
     "zero_point", "dynamic", "extra_config", "config_groups", "ignore", "modules", "scheme", "meta", "load_in_4bit",
     "load_in_8bit", "pack_dtype", "layout", "weight_block_size", "fmt", "activation_scheme", "quant_algo", "quantized_layers",
+    "expert_dtype", "modules",
 ]  # fmt: skip
 likely = st.fixed_dictionaries(
     {"quant_method": st.sampled_from(METHODS)},
@@ -114,10 +116,20 @@ BASES |= {
     "auto-round": {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False},
     "torchao": {"quant_method": "torchao"},
     "mxfp4": {"quant_method": "mxfp4"},
+    "planar gptq_p": {"quant_method": "gptq", "checkpoint_format": "gptq_p", "bits": 5, "group_size": 16, "sym": False},
+    "fp8 of DeepSeek-V4": {"quant_method": "fp8", "weight_block_size": [16, 16], "expert_dtype": "fp4"},
+    "quanto": {"quant_method": "quanto", "modules": {"m": {"weights": "qint8"}}},
 }
 ENTRIES = [
     json.dumps({"_type": kind, "_data": {"block_size": block, "shape": [8, 16], "target_dtype": {"_data": "int4"}}})
-    for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Int4TilePackedTo4dTensor", "x")
+    for kind in (
+        "Int8Tensor",
+        "IntxUnpackedToInt8Tensor",
+        "Int4Tensor",
+        "Int4TilePackedTo4dTensor",
+        "Float8Tensor",
+        "x",
+    )
     for block in ([1, 16], [8, 16], [1, 2**40], None)
 ]
 DTYPES = {"I32": 4, "F16": 2, "U8": 1, "I8": 1, "F32": 4, "I64": 8, "F8_E4M3": 1, "F8_E8M0": 1}

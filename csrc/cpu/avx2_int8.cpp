@@ -3,7 +3,8 @@
 //   4 bit  codes 0 ... 15 as they are: four products are at most 4 * 15 * 127 = 7620
 //   6 bit  and less, in planes: two products are at most 2 * 63 * 127 = 16002
 //   8 bit  codes 0 ... 255 would give 2 * 255 * 127 = 64770. Signed codes -128 ... 127 do not: |code| times x with the
-//          code's sign is at most 2 * 128 * 127 = 32512 < 32767. x is never -128, which has no negative.
+//          code's sign is at most 2 * 128 * 127 = 32512 < 32767, as long as x is never -128, which has no negative.
+// Where x may be -128, 4 bits give at most 4 * 15 * 128 = 7680 and planes 2 * 63 * 128 = 16128; Avx2Wide has the bytes.
 #include <cstdint>
 #include <cstring>
 
@@ -59,9 +60,36 @@ struct Avx2Int8 : Avx2Sums {
   }
 };
 
+// Bytes as they are, their low seven bits and their highest one by themselves: pairs are at most 2 * 127 * 128 = 32512,
+// and 128 * x twice, which is -32768 to 32512.
+struct Avx2Wide : Avx2Int8 {
+  static constexpr int kByteBias = 0;
+
+  static QK_INLINE Integers dot_bytes(Integers sum, Integers bytes, Integers x) {
+    const __m256i highest = _mm256_set1_epi8(-128), codes = (__m256i)bytes;
+    const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(codes, highest), (__m256i)x);
+    const __m256i low = _mm256_maddubs_epi16(_mm256_andnot_si256(highest, codes), (__m256i)x);
+    return add_pairs(add_pairs(sum, low), high);
+  }
+};
+
+void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+  const bool table = call.codebook != Codebook::kIntegers, bytes = planes_of(call.bits).low == 8;
+  if (reaches_128(call.rounding) && table) {
+    if (call.factors == Factors::kIq4Xs) {
+      return multiply_int8_tiles<Avx2Wide, Codes::kTable, Zeros::kNone, Scales::kProducts>(call, tile, tiles, m0, m1);
+    }
+    return multiply_int8_tiles<Avx2Wide, Codes::kTable, Zeros::kNone, Scales::kStored>(call, tile, tiles, m0, m1);
+  }
+  if (reaches_128(call.rounding) && bytes) {
+    return multiply_int8_width<Avx2Wide, Codes::kBytes>(call, tile, tiles, m0, m1);
+  }
+  multiply_int8<Avx2Int8>(call, tile, tiles, m0, m1);
+}
+
 }  // namespace
 
-const Kernels kAvx2Int8 = {"avx2", Type::kFloat, stage_int8, multiply_int8<Avx2Int8>, kLittleWork};
+const Kernels kAvx2Int8 = {"avx2", Type::kFloat, stage_int8, multiply, kLittleWork};
 
 }  // namespace qkernels::cpu
 

@@ -47,8 +47,10 @@ Stack stack_of(const Tensor& x, int64_t K, const Inputs& in, bool int8) {
               in.group_size,
               in.zeros_are_offsets,
               in.codebook,
-              in.factors};
+              in.factors,
+              in.act};
   refuse(wrong_product(a, int8));
+  refuse(has_apart(problem_of(a, int8)) ? text("act must be 1 or 2 for stacked experts, got ", in.act) : "");
   Call call = call_with(a, int8);
   call.bias = data_of(a.bias);
   const OptionalTensor qweight = in.qweight, scales = in.scales;
@@ -56,6 +58,13 @@ Stack stack_of(const Tensor& x, int64_t K, const Inputs& in, bool int8) {
           {stride_of(qweight, E), stride_of(scales, E), stride_of(in.zeros, E), stride_of(in.outer_scales, E),
            stride_of(in.outer_zeros, E), stride_of(in.bias, E)},
           E};
+}
+
+// The same with its bias contiguous.
+Inputs with_bias(const Inputs& in, const OptionalTensor& bias) {
+  return {in.x,           in.qweight, in.scales,       in.zeros, in.k_order,    in.outer_scales,
+          in.outer_zeros, bias,       in.out_features, in.bits,  in.group_size, in.zeros_are_offsets,
+          in.codebook,    in.factors, in.act};
 }
 
 OptionalTensor dense(const OptionalTensor& t) {
@@ -81,20 +90,14 @@ std::vector<int64_t> integers_of(const Tensor& t, const char* name) {
   return values;
 }
 
-template <bool kInt8>
-Tensor grouped(const Tensor& x_in, const Tensor& rows_in, const Tensor& offsets_in, const Tensor& qweight,
-               const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& k_order,
-               const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros, const OptionalTensor& bias_in,
-               int64_t out_features, int64_t bits, int64_t group_size, bool zeros_are_offsets, int64_t codebook,
-               int64_t factors, ScalarType dtype) {
-  const Kernels& kernels = kernels_now(kInt8);
+// `in`: of the stack, but for x.
+Tensor grouped(const Tensor& x_in, const Tensor& rows_in, const Tensor& offsets_in, const Inputs& in, ScalarType dtype,
+               bool int8) {
+  const Kernels& kernels = kernels_now(int8);
   check_x(x_in);
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
-  const OptionalTensor bias = dense(bias_in);
-  const Stack stack = stack_of(x, x.size(1),
-                               {&x, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features,
-                                bits, group_size, zeros_are_offsets, codebook, factors},
-                               kInt8);
+  const OptionalTensor bias = dense(in.bias);
+  const Stack stack = stack_of(x, x.size(1), with_bias(in, bias), int8);
   std::vector<int64_t> rows = integers_of(rows_in, "rows"), offsets = integers_of(offsets_in, "offsets");
   const int64_t T = x.size(0), R = static_cast<int64_t>(rows.size());
   refuse(static_cast<int64_t>(offsets.size()) == stack.experts + 1 ? "" : "offsets must be [E + 1]");
@@ -105,7 +108,7 @@ Tensor grouped(const Tensor& x_in, const Tensor& rows_in, const Tensor& offsets_
   for (int64_t& offset : offsets) last = offset = std::clamp<int64_t>(offset, last, R);
   const Type x_type = buffer_of(x).type, y_type = type_of(dtype).type;
   refuse(y_type == x_type || y_type == Type::kFloat ? "" : "dtype must be that of x, or float32");
-  Tensor y = empty(y_type == Type::kFloat ? aoti_torch_dtype_float32() : dtype_of(x), {R, out_features});
+  Tensor y = empty(y_type == Type::kFloat ? aoti_torch_dtype_float32() : dtype_of(x), {R, in.out_features});
   const Grouped call{stack,          x.const_data_ptr(),   x_type, T, R, rows.data(),
                      offsets.data(), y.mutable_data_ptr(), y_type};
   Tensor workspace = empty(aoti_torch_dtype_uint8(), {1, workspace_bytes(call, kernels)});
@@ -119,33 +122,17 @@ void* allocate(void* context, int64_t bytes) {
   return held.back().mutable_data_ptr();
 }
 
-template <bool kInt8>
-Tensor block(const Tensor& x_in, const Tensor& ids_in, const Tensor& weights_in, const Tensor& up_qweight,
-             const Tensor& up_scales, const OptionalTensor& up_zeros, const OptionalTensor& up_k_order,
-             const OptionalTensor& up_outer_scales, const OptionalTensor& up_outer_zeros,
-             const OptionalTensor& up_bias_in, int64_t up_out_features, int64_t up_bits, int64_t up_group_size,
-             bool up_zeros_are_offsets, int64_t up_codebook, int64_t up_factors, const Tensor& down_qweight,
-             const Tensor& down_scales, const OptionalTensor& down_zeros, const OptionalTensor& down_k_order,
-             const OptionalTensor& down_outer_scales, const OptionalTensor& down_outer_zeros,
-             const OptionalTensor& down_bias_in, int64_t down_out_features, int64_t down_bits, int64_t down_group_size,
-             bool down_zeros_are_offsets, int64_t down_codebook, int64_t down_factors, int64_t activation, double alpha,
-             double limit) {
-  const Kernels& kernels = kernels_now(kInt8);
+Tensor block(const Tensor& x_in, const Tensor& ids_in, const Tensor& weights_in, const Inputs& up_in,
+             const Inputs& down_in, int64_t activation, double alpha, double limit, bool int8) {
+  const Kernels& kernels = kernels_now(int8);
   check_x(x_in);
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
   refuse(activation >= 0 && activation < static_cast<int64_t>(Activation::kCount) ? "" : "there is no such activation");
   const auto kind = static_cast<Activation>(activation);
-  const int64_t width = up_out_features / (is_gated(kind) ? 2 : 1);
-  const OptionalTensor up_bias = dense(up_bias_in), down_bias = dense(down_bias_in);
-  const Stack up = stack_of(x, x.size(1),
-                            {&x, up_qweight, up_scales, up_zeros, up_k_order, up_outer_scales, up_outer_zeros, up_bias,
-                             up_out_features, up_bits, up_group_size, up_zeros_are_offsets, up_codebook, up_factors},
-                            kInt8);
-  const Stack down =
-      stack_of(x, width,
-               {&x, down_qweight, down_scales, down_zeros, down_k_order, down_outer_scales, down_outer_zeros, down_bias,
-                down_out_features, down_bits, down_group_size, down_zeros_are_offsets, down_codebook, down_factors},
-               kInt8);
+  const int64_t width = up_in.out_features / (is_gated(kind) ? 2 : 1);
+  const OptionalTensor up_bias = dense(up_in.bias), down_bias = dense(down_in.bias);
+  const Stack up = stack_of(x, x.size(1), with_bias(up_in, up_bias), int8);
+  const Stack down = stack_of(x, width, with_bias(down_in, down_bias), int8);
   refuse(up.experts == down.experts ? "" : text("up is of ", up.experts, " experts, down of ", down.experts));
   const std::vector<int64_t> ids = integers_of(ids_in, "ids");
   const int64_t T = x.size(0), k = ids_in.dim() == 2 ? ids_in.size(1) : 0;
@@ -156,7 +143,7 @@ Tensor block(const Tensor& x_in, const Tensor& ids_in, const Tensor& weights_in,
   refuse(is_floating(w.type) ? "" : text("weights must be floating, got ", described(w)));
   std::vector<float> weights(ids.size());
   widen(w.type, w.data, static_cast<int64_t>(weights.size()), weights.data());
-  Tensor y = empty(dtype_of(x), {T, down_out_features});
+  Tensor y = empty(dtype_of(x), {T, down_in.out_features});
   std::vector<Tensor> held;
   const Block call{up,
                    down,
@@ -174,13 +161,75 @@ Tensor block(const Tensor& x_in, const Tensor& ids_in, const Tensor& weights_in,
   return y;
 }
 
+// The ops as torch calls them. Those of int8 activations are told a number more of a stack.
+
+Tensor grouped_a16(const Tensor& x, const Tensor& rows, const Tensor& offsets, const Tensor& qweight,
+                   const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& k_order,
+                   const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros, const OptionalTensor& bias,
+                   int64_t out_features, int64_t bits, int64_t group_size, bool zeros_are_offsets, int64_t codebook,
+                   int64_t factors, ScalarType dtype) {
+  return grouped(x, rows, offsets,
+                 {nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits,
+                  group_size, zeros_are_offsets, codebook, factors},
+                 dtype, false);
+}
+
+Tensor grouped_a8(const Tensor& x, const Tensor& rows, const Tensor& offsets, const Tensor& qweight,
+                  const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& k_order,
+                  const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros, const OptionalTensor& bias,
+                  int64_t out_features, int64_t bits, int64_t group_size, bool zeros_are_offsets, int64_t codebook,
+                  int64_t factors, int64_t act, ScalarType dtype) {
+  return grouped(x, rows, offsets,
+                 {nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits,
+                  group_size, zeros_are_offsets, codebook, factors, act},
+                 dtype, true);
+}
+
+Tensor block_a16(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& up_qweight,
+                 const Tensor& up_scales, const OptionalTensor& up_zeros, const OptionalTensor& up_k_order,
+                 const OptionalTensor& up_outer_scales, const OptionalTensor& up_outer_zeros,
+                 const OptionalTensor& up_bias, int64_t up_out_features, int64_t up_bits, int64_t up_group_size,
+                 bool up_zeros_are_offsets, int64_t up_codebook, int64_t up_factors, const Tensor& down_qweight,
+                 const Tensor& down_scales, const OptionalTensor& down_zeros, const OptionalTensor& down_k_order,
+                 const OptionalTensor& down_outer_scales, const OptionalTensor& down_outer_zeros,
+                 const OptionalTensor& down_bias, int64_t down_out_features, int64_t down_bits, int64_t down_group_size,
+                 bool down_zeros_are_offsets, int64_t down_codebook, int64_t down_factors, int64_t activation,
+                 double alpha, double limit) {
+  return block(
+      x, ids, weights,
+      {nullptr, up_qweight, up_scales, up_zeros, up_k_order, up_outer_scales, up_outer_zeros, up_bias, up_out_features,
+       up_bits, up_group_size, up_zeros_are_offsets, up_codebook, up_factors},
+      {nullptr, down_qweight, down_scales, down_zeros, down_k_order, down_outer_scales, down_outer_zeros, down_bias,
+       down_out_features, down_bits, down_group_size, down_zeros_are_offsets, down_codebook, down_factors},
+      activation, alpha, limit, false);
+}
+
+Tensor block_a8(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& up_qweight,
+                const Tensor& up_scales, const OptionalTensor& up_zeros, const OptionalTensor& up_k_order,
+                const OptionalTensor& up_outer_scales, const OptionalTensor& up_outer_zeros,
+                const OptionalTensor& up_bias, int64_t up_out_features, int64_t up_bits, int64_t up_group_size,
+                bool up_zeros_are_offsets, int64_t up_codebook, int64_t up_factors, int64_t up_act,
+                const Tensor& down_qweight, const Tensor& down_scales, const OptionalTensor& down_zeros,
+                const OptionalTensor& down_k_order, const OptionalTensor& down_outer_scales,
+                const OptionalTensor& down_outer_zeros, const OptionalTensor& down_bias, int64_t down_out_features,
+                int64_t down_bits, int64_t down_group_size, bool down_zeros_are_offsets, int64_t down_codebook,
+                int64_t down_factors, int64_t down_act, int64_t activation, double alpha, double limit) {
+  return block(
+      x, ids, weights,
+      {nullptr, up_qweight, up_scales, up_zeros, up_k_order, up_outer_scales, up_outer_zeros, up_bias, up_out_features,
+       up_bits, up_group_size, up_zeros_are_offsets, up_codebook, up_factors, up_act},
+      {nullptr, down_qweight, down_scales, down_zeros, down_k_order, down_outer_scales, down_outer_zeros, down_bias,
+       down_out_features, down_bits, down_group_size, down_zeros_are_offsets, down_codebook, down_factors, down_act},
+      activation, alpha, limit, true);
+}
+
 }  // namespace
 }  // namespace qkernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   using namespace qkernels;
-  m.impl("grouped_gemm_cpu_tile_a16", TORCH_BOX(&cpu::grouped<false>));
-  m.impl("grouped_gemm_cpu_tile_a8", TORCH_BOX(&cpu::grouped<true>));
-  m.impl("experts_cpu_tile_a16", TORCH_BOX(&cpu::block<false>));
-  m.impl("experts_cpu_tile_a8", TORCH_BOX(&cpu::block<true>));
+  m.impl("grouped_gemm_cpu_tile_a16", TORCH_BOX(&cpu::grouped_a16));
+  m.impl("grouped_gemm_cpu_tile_a8", TORCH_BOX(&cpu::grouped_a8));
+  m.impl("experts_cpu_tile_a16", TORCH_BOX(&cpu::block_a16));
+  m.impl("experts_cpu_tile_a8", TORCH_BOX(&cpu::block_a8));
 }

@@ -17,6 +17,7 @@ inline Problem problem_of(const Arguments& a, bool int8_activations) {
   p.zeros_are_offsets = a.zeros_are_offsets;
   p.bias_type = a.bias == nullptr ? Type::kNone : a.bias->type;
   p.int8_activations = int8_activations;
+  p.rounding = static_cast<Rounding>(a.act);
   p.codebook = static_cast<Codebook>(a.codebook);
   p.factors = static_cast<Factors>(a.factors);
   if (p.factors != Factors::kNone) {
@@ -29,28 +30,12 @@ inline Problem problem_of(const Arguments& a, bool int8_activations) {
 }
 
 inline std::string wrong_codebook(const Arguments& a, bool int8_activations) {
-  if (a.codebook < 0 || a.codebook >= static_cast<int64_t>(Codebook::kCount)) {
-    return text("codebook must be 0 to ", static_cast<int64_t>(Codebook::kCount) - 1, ", got ", a.codebook);
-  }
+  if (const auto wrong = qkernels::wrong_codebook(a); !wrong.empty()) return wrong;
   const auto codebook = static_cast<Codebook>(a.codebook);
-  if (codebook == Codebook::kIntegers) return "";
-  if (codebook_bits(codebook) != a.bits || a.zeros != nullptr) {
-    return text("codebook ", a.codebook, " takes ", codebook_bits(codebook), " bits and no zeros, got bits=", a.bits,
-                a.zeros == nullptr ? "" : " and zeros");
-  }
-  if (int8_activations && integer_step(codebook) == 0.0f) {
+  if (int8_activations && codebook != Codebook::kIntegers && integer_step(codebook) == 0.0f) {
     return text("codebook ", a.codebook, " has values that are no integers: int8 activations do not multiply them");
   }
   return "";
-}
-
-inline std::string wrong_factor(const char* name, const Buffer* b, bool there, const char* type, bool fits,
-                                Shape shape) {
-  if (b == nullptr) return there ? text(name, " must be given with these factors, got None") : "";
-  if (there && fits && has_shape(*b, shape) && b->contiguous) return "";
-  return there ? text(name, " must be contiguous ", type, " ", in_words(shape), " with these factors, got ",
-                      described(*b))
-               : text(name, " must be None with these factors, got ", described(*b));
 }
 
 // Small factors in the place of scales and offsets, and the outer ones, all of one type.
@@ -80,6 +65,9 @@ inline std::string wrong_product(const Arguments& a, bool int8_activations) {
                 ", group_size=", a.group_size, ", out_features=", a.out_features);
   }
   if (const auto wrong = wrong_codebook(a, int8_activations); !wrong.empty()) return wrong;
+  if (int8_activations) {
+    if (const auto wrong = wrong_act(a, Rounding::kOutliers); !wrong.empty()) return wrong;
+  }
   if (a.factors < 0 || a.factors >= static_cast<int64_t>(Factors::kCount)) {
     return text("factors must be 0 to ", static_cast<int64_t>(Factors::kCount) - 1, ", got ", a.factors);
   }
@@ -100,7 +88,8 @@ inline std::string wrong_product(const Arguments& a, bool int8_activations) {
     if (a.outer_scales != nullptr || a.outer_zeros != nullptr) return "outer_scales and outer_zeros go with factors";
   }
   // What fits an int32 sum: see layouts/cpu_tile_a8.py
-  const int64_t longest = int64_t{1} << (p.zero_type == Type::kUInt8 ? 16 : 17);
+  const int64_t longest =
+      p.zero_type == Type::kUInt8 ? int64_t{1} << 16 : (int64_t{1} << 17) - (reaches_128(p.rounding) ? 1 : 0);
   if (int8_activations && std::min(p.K, p.group) > longest) {
     return text("groups must be at most ", longest, " long with int8 activations, got ", p.group, " of K=", p.K);
   }

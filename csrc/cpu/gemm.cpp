@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "apart.h"
 #include "kernels.h"
 #include "shares.h"
 #include "staging.h"
@@ -73,14 +74,8 @@ void multiply_units(void* context, int64_t begin, int64_t end) {
   });
 }
 
-}  // namespace
-
-int64_t workspace_bytes(const Call& call, const Kernels& kernels) {
-  return staging_bytes(call, kernels, copies_x(call, kernels));
-}
-
-void gemm(Call call, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for) {
-  if (call.M == 0 || call.N == 0) return;
+// What the kernels write; `call` gets its staging.
+void multiply_all(Call& call, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for) {
   const bool copies = copies_x(call, kernels), sums = wants_sums(call);
   lay_staging(call, kernels, copies, workspace);
 
@@ -97,6 +92,58 @@ void gemm(Call call, const Kernels& kernels, void* workspace, int64_t threads, P
     }
   }
   parallel_for(static_cast<int64_t>(work.shares.size()), &work, multiply_units);
+}
+
+// A product with something to be added (apart.h), in pieces for threads.
+struct Finishing {
+  Call call, inner;
+  std::vector<int64_t> columns;  // stored ones, that are marked
+
+  static constexpr int64_t kColumns = 512, kTiles = 8;  // of a piece
+
+  static void mark(void* context, int64_t begin, int64_t end) {
+    const Finishing& f = *static_cast<Finishing*>(context);
+    mark_columns(f.call, const_cast<uint8_t*>(f.inner.marked), begin * kColumns, std::min(f.call.K, end * kColumns));
+  }
+  static void run(void* context, int64_t begin, int64_t end) {
+    const Finishing& f = *static_cast<Finishing*>(context);
+    finish(f.call, f.inner, f.columns.data(), static_cast<int64_t>(f.columns.size()), begin * kTiles,
+           std::min(tiles_of(f.call), end * kTiles));
+  }
+};
+
+}  // namespace
+
+int64_t workspace_bytes(const Call& call, const Kernels& kernels) {
+  Call inner = call;
+  inner.M = rows_of_sums(call);
+  return apart_bytes(call) + staging_bytes(inner, kernels, copies_x(call, kernels));
+}
+
+void gemm(Call call, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for) {
+  if (call.M == 0 || call.N == 0) return;
+  if (!has_apart(call)) return multiply_all(call, kernels, workspace, threads, parallel_for);
+
+  // Pieces go to threads where they are worth waking them: see gemm's own in multiply_all.
+  const auto in_pieces = [&](int64_t pieces, int64_t work, void* context, Body body) {
+    if (threads == 1 || work <= 65536) return body(context, 0, pieces);
+    parallel_for(pieces, context, body);
+  };
+  Finishing f{call, without_apart(call, workspace), {}};
+  void* behind = static_cast<char*>(workspace) + apart_bytes(call);
+  if (call.rounding == Rounding::kOutliers) {
+    in_pieces((call.K + f.kColumns - 1) / f.kColumns, call.M * call.K, &f, Finishing::mark);
+    for (int64_t k = 0; k < call.K; ++k) {
+      if (f.inner.marked[column_of(call, k)] != 0) f.columns.push_back(k);
+    }
+    if (f.columns.empty()) {  // then the sums are all
+      call.marked = f.inner.marked;
+      return multiply_all(call, kernels, behind, threads, parallel_for);
+    }
+  }
+  multiply_all(f.inner, kernels, behind, threads, parallel_for);
+  const int64_t columns = static_cast<int64_t>(f.columns.size()) + 1;
+  in_pieces((tiles_of(call) + f.kTiles - 1) / f.kTiles, call.M * call.N * columns, &f, Finishing::run);
 }
 
 }  // namespace qkernels::cpu

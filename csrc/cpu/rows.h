@@ -116,6 +116,17 @@ inline int code_with(const Call& call, int64_t tile, int row, int64_t k, Bit bit
   return planes.high == 0 ? low : low | in_plane(planes.high) << planes.low;
 }
 
+// In layout cpu_tile_a8.
+inline int int8_code_at(const Call& call, int64_t tile, int row, int64_t k) {
+  return code_with(call, tile, row, k, [](int i, int width) { return 8 * (i & 3) + width * (i >> 2); });
+}
+
+// A weight, of its code and its group's scale and zero point or offset.
+inline float weight_of(const Problem& p, int code, float scale, float zero) {
+  if (p.zeros_are_offsets) return static_cast<float>(code) * scale + zero;
+  return p.zero_type == Type::kNone ? plain_value(p, code) * scale : (static_cast<float>(code) - zero) * scale;
+}
+
 // In layout cpu_tile_a16.
 inline int code_at(const Call& call, int64_t tile, int row, int64_t k) {
   return code_with(call, tile, row, k, [](int i, int width) { return 16 * (i & 1) + width * (i >> 1); });
@@ -251,10 +262,7 @@ inline __attribute__((noinline)) void sum_again(const Call& call, int64_t m, int
       const int code = code_at(call, tile, row, k);
       const int64_t g = k / call.group;
       const float scale = scale_of(call, tile, g, row), zero = zero_of(call, tile, g, row);
-      const float weight = call.zeros_are_offsets          ? static_cast<float>(code) * scale + zero
-                           : call.zero_type == Type::kNone ? plain_value(call, code) * scale
-                                                           : (static_cast<float>(code) - zero) * scale;
-      sum += static_cast<double>(x) * weight;
+      sum += static_cast<double>(x) * weight_of(call, code, scale, zero);
     }
     y[i] = static_cast<float>(sum);
   }

@@ -8,55 +8,174 @@
 namespace qkernels::cpu {
 namespace {
 
+// The types of x; `rounded`: a float to its nearest value, `in_half`: one of its values to the nearest of fp16.
 struct FromFloat {
   using From = float;
   static float value(From v) { return v; }
+  static float rounded(float f) { return f; }
+  static float in_half(float f) { return from_half(to_half(f)); }
 };
 struct FromHalf {
   using From = uint16_t;
   static float value(From v) { return from_half(v); }
+  static float rounded(float f) { return from_half(to_half(f)); }
+  static float in_half(float f) { return f; }
 };
 struct FromBf16 {
   using From = uint16_t;
   static float value(From v) { return from_bf16(v); }
+  static float rounded(float f) { return from_bf16(to_bf16(f)); }
+  static float in_half(float f) { return from_half(to_half(f)); }
 };
 
-// One row: scale = max |x| / 127 and codes = round(x / max |x| * 127), ties to even. Divided first: 127 / max |x| would
-// overflow below 2^-121. A row of zeros has codes and scale 0; one with a NaN or an infinity has codes 0 and scale NaN.
+constexpr uint32_t kInfinity = 0x7f800000;  // magnitudes in the order of their bits, where NaNs come after it
+inline uint32_t magnitude_of(float f) { return as_bits(f) & 0x7fffffff; }
+
+// A row of x, and where its codes go.
 template <class C>
-void quantize_row(const Call& call, int64_t m) {
-  const typename C::From* __restrict x = static_cast<const typename C::From*>(call.x) + m * call.x_row_stride;
-  int8_t* __restrict codes = static_cast<int8_t*>(const_cast<void*>(call.staged.data)) + m * call.staged.row_stride;
-  const int64_t K = call.K, stride = call.x_column_stride;
-  uint32_t most = 0;  // magnitudes in the order of their bits, where infinities and NaNs come last
-  for (int64_t k = 0; k < K; ++k) {
-    const uint32_t magnitude = as_bits(C::value(stride == 1 ? x[k] : x[k * stride])) & 0x7fffffff;
+struct Row {
+  const Call& call;
+  int64_t m;
+  const typename C::From* __restrict x;
+  int8_t* __restrict codes;
+  int64_t K, stride;
+
+  Row(const Call& c, int64_t row)
+      : call(c),
+        m(row),
+        x(static_cast<const typename C::From*>(c.x) + row * c.x_row_stride),
+        codes(static_cast<int8_t*>(const_cast<void*>(c.staged.data)) + row * c.staged.row_stride),
+        K(c.K),
+        stride(c.x_column_stride) {}
+
+  float at(int64_t column) const { return C::value(stride == 1 ? x[column] : x[column * stride]); }
+
+  // codes[k] = code(column of k, its value), zeros past K, and their sums over each group; or zeros alone.
+  template <class Code>
+  void fill(bool zeros, Code code) const {
+    if (zeros) {
+      std::memset(codes, 0, static_cast<size_t>(call.K_pad));
+    } else if (call.k_order != nullptr) {
+      for (int64_t k = 0; k < K; ++k) {
+        int64_t column = call.k_order[k];  // comes from a file: a wrong entry must not become a wild read
+        column = column < 0 ? 0 : column >= K ? K - 1 : column;
+        codes[k] = code(column, C::value(x[column * stride]));
+      }
+    } else if (stride == 1) {
+      for (int64_t k = 0; k < K; ++k) codes[k] = code(k, C::value(x[k]));
+    } else {
+      for (int64_t k = 0; k < K; ++k) codes[k] = code(k, C::value(x[k * stride]));
+    }
+    for (int64_t k = K; k < call.K_pad; ++k) codes[k] = 0;
+    for (int64_t g = 0; g < call.G; ++g) {
+      const int64_t first = g * call.group, end = K < first + call.group ? K : first + call.group;
+      int32_t sum = 0;
+      for (int64_t k = first; k < end; ++k) sum += codes[k];
+      call.x_sums[g * call.M + m] = sum;
+    }
+  }
+};
+
+inline float scale_or_nan(bool finite, float scale) { return finite ? scale : as_float(0x7fc00000); }
+
+// to nearest, ties to even, -128 to 127
+inline int8_t clamped(float f) {
+  f = f < -128.0f ? -128.0f : f > 127.0f ? 127.0f : f;
+  return static_cast<int8_t>(__builtin_rintf(f));
+}
+
+// scale = max |x| / 127 and codes = round(x / max |x| * 127), ties to even. Divided first: 127 / max |x| would overflow
+// below 2^-121. A row of zeros has codes and scale 0; one with a NaN or an infinity has codes 0 and scale NaN.
+template <class C>
+void quantize_full(const Row<C>& row) {
+  uint32_t most = 0;
+  for (int64_t k = 0; k < row.K; ++k) {
+    const uint32_t magnitude = magnitude_of(row.at(k));
     most = most < magnitude ? magnitude : most;
   }
-  const bool finite = most < 0x7f800000;
+  const bool finite = most < kInfinity;
   const float largest = as_float(most);
-  call.x_scales[m] = finite ? largest / 127.0f : as_float(0x7fc00000);
-  if (!finite || most == 0) {
-    std::memset(codes, 0, static_cast<size_t>(call.K_pad));
-  } else if (call.k_order != nullptr) {
-    for (int64_t k = 0; k < K; ++k) {
-      int64_t column = call.k_order[k];  // comes from a file: a wrong entry must not become a wild read
-      column = column < 0 ? 0 : column >= K ? K - 1 : column;
-      codes[k] = static_cast<int8_t>(__builtin_rintf(C::value(x[column * stride]) / largest * 127.0f));
-    }
-  } else if (stride == 1) {
-    for (int64_t k = 0; k < K; ++k) codes[k] = static_cast<int8_t>(__builtin_rintf(C::value(x[k]) / largest * 127.0f));
-  } else {
-    for (int64_t k = 0; k < K; ++k) {
-      codes[k] = static_cast<int8_t>(__builtin_rintf(C::value(x[k * stride]) / largest * 127.0f));
-    }
+  row.call.x_scales[row.m] = scale_or_nan(finite, largest / 127.0f);
+  row.fill(!finite || most == 0,
+           [=](int64_t, float v) { return static_cast<int8_t>(__builtin_rintf(v / largest * 127.0f)); });
+}
+
+// As compressed-tensors computes (calculate_qparams, fake_quantize): every step is rounded to the type of x. A scale
+// that underflows becomes its eps there, under which all codes are 0, too.
+template <class C>
+void quantize_wide(const Row<C>& row) {
+  uint32_t most = 0;
+  for (int64_t k = 0; k < row.K; ++k) {
+    const uint32_t magnitude = magnitude_of(row.at(k));
+    most = most < magnitude ? magnitude : most;
   }
-  for (int64_t k = K; k < call.K_pad; ++k) codes[k] = 0;
+  const bool finite = most < kInfinity;
+  const float scale = C::rounded(as_float(most) / 127.5f);
+  row.call.x_scales[row.m] = scale_or_nan(finite, scale);
+  row.fill(!finite || scale == 0.0f, [=](int64_t, float v) { return clamped(C::rounded(v / scale)); });
+}
+
+// Likewise, over the range that min, max and 0 span.
+template <class C>
+void quantize_zero_point(const Row<C>& row) {
+  float low = 0.0f, high = 0.0f;
+  uint32_t most = 0;
+  for (int64_t k = 0; k < row.K; ++k) {
+    const float v = row.at(k);
+    low = v < low ? v : low, high = v > high ? v : high;
+    most = most < magnitude_of(v) ? magnitude_of(v) : most;
+  }
+  const float scale = C::rounded(C::rounded(high - low) / 255.0f);
+  const bool finite = most < kInfinity && magnitude_of(scale) < kInfinity;
+  const bool zeros = !finite || scale == 0.0f;
+  const float zero = zeros ? 0.0f : clamped(C::rounded(-128.0f - C::rounded(low / scale)));
+  row.call.x_scales[row.m] = scale_or_nan(finite, scale);
+  row.call.x_zeros[row.m] = zero * scale;
+  row.fill(zeros, [=](int64_t, float v) { return clamped(C::rounded(C::rounded(v / scale) + zero)); });
+}
+
+// As bitsandbytes computes (int8_vectorwise_quant): x in fp16, the maximum of the entries below 6, one product with 127
+// over it, which PyTorch takes as 127 times the reciprocal. A column that is marked has codes 0: see apart.h.
+template <class C>
+void quantize_outliers(const Row<C>& row) {
+  uint32_t most = 0;
+  bool nan = false;
+  for (int64_t k = 0; k < row.K; ++k) {
+    const uint32_t magnitude = magnitude_of(C::in_half(row.at(k)));
+    nan |= magnitude > kInfinity;
+    most = magnitude < as_bits(kOutlier) && most < magnitude ? magnitude : most;
+  }
+  const float largest = as_float(most), factor = 1.0f / largest * 127.0f;
+  row.call.x_scales[row.m] = scale_or_nan(!nan, largest / 127.0f);
+  const uint8_t* marked = row.call.marked;
+  row.fill(nan || most == 0, [=](int64_t column, float v) {
+    return marked[column] != 0 ? int8_t{0} : static_cast<int8_t>(__builtin_rintf(C::in_half(v) * factor));
+  });
+}
+
+// The row past the last of x that zero points ask for (apart.h): ones.
+void fill_ones(const Call& call, int64_t m) {
+  const Row<FromFloat> row(call, m);
+  for (int64_t k = 0; k < call.K_pad; ++k) row.codes[k] = k < call.K;
   for (int64_t g = 0; g < call.G; ++g) {
-    const int64_t first = g * call.group, end = K < first + call.group ? K : first + call.group;
-    int32_t sum = 0;
-    for (int64_t k = first; k < end; ++k) sum += codes[k];
-    call.x_sums[g * call.M + m] = sum;
+    const int64_t first = g * call.group;
+    call.x_sums[g * call.M + m] = static_cast<int32_t>(call.K - first < call.group ? call.K - first : call.group);
+  }
+  call.x_scales[m] = 1.0f, call.x_zeros[m] = 0.0f;
+}
+
+template <class C>
+void quantize_row(const Call& call, int64_t m) {
+  const Row<C> row(call, m);
+  switch (call.rounding) {
+    case Rounding::kWide:
+      return quantize_wide(row);
+    case Rounding::kZeroPoint:
+      return m == call.M - 1 ? fill_ones(call, m) : quantize_zero_point(row);
+    case Rounding::kOutliers:
+      return quantize_outliers(row);
+    default:
+      return quantize_full(row);
   }
 }
 

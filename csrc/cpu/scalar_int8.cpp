@@ -6,10 +6,6 @@
 namespace qkernels::cpu {
 namespace {
 
-int code(const Call& call, int64_t tile, int row, int64_t k) {
-  return code_with(call, tile, row, k, [](int i, int width) { return 8 * (i & 3) + width * (i >> 2); });
-}
-
 void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   const bool table = call.codebook != Codebook::kIntegers;
   const float step = table ? integer_step(call.codebook) : 1.0f;
@@ -31,7 +27,7 @@ void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
       const int64_t n = end - first < kRun ? end - first : kRun;
       for (int64_t k = 0; k < n; ++k) {
         for (int r = 0; r < kTileRows; ++r) {
-          const int c = code(call, tile, r, first + k);
+          const int c = int8_code_at(call, tile, r, first + k);
           weight[k][r] = table ? static_cast<int>(plain_value(call, c) / step) : c - zero[r];
         }
       }

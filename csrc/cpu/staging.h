@@ -33,7 +33,7 @@ int64_t staged_bytes(const Call& call, const Kernels& kernels, bool copies) {
 // The same with what goes with it: sums and scales of rows.
 int64_t staging_bytes(const Call& call, const Kernels& kernels, bool copies) {
   return staged_bytes(call, kernels, copies) + (wants_sums(call) || call.int8_activations ? call.M * call.G * 4 : 0) +
-         (call.int8_activations ? call.M * 4 : 0);
+         (call.int8_activations ? call.M * 8 : 0);
 }
 
 // Says where they are, in `staging_bytes` of memory.
@@ -45,6 +45,7 @@ void lay_staging(Call& call, const Kernels& kernels, bool copies, void* memory) 
     call.staged = {memory, call.K_pad + 1, 0, int8_row_bytes(call)};
     call.x_sums = static_cast<int32_t*>(behind);
     call.x_scales = reinterpret_cast<float*>(call.x_sums + call.M * call.G);
+    call.x_zeros = call.x_scales + call.M;
   } else if (copies) {
     call.staged = {memory, block_width(call), call.M * block_width(call), block_width(call)};
   } else {

@@ -5,7 +5,7 @@
 
 namespace qkernels::cuda {
 
-// One group's int32 sums must hold columns * 128 * 127 (multiply_a8.cuh).
+// One group's int32 sums must hold columns * 128 * 127 (multiply_a8.cuh); where x goes down to -128, one column less.
 constexpr int64_t kMostGroupColumnsA8 = 131072;
 
 QK_CONSTEXPR int strips_per_block_a8(int tokens) { return tokens == 32 ? 4 : 2; }
@@ -23,8 +23,8 @@ inline WorkspaceA8 workspace_a8(const Call& call, const Config& config) {
   return at;
 }
 
-// x -> int8 `to` [M, steps * 64] and `scales` [M] (quantize_a8.cuh).
-int quantize_a8(const Activations& x, Type type, int steps, int8_t* to, float* scales, void* stream);
+// x -> int8 `to` [M, steps * 64] and `scales` [M] (quantize_a8.cuh). `rounding`: kFull or kWide.
+int quantize_a8(const Activations& x, Type type, Rounding rounding, int steps, int8_t* to, float* scales, void* stream);
 // y = x W^T + bias. `workspace`: workspace_a8(...).bytes, 16-byte aligned. M, N > 0; zero points must be absent, groups
 // must not be of 16 columns.
 int multiply_a8(const Call& call, const Config& config, void* workspace, void* stream);

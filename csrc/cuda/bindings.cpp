@@ -69,6 +69,9 @@ Weight weight_of(const Arguments& a, int64_t K) {
   w.codes = bytes(&a.qweight), w.scales = bytes(&a.scales), w.zeros = bytes(a.zeros);
   w.scale_type = a.scales.type, w.zero_type = a.zeros == nullptr ? Type::kNone : a.zeros->type;
   w.zeros_are_offsets = a.zeros_are_offsets;
+  set_codebook(w, static_cast<Codebook>(a.codebook));
+  w.outer = bytes(a.outer_scales), w.outer_type = a.outer_scales == nullptr ? Type::kNone : a.outer_scales->type;
+  w.outer_divides = static_cast<Factors>(a.factors) == Factors::kNvfp4;
   return w;
 }
 
@@ -141,7 +144,7 @@ Tensor product(const Inputs& in, const Arguments& a, Launch launch) {
   const int32_t device_index = a.qweight.device;
   const Weight w = weight_of(a, a.x.sizes[1]);
   Call call{};
-  call.weight = w, call.type = a.x.type;
+  call.weight = w, call.type = a.x.type, call.rounding = static_cast<Rounding>(a.act);
   call.x = {static_cast<const uint16_t*>(a.x.data),
             static_cast<int>(a.x.sizes[0]),
             w.K,
@@ -208,10 +211,11 @@ Tensor gemm_mma_tile_a8(const Inputs& in) {
 Tensor multiply_as(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
                    const OptionalTensor& k_order, const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros,
                    const OptionalTensor& bias, int64_t out_features, int64_t bits, int64_t group_size,
-                   bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t path, int64_t tokens,
+                   bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t act, int64_t path, int64_t tokens,
                    int64_t warps_n, int64_t warps_k, int64_t splits, bool half_accumulate, int64_t stages) {
-  const Inputs in{&x,   qweight,      scales, zeros,      k_order,           outer_scales, outer_zeros,
-                  bias, out_features, bits,   group_size, zeros_are_offsets, codebook,     factors};
+  const Inputs in{&x,           qweight,           scales,   zeros,        k_order,
+                  outer_scales, outer_zeros,       bias,     out_features, bits,
+                  group_size,   zeros_are_offsets, codebook, factors,      act};
   const Plain plain(in);
   refuse(wrong_product(plain.arguments));
   auto number = [](int64_t v) { return static_cast<int>(v); };
@@ -251,8 +255,8 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
   m.impl("gemm_mma_tile", TORCH_BOX(&product_op<cuda::gemm_mma_tile>));
   m.impl("gemv_mma_tile", TORCH_BOX(&product_op<cuda::gemv_mma_tile>));
   m.impl("dequantize_mma_tile", TORCH_BOX(&dequantize_op<cuda::dequantize_mma_tile>));
-  m.impl("gemm_mma_tile_a8", TORCH_BOX(&product_op<cuda::gemm_mma_tile_a8>));
-  m.impl("dequantize_mma_tile_a8", TORCH_BOX(&dequantize_op<cuda::dequantize_mma_tile>));  // the same bytes
+  m.impl("gemm_mma_tile_a8", TORCH_BOX(&product_op_a8<cuda::gemm_mma_tile_a8>));
+  m.impl("dequantize_mma_tile_a8", TORCH_BOX(&dequantize_op_a8<cuda::dequantize_mma_tile>));  // the same bytes
 }
 
 // A namespace of its own: nothing in qkernels calls it (tests/gpu/test_cuda.py).
@@ -260,7 +264,8 @@ STABLE_TORCH_LIBRARY(qkernels_forced, m) {
   m.def(
       "multiply(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? outer_scales, "
       "Tensor? outer_zeros, Tensor? bias, int out_features, int bits, int group_size, bool zeros_are_offsets, "
-      "int codebook, int factors, int path, int tokens, int warps_n, int warps_k, int splits, bool half_accumulate, "
+      "int codebook, int factors, int act, int path, int tokens, int warps_n, int warps_k, int splits, bool "
+      "half_accumulate, "
       "int stages) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(qkernels_forced, CUDA, m) { m.impl("multiply", TORCH_BOX(&qkernels::cuda::multiply_as)); }

@@ -32,25 +32,28 @@ cudaError_t launch_tokens(const GemmA8Arguments& p, const Config& c, cudaStream_
 
 }  // namespace
 
-int quantize_a8(const Activations& x, Type type, int steps, int8_t* to, float* scales, void* stream) {
+int quantize_a8(const Activations& x, Type type, Rounding rounding, int steps, int8_t* to, float* scales,
+                void* stream) {
+  if (rounding != Rounding::kFull && rounding != Rounding::kWide) return cudaErrorInvalidValue;
   return launch(quantize_tokens, dim3(x.M), dim3(kQuantizeThreads), kQuantizeThreads / 32 * 4,
-                static_cast<cudaStream_t>(stream), x, is_aligned(x), type == Type::kHalf, steps, to, scales);
+                static_cast<cudaStream_t>(stream), x, is_aligned(x), type == Type::kHalf, rounding == Rounding::kWide,
+                steps, to, scales);
 }
 
 int multiply_a8(const Call& call, const Config& config, void* workspace, void* stream) {
   const Weight& w = call.weight;
   if (!has_int8_activations(config.path) || w.zero_type != Type::kNone || w.groups_per_step > 2 || config.splits < 1 ||
-      int64_t{w.steps_per_group} * kStepColumns > kMostGroupColumnsA8) {
+      int64_t{w.steps_per_group} * kStepColumns > kMostGroupColumnsA8 - (reaches_128(call.rounding) ? 1 : 0)) {
     return cudaErrorInvalidValue;
   }
   const WorkspaceA8 at = workspace_a8(call, config);
   uint8_t* base = static_cast<uint8_t*>(workspace);
   int8_t* x = reinterpret_cast<int8_t*>(base);
   float* x_scales = reinterpret_cast<float*>(base + at.scales);
-  if (const int error = quantize_a8(call.x, call.type, w.steps, x, x_scales, stream)) return error;
+  if (const int error = quantize_a8(call.x, call.type, call.rounding, w.steps, x, x_scales, stream)) return error;
 
   GemmA8Arguments p{};
-  p.weight = w, p.format = group_format(w), p.x = x, p.x_scales = x_scales, p.out = call.out;
+  p.weight = w, p.format = group_format(w, call.type), p.x = x, p.x_scales = x_scales, p.out = call.out;
   p.out.partial = reinterpret_cast<float*>(base + at.partial);
   p.half = call.type == Type::kHalf;
   for (p.shift = 7; w.mid >> (7 - p.shift) > 1;) --p.shift;  // mid is 2^(bits - 1)

@@ -1,5 +1,6 @@
 // Activations to int8, one scale per token: scale = max |x| / 127 in fp32, q = x / scale rounded to nearest, ties to
-// even. One block a token reads it twice, the second time from L2.
+// even. `wide`: as compressed-tensors has it, scale = max |x| / 127.5 and x / scale rounded to the type of x, q from
+// -128 to 127. One block a token reads it twice, the second time from L2.
 //
 // Within each 16 columns q is stored as a lane of the int8 tensor core instruction meets it beside a lane's codes
 // (gemm_a8.cuh): position 4 c + j holds column 2 c + {0, 8, 1, 9}[j].
@@ -22,8 +23,13 @@ QK_DEVICE Words4 load_tokens8(const Activations& a, bool aligned, int m, int k) 
 
 QK_DEVICE uint32_t half_of(const Words4& v, int i) { return v.word[i / 2] >> (i % 2 * 16) & 0xffffu; }
 
+QK_DEVICE float rounded_to(bool half, float f) {
+  const auto low = static_cast<uint16_t>(half ? pack_f16x2(f, 0.0f) : pack_bf16x2(f, 0.0f));
+  return half ? f16_to_float(low) : bf16_to_float(low);
+}
+
 __global__ void __launch_bounds__(kQuantizeThreads)
-    quantize_tokens(const Activations a, bool aligned, bool half, int steps, int8_t* to, float* scales) {
+    quantize_tokens(const Activations a, bool aligned, bool half, bool wide, int steps, int8_t* to, float* scales) {
   QK_SHARED(shared);
   const int m = blockIdx.x, thread = threadIdx.x, columns = steps * kStepColumns;
   // Bits of magnitudes order as the values do, and NaN comes above infinity: nothing is lost in the maximum.
@@ -50,9 +56,10 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     most = other > most ? other : most;
   }
   const uint16_t bits = static_cast<uint16_t>(most);
-  const float scale = (half ? f16_to_float(bits) : bf16_to_float(bits)) / 127.0f;
+  const float largest = half ? f16_to_float(bits) : bf16_to_float(bits);
+  const float scale = wide ? rounded_to(half, largest / 127.5f) : largest / 127.0f;
   if (thread == 0) store_global4(scales + m, float_to_bits(scale));
-  const bool finite = most < (half ? 0x7c00u : 0x7f80u) && most > 0;
+  const bool finite = most < (half ? 0x7c00u : 0x7f80u) && scale > 0.0f;  // a wide scale may underflow
 
   for (int k = thread * 16; k < columns; k += kQuantizeThreads * 16) {
     const Words4 low = load_tokens8(a, aligned, m, k), high = load_tokens8(a, aligned, m, k + 8);
@@ -62,7 +69,12 @@ __global__ void __launch_bounds__(kQuantizeThreads)
       const uint16_t value = static_cast<uint16_t>(half_of(i < 8 ? low : high, i % 8));
       // The smallest scale, 2^-133 / 127, still has nine bits: 127.1 is the most that comes out before rounding.
       const float v = half ? f16_to_float(value) : bf16_to_float(value);
-      const int code = finite ? static_cast<int>(rintf(v / scale)) : 0;
+      float level = v / scale;
+      if (wide) {
+        level = rounded_to(half, level);
+        level = level < -128.0f ? -128.0f : level > 127.0f ? 127.0f : level;
+      }
+      const int code = finite ? static_cast<int>(rintf(level)) : 0;
       const int j = i / 8 + i % 2 * 2;  // column 2 c + 8 right + odd is byte right + 2 odd of word c
       q.word[i % 8 / 2] |= (static_cast<uint32_t>(code) & 0xffu) << (8 * j);
     }

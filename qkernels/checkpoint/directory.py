@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CheckpointError
-from ..formats import ACTIVATIONS, METADATA, READ_ONLY, Format, Oddity, Parsed, modelopt
+from ..formats import ACTIVATIONS, METADATA, READ_ONLY, SHAPES, Format, Oddity, Parsed, fp8, modelopt, quanto
 from ..formats.beyond import beyond_weights, check_below
 from ..formats.stacks import experts_in, parsed_experts, stack_and_suffix
+from ..models.building import shapes_of_linears
 from ..models.experts import ExpertsForm, experts_of
 from ..models.naming import WHOLE, Conversion, Members, into_model
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
@@ -23,9 +24,9 @@ from ..tensor import QuantTensor
 from ..text import dtype_name
 from .registry import WRITTEN, detect
 
-# Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: nothing there names it.
+# Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: a file beside it names it.
 _QUANTO = ("weight._data", "weight._data._data")
-_TELLING = {f.required[0] for f in (*WRITTEN.values(), *READ_ONLY.values()) if f.joint == "."} - {"weight"}
+_TELLING = {f.required[0] for f in (*WRITTEN.values(), *READ_ONLY.values()) if f.joint == "."} - {"weight", "scale"}
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,12 @@ class DirectoryCheckpoint:
         if config is None:
             _check_unquantized(source)
             return cls(source, None, {}, {}, tuple(source.names()))
-        config = {key: value for key, value in config.items() if key != ACTIVATIONS}
+        config = {key: value for key, value in config.items() if key not in (ACTIVATIONS, SHAPES)}
         found = detect(config)
         if found.needs_metadata:
             config = config | {METADATA: source.metadata}
+        if found.needs_shapes:
+            config = config | {SHAPES: cache(partial(shapes_of_linears, source.config, source.directory))}
         beyond = beyond_weights(config, source.names())
         modules = _group([name for name in source.names() if name not in beyond.aside], found)
         if not modules:
@@ -299,11 +302,23 @@ def quantization_config(source: TensorSource) -> dict[str, Any] | None:
     if config is not None:
         if not isinstance(config, dict):
             raise CheckpointError(f"quantization_config of {source.directory} must be an object, got {config!r:.80}")
-        return config
+        return config | _of_deepseek(source, config)
     for name in QUANTIZATION_FILES:
         if (source.directory / name).is_file():
             return _flat(read_json(source.directory / name))
+    if (source.directory / quanto.MAP).is_file():
+        return {"quant_method": quanto.METHOD, quanto.MODULES: read_json(source.directory / quanto.MAP)}
     return None
+
+
+def _of_deepseek(source: TensorSource, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What else tells how DeepSeek-V4's FP8 files are read: how scales are called, and a word beside the quantization_config."""
+    if config.get("quant_method") != fp8.METHOD:
+        return {}
+    names = source.names()
+    scaled = any(name.endswith(".scale") for name in names) and not any(n.endswith(".weight_scale_inv") for n in names)
+    experts = source.config.get("expert_dtype", config.get("expert_dtype"))
+    return {fp8.SCALE: scaled} | ({} if experts is None else {"expert_dtype": experts})
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -328,8 +343,8 @@ def _check_unquantized(source: TensorSource) -> None:
     for name in source.names():
         if name.endswith(tuple(f".{suffix}" for suffix in _QUANTO)):
             raise CheckpointError(
-                f"{name} looks like a weight of optimum-quanto, whose files are not read; load {source.directory} with "
-                "optimum-quanto, dequantize it, and quantize it again"
+                f"{name} looks like a weight of optimum-quanto, and {quanto.MAP}, which says how it is packed, is not beside it: "
+                "save the model with QuantizedModelForCausalLM.save_pretrained"
             )
         if name.endswith(tuple(f".{suffix}" for suffix in _TELLING)):
             raise CheckpointError(

@@ -6,9 +6,8 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,10 @@ from ..nn.experts import OrdersDiffer, bias_of, rows_in_halves
 from ..nn.packed import PackedModule
 from ..reports import readable_size
 from ..storage import CONFIG
-from ..tensor import FLOAT_DTYPES, QuantTensor
-from ..text import describe, dtype_name, dtype_names
+from ..tensor import QuantTensor
+from ..text import describe, dtype_name
+from .activations import Activations, as_it_runs
+from .arguments import named_dtype, refuse_others, stored_dtype
 from .gguf import GGUF, dequantized_experts
 from .placing import DeviceMap, Placement, connect, placement_of
 from .source import Checkpoint, open_checkpoint
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from ..kernels.catalogue import OnUnsupported
 
 log = logging.getLogger(__name__)
-
-Activations = Literal["file", "16bit"]
 
 
 def load(
@@ -65,10 +64,9 @@ def load(
         dtype: of activations and unquantized weights, also by name ("bfloat16"); that of the checkpoint if None or "auto".
             Scales keep their own.
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
-        activations: None: as the file says where that is computed here exactly as by its origin (our own `w8a8_channel`), else
-            in 16 bits, and a warning says what the file asks for. "file": also where another rounding is all that differs
-            (compressed-tensors' int8 a token); an error where no kernel has them, but for floats, which stay in 16 bits.
-            "16bit": never quantized.
+        activations: None: as the file says where kernels have that as its origin computes it (compressed-tensors' int8 a token,
+            LLM.int8), else in 16 bits, and a warning says what the file asks for. "file": the same, but an error where integers
+            are asked that no kernel has; floats stay in 16 bits. "16bit": never quantized.
         device_map: instead of `device`: "auto" fills the GPUs with layers and leaves the rest on the CPU; a number of layers goes
             to the first GPU, with all that is outside of layers; or a mapping from names of modules to devices ({"": 0,
             "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays there; activations travel.
@@ -97,10 +95,10 @@ def load(
     >>> again.model.layers[0].mlp.up_proj.scheme == model.model.layers[0].mlp.up_proj.scheme
     True
     """
-    _refuse_others(others)
+    refuse_others(others)
     if activations not in (None, *get_args(Activations)):
         raise ArgumentError(f'activations must be "file", "16bit" or None, got {activations!r:.40}')
-    named = _named_dtype(dtype)
+    named = named_dtype(dtype)
     checkpoint = open_checkpoint(local_copy(directory, revision))
     dtype = named or stored_dtype(checkpoint)
     model, checkpoint = model_of(checkpoint, dtype)
@@ -117,11 +115,10 @@ def load(
             taken = [n for p in (form.up, form.down) for n in (f"{name}.{p}", f"{name}.{p}_bias")]
             used.update(taken)
             slots = [kept for slot in slots if (kept := [n for n in slot if n not in taken])]
-            sixteen = activations == "16bit"
             device = place(name)
             try:
                 loaded, strange = experts_at(
-                    model, name, form, checkpoint, device, dtype, on_unsupported, sixteen=sixteen
+                    model, name, form, checkpoint, device, dtype, on_unsupported, activations=activations
                 )
             except UnsupportedProblem:
                 if checkpoint.format is not GGUF:
@@ -142,9 +139,8 @@ def load(
             continue
         device = place(module)
         linear = linear_at(model, module, checkpoint.spelling(module))
-        weight, found = checkpoint.weight(module)
-        if activations == "16bit":
-            weight = _with_16_bits(weight)
+        parsed = checkpoint.weight(module)
+        weight, found = as_it_runs(parsed, checkpoint.format, device, dtype, on_unsupported, activations=activations)
         oddities += [(module, oddity) for oddity in found]
         bias = bias_for(linear, checkpoint, module, weight)
         try:
@@ -173,35 +169,6 @@ def _dequantized(weight: QuantTensor, device: torch.device, dtype: torch.dtype) 
     """Of a block of a GGUF file, whose types nobody chose for this machine: any of them has to load."""
     kind = f"{weight.scheme} has no kernel for {dtype_name(dtype)} on this {device.type} and is dequantized"
     return Oddity(kind, f"{readable_size(weight.nbytes)} become {readable_size(weight.codes.numel() * dtype.itemsize)}")
-
-
-# What scripts pass to `from_pretrained`, and what it is here.
-_OF_TRANSFORMERS: Final = {
-    "torch_dtype": "it is called dtype here",
-    "quantization_config": "the checkpoint says how it is quantized; to quantize, use replace_linear or quantize",
-    "trust_remote_code": "no code of a checkpoint is run here",
-    "low_cpu_mem_usage": "memory stays near the size of the result anyway",
-    **dict.fromkeys(("token", "cache_dir", "subfolder"), "set HF_TOKEN or HF_HUB_CACHE, or download it first"),
-    **dict.fromkeys(("attn_implementation", "use_safetensors", "local_files_only"), "leave it out"),
-}
-
-
-def _refuse_others(others: Mapping[str, Any]) -> None:
-    for name in others:
-        if name in _OF_TRANSFORMERS:
-            raise ArgumentError(f"load takes no {name}=: {_OF_TRANSFORMERS[name]}")
-        raise TypeError(f"load() got an unexpected keyword argument {name!r}")
-
-
-def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return None
-    for known in FLOAT_DTYPES:
-        if dtype_name(known) == str(dtype).removeprefix("torch."):
-            return known
-    raise ArgumentError(f"dtype must be {dtype_names(FLOAT_DTYPES)}, also by name, or None, got {dtype!r:.40}")
 
 
 def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoint]:
@@ -266,20 +233,6 @@ def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
     check_names(model, [], strays, checkpoint)
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What config.json says, else the dtype of the first float tensor that is not quantized."""
-    named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
-    if named is None:
-        floats = (checkpoint.dtype(name) for name in checkpoint.names() if checkpoint.dtype(name) in FLOAT_DTYPES)
-        return next(floats, torch.float32)
-    for dtype in FLOAT_DTYPES:
-        if dtype_name(dtype) == str(named).removeprefix("torch."):
-            return dtype
-    raise CheckpointError(
-        f"{CONFIG} needs dtype to be float16, bfloat16 or float32, got {named!r:.40}; pass dtype=… to load"
-    )
-
-
 def tied_slots(model: nn.Module) -> list[list[str]]:
     """The places that the checkpoint must fill: names of parameters and stored buffers, tied ones together."""
     slots: dict[int, list[str]] = {}
@@ -308,11 +261,6 @@ def linear_at(model: nn.Module, module: str, spelled: str | None = None) -> nn.L
     return as_one
 
 
-def _with_16_bits(weight: QuantTensor) -> QuantTensor:
-    """The same weight, for activations as they come."""
-    return replace(weight, scheme=replace(weight.scheme, act=None))
-
-
 def experts_at(
     model: nn.Module,
     name: str,
@@ -322,10 +270,10 @@ def experts_at(
     dtype: torch.dtype,
     on_unsupported: OnUnsupported,
     source: nn.Module | None = None,
-    sixteen: bool = False,
+    activations: Activations | None = None,
 ) -> tuple[QuantExperts, list[tuple[str, Oddity]]]:
     """The experts of a checkpoint for a place in the model, read and packed one by one; `source`: the module that was there;
-    `sixteen`: with 16-bit activations, whatever the file has.
+    `activations`: as of `load`.
 
     Raises:
         CheckpointError: shapes or numbers do not fit the place; experts differ in scheme; a bias is missing.
@@ -340,14 +288,16 @@ def experts_at(
         def weights(
             stack: str = stack, shape: list[int] = shape, projection: str = projection
         ) -> Iterator[QuantTensor]:
-            for expert, (weight, found) in enumerate(checkpoint.expert_weights(stack)):
+            for expert, parsed in enumerate(checkpoint.expert_weights(stack)):
+                of_file = checkpoint.format
+                weight, found = as_it_runs(parsed, of_file, device, dtype, on_unsupported, form.experts, activations)
                 if list(weight.codes.shape) != shape:
                     got = list(weight.codes.shape)
                     raise CheckpointError(f"{stack}: the model needs {shape} an expert, got {got} for expert {expert}")
                 if checkpoint.format is not None and checkpoint.format.rows_as_stored and projection == form.up:
                     weight = rows_in_halves(form, weight)
                 oddities.update(dict.fromkeys((stack, oddity) for oddity in found))
-                yield _with_16_bits(weight) if sixteen else weight
+                yield weight
 
         bias: Tensor | None = source._parameters.get(f"{projection}_bias")
         if bias is not None:

@@ -13,7 +13,7 @@ WRITTEN: Final[dict[str, Format]] = FORMATS | PACKED
 # Met in files often enough to deserve an answer better than "unknown": kinds that nothing here reads, and origins of which
 # some kinds are read (a config of theirs that no format matched is another kind).
 _UNREAD = {
-    "marlin", "gptq_p", "bitblas", "mxfp6-quantized", "marlin-24", "fbgemm_fp8", "mxfp4", "quark",
+    "marlin", "bitblas", "mxfp6-quantized", "marlin-24", "fbgemm_fp8", "mxfp4", "quark",
 }  # fmt: skip
 _READ_IN_PART = {"bitsandbytes", "auto-round", "compressed-tensors"}
 

@@ -24,6 +24,7 @@ from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
 from ..storage.gguf import gguf_at
 from ..tensor import QuantTensor
+from .activations import as_written
 from .loading import model_of
 from .registry import get_format
 from .source import Checkpoint, open_checkpoint
@@ -145,7 +146,7 @@ def convert(
             if module is None:
                 writer.add_tensor(name, source.read(name))
                 continue
-            weight, found = source.weight(module)
+            weight, found = as_written(source.weight(module), source.format, chosen)
             oddities += [(module, oddity) for oddity in found]
             writer.add_quantized(module, weight)
         forms = {} if model is None else experts_of(model)
@@ -190,7 +191,8 @@ def _convert_stack(
     experts, _, projection = stack.rpartition(".")
     oddities: dict[tuple[str, Oddity], None] = {}
     kept: list[QuantTensor] = []
-    for expert, (weight, found) in enumerate(source.expert_weights(stack)):
+    for expert, parsed in enumerate(source.expert_weights(stack)):
+        weight, found = as_written(parsed, source.format, writer.format)
         oddities.update(dict.fromkeys((stack, oddity) for oddity in found))
         if source.format is not None and source.format.rows_as_stored and projection == forms[experts].up:
             weight = rows_in_halves(forms[experts], weight)

@@ -133,6 +133,15 @@ def add_on_unsupported(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_activations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activations",
+        choices=("file", "16bit"),
+        help="16bit: never quantized; file: as the checkpoint asks, and an error where no kernel has that (default: as it asks, "
+        "and 16 bits with a warning where no kernel has that)",
+    )
+
+
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
     """What `add_dtype` was given; None: the checkpoint's own."""
     import torch

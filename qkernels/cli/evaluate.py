@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ArgumentError
 from .common import (
     Subparsers,
+    add_activations,
     add_device,
     add_dtype,
     add_on_unsupported,
@@ -48,6 +49,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=positive, help="tokens in a window (default: 2048, capped to the model's)")
     add_device(parser)
     add_dtype(parser)
+    add_activations(parser)
     add_on_unsupported(parser)
     add_revision(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -69,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     ids = None if args.text is None else token_ids(tokenizer, read_text(args.text))
     lines = [line for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts is not None else []
     prompts = dict(zip(lines, prompt_ids(tokenizer, lines, args.chat), strict=True))
-    model = load(path, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)
+    model = load(
+        path, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported, activations=args.activations
+    )
     original: Any = None
     if args.against:
         original = load(args.against, device=args.device, dtype=dtype, on_unsupported=args.on_unsupported)

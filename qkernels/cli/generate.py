@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..errors import ArgumentError
 from .common import (
     Subparsers,
+    add_activations,
     add_dtype,
     add_on_unsupported,
     add_revision,
@@ -77,6 +78,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--gpu-layers", type=unsigned, metavar="N", help="so many layers on the first GPU, the others on the CPU"
     )
     add_dtype(parser)
+    add_activations(parser)
     add_on_unsupported(parser)
     add_revision(parser)
     return parser
@@ -142,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(path)
     ids = prompt_ids(tokenizer, prompts, args.chat, args.system)
     where = torch.device("cpu") if split is not None else args.device
-    model = load(path, where, dtype_of(args), args.on_unsupported, device_map=split)
+    model = load(path, where, dtype_of(args), args.on_unsupported, args.activations, device_map=split)
     warn_of_threads(model.device)
     if args.compile:
         model.forward = torch.compile(model.forward, dynamic=True)

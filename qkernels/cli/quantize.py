@@ -55,6 +55,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run\n"
         "  qkernels quantize my-llama/ my-llama-Q4_K_M.gguf --type Q4_K_M\n"
         "  qkernels quantize my-llama/ my-llama-Q3_K_M.gguf --type Q3_K_M --imatrix my-llama.imatrix\n"
+        "  qkernels quantize my-llama/ out.gguf --target-size 4.2GiB --calibration text.txt --samples 16 --seq-len 512\n"
         "  qkernels quantize my-llama/ out.gguf --type Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run\n"
         "  qkernels quantize Qwen/Qwen3-0.6B out/ --method rtn --revision main",
         "Quantize a model directory, one decoder layer at a time: memory stays at one layer plus the calibration "
@@ -182,7 +183,7 @@ def _listed(names: list[str]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.type is not None:
+    if args.type is not None or args.target_size is not None:
         return quantize_to_gguf(args)
     check_no_gguf_options(args)
     from ..calibrate import preview, quantize

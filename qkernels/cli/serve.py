@@ -7,6 +7,7 @@ import sys
 
 from .common import (
     Subparsers,
+    add_activations,
     add_device,
     add_dtype,
     add_on_unsupported,
@@ -51,6 +52,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--batch-tokens", type=positive, help="most tokens in one batch (default: 512 on a CPU)")
     add_device(parser)
     add_dtype(parser)
+    add_activations(parser)
     add_on_unsupported(parser)
     add_revision(parser)
     return parser
@@ -73,6 +75,6 @@ def run(args: argparse.Namespace) -> int:
     given = {key: value for key, value in cache.items() if value is not None}
     serve(
         path, name, args.host, args.port, args.device, dtype_of(args), args.continuous_batching,
-        on_unsupported=args.on_unsupported, **given,
+        on_unsupported=args.on_unsupported, activations=args.activations, **given,
     )  # fmt: skip
     return 0

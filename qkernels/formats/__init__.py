@@ -22,6 +22,7 @@ from ..tensor import QuantTensor
 
 Config = Mapping[str, Any]
 METADATA = "__metadata__"  # the name that a safetensors header has for it
+SHAPES = "__shapes__"  # () -> (N, K) by module
 ACTIVATIONS = "__activations__"  # what `load` was asked for, where `parse` finds it: "file", or absent
 
 
@@ -104,6 +105,8 @@ class Format:
         config_file: a file beside config.json that also gets the quantization_config, for older readers.
         needs_metadata: the metadata of the safetensors headers says what the tensors are; `parse` finds it in the
             quantization_config, under `METADATA`.
+        needs_shapes: tensors do not tell N and K of a module; `parse` finds those of the model that config.json describes in the
+            quantization_config, under `SHAPES`.
         joint: what stands between the name of a module and a suffix.
         stacks: whether a module may be stacked experts `[E, N, K]`; else they are written one by one.
         sliced: whether stacked experts are read expert by expert, each as a module of its own (`stacks.py`).
@@ -120,6 +123,7 @@ class Format:
     config_of: Callable[[Written], dict[str, Any]] = _no_config
     config_file: str | None = None
     needs_metadata: bool = False
+    needs_shapes: bool = False
     joint: str = "."
     rows_as_stored: bool = False
     stacks: bool = False
@@ -142,10 +146,12 @@ from . import (  # noqa: E402  (they need Format)
     compressed_writing,
     fp8,
     gptq,
+    gptq_planar,
     hqq,
     modelopt,
     mxfp4,
     native,
+    quanto,
     torchao,
 )
 
@@ -156,6 +162,7 @@ READ_ONLY: dict[str, Format] = {
     for f in (
         compressed_tensors.INTEGERS, compressed_floats.FLOATS, compressed_floats.FP4, compressed_floats.MIXED,
         fp8.FORMAT, modelopt.FORMAT, awq_gemv.GEMV, awq_gemv.GEMV_FAST, bitsandbytes.FOUR_BIT, bitsandbytes.INT8, hqq.FORMAT,
-        auto_round.FORMAT, torchao.FORMAT, mxfp4.FORMAT,
+        auto_round.FORMAT, torchao.FORMAT, mxfp4.FORMAT, gptq_planar.FORMAT,
+        quanto.FORMAT, fp8.SCALED,
     )
 }  # fmt: skip

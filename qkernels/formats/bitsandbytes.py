@@ -20,7 +20,8 @@ absmax[i] = nested_quant_map[absmax[i]] * nested_absmax[i // 256] + nested_offse
 | weight_format   | uint8 | []     | 0: rows, the only one read       |
 
 Its scale becomes SCB / 127 in fp32. The origin rounds the product with SCB before it multiplies by 1 / 127, so that the two
-agree to within 2 ulp of fp32. Its int8 activations and outlier columns are matters of its kernel, not of the file.
+agree to within 2 ulp of fp32. Activations are those of LLM.int8 with the threshold 6 ("int8_outliers" in `scheme.ACTIVATIONS`);
+with another `llm_int8_threshold` they stay in 16 bits.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..scheme import CODEBOOKS, QuantScheme
 from ..tensor import QuantTensor
-from . import Config, Format, Oddity, Parsed
+from . import ACTIVATIONS, Config, Format, Oddity, Parsed
 from .validation import check_scales, expect, naming
 
 METHOD = "bitsandbytes"
 STATE = "weight.quant_state.bitsandbytes__"
 NESTED_BLOCK = 256
+THRESHOLD = 6.0  # of LLM.int8 in kernels here
 MAX_STATE_BYTES = 4096
 _STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)  # bnb_4bit_quant_storage
 
@@ -51,9 +53,6 @@ class _State(NamedTuple):
     shape: tuple[int, int]
     nested_block: int
     nested_offset: float
-
-
-_ACTIVATIONS = Oddity("LLM.int8() quantizes activations too", "the weights are used with 16-bit activations instead")
 
 
 def parse_4bit(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
@@ -102,7 +101,17 @@ def parse_int8(module: str, tensors: Mapping[str, Tensor], config: Config) -> Pa
         scales = (largest / 127)[:, None].contiguous()
         check_scales(scales)
         codes = (weight.short() + 128).to(torch.uint8)
-        return Parsed(QuantTensor(codes, scales, None, None, QuantScheme(8, "channel")), (_ACTIVATIONS,))
+        threshold = config.get("llm_int8_threshold", THRESHOLD)
+        if type(threshold) not in (int, float):
+            raise CheckpointError(f"llm_int8_threshold must be a number, got {threshold!r:.40}")
+        act = "int8_outliers" if threshold == THRESHOLD else None
+        read = QuantTensor(codes, scales, None, None, QuantScheme(8, "channel", act=act))
+        if act is not None:
+            return Parsed(read)
+        asked = f"the config asks for int8 activations with llm_int8_threshold {threshold}"
+        if config.get(ACTIVATIONS) == "file":
+            raise CheckpointError(f'{asked}; kernels here have {THRESHOLD}; load it with activations="16bit"')
+        return Parsed(read, (Oddity(asked, "the weights are used with 16-bit activations instead"),))
 
 
 def _state(tensors: Mapping[str, Tensor]) -> _State:

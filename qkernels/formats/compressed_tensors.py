@@ -16,14 +16,12 @@ keep zero points unpacked, as int8 `[N, G]` without that addition; the dtype tel
 since then codes straddle words. Nothing but the version says so, but the number of words does: dense if and only if it is
 ceil(K * bits / 32). (Rows so short that both need the same number go by the version.)
 
-`int-quantized` keeps `weight` as int8 `[N, K]`, one code a byte, and is made for int8 activations. Its weights are read as
-what they are, with 16-bit activations, which lose nothing; an oddity says what the file asked for, of inputs and of outputs.
+`int-quantized` keeps `weight` as int8 `[N, K]`, one code a byte, and is made for int8 activations.
 
-Asked for the activations of the file (`load(…, activations="file")`), int8 ones with one symmetric scale a token run on the
-kernels that have them. That is no default, because it is not to the bit what compressed-tensors 0.20 computes (calculate_qparams,
-fake_quantize): there the scale is max |x| / 127.5, in the dtype of x, and codes go down to -128; in our kernels it is
-max |x| / 127, in fp32, and the AVX2 products need codes without -128. Scales from the file, zero points and quantized outputs are
-an error: no kernel here has them.
+int8 activations with one scale a token, made while the model runs, are those of our kernels: "int8_wide" (symmetric) and
+"int8_zero" (`scheme.ACTIVATIONS`), to the bit what compressed-tensors 0.20 computes of x (calculate_qparams, fake_quantize). All
+others (scales from the file, of 4 bits, of a group, of outputs) leave activations in 16 bits, and an oddity says what the file
+asks for; asked to run them (`load(…, activations="file")`), they are an error.
 
 The scheme of a module comes from the `config_groups` entry whose `targets` fit it best: its name, else a pattern ("re:…"),
 else the class name "Linear".
@@ -68,7 +66,7 @@ class _Fields(NamedTuple):
     symmetric: bool
     ordered: bool  # actorder "group"
     activations: str  # what the group wants done to activations, "" for nothing
-    act: str | None  # what our kernels have for it: a key of `scheme.ACTIVATIONS`
+    act: str | None  # those of our kernels: a key of `scheme.ACTIVATIONS`
 
 
 def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
@@ -114,29 +112,26 @@ def _as_asked(weight: QuantTensor, fields: _Fields, config: Config, oddities: It
     """The weight with the activations that it runs with, and a word about those of the file."""
     if not fields.activations:
         return Parsed(weight, tuple(oddities))
+    if fields.act is not None:
+        return Parsed(replace(weight, scheme=replace(weight.scheme, act=fields.act)), tuple(oddities))
     asked = f"the config asks for {fields.activations}"
-    if config.get(ACTIVATIONS) != "file":
-        why = "the weights are used with 16-bit activations instead"
-        if fields.act is not None:
-            why += '; activations="file" runs them in int8, by max |x| / 127 where compressed-tensors has 127.5'
-        return Parsed(weight, (Oddity(asked, why), *oddities))
-    if fields.act is None:
+    if config.get(ACTIVATIONS) == "file":
         raise CheckpointError(
-            f"{asked}; kernels here have int8 with one symmetric scale a token, made while they run; load it with "
+            f"{asked}; kernels here have int8 with one scale a token, made while they run; load it with "
             'activations="16bit"'
         )
-    said = Oddity(asked, "int8 by max |x| / 127 in fp32, where compressed-tensors has max |x| / 127.5")
-    return Parsed(replace(weight, scheme=replace(weight.scheme, act=fields.act)), (said, *oddities))
+    return Parsed(weight, (Oddity(asked, "the weights are used with 16-bit activations instead"), *oddities))
 
 
 def _act_of(group: Mapping[str, Any]) -> str | None:
-    """The activations of our kernels that a group asks for but for the divisor; None where they have none such."""
+    """The activations of our kernels that a group asks for; None where they have none such."""
     args = group.get("input_activations")
     if not isinstance(args, dict) or group.get("output_activations") is not None:
         return None
-    wanted = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
-    usual = {"type": "int", "symmetric": True}
-    return "int8" if all(args.get(key, usual.get(key)) == value for key, value in wanted.items()) else None
+    wanted = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    if any(args.get(key, "int" if key == "type" else None) != value for key, value in wanted.items()):
+        return None
+    return "int8_zero" if boolean(args, "symmetric") is False else "int8_wide"
 
 
 def _oddities(tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> Iterator[Oddity]:

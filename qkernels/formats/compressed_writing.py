@@ -3,17 +3,20 @@
 
 | scheme                                     | format               | tensors                                            |
 |--------------------------------------------|----------------------|----------------------------------------------------|
-| w2a16 … w8a16                              | pack-quantized       | weight_packed, weight_scale, weight_shape, …       |
+| w2a16 … w8a16, w4a8w, w4a8z, …             | pack-quantized       | weight_packed, weight_scale, weight_shape, …       |
+| w8a8w_channel, w8a8z_channel, …            | int-quantized        | weight, weight_scale, weight_zero_point            |
 | fp8_tensor, fp8_channel, fp8_block128, …   | float-quantized      | weight, weight_scale                               |
 | mxfp4_g32                                  | mxfp4-pack-quantized | weight_packed, weight_scale                        |
 | nvfp4_g16                                  | nvfp4-pack-quantized | weight_packed, weight_scale, weight_global_scale   |
 
 Schemes of several formats in one checkpoint make it `mixed-precision`; each config group then says its own. Activations are
-left in 16 bits (W4A16, NVFP4A16, W8A16).
+left in 16 bits (W4A16, NVFP4A16, W8A16), or in int8 with one scale a token. Its arithmetic is that of "int8_wide" and "int8_zero"
+(`scheme.ACTIVATIONS`); "int8", which divides by 127, it has no word for.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -26,13 +29,21 @@ from ..text import dtype_name
 from . import Format, Written
 from .bitstream import pack
 from .compressed_floats import FLOAT, MIXED_BODY, MXFP4_BODY, NVFP4_BODY
-from .compressed_tensors import BITS, METHOD, OF_ACTIVATIONS, PACK, means, parse_packed
+from .compressed_tensors import BITS, INT, METHOD, OF_ACTIVATIONS, PACK, means, parse_packed
 from .floating import E8M0, MXFP4, NVFP4
 from .native import shape_tensor
 from .validation import integer_scheme_reasons, refuse, weight_reasons
 
 NAME = "compressed-tensors"
 VERSION: Final = "0.18.0"  # the first whose packing is ours
+_TOKEN: Final = {
+    "num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "group_size": None, "actorder": None,
+    "block_structure": None, "observer": None, "observer_kwargs": {},
+}  # fmt: skip
+_ACTIVATIONS: Final[dict[str | None, dict[str, Any]]] = {
+    "int8_wide": {**_TOKEN, "symmetric": True},
+    "int8_zero": {**_TOKEN, "symmetric": False},
+}
 _SCALES: Final = {MXFP4_BODY: "torch.uint8", NVFP4_BODY: "torch.float8_e4m3fn"}  # dtypes as its config spells them
 
 
@@ -40,8 +51,8 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
     """The tensors of one module, by suffix.
 
     Raises:
-        ConversionError: a scheme without a format above; one scale per tensor with zero points; int8 activations; a
-            short last group; stacked experts; scales that are all zero, or of another dtype than the format's.
+        ConversionError: a scheme without a format above; one scale per tensor with zero points; int8 activations that it has not;
+            a short last group; stacked experts; scales that are all zero, or of another dtype than the format's.
     """
     scheme = weight.scheme
     body = _body(scheme)
@@ -49,13 +60,23 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
     if weight.codes.dim() != 2:
         reasons += weight_reasons(weight)
     elif not reasons:
-        reasons += _float_reasons(weight, body) if body != PACK else weight_reasons(weight)
+        reasons += _float_reasons(weight, body) if body not in (PACK, INT) else weight_reasons(weight)
     if isinstance(scheme.group_size, int) and scheme.rows == 1 and weight.K % scheme.group_size:
         reasons.append(f"K={weight.K} is not a multiple of group_size {scheme.group_size}, which its readers need")
     if scheme.group_size == "tensor" and not weight.scales.numel():
         reasons.append("an empty weight has no scale per tensor")
     refuse(NAME, reasons)
+    if body == INT:
+        return _bytes(weight)
     return _integers(weight) if body == PACK else _floats(weight, body)
+
+
+def _bytes(weight: QuantTensor) -> dict[str, Tensor]:
+    signed = {"weight": weight.codes, "weight_zero_point": weight.zeros}
+    tensors = {name: (t.short() - 128).to(torch.int8) for name, t in signed.items() if t is not None}
+    if weight.group_index is not None:
+        tensors["weight_g_idx"] = weight.group_index.contiguous()
+    return tensors | {"weight_scale": _scales(weight)}
 
 
 def _integers(weight: QuantTensor) -> dict[str, Tensor]:
@@ -98,7 +119,7 @@ def config_of(written: Written) -> dict[str, Any]:
         f"group_{i}": {
             "targets": names,
             "weights": _fields(scheme, written.act_order),
-            "input_activations": None,
+            "input_activations": _ACTIVATIONS.get(scheme.act),
             "output_activations": None,
             "format": _body(scheme),
         }
@@ -122,11 +143,11 @@ def _fields(scheme: QuantScheme, act_order: bool) -> dict[str, Any]:
     strategy = "block" if scheme.rows > 1 else "group" if grouped else scheme.group_size
     fields: dict[str, Any] = {
         "num_bits": scheme.bits,
-        "type": "int" if body == PACK else "float",
+        "type": "int" if body in (PACK, INT) else "float",
         "symmetric": scheme.symmetric,
         "strategy": "tensor_group" if body == NVFP4_BODY else strategy,
         "group_size": scheme.group_size if grouped else None,
-        "actorder": "group" if act_order and grouped and body == PACK else None,
+        "actorder": "group" if act_order and grouped and body in (PACK, INT) else None,
         "block_structure": [scheme.rows, scheme.rows] if scheme.rows > 1 else None,
         "dynamic": False,
         "observer": "minmax",
@@ -138,6 +159,8 @@ def _fields(scheme: QuantScheme, act_order: bool) -> dict[str, Any]:
 
 def _body(scheme: QuantScheme) -> str:
     """The format of a scheme that one has; pack-quantized of any other."""
+    if scheme.act in _ACTIVATIONS and scheme.bits == 8 and scheme.codebook is None:
+        return INT
     if scheme in (MXFP4, NVFP4):
         return MXFP4_BODY if scheme == MXFP4 else NVFP4_BODY
     plain = not isinstance(scheme.group_size, int) or scheme.rows > 1
@@ -146,12 +169,16 @@ def _body(scheme: QuantScheme) -> str:
 
 def _reasons(scheme: QuantScheme) -> list[str]:
     """Why no format has a scheme."""
-    if _body(scheme) != PACK:
+    if _body(scheme) not in (PACK, INT):
         return []
     if scheme.group_size == "tensor" and scheme.zeros == "int":
         return ["one scale per tensor goes with one zero point, and ours has one a row"]
-    plain = QuantScheme(scheme.bits, "channel", scheme.zeros, scheme.act, scheme.codebook)
-    return integer_scheme_reasons(plain if scheme.group_size == "tensor" else scheme, BITS)
+    plain = scheme if scheme.group_size != "tensor" else replace(scheme, group_size="channel")
+    if scheme.act != "int8":
+        return integer_scheme_reasons(replace(plain, act=None) if scheme.act in _ACTIVATIONS else plain, BITS)
+    wide = replace(scheme, act="int8_wide")
+    said = f"its int8 activations are those of {wide} (max |x| / 127.5), got {scheme}"
+    return [*integer_scheme_reasons(replace(plain, act=None), BITS), said]
 
 
 def _float_reasons(weight: QuantTensor, body: str) -> list[str]:

@@ -19,8 +19,8 @@ the symmetric constant of either version, the data decides and the label does no
 GPTQModel 7.7 refuses asymmetric v1 files whose `meta.quantizer` does not name GPTQModel itself; asymmetric weights for it are
 better written as v2, which it takes from anybody (tests/golden/README.md).
 
-Other than 2, 3, 4 and 8 bits are refused: the name alone does not tell whether their bits lie in planes or in a stream (in
-auto-round's files they lie in a stream, which `widths` says).
+Other than 2, 3, 4 and 8 bits are refused: the name alone does not tell whether their bits lie in planes (`gptq_planar`) or in a
+stream (in auto-round's files they lie in a stream, which `widths` says).
 """
 
 from __future__ import annotations
@@ -216,6 +216,15 @@ def _fields(module: str, config: Config, widths: Sequence[int]) -> _Fields:
         *few, last = map(str, widths)
         raise CheckpointError(f"bits must be {', '.join(few)} or {last} in a GPTQ file, got {bits}")
     return _Fields(bits, group_size_of(own, "group_size", "q_group_size"), boolean(own, "sym"))
+
+
+def bits_of(module: str, config: Config, widths: Sequence[int]) -> int:
+    """The width of a module's codes.
+
+    Raises:
+        CheckpointError: it is none of `widths`, or the config excludes the module.
+    """
+    return _fields(module, config, widths).bits
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -9,6 +9,7 @@ header: `{"<module>.weight": JSON of {"_type", "_data", "_tensor_data_names"}}`,
 | Int8Tensor               | int8 [N, K]                       | [N, G]; zero_point int8, absent  | (q - zero_point) * scale |
 | IntxUnpackedToInt8Tensor | int8 [N, K], of target_dtype      | [N, G]; zero_point int8 or float | (q - zero_point) * scale |
 | Int4Tensor               | int8 [N, K / 2], even k low       | [G, N]; zero_point float         | q * scale + zero_point   |
+| Float8Tensor             | float8_e4m3fn [N, K]              | [N, G], [1, 1], blocks           | q * scale                |
 | Int4TilePackedTo4dTensor | int32 [N' / 8, K' / 128, 32, 4]   | scale_and_zero bf16 [G', N', 2]  | (q - 8) * scale + zero   |
 
 Tiles are padded: N' is a multiple of 8, K' of 1024. With k' = k mod 128, code (n, k) lies in word
@@ -18,14 +19,17 @@ Tiles are padded: N' is a multiple of 8, K' of 1024. With k' = k mod 128, code (
 The two int4 types add a float after scaling. For unsigned codes it becomes zero - 8 * scale, in fp32: the sum of two bf16
 numbers, exact unless they lie more than 2^13 apart. Symmetric zeros, all 0, are dropped.
 
-Refused by name: types of other hardware (Int4PlainInt32Tensor of XPU and NPU), float types, and weights with
-`act_pre_scale`, which multiplies the activations.
+Of a Float8Tensor `block_size` may have as many rows as columns, which are blocks then.
+
+Refused by name: types of other hardware (Int4PlainInt32Tensor of XPU and NPU), floats of 4 bits (MXTensor, NVFP4Tensor:
+prototypes in 0.18), and weights with `act_pre_scale`, which multiplies the activations.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +39,7 @@ from ..errors import CheckpointError
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from . import METADATA, Config, Format, Oddity, Parsed
+from .floating import E4M3, fp8, matrix, square
 from .validation import check_float, check_scales, expect, naming
 
 METHOD = "torchao"
@@ -215,6 +220,18 @@ def _shifted(codes: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme) 
     return QuantTensor(codes, scales, offsets, None, QuantScheme(4, scheme.group_size, "offset"))
 
 
+def _float8(entry: _Entry, parts: Mapping[str, Tensor]) -> QuantTensor:
+    """Float8Tensor: floats of 8 bits under scales of rows, groups, blocks or the whole."""
+    stored = _part("qdata", parts)
+    matrix("qdata", stored, E4M3)
+    (N, K), (rows, columns) = stored.shape, entry.block
+    if rows == columns and rows > 1 and entry.block != (N, K):
+        scheme = square("block_size", list(entry.block))
+    else:
+        scheme = replace(_scheme(entry, 8, N, K), codebook="e4m3")
+    return fp8(stored, _part("scale", parts), scheme, "scale")
+
+
 def _part(name: str, parts: Mapping[str, Tensor]) -> Tensor:
     if name not in parts:
         raise CheckpointError(f"{_PREFIX}{name} is missing (it has {', '.join(sorted(parts))})")
@@ -225,6 +242,7 @@ _READERS = {
     "Int8Tensor": _int8,
     "IntxUnpackedToInt8Tensor": _intx,
     "Int4Tensor": _int4,
+    "Float8Tensor": _float8,
     "Int4TilePackedTo4dTensor": _tiles,
 }
 FORMAT: Format = Format(

@@ -147,7 +147,9 @@ def integer_scheme_reasons(scheme: QuantScheme, bits: Sequence[int]) -> list[str
     if scheme.group_size == "tensor":
         reasons.append("it has no spelling for one scale per tensor")
     if scheme.act is not None:
-        reasons.append(f"it has no field for {ACTIVATIONS[scheme.act]}")
+        reasons.append(
+            f'it has no field for {ACTIVATIONS[scheme.act]}; a checkpoint can be loaded with activations="16bit"'
+        )
     return reasons
 
 

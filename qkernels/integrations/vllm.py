@@ -30,6 +30,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from ..checkpoint import open_checkpoint
+from ..checkpoint.activations import as_it_runs
 from ..checkpoint.registry import detect
 from ..errors import ArgumentError, CheckpointError
 from ..formats import Format
@@ -235,7 +236,8 @@ class VllmLinearMethod(LinearMethodBase):
         """The rank's share of a part."""
         name, config = self.parts[index], self.config
         in_files = config.spelled.get(name, name)
-        weight = config.format.parse(in_files, loading.files.pop(index), config.config).weight
+        parsed = config.format.parse(in_files, loading.files.pop(index), config.config)
+        weight = as_it_runs(parsed, config.format, torch.device(loading.device), loading.dtype).weight
         here = loading.sizes if len(self.parts) == 1 else [loading.sizes[index]]
         try:
             if isinstance(layer, RowParallelLinear):

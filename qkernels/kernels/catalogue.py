@@ -14,7 +14,7 @@ import torch
 from ..errors import ArgumentError, UnsupportedProblem
 from ..layouts import Layout, canonical, cpu_tile_a8, cpu_tile_a16, get_layout, kpack, mma_tile
 from ..ops.backends import BACKENDS
-from ..scheme import QuantScheme
+from ..scheme import ACTIVATIONS, QuantScheme
 from ..tensor import as_dtype
 from ..text import dtype_name
 from . import triton  # noqa: F401  (attaches its kernels to their ops)
@@ -94,6 +94,8 @@ def _against_experts(layout: Layout, problem: Problem) -> list[str]:
     why = []
     if not layout.grouped:
         why.append(f"has no grouped kernels for stacked experts yet (got {problem.experts})")
+    if not ACTIVATIONS[problem.scheme.act].grouped:
+        why.append(f"{ACTIVATIONS[problem.scheme.act]}: not for stacked experts")
     if problem.own_orders and layout.backend != "torch":
         why.append("each expert has an order of columns of its own (act-order), and its kernels take one for all")
     return why

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ConversionError, TensorError
-from ..scheme import ACTIVATIONS, CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, QuantScheme
+from ..scheme import ACTIVATION_NUMBERS, ACTIVATIONS, CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import describe, dtype_name, dtype_names
 
@@ -72,6 +72,8 @@ NUMBERS = (
     Number("codebook", "int", lambda N, K, scheme: CODEBOOK_NUMBERS[scheme.codebook]),
     Number("factors", "int", lambda N, K, scheme: FACTOR_NUMBERS[scheme.factors]),
 )
+# What layouts for int8 activations have beside these: how x is rounded.
+NUMBERS_A8 = (*NUMBERS, Number("act", "int", lambda N, K, scheme: ACTIVATION_NUMBERS[scheme.act]))
 
 
 def no_limits(N: int, K: int, scheme: QuantScheme) -> list[str]:

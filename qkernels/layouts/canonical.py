@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..codebooks import INTEGER_STEPS
 from ..factors import Factors
-from ..scheme import CODEBOOKS, FACTORS, QuantScheme
+from ..scheme import ACTIVATIONS, CODEBOOKS, FACTORS, QuantScheme
 from ..tensor import SCALE_DTYPES, QuantTensor, group_index_of
-from . import Buffers, Layout, Shapes
+from . import NUMBERS_A8, Buffers, Layout, Shapes
+
+INTEGERS = tuple(name for name, activation in ACTIVATIONS.items() if activation.integers)
 
 
 def shapes(N: int, K: int, bits: int, group_length: int) -> Shapes:
@@ -69,4 +71,6 @@ LAYOUT: Layout = Layout(
     "reference", 1, "torch", arrange, unpack, shapes, stored_bits=lambda bits: 8, rows_per_tile=1,
     codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), grouped=True, scale_dtypes=SCALE_DTYPES,
 )  # fmt: skip
-LAYOUT_A8: Layout = replace(LAYOUT, name="reference_a8", acts=("int8",), codebooks=tuple(INTEGER_STEPS))
+LAYOUT_A8: Layout = replace(
+    LAYOUT, name="reference_a8", acts=INTEGERS, codebooks=tuple(INTEGER_STEPS), numbers=NUMBERS_A8
+)

@@ -11,15 +11,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..codebooks import INTEGER_STEPS
-from ..scheme import FACTORS, QuantScheme
+from ..scheme import ACTIVATIONS, FACTORS, QuantScheme
 from ..tensor import SCALE_DTYPES
-from . import Layout, cpu_tile_a16
+from . import NUMBERS_A8, Layout, cpu_tile_a16
+from .canonical import INTEGERS
 from .cpu_tile_a16 import ROWS_PER_TILE, place, places, tiles_with, upgrade_of
 from .tiles import true_bits
 
 # So many products fit an int32 sum: of |x| <= 127 with |code - 2^(bits-1)| <= 128, or with |code - zero| <= 255, whatever the
 # byte that a file has for a zero point: 2^17 * 127 * 128 = 0.992 * 2^31, 2^16 * 127 * 255 = 0.988 * 2^31. Floating zeros and
 # offsets leave the integers of a symmetric weight, and add sum(x) * rest in fp32: |sum(x)| <= 127 * 2^17 < 2^24 is exact there.
+# Where x goes down to -128, 2^17 * 128 * 128 is one too many (2^16 * 128 * 255 = 0.996 * 2^31), and 2^24 still exact.
 LONGEST_GROUP = 1 << 17
 LONGEST_GROUP_WITH_ZERO_POINTS = 1 << 16
 
@@ -27,7 +29,8 @@ LONGEST_GROUP_WITH_ZERO_POINTS = 1 << 16
 def limits(N: int, K: int, scheme: QuantScheme) -> list[str]:
     """Groups that end inside an octet, or whose sum of products could overflow."""
     why = cpu_tile_a16.limits(N, K, scheme)
-    longest = LONGEST_GROUP_WITH_ZERO_POINTS if scheme.zeros == "int" else LONGEST_GROUP
+    wide = ACTIVATIONS[scheme.act].lowest == -128
+    longest = LONGEST_GROUP_WITH_ZERO_POINTS if scheme.zeros == "int" else LONGEST_GROUP - wide
     if min(K, scheme.group_length(K)) > longest:
         why.append(f"groups of {scheme.group_length(K)} could overflow an int32 sum: at most {longest}")
     return why
@@ -46,6 +49,6 @@ def _lift_plane(lanes: Tensor, width: int) -> Tensor:
 TILES, _TILES_1 = tiles_with(_lay_plane, _lift_plane), tiles_with(_lay_plane, _lift_plane, old=True)
 LAYOUT: Layout = Layout(
     "cpu_tile_a8", 2, "cpu", TILES.pack, TILES.unpack, TILES.shapes, true_bits, ROWS_PER_TILE,
-    acts=("int8",), codebooks=tuple(INTEGER_STEPS), factors=tuple(FACTORS), grouped=True, scale_dtypes=SCALE_DTYPES,
-    limits=limits, gemv_tokens=8, upgrades={1: upgrade_of(_TILES_1, TILES)},
+    acts=INTEGERS, codebooks=tuple(INTEGER_STEPS), factors=tuple(FACTORS), grouped=True, scale_dtypes=SCALE_DTYPES,
+    limits=limits, gemv_tokens=8, numbers=NUMBERS_A8, upgrades={1: upgrade_of(_TILES_1, TILES)},
 )  # fmt: skip

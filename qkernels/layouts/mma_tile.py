@@ -1,9 +1,10 @@
 """Tiles for the CUDA kernels: each lane's 16 bytes are its own fragments of the tensor cores' A operand, for any M.
 
     qweight  uint8 [..., strips, K_pad * 64 * width / 8]   width 4 (codes of 2 to 4 bits) or 8 (5 to 8 bits)
-    scales   [..., strips, G_pad, 64]                      source dtype
+    scales   [..., strips, G_pad, 64]                      source dtype; with codebooks of 8 bits, too
     zeros    [..., strips, G_pad, 64]                      uint8 for integer zero points, floating for the other kinds, or None
     k_order  int32 [K]                                     which column of x each stored column multiplies, or None
+    outer_scales  [..., strips, 1, 64]                     NVFP4's factors of rows, or None
 
 A strip is 64 rows of the weight. N and K are padded to multiples of 64 with code 0; padded rows and groups have scale 0, and
 padded columns meet x = 0. Columns are stored in `k_order` (act-order: sorted by group). Groups are 16 or 32 or a multiple of
@@ -24,8 +25,8 @@ Width 8: two words per 16 columns, bytes a0 a2 a1 a3 and a4 a6 a5 a7.
 Scales and zeros of a strip: row 8 j + r is at 8 r + j, so that the eight rows that one lane meets (r + 0, 8, … 56) are next to
 each other: 16 bytes in 16-bit types. `csrc/cuda/layout.h` states the same contract for C++.
 
-`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act="int8"`), with ops of its own:
-`gemm_mma_tile_a8` quantizes x per token, in the order of columns that these bytes ask of `mma.m16n8k32`.
+`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act="int8"` and `"int8_wide"`), with ops of
+its own: `gemm_mma_tile_a8` quantizes x per token, in the order of columns that these bytes ask of `mma.m16n8k32`.
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..scheme import QuantScheme
-from . import Layout
+from ..errors import ConversionError
+from ..scheme import ACTIVATIONS, CODEBOOKS, QuantScheme
+from ..tensor import FLOAT_DTYPES, SCALE_DTYPES, QuantTensor
+from ..text import dtype_name, dtype_names
+from . import NUMBERS_A8, Layout
 from .tiles import Tiles, num_groups, stored_bits
 
 ROWS_PER_TILE = 64  # rows of a strip, the first dimension of every buffer
 COLUMNS = 64  # K is padded to a multiple of this
 SHORT_GROUPS = (16, 32)
-MOST_GROUP_COLUMNS_A8 = 131072  # 131072 · 128 · 127 < 2³¹: the int32 sum of a group
+MOST_GROUP_COLUMNS_A8 = 131072  # 131072 · 128 · 127 < 2³¹: the int32 sum of a group; of 128 · 128 one less
 
 
 def padded_groups(K: int, group_length: int) -> int:
@@ -69,10 +73,9 @@ def limits_a8(N: int, K: int, scheme: QuantScheme) -> list[str]:
     group = scheme.group_length(K)
     if scheme.num_groups(K) > 1 and group != 32 and group % COLUMNS:
         why.append(f"group_size {scheme.group_size} is neither 32 nor a multiple of {COLUMNS}")
-    if -(-min(group, K) // COLUMNS) * COLUMNS > MOST_GROUP_COLUMNS_A8:
-        why.append(
-            f"groups of {min(group, K)} columns: an int32 sum is exact over {MOST_GROUP_COLUMNS_A8} (use group_size)"
-        )
+    most = MOST_GROUP_COLUMNS_A8 - (ACTIVATIONS[scheme.act].lowest == -128)
+    if -(-min(group, K) // COLUMNS) * COLUMNS > most:
+        why.append(f"groups of {min(group, K)} columns: an int32 sum is exact over {most} (use group_size)")
     return why
 
 
@@ -109,8 +112,24 @@ TILES = Tiles(
     ROWS_PER_TILE, lambda bits: COLUMNS, _lay, _lift, groups=padded_groups,
     row_order=tuple(8 * j + r for r in range(8) for j in range(8)),
 )  # fmt: skip
+
+
+def arrange(weight: QuantTensor) -> dict[str, Tensor | None]:
+    """See `Layout.arrange`. Kernels of integer codes read no scales of 8 bits."""
+    if weight.scheme.codebook is None and weight.scales.dtype not in FLOAT_DTYPES:
+        raise ConversionError(
+            f"layout mma_tile holds scales of integer codes in {dtype_names(FLOAT_DTYPES, 'and')}, got "
+            f"{dtype_name(weight.scales.dtype)}"
+        )
+    return TILES.pack(weight)
+
+
 LAYOUT: Layout = Layout(
-    "mma_tile", 1, "cuda", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
-    dtypes=(torch.bfloat16, torch.float16), limits=limits, gemv_tokens=32,
+    "mma_tile", 1, "cuda", arrange, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
+    dtypes=(torch.bfloat16, torch.float16), codebooks=tuple(CODEBOOKS), factors=("nvfp4", "nvfp4m"),
+    scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=32,
 )  # fmt: skip
-LAYOUT_A8: Layout = replace(LAYOUT, name="mma_tile_a8", acts=("int8",), limits=limits_a8, gemv_tokens=None)
+LAYOUT_A8: Layout = replace(
+    LAYOUT, name="mma_tile_a8", acts=("int8", "int8_wide"), codebooks=(), factors=(), scale_dtypes=FLOAT_DTYPES,
+    limits=limits_a8, gemv_tokens=None, numbers=NUMBERS_A8,
+)  # fmt: skip

@@ -72,6 +72,12 @@ def _decoded(value: Any) -> Any:
     return [_decoded(inner) for inner in value] if isinstance(value, list) else value
 
 
+def shapes_of_linears(config: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
+    """(N, K) of the linear layers of the model that a config.json describes, by name; arguments as of `empty_model`."""
+    model = empty_model(config, torch.float32, path)
+    return {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters that this thread registers give up their memory at once, before anything is written to it. Buffers

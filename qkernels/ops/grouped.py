@@ -259,8 +259,8 @@ def _gemm(layout: Layout, *arguments: Any) -> Tensor:
     y = x.new_zeros((rows.shape[0], weight.out_features), dtype=torch.float32)
     for expert, part in _parts(offsets, rows.shape[0]):
         one = expert_of(layout, weight, expert)
-        found = reference.unpacked_product(layout, x[rows[part]].float(), one, None if bias is None else bias[expert])
-        y[part] = found
+        of_one = None if bias is None else bias[expert]
+        y[part] = reference.unpacked_product(layout, x[rows[part]], one, of_one, torch.float32)
     return y.to(dtype)
 
 

@@ -24,7 +24,7 @@ from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
 from ..layouts import BUFFERS, LAYOUTS, Layout, Shapes, outer_shape
 from ..layouts.tiles import num_groups
-from ..scheme import CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, FactorKind
+from ..scheme import ACTIVATION_NUMBERS, CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, FactorKind
 from ..tensor import FLOAT_DTYPES
 from ..text import describe, dtype_name
 from . import reference
@@ -47,6 +47,7 @@ _SLICE_BYTES = 64 << 20  # a gradient dequantizes at most this much of the weigh
 LIBRARY = Library("qkernels", "DEF")  # the ops live as long as this object
 
 
+ACTS = list(ACTIVATION_NUMBERS)  # by number
 KINDS: list[FactorKind | None] = [None, *FACTORS.values()]  # by number
 
 
@@ -103,6 +104,10 @@ def check_weight(layout: Layout, weight: Weight) -> int:
             f"codebook must be 0 to {len(CODEBOOK_NUMBERS) - 1} and factors 0 to {len(FACTOR_NUMBERS) - 1}, got {codebook} and "
             f"{factors}"
         )
+    act = weight.own.get("act", 0)
+    if "act" in weight.own and not (0 <= act < len(ACTS) and ACTS[act] in layout.acts):
+        known = ", ".join(str(ACTIVATION_NUMBERS[name]) for name in layout.acts)
+        raise ArgumentError(f"act must be one of {known} in layout {layout.name}, got {act}")
     shapes = layout.shapes(N, K, bits, group_size)
     codes = shapes["qweight"]
     if qweight.dtype != torch.uint8 or qweight.shape[-len(codes) :] != codes:
@@ -213,7 +218,7 @@ def transformed_product(
     """
     if layout.acts != (None,):
         raise ArgumentError(
-            f"torch.func and forward-mode AD know no derivative of activations in {layout.acts[0]} (gemm_{layout.name}); use "
+            f"torch.func and forward-mode AD know no derivative of activations in int8 (gemm_{layout.name}); use "
             f"backward(), or a scheme with 16-bit activations"
         )
     dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout.name}")

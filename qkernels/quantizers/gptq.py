@@ -40,7 +40,8 @@ class GPTQ(Options):
             "none": from left to right.
             "group": by falling input energy, and groups are formed in that order: columns of like energy share a scale.
             The result has a `group_index`.
-            "static": by falling input energy, in natural groups whose grid is fixed beforehand.
+            "static": by falling input energy, in natural groups whose grid is fixed beforehand; "group" means that for
+            floats of 4 and 8 bits, blocks and products (`fixes_groups`).
         damping: share of the Hessian's mean diagonal that is added to its diagonal.
         clip: "mse" (the default) weights each column's error by what it costs after the later columns have made up for it.
 
@@ -74,9 +75,18 @@ class GPTQ(Options):
         return replace(self, act_order="static") if self.orders_columns else self
 
     @property
+    def fixes_groups(self) -> bool:
+        """Whether groups are natural ones whose grid is fixed before any column is rounded: act_order="static"; one group; floats
+        (e2m1, e4m3), which no file of others has in another order of columns; blocks and products, whose scales belong to
+        neighbours that have their turn at other times."""
+        scheme = self.scheme
+        shared = scheme.rows > 1 or scheme.factors is not None or scheme.codebook in ("e2m1", "e4m3")
+        return self.act_order == "static" or not isinstance(scheme.group_size, int) or shared
+
+    @property
     def orders_columns(self) -> bool:
-        """With act_order="group"."""
-        return self.act_order == "group"
+        """With act_order="group", but where groups are fixed."""
+        return self.act_order == "group" and not self.fixes_groups
 
     def quantize(self, weight: Tensor, moments: Tensor | None = None, name: str = "weight") -> QuantTensor:
         """Quantize a weight `[N, K]` given the Hessian of its inputs, their second moments `[K, K]`
@@ -95,14 +105,14 @@ class GPTQ(Options):
             )
         hessian = moments
         values = checked_weight(weight, name).to(hessian.dtype)
-        _check_hessian(values, hessian, name)
+        check_hessian(values, hessian, name)
         scheme, scale_dtype = self.scheme, stored_dtype(weight, self.scale_dtype, self.scheme)
-        live = _without_dead_columns(hessian)
-        order = _column_order(live.diagonal(), self.act_order)
+        live = without_dead_columns(hessian)
+        order = column_order(live.diagonal(), self.act_order)
         factor = inverse_factor(live[order][:, order], self.damping, name)
 
         columns = values.T[order].contiguous()  # [K, N]: a column of the weight is contiguous
-        if self.act_order == "static" or not isinstance(scheme.group_size, int):
+        if self.fixes_groups:
             grid, groups = self._fixed_grid(values, factor, order, scale_dtype)
             codes = _sweep(columns, factor, scheme, grid, groups[order])
         else:
@@ -119,7 +129,7 @@ class GPTQ(Options):
     ) -> tuple[Grid, Tensor]:
         """The grid of natural groups of the weight as it came, and the group of every column."""
         importance = torch.empty_like(factor.diagonal())
-        importance[order] = _importance(factor)
+        importance[order] = column_importance(factor)
         grid = fit(values, self.scheme, scale_dtype, self.clip, importance)
         groups = torch.arange(len(order), device=order.device) // self.scheme.group_length(len(order))
         return grid, groups
@@ -157,7 +167,7 @@ def _sweep(columns: Tensor, factor: Tensor, scheme: QuantScheme, grid: Grid, gro
     scales = grid.scales.T.contiguous()  # [G, N]
     zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
     codes = torch.empty_like(columns)
-    for block in _blocks(len(columns), len(columns)):
+    for block in column_slices(len(columns), len(columns)):
         errors = torch.empty_like(columns[block])
         for i, group in zip(range(block.start, block.stop), groups[block].tolist(), strict=True):
             zero = None if zeros is None else zeros[group]
@@ -174,11 +184,11 @@ def _sweep_fitting(
     """The same, fitting the grid of a group to its columns as they are when its turn comes (section 4, "Additional
     considerations": grouping)."""
     length = scheme.group_length(len(columns))
-    importance = _importance(factor)
+    importance = column_importance(factor)
     codes = torch.empty_like(columns)
     grids: list[Grid] = []
     scales, zeros = columns[:0], None
-    for block in _blocks(len(columns), length):
+    for block in column_slices(len(columns), length):
         errors = torch.empty_like(columns[block])
         for i in range(block.start, block.stop):
             if i % length == 0:
@@ -211,7 +221,7 @@ def _quantize_column(
     return error
 
 
-def _blocks(columns: int, group_length: int) -> Iterator[slice]:
+def column_slices(columns: int, group_length: int) -> Iterator[slice]:
     """Cut the columns so that a group starts only where every earlier update has arrived: a block is a whole number of
     groups or lies within one."""
     step = BLOCK_COLUMNS // group_length * group_length if group_length <= BLOCK_COLUMNS else group_length
@@ -220,18 +230,18 @@ def _blocks(columns: int, group_length: int) -> Iterator[slice]:
             yield slice(start, min(start + BLOCK_COLUMNS, outer + step, columns))
 
 
-def _importance(factor: Tensor) -> Tensor:
+def column_importance(factor: Tensor) -> Tensor:
     """`[K]`: what a unit of squared error in a column costs once the columns after it have made up for it (equation 1)."""
     return factor.diagonal().square().reciprocal()
 
 
-def _column_order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
+def column_order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
     if act_order == "none":
         return torch.arange(len(diagonal), device=diagonal.device)
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
-def _without_dead_columns(hessian: Tensor) -> Tensor:
+def without_dead_columns(hessian: Tensor) -> Tensor:
     """An input that was always 0 has a zero row and column. With a positive diagonal it takes part in nothing."""
     dead = hessian.diagonal() == 0
     if not bool(dead.any()):
@@ -242,7 +252,7 @@ def _without_dead_columns(hessian: Tensor) -> Tensor:
     return live
 
 
-def _check_hessian(weight: Tensor, hessian: Tensor, name: str) -> None:
+def check_hessian(weight: Tensor, hessian: Tensor, name: str) -> None:
     K = weight.shape[-1]
     if weight.dim() != 2:
         raise ArgumentError(f"GPTQ takes a weight [N, K], got {name} {list(weight.shape)}; quantize experts one by one")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qkernels import QuantTensor
 from qkernels.layouts import get_layout
+from qkernels.ops import reference
 from tests.cuda import calls, emulator
 from tests.cuda.calls import Config
 from tests.cuda.emulator import Call
@@ -31,15 +32,18 @@ def multiply_call(
     return calls.multiply_call(weight, x, config, bias, get_layout("mma_tile_a8"))
 
 
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor, act: str | None = "int8") -> tuple[Tensor, Tensor]:
     """int64 `[M, K]` and fp32 `[M, 1]`: the definition, each operation rounded by itself."""
+    if act == "int8_wide":
+        codes, wide = reference.quantize_rows_wide(x)
+        return codes.long(), wide
     scales = x.float().abs().amax(1, keepdim=True) / 127
     return torch.where(scales > 0, torch.round(x.float() / scales), 0).long(), scales
 
 
 def expected(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, splits: int = 1) -> Tensor:
     """y where the scaled sums of groups add up without rounding (checked): integers, then fp32 as gemm_a8.cuh says."""
-    q, token_scales = quantized(x)
+    q, token_scales = quantized(x, weight.scheme.act)
     codes, scales = weight.codes.long() - weight.scheme.mid_code, weight.scales.double()
     order, groups = weight.k_order(), weight.column_groups()
     stored = torch.arange(weight.K) if order is None else order.long()

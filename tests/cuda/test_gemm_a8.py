@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from qkernels import QuantScheme, QuantTensor
+from qkernels.scheme import ACTIVATION_NUMBERS
 from tests.cuda import calls, emulator
 from tests.cuda.calls import DTYPES, TYPES, in_room
 from tests.cuda.calls_a8 import check, expected, multiply_call, noise, quantized
@@ -13,6 +18,8 @@ from tests.cuda.emulator import SCHEDULES, Call
 from tests.cuda.units import in_full
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
+
+ROWS = Path(__file__).parent.parent / "golden" / "activations" / "rows.safetensors"
 
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,13 +103,13 @@ def test_random_scales_stay_within_the_bound(scheme: str, dtype: torch.dtype) ->
 # --- the quantization of x -----------------------------------------------------------------------------------------------
 
 
-def quantize(x: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, order: Tensor | None = None, act: str = "int8") -> tuple[Tensor, Tensor]:
     """q int8 [M, K_pad] as it is stored, and the scales."""
     buffers, integers = calls.x_arguments(x)
     steps = -(-x.shape[1] // 64)
     to = torch.full((x.shape[0], steps * 64), 77, dtype=torch.int8)
     scales = torch.full((x.shape[0],), float("nan"))
-    more = {"type": TYPES[x.dtype], "steps": steps}
+    more = {"type": TYPES[x.dtype], "steps": steps, "act": ACTIVATION_NUMBERS[act]}
     buffers = {**buffers, "k_order": order, "to": to, "token_scales": scales}
     emulator.run(calls.UNIT, Call("quantize_a8", buffers, {**integers, **more}))
     return to, scales
@@ -134,6 +141,32 @@ def test_quantization_is_the_definition_bit_for_bit(dtype: torch.dtype) -> None:
         stored, got = quantize(x)
         assert torch.equal(got, scales[:, 0])
         assert torch.equal(stored, in_fragment_order(q))
+
+
+@dtypes
+def test_wide_quantization_is_that_of_compressed_tensors(dtype: torch.dtype) -> None:
+    """The rows of tests/golden/activations, whose codes the origin made, and others of the reference's."""
+    name = str(dtype).removeprefix("torch.")
+    rows = load_file(ROWS)
+    x, codes = rows[f"{name}.x"], rows[f"expected.{name}.wide.codes"]
+    assert codes.min() == -128
+    assert torch.equal(quantize(x, act="int8_wide")[0], in_fragment_order(codes))
+    for more in (in_room(noise(3, 200, dtype)), noise(2, 77, dtype), torch.full((1, 9), -3e4).to(dtype)):
+        q, scales = quantized(more, "int8_wide")
+        stored, got = quantize(more, act="int8_wide")
+        assert torch.equal(got, scales[:, 0])
+        assert torch.equal(stored, in_fragment_order(q))
+
+
+@dtypes
+@pytest.mark.parametrize("scheme", ["w4a8w_g32", "w8a8w_channel", "w3a8w_g64"])
+def test_wide_products(scheme: str, dtype: torch.dtype) -> None:
+    for M in (1, 33):
+        check(random_weight(scheme, 70, 200, exact=True), noise(M, 200, dtype, seed=M))
+    lowest = QuantTensor(
+        torch.zeros(64, 128, dtype=torch.uint8), torch.ones(64, 1), None, None, QuantScheme.parse("w8a8w_channel")
+    )
+    check(lowest, torch.full((2, 128), -127.5, dtype=dtype))  # -128 * -128 in every column
 
 
 def test_tokens_are_gathered_in_the_stored_order_and_never_outside() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qkernels import QuantTensor
 from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError, ConversionError
-from qkernels.formats import Written
+from qkernels.formats import ACTIVATIONS, Written
 from qkernels.formats.bitsandbytes import FOUR_BIT, INT8
 from qkernels.scheme import CODEBOOKS
 from tests.strategies import random_weight, same_weight
@@ -123,9 +123,20 @@ def test_int8() -> None:
     exact = stored.double() * largest.double()[:, None] / 127
     assert (weight.dequantize().double() - exact).abs().le(exact.abs() * 2**-23).all()  # two roundings of 2^-24
     gptq = WRITTEN["gptq"]
+    assert str(weight.scheme) == "w8a8o6_channel"
+    stated = INT8.parse("m", tensors, {"llm_int8_threshold": 6.0})
+    assert same_weight(stated.weight, weight)
+    assert stated.oddities == ()
+    other = INT8.parse("m", tensors, {"llm_int8_threshold": 4.5})
+    assert other.oddities[0].kind == "the config asks for int8 activations with llm_int8_threshold 4.5"
+    weight = other.weight
+    assert str(weight.scheme) == "w8a16_channel"
+    with pytest.raises(CheckpointError, match=r'^m: .*threshold 4.5; kernels here have 6.0; .*activations="16bit"'):
+        INT8.parse("m", tensors, {"llm_int8_threshold": 4.5, ACTIVATIONS: "file"})
+    with pytest.raises(CheckpointError, match="^m: llm_int8_threshold must be a number, got '6'"):
+        INT8.parse("m", tensors, {"llm_int8_threshold": "6"})
     again = gptq.parse("m", gptq.write(weight), gptq.config_of(Written(weight.scheme, {}))).weight
     assert torch.equal(again.dequantize(), weight.dequantize())
-    assert INT8.parse("m", tensors, {}).oddities[0].kind == "LLM.int8() quantizes activations too"
     for changes, message in (
         ({"weight_format": torch.tensor(1, dtype=torch.uint8)}, r"weight_format must be 0 \(rows\), got \[1\]"),
         ({"SCB": torch.ones(15)}, r"SCB must be float32 \[16\]"),

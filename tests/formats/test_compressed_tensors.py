@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,15 @@ def test_int_quantized(symmetric: bool) -> None:
     if weight.zeros is not None:
         tensors["weight_zero_point"] = (weight.zeros.short() - 128).to(torch.int8)
     assert detect(fields) is INTEGERS
-    assert same_weight(INTEGERS.parse("m", tensors, fields).weight, weight)
-    (oddity,) = INTEGERS.parse("m", tensors, fields).oddities
-    assert oddity.kind == "the config asks for 8-bit int activations, quantized per token"
+    parsed = INTEGERS.parse("m", tensors, fields)
+    assert same_weight(parsed.weight, replace(weight, scheme=replace(weight.scheme, act="int8_wide")))
+    assert parsed.oddities == ()
+    fields["config_groups"]["group_0"]["input_activations"] = W8A8 | {"dynamic": False, "strategy": "tensor"}
+    parsed = INTEGERS.parse("m", tensors, fields)
+    assert same_weight(parsed.weight, weight)
+    assert [o.kind for o in parsed.oddities] == [
+        "the config asks for 8-bit int activations, with scales of their own in the file"
+    ]
     narrow = config("w4a16_channel", symmetric=symmetric) | {"format": "int-quantized"}
     narrow["config_groups"]["group_0"]["format"] = None
     with pytest.raises(CheckpointError, match=r"^m: weight must be -8 … 7 for 4 bits"):

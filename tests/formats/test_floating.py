@@ -35,6 +35,7 @@ CT_NVFP4 = compressed("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group
 CT_MXFP4 = compressed("mxfp4-pack-quantized", num_bits=4, strategy="group", group_size=32)
 CT_MXFP8 = compressed("mxfp8-quantized", num_bits=8, strategy="group", group_size=32)
 DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+V4 = DEEPSEEK | {"scale_fmt": "ue8m0", "__scale__": True}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 
@@ -70,6 +71,10 @@ MX4, MX8, NV4, NV4M = powers("mxfp4_g32"), powers("fp8_g32"), one_outer("nvfp4_g
 CHANNEL, TENSOR, EDGE = (
     random_weight(f"fp8_{kind}", 200, 160, dtype=torch.float32) for kind in ("channel", "tensor", "block128")
 )
+EDGE8 = QuantTensor(
+    EDGE.codes, (118 + torch.arange(2 * 2, dtype=torch.uint8).reshape(2, 2)).repeat_interleave(128, 0)[:200].contiguous()
+    .view(torch.float8_e8m0fnu), None, None, EDGE.scheme,
+)  # fmt: skip
 
 FILES: dict[str, tuple[QuantTensor, dict[str, Tensor], dict[str, Any]]] = {
     "ct channel": (CHANNEL, {"weight": e4m3(CHANNEL), "weight_scale": CHANNEL.scales}, compressed("float-quantized", **FP8)),
@@ -86,6 +91,10 @@ FILES: dict[str, tuple[QuantTensor, dict[str, Tensor], dict[str, Any]]] = {
     "ct mxfp4": (MX4, {"weight_packed": packed(MX4), "weight_scale": MX4.scales.view(torch.uint8)}, CT_MXFP4),
     "ct nvfp4": (NV4, nvfp4(NV4, "weight_packed", "weight_global_scale"), CT_NVFP4),
     "deepseek": (EDGE, {"weight": e4m3(EDGE), "weight_scale_inv": EDGE.scales[::128].contiguous()}, DEEPSEEK),
+    "deepseek v4": (EDGE8, {"weight": e4m3(EDGE8), "scale": EDGE8.scales[::128].contiguous()}, V4),
+    "deepseek v4 experts": (
+        MX4, {"weight": packed(MX4).view(torch.int8), "scale": MX4.scales}, V4 | {"expert_dtype": "fp4"}
+    ),
     "fp8 tensor": (
         TENSOR,
         {"weight": e4m3(TENSOR), "weight_scale_inv": TENSOR.scales[0, 0]},
@@ -158,6 +167,10 @@ def test_activations_that_stay_in_16_bits_are_said() -> None:
         ("ct channel", {"weight": torch.full((200, 160), torch.nan).to(torch.float8_e4m3fn)}, "codes must be numbers of e4m3"),
         ("ct channel", {"weight_zero_point": torch.ones(200, 1)}, "have no zero points"),
         ("ct block", {"weight_scale": torch.ones(1, 1)}, r"weight_scale must be .* \[2, 2\]"),
+        ("deepseek v4", {"scale": torch.ones(2, 2)}, "scale must be bytes that are powers of two"),
+        ("deepseek v4", {"scale": torch.full((2, 2), 255, dtype=torch.uint8)}, "scales must be finite"),
+        ("deepseek v4", {"weight": packed(MX4).view(torch.int8)}, "weight is int8, which is two 4-bit floats .* fp4, got None"),
+        ("deepseek v4 experts", {"scale": torch.ones(24, 3).to(torch.float8_e4m3fn)}, "scale must be bytes that are powers"),
         ("deepseek", {"weight_scale_inv": torch.ones(2, 1)}, r"weight_scale_inv must be .* \[2, 2\]"),
         ("deepseek", {"weight_scale_inv": torch.ones(2, 2).byte()}, "weight_scale_inv must be .* got uint8"),
         ("ct nvfp4", {"weight_global_scale": torch.zeros(1)}, "weight_global_scale must be a positive number, got 0.0"),

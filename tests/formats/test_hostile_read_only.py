@@ -22,6 +22,7 @@ from tests.formats import (
     test_compressed_tensors,
     test_floating,
     test_hqq,
+    test_planar,
     test_torchao,
 )
 from tests.strategies import random_weight
@@ -38,6 +39,7 @@ def cases() -> dict[str, Case]:
     integers = test_compressed_tensors.config("w8a16_channel") | {"format": "int-quantized"}
     integers["config_groups"]["group_0"]["format"] = "int-quantized"
     nf4, fzero = random_weight("nf4_g64", 16, 128, dtype=torch.float32), random_weight("w4a16_g64_fzero", 12, 128)
+    five = random_weight("w5a16_g64_asym", 64, 128)
     bnb = {"quant_method": "bitsandbytes"}
     return {
         "compressed-tensors int-quantized": Case(int8 | {"weight_scale": channel.scales}, integers),
@@ -58,6 +60,12 @@ def cases() -> dict[str, Case]:
             {"blocks": torch.randint(256, (2, 8, 3, 16)).byte(), "scales": torch.randint(100, 140, (2, 8, 3)).byte()},
             {"quant_method": "mxfp4"},
         ),
+        "planar gptq_p": Case(test_planar.stored(five), test_planar.config(five)),
+        "quanto": Case(
+            {"weight._data": int8["weight"], "weight._scale": channel.scales},
+            {"quant_method": "quanto", "modules": {key: {"weights": "qint8"} for key in ("m", "layers.0.a")}},
+        ),
+        "fp8 of DeepSeek-V4": Case(*test_floating.FILES["deepseek v4"][1:]),
         "torchao": Case(test_torchao.signed(channel), test_torchao.config("Int8Tensor", [1, 96])),
     }
 

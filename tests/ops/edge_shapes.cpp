@@ -222,11 +222,16 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   cpu::gemm(call, kernels, workspace, 2, two_threads);
 
   int wrong = 0;
+  std::vector<double> plain_y(static_cast<size_t>(s.M * s.N)),
+      step_of(static_cast<size_t>(s.M * s.N));  // of x as it is
   const bool rest = cpu::has_rest(call);
   const double rounding = s.x == Type::kFloat ? 0 : s.x == Type::kHalf ? 1.0 / 2048 : 1.0 / 256;
   for (int64_t m = 0; m < s.M; ++m) {
     std::vector<double> token(static_cast<size_t>(s.K));
     for (int64_t k = 0; k < s.K; ++k) token[k] = x.values[m * row + k * step];
+    const std::vector<double> whole = token;
+    double largest = 0;
+    for (const double v : whole) largest = std::max(largest, std::abs(v));
     if (s.int8) quantize(token);
     for (int64_t n = 0; n < s.N; ++n) {
       double magnitude = 0;  // of all terms: with a rest, the product with code - mid and that with the rest
@@ -243,6 +248,8 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
                                                  : (code - zero) * scale;
         const int64_t column = order[k] < 0 ? 0 : order[k] >= s.K ? s.K - 1 : order[k];
         y += w * token[column];
+        plain_y[m * s.N + n] += w * whole[column];
+        step_of[m * s.N + n] += std::abs(w) * largest / 127;
         const double product = (code - (1 << (s.bits - 1))) * scale;
         magnitude += std::abs(token[column]) * (rest ? std::abs(product) + std::abs(w - product) : std::abs(w));
       }
@@ -252,6 +259,24 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
       const double scaled = s.int8 ? std::ldexp(roundings * (magnitude + std::abs(y)), -24) : 0;
       wrong += !(std::abs(read(s.x, call.y, m * s.N + n) - y) <= scaled + rounding * (std::abs(y) + scaled));
     }
+  }
+  // Other roundings of x, with buffers of their own size: within three steps (half of one for a code and for what is
+  // clamped, half for a zero point, half where the quotient is rounded to bf16) of the product with x as it is.
+  for (const auto rounding_of_x :
+       {qkernels::Rounding::kWide, qkernels::Rounding::kZeroPoint, qkernels::Rounding::kOutliers}) {
+    if (!s.int8 || s.M * s.N > 700) continue;
+    cpu::Call other = call;
+    other.rounding = rounding_of_x;
+    other.y = std::malloc(bytes_of(s.x) * s.M * s.N);
+    void* room = std::malloc(cpu::workspace_bytes(other, kernels));
+    std::memset(room, 0xff, cpu::workspace_bytes(other, kernels));
+    cpu::gemm(other, kernels, room, 2, two_threads);
+    for (int64_t i = 0; i < s.M * s.N; ++i) {
+      const double y = plain_y[i] + (s.bias == Type::kNone ? 0 : bias.values[i % s.N]);
+      const double bound = 3 * step_of[i] + rounding * (std::abs(y) + 3 * step_of[i]) + 1e-6 * std::abs(y);
+      wrong += !(std::abs(read(s.x, other.y, i) - y) <= bound);
+    }
+    std::free(room), std::free(other.y);
   }
   static int calls = 0;
   if (!s.strided && ++calls % 3 == 0) {  // experts have x in contiguous rows

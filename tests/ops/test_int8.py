@@ -17,6 +17,7 @@ from qkernels import QuantLinear, QuantScheme, QuantTensor
 from qkernels.errors import ArgumentError, ConversionError
 from qkernels.layouts import get_layout
 from qkernels.ops import reference
+from qkernels.scheme import ACTIVATIONS
 from tests.ops.helpers import DTYPES, arguments, integers, magnitudes
 from tests.strategies import random_weight
 
@@ -96,24 +97,28 @@ def test_extreme_zero_points_do_not_saturate(isa: str, bits: int, zero: int, sig
         assert torch.equal(y, torch.as_tensor(expected).expand(M, N)), M
 
 
-@pytest.mark.parametrize("scheme", ["w8a8_channel_asym", "w8a8_channel"])
+@pytest.mark.parametrize("scheme", ["w8a8_channel_asym", "w8a8_channel", "w8a8w_channel_asym", "w8a8w_channel"])
 def test_the_longest_groups_fit(isa: str, scheme: str) -> None:
-    """The largest sum of all: 2^16 products of 127 * 255, or 2^17 of 127 * 128; one column more is refused."""
+    """The largest sum of all: 2^16 products of 127 (or -128) * 255, or 2^17 of 127 * 128, or one less of -128 * -128; one column
+    more is refused."""
     parsed = QuantScheme.parse(scheme)
-    K, most = (1 << 16, 255) if parsed.zeros == "int" else (1 << 17, 128)
-    assert 127 * most * K < 2**31
+    lowest = ACTIVATIONS[parsed.act].lowest
+    K, most = (1 << 16, 255) if parsed.zeros == "int" else ((1 << 17) - (lowest == -128), 128)
+    assert -lowest * most * K < 2**31
     zeros = None if parsed.symmetric else torch.full((1, 1), 255, dtype=torch.uint8)
     weight = QuantTensor(torch.zeros(1, K, dtype=torch.uint8), torch.ones(1, 1), zeros, None, parsed)
     for sign in (-1, 1):
-        x = torch.full((1, K), 127.0 * sign)
-        expected = torch.tensor([[-sign * 127 * most * K]], dtype=torch.float32)  # one rounding: above 2^24
+        code = lowest if sign < 0 else 127
+        x = torch.full((1, K), 127.0 * sign) if lowest == -127 else torch.full((1, K), 127.5 * sign)
+        expected = torch.tensor([[-code * most * K]], dtype=torch.float32)  # one rounding: above 2^24
         assert torch.equal(multiply(weight, x), expected)
         assert torch.equal(reference.gemm_a8(x, weight), expected)
     assert "could overflow an int32 sum" in get_layout(LAYOUT).reasons(1, K + 1, parsed)[0]
     x, *buffers = arguments(weight, torch.zeros(1, K), None, LAYOUT)
-    longer = [torch.zeros(1, (K + 8) * 32, dtype=torch.uint8), *buffers[1:-4], K + 8, False, 0, 0]
+    K_longer = K + 8 if K % 8 == 0 else K + 1
+    longer = [torch.zeros(1, K_longer * 32, dtype=torch.uint8), *buffers[1:-5], K_longer, False, 0, 0, buffers[-1]]
     with pytest.raises((RuntimeError, ArgumentError), match=f"groups must be at most {K} long"):
-        torch.ops.qkernels.gemm_cpu_tile_a8(torch.zeros(1, K + 8), *longer)
+        torch.ops.qkernels.gemm_cpu_tile_a8(torch.zeros(1, K_longer), *longer)
 
 
 @dtypes
@@ -236,9 +241,9 @@ def test_what_it_refuses() -> None:
         with pytest.raises((RuntimeError, ArgumentError), match="zeros must be contiguous uint8 or floating"):
             torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], zeros, *buffers[3:])
     with pytest.raises((RuntimeError, ArgumentError), match="zeros must be contiguous floating"):
-        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], good, *buffers[3:-3], True, 0, 0)
+        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:2], good, *buffers[3:-4], True, 0, 0, 1)
     with pytest.raises((RuntimeError, ArgumentError), match="zeros must be given where zeros_are_offsets"):
-        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:-3], True, 0, 0)
+        torch.ops.qkernels.gemm_cpu_tile_a8(x, *buffers[:-4], True, 0, 0, 1)
 
 
 @pytest.mark.parametrize("N", [40, 130, 200])

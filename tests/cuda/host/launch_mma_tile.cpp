@@ -22,6 +22,9 @@ Weight weight_of(const Named& call) {
   w.zeros = call.pointer<uint8_t>("zeros");
   w.scale_type = type_named(call, "scale_type"), w.zero_type = type_named(call, "zero_type");
   w.zeros_are_offsets = call.integer("zeros_are_offsets") != 0;
+  set_codebook(w, static_cast<qkernels::Codebook>(call.integer("codebook", 0)));
+  w.outer = call.pointer<uint8_t>("outer"), w.outer_divides = call.integer("outer_divides", 0) != 0;
+  w.outer_type = static_cast<Type>(call.integer("outer_type", 0));
   return w;
 }
 
@@ -35,9 +38,9 @@ Activations activations_of(const Named& call) {
 }
 
 Config config_of(const Named& call) {
-  return {static_cast<Path>(call.integer("path")),   static_cast<int>(call.integer("tokens")),
-          static_cast<int>(call.integer("warps_n")), static_cast<int>(call.integer("warps_k")),
-          static_cast<int>(call.integer("splits")),  call.integer("half_accumulate") != 0,
+  return {static_cast<Path>(call.integer("path")),    static_cast<int>(call.integer("tokens")),
+          static_cast<int>(call.integer("warps_n")),  static_cast<int>(call.integer("warps_k")),
+          static_cast<int>(call.integer("splits")),   call.integer("half_accumulate") != 0,
           static_cast<int>(call.integer("stages", 0))};
 }
 
@@ -50,6 +53,7 @@ qkernels::cuda::Call call_of(const Named& call) {
            c.weight.N,
            c.weight.strips * kStripRows,
            nullptr};
+  c.rounding = static_cast<qkernels::Rounding>(call.integer("act", 0));
   return c;
 }
 
@@ -73,7 +77,8 @@ int run_dequantize(const Named& call) {
 }
 
 int run_quantize_a8(const Named& call) {
-  return quantize_a8(activations_of(call), type_named(call, "type"), static_cast<int>(call.integer("steps")),
+  return quantize_a8(activations_of(call), type_named(call, "type"),
+                     static_cast<qkernels::Rounding>(call.integer("act")), static_cast<int>(call.integer("steps")),
                      call.pointer<int8_t>("to"), call.pointer<float>("token_scales"), nullptr);
 }
 
@@ -87,6 +92,7 @@ Problem problem_of(const Named& call) {
   p.sm = number("sm"), p.multiprocessors = number("multiprocessors");
   p.groups_per_step = number("groups_per_step"), p.steps_per_group = number("steps_per_group");
   p.groups = number("groups"), p.float_zeros = number("float_zeros") != 0;
+  p.coding = coding_of(static_cast<qkernels::Codebook>(other("codebook", 0)));
   for (int blocks = 1; blocks <= 2; ++blocks) {
     for (const int size : {2, 3, 4, 8}) {
       const std::string name = "active_" + std::to_string(blocks) + "_" + std::to_string(size);
@@ -124,7 +130,6 @@ int run_choose(const Named& call) {
 
 const qkernels::host::Registered kMultiply("multiply", run_multiply), kWorkspace("workspace", run_workspace),
     kStage("stage", run_stage), kDequantize("dequantize", run_dequantize), kChoose("choose", run_choose),
-    kPredict("predict", run_predict),
-    kQuantizeA8("quantize_a8", run_quantize_a8), kClusters("clusters", run_clusters);
+    kPredict("predict", run_predict), kQuantizeA8("quantize_a8", run_quantize_a8), kClusters("clusters", run_clusters);
 
 }  // namespace

@@ -126,8 +126,11 @@ inline uint16_t* random_x(const Setup& s) {
 }
 
 inline Call call_of(const Setup& s, const Weight& w, const uint16_t* x, uint16_t* y) {
-  return {
-      w, {x, s.M, w.K, w.K, 1, nullptr}, {y, nullptr, Type::kNone, s.M, w.N, w.strips * kStripRows, nullptr}, s.type};
+  return {w,
+          {x, s.M, w.K, w.K, 1, nullptr},
+          {y, nullptr, Type::kNone, s.M, w.N, w.strips * kStripRows, nullptr},
+          s.type,
+          s.act_bits == 8 ? Rounding::kFull : Rounding::kNone};
 }
 
 // --- configurations ---

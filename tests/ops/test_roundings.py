@@ -1,0 +1,214 @@
+"""How x becomes int8 (`scheme.ACTIVATIONS`): to the bit what compressed-tensors and bitsandbytes make of the same rows
+(tests/golden/activations/make.py), in the reference and on every instruction set; and what that adds to a product.
+
+Bound of `test_products`: see test_int8.py; what is subtracted for zero points is a second product, with 3 roundings more (zero
+point times scale, its product, the difference), and what is added for outliers has as many as there are columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qkernels import QuantLinear, QuantScheme, QuantTensor, replace_linear
+from qkernels.errors import ArgumentError, SchemeError, UnsupportedProblem
+from qkernels.kernels.catalogue import Problem, select
+from qkernels.ops import reference
+from tests.ops.helpers import DTYPES, arguments
+from tests.strategies import random_weight
+
+GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "activations" / "rows.safetensors")
+LAYOUT = "cpu_tile_a8"
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def multiply(weight: QuantTensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    result = torch.ops.qkernels.gemm_cpu_tile_a8(*arguments(weight, x, bias, LAYOUT))
+    assert isinstance(result, Tensor)
+    return result
+
+
+def made(dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x, and the codes and scales that the origin makes of it."""
+    name = str(dtype).removeprefix("torch.")
+    scale = "most" if kind == "outliers" else "scale"
+    return GOLDEN[f"{name}.x"], *(GOLDEN[f"expected.{name}.{kind}.{part}"] for part in ("codes", scale))
+
+
+def unit(act: str) -> QuantTensor:
+    """A weight of 1 on the diagonal, which shows what becomes of x."""
+    codes = torch.full((96, 96), 128, dtype=torch.uint8) + torch.eye(96, dtype=torch.uint8)
+    return QuantTensor(codes, torch.ones(96, 1), None, None, QuantScheme(8, "channel", act=act))
+
+
+@dtypes
+def test_wide_is_what_compressed_tensors_makes(isa: str, dtype: torch.dtype) -> None:
+    x, codes, scales = made(dtype, "wide")
+    assert codes.min() == -128  # the trap of byte products with a sign
+    ours, of_rows = reference.quantize_rows_wide(x)
+    assert torch.equal(ours, codes)
+    assert torch.equal(of_rows[codes.any(1)], scales.float()[codes.any(1)])
+    assert torch.equal(multiply(unit("int8_wide"), x), (codes.float() * of_rows).to(dtype))
+
+
+@dtypes
+def test_zero_points_are_what_compressed_tensors_makes(isa: str, dtype: torch.dtype) -> None:
+    x, codes, scales = made(dtype, "zero")
+    zeros = GOLDEN[f"expected.{str(dtype).removeprefix('torch.')}.zero.zero"]
+    assert zeros.unique().numel() > 3
+    ours, of_rows, of_zeros = reference.quantize_rows_zero(x)
+    used = codes != zeros  # rows without a range have another zero, which means the same
+    rows = used.any(1)
+    assert torch.equal(ours[rows], codes[rows])
+    assert torch.equal(of_zeros[rows], zeros.float()[rows])
+    assert torch.equal(of_rows[rows], scales.float()[rows])
+    right = ours.float() * of_rows - of_zeros * of_rows  # as the kernels add it up
+    assert torch.equal(multiply(unit("int8_zero"), x), right.to(dtype))
+    exact = (codes.double() - zeros.double()) * scales.double()
+    assert (right.double() - exact).abs().le(2**-23 * (256 * scales.double())).all()
+
+
+@dtypes
+def test_outliers_are_what_bitsandbytes_makes(isa: str, dtype: torch.dtype) -> None:
+    x, codes, most = made(dtype, "outliers")
+    columns = GOLDEN[f"expected.{str(dtype).removeprefix('torch.')}.outliers.columns"]
+    ours, of_rows, marked = reference.quantize_rows_outliers(x)
+    assert torch.equal(marked.nonzero()[:, 0], columns)
+    assert 3 < len(columns) < 40
+    assert torch.equal(ours, codes)
+    assert torch.equal(of_rows[:, 0], most / 127)
+    right = torch.where(marked, x.float(), codes.float() * of_rows)
+    assert torch.equal(multiply(unit("int8_outliers"), x), right.to(dtype))
+
+
+@pytest.mark.parametrize("act", ["8w", "8z", "8o6"])
+@pytest.mark.parametrize("scheme", [
+    "w8a{}_channel", "w4a{}_g32", "w8a{}_g64_asym", "w4a{}_g32_fzero", "w8a{}_channel_offset", "w5a{}_g32", "w3a{}_channel",
+    "w2a{}_g64", "w6a{}_channel", "iq4nl_g32_a{}", "q6_k_a{}", "q4_k_a{}", "iq4_xs_a{}",
+])  # fmt: skip
+def test_products(isa: str, poisoned_memory: None, scheme: str, act: str) -> None:
+    K = 512 if "_k_" in scheme or "xs" in scheme else 200
+    weight = random_weight(scheme.format(act), 70, K, seed=3, act_order="g" in scheme and "_g" in scheme)
+    bias = torch.randn(70, generator=torch.Generator().manual_seed(1))
+    for M, dtype in ((0, DTYPES[0]), (1, DTYPES[0]), (3, DTYPES[1]), (9, DTYPES[2]), (66, DTYPES[0])):
+        x = torch.randn(K, M, generator=torch.Generator().manual_seed(M)).to(dtype).T * 2
+        x[:, ::50] *= 2
+        y, right = multiply(weight, x, bias), reference.gemm_a8(x, weight, bias, torch.float32)
+        parts = x.float().abs() @ weight.dequantize().float().abs().T + bias.abs()
+        if act == "8z":
+            parts = parts + x.float().abs().amax(1, keepdim=True) * weight.dequantize().float().abs().sum(1)
+        bound = (2 * weight.scheme.num_groups(K) + 40) * 2**-24 * parts * 2
+        assert ((y.float() - right).abs() <= bound + torch.finfo(dtype).eps * right.abs()).all(), M
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("code", ["lowest", "highest"])
+@pytest.mark.parametrize("act", ["int8_wide", "int8_zero"])
+def test_minus_128_does_not_saturate(isa: str, bits: int, code: str, act: str) -> None:
+    """-128 has no negative in a byte, and pairs of it with 8-bit codes are more than int16 holds."""
+    N, K = 40, 512
+    scheme = QuantScheme(bits, "channel", act=act)
+    codes = torch.full((N, K), 0 if code == "lowest" else scheme.max_code, dtype=torch.uint8)
+    weight = QuantTensor(codes, torch.ones(N, 1), None, None, scheme)
+    # A row from -127.5 to 0, so that scale is 1, or a half of it; and its negative.
+    for sign in (-1.0, 1.0):
+        for M in (1, 3, 7):
+            x = torch.full((M, K), 127.5 * sign)
+            one = {"int8_wide": -128.0 if sign < 0 else 127.0, "int8_zero": 127.5 * sign}[act]
+            expected = one * K * (int(codes[0, 0]) - scheme.mid_code)
+            assert torch.equal(multiply(weight, x), torch.full((M, N), expected)), M
+
+
+def test_bytes_of_every_sign_meet_minus_128(isa: str) -> None:
+    """Each code of 8 bits against rows that hold -128 in some columns alone."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(40, 1)
+    weight = QuantTensor(codes, torch.ones(40, 1), None, None, QuantScheme(8, "channel", act="int8_wide"))
+    for seed in range(3):
+        x = torch.randint(-127, 128, (5, 256), generator=torch.Generator().manual_seed(seed)).float()
+        x[:, seed::3] = -127.5
+        right = x.clone()
+        right[:, seed::3] = -128
+        assert torch.equal(multiply(weight, x), right @ weight.dequantize().T)
+
+
+def test_a_neighbour_marks_a_column(isa: str) -> None:
+    """As in bitsandbytes: what one token marks is multiplied in floats for all of them."""
+    weight = random_weight("w8a8o6_channel", 40, 64)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    x[1, 5] = 7
+    alone, beside = multiply(weight, x[:1]), multiply(weight, x)[:1]
+    assert not torch.equal(alone, beside)
+    x[1, 5] = 5.99
+    assert torch.equal(alone, multiply(weight, x)[:1])
+
+
+def test_more_outliers_than_16_bits_hold(isa: str) -> None:
+    """Beyond 65504 bitsandbytes has infinities on a GPU in fp16; here x is what it is."""
+    weight = random_weight("w8a8o6_channel", 40, 64)
+    x = torch.zeros(1, 64)
+    x[0, 7] = 1e6
+    assert torch.allclose(multiply(weight, x), x @ weight.dequantize().float().T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("act", ["int8_wide", "int8_zero", "int8_outliers"])
+def test_what_is_not_finite_is_not_hidden(isa: str, act: str) -> None:
+    weight, x = random_weight("w8a8_channel", 40, 64), torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    weight = QuantTensor(weight.codes, weight.scales, None, None, QuantScheme(8, "channel", act=act))
+    x[1, 9] = torch.nan
+    y = multiply(weight, x)
+    assert y[1].isnan().all()
+    assert y[::2].isfinite().all()
+    x[1, 9] = torch.inf
+    y = multiply(weight, x)
+    if act == "int8_outliers":  # a column of floats: its infinities are those of a float layer
+        right = x[1] @ weight.dequantize().float().T
+        assert torch.equal(y[1].isnan(), right.isnan())
+        assert torch.equal(y[1].isinf(), right.isinf())
+    else:
+        assert y[1].isnan().all()
+    assert y[::2].isfinite().all()
+
+
+def test_threads_change_nothing() -> None:
+    before = torch.get_num_threads()
+    try:
+        for scheme in ("w8a8o6_channel", "w4a8z_g32"):
+            weight, x = random_weight(scheme, 600, 512), torch.randn(200, 512) * 2
+            found = []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                found.append(multiply(weight, x))
+            assert torch.equal(*found)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_stacked_experts_have_rows_alone() -> None:
+    assert select(Problem(64, 64, "w8a8w_channel", torch.float32, experts=2)).layout == LAYOUT  # type: ignore[arg-type]
+    for act in ("8z", "8o6"):
+        with pytest.raises(UnsupportedProblem, match="not for stacked experts"):
+            select(Problem(64, 64, f"w8a{act}_channel", torch.float32, experts=2))  # type: ignore[arg-type]
+
+
+def test_wrong_numbers_are_refused() -> None:
+    weight, x = random_weight("w8a8_channel", 40, 64), torch.zeros(1, 64)
+    for layout, number in ((LAYOUT, 0), (LAYOUT, 5), ("reference_a8", -1)):
+        *front, _ = arguments(weight, x, None, layout)
+        with pytest.raises((RuntimeError, ArgumentError, SchemeError), match="act must be"):
+            getattr(torch.ops.qkernels, f"gemm_{layout}")(*front, number)
+
+
+def test_replace_linear_makes_them() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 40), torch.nn.ReLU(), torch.nn.Linear(40, 8))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4)) * 3
+    right = model(x)
+    replace_linear(model, "w8a8o6_channel", exclude=())
+    assert isinstance(model[0], QuantLinear)
+    assert str(model[0].scheme) == "w8a8o6_channel"
+    assert (model(x) - right).abs().max() < 0.02 * right.abs().max()
+    model(x.requires_grad_()).sum().backward()  # straight through
+    assert x.grad is not None
