@@ -10,6 +10,7 @@
 #include <string>
 
 #include "activations.h"
+#include "codebooks.h"
 #include "types.h"
 
 namespace qkernels {
@@ -91,6 +92,27 @@ inline std::string wrong_zeros(const Arguments& a, Shape shape, bool contiguous)
   if (fits && has_shape(zeros, shape) && (zeros.contiguous || !contiguous)) return "";
   return text("zeros must be ", contiguous_if(contiguous), a.zeros_are_offsets ? "floating " : "uint8 or floating ",
               in_words(shape), " like scales, got ", described(zeros));
+}
+
+// What the codebook asks of bits and zeros.
+inline std::string wrong_codebook(const Arguments& a) {
+  if (a.codebook < 0 || a.codebook >= static_cast<int64_t>(Codebook::kCount)) {
+    return text("codebook must be 0 to ", static_cast<int64_t>(Codebook::kCount) - 1, ", got ", a.codebook);
+  }
+  const auto codebook = static_cast<Codebook>(a.codebook);
+  if (codebook == Codebook::kIntegers || (codebook_bits(codebook) == a.bits && a.zeros == nullptr)) return "";
+  return text("codebook ", a.codebook, " takes ", codebook_bits(codebook), " bits and no zeros, got bits=", a.bits,
+              a.zeros == nullptr ? "" : " and zeros");
+}
+
+// One buffer of factors: whether it is `there`, and as it should be.
+inline std::string wrong_factor(const char* name, const Buffer* b, bool there, const char* type, bool fits,
+                                Shape shape) {
+  if (b == nullptr) return there ? text(name, " must be given with these factors, got None") : "";
+  if (there && fits && has_shape(*b, shape) && b->contiguous) return "";
+  return there ? text(name, " must be contiguous ", type, " ", in_words(shape), " with these factors, got ",
+                      described(*b))
+               : text(name, " must be None with these factors, got ", described(*b));
 }
 
 inline std::string wrong_order(const Arguments& a, int64_t K, bool contiguous) {

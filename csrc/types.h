@@ -20,20 +20,16 @@ enum class Factors : int { kNone, kK2, kK3, kK45, kK6, kIq4Xs, kNvfp4, kNvfp4M, 
 
 // static: an inline function that was compiled for AVX-512 must not stand in for one that was not (cpu/target.h).
 
-// Bytes of one value. CUDA's kernels ask in their loops, and meet the first five types alone.
+// Bytes of one value.
 static QK_CONSTEXPR int size_of(Type type) {
-#ifndef __CUDACC__
-  if (type > Type::kBFloat16) return 1;
-#endif
-  return type == Type::kNone ? 0 : type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2;
+  return type == Type::kNone    ? 0
+         : type == Type::kFloat ? 4
+                                : 1 + (type == Type::kHalf || type == Type::kBFloat16 ? 1 : 0);
 }
 
 // 16 and 32 bits wide: what x, biases and floating zeros may be.
 static QK_CONSTEXPR bool is_floating(Type type) {
-#ifndef __CUDACC__
-  if (type > Type::kBFloat16) return false;
-#endif
-  return type != Type::kNone && type != Type::kUInt8;
+  return type == Type::kFloat || type == Type::kHalf || type == Type::kBFloat16;
 }
 
 }  // namespace qkernels

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from .layerwise.hosts import DirectoryHost, Host, Run, host_of
 from .layerwise.limits import check_limits
 from .layerwise.preview import preview_of
 from .layerwise.quantizing import quantize_linears
-from .layerwise.running import Place
+from .layerwise.running import Place, Routing
 from .memory import GivingBack
 from .models.architectures import text_config
 from .nn import ReplaceReport, Selection, select_linears
@@ -73,6 +74,7 @@ def quantize(
     evaluation: Evaluation = None,
     overwrite: bool = False,
     resume: bool = False,
+    routing: Routing = "routed",
     revision: str | None = None,
     progress: bool = True,
 ) -> QuantReport:
@@ -105,6 +107,9 @@ def quantize(
         overwrite: `save_to` may be a checkpoint that qkernels wrote and nobody changed since; never the source.
         resume: for a directory: go on with what an interrupted run for `save_to` has finished (see `layerwise/work.py`). The
             result has the same bits as that of one run, on the same machine with as many threads.
+        routing: what the experts of a mixture are calibrated with: "routed", the tokens that the router sends to each, and
+            rounding to nearest for one with fewer than 0.5 % of them; or "all" tokens for every expert. What an expert puts out
+            is weighted as the router says either way. Measured in docs/decisions/0021.
         revision: of a model on the Hub.
         progress: show a progress bar.
 
@@ -132,6 +137,8 @@ def quantize(
     QuantLinear(in_features=64, out_features=96, bias=False, scheme=w4a16_g32, layout=cpu_tile_a16)
     """
     _check_method(method)
+    if routing not in get_args(Routing):
+        raise ArgumentError(f'routing must be "routed" or "all", got {routing!r:.40}')
     began = time.perf_counter()
     place = Place(torch.device(device))
     if not isinstance(model_or_dir, nn.Module):
@@ -147,7 +154,7 @@ def quantize(
         tokenizer = host.tokenizer()
     windows = _windows(host.model, method, calibration, samples, seq_len, tokenizer)
     text = evaluation_ids(evaluation, tokenizer)
-    run = Run(method, methods, windows, text is not None, save_to, resume, _versions(place))
+    run = Run(method, methods, windows, text is not None, save_to, resume, _versions(place), routing)
     sources = () if isinstance(model_or_dir, nn.Module) else read_from(model_or_dir)
     with GivingBack(), host.running(run, place), _target_of(save_to, overwrite, sources) as target, torch.no_grad():
         modules = quantize_linears(host, run, place, progress)
@@ -272,7 +279,7 @@ def _report(
         bytes_before=bytes_before,
         bytes_after=bytes_before - saved,
         seconds=time.perf_counter() - began,
-        options=repr(run.method),
+        options=repr(run.method) + (f", routing={run.routing!r}" if run.routing != "routed" else ""),
         versions=run.versions,
     )
 

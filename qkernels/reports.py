@@ -215,6 +215,8 @@ class QuantPreview:
         device_bytes: the largest decoder layer in fp32 and the statistics of its widest input (on the compute device).
         disk_bytes: the most that is on the disk at a time, besides the source.
         scales: for methods that scale inputs, what is known of where the scales go; None for others.
+        moments_bytes: of `device_bytes`, the second moments of inputs (Hessians) and their factors. One set at a time, of experts
+            too.
     """
 
     method: str
@@ -226,6 +228,7 @@ class QuantPreview:
     device_bytes: int
     disk_bytes: int
     scales: str | None = None
+    moments_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON types."""
@@ -248,8 +251,9 @@ class QuantPreview:
                 f"{self.method} would quantize {len(self.modules)} linear layers and leave {len(self.skipped)}",
                 f"- checkpoint: {self.bytes_before * MIB:.1f} -> {self.bytes_after * MIB:.1f} MiB on disk",
                 f"- disk: {self.disk_bytes * MIB:.1f} MiB while it is made: the result, finished layers beside it, activations",
-                f"- memory: {self.device_bytes * MIB:.1f} MiB to compute a layer, "
-                f"{self.host_bytes * MIB:.1f} MiB for activations",
+                f"- memory: {self.device_bytes * MIB:.1f} MiB to compute a layer"
+                + (f" ({self.moments_bytes * MIB:.1f} of them for Hessians)" if self.moments_bytes else "")
+                + f", {self.host_bytes * MIB:.1f} MiB for activations",
                 *([f"- scales: {self.scales}"] if self.scales is not None else []),
                 "",
                 table(["module", "N x K", "scheme", "MiB before", "MiB after"], rows),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qkernels import QuantLinear
 from qkernels.formats.gguf import ImportanceFile, InputSquares
+from qkernels.nn import QuantExperts
 from qkernels.storage.gguf import GgufSource
 from qkernels.texts import load_tokenizer
 from tests.gguf_golden import FILES
@@ -58,3 +61,14 @@ def tensors_digest(path: Path) -> str:
     source = GgufSource.open(path)
     found = "".join(f"{n} {e.type.name} {digest(source.blocks(n))}\n" for n, e in sorted(source.entries.items()))
     return hashlib.sha256(found.encode()).hexdigest()[:16]
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """Every parameter in float32, packed ones dequantized."""
+    found = {name: p.detach().float() for name, p in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found[f"{name}.weight"] = module.dequantize(torch.float32)
+        elif isinstance(module, QuantExperts):
+            found |= {f"{name}.{key}": value for key, value in module.dequantize(torch.float32).items()}
+    return found

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkernels import GPTQ, RTN, load, quantize
+from qkernels import AWQ, GPTQ, RTN, SmoothQuant, load, quantize
 from qkernels.calibrate import preview
+from qkernels.errors import ArgumentError
 from qkernels.nn import QuantExperts
 from qkernels.quantizers import rounding_of
-from tests.moe_models import tiny_moe
+from tests.moe_models import FAMILIES, tiny_moe
 
 torch.manual_seed(0)
 WINDOWS = torch.randint(2, 60, (24, 16))
@@ -37,7 +38,7 @@ def lively(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "nemotron_h"])
-@pytest.mark.parametrize("method", [RTN(4, 8), GPTQ(4, 8)], ids=["rtn", "gptq"])
+@pytest.mark.parametrize("method", [RTN(4, 8), GPTQ(4, 8), AWQ(4, 8, grid=4)], ids=["rtn", "gptq", "awq"])
 def test_a_directory_is_quantized_as_a_model_is(family: str, method: Any, tmp_path: Path) -> None:
     model = lively(family)
     model.save_pretrained(tmp_path / "float")
@@ -69,6 +70,63 @@ def test_gptq_keeps_more_of_what_experts_put_out_than_rounding() -> None:
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
+def loud(family: str) -> Any:
+    """A few channels of every norm are louder than the others, as in models that were trained."""
+    model = lively(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.dim() == 1:
+                parameter[::7] *= 12
+            elif name.endswith(("gate.weight", "router.weight")):
+                parameter /= 4
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_are_shared_by_all_that_read_them(family: str) -> None:
+    """One scale for experts, router and shared experts: the model computes what it did; 8 bits show it. A scale that the router
+    did not get would send most tokens to other experts."""
+    model = loud(family)
+    made = copy.deepcopy(model)
+    report = quantize(
+        made, AWQ(8, 8, grid=2), calibration=WINDOWS, seq_len=16, progress=False, on_unsupported="reference"
+    )
+    stacks = [m for m in report.modules if m.name.endswith((".experts.gate_up_proj", ".experts.up_proj"))]
+    assert stacks and all(m.unscaled is None and m.method == "awq" for m in stacks)
+    assert all(m.unscaled for m in report.modules if m.name.endswith(".experts.down_proj"))
+    changed = [
+        name
+        for name, module in made.named_modules()
+        if name.endswith(("post_attention_layernorm", ".norm"))
+        and not torch.equal(module.weight, model.get_submodule(name).weight)  # type: ignore[arg-type]
+    ]
+    assert changed, "no scale was taken"
+    far = (logits(made) - logits(model)).abs() > 0.05 * logits(model).abs().max()
+    assert float(far.float().mean()) < 0.05  # a token between two experts may go to the other one
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "llama4"])
+def test_awq_keeps_more_of_loud_channels_than_rounding(family: str) -> None:
+    model = loud(family)
+    errors = {}
+    for name, method in (("rtn", RTN(3, 8, symmetric=False)), ("awq", AWQ(3, 8, clip="none", grid=8))):
+        made = copy.deepcopy(model)
+        options: dict[str, Any] = {"calibration": WINDOWS, "seq_len": 16} if name == "awq" else {}
+        quantize(made, method, include="*experts", progress=False, on_unsupported="reference", **options)
+        errors[name] = float((logits(made) - logits(model)).square().mean())
+    assert errors["awq"] < 0.9 * errors["rtn"], errors
+
+
+def test_smoothquant_scales_experts_too() -> None:
+    model = loud("qwen2_moe")
+    made = copy.deepcopy(model)
+    quantize(made, SmoothQuant(), calibration=WINDOWS, seq_len=16, progress=False, on_unsupported="reference")
+    plain = copy.deepcopy(model)
+    quantize(plain, RTN(8, "channel", act="int8"), progress=False, on_unsupported="reference")
+    errors = [float((logits(m) - logits(model)).square().mean()) for m in (made, plain)]
+    assert errors[0] < 0.8 * errors[1], errors
+
+
 def test_one_expert_has_the_bits_of_a_linear_layer_with_its_tokens() -> None:
     model = lively("mixtral")
     block = model.model.layers[0].mlp
@@ -86,6 +144,60 @@ def test_one_expert_has_the_bits_of_a_linear_layer_with_its_tokens() -> None:
     got = made.model.layers[0].mlp.experts.gate_up_proj.quant_tensor()[2]
     assert got.group_index is None
     assert float((got.codes == expected.codes).float().mean()) > 0.999  # sums in another order
+
+
+def test_all_tokens_through_every_expert() -> None:
+    """One set of second moments for up, of all tokens; no expert is too rare; what it costs shows on the tokens that come."""
+    model = lively("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[:] = 0
+            layer.mlp.gate.weight[0] = (
+                5  # of half of the tokens experts 1, 2, 3 are the best, by a tie that goes to 1 and 2
+            )
+    inputs: list[tuple[Tensor, Tensor]] = []
+    handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda m, args: inputs.append(args[:2]))
+    logits(model)
+    with torch.no_grad():
+        model(WINDOWS)
+    handle.remove()
+    x, ids = inputs[-1]
+    absent = [e for e in range(4) if not bool((ids == e).any())]
+    assert absent, "every expert has tokens"
+    made = {routing: copy.deepcopy(model) for routing in ("routed", "all")}
+    options: dict[str, Any] = {
+        "include": "*layers.0.mlp.experts",
+        "calibration": WINDOWS,
+        "seq_len": 16,
+        "progress": False,
+    }
+    reports = {routing: quantize(m, GPTQ(4, 8), routing=routing, **options) for routing, m in made.items()}
+    assert all(m.fallback for m in reports["routed"].modules) and not any(m.fallback for m in reports["all"].modules)
+    assert "routing='all'" in reports["all"].options and "routing" not in reports["routed"].options
+    weight = model.model.layers[0].mlp.experts.gate_up_proj[absent[0]].detach()
+    expected = GPTQ(4, 8, act_order="static").quantize(weight, 2 / len(x) * x.T @ x)
+    got = made["all"].model.layers[0].mlp.experts.gate_up_proj.quant_tensor()[absent[0]]
+    assert float((got.codes == expected.codes).float().mean()) > 0.999
+    inner = x @ expected.dequantize().T
+    inner = torch.nn.functional.silu(inner[:, :40]) * inner[:, 40:]
+    down = model.model.layers[0].mlp.experts.down_proj[absent[0]].detach()
+    expected = GPTQ(4, 8, act_order="static").quantize(down, 2 / len(x) * inner.T @ inner)
+    got = made["all"].model.layers[0].mlp.experts.down_proj.quant_tensor()[absent[0]]
+    assert float((got.codes == expected.codes).float().mean()) > 0.99
+    with pytest.raises(ArgumentError, match='routing must be "routed" or "all"'):
+        quantize(model, GPTQ(4, 8), routing="some", **options)  # type: ignore[arg-type]
+
+
+def test_a_dry_run_says_what_hessians_take(tmp_path: Path) -> None:
+    """One set at a time, whatever the number of experts; and what goes into the experts, for all of the calibration."""
+    lively("mixtral").save_pretrained(tmp_path)
+    few, many = (preview(tmp_path, GPTQ(4, 8), samples=samples, seq_len=16) for samples in (8, 16))
+    assert few.moments_bytes == 4 * 3 * 40**2
+    assert many.device_bytes - few.device_bytes == 4 * 8 * 16 * 32
+    layer = sum(p.numel() for p in lively("mixtral").model.layers[0].parameters())
+    assert few.device_bytes == 4 * layer + few.moments_bytes + 4 * 8 * 16 * 32 + 4 * (2 * 80 * 32 + 32 * 40)
+    assert "of them for Hessians" in few.to_markdown()
+    assert preview(tmp_path, RTN(4, 8)).moments_bytes == 0
 
 
 def test_experts_that_see_few_tokens_are_rounded_and_listed() -> None:

@@ -18,6 +18,7 @@ from qkernels import QuantScheme, QuantTensor, inspect, load
 from qkernels.errors import CheckpointError
 from qkernels.integrations.transformers import enable
 from qkernels.nn import QuantExperts
+from qkernels.planning import plan
 from tests.moe_models import tiny_moe
 
 FILE = Path(__file__).parent / "golden" / "experts" / "experts.safetensors"
@@ -202,3 +203,13 @@ def test_stacks_whose_rows_have_no_known_order_are_refused(tmp_path: Path) -> No
     })  # fmt: skip
     with pytest.raises(CheckpointError, match="files do not say which order theirs have"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_planned_as_they_are_loaded(kind: str, tmp_path: Path) -> None:
+    golden(kind, tmp_path)
+    row = plan(str(tmp_path), context=8).rows[0]
+    model = load(tmp_path)
+    held = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    assert row.verdict == "fits" and abs(row.weights - held) <= 256 * sum(1 for _ in model.modules())
+    assert row.kernels == {"cpu.cpu_tile_a16": 2}

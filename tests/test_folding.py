@@ -32,7 +32,7 @@ SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": KIND
 NEW: list[tuple[str, dict[str, Any], set[str]]] = [
     ("qwen3_5_text", {}, set()),
     ("cohere2", {}, set()),
-    ("deepseek_v3", {}, {"self_attn.o_proj", "shared_experts.gate_proj", "shared_experts.up_proj"}),
+    ("deepseek_v3", {}, {"self_attn.o_proj", "mlp.experts.down_proj"}),
     ("nemotron", {}, {"mlp.down_proj"}),
     ("gemma4_text", SHARED, {"self_attn.o_proj", "per_layer_input_gate", "per_layer_projection"}),
     ("stablelm", {}, set()),  # not in the table

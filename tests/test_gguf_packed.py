@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from qkernels import RTN, QuantLinear, load, load_tokenizer, quantize
+from qkernels import RTN, load, load_tokenizer, quantize
 from qkernels.checkpoint import convert, plan_gguf, to_gguf
 from qkernels.cli.main import main
 from qkernels.errors import ConversionError
 from qkernels.storage.gguf import GgufSource
 from tests.gguf_golden import FILES
+from tests.gguf_written import weights_of
 from tests.tiny_models import tiny_model
 
 pytest.importorskip("transformers")
@@ -35,17 +35,8 @@ def made(floats: Path, out: Path, method: Any, format: str, **options: Any) -> P
     return out
 
 
-def weights_of(path: Path) -> dict[str, Tensor]:
-    """Every parameter in float32, packed ones dequantized."""
-    model = load(path, dtype="float32")
-    packed = {
-        f"{n}.weight": m.dequantize(torch.float32) for n, m in model.named_modules() if isinstance(m, QuantLinear)
-    }
-    return {name: p.detach().float() for name, p in model.named_parameters()} | packed
-
-
 def same(a: Path, b: Path) -> bool:
-    first, second = weights_of(a), weights_of(b)
+    first, second = (weights_of(load(path, dtype="float32")) for path in (a, b))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 

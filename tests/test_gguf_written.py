@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from qkernels import load, load_tokenizer
+from qkernels import load, load_tokenizer, save
 from qkernels.checkpoint import plan_gguf, to_gguf
 from qkernels.cli.main import main
 from qkernels.errors import ArgumentError, CheckpointError, ConversionError
 from qkernels.formats.gguf import dequantize, gguf_blocks, write_importance
 from qkernels.models.gguf_mixes import MIXES
-from qkernels.models.gguf_names import GGUF_ARCHITECTURES
+from qkernels.models.gguf_names import GGUF_ARCHITECTURES, GGUF_MIXTURES
 from qkernels.storage.gguf import GgufSource
 from tests.gguf_golden import FILES, MODELS
-from tests.gguf_written import FIELDS, IDS, importance_of_model, model_directory, tensors_digest
+from tests.gguf_written import FIELDS, IDS, importance_of_model, model_directory, tensors_digest, weights_of
 from tests.llama_cpp import library, llama_cpp_logits
 from tests.tiny_models import tiny_model
 
@@ -80,13 +80,15 @@ def test_golden_data_covers_every_mix_both_ways() -> None:
 
 @pytest.mark.parametrize("mix", ["F32", "F16", "Q8_0", "Q4_K_M", "Q2_K", "IQ4_XS"])
 def test_llama_cpp_computes_our_logits(mix: str, source: Path, tmp_path: Path) -> None:
+    """And the dequantized file's, where it rounds no activations, to the last bits."""
     library()
     to_gguf(source, tmp_path / "m.gguf", mix)
+    to_gguf(tmp_path / "m.gguf", tmp_path / "floats.gguf", "F32")
     with torch.no_grad():
         ours = load(tmp_path / "m.gguf", dtype="float32")(IDS[None]).logits[0]
-    theirs = llama_cpp_logits(tmp_path / "m.gguf", IDS, FIELDS["vocab_size"])
-    error = float(((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).max())
-    assert error < ROUNDED.get(mix, 3e-2)
+    for name, bound in (("m", ROUNDED.get(mix, 3e-2)), ("floats", 1e-4)):
+        theirs = llama_cpp_logits(tmp_path / f"{name}.gguf", IDS, FIELDS["vocab_size"])
+        assert float(((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).max()) < bound, name
 
 
 def test_what_is_read_back_is_what_was_made(source: Path, tmp_path: Path) -> None:
@@ -128,7 +130,9 @@ def directory_of(name: str, path: Path) -> Path:
     return path
 
 
-FLOATS = [name for name in MODELS if name not in ("llama-k", "llama-mixed", "qwen3")]
+MIXTURES = ("mixtral", "olmoe", "qwen2moe", "qwen3moe")
+PACKED = ("llama-k", "llama-mixed", "qwen3", "mixtral", "qwen2moe", "qwen3moe")
+FLOATS = [name for name in MODELS if name not in PACKED]
 # Said by default; ranks of merges instead of scores; what the golden files do not have.
 DEFAULTS = (
     "key_length",
@@ -159,11 +163,12 @@ def test_metadata_and_tensors_are_those_of_gguf_py(name: str, tmp_path: Path) ->
 
 
 def test_every_architecture_is_written() -> None:
-    named = {GgufSource.open(FILES / f"{name}.gguf").get("general.architecture") for name in [*FLOATS, "qwen3"]}
-    assert named == {*GGUF_ARCHITECTURES}
+    ran = [*FLOATS, "qwen3", *MIXTURES]
+    named = {GgufSource.open(FILES / f"{name}.gguf").get("general.architecture") for name in ran}
+    assert named == {*GGUF_ARCHITECTURES, *GGUF_MIXTURES}
 
 
-@pytest.mark.parametrize("name", [*FLOATS, "qwen3"])
+@pytest.mark.parametrize("name", sorted({*FLOATS, "qwen3", *MIXTURES}))
 def test_llama_cpp_runs_every_architecture_in_float32(name: str, tmp_path: Path) -> None:
     """Within the window of Mistral's, which llama.cpp does not know; its GELU comes from a table of float16."""
     library()
@@ -173,6 +178,26 @@ def test_llama_cpp_runs_every_architecture_in_float32(name: str, tmp_path: Path)
         ours = load(tmp_path / "m.gguf", dtype="float32")(ids[None]).logits[0]
     theirs = llama_cpp_logits(tmp_path / "m.gguf", ids, ours.shape[1])
     assert float((ours - theirs).norm() / ours.norm()) < (1e-3 if name.startswith("gemma") else 1e-4)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_of_any_source_are_stacked(name: str, tmp_path: Path) -> None:
+    """Gate apart from up, in one type or another; from files in blocks, and from directories of one expert after the other."""
+    to_gguf(FILES / f"{name}.gguf", tmp_path / "m.gguf", "F32")
+    original, again = (
+        weights_of(load(path, dtype="float32")) for path in (FILES / f"{name}.gguf", tmp_path / "m.gguf")
+    )
+    assert original.keys() == again.keys()
+    assert all(torch.equal(original[key], again[key]) for key in original)
+    plan = to_gguf(FILES / f"{name}.gguf", tmp_path / "q.gguf", "MXFP4_MOE")
+    types = {key.rpartition(".")[0][6:]: entry.chosen.type for key, entry in plan.entries.items() if "blk.0" in key}
+    assert (types["ffn_up_exps"], types["ffn_gate_inp"], types["attn_q"]) == ("MXFP4", "F32", "Q8_0")
+    save(load(tmp_path / "q.gguf", dtype="float32"), tmp_path / "native")
+    load_tokenizer(tmp_path / "q.gguf").save_pretrained(tmp_path / "native")
+    to_gguf(tmp_path / "native", tmp_path / "r.gguf", "MXFP4_MOE")
+    assert tensors_digest(tmp_path / "r.gguf") == tensors_digest(tmp_path / "q.gguf")
+    with pytest.raises(ConversionError, match="quantized experts are not written without loss yet"):
+        to_gguf(tmp_path / "native", tmp_path / "s.gguf")
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------
@@ -189,7 +214,12 @@ def saved(path: Path, model: Any, tokenizer: bool = True) -> Path:
     ("model_type", "fields", "message"),
     [
         ("opt", {}, "GGUF files are written of gemma, .* models, got 'opt'"),
-        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 16}, "got 'qwen3_moe'"),
+        ("granitemoe", {"num_local_experts": 4}, "got 'granitemoe'"),
+        (
+            "qwen3_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": False},
+            "no way to say norm_topk_prob .False, read back as True",
+        ),
         ("llama", {"hidden_act": "gelu"}, "architecture llama has no way to say hidden_act .'gelu', read back as 'silu'"),
         ("gemma", {"hidden_act": "relu"}, "no way to say hidden_act"),
         ("gemma2", {"query_pre_attn_scalar": 100}, "no way to say query_pre_attn_scalar .100, read back as 8"),
@@ -314,7 +344,7 @@ def test_targets_and_arguments(source: Path, tmp_path: Path, capsys: pytest.Capt
     for extra, message in (
         (["--type", "Q4_0", "--bits", "4"], "leave out --bits, or leave out --type"),
         (["--type", "Q4_0", "--scheme", "w4a16_g32"], "leave out --scheme"),
-        (["--type", "Q4_0", "--method", "gptq", "--calibration", "x"], "leave out --method, --calibration"),
+        (["--type", "Q4_0", "--method", "gptq", "--calibration", "x"], "leave out --method, or leave out --type"),
         (["--type", "Q4_0", "--format", "gptq"], "leave out --format"),
         (["--pure"], "--pure belongs to GGUF files: name a type"),
         ([], "for a GGUF file name a type, such as --type Q4_K_M"),

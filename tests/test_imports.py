@@ -29,7 +29,7 @@ STOREYS = (
     ("nn",),
     ("checkpoint", "evaluate"),
     ("generating", "layerwise"),
-    ("calibrate", "engines"),
+    ("calibrate", "engines", "sizing"),
     ("inspection", "planning"),
     ("integrations",),
     ("cli",),

@@ -34,6 +34,7 @@ CLASSES = {
 
 
 BIASED = "12BiasedFormatINS0_8BFloat16ELi{bits}ELi{groups}ELNS0_9GroupKindE{kind}EEELi1EEE"
+CODED = "11CodedFormatINS0_8BFloat16ELNS0_6CodingE{coding}ELb{short}EEELi1EEE"
 WGMMA_64 = "11WgmmaFormatINS0_8BFloat16ELi4ELb0EEELi64EEE"
 A8_128 = "gemm_a8_wgmmaILi4ELb0ELi128EEE"
 
@@ -67,6 +68,9 @@ ROUNDS = {
     ),
     "decode w4 g16": RoundOf("decode_bf16", BIASED.format(bits=4, groups=4, kind=2), {"HMMA": 20, "LDGSTS": 5}),
     "decode w8 g128": RoundOf("decode_bf16", BIASED.format(bits=8, groups=1, kind=0), {"HMMA": 20, "LDGSTS": 9}),
+    "decode nf4 g64": RoundOf("decode_bf16", CODED.format(coding=1, short=0), {"HMMA": 16, "LDGSTS": 5}),
+    "decode mxfp4 g32": RoundOf("decode_bf16", CODED.format(coding=2, short=1), {"HMMA": 16, "LDGSTS": 5}),
+    "decode fp8 channel": RoundOf("decode_bf16", CODED.format(coding=3, short=0), {"HMMA": 16, "LDGSTS": 9}),
     "gemm_sm90 producer of x": RoundOf("gemm_sm90", WGMMA_64, {"UTMALDG": 1}),
     "gemm_sm90 producer of a strip": RoundOf("gemm_sm90", WGMMA_64, {"UBLKCP": 1}),
     "gemm_sm90 producer of a strip and its group": RoundOf("gemm_sm90", WGMMA_64, {"UBLKCP": 2}),
@@ -129,10 +133,12 @@ def mix(body: list[str]) -> dict[str, int]:
 
 
 def families(names: list[str]) -> dict[str, str]:
-    """Mangled name -> name of the template or function, without namespaces and arguments."""
+    """Mangled name -> name of the template or function, without namespaces and arguments; instances for codebooks apart."""
     done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
     return {
-        name: re.sub(r"[<(].*", "", plain.removeprefix("void ")).split("::")[-1] for name, plain in zip(names, done)
+        name: re.sub(r"[<(].*", "", plain.removeprefix("void ")).split("::")[-1]
+        + (" of codebooks" if "CodedFormat" in name else "")
+        for name, plain in zip(names, done)
     }
 
 

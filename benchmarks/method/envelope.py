@@ -34,7 +34,8 @@ class Envelope:
     """One result file.
 
     Args:
-        kind: what its rows are: "kernels", "models", "llama.cpp", "quality", "quality-dequantized", "quality-peers".
+        kind: what its rows are: "kernels", "models", "llama.cpp", "quality", "quality-dequantized", "quality-peers",
+            "gguf-search".
         commit: of the source tree, 7 to 40 hexadecimal digits.
         dirty: whether files other than results differed from that commit.
         machine: `environment.machine_name`.

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> blocks_of(const Tensor& weight_in, const OptionalTens
   const int64_t rows = w.sizes[0], columns = w.sizes[1];
   Tensor out = empty(aoti_torch_dtype_uint8(), {rows, columns / shape.elements * shape.bytes});
   Tensor wrong = empty(aoti_torch_dtype_int64(), {1, 2});
-  std::vector<float> variance(i.has_value() && shape.row_variance && !best ? rows : 0);
+  std::vector<float> variance(i.has_value() && shape.row_variance ? rows : 0);
   std::atomic<int64_t> not_finite{rows}, too_large{rows};
   gguf_blocks({kind, best, w.data, w.type, rows, columns, i.has_value() ? static_cast<const float*>(i->data) : nullptr,
                variance.empty() ? nullptr : variance.data(), static_cast<uint8_t*>(out.mutable_data_ptr()), &not_finite,

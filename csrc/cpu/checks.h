@@ -30,28 +30,12 @@ inline Problem problem_of(const Arguments& a, bool int8_activations) {
 }
 
 inline std::string wrong_codebook(const Arguments& a, bool int8_activations) {
-  if (a.codebook < 0 || a.codebook >= static_cast<int64_t>(Codebook::kCount)) {
-    return text("codebook must be 0 to ", static_cast<int64_t>(Codebook::kCount) - 1, ", got ", a.codebook);
-  }
+  if (const auto wrong = qkernels::wrong_codebook(a); !wrong.empty()) return wrong;
   const auto codebook = static_cast<Codebook>(a.codebook);
-  if (codebook == Codebook::kIntegers) return "";
-  if (codebook_bits(codebook) != a.bits || a.zeros != nullptr) {
-    return text("codebook ", a.codebook, " takes ", codebook_bits(codebook), " bits and no zeros, got bits=", a.bits,
-                a.zeros == nullptr ? "" : " and zeros");
-  }
-  if (int8_activations && integer_step(codebook) == 0.0f) {
+  if (int8_activations && codebook != Codebook::kIntegers && integer_step(codebook) == 0.0f) {
     return text("codebook ", a.codebook, " has values that are no integers: int8 activations do not multiply them");
   }
   return "";
-}
-
-inline std::string wrong_factor(const char* name, const Buffer* b, bool there, const char* type, bool fits,
-                                Shape shape) {
-  if (b == nullptr) return there ? text(name, " must be given with these factors, got None") : "";
-  if (there && fits && has_shape(*b, shape) && b->contiguous) return "";
-  return there ? text(name, " must be contiguous ", type, " ", in_words(shape), " with these factors, got ",
-                      described(*b))
-               : text(name, " must be None with these factors, got ", described(*b));
 }
 
 // Small factors in the place of scales and offsets, and the outer ones, all of one type.

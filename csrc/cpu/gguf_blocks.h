@@ -1,7 +1,7 @@
 // Chunks of sixteen blocks: read, searched, and written as the bytes of their type (qkernels/formats/gguf/basic.py and
 // kquants.py say what lies where).
 #pragma once
-#include "gguf_search.h"
+#include "gguf_best.h"
 
 namespace qkernels::cpu {
 namespace {
@@ -177,11 +177,6 @@ inline void write_block(GgufType type, const Found& found, int b, const GgufShap
   }
 }
 
-inline bool has_minima(GgufType type) {
-  return type == GgufType::kQ4_1 || type == GgufType::kQ5_1 || type == GgufType::kQ2K || type == GgufType::kQ4K ||
-         type == GgufType::kQ5K;
-}
-
 inline void search_plain(GgufType type, const Chunk& c, Found& found) {
   switch (type) {
     case GgufType::kQ4_0:
@@ -221,6 +216,7 @@ inline void search_blocks(const GgufCall& call, int64_t begin, int64_t end) {
     const int count = static_cast<int>(std::min<int64_t>(kBlocks, end - first));
     read_chunk(call, first, count, c);
     search_plain(call.type, c, found);
+    if (call.best) search_best(call.type, c, found);
     for (int b = 0; b < count; ++b) {
       const auto infinite = [](float v) { return (to_half(v) & 0x7fff) >= 0x7c00; };
       if (infinite(found.d[b]) || (has_minima(call.type) && infinite(found.dmin[b]))) {

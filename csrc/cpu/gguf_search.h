@@ -1,112 +1,11 @@
 // llama.cpp's searches (ggml-quants.c; MIT) in lanes, step by step as qkernels/formats/gguf/search.py has them: the
 // reasons are there.
 #pragma once
-#include <cmath>
-
-#include "gguf.h"
-#include "gguf_lanes.h"
-#include "rows.h"
+#include "gguf_chunk.h"
+#include "gguf_tables.h"
 
 namespace qkernels::cpu {
 namespace {
-
-constexpr int kBlocks = 16;  // that are searched together: outer scales then fill the lanes as well
-constexpr int kMostElements = 256;
-constexpr float kTiny = 1e-15f;
-
-// What was found for kBlocks blocks. Small scales and minima by group, group = block * per + its place.
-struct Found {
-  alignas(64) uint8_t codes[kBlocks * kMostElements];
-  alignas(64) float small[kBlocks * 16], minima[kBlocks * 16];
-  alignas(64) float d[kBlocks], dmin[kBlocks];
-};
-
-// The weights of kBlocks blocks, [blocks][elements], and beside them the importance of each; zeros past the end.
-struct Chunk {
-  GgufShape shape;
-  bool weighted;  // whether there is importance
-  alignas(64) float x[kBlocks * kMostElements];
-  alignas(64) float importance[kBlocks * kMostElements];
-  alignas(64) float variance[kBlocks];  // of the row
-
-  int per() const { return shape.elements / shape.group; }
-  int groups() const { return kBlocks * per(); }
-};
-
-// Of sixteen groups, member by member.
-template <int kSize>
-struct Group {
-  Lanes x[kSize], w[kSize];
-};
-
-template <int kSize>
-QK_LANE_INLINE void load_members(const float* from, Lanes* to) {
-  alignas(64) float turned[kSize][kLanes];
-  for (int g = 0; g < kLanes; ++g) {
-    for (int i = 0; i < kSize; ++i) turned[i][g] = from[g * kSize + i];
-  }
-  std::memcpy(to, turned, sizeof turned);
-}
-template <int kSize>
-QK_LANE_INLINE void store_codes(const Lanes* codes, uint8_t* to) {
-  for (int i = 0; i < kSize; ++i) {
-    alignas(64) float values[kLanes];
-    store16(values, codes[i]);
-    for (int g = 0; g < kLanes; ++g) to[g * kSize + i] = static_cast<uint8_t>(static_cast<int>(values[g]));
-  }
-}
-
-// [groups] as `per` times sixteen blocks, and back.
-QK_LANE_INLINE Lanes of_blocks(const float* groups, int per, int s) {
-  alignas(64) float values[kBlocks];
-  for (int b = 0; b < kBlocks; ++b) values[b] = groups[b * per + s];
-  return load16(values);
-}
-QK_LANE_INLINE void to_groups(Lanes value, float* groups, int per, int s) {
-  alignas(64) float values[kBlocks];
-  store16(values, value);
-  for (int b = 0; b < kBlocks; ++b) groups[b * per + s] = values[b];
-}
-// What the blocks of sixteen groups have, from group `first` on.
-QK_LANE_INLINE Lanes for_groups(const float* blocks, int per, int first) {
-  alignas(64) float values[kLanes];
-  for (int g = 0; g < kLanes; ++g) values[g] = blocks[(first + g) / per];
-  return load16(values);
-}
-
-QK_LANE_INLINE Lanes as_half(Lanes v) {
-  alignas(64) float values[kLanes];
-  store16(values, v);
-  for (float& value : values) value = from_half(to_half(value));
-  return load16(values);
-}
-
-// 1 / x, or 0 where that is no number.
-QK_LANE_INLINE Lanes inverse_of(Lanes x) {
-  const Lanes inverse = all(1.0f) / x;
-  return select(magnitude(inverse) < all(INFINITY), inverse, all(0.0f));
-}
-
-// The first member of largest magnitude, with its sign; no -0.
-QK_LANE_INLINE Lanes peak_of(const Lanes* x, int members) {
-  Lanes peak = x[0], size = magnitude(x[0]);
-  for (int i = 1; i < members; ++i) {
-    const Lanes m = magnitude(x[i]);
-    peak = select(m > size, x[i], peak), size = greater(m, size);
-  }
-  return peak + all(0.0f);
-}
-// The first least member.
-QK_LANE_INLINE Lanes least_of(const Lanes* x, int members) {
-  Lanes least = x[0];
-  for (int i = 1; i < members; ++i) least = lesser(x[i], least);
-  return least;
-}
-QK_LANE_INLINE Lanes most_of(const Lanes* x, int members) {
-  Lanes most = x[0];
-  for (int i = 1; i < members; ++i) most = greater(x[i], most);
-  return most;
-}
 
 // Codes of a fit, not kept but made again: clamp((x - from) * inverse), to nearest, plus `offset`; 0 where `none`.
 struct Codes {
@@ -238,11 +137,6 @@ QK_LANE_INLINE Lanes descend(const Members& g, Lanes* codes, int size, float low
   return select(sum_l2 > zero, sum_lx / sum_l2, zero);
 }
 
-// Members of blocks: scales or minima of up to sixteen groups, and the weight of each.
-struct Factors16 {
-  Lanes x[16], w[16];
-};
-
 // Codes 0 ... top of scales or minima, which are not negative; returns the outer factor.
 inline Lanes fit_positive(const Factors16& g, int per, int top_code, Lanes* codes) {
   const Lanes zero = all(0.0f);
@@ -280,30 +174,6 @@ inline Lanes plain_factors(const Factors16& g, int per, int top_code, Lanes* cod
   const Lanes inverse = select(largest > zero, top / largest, zero);
   for (int i = 0; i < per; ++i) codes[i] = clamped(nearest(inverse * g.x[i]), zero, top);
   return largest / top;
-}
-
-// Sum of squares of each block, in order.
-inline void block_squares(const Chunk& c, float* out) {
-  for (int b = 0; b < kBlocks; ++b) out[b] = 0.0f;
-  for (int i = 0; i < c.shape.elements; ++i) {
-    for (int b = 0; b < kBlocks; ++b) {
-      const float v = c.x[b * c.shape.elements + i];
-      out[b] += v * v;
-    }
-  }
-}
-
-QK_LANE_INLINE Lanes member_weight(Lanes x, Lanes importance, Lanes variance) {
-  return importance * root(variance + x * x);
-}
-
-// Sixteen groups from group `first` on, weighed by importance and the variance of their blocks.
-template <int kSize>
-QK_LANE_INLINE void load_weighted(const Chunk& c, int first, const float* variance, Group<kSize>& g) {
-  load_members<kSize>(c.x + first * kSize, g.x);
-  load_members<kSize>(c.importance + first * kSize, g.w);
-  const Lanes v = for_groups(variance, c.per(), first);
-  for (int i = 0; i < kSize; ++i) g.w[i] = member_weight(g.x[i], g.w[i], v);
 }
 
 // Q2_K, Q4_K, Q5_K
@@ -526,41 +396,6 @@ inline void search_q8_0(const Chunk& c, Found& found) {
   store_codes<32>(codes, found.codes);
 }
 
-// --- IQ4's table: which entry is nearest, the upper one of two that are as near ---
-
-alignas(64) constexpr float kIq4Table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-// Entry i + 1 is nearer from here on; the last stands for none.
-alignas(64) constexpr float kIq4Between[16] = {-115.5f, -93.5f, -74,   -57,   -42, -28.5f, -16, -4.5f,
-                                               7,       19,     31.5f, 45.5f, 61,  79,     101, INFINITY};
-
-struct Entry {
-  Lanes index, value;
-};
-QK_LANE_INLINE Entry nearest_entry(Lanes x) {
-#if QK_PART == 16
-  const __m512 between = _mm512_load_ps(kIq4Between), table = _mm512_load_ps(kIq4Table);
-  const __m512 v = (__m512)x.part[0];
-  __m512i index = _mm512_setzero_si512();
-  for (int bit = 8; bit > 0; bit /= 2) {
-    const __m512i at = _mm512_add_epi32(index, _mm512_set1_epi32(bit - 1));
-    const __mmask16 upper = _mm512_cmp_ps_mask(v, _mm512_maskz_permutexvar_ps(0xffff, at, between), _CMP_GE_OQ);
-    index = _mm512_mask_add_epi32(index, upper, index, _mm512_set1_epi32(bit));
-  }
-  Entry out;
-  out.index.part[0] = (FloatPart)_mm512_maskz_cvtepi32_ps(0xffff, index);
-  out.value.part[0] = (FloatPart)_mm512_maskz_permutexvar_ps(0xffff, index, table);
-  return out;
-#else
-  Lanes index = all(0.0f), value = all(kIq4Table[0]);
-  for (int i = 0; i < 15; ++i) {
-    const Mask upper = x >= all(kIq4Between[i]);
-    index = select(upper, all(static_cast<float>(i + 1)), index);
-    value = select(upper, all(kIq4Table[i + 1]), value);
-  }
-  return {index, value};
-#endif
-}
-
 // IQ4_NL, IQ4_XS
 inline void search_iq4(const Chunk& c, Found& found) {
   const int per = c.per(), groups = c.groups();
@@ -621,32 +456,8 @@ inline void search_iq4(const Chunk& c, Found& found) {
   }
 }
 
-inline float half_of_e8m0(int e) { return as_float(e < 2 ? 0x00200000u << e : static_cast<uint32_t>(e - 1) << 23); }
-
-constexpr float kE2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-
-// Codes of E2M1 with scale d, the first of those with the least error.
-QK_LANE_INLINE void e2m1_codes(const Lanes* x, Lanes d, Lanes* codes) {
-  for (int i = 0; i < 32; ++i) {
-    Lanes code = all(0.0f), best = magnitude(x[i]);
-    for (int k = 0; k < 16; ++k) {
-      const Lanes error = magnitude(all(kE2M1[k]) * d - x[i]);
-      const Mask better = error < best;
-      code = select(better, all(static_cast<float>(k)), code), best = select(better, error, best);
-    }
-    codes[i] = code;
-  }
-}
-
-// floor(log2(largest)) + 125, 0 ... 254: the exponent whose largest value, 12, is just above.
-inline float mxfp4_exponent(float largest) {
-  if (!(largest > 0.0f)) return 0.0f;
-  const float power = std::floor(static_cast<float>(std::log2(static_cast<double>(largest)))) + 125.0f;
-  return power < 0.0f ? 0.0f : power > 254.0f ? 254.0f : power;
-}
-
 inline void search_mxfp4(const Chunk& c, Found& found) {
-  Lanes x[32], codes[32];
+  Lanes x[32], codes[32], errors[32];
   load_members<32>(c.x, x);
   alignas(64) float largest[kBlocks], d[kBlocks];
   store16(largest, magnitude(peak_of(x, 32)));
@@ -654,7 +465,7 @@ inline void search_mxfp4(const Chunk& c, Found& found) {
     found.small[b] = mxfp4_exponent(largest[b]);
     d[b] = half_of_e8m0(static_cast<int>(found.small[b])), found.d[b] = 0.0f;
   }
-  e2m1_codes(x, load16(d), codes);
+  e2m1_codes(x, load16(d), codes, errors);
   store_codes<32>(codes, found.codes);
 }
 

@@ -69,6 +69,9 @@ Weight weight_of(const Arguments& a, int64_t K) {
   w.codes = bytes(&a.qweight), w.scales = bytes(&a.scales), w.zeros = bytes(a.zeros);
   w.scale_type = a.scales.type, w.zero_type = a.zeros == nullptr ? Type::kNone : a.zeros->type;
   w.zeros_are_offsets = a.zeros_are_offsets;
+  set_codebook(w, static_cast<Codebook>(a.codebook));
+  w.outer = bytes(a.outer_scales), w.outer_type = a.outer_scales == nullptr ? Type::kNone : a.outer_scales->type;
+  w.outer_divides = static_cast<Factors>(a.factors) == Factors::kNvfp4;
   return w;
 }
 

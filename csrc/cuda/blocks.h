@@ -29,6 +29,7 @@ inline int64_t decode_shared_bytes(const Config& c, int M, int strip, int width,
 
 // --- gemm_sm80 ---
 
+constexpr int kCodedGemmTokens = 64;  // the one size for codes that are no integers
 inline int gemm_strips(int tokens) { return tokens == 32 ? 4 : 2; }
 inline int gemm_shared_bytes(const Config& c, int strip, int width) {
   return (width == 4 ? 4 : 3) * static_cast<int>(round_up(gemm_strips(c.tokens) * strip, 128) + c.tokens * 128);

@@ -23,6 +23,24 @@ inline std::string wrong_place(const char* name, const Buffer& b, int device) {
               past == 0 ? "" : text(" that starts ", past, " bytes past one"));
 }
 
+// NVFP4's e4m3 scales under a factor a row, the only ones that these kernels multiply by.
+inline std::string wrong_factors(const Arguments& a, Shape groups, Shape outer) {
+  const auto factors = static_cast<Factors>(a.factors);
+  if ((factors != Factors::kNvfp4 && factors != Factors::kNvfp4M) ||
+      static_cast<Codebook>(a.codebook) != Codebook::kE2M1) {
+    return text("factors must be 0, or those of NVFP4 with its codebook: the CUDA kernels take no others, got ",
+                a.factors, " with codebook ", a.codebook);
+  }
+  const bool floating = a.outer_scales != nullptr && is_floating(a.outer_scales->type);
+  for (const auto& wrong :
+       {wrong_factor("scales", &a.scales, true, "float8_e4m3fn", a.scales.type == Type::kE4M3, groups),
+        wrong_factor("outer_scales", a.outer_scales, true, "floating", floating, outer),
+        wrong_factor("outer_zeros", a.outer_zeros, false, "", false, outer)}) {
+    if (!wrong.empty()) return wrong;
+  }
+  return wrong_place("outer_scales", *a.outer_scales, a.qweight.device);
+}
+
 // The buffers of one weight [N, K].
 inline std::string wrong_weight(const Arguments& a, int64_t K) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - kStepColumns;
@@ -34,10 +52,7 @@ inline std::string wrong_weight(const Arguments& a, int64_t K) {
     return text("bits must be 2 to 8, group_size positive, N and K 0 to ", kMost, ", got bits=", a.bits,
                 ", group_size=", a.group_size, ", N=", N, ", K=", K);
   }
-  if (a.codebook != 0 || a.factors != 0) {
-    return text("codebook and factors must be 0: the CUDA kernels take integer codes, got ", a.codebook, " and ",
-                a.factors);
-  }
+  if (const auto wrong = wrong_codebook(a); !wrong.empty()) return wrong;
   if (K > a.group_size && a.group_size != 16 && a.group_size != 32 && a.group_size % kStepColumns != 0) {
     return text("group_size must be 16, 32 or a multiple of 64, got ", a.group_size);
   }
@@ -50,7 +65,13 @@ inline std::string wrong_weight(const Arguments& a, int64_t K) {
   const int device = a.qweight.device;
   if (const auto wrong = wrong_place("qweight", a.qweight, device); !wrong.empty()) return wrong;
   const Shape groups = {w.strips, w.groups, kStripRows};
-  if (const auto wrong = wrong_scales(a, groups, false, false); !wrong.empty()) return wrong;
+  if (a.factors != 0) {
+    if (const auto wrong = wrong_factors(a, groups, {w.strips, 1, kStripRows}); !wrong.empty()) return wrong;
+  } else {
+    // Integers have kernels for scales of 16 and 32 bits alone.
+    if (const auto wrong = wrong_scales(a, groups, false, a.codebook != 0); !wrong.empty()) return wrong;
+    if (a.outer_scales != nullptr || a.outer_zeros != nullptr) return "outer_scales and outer_zeros go with factors";
+  }
   if (const auto wrong = wrong_place("scales", a.scales, device); !wrong.empty()) return wrong;
   if (const auto wrong = wrong_zeros(a, groups, false); !wrong.empty() || a.zeros == nullptr) return wrong;
   return wrong_place("zeros", *a.zeros, device);
@@ -85,6 +106,7 @@ inline std::string wrong_decode(const Buffer& x) { return qkernels::wrong_decode
 
 // What gemm_mma_tile_a8 asks for beyond that, of a weight that is right.
 inline std::string wrong_a8(const Arguments& a) {
+  if (a.codebook != 0) return "gemm_mma_tile_a8 takes integer codes: codebook must be 0";
   if (a.zeros != nullptr) return "gemm_mma_tile_a8 takes symmetric weights: zeros must be None";
   const int64_t K = a.x.sizes[1];
   const Weight w = make_weight(a.out_features, K, static_cast<int>(a.bits), a.group_size);

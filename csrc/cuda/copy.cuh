@@ -32,8 +32,8 @@ struct GroupWalk {
 QK_DEVICE void copy_groups(const Weight& w, const GroupFormat& f, int strip, int group, uint32_t to, int thread,
                            int threads, bool valid) {
   const int64_t first = (static_cast<int64_t>(strip) * w.groups + group) * kStripRows;
-  const uint8_t* scales = w.scales + (valid ? first * size_of(f.scale_type) : 0);
-  const uint8_t* zeros = w.zeros + (valid ? first * size_of(f.zero_type) : 0);
+  const uint8_t* scales = w.scales + (valid ? first * f.scale_size : 0);
+  const uint8_t* zeros = w.zeros + (valid ? first * f.zero_size : 0);
   for (int i = thread * 16; i < f.scale_bytes; i += threads * 16) cp_async16_or_zero(to + i, scales + i, valid);
   for (int i = thread * 16; i < f.zero_bytes; i += threads * 16) {
     cp_async16_or_zero(to + f.scale_bytes + i, zeros + i, valid);

@@ -62,10 +62,13 @@ struct GroupChunk {
   const uint8_t* from;
   int stride;
 
+  // kCoded: scales may be of 8 bits.
+  template <bool kCoded>
   static QK_DEVICE GroupChunk at(const Weight& w, const GroupFormat& f, int64_t value, int chunk) {
     const int byte = chunk * 16;
-    if (byte < f.scale_bytes) return {w.scales + value * size_of(f.scale_type) + byte, f.scale_bytes};
-    return {w.zeros + value * size_of(f.zero_type) + byte - f.scale_bytes, f.zero_bytes};
+    if (byte < f.scale_bytes)
+      return {w.scales + value * (kCoded ? f.scale_size : value_size(f.scale_type)) + byte, f.scale_bytes};
+    return {w.zeros + value * (kCoded ? 0 : value_size(f.zero_type)) + byte - f.scale_bytes, f.zero_bytes};
   }
 };
 
@@ -86,6 +89,7 @@ QK_DEVICE void wait_for_slot(int stages) {
 template <class F, int kTokenTiles>
 __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) decode(const DecodeArguments p) {
   QK_SHARED(shared);
+  constexpr bool kCoded = is_coded(F::kCoding);
   constexpr int kUsualStages = decode_stages(8 * kTokenTiles, F::kWidth);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int strip = blockIdx.x * p.warps_n + warp % p.warps_n, part = warp / p.warps_n;
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
   const bool copies_groups = lane < chunks;
   const uint8_t* codes = p.weight.codes + (first_strip * p.weight.steps + begin) * F::kStepBytes + lane * 16;
   GroupChunk groups =
-      GroupChunk::at(p.weight, p.format, (first_strip * p.weight.groups + walk.group) * kStripRows, lane);
+      GroupChunk::at<kCoded>(p.weight, p.format, (first_strip * p.weight.groups + walk.group) * kStripRows, lane);
   // Asks for the next step. `to`, as all addresses of slots below: of the lane's first 16 bytes.
   auto copy_step = [&](uint32_t to) {
 #pragma unroll
@@ -118,7 +122,7 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
     if constexpr (F::kMostChunks > 32) {
       const int64_t value = (first_strip * p.weight.groups + walk.group) * kStripRows;
       for (int more = 32; lane + more < chunks; more += 32) {
-        cp_async16(to + F::kStepBytes + more * 16, GroupChunk::at(p.weight, p.format, value, lane + more).from);
+        cp_async16(to + F::kStepBytes + more * 16, GroupChunk::at<kCoded>(p.weight, p.format, value, lane + more).from);
       }
     }
     walk.advance(p.weight);
@@ -184,7 +188,9 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
     }
     const int n = (blockIdx.x * p.warps_n + column) * kStripRows + 2 * lane;
     if (n < p.out.N_pad) {  // of all lanes or of none
-      if (!all_finite(low, high)) sum_again<typename F::T>(p.weight, p.x, token, n, block, low, high);
+      if constexpr (is_coded(F::kCoding)) apply_outer(p.weight, n, low, high);
+      if (!all_finite(low, high))
+        sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, p.x, token, n, block, low, high);
       store_part<typename F::T>(p.out, blockIdx.y, gridDim.y, token, n, low, high);
     }
   }

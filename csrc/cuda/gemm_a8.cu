@@ -53,7 +53,7 @@ int multiply_a8(const Call& call, const Config& config, void* workspace, void* s
   if (const int error = quantize_a8(call.x, call.type, call.rounding, w.steps, x, x_scales, stream)) return error;
 
   GemmA8Arguments p{};
-  p.weight = w, p.format = group_format(w), p.x = x, p.x_scales = x_scales, p.out = call.out;
+  p.weight = w, p.format = group_format(w, call.type), p.x = x, p.x_scales = x_scales, p.out = call.out;
   p.out.partial = reinterpret_cast<float*>(base + at.partial);
   p.half = call.type == Type::kHalf;
   for (p.shift = 7; w.mid >> (7 - p.shift) > 1;) --p.shift;  // mid is 2^(bits - 1)

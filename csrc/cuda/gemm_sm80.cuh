@@ -119,13 +119,15 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   const int first = m0 + warp_m * kWarpTokens;
   uint32_t again = 0;  // a bit for each token with sums that are not finite
   turn_around<kWarpTokenTiles>(totals, exchange, p.out, first, n, lane, [&](int m, int n, float low, float high) {
+    if constexpr (is_coded(F::kCoding)) apply_outer(p.weight, n, low, high);
     if (!all_finite(low, high)) again |= 1u << (m - first);
     store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
   });
   for (int m = first; again != 0; ++m, again >>= 1) {
     if ((again & 1) == 0) continue;
     float low = bits_to_float(kNaN), high = low;
-    sum_again<typename F::T>(p.weight, {p.x, p.out.M, p.x_columns, p.x_stride, 1, nullptr}, m, n, share, low, high);
+    sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, {p.x, p.out.M, p.x_columns, p.x_stride, 1, nullptr}, m, n,
+                                                   share, low, high);
     store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
   }
 }

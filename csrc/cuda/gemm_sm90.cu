@@ -81,7 +81,7 @@ int clusters_of(const Device& device, Clusters* clusters) {
 cudaError_t launch_gemm_sm90(const Call& call, const Config& c, cudaStream_t stream) {
   if (!tma_reads(call.x) || c.splits < 1) return cudaErrorInvalidValue;
   WgmmaArguments p{};
-  p.weight = call.weight, p.format = group_format(call.weight), p.plain_x = call.x, p.out = call.out;
+  p.weight = call.weight, p.format = group_format(call.weight, call.type), p.plain_x = call.x, p.out = call.out;
   p.strip_bytes = stage_bytes(call.weight), p.stage_bytes = wgmma_stage_bytes(c.tokens, p.strip_bytes);
   p.stages = wgmma_stages(c.tokens, p.strip_bytes, c.stages), p.clusters = adds_in_cluster(c);
   if (p.stages < 2) return cudaErrorInvalidValue;

@@ -99,7 +99,7 @@ QK_DEVICE void produce_strip(const Weight& w, const GroupFormat& f, Ring ring, i
   GroupWalk walk = GroupWalk::at(w, begin);
   const uint8_t* codes = w.codes + (static_cast<int64_t>(strip) * w.steps + begin) * kStepBytes;
   const int64_t first = (static_cast<int64_t>(strip) * w.groups + walk.group) * kStripRows;
-  const uint8_t *scales = w.scales + first * size_of(f.scale_type), *zeros = w.zeros + first * size_of(f.zero_type);
+  const uint8_t *scales = w.scales + first * f.scale_size, *zeros = w.zeros + first * f.zero_size;
   const int group_bytes = f.scale_bytes + f.zero_bytes;
   bool opens = true;  // the step is the first of its group here
   for (int step = begin; step < end; ++step) {

@@ -26,7 +26,8 @@ struct Problem {
   int sm, multiprocessors;
   int groups_per_step, steps_per_group, groups;  // as Weight has them
   bool float_zeros;                              // zeros or offsets that are no integers
-  Clusters clusters;                             // of the device
+  Coding coding;
+  Clusters clusters;  // of the device
 
   int width() const { return bits <= 4 ? 4 : 8; }
   int strips() const { return divide_up(N, kStripRows); }
@@ -57,13 +58,14 @@ inline Problem problem_of(const Weight& w, int M, int bits, int act_bits, bool h
           w.steps_per_group,
           w.groups,
           is_floating(w.zero_type),
+          coding_of(w.codebook),
           clusters};
 }
 
 inline bool operator==(const Problem& a, const Problem& b) {
   auto values = [](const Problem& p) {
     return std::tie(p.M, p.N, p.K, p.bits, p.act_bits, p.group_bytes, p.half, p.aligned, p.sm, p.multiprocessors,
-                    p.groups_per_step, p.steps_per_group, p.groups, p.float_zeros);
+                    p.groups_per_step, p.steps_per_group, p.groups, p.float_zeros, p.coding);
   };
   return values(a) == values(b) && std::memcmp(&a.clusters, &b.clusters, sizeof a.clusters) == 0;
 }
@@ -168,14 +170,21 @@ constexpr double kDecodeRounds[2][3][3][3] = {{{{218, 255, 280}, {262, 318, 350}
                                               {{{339, 384, 406}, {478, 478, 510}, {587, 587, 672}},
                                                {{371, 439, 563}, {631, 631, 631}, {1145, 1145, 1145}},
                                                {{787, 787, 787}, {918, 918, 918}, {1145, 1145, 1145}}}};
+// Of codes that are no integers: [kTable, kE2M1, kFloat8][groups of 64 and more, shorter][8, 32 tokens].
+constexpr double kCodedRounds[3][2][2] = {{{534, 650}, {665, 917}}, {{534, 650}, {531, 783}}, {{472, 579}, {591, 843}}};
 // card.decode_slots: what a round of the first of them costs, by which a fit changes all.
 inline double decode_instructions(const Problem& p, const Card& card, int tokens) {
+  if (is_coded(p.coding)) {
+    return kCodedRounds[static_cast<int>(p.coding) - 1][p.short_groups()][tokens > 8] * card.decode_slots /
+           kDecodeRounds[0][0][0][0];
+  }
   const auto& rounds = kDecodeRounds[p.bits > 4][p.groups_per_step / 2][tokens / 16];
   return rounds[p.group_kind()] * card.decode_slots / kDecodeRounds[0][0][0][0];
 }
 // 64 rows and 32 tokens.
 inline double gemm_instructions(const Problem& p) {
-  return (p.short_groups() ? 1090 : 360) + (p.bits > 4 ? 120 : 0) + (p.float_zeros ? 80 : 0);
+  return (p.short_groups() ? 1090 : 360) + (p.bits > 4 ? 120 : 0) + (p.float_zeros ? 80 : 0) +
+         (is_coded(p.coding) ? 220 : 0);  // a table's permutations
 }
 // 16 rows and all tokens of a block, along the executed path at 64 tokens; at a group's end an FMA for each of a lane's
 // sums, and 33 for its scales, zeros and the wait. Scaled fragments: a static count.
@@ -313,7 +322,8 @@ template <class Visit>
 void each_config(const Problem& p, bool half_accumulate, const Visit& visit) {
   auto tiles = [&](Path path, int most, int least) {
     for (int tokens = most; tokens >= least; tokens /= 2) {
-      const bool half = path == Path::kGemm && half_accumulate && p.half && p.bits <= 4 && tokens > 32;
+      const bool half =
+          path == Path::kGemm && half_accumulate && p.half && p.bits <= 4 && tokens > 32 && !is_coded(p.coding);
       for (int splits = 1; splits <= most_splits(p); splits = next_splits(splits)) {
         visit(Config{path, tokens, 0, 0, splits, half});
       }
@@ -324,8 +334,9 @@ void each_config(const Problem& p, bool half_accumulate, const Visit& visit) {
     if (p.K > 0) tiles(Path::kGemmA8Sm90, 256, 64);
     return;
   }
+  const bool coded = is_coded(p.coding);
   if (p.M <= kMaxDecodeTokens) {
-    const int tokens = p.M <= 8 ? 8 : p.M <= 16 ? 16 : 32;
+    const int tokens = p.M <= 8 ? 8 : p.M <= 16 && !coded ? 16 : 32;
     for (int warps = 4; warps <= most_decode_warps(tokens); warps *= 2) {
       for (int warps_n = 1; warps_n <= warps; warps_n *= 2) {
         for (int splits = 1; splits <= most_splits(p); splits = next_splits(splits)) {
@@ -334,8 +345,8 @@ void each_config(const Problem& p, bool half_accumulate, const Visit& visit) {
       }
     }
   }
-  tiles(Path::kGemm, 128, 32);
-  if (p.K > 0) tiles(Path::kGemmSm90, 256, 16);
+  coded ? tiles(Path::kGemm, kCodedGemmTokens, kCodedGemmTokens) : tiles(Path::kGemm, 128, 32);
+  if (p.K > 0 && !coded) tiles(Path::kGemmSm90, 256, 16);
   visit(Config{Path::kDequantize, 0, 0, 0, 1, false});
 }
 

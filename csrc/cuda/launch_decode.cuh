@@ -1,7 +1,7 @@
-// How an instance of decode is found and launched, for one type of activations, each a translation unit of its own: 25
+// How an instance of decode is found and launched, for one type of activations, each a translation unit of its own: 35
 // instances. 14 of 8 tokens, for each width 4 for the usual scales and zeros (GroupKind) in groups of 32 and of 64 or
 // more, and 3 for all others and groups of 16; 7 of 16 tokens, where only symmetric 4 bit in groups of 64 and more has
-// one of its own (the others do not fit 128 registers); 4 of 32.
+// one of its own (the others do not fit 128 registers); 4 of 32. Codes that are no integers: 5 of 8 and 5 of 32 tokens.
 #pragma once
 #include "blocks.h"
 #include "decode.cuh"
@@ -59,6 +59,18 @@ cudaError_t launch_width(const DecodeLaunch& launch) {
   }
 }
 
+template <class T, int kTokenTiles>
+cudaError_t launch_coded(const DecodeLaunch& launch, Coding coding) {
+  const bool short_groups = launch.p.format.groups_per_step > 1;
+  if (coding == Coding::kFloat8) {
+    return short_groups ? launch.run<CodedFormat<T, Coding::kFloat8, true>, kTokenTiles>()
+                        : launch.run<CodedFormat<T, Coding::kFloat8, false>, kTokenTiles>();
+  }
+  if (!short_groups) return launch.run<CodedFormat<T, Coding::kTable, false>, kTokenTiles>();
+  return coding == Coding::kE2M1 ? launch.run<CodedFormat<T, Coding::kE2M1, true>, kTokenTiles>()
+                                 : launch.run<CodedFormat<T, Coding::kTable, true>, kTokenTiles>();
+}
+
 template <class T>
 cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t stream) {
   const int warps = config.warps_n * config.warps_k;
@@ -68,7 +80,7 @@ cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t s
     return cudaErrorInvalidValue;
   }
   DecodeArguments p{};
-  p.weight = call.weight, p.format = group_format(call.weight), p.x = call.x, p.out = call.out;
+  p.weight = call.weight, p.format = group_format(call.weight, call.type), p.x = call.x, p.out = call.out;
   p.aligned = is_aligned(call.x);
   p.warps_n = config.warps_n, p.warps_k = config.warps_k;
   p.steps_per_block = divide_up(call.weight.steps, config.splits);
@@ -78,6 +90,11 @@ cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t s
   const size_t shared = decode_shared_bytes(config, call.x.M, p.stage_bytes, call.weight.width, call.weight.steps);
   const dim3 grid(divide_up(call.weight.strips, config.warps_n), config.splits);
   const DecodeLaunch launch{p, config.tokens, grid, shared, stream};
+  if (const Coding coding = coding_of(call.weight.codebook); is_coded(coding)) {
+    return config.tokens == 8    ? launch_coded<T, 1>(launch, coding)
+           : config.tokens == 32 ? launch_coded<T, 4>(launch, coding)
+                                 : cudaErrorInvalidValue;
+  }
   return call.weight.width == 4 ? launch_width<T, 4>(launch) : launch_width<T, 8>(launch);
 }
 

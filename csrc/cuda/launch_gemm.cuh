@@ -1,5 +1,6 @@
 // How an instance of gemm is found and launched, for one type of activations: 12 instances, and two with fp16
-// accumulation for fp16. Each type is a translation unit of its own.
+// accumulation for fp16; 4 for codes that are no integers, all of 64 tokens. Each type is a translation unit of its
+// own.
 #pragma once
 #include "blocks.h"
 #include "gemm_sm80.cuh"
@@ -34,14 +35,28 @@ cudaError_t launch_tokens(const GemmArguments& p, const Config& c, cudaStream_t 
   }
 }
 
+template <class F>
+cudaError_t launch_coded_gemm(const GemmArguments& p, const Config& c, cudaStream_t stream) {
+  if (c.tokens != kCodedGemmTokens || c.half_accumulate) return cudaErrorInvalidValue;
+  return launch_tile<F, 2, 2>(p, c, stream);
+}
+
 template <class T>
 cudaError_t launch_gemm(const Call& call, const Config& c, cudaStream_t stream) {
   if (!is_aligned(call.x) || c.splits < 1) return cudaErrorInvalidValue;
   GemmArguments p{};
-  p.weight = call.weight, p.format = group_format(call.weight), p.out = call.out;
+  p.weight = call.weight, p.format = group_format(call.weight, call.type), p.out = call.out;
   p.x = call.x.x, p.x_stride = call.x.row_stride, p.x_columns = call.x.K;
   p.strip_bytes = stage_bytes(call.weight);
   const bool short_groups = p.weight.groups_per_step > 1;
+  if (p.weight.codebook != Codebook::kIntegers) {
+    if (p.weight.width == 8) {
+      return short_groups ? launch_coded_gemm<CodedFormat<T, Coding::kFloat8, true>>(p, c, stream)
+                          : launch_coded_gemm<CodedFormat<T, Coding::kFloat8, false>>(p, c, stream);
+    }
+    return short_groups ? launch_coded_gemm<CodedFormat<T, Coding::kTable, true>>(p, c, stream)
+                        : launch_coded_gemm<CodedFormat<T, Coding::kTable, false>>(p, c, stream);
+  }
   if (p.weight.width == 4) {
     return short_groups ? launch_tokens<Format<T, 4, true>>(p, c, stream)
                         : launch_tokens<Format<T, 4, false>>(p, c, stream);

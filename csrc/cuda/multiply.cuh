@@ -14,7 +14,7 @@
 #pragma once
 #include <type_traits>
 
-#include "dequantize.cuh"
+#include "codes.cuh"
 
 namespace qkernels::cuda {
 
@@ -27,10 +27,17 @@ template <class Activation, int kWidth_, bool kShortGroups_>
 struct Format {
   using T = Activation;
   static constexpr int kWidth = kWidth_;
+  static constexpr Coding kCoding = Coding::kIntegers;
   static constexpr bool kBiased = false;               // multiply_biased.cuh
   static constexpr bool kShortGroups = kShortGroups_;  // of 16 or 32 columns
   static constexpr int kStepBytes = step_bytes(kWidth);
   static constexpr int kMostChunks = kShortGroups ? 128 : 32;  // of scales and zeros of a step, 16 bytes each
+};
+
+// The same of weights whose codes are no integers, and have no zeros.
+template <class Activation, Coding kCoding_, bool kShortGroups_>
+struct CodedFormat : Format<Activation, kCoding_ == Coding::kFloat8 ? 8 : 4, kShortGroups_> {
+  static constexpr Coding kCoding = kCoding_;
 };
 
 // How scales and zeros lie behind a strip's codes in a stage, and what they mean.
@@ -40,11 +47,16 @@ struct GroupFormat {
   int mid;
   int groups_per_step;
   int scale_bytes, zero_bytes;  // of one strip and step
+  int scale_size, zero_size;    // bytes of a value
+  CodeValues values;            // of codes that are no integers
 };
 
-inline GroupFormat group_format(const Weight& w) {
+// `type`: of x.
+inline GroupFormat group_format(const Weight& w, Type type) {
   const GroupBytes bytes = group_bytes(w);
-  return {w.scale_type, w.zero_type, w.zeros_are_offsets, w.mid, w.groups_per_step, bytes.scales, bytes.zeros};
+  return {w.scale_type,         w.zero_type,         w.zeros_are_offsets, w.mid,
+          w.groups_per_step,    bytes.scales,        bytes.zeros,         size_of(w.scale_type),
+          size_of(w.zero_type), code_values(w, type)};
 }
 
 // Bytes of a strip's codes, scales and zeros for 64 columns.
@@ -57,9 +69,13 @@ inline int stage_bytes(const Weight& w) {
 // one ldmatrix reads meet all 32 banks.
 QK_DEVICE uint32_t swizzled(int token, int chunk) { return token * kTokenBytes + ((chunk ^ (token & 7)) << 4); }
 
-// Two floating values next to each other in shared memory: rows r and r + 8 of a tile.
+// Two floating values next to each other in shared memory: rows r and r + 8 of a tile. kCoded: of 8 bits, too.
+template <bool kCoded = false>
 QK_DEVICE void load_pair(Type type, uint32_t base, int index, float& low, float& high) {
-  if (type == Type::kFloat) {
+  if (kCoded && is_small(type)) {
+    const uint32_t v = load_shared2(base + index);
+    low = small_to_float(type, v & 0xff), high = small_to_float(type, v >> 8);
+  } else if (type == Type::kFloat) {
     const Words2 v = load_shared8(base + index * 4);
     low = bits_to_float(v.word[0]), high = bits_to_float(v.word[1]);
   } else {
@@ -85,9 +101,22 @@ QK_DEVICE void unpack_eight(bool half, const Words4& v, float (&value)[8]) {
   }
 }
 
-// Eight floating values in a row: a lane's rows of a whole strip.
+// Bytes of a value that is not of 8 bits but an integer. Four answers, not two: that is what ptxas finds 128 registers
+// for.
+QK_DEVICE int value_size(Type type) {
+  return type == Type::kNone ? 0 : type == Type::kUInt8 ? 1 : type == Type::kFloat ? 4 : 2;
+}
+
+// Eight floating values in a row: a lane's rows of a whole strip. kCoded: of 8 bits, too.
+template <bool kCoded = false>
 QK_DEVICE void load_eight(Type type, uint32_t base, int index, float (&value)[8]) {
-  const Words4 v = load_shared16(base + index * size_of(type));
+  if (kCoded && is_small(type)) {
+    const Words2 v = load_shared8(base + index);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) value[i] = small_to_float(type, v.word[i / 4] >> (i % 4 * 8) & 0xff);
+    return;
+  }
+  const Words4 v = load_shared16(base + index * value_size(type));
   if (type == Type::kFloat) {
     const Words4 w = load_shared16(base + index * 4 + 16);
 #pragma unroll
@@ -111,11 +140,13 @@ QK_DEVICE float rest_of(const GroupFormat& f, float scale, float zero) {
 }
 
 // `index`: of row r among the values of the step (group_place in layout.h; row r + 8 is next to it).
+template <bool kCoded = false>
 QK_DEVICE RowGroup load_group(const GroupFormat& f, uint32_t scales, int index) {
   RowGroup g;
-  load_pair(f.scale_type, scales, index, g.scale, g.scale8);
+  load_pair<kCoded>(f.scale_type, scales, index, g.scale, g.scale8);
   g.zero = g.zero8 = f.mid;
   g.rest = g.rest8 = 0.0f;
+  if constexpr (kCoded) return g;
   const uint32_t zeros = scales + f.scale_bytes;
   if (f.zero_type == Type::kUInt8) {
     const uint32_t pair = load_shared2(zeros + index);
@@ -130,14 +161,16 @@ QK_DEVICE RowGroup load_group(const GroupFormat& f, uint32_t scales, int index) 
 
 // The same for a lane's eight rows of a strip, which lie next to each other: one load and one branch on the type where
 // tile by tile would take four of each, in the middle of the mma.
+template <bool kCoded>
 QK_DEVICE void load_groups(const GroupFormat& f, uint32_t scales, int r, RowGroup (&g)[kTilesPerStrip]) {
   float scale[8];
-  load_eight(f.scale_type, scales, 8 * r, scale);
+  load_eight<kCoded>(f.scale_type, scales, 8 * r, scale);
 #pragma unroll
   for (int tile = 0; tile < kTilesPerStrip; ++tile) {
     const uint32_t mid = f.mid;
     g[tile] = {scale[2 * tile], scale[2 * tile + 1], 0.0f, 0.0f, mid, mid};
   }
+  if constexpr (kCoded) return;
   const uint32_t zeros = scales + f.scale_bytes;
   if (f.zero_type == Type::kUInt8) {
     const Words2 v = load_shared8(zeros + 8 * r);
@@ -158,6 +191,17 @@ QK_DEVICE void load_groups(const GroupFormat& f, uint32_t scales, int r, RowGrou
 }
 
 QK_DEVICE bool has_rest(const GroupFormat& f) { return f.zero_type != Type::kNone && f.zero_type != Type::kUInt8; }
+
+// The A operand of 16 rows and columns.
+template <class F>
+QK_DEVICE void unpack(const GroupFormat& f, const RowGroup& g, const uint32_t (&q)[F::kWidth / 4], uint32_t (&a)[4]) {
+  using C = Codes<typename F::T, F::kWidth>;
+  if constexpr (is_coded(F::kCoding)) {
+    Values<typename F::T, F::kCoding>::unpack(f.values, q, a);
+  } else {
+    C::unpack(q, C::zeros(g.zero, g.zero8), a);
+  }
+}
 
 // Never. But ptxas does not know it, and moves nothing past a branch: without one between two tiles it brings so much
 // forward that it spills, where 16 warps of 16 tokens have 128 registers each.
@@ -241,15 +285,29 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
                              CodesRing<F::kWidth>& ring, const TokenFragments<kTokenTiles>& b, int lane,
                              const Hook& before_last_tile = {}) {
   using T = typename F::T;
+  constexpr bool kCoded = is_coded(F::kCoding);
   const int r = lane >> 2;
   const uint32_t scales = codes + F::kStepBytes;
 
   [[maybe_unused]] RowGroup groups[kTilesPerStrip];
-  if constexpr (!F::kShortGroups) load_groups(format, scales, r, groups);
+  if constexpr (!F::kShortGroups) load_groups<kCoded>(format, scales, r, groups);
+
+  // Groups of 32 are summed in two parts, with the same scale.
+  [[maybe_unused]] auto group_of = [&](int s) { return format.groups_per_step == 4 ? s : s / 2; };
+  // Of decode, which has the registers and wants few branches: 585 instructions a round of e2m1 became 531, and the
+  // stalls of a warp 851 cycles of 1729.
+  constexpr bool kScalesFirst = kCoded && F::kShortGroups && std::is_same_v<Hook, Nothing>;
+  [[maybe_unused]] float short_scales[kStepsOf16][2 * kTilesPerStrip];
+  if constexpr (kScalesFirst) {
+#pragma unroll
+    for (int s = 0; s < kStepsOf16; ++s) {
+      load_eight<true>(format.scale_type, scales, group_of(s) * kStripRows + 8 * r, short_scales[s]);
+    }
+  }
 
   const uint32_t ones[4] = {T::kOnes, T::kOnes, T::kOnes, T::kOnes};
   [[maybe_unused]] float x_sums[kTokenTiles][4] = {};
-  if constexpr (!F::kShortGroups) {
+  if constexpr (!F::kShortGroups && !kCoded) {
     if (has_rest(format)) {
 #pragma unroll
       for (int s = 0; s < kStepsOf16; ++s) {
@@ -264,9 +322,12 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
     if (kTokenTiles == 2 && ends_here(format)) break;
     if (tile + 1 < kTilesPerStrip) load_codes<F::kWidth>(ring[(tile + 1) % 2], codes, tile + 1, lane);
     const LaneCodes<F::kWidth>& q = ring[tile % 2];
-    [[maybe_unused]] auto load_short_group = [&](int s) {  // groups of 32 are summed in two parts, with the same scale
-      const int group = format.groups_per_step == 4 ? s : s / 2;
-      return load_group(format, scales, group * kStripRows + 8 * r + 2 * tile);
+    [[maybe_unused]] auto load_short_group = [&](int s) {
+      if constexpr (kScalesFirst) {
+        const uint32_t mid = format.mid;
+        return RowGroup{short_scales[s][2 * tile], short_scales[s][2 * tile + 1], 0.0f, 0.0f, mid, mid};
+      }
+      return load_group<kCoded>(format, scales, group_of(s) * kStripRows + 8 * r + 2 * tile);
     };
     const bool hooked = !std::is_same_v<Hook, Nothing> && tile == kTilesPerStrip - 1;
     [[maybe_unused]] RowGroup short_groups[kStepsOf16];
@@ -280,12 +341,11 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
 
     if constexpr (!F::kShortGroups) {
       const RowGroup& g = groups[tile];
-      const Zeros z = Codes<T, F::kWidth>::zeros(g.zero, g.zero8);
       PartialSums<T, kTokenTiles, kHalfAccumulate> part;
 #pragma unroll
       for (int s = 0; s < kStepsOf16; ++s) {
         uint32_t a[4];
-        Codes<T, F::kWidth>::unpack(q[s], z, a);
+        unpack<F>(format, g, q[s], a);
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) part.add(i, a, b[i][s]);
       }
@@ -296,7 +356,7 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
           totals[tile][i][j] = fmaf(part.get(i, j), j < 2 ? g.scale : g.scale8, totals[tile][i][j]);
         }
       }
-      if (has_rest(format)) {
+      if (!kCoded && has_rest(format)) {
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
@@ -310,7 +370,7 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
       for (int s = 0; s < kStepsOf16; ++s) {
         const RowGroup g = hooked ? short_groups[s] : load_short_group(s);
         uint32_t a[4];
-        Codes<T, F::kWidth>::unpack(q[s], Codes<T, F::kWidth>::zeros(g.zero, g.zero8), a);
+        unpack<F>(format, g, q[s], a);
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) {
           float part[4] = {};
@@ -319,7 +379,8 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
           for (int j = 0; j < 4; ++j) {
             totals[tile][i][j] = fmaf(part[j], j < 2 ? g.scale : g.scale8, totals[tile][i][j]);
           }
-          if (has_rest(format)) {  // the sum of x again for every tile: short groups with floating zeros are rare
+          if (!kCoded &&
+              has_rest(format)) {  // the sum of x again for every tile: short groups with floating zeros are rare
             float x_sum[4] = {};
             T::mma(x_sum, ones, b[i][s]);
 #pragma unroll

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../activations.h"
+#include "../codebooks.h"
 #include "layout.h"
 
 namespace qkernels::cuda {
@@ -23,6 +24,12 @@ struct Weight {
   Type scale_type;
   Type zero_type;          // kUInt8: zero points, subtracted exactly; floating: zero points, or
   bool zeros_are_offsets;  // offsets, which are added after scaling
+  // Codes that are no integers have no zeros; scales may then be of 8 bits, or multiply (divide by) another one a row.
+  Codebook codebook;
+  float table[16];       // the values of a codebook of 4 bits
+  const uint8_t* outer;  // [strips][64], rows as those of scales; null: none
+  Type outer_type;
+  bool outer_divides;
 };
 
 // `group` is QuantScheme.group_length(K): with one group it may be any length, else 16, 32 or a multiple of 64.
@@ -40,6 +47,32 @@ inline Weight make_weight(int64_t N, int64_t K, int bits, int64_t group) {
   w.width = bits <= 4 ? 4 : 8;
   w.mid = 1 << (bits - 1);
   return w;
+}
+
+// How codes become values. All but the first are codebooks.
+enum class Coding { kIntegers, kTable, kE2M1, kFloat8 };
+
+// kE2M1 is for short groups, as MXFP4 and NVFP4 have; elsewhere a table serves it.
+inline Coding coding_of(Codebook codebook) {
+  switch (codebook) {
+    case Codebook::kIntegers:
+      return Coding::kIntegers;
+    case Codebook::kE2M1:
+      return Coding::kE2M1;
+    case Codebook::kE4M3:
+    case Codebook::kE5M2:
+      return Coding::kFloat8;
+    default:
+      return Coding::kTable;
+  }
+}
+
+QK_CONSTEXPR bool is_coded(Coding coding) { return coding != Coding::kIntegers; }
+
+// What its codes mean (codebooks.h).
+inline void set_codebook(Weight& w, Codebook codebook) {
+  w.codebook = codebook;
+  for (int code = 0; code < 16; ++code) w.table[code] = codebook_value(codebook, code);
 }
 
 // Bytes of a strip's scales and zeros for 64 columns.

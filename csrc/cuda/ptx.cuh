@@ -264,6 +264,7 @@ QK_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
 
 QK_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 QK_DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }
+QK_DEVICE float divide_rounded(float a, float b) { return __fdiv_rn(a, b); }
 
 // ---- conversions, to nearest even ----
 

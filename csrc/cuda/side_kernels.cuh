@@ -91,7 +91,7 @@ QK_DEVICE void store_columns(const DequantizeArguments& p, int row, int k, const
 // columns in a row, a store would meet every other half of four). A lane needs four of the eight codes of each word
 // that it reads, so that two lanes read the same; these reads are four bytes from lines that L1 keeps, and there are 4
 // (8) times as many bytes to write as to read.
-template <int kWidth>
+template <int kWidth, bool kCoded>
 __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const DequantizeArguments p) {
   const Weight& w = p.weight;
   const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const Dequan
   // Columns 32 j + 8 c ... + 7 of rows r and r + 8: half `right` of the words of 16 columns `s` of lanes 4 r + 0 ... 3.
   const uint8_t* codes = w.codes + (static_cast<int64_t>(p.first_strip + strip) * w.steps + step) * step_bytes(kWidth);
   const int right = c & 1;
+  const auto value = [&w](uint32_t code) { return code_value<kCoded>(w, code); };
   float code[2][2][8];  // [j][row r, row r + 8][column]
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -111,15 +112,15 @@ __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const Dequan
       const int lane_bytes = (4 * r + lane_c) * 16;
       if constexpr (kWidth == 4) {  // nibbles of row r and r + 8, of even and odd columns: which, see layout.h
         const uint32_t q = load_global4(codes + tile * kTileBytes + lane_bytes + s * 4) >> (8 * right);
-        code[j][0][2 * lane_c] = static_cast<float>(q & 15), code[j][1][2 * lane_c] = static_cast<float>(q >> 4 & 15);
-        code[j][0][2 * lane_c + 1] = static_cast<float>(q >> 16 & 15);
-        code[j][1][2 * lane_c + 1] = static_cast<float>(q >> 20 & 15);
+        code[j][0][2 * lane_c] = value(q & 15), code[j][1][2 * lane_c] = value(q >> 4 & 15);
+        code[j][0][2 * lane_c + 1] = value(q >> 16 & 15);
+        code[j][1][2 * lane_c + 1] = value(q >> 20 & 15);
       } else {
         const uint32_t q =
             load_global4(codes + (j * kTilesPerStrip + tile) * kTileBytes + lane_bytes + (c >> 1) * 8 + right * 4);
-        code[j][0][2 * lane_c] = static_cast<float>(q & 255), code[j][1][2 * lane_c] = static_cast<float>(q >> 8 & 255);
-        code[j][0][2 * lane_c + 1] = static_cast<float>(q >> 16 & 255);
-        code[j][1][2 * lane_c + 1] = static_cast<float>(q >> 24);
+        code[j][0][2 * lane_c] = value(q & 255), code[j][1][2 * lane_c] = value(q >> 8 & 255);
+        code[j][0][2 * lane_c + 1] = value(q >> 16 & 255);
+        code[j][1][2 * lane_c + 1] = value(q >> 24);
       }
     }
   }
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const Dequan
       if (j == 0 || w.groups_per_step > 1) {
         const int in_step = w.groups_per_step == 4 ? 2 * j + (c >> 1) : w.groups_per_step == 2 ? j : 0;
         const int64_t place = (first_group + in_step) * kStripRows + 8 * r + 2 * tile + high;
-        group = load_group_values(w, place);
+        group = load_group_values<kCoded>(w, place);
       }
       const int k = step * kStepColumns + 32 * j + 8 * c;
       float values[8];

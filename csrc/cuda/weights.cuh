@@ -1,34 +1,57 @@
-// The value of a weight, from global memory: as QuantTensor.dequantize defines it, bit for bit.
+// The value of a weight, from global memory: as QuantTensor.dequantize defines it, bit for bit. kCoded: of codes that
+// are no integers; without it nothing asks which, since kernels of 128 registers have none for the question.
 #pragma once
+#include "codes.cuh"
 #include "problem.h"
 #include "ptx.cuh"
 
 namespace qkernels::cuda {
 
+template <bool kCoded>
 QK_DEVICE float load_group_value(Type type, const uint8_t* base, int64_t i) {
   if (type == Type::kUInt8) return static_cast<float>(load_global1(base + i));
+  if (kCoded && is_small(type)) return small_to_float(type, load_global1(base + i));
   if (type == Type::kFloat) return bits_to_float(load_global4(base + i * 4));
   const uint16_t bits = load_global2(base + i * 2);
   return type == Type::kHalf ? f16_to_float(bits) : bf16_to_float(bits);
 }
 
-// Scale and zero at one place of their buffers.
+// Scale and zero at one place of their buffers. A product (quotient) of two factors is rounded once.
 struct GroupValues {
   float scale, zero;
 };
 
+template <bool kCoded>
 QK_DEVICE GroupValues load_group_values(const Weight& w, int64_t place) {
-  return {load_group_value(w.scale_type, w.scales, place),
-          w.zero_type == Type::kNone ? static_cast<float>(w.mid) : load_group_value(w.zero_type, w.zeros, place)};
+  GroupValues g{load_group_value<kCoded>(w.scale_type, w.scales, place), 0.0f};
+  if (!kCoded) {
+    g.zero =
+        w.zero_type == Type::kNone ? static_cast<float>(w.mid) : load_group_value<false>(w.zero_type, w.zeros, place);
+  } else if (w.outer != nullptr) {
+    const int64_t row = place / kStripRows / w.groups * kStripRows + place % kStripRows;
+    const float outer = load_group_value<false>(w.outer_type, w.outer, row);
+    g.scale = w.outer_divides ? divide_rounded(g.scale, outer) : multiply_rounded(g.scale, outer);
+  }
+  return g;
+}
+
+// What a code means, before zero and scale.
+template <bool kCoded>
+QK_DEVICE float code_value(const Weight& w, uint32_t code) {
+  if (!kCoded) return static_cast<float>(code);
+  if (w.codebook == Codebook::kE4M3) return e4m3_to_float(code);
+  if (w.codebook == Codebook::kE5M2) return e5m2_to_float(code);
+  return w.table[code & 15];
 }
 
 // Every operation is rounded by itself.
-QK_DEVICE float dequantized(const Weight& w, float code, const GroupValues& g) {
-  return w.zeros_are_offsets ? add_rounded(multiply_rounded(code, g.scale), g.zero)
-                             : multiply_rounded(code - g.zero, g.scale);
+QK_DEVICE float dequantized(const Weight& w, float value, const GroupValues& g) {
+  return w.zeros_are_offsets ? add_rounded(multiply_rounded(value, g.scale), g.zero)
+                             : multiply_rounded(value - g.zero, g.scale);
 }
 
 // Row n at stored column k.
+template <bool kCoded>
 QK_DEVICE float weight_at(const Weight& w, int n, int k) {
   const int strip = n / kStripRows, row = n % kStripRows, step = k / kStepColumns;
   const CodePlace place = code_place(row, k, w.width);
@@ -36,7 +59,16 @@ QK_DEVICE float weight_at(const Weight& w, int n, int k) {
   const uint32_t code = load_global1(w.codes + first + place.byte) >> place.shift & ((1u << w.width) - 1);
   const int group = w.groups_per_step > 1 ? k / (kStepColumns / w.groups_per_step) : step / w.steps_per_group;
   const int64_t values = (static_cast<int64_t>(strip) * w.groups + group) * kStripRows;
-  return dequantized(w, static_cast<float>(code), load_group_values(w, values + group_place(row)));
+  return dequantized(w, code_value<kCoded>(w, code), load_group_values<kCoded>(w, values + group_place(row)));
+}
+
+// Sums of rows n and n + 1, n even, times the outer factors of their rows, where there are any.
+QK_DEVICE void apply_outer(const Weight& w, int n, float& low, float& high) {
+  if (w.outer == nullptr) return;
+  const int64_t strip = n / kStripRows * kStripRows;
+  const float factor = load_group_value<false>(w.outer_type, w.outer, strip + group_place(n % kStripRows));
+  const float next = load_group_value<false>(w.outer_type, w.outer, strip + group_place(n % kStripRows + 1));
+  low = w.outer_divides ? low / factor : low * factor, high = w.outer_divides ? high / next : high * next;
 }
 
 }  // namespace qkernels::cuda

@@ -161,7 +161,7 @@ class GgufCheckpoint:
         return list(self.members[module] if module in self.members else self.modules[module])
 
     def module_nbytes(self, module: str) -> int:
-        return sum(self.source.entry(name).nbytes for name in self.modules[module])
+        return sum(self.source.entry(name).nbytes for name in self.parts(module))
 
     def names(self) -> list[str]:
         return sorted(self.spelled)

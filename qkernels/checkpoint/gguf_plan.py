@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError
+from ..models.experts import PARTS
 from ..models.gguf_config import config_of
-from ..models.gguf_metadata import QUANTIZATION_VERSION, check_config, metadata_of
+from ..models.gguf_metadata import QUANTIZATION_VERSION, check_config, experts_in, metadata_of
 from ..models.gguf_mixes import FILE_TYPE_OF, Chosen, Facts, file_order, types_of
 from ..models.gguf_names import GgufArchitecture, Place, architecture_for, places_for, places_of
 from ..models.gguf_tokenizer import tokenizer_of
@@ -66,6 +67,7 @@ class GgufPlan:
         entries: by name in the file, in its order.
         metadata: in its order.
         constants: small tensors that are no part of the model's (factors of rope).
+        file_nbytes: of the whole file, once it was rehearsed.
     """
 
     checkpoint: Checkpoint
@@ -74,6 +76,7 @@ class GgufPlan:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, MetaValue]
     constants: Mapping[str, Tensor]
+    file_nbytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -169,17 +172,27 @@ def slots_of(path: str | Path) -> Slots:
     )
     config = model.config.to_dict()
     places = places_for(names, architecture, config)
-    shapes = {spelled: tuple(state[place.name].shape) for spelled, place in places.items()}
+    shapes = {spelled: _shape_in_file(tuple(state[place.name].shape), place) for spelled, place in places.items()}
     sources = {spelled: names[place.name] for spelled, place in places.items()}
     for spelled, source in sources.items():
-        if source in named and named.shape(source) != shapes[spelled]:
-            raise CheckpointError(f"{source}: the model needs {list(shapes[spelled])}, got {list(named.shape(source))}")
+        needed = tuple(state[places[spelled].name].shape)
+        if source in named and named.shape(source) != needed:
+            raise CheckpointError(f"{source}: the model needs {list(needed)}, got {list(named.shape(source))}")
     return Slots(named, architecture, config, places, sources, shapes)
+
+
+def _shape_in_file(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    """Of stacked experts each part has its rows; a matrix of one row is a vector."""
+    if place.kind == "row":
+        return shape[1:]
+    if place.kind != "experts":
+        return shape
+    return (shape[0], shape[1] // len(PARTS[place.name.rpartition(".")[2]]), shape[2])
 
 
 def _holds(checkpoint: Checkpoint, name: str) -> bool:
     module, _, leaf = name.rpartition(".")
-    return name in checkpoint or (leaf == "weight" and module in checkpoint.modules)
+    return name in checkpoint or name in checkpoint.stacks or (leaf == "weight" and module in checkpoint.modules)
 
 
 def _names(checkpoint: Checkpoint) -> list[str]:
@@ -206,7 +219,7 @@ def chosen_types(
     """The types that a mix gives to them."""
     config = slots.config
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    facts = Facts(slots.architecture.name, config["num_hidden_layers"], heads, kv_heads)
+    facts = Facts(slots.architecture.name, config["num_hidden_layers"], heads, kv_heads, experts_in(config))
     return types_of(slots.shapes, mix, facts, pure, overrides, importance)
 
 
@@ -224,12 +237,13 @@ def plan_of(slots: Slots, mix: str | None, chosen: Mapping[str, Chosen]) -> Gguf
         name: Entry(slots.places[name], slots.sources[name], slots.shapes[name], chosen[name])
         for name in sorted(slots.places, key=file_order)
     }
+    called = mix or nearest_mix({name: (entry.chosen.type, entry.nbytes) for name, entry in entries.items()})
     keys, constants = metadata_of(slots.config, slots.architecture)
     general = {
         "general.architecture": MetaValue("string", slots.architecture.name),
         "general.type": MetaValue("string", "model"),
         "general.quantization_version": MetaValue("u32", QUANTIZATION_VERSION),
-        "general.file_type": MetaValue("u32", FILE_TYPE_OF[mix or _likest(entries)]),
+        "general.file_type": MetaValue("u32", FILE_TYPE_OF[called]),
     }
     tokenizer = load_tokenizer(slots.checkpoint.path)
     named = vocabulary_of(tokenizer, slots.config["vocab_size"], _stops(slots))
@@ -238,8 +252,7 @@ def plan_of(slots: Slots, mix: str | None, chosen: Mapping[str, Chosen]) -> Gguf
         name = {"general.name": MetaValue("string", _name(slots, words))}
         plan = GgufPlan(slots.checkpoint, slots.architecture, mix, entries, general | name | keys | words, constants)
         try:
-            _rehearse(plan, slots, tokenizer)
-            return plan
+            return replace(plan, file_nbytes=_rehearse(plan, slots, tokenizer))
         except ConversionError as found:
             error = error or found
     assert error is not None
@@ -255,11 +268,15 @@ def _name(slots: Slots, words: Mapping[str, MetaValue]) -> str:
     return slots.architecture.model_type.rstrip("0123456789") if fragile and not has_them else name
 
 
-def _likest(entries: Mapping[str, Entry]) -> str:
-    """The mix that a file without one is called by: that of the type that holds most of it."""
+def nearest_mix(tensors: Mapping[str, tuple[str, int]]) -> str:
+    """The mix by which a file is called whose types nobody named: that of the type that holds most of it.
+
+    Args:
+        tensors: types and bytes.
+    """
     nbytes: dict[str, int] = {}
-    for entry in entries.values():
-        nbytes[entry.chosen.type] = nbytes.get(entry.chosen.type, 0) + entry.nbytes
+    for type, count in tensors.values():
+        nbytes[type] = nbytes.get(type, 0) + count
     most = max(nbytes, key=nbytes.__getitem__)
     known = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}.get(most, most)
     return known if known in FILE_TYPE_OF else "F16"
@@ -277,8 +294,8 @@ def _stops(slots: Slots) -> list[int]:
     return [number for number in (found if isinstance(found, list) else [found]) if isinstance(number, int)]
 
 
-def _rehearse(plan: GgufPlan, slots: Slots, tokenizer: Any) -> None:
-    """Raise unless the file of a plan is read as the model that it is of."""
+def _rehearse(plan: GgufPlan, slots: Slots, tokenizer: Any) -> int:
+    """Raise unless the file of a plan is read as the model that it is of; its bytes."""
     with tempfile.TemporaryDirectory() as directory:
         writer = GgufWriter(Path(directory), ["header.gguf"], plan.metadata, [plan.planned()])
         try:
@@ -301,3 +318,4 @@ def _rehearse(plan: GgufPlan, slots: Slots, tokenizer: Any) -> None:
                 f"{differing} is read back as {places.get(differing)}, expected {slots.places.get(differing)}"
             )
         check_tokenizer(tokenizer_of(source), tokenizer)
+        return writer.paths[0].stat().st_size

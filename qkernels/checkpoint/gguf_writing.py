@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, summary
 from ..formats.gguf import WRITABLE_TYPES, ImportanceFile, exact_blocks, gguf_blocks
+from ..models.experts import PARTS
 from ..models.gguf_mixes import Chosen
 from ..models.gguf_names import Place
 from ..storage import read_from
@@ -23,6 +24,7 @@ from ..storage.gguf import SUFFIX
 from ..storage.gguf_header import MetaValue
 from ..storage.gguf_types import GGML_TYPES, OF_DTYPE
 from ..storage.gguf_writer import gguf_writer
+from ..tensor import QuantTensor
 from ..text import describe
 from .gguf import GgufCheckpoint
 from .gguf_plan import Entry, GgufPlan, Slots, chosen_types, plan_of, slots_of
@@ -159,17 +161,50 @@ def _data(
     module = entry.source.rpartition(".")[0]
     wanted = entry.chosen.type
     if entry.source in checkpoint:
-        return _made(name, entry.place, checkpoint.read(entry.source), wanted, importance)
+        tensor = _part(entry.place, checkpoint.read(entry.source))
+        return _made(name, entry.place, tensor.view(entry.shape), wanted, importance)
+    if entry.source in checkpoint.stacks:
+        return _experts(name, entry, checkpoint, importance, oddities)
     weight, found = checkpoint.weight(module)
     oddities += [(module, oddity) for oddity in found]
     if tuple(weight.codes.shape) != entry.shape:
         raise CheckpointError(f"{module}: the model needs a weight {list(entry.shape)}, got {list(weight.codes.shape)}")
-    if wanted not in _FLOATS:
+    return _again(name, entry.place, weight, wanted, importance)
+
+
+def _part(place: Place, tensor: Tensor) -> Tensor:
+    """Gate or up of stacked experts whose rows are both; any other tensor as it is."""
+    if place.kind != "experts":
+        return tensor
+    return tensor.chunk(len(PARTS[place.name.rpartition(".")[2]]), dim=1)[place.part].contiguous()
+
+
+def _experts(
+    name: str, entry: Entry, checkpoint: Checkpoint, importance: Tensor | None, oddities: list[tuple[str, Oddity]]
+) -> Tensor:
+    """Quantized experts, one after the other, in one type."""
+    parts = len(PARTS[entry.place.name.rpartition(".")[2]])
+    made = []
+    for expert, (weight, found) in enumerate(checkpoint.expert_weights(entry.source)):
+        oddities += [(entry.source, oddity) for oddity in found]
+        one = weight.shard("N", entry.place.part, parts) if parts > 1 else weight
+        if tuple(one.codes.shape) != entry.shape[1:]:
+            raise CheckpointError(
+                f"expert {expert} of {entry.source}: the model needs {list(entry.shape[1:])}, got {list(one.codes.shape)}"
+            )
+        row = importance[expert] if importance is not None and importance.dim() == 2 else importance
+        made.append(_again(name, entry.place, one, entry.chosen.type, row))
+    return torch.stack(made)
+
+
+def _again(name: str, place: Place, weight: QuantTensor, type: str, importance: Tensor | None) -> Tensor:
+    """A quantized weight in a type: as it is where that loses nothing, else made anew."""
+    if type not in _FLOATS:
         try:
-            return entry.place.rows_in_file(exact_blocks(weight, wanted)[1])
+            return place.rows_in_file(exact_blocks(weight, type)[1])
         except ConversionError:
-            pass  # then it is quantized anew
-    return _made(name, entry.place, weight.dequantize(torch.float32), wanted, importance)
+            pass
+    return _made(name, place, weight.dequantize(torch.float32), type, importance)
 
 
 def _made(name: str, place: Place, tensor: Tensor, type: str, importance: Tensor | None) -> Tensor:
@@ -206,6 +241,11 @@ def _lossless_types(slots: Slots) -> dict[str, Chosen]:
         )
     chosen = {}
     for name, source in slots.sources.items():
+        if source in checkpoint.stacks:
+            raise ConversionError(
+                f"{source}: quantized experts are not written without loss yet; with loss: qkernels quantize {checkpoint.path} "
+                "OUT.gguf --type Q4_K_M"
+            )
         if source not in checkpoint:
             module = source.rpartition(".")[0]
             try:

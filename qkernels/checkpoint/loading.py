@@ -6,8 +6,8 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, get_args
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ from ..nn.experts import OrdersDiffer, bias_of, rows_in_halves
 from ..nn.packed import PackedModule
 from ..reports import readable_size
 from ..storage import CONFIG
-from ..tensor import FLOAT_DTYPES, QuantTensor
-from ..text import describe, dtype_name, dtype_names
+from ..tensor import QuantTensor
+from ..text import describe, dtype_name
 from .activations import Activations, as_it_runs
+from .arguments import named_dtype, refuse_others, stored_dtype
 from .gguf import GGUF, dequantized_experts
 from .placing import DeviceMap, Placement, connect, placement_of
 from .source import Checkpoint, open_checkpoint
@@ -94,10 +95,10 @@ def load(
     >>> again.model.layers[0].mlp.up_proj.scheme == model.model.layers[0].mlp.up_proj.scheme
     True
     """
-    _refuse_others(others)
+    refuse_others(others)
     if activations not in (None, *get_args(Activations)):
         raise ArgumentError(f'activations must be "file", "16bit" or None, got {activations!r:.40}')
-    named = _named_dtype(dtype)
+    named = named_dtype(dtype)
     checkpoint = open_checkpoint(local_copy(directory, revision))
     dtype = named or stored_dtype(checkpoint)
     model, checkpoint = model_of(checkpoint, dtype)
@@ -170,35 +171,6 @@ def _dequantized(weight: QuantTensor, device: torch.device, dtype: torch.dtype) 
     return Oddity(kind, f"{readable_size(weight.nbytes)} become {readable_size(weight.codes.numel() * dtype.itemsize)}")
 
 
-# What scripts pass to `from_pretrained`, and what it is here.
-_OF_TRANSFORMERS: Final = {
-    "torch_dtype": "it is called dtype here",
-    "quantization_config": "the checkpoint says how it is quantized; to quantize, use replace_linear or quantize",
-    "trust_remote_code": "no code of a checkpoint is run here",
-    "low_cpu_mem_usage": "memory stays near the size of the result anyway",
-    **dict.fromkeys(("token", "cache_dir", "subfolder"), "set HF_TOKEN or HF_HUB_CACHE, or download it first"),
-    **dict.fromkeys(("attn_implementation", "use_safetensors", "local_files_only"), "leave it out"),
-}
-
-
-def _refuse_others(others: Mapping[str, Any]) -> None:
-    for name in others:
-        if name in _OF_TRANSFORMERS:
-            raise ArgumentError(f"load takes no {name}=: {_OF_TRANSFORMERS[name]}")
-        raise TypeError(f"load() got an unexpected keyword argument {name!r}")
-
-
-def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return None
-    for known in FLOAT_DTYPES:
-        if dtype_name(known) == str(dtype).removeprefix("torch."):
-            return known
-    raise ArgumentError(f"dtype must be {dtype_names(FLOAT_DTYPES)}, also by name, or None, got {dtype!r:.40}")
-
-
 def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoint]:
     """The model of a checkpoint, without weights (see `empty_model`), and the checkpoint under its names.
 
@@ -259,20 +231,6 @@ def check_strays(model: nn.Module, checkpoint: Checkpoint) -> None:
         if name not in places and (belongs or leaf in suffixes - {"weight"}):
             strays.append(name)
     check_names(model, [], strays, checkpoint)
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What config.json says, else the dtype of the first float tensor that is not quantized."""
-    named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
-    if named is None:
-        floats = (checkpoint.dtype(name) for name in checkpoint.names() if checkpoint.dtype(name) in FLOAT_DTYPES)
-        return next(floats, torch.float32)
-    for dtype in FLOAT_DTYPES:
-        if dtype_name(dtype) == str(named).removeprefix("torch."):
-            return dtype
-    raise CheckpointError(
-        f"{CONFIG} needs dtype to be float16, bfloat16 or float32, got {named!r:.40}; pass dtype=… to load"
-    )
 
 
 def tied_slots(model: nn.Module) -> list[list[str]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ArgumentError
-from .common import local
+from .common import local, read_text
 
 if TYPE_CHECKING:
     from ..formats.gguf import ImportanceFile
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 _OTHERS: Final = {
     "method": "--method", "bits": "--bits", "scheme": "--scheme", "group_size": "--group-size", "asym": "--asym",
     "act_order": "--act-order", "format": "--format", "include": "--include", "exclude": "--exclude", "override": "--override",
-    "calibration": "--calibration", "eval_text": "--eval-text", "resume": "--resume",
+    "eval_text": "--eval-text", "resume": "--resume", "routing": "--routing",
 }  # fmt: skip
 _OWN: Final = {"pure": "--pure", "tensor_type": "--tensor-type", "imatrix": "--imatrix"}
+_UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def tensor_type(text: str) -> tuple[str, str]:
@@ -26,6 +28,14 @@ def tensor_type(text: str) -> tuple[str, str]:
     if not (pattern and equals and type):
         raise argparse.ArgumentTypeError(f"expected REGEX=TYPE such as ffn_down=Q6_K, got {text!r}")
     return pattern, type.upper()
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, as 4.2GiB, 900MB or 5306976."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]?I?B|)", text.strip().upper())
+    if found is None or found[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"expected a size such as 4.2GiB, 900MB or 5306976, got {text[:40]!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def add_gguf_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +58,15 @@ def add_gguf_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--imatrix",
         metavar="FILE",
-        help="an importance matrix of llama.cpp, which says how much each input column counts",
+        help="an importance matrix of llama.cpp, which says how much each input column counts; --calibration measures one "
+        "instead, with the whole model in memory",
+    )
+    group.add_argument(
+        "--target-size",
+        type=size,
+        metavar="SIZE",
+        help="instead of --type: the types with which a file of this size (4.2GiB) loses least on the --calibration text; each "
+        "tensor is asked about once, with the whole model in memory",
     )
 
 
@@ -67,13 +85,18 @@ def quantize_to_gguf(args: argparse.Namespace) -> int:
     """Write the file, or say what it would hold."""
     from ..checkpoint import plan_gguf, to_gguf
 
-    given = [option for name, option in _OTHERS.items() if getattr(args, name)]
+    asked = f"--type {args.type}" if args.target_size is None else "--target-size"
+    others = _OTHERS if args.target_size is None else {**_OTHERS, "type": "--type", **_OWN}
+    given = [option for name, option in others.items() if getattr(args, name)]
     if given:
-        raise ArgumentError(
-            f"--type {args.type} says how a GGUF file is quantized: leave out {', '.join(given)}, or leave out --type"
-        )
+        rest = f"leave out {', '.join(given)}, or leave out {asked.split()[0]}"
+        raise ArgumentError(f"{asked} says how a GGUF file is quantized: {rest}")
+    if args.calibration and args.imatrix:
+        raise ArgumentError("--calibration measures an importance matrix, and --imatrix is one: leave one of them out")
+    if args.target_size is not None:
+        return _to_size(args)
     options: dict[str, Any] = {
-        "type": args.type.upper(), "pure": args.pure, "tensor_types": args.tensor_type, "importance": _importance(args.imatrix),
+        "type": args.type.upper(), "pure": args.pure, "tensor_types": args.tensor_type, "importance": _importance(args),
     }  # fmt: skip
     path = local(args, args.model)
     if args.dry_run:
@@ -84,7 +107,31 @@ def quantize_to_gguf(args: argparse.Namespace) -> int:
     return 0
 
 
-def _importance(path: str | None) -> ImportanceFile | None:
+def _importance(args: argparse.Namespace) -> ImportanceFile | None:
     from ..formats.gguf import read_importance
+    from ..sizing import importance_of
 
-    return None if path is None else read_importance(path)
+    if args.imatrix is not None:
+        return read_importance(args.imatrix)
+    return None if args.calibration is None else importance_of(local(args, args.model), **_measuring(args))
+
+
+def _measuring(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "calibration": [read_text(args.calibration)], "samples": args.samples, "seq_len": args.seq_len, "device": args.device,
+    }  # fmt: skip
+
+
+def _to_size(args: argparse.Namespace) -> int:
+    from ..checkpoint import to_gguf
+    from ..sizing import choose_types
+
+    if not args.calibration:
+        raise ArgumentError("--target-size measures what each tensor costs: give it a text with --calibration")
+    model = local(args, args.model)
+    found = choose_types(model, args.target_size, **_measuring(args))
+    print(found.to_markdown())
+    if not args.dry_run:
+        to_gguf(model, args.out, found.mix, False, found.tensor_types(), found.importance, args.overwrite)
+        print(f"wrote {args.out}")
+    return 0

@@ -55,6 +55,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run\n"
         "  qkernels quantize my-llama/ my-llama-Q4_K_M.gguf --type Q4_K_M\n"
         "  qkernels quantize my-llama/ my-llama-Q3_K_M.gguf --type Q3_K_M --imatrix my-llama.imatrix\n"
+        "  qkernels quantize my-llama/ out.gguf --target-size 4.2GiB --calibration text.txt --samples 16 --seq-len 512\n"
         "  qkernels quantize my-llama/ out.gguf --type Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run\n"
         "  qkernels quantize Qwen/Qwen3-0.6B out/ --method rtn --revision main",
         "Quantize a model directory, one decoder layer at a time: memory stays at one layer plus the calibration "
@@ -94,6 +95,11 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--eval-text", metavar="FILE", help="UTF-8 text the model has not seen: the report says perplexity and KL on it"
+    )
+    parser.add_argument(
+        "--routing",
+        choices=("routed", "all"),
+        help="tokens that an expert is calibrated with: those that the router sends to it, or all (default: routed)",
     )
     parser.add_argument("--samples", type=positive, default=128, help="calibration windows (default: 128)")
     parser.add_argument(
@@ -177,7 +183,7 @@ def _listed(names: list[str]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.type is not None:
+    if args.type is not None or args.target_size is not None:
         return quantize_to_gguf(args)
     check_no_gguf_options(args)
     from ..calibrate import preview, quantize
@@ -215,6 +221,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         overwrite=args.overwrite,
         resume=args.resume,
+        routing=args.routing or "routed",
         **selection,
     )
     print(report.to_markdown())

@@ -1,16 +1,18 @@
-"""Stacked experts of a decoder layer, quantized one expert at a time, given the tokens that the router sends to each.
+"""Stacked experts of a decoder layer, quantized one expert at a time, given the tokens that the router sends to each, or all.
 
 What went into the experts module is kept for all of the calibration (one `[tokens, H]` more than the layer's own inputs); the
-second moments of an expert's rows are made when its turn comes, so one Hessian is in memory, whatever their number. Down sees
-what the quantized up puts out. Experts that got too few tokens are rounded to nearest and listed. No order of columns is
-written: it would be another one for each expert, which no grouped kernel takes, so GPTQ's "group" is "static" here.
+second moments of an expert's rows are made when its turn comes, so one Hessian is in memory, whatever their number (two where
+all tokens go through every expert: that of up is the same for all of them then). Down sees what the quantized up puts out.
+Errors in the report are of the tokens that the router sends, whatever the calibration saw. Experts that got too few tokens are
+rounded to nearest and listed. No order of columns is written: it would be another one for each expert, which no grouped kernel
+takes, so GPTQ's "group" is "static" here.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +28,7 @@ from .running import LayerInputs, LayerJob, Stop, run_to_stop
 log = logging.getLogger(__name__)
 
 LEAST_SHARE: Final = 0.005  # of the tokens: an expert with fewer is rounded to nearest
+ROWS_AT_ONCE: Final = 8192  # of activations in float32
 
 
 @dataclass(frozen=True)
@@ -66,26 +69,33 @@ def quantize_experts(
     x, ids = _seen(layer, leaf, form, inputs, job)
     between = activation_of(shell_of(source), form)
     methods = {p: m.with_one_order().with_scales_for(job.stored[f"{leaf}.{p}"]) for p, m in methods.items()}
-    floats = {p: form.of_projection(p, source._parameters[p].data) for p in methods}
     sums = {p: _Sums([], {}) for p in methods}
     least = max(1, round(LEAST_SHARE * len(x)))
+    everywhere = _moments(x.split(ROWS_AT_ONCE), form.hidden) if job.routing == "all" else None
     bias = source._parameters.get(f"{form.up}_bias")
     halves = None if bias is None else form.in_halves(bias.data, -1).float()
-    restored: dict[str, list[Tensor]] = {p: [] for p in methods}
     projections: tuple[str, str] = (form.up, form.down)
     for expert in range(form.experts):
-        rows = x[(ids == expert).any(1)].float()
+        sent = x[(ids == expert).any(1)]
+        rows, given = sent.float(), (sent if everywhere is None else x).split(ROWS_AT_ONCE)
+        moments = _moments(given, form.hidden) if everywhere is None else everywhere
         for projection in projections:
             name = f"{job.name}.{leaf}.{projection}[{expert}]"
-            weight = floats[projection][expert].float()
-            made = _one(weight, rows, methods[projection], least, name, sums[projection], expert)
-            restored[projection].append(made)
+            place = source._parameters[projection].data[expert]
+            weight = form.of_projection(projection, place).float()
+            made = _one(weight, rows, moments, methods[projection], least, name, sums[projection], expert)
+            place.copy_(form.stored(projection, made))
             if projection == form.up:
-                up = rows @ made.T
-                rows = between(up if halves is None else up + halves[expert]).float()
+                bias_of_one = None if halves is None else halves[expert]
+
+                def inner(part: Tensor, up: Tensor = made, bias: Tensor | None = bias_of_one) -> Tensor:
+                    product = part.float() @ up.T
+                    return between(product if bias is None else product + bias).float()
+
+                moments = _moments((inner(part) for part in given), form.width)
+                rows = inner(rows)
     found: dict[str, QuantizedStack] = {}
     for projection, total in sums.items():
-        source._parameters[projection].data.copy_(form.stored(projection, torch.stack(restored[projection])))
         found[projection] = _result(total, methods[projection], f"{job.name}.{leaf}.{projection}", len(x), least)
     return found
 
@@ -118,19 +128,34 @@ def _seen(layer: nn.Module, leaf: str, form: ExpertsForm, inputs: LayerInputs, j
     return torch.cat(rows), torch.cat(ids)
 
 
-def _one(weight: Tensor, rows: Tensor, method: Options, least: int, name: str, sums: _Sums, expert: int) -> Tensor:
+def _moments(parts: Iterable[Tensor], width: int) -> InputStatistics:
+    statistics = None
+    for part in parts:
+        statistics = InputStatistics(width, part.device) if statistics is None else statistics
+        statistics.update(part)
+    return InputStatistics(width) if statistics is None else statistics
+
+
+def _one(
+    weight: Tensor,
+    rows: Tensor,
+    statistics: InputStatistics,
+    method: Options,
+    least: int,
+    name: str,
+    sums: _Sums,
+    expert: int,
+) -> Tensor:
     """Quantize one expert's weight; returns it dequantized."""
     began = time.perf_counter()
-    statistics = InputStatistics(weight.shape[1], weight.device)
     tensor = None
-    if len(rows) >= least:
-        statistics.update(rows)
+    if statistics.tokens >= least:
         try:
             tensor = method.quantize(weight, statistics.hessian(name), name)
         except CalibrationError as hopeless:
             log.debug("%s is rounded to nearest: %s", name, hopeless)
     if tensor is None:
-        sums.rare[expert] = len(rows)
+        sums.rare[expert] = statistics.tokens
         tensor = rounding_of(method).quantize(weight, name=name)
     restored = tensor.dequantize()
     sums.weights.append(tensor)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.architectures import Fold
+from ..models.experts import stack_at
 from ..models.linears import as_linear, linear_of
 from ..quantizers.awq import fold_into_norm, fold_into_rows
 
@@ -72,6 +73,27 @@ class Folds:
         return near[-1] if near else "no norm or linear layer of its block feeds it, up to a scale per channel"
 
 
+def reader_of(layer: nn.Module, target: str) -> str:
+    """The module that reads a target's input: itself, but for stacked experts ("….experts.gate_up_proj"), which their module
+    reads."""
+    stack = stack_at(layer, target)
+    return target if stack is None else stack[0]
+
+
+def input_weight(layer: nn.Module, target: str) -> Tensor:
+    """A target's weight with its input channels last, as a view: `[N, K]` of a linear layer or a router, `[E, N, K]` of stacked
+    experts, their rows as they lie."""
+    stack = stack_at(layer, target)
+    if stack is not None:
+        experts, form, projection = stack
+        stored: Tensor = layer.get_submodule(experts)._parameters[projection].data  # type: ignore[union-attr]
+        return stored.transpose(-1, -2) if form.transposed else stored
+    module = layer.get_submodule(target)
+    if as_linear(module) is not None:
+        return linear_of(layer, target).weight.data
+    return next(p.data for p in module.parameters(recurse=False) if p.dim() == 2)
+
+
 def apply_fold(layer: nn.Module, found: ProvedFold, scales: Tensor, stored_dtype: torch.dtype) -> None:
     """Divide the source's output channels by `scales` and multiply the targets' input channels, in place.
 
@@ -91,4 +113,4 @@ def apply_fold(layer: nn.Module, found: ProvedFold, scales: Tensor, stored_dtype
     if bias is not None and new_bias is not None:
         bias.copy_(new_bias)
     for target in found.fold.targets:
-        linear_of(layer, target).weight.data.mul_(found.sharing.spread(scales))
+        input_weight(layer, target).mul_(found.sharing.spread(scales))

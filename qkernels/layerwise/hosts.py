@@ -32,7 +32,7 @@ from ..reports import ModuleReport
 from ..tensor import QuantTensor
 from ..texts import Tokenizer, Windows, load_tokenizer, shape_of
 from .preview import check_disk, preview_of
-from .running import Place
+from .running import Place, Routing
 from .work import WorkDirectory, run_key, work_directory
 
 Weights = dict[str, QuantTensor]
@@ -50,6 +50,7 @@ class Run:
         save_to: the directory to make, if one is.
         resume: go on with what an interrupted run for `save_to` has finished.
         versions: of software and device, on which the bits of the result depend.
+        routing: what experts are calibrated with.
     """
 
     method: Options
@@ -59,6 +60,7 @@ class Run:
     save_to: str | os.PathLike[str] | None
     resume: bool
     versions: Mapping[str, str]
+    routing: Routing = "routed"
 
 
 class Host(Protocol):
@@ -287,7 +289,7 @@ class DirectoryHost:
         assert run.save_to is not None
         shape = shape_of(run.windows)
         check_disk(preview_of(self.checkpoint, self.model, run.method, run.methods, {}, *shape), run.save_to)
-        key = run_key(self.checkpoint, run.methods, run.windows, run.versions)
+        key = run_key(self.checkpoint, run.methods, run.windows, run.versions, run.routing)
         with work_directory(run.save_to, key, run.resume) as self._work:
             yield
 

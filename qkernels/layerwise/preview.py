@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..models.architectures import block_lists, expected_folds, text_config
-from ..models.experts import parameter_of, stack_at
+from ..models.experts import ExpertsForm, experts_of, parameter_of, stack_at
 from ..models.linears import linear_of
 from ..quantizers import RTN, Options
 from ..reports import MIB, ModulePreview, QuantPreview
@@ -48,7 +49,7 @@ def preview_of(
     before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
     after = before - sum(module.bytes_before - module.bytes_after for module in modules)
     widest = max(module.shape[0] * module.shape[1] for module in modules)
-    activations, device_bytes = 0, 4 * widest
+    activations, device_bytes, moments = 0, 4 * widest, 0
     if method.needs == "moments":
         layers = [layer for blocks in block_lists(model).values() for layer in blocks]
         config: Any = text_config(model)
@@ -57,12 +58,24 @@ def preview_of(
         )
         largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
         # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
-        device_bytes = 4 * (largest + 3 * max(module.shape[1] for module in modules) ** 2)
+        moments = 4 * 3 * max(module.shape[1] for module in modules) ** 2
+        device_bytes = 4 * largest + moments
+        forms = [experts_of(layer) for layer in layers]
+        if found := [form for of_layer in forms for form in of_layer.values()]:
+            # what goes into experts, for all of the calibration; codes of both projections, one of them once more while stacked
+            device_bytes += 4 * samples * seq_len * found[0].hidden
+            device_bytes += max(sum(_codes(form) for form in of_layer.values()) for of_layer in forms)
     # The result, the finished layers beside it, one shard once more while its header is put before it, and the activations of
     # two layers while one replaces the other.
     disk = 2 * after + min(after, SHARD_BYTES) + 2 * activations + FILE_BYTES * len(modules)
     scales = _where_scales_go(model) if method.folds else None
-    return QuantPreview(method.name, modules, skipped, before, after, activations, device_bytes, disk, scales)
+    return QuantPreview(method.name, modules, skipped, before, after, activations, device_bytes, disk, scales, moments)
+
+
+def _codes(form: ExpertsForm) -> int:
+    """Bytes of an experts module's unpacked codes while its up projection is stacked."""
+    up, down = (form.experts * math.prod(form.shape(projection)) for projection in (form.up, form.down))
+    return 2 * up + down
 
 
 def _where_scales_go(model: nn.Module) -> str:

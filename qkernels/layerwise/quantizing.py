@@ -150,7 +150,7 @@ def _one_block(
         folds = find_folds(layer, inputs, place, name) if run.method.folds else None
         if folds is not None:
             _check_expected(host.model, layer, folds, name)
-        done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, folds))
+        done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, folds, run.routing))
         outputs = propagate(layer, inputs, place, name, keep)
         weights.update({leaf: result.tensor for leaf, result in done.items()})
     reports = []
@@ -238,8 +238,10 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
     forms = experts_of(layer)
     linears = {target: method for target, method in job.methods.items() if target.rpartition(".")[0] not in forms}
     methods = {target: method.with_scales_for(job.stored[f"{target}.weight"]) for target, method in linears.items()}
+    stacked = {target: method for target, method in job.methods.items() if target not in linears}
+    scaled = methods | {target: method.with_scales_for(job.stored[target]) for target, method in stacked.items()}
     for found in job.folds.proved if job.folds is not None else ():
-        fold_scales(layer, found, methods, inputs, job)
+        fold_scales(layer, found, scaled, inputs, job)
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
@@ -258,8 +260,9 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
         both: tuple[str, str] = (form.up, form.down)
         of_experts = {p: job.methods[f"{leaf}.{p}"] for p in both if f"{leaf}.{p}" in job.methods}
         for p, stack in quantize_experts(layer, leaf, form, of_experts, inputs, job).items() if of_experts else ():
+            unscaled = job.folds.why_unscaled(f"{leaf}.{p}") if job.folds is not None else None
             results[f"{leaf}.{p}"] = Quantized(
-                stack.tensor, stack.method, stack.error, True, stack.seconds, stack.fallback
+                stack.tensor, stack.method, stack.error, True, stack.seconds, stack.fallback, unscaled
             )
     return {target: results[target] for target in job.methods}
 
@@ -268,16 +271,17 @@ def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str |
     """Quantize without calibration; `fallback` says why, if `method` wanted it otherwise."""
     began = time.perf_counter()
     rounding = rounding_of(method)
-    if weight.dim() == 3:  # experts, one by one
-        tensor = QuantTensor.stack(
-            [rounding.quantize(w.contiguous(), name=f"{name}[{e}]") for e, w in enumerate(weight)]
-        )
-    else:
-        tensor = rounding.quantize(weight, name=f"{name}.weight")
+    made, sums = [], [0.0, 0.0]
+    for expert, one in enumerate(weight if weight.dim() == 3 else [weight]):
+        what = f"{name}[{expert}]" if weight.dim() == 3 else f"{name}.weight"
+        made.append(rounding.quantize(one.contiguous(), name=what))
+        values = one.float()
+        sums[0] += float((made[-1].dequantize() - values).square().sum())
+        sums[1] += float(values.square().sum())
+    tensor = QuantTensor.stack(made) if weight.dim() == 3 else made[0]
     if fallback is not None:
         log.warning("%s is rounded to nearest: %s", name, fallback)
-    values = weight.float()
-    error = _ratio(float((tensor.dequantize() - values).square().sum()), float(values.square().sum()))
+    error = _ratio(*sums)
     return Quantized(tensor, rounding.name, error, False, time.perf_counter() - began, fallback)
 
 

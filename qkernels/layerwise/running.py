@@ -10,17 +10,17 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..models.linears import linear_of
 from ..quantizers import InputStatistics, Options
-from .folds import Folds
+from .folds import Folds, input_weight, reader_of
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+Routing = Literal["routed", "all"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class LayerJob:
         stored: the dtype of each parameter in the checkpoint, by its name in the decoder layer.
         place: where it is computed.
         folds: for methods that fold scales: which there are, and why not others.
+        routing: what experts are calibrated with: the tokens that the router sends to each, or all.
     """
 
     name: str
@@ -137,6 +138,7 @@ class LayerJob:
     stored: Mapping[str, torch.dtype]
     place: Place
     folds: Folds | None = None
+    routing: Routing = "routed"
 
 
 class Stop(Exception):
@@ -216,8 +218,9 @@ def input_groups(layer: nn.Module, names: Sequence[str], inputs: LayerInputs, pl
 def collect_statistics(
     layer: nn.Module, names: Sequence[str], inputs: LayerInputs, place: Place
 ) -> dict[str, InputStatistics]:
-    """Statistics of the inputs of these linear layers over all batches."""
-    collected = {name: InputStatistics(linear_of(layer, name).in_features, place.device) for name in names}
+    """Statistics of the inputs of these linear layers, routers or stacked experts (all rows that go into their module) over all
+    batches."""
+    collected = {name: InputStatistics(input_weight(layer, name).shape[-1], place.device) for name in names}
 
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -227,7 +230,7 @@ def collect_statistics(
 
         return hook
 
-    with pre_hooks(layer, {name: watch(name) for name in names}):
+    with pre_hooks(layer, {reader_of(layer, name): watch(name) for name in names}):
         run_to_stop(layer, inputs, place)
     return collected
 

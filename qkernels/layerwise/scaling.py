@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.linears import linear_of, set_weight
 from ..quantizers import Options
 from ..quantizers.awq import ScaleChoice, search, weight_magnitude
 from ..quantizers.grid import checked_weight
 from ..quantizers.options import ScaleRule, ScaleSearch
-from .folds import ProvedFold, apply_fold
+from .folds import ProvedFold, apply_fold, input_weight
 from .running import (
     LayerInputs,
     LayerJob,
@@ -59,12 +58,10 @@ def scale_inputs(
     method = next(iter(methods.values()))
     inputs = inputs.first(method.search_tokens)
     statistics = collect_statistics(layer, [next(iter(methods))], inputs, job.place)[next(iter(methods))]
-    weights = {
-        target: checked_weight(linear_of(layer, target).weight.data, f"{job.name}.{target}.weight").clone()
-        for target in methods
-    }
+    weights = {target: _checked(layer, target, job.name).clone() for target in methods}
     magnitude = statistics.mean_magnitude(f"{job.name}.{fold.targets[0]}")
-    of_weights = weight_magnitude(list(weights.values()), method.scheme.group_length(len(magnitude)))
+    rows = [weight.flatten(0, -2) for weight in weights.values()]
+    of_weights = weight_magnitude(rows, method.scheme.group_length(len(magnitude)))
     sharing = found.sharing
     candidates = method.candidates(sharing.gather(magnitude), sharing.gather(of_weights))
     if fold.parent is None and len(weights) == 1:
@@ -89,11 +86,24 @@ def smooth_inputs(layer: nn.Module, found: ProvedFold, method: ScaleRule, inputs
     first = fold.targets[0]
     statistics = collect_statistics(layer, [first], inputs, job.place)[first]
     largest = statistics.largest_magnitude(f"{job.name}.{first}")
-    weights = [checked_weight(linear_of(layer, t).weight.data, f"{job.name}.{t}.weight") for t in fold.targets]
-    of_weights = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    weights = [_checked(layer, target, job.name) for target in fold.targets]
+    of_weights = torch.stack([weight.abs().flatten(0, -2).amax(0) for weight in weights]).amax(0)
     scales = method.scales(found.sharing.largest(largest), found.sharing.largest(of_weights))
     apply_fold(layer, found, scales, job.stored[f"{fold.source}.weight"])
     return scales
+
+
+def _checked(layer: nn.Module, target: str, name: str) -> Tensor:
+    weight = input_weight(layer, target)
+    checked_weight(weight.flatten(0, -2), f"{name}.{target}.weight")
+    return weight
+
+
+def _rounded(method: ScaleSearch, weight: Tensor, scales: Tensor) -> Tensor:
+    """As `method.rounded`; of stacked experts, each by itself."""
+    if weight.dim() == 2:
+        return method.rounded(weight, scales)
+    return torch.stack([method.rounded(expert, scales) for expert in weight])
 
 
 def _own_loss(
@@ -139,11 +149,11 @@ def _parent_loss(
 
     def loss(scales: Tensor) -> float:
         for name, weight in weights.items():
-            set_weight(layer, name, methods[name].rounded(weight, scales))
+            input_weight(layer, name).copy_(_rounded(methods[name], weight, scales))
         pairs = zip(outputs(), expected, strict=True)
         total = sum(float((output - right.to(output.device)).float().square().sum()) for output, right in pairs)
         for name, weight in weights.items():
-            set_weight(layer, name, weight)
+            input_weight(layer, name).copy_(weight)
         return total
 
     return loss

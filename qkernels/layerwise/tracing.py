@@ -1,4 +1,5 @@
 """Which norm or linear layer feeds which linear layers, up to a scale per channel: found by running a block, and proved on it.
+Stacked experts and what routes to them read as linear layers do, and are scaled with them.
 
 Nothing is asked of names or classes. First the output channels of each norm and linear layer in turn are multiplied by powers of
 two, while the block runs on a batch of its own inputs. A linear layer whose input comes out multiplied channel by channel reads
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.architectures import Fold
+from ..models.experts import experts_of, routers
 from ..models.linears import as_linear, is_conv1d, linear_of
 from ..quantizers.grid import checked_weight
-from .folds import Folds, HeadSharing, ProvedFold, Refusal, apply_fold
+from .folds import Folds, HeadSharing, ProvedFold, Refusal, apply_fold, input_weight, reader_of
 from .running import Call, LayerInputs, Place, Stop, check_finite, map_tensors, tensors_in
 
 # Factors for output channels, none of them 1: every channel of a source is tried. FAR ones find who reads it: 2^24 takes what is
@@ -122,6 +124,13 @@ class Bench:
             name for name, module in self.layer.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
         ]
 
+    def readers(self) -> dict[str, str]:
+        """Modules whose first argument is multiplied by a weight and nothing else: linear layers, experts and their routers; and
+        by which name their weight is a target of folds."""
+        forms = experts_of(self.layer)
+        found = {name: name for name in [*self.linears(), *sorted(routers(self.layer, forms))]}
+        return found | {name: f"{name}.{form.up}" for name, form in forms.items()}
+
     def watch(self) -> Observed:
         """Run unscaled."""
         reads: list[Reading] = []
@@ -130,7 +139,7 @@ class Bench:
         linears = self.linears()
 
         def before(name: str) -> Callable[..., None]:
-            return lambda module, args: reads.append(Reading(name, args[0].clone()))
+            return lambda module, args: reads.append(Reading(name, args[0].clone())) if args else None
 
         def after(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -143,7 +152,7 @@ class Bench:
 
             return hook
 
-        hooks = [(name, "before", before(name)) for name in linears]
+        hooks = [(name, "before", before(name)) for name in self.readers()]
         hooks += [(name, "after", after(name)) for name, _ in self.layer.named_modules()]
         return Observed(reads, [Reading("", value) for value in self.run(hooks)], returned)
 
@@ -244,6 +253,7 @@ def _propose(bench: Bench, unscaled: Observed, source: str) -> ProvedFold | Refu
     if not _takes_scales(bench.layer, source, unscaled.returned[source].width):
         return None
     factors = _random(FAR, _fan_out(bench.layer, source), 0, bench.place.device)
+    readers = bench.readers()
     pending = iter(unscaled.reads)
     scaled: dict[str, HeadSharing] = {}
     unchanged: set[str] = set()
@@ -251,6 +261,8 @@ def _propose(bench: Bench, unscaled: Observed, source: str) -> ProvedFold | Refu
 
     def before(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if not args:
+                return None  # it was not watched, either
             reading = next(pending, None)
             if reading is None or reading.name != name:
                 lost.append(name)
@@ -270,7 +282,7 @@ def _propose(bench: Bench, unscaled: Observed, source: str) -> ProvedFold | Refu
         return output * factors.to(output.dtype)
 
     try:
-        hooks = [(name, "before", before(name)) for name in bench.linears()]
+        hooks = [(name, "before", before(name)) for name in readers]
         outputs = bench.run([*hooks, (source, "after", after)])
     except Stop:
         reason = f"what it puts out reaches {lost[0]} through more than a scale per channel"
@@ -287,12 +299,13 @@ def _propose(bench: Bench, unscaled: Observed, source: str) -> ProvedFold | Refu
     idle = [
         name for name in bench.linears() if name not in unscaled.returned and _below(name, _common(source, *targets))
     ]
-    widths = {linear_of(bench.layer, name).in_features for name in targets}
+    widths = {input_weight(bench.layer, readers[name]).shape[-1] for name in targets}
     if idle := [name for name in idle if linear_of(bench.layer, name).in_features in widths]:
         return Refusal(source, targets, f"no token came through {idle[0]}, so that nobody can tell whether it reads it")
     if len(set(scaled.values())) > 1:
         return Refusal(source, targets, "linear layers read it in different arrangements of its channels")
-    return ProvedFold(Fold(source, targets, _judge(bench.layer, unscaled, source, targets)), sharing=scaled[targets[0]])
+    sharing, targets = scaled[targets[0]], tuple(readers[name] for name in targets)
+    return ProvedFold(Fold(source, targets, _judge(bench.layer, unscaled, source, targets)), sharing=sharing)
 
 
 def _prove(bench: Bench, unscaled: Observed, candidate: ProvedFold, others: list[ProvedFold]) -> ProvedFold | Refusal:
@@ -312,7 +325,7 @@ def _holds(bench: Bench, unscaled: Observed, folds: list[ProvedFold]) -> bool:
     """Whether the block puts out what it did with these folds applied by powers of two; the weights come back."""
     kept: dict[str, tuple[nn.Parameter, Tensor]] = {}
     for found in folds:
-        for name in (found.fold.source, *found.fold.targets):
+        for name in (found.fold.source, *(reader_of(bench.layer, target) for target in found.fold.targets)):
             for leaf, parameter in bench.layer.get_submodule(name).named_parameters(recurse=False):
                 kept.setdefault(f"{name}.{leaf}", (parameter, parameter.data.clone()))
     try:

@@ -37,6 +37,7 @@ from ..storage import CONFIG, ShardWriter, TensorSource, atomic_directory, locke
 from ..storage.files import memory_of
 from ..tensor import QuantTensor
 from ..texts import Windows
+from .running import Routing
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,11 @@ def work_directory(target: str | os.PathLike[str], key: Mapping[str, str], resum
 
 
 def run_key(
-    checkpoint: Checkpoint, methods: Mapping[str, Options], windows: Windows | None, versions: Mapping[str, str]
+    checkpoint: Checkpoint,
+    methods: Mapping[str, Options],
+    windows: Windows | None,
+    versions: Mapping[str, str],
+    routing: Routing,
 ) -> dict[str, str]:
     """What the bits of a result depend on. Tensors of the checkpoint are told by their files' names, sizes and times, for
     hashing a large model takes longer than reading it."""
@@ -206,7 +211,8 @@ def run_key(
     return {
         "config": _digest(json.dumps(checkpoint.config, sort_keys=True)),
         "method": _digest(repr(sorted((name, repr(method)) for name, method in methods.items()))),
-        "calibration": hashlib.sha256(tokens).hexdigest() + f" {[list(group.shape) for group in windows or ()]}",
+        "calibration": hashlib.sha256(tokens).hexdigest()
+        + f" {[list(group.shape) for group in windows or ()]} {routing}",
         "source": _digest(repr(stamps)),
         "software": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }

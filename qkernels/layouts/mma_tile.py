@@ -1,9 +1,10 @@
 """Tiles for the CUDA kernels: each lane's 16 bytes are its own fragments of the tensor cores' A operand, for any M.
 
     qweight  uint8 [..., strips, K_pad * 64 * width / 8]   width 4 (codes of 2 to 4 bits) or 8 (5 to 8 bits)
-    scales   [..., strips, G_pad, 64]                      source dtype
+    scales   [..., strips, G_pad, 64]                      source dtype; with codebooks of 8 bits, too
     zeros    [..., strips, G_pad, 64]                      uint8 for integer zero points, floating for the other kinds, or None
     k_order  int32 [K]                                     which column of x each stored column multiplies, or None
+    outer_scales  [..., strips, 1, 64]                     NVFP4's factors of rows, or None
 
 A strip is 64 rows of the weight. N and K are padded to multiples of 64 with code 0; padded rows and groups have scale 0, and
 padded columns meet x = 0. Columns are stored in `k_order` (act-order: sorted by group). Groups are 16 or 32 or a multiple of
@@ -35,7 +36,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..scheme import ACTIVATIONS, QuantScheme
+from ..errors import ConversionError
+from ..scheme import ACTIVATIONS, CODEBOOKS, QuantScheme
+from ..tensor import FLOAT_DTYPES, SCALE_DTYPES, QuantTensor
+from ..text import dtype_name, dtype_names
 from . import NUMBERS_A8, Layout
 from .tiles import Tiles, num_groups, stored_bits
 
@@ -108,10 +112,24 @@ TILES = Tiles(
     ROWS_PER_TILE, lambda bits: COLUMNS, _lay, _lift, groups=padded_groups,
     row_order=tuple(8 * j + r for r in range(8) for j in range(8)),
 )  # fmt: skip
+
+
+def arrange(weight: QuantTensor) -> dict[str, Tensor | None]:
+    """See `Layout.arrange`. Kernels of integer codes read no scales of 8 bits."""
+    if weight.scheme.codebook is None and weight.scales.dtype not in FLOAT_DTYPES:
+        raise ConversionError(
+            f"layout mma_tile holds scales of integer codes in {dtype_names(FLOAT_DTYPES, 'and')}, got "
+            f"{dtype_name(weight.scales.dtype)}"
+        )
+    return TILES.pack(weight)
+
+
 LAYOUT: Layout = Layout(
-    "mma_tile", 1, "cuda", TILES.pack, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
-    dtypes=(torch.bfloat16, torch.float16), limits=limits, gemv_tokens=32,
+    "mma_tile", 1, "cuda", arrange, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
+    dtypes=(torch.bfloat16, torch.float16), codebooks=tuple(CODEBOOKS), factors=("nvfp4", "nvfp4m"),
+    scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=32,
 )  # fmt: skip
 LAYOUT_A8: Layout = replace(
-    LAYOUT, name="mma_tile_a8", acts=("int8", "int8_wide"), limits=limits_a8, gemv_tokens=None, numbers=NUMBERS_A8
-)
+    LAYOUT, name="mma_tile_a8", acts=("int8", "int8_wide"), codebooks=(), factors=(), scale_dtypes=FLOAT_DTYPES,
+    limits=limits_a8, gemv_tokens=None, numbers=NUMBERS_A8,
+)  # fmt: skip

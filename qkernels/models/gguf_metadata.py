@@ -25,7 +25,7 @@ _NEUTRAL: Final = {
     "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "bos_token_id", "eos_token_id", "pad_token_id",
     "tie_word_embeddings", "pretraining_tp", "return_dict", "output_attentions", "output_hidden_states", "problem_type",
     "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "max_window_layers", "use_sliding_window",
-    "_sliding_window_pattern", "quantization_config",
+    "_sliding_window_pattern", "quantization_config", "router_aux_loss_coef", "output_router_logits", "router_jitter_noise",
 }  # fmt: skip
 _SAME: Final = 1e-6  # numbers are float32 in a file
 
@@ -59,7 +59,7 @@ def metadata_of(
     found = {f"{name}.{key}": MetaValue("u32", int(value)) for key, value in integers.items()}
     found |= {f"{name}.{key}": MetaValue("f32", float(value)) for key, value in numbers.items()}
     scaling, tensors = _scaling(config, rope, rotated)
-    own = _OF_ARCHITECTURE.get(name, _nothing)(config)
+    own = _OF_MODEL_TYPE.get(architecture.model_type, _nothing)(config)
     return found | {f"{name}.{key}": value for key, value in {**scaling, **own}.items()}, tensors
 
 
@@ -141,7 +141,29 @@ def _windows(config: Mapping[str, Any], every: int) -> dict[str, MetaValue]:
     return {"attention.sliding_window_pattern": MetaValue("[bool]", sliding)}
 
 
-_OF_ARCHITECTURE: Final = {"gemma2": _gemma2, "gemma3": _gemma3}
+def _experts(config: Mapping[str, Any]) -> dict[str, MetaValue]:
+    """Numbers and widths of experts. Whether their shares add up to 1 is in llama.cpp's code for each architecture."""
+    counts = {
+        "expert_count": experts_in(config), "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
+        "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
+    }  # fmt: skip
+    return {key: MetaValue("u32", int(value)) for key, value in counts.items() if value is not None}
+
+
+def experts_in(config: Mapping[str, Any]) -> int:
+    """Experts a layer, under the two names that configs have for it; 0 where there are none."""
+    return int(config.get("num_experts") or config.get("num_local_experts") or 0)
+
+
+def _olmoe(config: Mapping[str, Any]) -> dict[str, MetaValue]:
+    clamp = config["clip_qkv"]
+    return _experts(config) | ({} if clamp is None else {"attention.clamp_kqv": MetaValue("f32", float(clamp))})
+
+
+_OF_MODEL_TYPE: Final = {
+    "gemma2": _gemma2, "gemma3_text": _gemma3, "mixtral": _experts, "qwen2_moe": _experts, "qwen3_moe": _experts, "olmoe": _olmoe,
+}  # fmt: skip
 
 
 def check_config(config: Mapping[str, Any], read: Mapping[str, Any], name: str) -> None:

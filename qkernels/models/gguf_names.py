@@ -206,13 +206,13 @@ def architecture_for(model_type: str) -> GgufArchitecture:
     Raises:
         ConversionError: there is none.
     """
-    for architecture in _ALL:
-        if model_type in (architecture.model_type, _AS_ANOTHER.get(architecture.name)):
-            return architecture
-    known = sorted({*(architecture.model_type for architecture in _ALL), *_AS_ANOTHER.values()})
+    known = {architecture.model_type: architecture for architecture in (*_ALL, *_MIXTURES)}
+    known |= {other: GGUF_ARCHITECTURES[name] for name, other in _AS_ANOTHER.items()}
+    if model_type in known:
+        return known[model_type]
     raise ConversionError(
-        f"GGUF files are written of {', '.join(known)} models, got {model_type!r:.40}; for another, use llama.cpp's converter, "
-        "or add an entry to qkernels/models/gguf_names.py"
+        f"GGUF files are written of {', '.join(sorted(known))} models, got {model_type!r:.40}; for another, use llama.cpp's "
+        "converter, or add an entry to qkernels/models/gguf_names.py"
     )
 
 
@@ -226,22 +226,29 @@ def places_for(names: Iterable[str], architecture: GgufArchitecture, config: Map
     Raises:
         ConversionError: the file has no place for a tensor.
     """
-    outer = {piece.module: name for name, piece in architecture.outer.items()}
-    inner = {piece.module: name for name, piece in architecture.layer.items()}
+    pieces: dict[bool, dict[str, list[tuple[str, Piece]]]] = {True: {}, False: {}}  # of a layer or not, by module
+    for inside, table in ((False, architecture.outer), (True, architecture.layer)):
+        for spelled, piece in table.items():
+            pieces[inside].setdefault(piece.module, []).append((spelled, piece))
     places: dict[str, Place] = {}
     for name in names:
-        module, _, leaf = name.rpartition(".")
-        match = _IN_LAYER.fullmatch(module)
-        spelled = outer.get(module) if match is None else inner.get(match["module"])
-        if spelled is None or leaf not in ("weight", "bias"):
+        match = _IN_LAYER.fullmatch(name)
+        inner = name if match is None else match["module"]
+        module, _, leaf = inner.rpartition(".")
+        found = [
+            (s, piece, "weight") for s, piece in pieces[match is not None].get(inner, ()) if piece.kind == "experts"
+        ]
+        if leaf in ("weight", "bias"):
+            found += [(s, p, leaf) for s, p in pieces[match is not None].get(module, ()) if p.kind != "experts"]
+        if not found:
             raise ConversionError(
                 f"a GGUF file of architecture {architecture.name} has no place for {name}, so that it cannot hold this model"
             )
-        piece = architecture.outer[spelled] if match is None else architecture.layer[spelled]
-        heads = int(config[piece.rope]) if piece.rope is not None and architecture.paired_rope else 0
-        offset = 1.0 if piece.kind == "norm" and architecture.unit_offset_norms else 0.0
-        prefix = "" if match is None else f"blk.{match['layer']}."
-        places[f"{prefix}{spelled}.{leaf}"] = Place(name, piece.kind, heads, offset)
+        for spelled, piece, end in found:
+            heads = int(config[piece.rope]) if piece.rope is not None and architecture.paired_rope else 0
+            offset = 1.0 if piece.kind == "norm" and architecture.unit_offset_norms else 0.0
+            prefix = "" if match is None else f"blk.{match['layer']}."
+            places[f"{prefix}{spelled}.{end}"] = Place(name, piece.kind, heads, offset, part=piece.part)
     return places
 
 

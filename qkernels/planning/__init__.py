@@ -1,5 +1,6 @@
 """Whether a model fits, told from headers: its weights, its cache, the device, and which quantized form to take."""
 
-from .planner import Plan, PlanRow, plan
+from .planner import Plan, plan
+from .rows import PlanRow
 
 __all__ = ["Plan", "PlanRow", "plan"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..models.architectures import text_config
+from ..models.architectures import text_config, text_part
 from ..models.experts import experts_of
 from ..text import dtype_name
 
@@ -104,25 +104,36 @@ def cache_of(model: nn.Module, kv_dtype: str | None = None) -> Cache:
 
 def _held(model: nn.Module) -> tuple[list[Any], list[Any]]:
     """The layers of the cache after `_SHORT` and after `_LONG` tokens, on meta."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{type(model).__name__} has an encoder, whose input sets a part of its cache; plan it with a context of 0, which "
+            "counts no cache"
+        )
     hollow: Any = copy.deepcopy(model).to("meta")
     for name in experts_of(hollow):  # which expert a token gets is asked of values; none of them keeps anything
         hollow.get_submodule(name).forward = lambda hidden, *args, **others: torch.empty_like(hidden)
-    for config in (hollow.config, text_config(hollow)):
-        config.pad_token_id = None  # else some look for it among the ids
+    errors: list[Exception] = []
+    # multimodal models look for pictures among the ids: what their text part keeps is all there is; some look for padding
+    for part in dict.fromkeys((hollow, text_part(hollow))):
+        for without_padding in (False, True):
+            try:
+                if without_padding:
+                    part.config.pad_token_id = text_config(part).pad_token_id = None
+                with torch.no_grad():
+                    return _after(part, _SHORT), _after(part, _LONG)
+            except Exception as error:  # as many ways as there are models
+                errors.append(error)
+    raise CheckpointError(
+        f"the cache of {type(model).__name__} cannot be told without weights ({type(errors[0]).__name__}: {errors[0]}); plan it "
+        "with a context of 0, which counts no cache"
+    ) from errors[0]
 
-    def after(tokens: int) -> list[Any]:
-        output = hollow(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)
-        found: Any = next(output[name] for name in _CALLED if name in output)
-        return list(found.layers)
 
-    try:
-        with torch.no_grad():
-            return after(_SHORT), after(_LONG)
-    except Exception as error:  # as many ways as there are models
-        raise CheckpointError(
-            f"the cache of {type(model).__name__} cannot be told without weights ({type(error).__name__}: {error}); plan it with "
-            "a context of 0, which counts no cache"
-        ) from error
+def _after(part: Any, tokens: int) -> list[Any]:
+    output = part(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)
+    found: Any = next(output[name] for name in _CALLED if name in output)
+    return list(found.layers)
 
 
 def _sizes(layers: list[Any]) -> Iterator[list[int]]:

@@ -68,6 +68,10 @@ CANDIDATES: Final = (
 # 88 %, docs/quality.md).
 LARGEST_KL: Final = 3e-2
 
+# Seconds of GPTQ for 10^9 weights, on two cores of a machine at work: 162 s for 1.03 (4 bits with clipping, 8 x 64 tokens,
+# docs/quantizing-large-models.md). Passes over more tokens come on top.
+CALIBRATED_SECONDS: Final = 157
+
 # Of the rate at which memory is read, what a token of a whole model reaches (eager; compiled: more): 0.59 and 0.73 in the two
 # states of the machine of benchmarks/results/amd-epyc-family-26-model-2-2-cores (llama-cpp*.json, 1.2 billion parameters).
 CPU_SHARE: Final = (0.59, 0.73)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.arguments import stored_dtype
 from ..checkpoint.directory import DirectoryCheckpoint
 from ..checkpoint.gguf import GgufCheckpoint
-from ..checkpoint.loading import check_fits, kept_in_fp32, model_of, stored_dtype
+from ..checkpoint.loading import check_fits, kept_in_fp32, model_of
 from ..errors import CheckpointError, QKernelsError
 from ..formats import summary
 from ..formats.gguf import weight_of
+from ..formats.stacks import experts_in, parsed_experts
 from ..hub import headers_of, hub_id
 from ..models.building import empty_model
 from ..nn.selection import Selection
@@ -42,6 +44,7 @@ class Planned:
         ordered: those of them that have one.
         dequantizes: whether a module that no kernel takes is dequantized (GGUF) and no error.
         notes: what a user should know of the files.
+        checkpoint: of a float model in files, under the model's names.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Planned:
     ordered: frozenset[str] = frozenset()
     dequantizes: bool = False
     notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
 
     @property
     def schemes(self) -> dict[str, QuantScheme]:
@@ -101,7 +105,7 @@ def _planned(name: str, path: Path, dtype: torch.dtype | None, at_hand: bool) ->
     notes = tuple(summary([*checkpoint.oddities]))
     if checkpoint.format is None:
         check_fits(model, checkpoint)
-        return Planned(name, model, chosen, file, notes=notes)
+        return Planned(name, model, chosen, file, notes=notes, checkpoint=checkpoint)
     weights, ordered = _stored(checkpoint, at_hand)
     return Planned(
         name,
@@ -207,8 +211,12 @@ def _without_values(
         made[suffix] = source.read(name) if known else _ones(source.dtype(name), source.shape(name))
     if not at_hand:
         made = {suffix: t for suffix, t in made.items() if suffix not in ("g_idx", "weight_g_idx")}
+    experts = experts_in(made, checkpoint.format)
     try:
-        weight = checkpoint.format.parse(module, made, checkpoint.quantization).weight
+        if experts is None:
+            weight = checkpoint.format.parse(module, made, checkpoint.quantization).weight
+        else:
+            weight = next(parsed_experts(checkpoint.format, module, made, checkpoint.quantization)).weight
     except (QKernelsError, KeyError) as error:
         raise CheckpointError(
             f"{module}: a file of {checkpoint.format.name} cannot be planned from its headers ({error}); "
@@ -217,7 +225,8 @@ def _without_values(
     has_order = weight.group_index is not None
     if not at_hand and checkpoint.quantization.get("desc_act") is True:
         has_order = True  # what its indices would tell is allowed for
-    return replace(weight, group_index=None).to("meta"), has_order
+    one = replace(weight, group_index=None).to("meta")
+    return one if experts is None else QuantTensor.stack([one] * experts), has_order
 
 
 def _ones(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

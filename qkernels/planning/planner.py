@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,57 +21,16 @@ from ..scheme import QuantScheme
 from ..text import dtype_name, table
 from ..texts import capped
 from .cache import KV_DTYPES, Cache, cache_of
+from .deciding import Prefer, costs, decision, taken
 from .devices import Device, device_of, with_bandwidth
-from .measured import CANDIDATES, CPU_SHARE, LARGEST_KL, Candidate
+from .measured import CANDIDATES, CPU_SHARE, Candidate
 from .models import Planned, planned_model
+from .rows import HEADER, PlanRow, Verdict, cells
 from .weights import TORCH, Inventory, Sizes, described, in_scheme, inventory, sizes_as_floats, sizes_in
 
-Prefer = Literal["quality", "speed", "size"]
-Verdict = Literal["fits", "tight", "short", "no kernel"]
 SPARE = 0.1  # of a device's memory: with less left over it is tight
 CONTEXT = 4096
 MOST_CONTEXT = 2**24
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """A model in one form on one device. Bytes; `tokens_per_s` is (least, most), the same twice for what is only a ceiling.
-
-    Args:
-        scheme: "as it is" or a scheme.
-        bits: stored a weight, of the quantized matrices; None where nothing is quantized.
-        layers_on: of the first device, where the rest of them goes to the second; None: all.
-        short: bytes that are missing.
-        longest: tokens of context that fit.
-        kl: measured on the bundled model, None where it was not.
-        kernels: how many matrices each runs.
-        reasons: why no kernel takes some of them.
-        engines: who serves the file besides us.
-        command: what makes it, or runs it.
-    """
-
-    scheme: str
-    method: str
-    bits: float | None
-    file: int
-    weights: int
-    cache: int
-    activations: int
-    total: int
-    verdict: Verdict
-    short: int
-    longest: int
-    tokens_per_s: tuple[float, float] | None
-    kl: float | None
-    kernels: dict[str, int]
-    reasons: tuple[str, ...]
-    engines: tuple[str, ...]
-    command: str
-    layers_on: int | None = None
-
-    @property
-    def fits(self) -> bool:
-        return self.verdict in ("fits", "tight")
 
 
 @dataclass(frozen=True)
@@ -102,21 +61,6 @@ class Plan:
 
     def to_markdown(self) -> str:
         """Everything, as Markdown that also reads well in a terminal."""
-        header = [
-            "scheme",
-            "by",
-            "bits",
-            "file",
-            "weights",
-            "KV",
-            "total",
-            "",
-            "longest",
-            "tokens/s",
-            "KL",
-            "kernel",
-            "also",
-        ]
         places = "; ".join(_place(device) for device in self.devices)
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.cache_kinds.items()) or "none"
         classes = ", ".join(f"{name} {readable_size(nbytes)}" for name, nbytes in self.classes.items() if nbytes)
@@ -128,7 +72,7 @@ class Plan:
                 f"- {self.context} tokens of context, batch {self.batch}; cache in {self.kv_dtype}, layers: {kinds}",
                 f"- weights in memory as in the first row: {classes}",
                 "",
-                table(header, [_cells(row) for row in self.rows]),
+                table(HEADER, [cells(row) for row in self.rows]),
                 "",
                 *(f"- {note}" for note in self.notes),
                 "",
@@ -209,14 +153,17 @@ def _plan(
     # which matrices are chosen does not depend on the scheme, as long as nobody asks for kernels
     selection = planned.selection() if planned.schemes else select_linears(planned.model, QuantScheme())
     found = inventory(planned.model, selection, planned.dtype, batch, planned.keep)
-    for candidate in _candidates(planned, schemes):
+    candidates = _candidates(planned, schemes)
+    for candidate in candidates:
         sizes, engines = _sizes(planned, found, candidate, devices[0])
         classes = classes or {str(name): nbytes for name, nbytes in sizes.memory.items()}
         fit = _Fit(planned.model, found, sizes, cache, devices, context, batch)
         rows.append(_row(planned, candidate, sizes, engines, fit))
         notes += [f"{name} does not run {rows[-1].scheme}: {why}" for name, why in sizes.passed.items()]
         notes += [f"no kernel for {count} matrices in {rows[-1].scheme}: {why}" for why, count in sizes.lacking.items()]
-    notes += _assumptions(devices, planned, cache)
+    best = taken(rows, prefer)
+    cost = None if best is None else costs(planned, candidates[rows.index(best)], selection, _weights(found))
+    notes += [*_assumptions(devices, planned, cache), *([cost] if cost else [])]
     return Plan(
         planned.name,
         type(planned.model).__name__,
@@ -229,8 +176,12 @@ def _plan(
         classes,
         tuple(rows),
         tuple(dict.fromkeys(notes)),
-        _decision(rows, prefer),
+        decision(rows, prefer),
     )
+
+
+def _weights(found: Inventory) -> int:
+    return sum(matrix.count for matrix in found.matrices.values())
 
 
 def _candidates(planned: Planned, schemes: Sequence[str]) -> list[Candidate]:
@@ -410,37 +361,6 @@ def _command(planned: Planned, candidate: Candidate, devices: tuple[Device, ...]
     return " ".join(words)
 
 
-def _decision(rows: Sequence[PlanRow], prefer: Prefer) -> str:
-    """The last line: what to take, how, and what the next better would need."""
-    fitting = [row for row in rows if row.fits]
-    runnable = [row for row in rows if row.verdict != "no kernel"]
-    if not fitting and not runnable:
-        return f"Nothing runs there: no kernel takes these layers ({rows[-1].reasons[0]})."
-    if not fitting:
-        least = min(runnable, key=lambda row: row.short)
-        return (
-            f"Nothing fits: the nearest is {least.scheme}, short by {readable_size(least.short)} ({least.longest} tokens of "
-            f"context would fit); take a shorter context, a smaller --kv-dtype, a second --device, or a smaller model."
-        )
-    clear = [row for row in fitting if row.verdict == "fits"] or fitting
-    good = [row for row in clear if row.kl is None or row.kl <= LARGEST_KL] or clear
-    if prefer == "size":
-        taken = min(good, key=lambda row: row.total)
-    elif prefer == "speed":
-        taken = min(good, key=lambda row: (-(row.tokens_per_s or (0.0, 0.0))[0], row.total))
-    else:
-        taken = good[0]
-    split = "" if taken.layers_on is None else f", {taken.layers_on} layers on the first device"
-    tight = ", tight" if taken.verdict == "tight" else ""
-    line = f"Take {taken.scheme}: {readable_size(taken.total)} in all{split}{tight}: `{taken.command}`."
-    better = [row for row in rows[: rows.index(taken)] if row.verdict in ("short", "tight")]
-    if better:
-        nearest = min(better, key=lambda row: row.short)
-        more = f"needs {readable_size(nearest.short)} more" if nearest.short else "would be tight"
-        line += f" The next better, {nearest.scheme}, {more}."
-    return line
-
-
 def _assumptions(devices: Sequence[Device], planned: Planned, cache: Cache) -> list[str]:
     notes = [
         f"total = weights + KV + activations of one pass over the prompt + {readable_size(devices[0].overhead)} for "
@@ -462,22 +382,3 @@ def _assumptions(devices: Sequence[Device], planned: Planned, cache: Cache) -> l
 def _place(device: Device) -> str:
     rate = f", {device.gbs:.0f} GB/s" if device.gbs is not None else ""
     return f"{device.name} ({device.arch}, {readable_size(device.memory)}{rate}; {device.source})"
-
-
-def _cells(row: PlanRow) -> list[str]:
-    verdict = f"short by {readable_size(row.short)}" if row.verdict == "short" else str(row.verdict)
-    if row.layers_on is not None and row.fits:
-        verdict += f", {row.layers_on} layers on it"
-    rate = "–" if row.tokens_per_s is None else _rate(row.tokens_per_s)
-    kl = "–" if row.kl is None else "0" if row.kl == 0 else f"{row.kl:.1e}"
-    kernels = ", ".join(row.kernels) or "–"
-    return [
-        row.scheme, row.method or "–", "–" if row.bits is None else f"{row.bits:.2f}", readable_size(row.file),
-        readable_size(row.weights), readable_size(row.cache), readable_size(row.total), verdict, str(row.longest), rate, kl,
-        kernels, ", ".join(row.engines) or "–",
-    ]  # fmt: skip
-
-
-def _rate(bounds: tuple[float, float]) -> str:
-    least, most = (f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in bounds)
-    return f"<= {most}" if least == most else f"{least} to {most}"

@@ -105,10 +105,10 @@ class GPTQ(Options):
             )
         hessian = moments
         values = checked_weight(weight, name).to(hessian.dtype)
-        _check_hessian(values, hessian, name)
+        check_hessian(values, hessian, name)
         scheme, scale_dtype = self.scheme, stored_dtype(weight, self.scale_dtype, self.scheme)
-        live = _without_dead_columns(hessian)
-        order = _column_order(live.diagonal(), self.act_order)
+        live = without_dead_columns(hessian)
+        order = column_order(live.diagonal(), self.act_order)
         factor = inverse_factor(live[order][:, order], self.damping, name)
 
         columns = values.T[order].contiguous()  # [K, N]: a column of the weight is contiguous
@@ -129,7 +129,7 @@ class GPTQ(Options):
     ) -> tuple[Grid, Tensor]:
         """The grid of natural groups of the weight as it came, and the group of every column."""
         importance = torch.empty_like(factor.diagonal())
-        importance[order] = _importance(factor)
+        importance[order] = column_importance(factor)
         grid = fit(values, self.scheme, scale_dtype, self.clip, importance)
         groups = torch.arange(len(order), device=order.device) // self.scheme.group_length(len(order))
         return grid, groups
@@ -167,7 +167,7 @@ def _sweep(columns: Tensor, factor: Tensor, scheme: QuantScheme, grid: Grid, gro
     scales = grid.scales.T.contiguous()  # [G, N]
     zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
     codes = torch.empty_like(columns)
-    for block in _blocks(len(columns), len(columns)):
+    for block in column_slices(len(columns), len(columns)):
         errors = torch.empty_like(columns[block])
         for i, group in zip(range(block.start, block.stop), groups[block].tolist(), strict=True):
             zero = None if zeros is None else zeros[group]
@@ -184,11 +184,11 @@ def _sweep_fitting(
     """The same, fitting the grid of a group to its columns as they are when its turn comes (section 4, "Additional
     considerations": grouping)."""
     length = scheme.group_length(len(columns))
-    importance = _importance(factor)
+    importance = column_importance(factor)
     codes = torch.empty_like(columns)
     grids: list[Grid] = []
     scales, zeros = columns[:0], None
-    for block in _blocks(len(columns), length):
+    for block in column_slices(len(columns), length):
         errors = torch.empty_like(columns[block])
         for i in range(block.start, block.stop):
             if i % length == 0:
@@ -221,7 +221,7 @@ def _quantize_column(
     return error
 
 
-def _blocks(columns: int, group_length: int) -> Iterator[slice]:
+def column_slices(columns: int, group_length: int) -> Iterator[slice]:
     """Cut the columns so that a group starts only where every earlier update has arrived: a block is a whole number of
     groups or lies within one."""
     step = BLOCK_COLUMNS // group_length * group_length if group_length <= BLOCK_COLUMNS else group_length
@@ -230,18 +230,18 @@ def _blocks(columns: int, group_length: int) -> Iterator[slice]:
             yield slice(start, min(start + BLOCK_COLUMNS, outer + step, columns))
 
 
-def _importance(factor: Tensor) -> Tensor:
+def column_importance(factor: Tensor) -> Tensor:
     """`[K]`: what a unit of squared error in a column costs once the columns after it have made up for it (equation 1)."""
     return factor.diagonal().square().reciprocal()
 
 
-def _column_order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
+def column_order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
     if act_order == "none":
         return torch.arange(len(diagonal), device=diagonal.device)
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
-def _without_dead_columns(hessian: Tensor) -> Tensor:
+def without_dead_columns(hessian: Tensor) -> Tensor:
     """An input that was always 0 has a zero row and column. With a positive diagonal it takes part in nothing."""
     dead = hessian.diagonal() == 0
     if not bool(dead.any()):
@@ -252,7 +252,7 @@ def _without_dead_columns(hessian: Tensor) -> Tensor:
     return live
 
 
-def _check_hessian(weight: Tensor, hessian: Tensor, name: str) -> None:
+def check_hessian(weight: Tensor, hessian: Tensor, name: str) -> None:
     K = weight.shape[-1]
     if weight.dim() != 2:
         raise ArgumentError(f"GPTQ takes a weight [N, K], got {name} {list(weight.shape)}; quantize experts one by one")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qkernels import QuantTensor
+from qkernels.codebooks import CODEBOOK_NUMBERS
 from qkernels.layouts import Layout, get_layout
 from qkernels.scheme import ACTIVATION_NUMBERS
 from tests.cuda import emulator
@@ -21,7 +22,10 @@ from tests.cuda.emulator import Call
 UNIT = "mma_tile"
 LAYOUT = get_layout("mma_tile")
 DTYPES = (torch.float16, torch.bfloat16)
-TYPES = {None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}  # enum Type of csrc/types.h
+TYPES = {
+    None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4, torch.float8_e8m0fnu: 6,
+    torch.float8_e4m3fn: 7,
+}  # enum Type of csrc/types.h  # fmt: skip
 # What lies around x. Large, and finite: a kernel that reads NaN there, where it should read nothing, would find that its sum is
 # not finite and add it again, rightly (sum_again.cuh).
 STRAY = 4096.0
@@ -73,13 +77,21 @@ def in_room(x: Tensor) -> Tensor:
 
 def weight_arguments(weight: QuantTensor, layout: Layout = LAYOUT) -> tuple[dict[str, Tensor | None], dict[str, int]]:
     packed = layout.pack(weight)
-    scales, zeros = packed["scales"], packed["zeros"]
+    scales, zeros, outer = packed["scales"], packed["zeros"], packed["outer_scales"]
     assert scales is not None
-    buffers = {"codes": packed["qweight"], "scales": scales, "zeros": zeros, "k_order": packed["k_order"]}
+    buffers = {
+        "codes": packed["qweight"],
+        "scales": scales,
+        "zeros": zeros,
+        "k_order": packed["k_order"],
+        "outer": outer,
+    }
     integers = {
         "N": weight.N, "K": weight.K, "bits": weight.scheme.bits, "group": weight.scheme.group_length(weight.K),
         "scale_type": TYPES[scales.dtype], "zero_type": TYPES[None if zeros is None else zeros.dtype],
         "zeros_are_offsets": int(weight.scheme.zeros == "offset"), "act": ACTIVATION_NUMBERS[weight.scheme.act],
+        "codebook": CODEBOOK_NUMBERS[weight.scheme.codebook], "outer_divides": int(weight.scheme.factors == "nvfp4"),
+        "outer_type": TYPES[None if outer is None else outer.dtype],
     }  # fmt: skip
     return buffers, integers
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from qkernels import QuantTensor
+from qkernels.codebooks import CODEBOOKS
 from qkernels.layouts import Layout, get_layout
 from tests.ops.helpers import exact_product, integers
 from tests.strategies import random_weight
@@ -57,6 +58,10 @@ class Forced:
 
     def weight(self) -> QuantTensor:
         made: QuantTensor = random_weight(self.scheme, self.N, self.K, dtype=self.scales, exact=True)
+        if made.scheme.bits == 8 and made.scheme.codebook is not None:  # floats whose sums are exact
+            values = torch.tensor(CODEBOOKS[made.scheme.codebook])
+            few = torch.nonzero((values.abs() <= 16) & (values * 8 == (values * 8).round())).flatten()
+            made = replace(made, codes=few[made.codes.long() % len(few)].to(torch.uint8))
         return made
 
     def x(self) -> Tensor:
@@ -72,14 +77,25 @@ class Forced:
         weight, x, config = self.weight(), self.x(), self.config
         if "a8" in config.path:
             return calls_a8.expected(weight, x, splits=config.splits)
+        if weight.scheme.codebook is not None:
+            of_table: Tensor = (x.double() @ rounded(weight, x.dtype).T).to(x.dtype)
+            return of_table
         exact: Tensor = exact_product(weight, x)
         if config.path != "gemm_sm90":
             return exact
         short = weight.scheme.num_groups(weight.K) > 1 and weight.scheme.group_length(weight.K) < 64
         if config.tokens == 256 or short or weight.scheme.zeros in ("float", "offset"):
-            rounded: Tensor = (x.double() @ weight.dequantize().to(x.dtype).double().T).to(x.dtype)
-            return rounded
+            scaled: Tensor = (x.double() @ weight.dequantize().to(x.dtype).double().T).to(x.dtype)
+            return scaled
         return exact
+
+
+def rounded(weight: QuantTensor, dtype: torch.dtype) -> Tensor:
+    """float64 [N, K]: what the tensor cores multiply of a codebook's weight, whose table is rounded to x's type."""
+    assert weight.scheme.codebook is not None
+    table = torch.tensor(CODEBOOKS[weight.scheme.codebook]).to(dtype).double()
+    values: Tensor = table[weight.codes.long()] * weight.scales.double()[:, weight.column_groups()]
+    return values
 
 
 def forced() -> Iterator[Forced]:
@@ -95,6 +111,10 @@ def forced() -> Iterator[Forced]:
             yield Forced(scheme, Config("gemm", tokens), dtype, scales)
         for tokens in WGMMA_TOKENS:
             yield Forced(scheme, Config("gemm_sm90", tokens), dtype, scales)
+    for scheme, dtype in product(("nf4_g64", "iq4nl_g32", "mxfp4_g32", "fp8_g64", "fp8_g32"), DTYPES):
+        for tokens in (8, 32):
+            yield Forced(scheme, Config("decode", tokens, 1, 2), dtype)
+        yield Forced(scheme, Config("gemm", 64), dtype)
     for tokens in (64, 128):
         yield Forced("w4a16_g64", Config("gemm", tokens, half_accumulate=True), torch.float16)
     for bits, group, tokens in product((4, 8), ("g64", "g32"), (32, 64, 128)):

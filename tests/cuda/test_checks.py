@@ -70,7 +70,19 @@ def good(scheme: str = "w4a16_g64", M: int = 5, layout: str = "mma_tile") -> dic
     return {name: None if t is None else plain(t, device) for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g64", "w8a16_g32_asym", "w3a16_g16_fzero", "w4a16_channel_offset"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w4a16_g64",
+        "w8a16_g32_asym",
+        "w3a16_g16_fzero",
+        "w4a16_channel_offset",
+        "nf4_g64",
+        "fp8_channel",
+        "nvfp4_g16",
+        "nvfp4m_g16",
+    ],
+)
 def test_what_the_packer_makes_is_taken(scheme: str) -> None:
     assert wrong(good(scheme), scheme=scheme) == ""
     assert wrong({**good(scheme), "bias": None, "k_order": None}, scheme=scheme) == ""
@@ -136,6 +148,34 @@ def test_a_wrong_tensor_is_named(name: str, change: dict[str, object], message: 
 def test_wrong_numbers_are_named(more: dict[str, int], message: str) -> None:
     for question in ("product", "dequantize"):
         assert message in wrong({**good(), "zeros": None}, question, **more)
+
+
+def test_codebooks_and_factors_are_checked() -> None:
+    """Against the number of the codebook or the factors, the buffers that they ask for, and those that go with others."""
+    floats, factored = {**good("nf4_g64"), "bias": None}, {**good("nvfp4_g16"), "bias": None}
+    scales, outer = factored["scales"], factored["outer_scales"]
+    assert scales is not None
+    assert outer is not None
+    e8m0 = replace(scales, type=TYPES[torch.float8_e8m0fnu])
+    for tensors, scheme, more, message in (
+        (floats, "nf4_g64", {"codebook": 7}, "codebook must be 0 to 6, got 7"),
+        (floats, "nf4_g64", {"codebook": -1}, "codebook must be 0 to 6, got -1"),
+        (floats, "nf4_g64", {"bits": 3}, "codebook 1 takes 4 bits and no zeros, got bits=3"),
+        ({**floats, "zeros": floats["scales"]}, "nf4_g64", {}, "takes 4 bits and no zeros, got bits=4 and zeros"),
+        ({**floats, "outer_scales": outer}, "nf4_g64", {}, "outer_scales and outer_zeros go with factors"),
+        ({**good("w4a16_g16"), "scales": e8m0}, "w4a16_g16", {}, "scales must be floating"),
+        (factored, "nvfp4_g16", {"factors": 5}, "factors must be 0, or those of NVFP4 with its codebook"),
+        (factored, "nvfp4_g16", {"codebook": 0}, "factors must be 0, or those of NVFP4 with its codebook"),
+        ({**factored, "scales": e8m0}, "nvfp4_g16", {}, "scales must be contiguous float8_e4m3fn"),
+        ({**factored, "outer_scales": None}, "nvfp4_g16", {}, "outer_scales must be given with these factors"),
+        ({**factored, "outer_scales": replace(outer, shape=(2, 2, 64))}, "nvfp4_g16", {}, "floating [2, 1, 64]"),
+        ({**factored, "outer_scales": replace(outer, address=1026)}, "nvfp4_g16", {}, "outer_scales must be contiguous"),
+        ({**factored, "outer_scales": replace(outer, device=1)}, "nvfp4_g16", {}, "outer_scales must be on cuda:0"),
+        ({**factored, "outer_zeros": outer}, "nvfp4_g16", {}, "outer_zeros must be None with these factors"),
+    ):  # fmt: skip
+        for question in ("product", "dequantize"):
+            assert message in wrong(tensors, question, scheme, **more), message
+    assert wrong(floats, "a8", "nf4_g64") == "gemm_mma_tile_a8 takes integer codes: codebook must be 0"
 
 
 def test_offsets_are_floating() -> None:

@@ -72,7 +72,7 @@ def test_padding_contributes_nothing() -> None:
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [
-        ("nf4_g64", "codebook 'nf4'"),
+        ("q4_k", "factors 'k45'"),
         ("w4a8_g32", "8-bit activations"),
         ("w4a16_g24", "neither 16 nor 32"),
         ("w4a16_g8", "g"),

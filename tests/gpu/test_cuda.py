@@ -18,7 +18,7 @@ from qkernels import QuantLinear, QuantTensor, extension
 from qkernels.layouts import get_layout
 from tests.cuda import calls_a8, nonfinite
 from tests.cuda.calls import PATHS, STRAY
-from tests.cuda.instances import Forced, forced
+from tests.cuda.instances import Forced, forced, rounded
 from tests.ops.helpers import arguments, assert_like_a_float_layer, dequantize_arguments, exact_product, integers
 from tests.strategies import random_weight
 
@@ -157,7 +157,27 @@ def test_large_layers_split_over_the_whole_card() -> None:
         assert torch.equal(run("gemm_mma_tile", weight, x), exact_product(weight, x)), M
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g16_fzero", "w4a16_g128", "w8a16_g64_asym", "w3a16_channel_offset"])
+@dtypes
+@pytest.mark.parametrize(
+    "scheme", ["nf4_g64", "mxfp4_g32", "iq4nl_g32", "fp8_channel", "fp8_g32", "nvfp4_g16", "nvfp4m_g16"]
+)
+def test_codebooks_with_scales_of_every_type(scheme: str, dtype: torch.dtype) -> None:
+    """Within fp32's rounding of K sums, past the crossover (dequantize + mm) of every weight to x's type; and y's own."""
+    scales = torch.float8_e8m0fnu if scheme == "mxfp4_g32" else torch.bfloat16
+    weight = random_weight(scheme, 150, 200, act_order=True, dtype=scales)
+    for M in TOKENS:
+        x = torch.randn(M, 200, generator=torch.Generator().manual_seed(M)).to(dtype)
+        w = rounded(weight, dtype)
+        expected, size = x.double() @ w.T, x.double().abs() @ w.abs().T
+        eps = torch.finfo(dtype).eps
+        bound = ((weight.K + 8) * 2.0**-24 + (eps if M > 32 else 0)) * size + eps / 2 * expected.abs()
+        assert bool(((run("gemm_mma_tile", weight, x).double() - expected).abs() <= bound).all()), M
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["w4a16_g16_fzero", "w4a16_g128", "w8a16_g64_asym", "w3a16_channel_offset", "nf4_g64", "fp8_g32", "nvfp4_g16"],
+)
 def test_dequantize_is_the_definition_bit_for_bit(scheme: str) -> None:
     weight = random_weight(scheme, 150, 200, act_order=True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

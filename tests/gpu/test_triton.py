@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from qkernels import QuantTensor, replace_linear
+from qkernels import QuantLinear, QuantTensor
 from tests.ops.helpers import arguments, exact_product, integers
 from tests.strategies import random_weight
 
@@ -124,8 +124,7 @@ def test_the_first_call_of_a_shape_takes_less_than_two_seconds(
     assert time.perf_counter() - begin < 2
 
 
-def test_nf4_models_need_no_reference() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(256, 128)).to(DEVICE, torch.bfloat16)
-    report = replace_linear(model, "nf4_g64", progress=False)
-    assert [replaced.layout for replaced in report.replaced.values()] == ["kpack"]
-    assert torch.isfinite(model(torch.randn(3, 256, device=DEVICE, dtype=torch.bfloat16))).all()
+def test_k_quants_need_no_reference() -> None:
+    layer = QuantLinear.from_quant_tensor(random_weight("q4_k", 128, 256), device=DEVICE, dtype=torch.bfloat16)
+    assert layer.layout == "kpack"
+    assert torch.isfinite(layer(torch.randn(3, 256, device=DEVICE, dtype=torch.bfloat16))).all()

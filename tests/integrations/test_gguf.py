@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from qkernels import QuantLinear, load
+from qkernels.checkpoint import to_gguf
 from qkernels.errors import ArgumentError
 from qkernels.integrations.transformers import enable
 from tests.checkpoints import logits
@@ -45,6 +46,16 @@ def test_models_are_those_of_load(name: str, tmp_path: Path) -> None:
     assert len(model.hf_quantizer.report.replaced) == packed[0] if packed[0] else not hasattr(model, "hf_quantizer")
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(loaded))
+
+
+def test_biases_go_with_their_weights(tmp_path: Path) -> None:
+    to_gguf(FILES / "qwen2.gguf", tmp_path / "m.gguf", "Q8_0")
+    enable()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, QuantLinear)
+    assert layer.bias is not None
+    assert torch.equal(logits(model), logits(load(tmp_path / "m.gguf", dtype=torch.float32)))
 
 
 def test_configs_have_what_only_tensors_say() -> None:

@@ -89,15 +89,19 @@ def continuation(path: Path, tokens: int = 8) -> str:
     return text
 
 
+GGUF = Path(__file__).parent.parent / "golden" / "gguf" / "llama-k.gguf"
+
+
 @needs_server
-@pytest.mark.parametrize("format", ["native", "gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("format", ["native", "gptq", "awq", "compressed-tensors", "gguf"])
 def test_plain_http(quantized: Path, format: str) -> None:
     """What the server says is what the model says, not what random weights would."""
-    started = Running(quantized / format)
+    source = GGUF if format == "gguf" else quantized / format
+    started = Running(source)
     try:
         assert [model["id"] for model in started.get("/v1/models")["data"]] == ["tiny"]
         answer = started.post()
-        assert answer["choices"][0]["text"].strip() == continuation(quantized / format).strip()
+        assert answer["choices"][0]["text"].strip() == continuation(source).strip()
         assert answer["usage"]["completion_tokens"] == 8
     finally:
         started.server.kill_server()

@@ -49,6 +49,7 @@ def test_byte_level(tmp_path: Path) -> None:
     tokenizer = loaded(tmp_path, BYTE_LEVEL)
     assert tokens(tokenizer, "the the</s>") == ["the", "Ġthe", "</s>"]
     assert tokens(tokenizer, "moon") == ["m", "o", "o", "n"]  # no merges lead there
+    assert len(tokenizer) == 33  # and none that a class of transformers has by default
     assert tokens(loaded(tmp_path, BYTE_LEVEL, add_bos_token=(BOOL, True)), "the") == ["<s>", "the"]
     assert tokens(loaded(tmp_path, BYTE_LEVEL, add_bos_token=(BOOL, True), add_eos_token=(BOOL, True)), "the") == [
         "<s>",

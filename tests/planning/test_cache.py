@@ -18,6 +18,7 @@ NAMES = (
     "LlamaForCausalLM", "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "Phi3ForCausalLM", "MistralForCausalLM", "Cohere2ForCausalLM",
     "GptOssForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM", "Gemma3nForCausalLM", "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM", "Mamba2ForCausalLM", "FalconH1ForCausalLM", "Zamba2ForCausalLM", "GraniteMoeHybridForCausalLM",
+    "ModernBertDecoderForCausalLM",
 )  # fmt: skip
 
 
@@ -68,3 +69,5 @@ def test_another_dtype_counts_for_what_grows() -> None:
 def test_a_cache_of_its_own_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"RwkvForCausalLM cannot be told.* a context of 0"):
         cache_of(model_of("RwkvForCausalLM"))
+    with pytest.raises(CheckpointError, match="has an encoder"):
+        cache_of(model_of("BartForConditionalGeneration"))

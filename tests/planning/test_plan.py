@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from qkernels import GPTQ, load, quantize, replace_linear, save
+from qkernels.calibrate import preview
 from qkernels.cli.main import main
 from qkernels.errors import ArgumentError, CheckpointError
 from qkernels.planning import Plan, plan
+from qkernels.planning.deciding import decision
 from qkernels.planning.devices import CARDS, Device, device_of
 from qkernels.planning.measured import CANDIDATES
-from qkernels.planning.planner import _decision
+from qkernels.reports import readable_size
 from tests.planning.resident import measure
 
 ROOT = Path(__file__).parent.parent.parent
@@ -265,7 +267,7 @@ def test_the_longest_context_fits_and_one_more_does_not(described: str) -> None:
 
 def test_preferences(described: str) -> None:
     found = plan(described, ["24GiB"], context=4096)
-    taken = {prefer: _decision(found.rows, prefer).split()[1].rstrip(":") for prefer in ("quality", "speed", "size")}
+    taken = {prefer: decision(found.rows, prefer).split()[1].rstrip(":") for prefer in ("quality", "speed", "size")}
     assert (
         taken["quality"] == "as" and taken["speed"].startswith("w4") and taken["size"].startswith("w4")
     )  # w2 loses too much
@@ -291,6 +293,20 @@ def test_active_experts_set_the_speed(mixture: Path) -> None:
     read = one.tokens_per_s[0]
     assert 4800e9 / read == pytest.approx(others + experts / 4 + one.cache, rel=0.02)
     assert 8 * 4800e9 / eight.tokens_per_s[0] == pytest.approx(others + experts + eight.cache, rel=0.02)
+
+
+def test_what_making_it_costs(mixture: Path, tiny_llama_dir: Path) -> None:
+    """What a dry run says of it, and a time that was measured."""
+    found = plan(str(tiny_llama_dir), ["24GiB"], schemes=["w4a16_g128"])
+    (line,) = (note for note in found.notes if note.startswith("making w4a16_g128"))
+    told = preview(tiny_llama_dir, GPTQ())
+    for nbytes in (told.device_bytes, told.host_bytes, told.disk_bytes):
+        assert readable_size(nbytes) in line
+    assert "min on two cores" in line
+    rounded = plan(str(mixture), ["cpu"], schemes=["w4a16_g64"], context=16).notes
+    assert any("making w4a16_g64" in note and "min on" not in note and "tokens" not in note for note in rounded)
+    as_it_is = plan(str(tiny_llama_dir), ["24GiB"]).notes
+    assert not any(note.startswith("making") for note in as_it_is)
 
 
 def test_experts_have_no_kernel_on_a_card(mixture: Path) -> None:

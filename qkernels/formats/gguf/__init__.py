@@ -1,6 +1,7 @@
 """GGUF's blocks: decoded bit for bit, taken apart without loss, and as `QuantTensor` where a scheme holds them;
 and made of float weights."""
 
+from .block_grid import BlockGrid
 from .importance import ImportanceFile, InputSquares, read_importance, write_importance
 from .lossless import exact_blocks
 from .parts import Meaning, Parts
@@ -11,6 +12,7 @@ from .weights import EXACT_SCHEMES, weight_of
 
 __all__ = [
     "BLOCK_TYPES",
+    "BlockGrid",
     "EXACT_SCHEMES",
     "WRITABLE_TYPES",
     "BlockType",

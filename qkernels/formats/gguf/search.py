@@ -21,7 +21,7 @@ from .parts import E2M1_TABLE, IQ4_TABLE, Parts, half_e8m0
 from .types import block_type, blocks_of
 
 _SLICE: Final = 2**20  # weights that are searched at once
-_TINY: Final = 1e-15  # a group whose largest weight is below it counts as zeros
+TINY: Final = 1e-15  # a group whose largest weight is below it counts as zeros
 
 
 def blocks_searched(
@@ -74,7 +74,7 @@ class Rows:
 Search = Callable[[Rows], Parts]
 
 
-def _total(terms: Tensor) -> Tensor:
+def total(terms: Tensor) -> Tensor:
     """The sum over dimension 0, one member after the other."""
     result = torch.zeros_like(terms[0])
     for term in terms:
@@ -82,18 +82,18 @@ def _total(terms: Tensor) -> Tensor:
     return result
 
 
-def _nearest(x: Tensor) -> Tensor:
+def nearest(x: Tensor) -> Tensor:
     """ggml's rounding, half to even, as float32 integers: by adding 1.5 · 2^23, which beyond ±2^22 gives what its bits say."""
     bits = (x + 12582912.0).view(torch.int32)
     return ((bits & 0x7FFFFF) - 0x400000).float()
 
 
-def _peak(x: Tensor) -> Tensor:
+def peak_of(x: Tensor) -> Tensor:
     """The first member of largest magnitude, with its sign, `[groups]`; no -0."""
     return x.gather(0, x.abs().argmax(0, keepdim=True))[0] + 0.0
 
 
-def _least(x: Tensor) -> Tensor:
+def least_of(x: Tensor) -> Tensor:
     """The first least member, `[groups]`: of 0 and -0 the first, where argmin takes any."""
     least = x[0]
     for member in x[1:]:
@@ -106,7 +106,7 @@ def _quotient(number: float, x: Tensor) -> Tensor:
     return torch.tensor(float(number), device=x.device) / x
 
 
-def _inverse(x: Tensor) -> Tensor:
+def inverse_of(x: Tensor) -> Tensor:
     """1 / x, or 0 where that is no number."""
     inverse = 1 / x
     return torch.where(inverse.isfinite(), inverse, 0.0)
@@ -117,7 +117,7 @@ def _root(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def _f16(x: Tensor) -> Tensor:
+def f16(x: Tensor) -> Tensor:
     return x.half().float()
 
 
@@ -132,26 +132,26 @@ class _Fit:
 
 def _fit_range(x: Tensor, weight: Tensor, top: int, tries: Iterable[float], absolute: bool) -> _Fit:
     """Codes 0 … top with scale and minimum: for each width tried, the weighted least-squares line; the least error stays."""
-    low, high = _least(x), x.amax(0)
+    low, high = least_of(x), x.amax(0)
     low = torch.where(low > 0, 0.0, low)
     flat = high == low
     width = torch.where(flat, 1.0, high - low)
-    sum_w, sum_x = _total(weight), _total(weight * x)
+    sum_w, sum_x = total(weight), total(weight * x)
 
     def error(codes: Tensor, scale: Tensor, least: Tensor) -> Tensor:
         difference = scale * codes + least - x
-        return _total(weight * (difference.abs() if absolute else difference * difference))
+        return total(weight * (difference.abs() if absolute else difference * difference))
 
     inverse = _quotient(top, width)
     scale, least = 1 / inverse, low
-    codes = _nearest((inverse * (x - low)).clamp(0, top))
+    codes = nearest((inverse * (x - low)).clamp(0, top))
     best = error(codes, scale, least)
     for change in tries:
         # From the best minimum so far, not from the first: as ggml has it.
         ratio = (torch.tensor(change) + top) / torch.where(flat, 1.0, high - least)
-        trial = _nearest((ratio * (x - least)).clamp(0, top))
+        trial = nearest((ratio * (x - least)).clamp(0, top))
         weighted = weight * trial
-        sum_l, sum_l2, sum_xl = _total(weighted), _total(weighted * trial), _total(weighted * x)
+        sum_l, sum_l2, sum_xl = total(weighted), total(weighted * trial), total(weighted * x)
         determinant = sum_w * sum_l2 - sum_l * sum_l
         slope = (sum_w * sum_xl - sum_x * sum_l) / determinant
         start = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
@@ -166,13 +166,13 @@ def _fit_range(x: Tensor, weight: Tensor, top: int, tries: Iterable[float], abso
 
 def _fit_signed(x: Tensor, weight: Tensor, half: int) -> _Fit:
     """Codes 0 … 2·half - 1 with their zero at `half`: 19 widths around the largest weight, each with its best scale."""
-    peak = _peak(x)
-    none = peak.abs() < _TINY
+    peak = peak_of(x)
+    none = peak.abs() < TINY
     peak = torch.where(none, 1.0, peak)
 
     def trial(width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes = _nearest(-width / peak * x).clamp(-half, half - 1)
-        return codes, _total(weight * x * codes), _total(weight * codes * codes)
+        codes = nearest(-width / peak * x).clamp(-half, half - 1)
+        return codes, total(weight * x * codes), total(weight * codes * codes)
 
     codes, sum_lx, sum_l2 = trial(torch.tensor(float(half)))
     scale = torch.where(sum_l2 != 0, sum_lx / sum_l2, 0.0)
@@ -188,14 +188,14 @@ def _fit_signed(x: Tensor, weight: Tensor, half: int) -> _Fit:
 def _descend(x: Tensor, weight: Tensor, codes: Tensor, low: int, high: int, positive: bool) -> _Fit:
     """Five rounds in which each member in turn takes its best code given the others'; the scale fits them all."""
     codes = codes.clone()
-    sum_lx, sum_l2 = _total(weight * x * codes), _total(weight * codes * codes)
+    sum_lx, sum_l2 = total(weight * x * codes), total(weight * codes * codes)
     for _ in range(5):
         changed = False
         for i in range(len(x)):
             value, w, old = x[i], weight[i], codes[i]
             lx, l2 = sum_lx - w * value * old, sum_l2 - w * old * old
             open_ = (lx > 0) & (l2 > 0) if positive else lx > 0
-            new = _nearest(torch.where(open_, value * l2 / lx, 0.0)).clamp(max=high)
+            new = nearest(torch.where(open_, value * l2 / lx, 0.0)).clamp(max=high)
             if not positive:
                 new = new.clamp(min=low)
             lx, l2 = lx + w * value * new, l2 + w * new * new
@@ -212,9 +212,9 @@ def _descend(x: Tensor, weight: Tensor, codes: Tensor, low: int, high: int, posi
 
 def _fit_three_bits(x: Tensor) -> _Fit:
     """Q3_K's codes 0 … 7 without importance: by rounding, then by coordinate."""
-    peak = _peak(x)
-    none = peak.abs() < _TINY
-    codes = _nearest(torch.tensor(-4.0) / torch.where(none, 1.0, peak) * x).clamp(-4, 3)
+    peak = peak_of(x)
+    none = peak.abs() < TINY
+    codes = nearest(torch.tensor(-4.0) / torch.where(none, 1.0, peak) * x).clamp(-4, 3)
     found = _descend(x, x * x, codes, -4, 3, positive=False)
     return _Fit(torch.where(none, 0.0, found.codes + 4), torch.where(none, 0.0, found.scale), found.low)
 
@@ -222,13 +222,13 @@ def _fit_three_bits(x: Tensor) -> _Fit:
 def _fit_positive(x: Tensor, weight: Tensor, top: int) -> _Fit:
     """Codes 0 … top of scales or minima, which are not negative."""
     peak = x.amax(0)
-    none = peak < _TINY
+    none = peak < TINY
     peak = torch.where(none, 1.0, peak)
 
     def trial(inverse: Tensor) -> tuple[Tensor, Tensor]:
-        codes = _nearest(inverse * x).clamp(max=top)
+        codes = nearest(inverse * x).clamp(max=top)
         difference = x - 1 / inverse * codes
-        return codes, _total(weight * difference * difference)
+        return codes, total(weight * difference * difference)
 
     codes, best = trial(_quotient(top, peak))
     for step in (-4, -3, -2, -1, 1, 2, 3, 4):
@@ -251,10 +251,10 @@ def _member_weights(x: Tensor, importance: Tensor, variance: Tensor) -> Tensor:
 def _block_squares(x: Tensor, per: int) -> Tensor:
     """Σ x² of each block of `per` groups, `[blocks]`, in order."""
     blocks = (x * x).T.reshape(-1, per * len(x)).T
-    return _total(blocks)
+    return total(blocks)
 
 
-def _by_block(values: Tensor, per: int) -> Tensor:
+def by_block(values: Tensor, per: int) -> Tensor:
     """`[groups]` to `[per, blocks]`."""
     return values.view(-1, per).T.contiguous()
 
@@ -264,35 +264,35 @@ def _with_minimum(rows: Rows, top: int, size: int, small_top: int, tries: list[f
     x, importance = rows.groups(size)
     per = rows.elements // size
     if importance is None:
-        weight = x.abs() if absolute else _root(_total(x * x) / size) + x.abs()
+        weight = x.abs() if absolute else _root(total(x * x) / size) + x.abs()
         fit = _fit_range(x, weight, top, tries, absolute)
-        d, scales = _plain_factors(_by_block(fit.scale, per), small_top)
-        dmin, minima = _plain_factors(_by_block(fit.low, per), small_top)
+        d, scales = _plain_factors(by_block(fit.scale, per), small_top)
+        dmin, minima = _plain_factors(by_block(fit.low, per), small_top)
     else:
         squares = _block_squares(x, per)
         variance = (squares if absolute else 2 * squares) / rows.elements
         weight = _member_weights(x, importance, variance.repeat_interleave(per))
         fit = _fit_range(x, weight, top, _steps(-0.9, 0.05, 36), False)
-        share = _by_block(_total(weight), per)
-        fitted = _fit_positive(_by_block(fit.scale, per), share, small_top)
-        lows = _fit_positive(_by_block(fit.low, per), share, small_top)
+        share = by_block(total(weight), per)
+        fitted = _fit_positive(by_block(fit.scale, per), share, small_top)
+        lows = _fit_positive(by_block(fit.low, per), share, small_top)
         d, scales, dmin, minima = fitted.scale, fitted.codes, lows.scale, lows.codes
-    step = (_f16(d) * scales).T.flatten()
-    least = (_f16(dmin) * minima).T.flatten()
-    again = _nearest((x + least) / torch.where(step != 0, step, 1.0)).clamp(0, top)
+    step = (f16(d) * scales).T.flatten()
+    least = (f16(dmin) * minima).T.flatten()
+    again = nearest((x + least) / torch.where(step != 0, step, 1.0)).clamp(0, top)
     codes = torch.where(step != 0, again, fit.codes)
     small = (scales.T.to(torch.uint8), minima.T.to(torch.uint8))
-    return Parts(_codes(codes, rows.elements), *small, d.half()[:, None], dmin.half()[:, None])
+    return Parts(codes_of(codes, rows.elements), *small, d.half()[:, None], dmin.half()[:, None])
 
 
 def _plain_factors(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The outer factor `[blocks]` and small ones `[per, blocks]` of values: by the largest."""
     largest = values.amax(0).clamp(min=0) + 0.0  # no -0
     inverse = torch.where(largest > 0, _quotient(top, largest), 0.0)
-    return largest / top, _nearest(inverse * values).clamp(0, top)
+    return largest / top, nearest(inverse * values).clamp(0, top)
 
 
-def _codes(codes: Tensor, elements: int) -> Tensor:
+def codes_of(codes: Tensor, elements: int) -> Tensor:
     return codes.to(torch.uint8).T.reshape(-1, elements)
 
 
@@ -300,42 +300,42 @@ def _q3_k(rows: Rows) -> Parts:
     x, importance = rows.groups(16)
     if importance is None:
         fit = _fit_three_bits(x)
-        scales = _by_block(fit.scale, 16)
-        peak = _peak(scales)
+        scales = by_block(fit.scale, 16)
+        peak = peak_of(scales)
         inverse = torch.where(peak != 0, -32 / peak, 0.0)
-        small = torch.where(peak != 0, _nearest(inverse * scales).clamp(-32, 31), -32.0)
-        d = _inverse(inverse)
+        small = torch.where(peak != 0, nearest(inverse * scales).clamp(-32, 31), -32.0)
+        d = inverse_of(inverse)
     else:
         variance = 2 * _block_squares(x, 16) / 256
         weight = _member_weights(x, importance, variance.repeat_interleave(16))
         fit = _fit_signed(x, weight, 4)
-        outer = _fit_signed(_by_block(fit.scale, 16), _by_block(_total(weight), 16), 32)
+        outer = _fit_signed(by_block(fit.scale, 16), by_block(total(weight), 16), 32)
         small, d = outer.codes - 32, outer.scale
-    step = (_f16(d) * small).T.flatten()
-    again = _nearest(x / torch.where(step != 0, step, 1.0)).clamp(-4, 3) + 4
+    step = (f16(d) * small).T.flatten()
+    again = nearest(x / torch.where(step != 0, step, 1.0)).clamp(-4, 3) + 4
     codes = torch.where(step != 0, again, fit.codes)
-    return Parts(_codes(codes, 256), small.T.to(torch.int8), d=d.half()[:, None])
+    return Parts(codes_of(codes, 256), small.T.to(torch.int8), d=d.half()[:, None])
 
 
 def _q6_k(rows: Rows) -> Parts:
     x, importance = rows.groups(16)
     fit = _fit_signed(x, x * x if importance is None else importance, 32)
-    scales = _by_block(fit.scale, 16)
-    peak = _peak(scales)
-    none = peak.abs() < _TINY
+    scales = by_block(fit.scale, 16)
+    peak = peak_of(scales)
+    none = peak.abs() < TINY
     inverse = -128 / torch.where(none, 1.0, peak)
-    small = torch.where(none, 0.0, _nearest(inverse * scales).clamp(max=127))
+    small = torch.where(none, 0.0, nearest(inverse * scales).clamp(max=127))
     d = torch.where(none, 0.0, 1 / inverse)
-    step = (_f16(d) * small).T.flatten()
-    again = _nearest(x / torch.where(step != 0, step, 1.0)).clamp(-32, 31) + 32
+    step = (f16(d) * small).T.flatten()
+    again = nearest(x / torch.where(step != 0, step, 1.0)).clamp(-32, 31) + 32
     codes = torch.where(none.repeat_interleave(16), 0.0, torch.where(step != 0, again, fit.codes))
-    return Parts(_codes(codes, 256), small.T.to(torch.int8), d=d.half()[:, None])
+    return Parts(codes_of(codes, 256), small.T.to(torch.int8), d=d.half()[:, None])
 
 
 def _row_weights(rows: Rows, x: Tensor, importance: Tensor) -> Tensor:
     """Of the simple types: the variance is that of the row."""
     columns = rows.weight.shape[1]
-    variance = _total((rows.weight * rows.weight).T) / columns
+    variance = total((rows.weight * rows.weight).T) / columns
     return _member_weights(x, importance, variance.repeat_interleave(columns // len(x)))
 
 
@@ -344,10 +344,10 @@ def _plain_signed(rows: Rows, half: int) -> Parts:
     x, importance = rows.groups(32)
     if importance is not None:
         fit = _fit_signed(x, _row_weights(rows, x, importance), half)
-        return Parts(_codes(fit.codes, 32), d=fit.scale.half()[:, None])
-    d = _peak(x) / -half
-    codes = (x * _inverse(d) + (half + 0.5)).trunc().clamp(max=2 * half - 1)
-    return Parts(_codes(codes, 32), d=d.half()[:, None])
+        return Parts(codes_of(fit.codes, 32), d=fit.scale.half()[:, None])
+    d = peak_of(x) / -half
+    codes = (x * inverse_of(d) + (half + 0.5)).trunc().clamp(max=2 * half - 1)
+    return Parts(codes_of(codes, 32), d=d.half()[:, None])
 
 
 def _plain_range(rows: Rows, top: int) -> Parts:
@@ -355,23 +355,23 @@ def _plain_range(rows: Rows, top: int) -> Parts:
     x, importance = rows.groups(32)
     if importance is not None:
         fit = _fit_range(x, _row_weights(rows, x, importance), top, _steps(-0.9, 0.05, 36), False)
-        return Parts(_codes(fit.codes, 32), d=fit.scale.half()[:, None], dmin=(-fit.low).half()[:, None])
-    low = _least(x)
+        return Parts(codes_of(fit.codes, 32), d=fit.scale.half()[:, None], dmin=(-fit.low).half()[:, None])
+    low = least_of(x)
     d = (x.amax(0) - low) / top + 0.0  # no -0, which amax may take for 0
-    codes = ((x - low) * _inverse(d) + 0.5).trunc().clamp(max=top)
-    return Parts(_codes(codes, 32), d=d.half()[:, None], dmin=low.half()[:, None])
+    codes = ((x - low) * inverse_of(d) + 0.5).trunc().clamp(max=top)
+    return Parts(codes_of(codes, 32), d=d.half()[:, None], dmin=low.half()[:, None])
 
 
 def _q8_0(rows: Rows) -> Parts:
     x, _ = rows.groups(32)
     d = x.abs().amax(0) / 127
-    relative = x * _inverse(d)
+    relative = x * inverse_of(d)
     whole = relative.trunc()  # half away from zero, as roundf: relative + 0.5 would round 0.49999997 up
     codes = whole + torch.where((relative - whole).abs() >= 0.5, relative.sign(), 0.0)
-    return Parts(_codes(codes + 128, 32), d=d.half()[:, None])
+    return Parts(codes_of(codes + 128, 32), d=d.half()[:, None])
 
 
-def _nearest_entry(x: Tensor) -> Tensor:
+def nearest_entry(x: Tensor) -> Tensor:
     """The index of the nearest number of IQ4's table; the upper one of two that are as near."""
     table = torch.tensor(IQ4_TABLE, dtype=torch.float32, device=x.device)
     upper = torch.searchsorted(table, x, right=True).clamp(1, 15)
@@ -387,14 +387,14 @@ def _iq4(rows: Rows) -> Parts:
     else:
         variance = _block_squares(x, per) * (2.0 / rows.elements)
         weight = _member_weights(x, importance, variance.repeat_interleave(per))
-    peak = _peak(x)
-    none = peak.abs() < _TINY
+    peak = peak_of(x)
+    none = peak.abs() < TINY
     peak = torch.where(none, 1.0, peak)
 
     def trial(inverse: Tensor) -> tuple[Tensor, Tensor]:
-        values = table[_nearest_entry(inverse * x)]
+        values = table[nearest_entry(inverse * x)]
         weighted = weight * values
-        return _total(weighted * x), _total(weighted * values)
+        return total(weighted * x), total(weighted * values)
 
     sum_qx, sum_q2 = trial(1 / (-peak / table[0]))
     d = sum_qx / sum_q2
@@ -406,12 +406,12 @@ def _iq4(rows: Rows) -> Parts:
         best = torch.where(better, d * sum_qx, best)
     d = torch.where(none, 0.0, d)
     if per == 1:
-        return Parts(_codes(_nearest_entry(_inverse(d) * x), 32), d=d.half()[:, None])
-    scales = _by_block(d, per)
-    outer = -_peak(scales) / 32
-    small = _nearest(_inverse(outer) * scales).clamp(-32, 31)
-    codes = _nearest_entry(_inverse((outer * small).T.flatten()) * x)
-    return Parts(_codes(codes, 256), small.T.to(torch.int8), d=outer.half()[:, None])
+        return Parts(codes_of(nearest_entry(inverse_of(d) * x), 32), d=d.half()[:, None])
+    scales = by_block(d, per)
+    outer = -peak_of(scales) / 32
+    small = nearest(inverse_of(outer) * scales).clamp(-32, 31)
+    codes = nearest_entry(inverse_of((outer * small).T.flatten()) * x)
+    return Parts(codes_of(codes, 256), small.T.to(torch.int8), d=outer.half()[:, None])
 
 
 def _mxfp4(rows: Rows) -> Parts:
@@ -426,7 +426,7 @@ def _mxfp4(rows: Rows) -> Parts:
         error = (value * d - x).abs()
         better = error < best
         codes, best = torch.where(better, float(code), codes), torch.where(better, error, best)
-    return Parts(_codes(codes, 32), exponent[:, None])
+    return Parts(codes_of(codes, 32), exponent[:, None])
 
 
 PLAIN: Final[dict[str, Search]] = {

@@ -240,6 +240,7 @@ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) { return host::fm
 // ---- conversions ----
 inline float multiply_rounded(float a, float b) { return a * b; }
 inline float add_rounded(float a, float b) { return a + b; }
+inline float divide_rounded(float a, float b) { return a / b; }
 inline uint32_t pack_f16x2(float low, float high) { return host::pack<host::Fp16>(low, high); }
 inline uint32_t pack_bf16x2(float low, float high) { return host::pack<host::Bf16>(low, high); }
 inline float f16_to_float(uint16_t h) { return host::Fp16::to_float(h); }

@@ -1,0 +1,141 @@
+"""Experts of a directory are quantized within a layer and the activations, however large the model: measured in a process of its
+own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig
+
+from qkernels import GPTQ, inspect
+from qkernels.calibrate import preview
+from qkernels.models.building import empty_model
+from qkernels.models.experts import PARTS
+from qkernels.storage import CONFIG, ShardWriter, write_json
+
+MIB = 2**20
+WINDOWS, SEQ_LEN = 16, 64
+
+# All imports, and a first matrix product, come before the first measurement.
+CHILD = """
+import json, sys, threading, torch, transformers
+from qkernels import GPTQ, RTN, quantize
+from transformers import Qwen3MoeForCausalLM
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+def watch():
+    while not done.wait(0.002):
+        peaks.append(status("RssAnon"))
+
+source, out, how, windows, seq_len = sys.argv[1:]
+ids = torch.randint(0, 256, (int(windows), int(seq_len)), generator=torch.Generator().manual_seed(0))
+torch.linalg.cholesky(torch.eye(64) @ torch.eye(64))
+done, base = threading.Event(), status("RssAnon")
+peaks = [base]
+watcher = threading.Thread(target=watch)
+watcher.start()
+method, options = (RTN(4, 128), {}) if how == "rtn" else (GPTQ(4, 128), {"calibration": ids, "seq_len": ids.shape[1]})
+report = quantize(source, method, save_to=out, include="*experts", progress=False, **options)
+done.set()
+watcher.join()
+kinds = {module.method for module in report.modules}
+print(json.dumps({"peak": max(peaks) - base, "process": status("VmHWM"), "samples": len(peaks), "kinds": sorted(kinds)}))
+"""
+
+
+class Size(NamedTuple):
+    hidden: int
+    width: int
+    experts: int
+    layers: int
+
+    @property
+    def layer(self) -> int:
+        """Weights of the experts of a layer."""
+        return 3 * self.hidden * self.width * self.experts
+
+
+SMALL, LARGE = Size(512, 256, 16, 10), Size(2048, 768, 64, 20)
+
+
+def sharded(directory: Path, size: Size) -> int:
+    """A bf16 Qwen3-MoE of random weights, expert by expert as such files are, written a tensor at a time; returns its bytes."""
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=size.hidden, intermediate_size=size.width, moe_intermediate_size=size.width,
+        num_experts=size.experts, num_experts_per_tok=4, num_hidden_layers=size.layers, num_attention_heads=size.hidden // 64,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=SEQ_LEN, architectures=["Qwen3MoeForCausalLM"],
+        dtype="bfloat16", norm_topk_prob=True,
+    )  # fmt: skip
+    directory.mkdir()
+    settings = json.loads(config.to_json_string())
+    write_json(directory / CONFIG, settings)
+    writer = ShardWriter(directory, size.layer)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2**22, generator=generator)
+
+    def random(rows: int, columns: int) -> torch.Tensor:
+        start = int(torch.randint(len(noise) - rows * columns, (1,), generator=generator))
+        return (noise[start : start + rows * columns].view(rows, columns) * columns**-0.5).bfloat16()
+
+    for name, parameter in empty_model(settings, torch.bfloat16, directory).named_parameters():
+        if ".experts." not in name:
+            one_dimensional = parameter.dim() == 1
+            writer.add(name, torch.ones(parameter.shape).bfloat16() if one_dimensional else random(*parameter.shape))
+            continue
+        experts, _, projection = name.rpartition(".")
+        parts = PARTS[projection]
+        for expert in range(size.experts):
+            for leaf, *_ in parts:
+                rows = parameter.shape[1] // len(parts)
+                writer.add(f"{experts}.{expert}.{leaf}.weight", random(rows, parameter.shape[2]))
+    writer.close()
+    return writer.total_bytes
+
+
+def measured(source: Path, out: Path, how: str) -> dict[str, int]:
+    # With a fixed threshold every tensor is a mapping of its own that goes back when it is freed: what is counted is what lives.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", CHILD, str(source), str(out), how, str(WINDOWS), str(SEQ_LEN)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    assert found["samples"] > 20
+    return found
+
+
+def bound(source: Path, size: Size) -> int:
+    """What the preview says (the layer in fp32, second moments, what goes into experts, codes) and what is small beside it: the
+    layer in 16 bits while it is read and stacked, one projection twice; a block's activations in fp32 (not 16 times as wide as
+    its input, which is counted in 16 bits); 32 MiB for Python."""
+    planned = preview(source, GPTQ(4, 128), include="*experts", samples=WINDOWS, seq_len=SEQ_LEN)
+    read = 2 * size.layer + 2 * 2 * size.layer * 2 // 3
+    return planned.device_bytes + planned.host_bytes * (1 + 2 * 16) + read + 32 * MIB
+
+
+@pytest.mark.large
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["84 MB", "12 GB"])
+def test_experts_of_a_directory_take_a_layer_and_the_activations(size: Size, tmp_path: Path) -> None:
+    """RTN within 3 GB, the whole process, torch and transformers included."""
+    on_disk = sharded(tmp_path / "source", size)
+    assert on_disk > 2 * size.layer * size.layers
+    for how in ("rtn", "gptq"):
+        found = measured(tmp_path / "source", tmp_path / how, how)
+        print(
+            f"{how}: {on_disk / 1e9:.2f} GB on disk, process {found['process'] / 1e9:.3f} GB, own {found['peak'] / 1e9:.3f} GB"
+        )
+        assert found["process"] < 3e9 or how == "gptq"
+        assert found["peak"] < (bound(tmp_path / "source", size) if how == "gptq" else 3e9)
+        assert found["kinds"] == [how]
+    if size is SMALL:
+        assert bound(tmp_path / "source", size) < 2.5 * on_disk
+        assert {layer.experts for layer in inspect(tmp_path / "gptq").layers} == {16}
