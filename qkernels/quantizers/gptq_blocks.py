@@ -85,6 +85,8 @@ def gptq_blocks(
     """
     if order not in get_args(BlockOrder):
         raise ArgumentError(f'order must be "natural" or "energy", got {order!r}')
+    if rounds < 0:
+        raise ArgumentError(f"rounds must be 0 or more, got {rounds}")
     values = checked_weight(weight, name).to(hessian.dtype)
     check_hessian(values, hessian, name)
     count = values.shape[1]
