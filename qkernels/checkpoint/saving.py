@@ -147,6 +147,11 @@ def convert(
                 writer.add_tensor(name, source.read(name))
                 continue
             weight, found = as_written(source.weight(module), source.format, chosen)
+            if source.format is not None and source.format.rows_as_stored:  # and no stack that the model has
+                raise ConversionError(
+                    f"{module}: a file of {source.format.name} holds stacked experts in the order of the model's parameters, "
+                    f"which is known of a model alone: load {source_dir} and save it"
+                )
             oddities += [(module, oddity) for oddity in found]
             writer.add_quantized(module, weight)
         forms = {} if model is None else experts_of(model)

@@ -13,7 +13,7 @@ from qkernels import inspect, load, quantize
 from qkernels.quantizers import GPTQ, RTN
 from qkernels.scheme import CODEBOOKS
 from tests.checkpoints import plain_checkpoint
-from tests.quantizers.test_gptq import output_error, problem
+from tests.quantizers.problems import output_error, problem
 
 FLOATS = ["mxfp4_g32", "nvfp4_g16", "fp8_channel", "fp8_block32", "fp8_tensor"]
 

@@ -55,7 +55,23 @@ def rows(dtype: torch.dtype) -> torch.Tensor:
     edge[1, 1::2] = torch.finfo(dtype).tiny * torch.arange(48) / 8
     near = torch.full((1, 96), 1.0)
     near[0, :4] = torch.tensor([5.99, 5.998, 5.9985, -6.0])
-    return torch.cat([noise, ties[None], edge, near]).to(dtype)
+    return torch.cat([noise, ties[None], edge, near, undecided()]).to(dtype)
+
+
+def undecided() -> torch.Tensor:
+    """Rows of fp16 numbers whose code depends on how 127 / max is computed: 127 times the reciprocal, or one quotient."""
+    every = torch.arange(1, 6 * 256).float() / 256  # below 6, exact in bf16 up to 8 bits
+    every = every[every == every.bfloat16().float()]
+    found = []
+    for most in every.flip(0):
+        x = every[every < most]
+        one, other = x * (most.reciprocal() * 127), x * (torch.full_like(most, 127) / most)
+        apart = x[one.round() != other.round()]
+        if len(apart):
+            row = torch.zeros(96)
+            row[29], row[30 : 30 + len(apart[:4])] = most, apart[:4]  # columns that no other row marks
+            found.append(row)
+    return torch.stack(found[:4])
 
 
 def of_rows() -> None:
