@@ -51,7 +51,7 @@ def require_directory(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory; a checkpoint is a local folder with {CONFIG} and *.safetensors, or a GGUF file "
-            "(download a Hub model first, with `hf download`)"
+            "(a model on the Hub is named owner/name)"
         )
 
 

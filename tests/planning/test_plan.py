@@ -59,7 +59,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["w8a8_g64", "w3a16_g64_asym", "nf4_g32", "q4_k"])
+@pytest.mark.parametrize("scheme", ["w8a8_g64", "w3a16_g64_asym", "q4_k"])
 def test_packed_bytes_are_those_of_the_layer(scheme: str) -> None:
     row = plan(str(DEMO), schemes=[scheme], context=64).rows[0]
     model = load(DEMO)
@@ -136,10 +136,9 @@ def check_resident(directory: Path, tokens: int, measured: dict[str, int]) -> No
 
 
 def test_resident_memory_of_the_demo_model_and_of_a_mixture(mixture: Path) -> None:
-    for directory in (DEMO, DEMO, mixture):  # the first also has what is imported on the way
-        measured = measure(str(directory), 1024)
-    check_resident(mixture, 1024, measured)
-    check_resident(DEMO, 1024, measure(str(DEMO), 1024))
+    measure(str(DEMO), 1024)  # with whatever is imported on the way
+    for directory in (mixture, DEMO):
+        check_resident(directory, 1024, measure(str(directory), 1024))
 
 
 def alone(directory: Path, tokens: int) -> dict[str, int]:
@@ -177,7 +176,7 @@ def test_resident_memory_of_a_large_model(tmp_path: Path) -> None:
     del model
     check_resident(tmp_path / "floats", 2048, alone(tmp_path / "floats", 2048))
     model = load(tmp_path / "floats")
-    replace_linear(model, "w4a16_g128")
+    replace_linear(model, "w4a16_g128", progress=False)
     save(model, tmp_path / "small")
     del model
     check_resident(tmp_path / "small", 2048, alone(tmp_path / "small", 2048))
