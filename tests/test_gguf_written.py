@@ -370,6 +370,7 @@ def test_targets_and_arguments(source: Path, tmp_path: Path, capsys: pytest.Capt
     for extra, message in (
         (["--type", "Q4_0", "--bits", "4"], "leave out --bits, or leave out --type"),
         (["--type", "Q4_0", "--scheme", "w4a16_g32"], "leave out --scheme"),
+        (["--type", "Q4_0", "--routing", "all"], "leave out --routing"),
         (["--type", "Q4_0", "--method", "gptq", "--calibration", "x"], "leave out --method, or leave out --type"),
         (["--type", "Q4_0", "--format", "gptq"], "leave out --format"),
         (["--pure"], "--pure belongs to GGUF files: name a type"),
