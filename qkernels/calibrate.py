@@ -107,9 +107,9 @@ def quantize(
         overwrite: `save_to` may be a checkpoint that qkernels wrote and nobody changed since; never the source.
         resume: for a directory: go on with what an interrupted run for `save_to` has finished (see `layerwise/work.py`). The
             result has the same bits as that of one run, on the same machine with as many threads.
-        routing: what the experts of a mixture are calibrated with: "routed", the tokens that the router sends to each, and
-            rounding to nearest for one with fewer than 0.5 % of them; or "all" tokens for every expert. What an expert puts out
-            is weighted as the router says either way. Measured in docs/decisions/0021.
+        routing: what the experts of a mixture are calibrated with: "routed", the tokens that the router sends to each, and those
+            of all for one that gets fewer than 4 for each input channel; or "all" tokens for every expert. What an expert puts
+            out is weighted as the router says either way. Measured in docs/decisions/0021.
         revision: of a model on the Hub.
         progress: show a progress bar.
 

@@ -207,7 +207,9 @@ def engines_table() -> str:
     for known in ENGINES:
         by_need: dict[str, list[str]] = {}
         for start, needs in known.reads.items():
-            by_need.setdefault(needs, []).append(start)
+            named = "packed" if start in PACKED else start  # however many layouts there are
+            if named not in by_need.setdefault(needs, []):
+                by_need[needs].append(named)
         reads = "; ".join(", ".join(starts) + (f" ({needs})" if needs else "") for needs, starts in by_need.items())
         rows.append([known.name, known.version, known.date, how[known.seen], reads])
     return table(["engine", "version", "date", "how it was seen", "reads"], rows)

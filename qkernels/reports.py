@@ -31,7 +31,7 @@ class ModuleReport:
 
     `error` is relative: of the layer's output over the calibration tokens where `error_of` is "output" (root of the squared
     error over the squared output), of the weight itself where it is "weight". `unscaled` says why its inputs are not scaled where
-    the method scales them (AWQ, SmoothQuant).
+    the method scales them (AWQ, SmoothQuant), `few` which experts got few tokens and are calibrated with all.
     """
 
     name: str
@@ -44,6 +44,7 @@ class ModuleReport:
     bytes_after: int
     fallback: str | None = None
     unscaled: str | None = None
+    few: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class QuantReport:
         """A summary line, then a table with a row per module."""
         lines = [self.summary(), "", table(["module", "scheme", "method", "error", "of", "seconds"], self._rows())]
         lines += [f"- {name} was rounded to nearest: {reason}" for name, reason in self.fallbacks.items()]
+        lines += [f"- {module.name}: {module.few}" for module in self.modules if module.few is not None]
         alike = Counter((re.sub(r"\.\d+\.", ".*.", name), reason) for name, reason in self.unscaled.items())
         lines += [f"- {name} ({count}): its inputs are not scaled: {reason}" for (name, reason), count in alike.items()]
         lines += [f"- {name} was skipped: {reason}" for name, reason in self.skipped.items()]
@@ -215,8 +217,8 @@ class QuantPreview:
         device_bytes: the largest decoder layer in fp32 and the statistics of its widest input (on the compute device).
         disk_bytes: the most that is on the disk at a time, besides the source.
         scales: for methods that scale inputs, what is known of where the scales go; None for others.
-        moments_bytes: of `device_bytes`, the second moments of inputs (Hessians) and their factors. One set at a time, of experts
-            too.
+        moments_bytes: of `device_bytes`, the second moments of inputs (Hessians) and their factors: of one expert at a time, and
+            of all tokens.
     """
 
     method: str

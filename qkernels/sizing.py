@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -24,15 +24,15 @@ from tqdm import tqdm
 from .checkpoint import load
 from .checkpoint.gguf_plan import Slots, nearest_mix, plan_of, slots_of
 from .errors import ArgumentError
-from .formats.gguf import ImportanceFile, InputSquares, dequantize, gguf_blocks
+from .formats.gguf import ImportanceFile, SearchName, dequantize, gguf_blocks
 from .hub import local_copy
+from .layerwise.importance import measure_importance
 from .models.gguf_mixes import Chosen, file_order
 from .models.gguf_names import Place
-from .nn import QuantLinear
 from .reports import readable_size
 from .storage.gguf_types import GGML_TYPES
 from .text import table
-from .texts import calibration_windows, load_tokenizer
+from .texts import Windows, calibration_windows, load_tokenizer
 
 _CANDIDATES: Final = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _NARROW: Final = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # where rows are no multiple of 256
@@ -116,6 +116,8 @@ def choose_types(
     samples: int = 128,
     seq_len: int = 512,
     device: torch.device | str = "cpu",
+    dataset: str = "",
+    search: SearchName = "plain",
 ) -> Sizing:
     """The types with which a file of at most so many bytes loses least on a text.
 
@@ -126,6 +128,8 @@ def choose_types(
         nbytes: of the file, metadata included.
         calibration: as for `quantize`; it should be like what the model will see.
         samples, seq_len: windows of the calibration, and tokens in each.
+        dataset: what a file says that it was measured on.
+        search: of `gguf_blocks`, by which errors are measured.
 
     Raises:
         ArgumentError: the checkpoint is quantized; no mix is so small.
@@ -133,8 +137,6 @@ def choose_types(
     """
     path = Path(local_copy(source))
     slots, windows = _asked(path, calibration, samples, seq_len)
-    if slots.checkpoint.format is not None:
-        raise ArgumentError(f"{path} is quantized already: what its tensors lose is measured on the float checkpoint")
     if any(place.kind == "experts" for place in slots.places.values()):
         raise ArgumentError(
             f"{path} is a mixture of experts, of which no tensor's cost is measured yet; name a type (Q4_K_M)"
@@ -145,8 +147,8 @@ def choose_types(
     plan = plan_of(slots, "Q2_K", fixed | smallest)
     room = nbytes - plan.file_nbytes + sum(plan.entries[name].nbytes for name in matrices) - _ALIGNED * len(matrices)
     model = load(path, device, torch.float32)
-    importance = measure_importance(model, matrices, windows)
-    options = _options(model, slots, matrices, importance, _probe(windows, slots.config["vocab_size"]))
+    importance = _importance(model, matrices, windows, dataset)
+    options = _options(model, slots, matrices, importance, _probe(windows, slots.config["vocab_size"]), search)
     choices = cheapest(options, room)
     total = nbytes - room + sum(choice.option.nbytes for choice in choices.values())
     return Sizing({name: choices[name] for name in sorted(choices, key=file_order)}, total, importance)
@@ -158,61 +160,41 @@ def importance_of(
     samples: int = 128,
     seq_len: int = 512,
     device: torch.device | str = "cpu",
+    dataset: str = "",
 ) -> ImportanceFile:
     """How much the error of each input column counts on a text: the mean square of that input. The whole model is in memory.
 
     Args:
-        source, calibration, samples, seq_len: as for `choose_types`; the checkpoint may be quantized.
+        source, calibration, samples, seq_len, dataset: as for `choose_types`.
 
     Raises:
         CalibrationError, CheckpointError, ConversionError: as `choose_types`.
     """
     path = Path(local_copy(source))
     slots, windows = _asked(path, calibration, samples, seq_len)
-    return measure_importance(load(path, device), slots.places, windows)
+    return _importance(load(path, device), slots.places, windows, dataset)
 
 
-def _asked(path: Path, calibration: Any, samples: int, seq_len: int) -> tuple[Slots, list[Tensor]]:
+def _asked(path: Path, calibration: Any, samples: int, seq_len: int) -> tuple[Slots, Windows]:
     """Where the tensors belong, and the windows to measure on."""
     slots = slots_of(path)
+    if slots.checkpoint.format is not None:
+        raise ArgumentError(f"{path} is quantized already: what its tensors lose is measured on the float checkpoint")
     length = min(seq_len, slots.config["max_position_embeddings"])
     return slots, calibration_windows(calibration, samples, length, load_tokenizer(path), slots.config["vocab_size"])
 
 
-def measure_importance(model: nn.Module, places: Mapping[str, Place], windows: Sequence[Tensor]) -> ImportanceFile:
-    """Sums of squared inputs of linear layers over windows of token ids, by name in the file; of a head that shares its weight
-    with the embedding, under the embedding's name."""
-    modules = {place.name.removesuffix(".weight"): name for name, place in places.items()}
-    tied = "output.weight" not in places
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def hook(name: str) -> Any:
-        def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].detach().flatten(0, -2).float()
-            sums[name] = sums.get(name, torch.zeros(rows.shape[1], device=rows.device)) + rows.square().sum(0)
-            counts[name] = counts.get(name, 0) + len(rows)
-
-        return seen
-
-    handles = []
-    for path, module in model.named_modules():
-        name = modules.get(path) or ("token_embd.weight" if tied and path == "lm_head" else None)
-        if name is not None and isinstance(module, (nn.Linear, QuantLinear)):
-            handles.append(module.register_forward_pre_hook(hook(name)))
-    try:
-        with torch.inference_mode():
-            for rows in tqdm([row for batch in windows for row in batch], desc="measuring", leave=False, delay=2):
-                model(rows[None].to(next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ImportanceFile(
-        {name: InputSquares(total.cpu()[None], torch.tensor([float(counts[name])])) for name, total in sums.items()}
-    )
+def _importance(model: nn.Module, places: Mapping[str, Place], windows: Windows, dataset: str) -> ImportanceFile:
+    """By name in the file; of a head that shares its weight with the embedding, under the embedding's name."""
+    measured = measure_importance(model, windows, dataset)
+    names = {place.name: name for name, place in places.items()}
+    if "output.weight" not in places:
+        names["lm_head.weight"] = "token_embd.weight"
+    entries = {names[name]: entry for name, entry in measured.entries.items() if name in names}
+    return replace(measured, entries=entries)
 
 
-def _probe(windows: Sequence[Tensor], vocabulary: int) -> list[Tensor]:
+def _probe(windows: Windows, vocabulary: int) -> list[Tensor]:
     """As many windows as there is room to keep the answers of, at least a part of one."""
     room = max(16, _ENTRIES // vocabulary)
     taken = []
@@ -230,7 +212,12 @@ def _candidates(shape: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _options(
-    model: Any, slots: Slots, matrices: Mapping[str, Place], importance: ImportanceFile, probe: Sequence[Tensor]
+    model: Any,
+    slots: Slots,
+    matrices: Mapping[str, Place],
+    importance: ImportanceFile,
+    probe: Sequence[Tensor],
+    search: SearchName,
 ) -> dict[str, list[Option]]:
     """What each tensor costs in each type."""
     expected = _answers(model, probe)
@@ -241,7 +228,7 @@ def _options(
         weight = place.rows_in_file(parameter.detach().cpu())
         entry = importance.entries.get(name)
         columns = None if entry is None else entry.importance(*weight.shape)
-        found = {type: _made(weight, type, columns) for type in _candidates(slots.shapes[name])}
+        found = {type: _made(weight, type, columns, search) for type in _candidates(slots.shapes[name])}
         coarse, (_, error) = next(iter(found.items()))
         divergence = _divergence(model, parameter, place.rows(found[coarse][0]), probe, expected) if error > 0 else 0.0
         options[name] = [
@@ -251,12 +238,12 @@ def _options(
     return options
 
 
-def _made(weight: Tensor, type: str, columns: Tensor | None) -> tuple[Tensor, float]:
+def _made(weight: Tensor, type: str, columns: Tensor | None, search: SearchName) -> tuple[Tensor, float]:
     """The weight as a type makes it, and its squared error, of the output's square."""
     if GGML_TYPES[type].dtype is not None:
         made = weight.to(GGML_TYPES[type].dtype).float()
     else:
-        made = dequantize(gguf_blocks(weight, type, columns), type)
+        made = dequantize(gguf_blocks(weight, type, columns, search), type)
     each = torch.ones(weight.shape[-1]) if columns is None else columns
     whole = float((weight.square() * each).sum(dtype=torch.float64))
     return made, float(((made - weight).square() * each).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0

@@ -172,7 +172,8 @@ def test_all_tokens_through_every_expert() -> None:
         "progress": False,
     }
     reports = {routing: quantize(m, GPTQ(4, 8), routing=routing, **options) for routing, m in made.items()}
-    assert all(m.fallback for m in reports["routed"].modules) and not any(m.fallback for m in reports["all"].modules)
+    assert all(m.few for m in reports["routed"].modules) and not any(m.few for m in reports["all"].modules)
+    assert not any(m.fallback for report in reports.values() for m in report.modules)
     assert "routing='all'" in reports["all"].options and "routing" not in reports["routed"].options
     weight = model.model.layers[0].mlp.experts.gate_up_proj[absent[0]].detach()
     expected = GPTQ(4, 8, act_order="static").quantize(weight, 2 / len(x) * x.T @ x)
@@ -182,8 +183,10 @@ def test_all_tokens_through_every_expert() -> None:
     inner = torch.nn.functional.silu(inner[:, :40]) * inner[:, 40:]
     down = model.model.layers[0].mlp.experts.down_proj[absent[0]].detach()
     expected = GPTQ(4, 8, act_order="static").quantize(down, 2 / len(x) * inner.T @ inner)
-    got = made["all"].model.layers[0].mlp.experts.down_proj.quant_tensor()[absent[0]]
-    assert float((got.codes == expected.codes).float().mean()) > 0.99
+    stacks = {routing: m.model.layers[0].mlp.experts.down_proj.quant_tensor() for routing, m in made.items()}
+    assert float((stacks["all"][absent[0]].codes == expected.codes).float().mean()) > 0.99
+    assert torch.equal(stacks["routed"][absent[0]].codes, stacks["all"][absent[0]].codes)
+    assert not torch.equal(stacks["routed"].codes, stacks["all"].codes)
     with pytest.raises(ArgumentError, match='routing must be "routed" or "all"'):
         quantize(model, GPTQ(4, 8), routing="some", **options)  # type: ignore[arg-type]
 
@@ -192,7 +195,7 @@ def test_a_dry_run_says_what_hessians_take(tmp_path: Path) -> None:
     """One set at a time, whatever the number of experts; and what goes into the experts, for all of the calibration."""
     lively("mixtral").save_pretrained(tmp_path)
     few, many = (preview(tmp_path, GPTQ(4, 8), samples=samples, seq_len=16) for samples in (8, 16))
-    assert few.moments_bytes == 4 * 3 * 40**2
+    assert few.moments_bytes == 4 * (3 * 40**2 + 32**2)
     assert many.device_bytes - few.device_bytes == 4 * 8 * 16 * 32
     layer = sum(p.numel() for p in lively("mixtral").model.layers[0].parameters())
     assert few.device_bytes == 4 * layer + few.moments_bytes + 4 * 8 * 16 * 32 + 4 * (2 * 80 * 32 + 32 * 40)
@@ -200,7 +203,7 @@ def test_a_dry_run_says_what_hessians_take(tmp_path: Path) -> None:
     assert preview(tmp_path, RTN(4, 8)).moments_bytes == 0
 
 
-def test_experts_that_see_few_tokens_are_rounded_and_listed() -> None:
+def test_experts_that_see_few_tokens_are_calibrated_with_all_and_listed() -> None:
     model = lively("mixtral")
     with torch.no_grad():
         for layer in model.model.layers:
@@ -216,10 +219,11 @@ def test_experts_that_see_few_tokens_are_rounded_and_listed() -> None:
     made = copy.deepcopy(model)
     report = quantize(made, GPTQ(4, 8), include="*experts", calibration=WINDOWS, seq_len=16, progress=False)
     for module in report.modules:
-        assert module.fallback is not None
-        assert "1 of 4 experts saw fewer than" in module.fallback
-        assert "3 (0 tokens)" in module.fallback
-        assert module.method == "gptq"
+        assert module.few == (
+            "1 of 4 experts saw fewer than 128 of 384 tokens, and are calibrated with 384 of all: 3 (0 tokens)"
+        )
+        assert (module.method, module.fallback) == ("gptq", None)
+        assert f"- {module.name}: {module.few}" in report.to_markdown()
     stack = made.model.layers[0].mlp.experts.down_proj.quant_tensor()
     rounded = rounding_of(GPTQ(4, 8)).quantize(model.model.layers[0].mlp.experts.down_proj[3].detach())
-    assert torch.equal(stack[3].codes, rounded.codes)
+    assert not torch.equal(stack[3].codes, rounded.codes)

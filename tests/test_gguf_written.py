@@ -109,6 +109,17 @@ def test_what_is_read_back_is_what_was_made(source: Path, tmp_path: Path) -> Non
     assert load_tokenizer(tmp_path / "m.gguf")(text)["input_ids"] == load_tokenizer(source)(text)["input_ids"]
 
 
+def test_a_better_search_has_less_error(source: Path, tmp_path: Path) -> None:
+    before = load(source, dtype="float32").state_dict()
+    errors = []
+    for search in ("plain", "best"):
+        path = tmp_path / f"{search}.gguf"
+        assert main(["quantize", str(source), str(path), "--type", "Q3_K_S", "--search", search]) == 0
+        made = weights_of(load(path, dtype="float32"))
+        errors.append(sum(float((made[name] - weight).square().sum()) for name, weight in before.items()))
+    assert errors[1] < 0.97 * errors[0]
+
+
 def test_pure_and_overrides(source: Path, tmp_path: Path) -> None:
     to_gguf(source, tmp_path / "m.gguf", "Q4_0", pure=True, tensor_types=[("ffn_down", "Q8_0")])
     types = {name: entry.type.name for name, entry in GgufSource.open(tmp_path / "m.gguf").entries.items()}
@@ -196,8 +207,10 @@ def test_experts_of_any_source_are_stacked(name: str, tmp_path: Path) -> None:
     load_tokenizer(tmp_path / "q.gguf").save_pretrained(tmp_path / "native")
     to_gguf(tmp_path / "native", tmp_path / "r.gguf", "MXFP4_MOE")
     assert tensors_digest(tmp_path / "r.gguf") == tensors_digest(tmp_path / "q.gguf")
-    with pytest.raises(ConversionError, match="quantized experts are not written without loss yet"):
-        to_gguf(tmp_path / "native", tmp_path / "s.gguf")
+    plan = to_gguf(tmp_path / "native", tmp_path / "s.gguf")
+    assert plan.entries["blk.0.ffn_up_exps.weight"].chosen.type == "MXFP4"
+    packed, before = (weights_of(load(tmp_path / path, dtype="float32")) for path in ("s.gguf", "native"))
+    assert all(torch.equal(packed[key], before[key]) for key in before)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------
@@ -323,6 +336,19 @@ def test_more_than_one_token_ends_a_text(tmp_path: Path) -> None:
     assert (written["tokenizer.ggml.eos_token_id"].value, written["tokenizer.ggml.eot_token_id"].value) == (1, 7)
 
 
+def test_a_space_before_a_text_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    """transformers' Llama class puts none before one, against tokenizer.json, sentencepiece and llama.cpp."""
+    directory = saved(tmp_path / "hf", tiny_model("llama", vocab_size=300), tokenizer=False)
+    load_tokenizer(FILES / "mistral.gguf").save_pretrained(directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}))
+    before = load_tokenizer(directory)
+    to_gguf(directory, tmp_path / "m.gguf", "F16")
+    after = load_tokenizer(tmp_path / "m.gguf")
+    assert before("the moon")["input_ids"] == after("the moon")["input_ids"]
+    assert before(" the moon")["input_ids"] != after(" the moon")["input_ids"]
+
+
 def test_a_vocabulary_may_be_smaller_than_the_embedding(tmp_path: Path) -> None:
     plan = plan_gguf(saved(tmp_path / "hf", tiny_model("llama", vocab_size=320)), "F16")
     assert plan.metadata["tokenizer.ggml.tokens"].value[-1] == "[PAD319]"
@@ -347,6 +373,7 @@ def test_targets_and_arguments(source: Path, tmp_path: Path, capsys: pytest.Capt
         (["--type", "Q4_0", "--method", "gptq", "--calibration", "x"], "leave out --method, or leave out --type"),
         (["--type", "Q4_0", "--format", "gptq"], "leave out --format"),
         (["--pure"], "--pure belongs to GGUF files: name a type"),
+        (["--search", "best"], "--search belongs to GGUF files: name a type"),
         ([], "for a GGUF file name a type, such as --type Q4_K_M"),
         (["--type", "Q9_K"], "the type of a file must be one of F32, .*, got 'Q9_K'"),
         (["--type", "Q4_0", "--tensor-type", "moon=Q8_0"], "no tensor that is quantized has 'moon' in its name"),

@@ -2,9 +2,9 @@
 
 python -m benchmarks.quality.gguf_search examples/demo_model [--types Q4_K …] [--out gguf-search.json]
 
-Relative errors: Σ importance · (ŵ - w)² over Σ importance · w², and of the output, tr Δ H Δᵀ over tr W H Wᵀ, both summed over
-layers in fp64; H is 2/n Σ x xᵀ of calibration.txt in the float model, importance its diagonal. KL to the float model, nats a token
-over eval.txt, with all of these layers in one type and fp32 everywhere else.
+Relative errors: Σ importance · (ŵ - w)² over Σ importance · w², and of the output, tr Δ H Δᵀ over tr W H Wᵀ, summed over layers
+in fp64; H is 2/n Σ x xᵀ of calibration.txt in the float model, importance its diagonal. KL to the float model, nats a token over
+eval.txt, with all of these layers in one type and fp32 everywhere else, for the types that GPTQ is tried in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qkernels.texts import batches_of, calibration_windows, load_tokenizer, toke
 from ..method import envelope, environment
 
 KIND = "gguf-search"
-K_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+SWEPT = ["Q2_K", "Q3_K", "Q4_K"]
 
 # Weight, Hessian and type to blocks.
 WAYS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
@@ -40,8 +40,6 @@ WAYS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
     "best": lambda w, h, type: gguf_blocks(w, type, search="best"),
     "plain, importance": lambda w, h, type: gguf_blocks(w, type, h.diagonal()),
     "best, importance": lambda w, h, type: gguf_blocks(w, type, h.diagonal(), "best"),
-    "GPTQ, natural order, no descent": lambda w, h, type: gguf_gptq(w, h, type, "natural", rounds=0),
-    "GPTQ, by energy, no descent": lambda w, h, type: gguf_gptq(w, h, type, "energy", rounds=0),
     "GPTQ, natural order": lambda w, h, type: gguf_gptq(w, h, type, "natural"),
     "GPTQ, by energy": lambda w, h, type: gguf_gptq(w, h, type, "energy"),
 }
@@ -80,6 +78,12 @@ def errors(layers: Mapping[str, nn.Linear], made: Mapping[str, Tensor], h: Mappi
     return {f"error_{name}": sums[name] / wholes[name] for name in sums}
 
 
+def divergence(model: nn.Module, made: Mapping[str, Tensor], ids: Tensor, seq_len: int) -> float:
+    small = copy.deepcopy(model)
+    small.load_state_dict({f"{name}.weight": value for name, value in made.items()}, strict=False)
+    return evaluate.compare(small, model, ids, seq_len, progress=False).kl
+
+
 def measure(
     path: Path, types: Sequence[str], swept: Sequence[str], samples: int, seq_len: int, tokens: int
 ) -> list[dict[str, Any]]:
@@ -96,23 +100,22 @@ def measure(
                 name: dequantize(quantized(layer.weight.detach(), h[name], type), type)
                 for name, layer in layers.items()
             }
-            small = copy.deepcopy(model)
-            small.load_state_dict({f"{name}.weight": value for name, value in made.items()}, strict=False)
-            kl = evaluate.compare(small, model, ids, seq_len, progress=False).kl
+            kl = divergence(model, made, ids, seq_len) if type in swept else None
             rows.append({"type": type, "way": way, **errors(layers, made, h), "kl": kl, "tokens": len(ids)})
             print(*printed(rows[-1]), sep="  ", file=sys.stderr, flush=True)
     return rows
 
 
 def printed(row: dict[str, Any]) -> list[str]:
-    return [row["type"], row["way"], *(f"{row[name]:.3e}" for name in row if name.startswith("error_") or name == "kl")]
+    numbers = [row[name] for name in ("error_alike", "error_importance", "error_output", "kl")]
+    return [row["type"], row["way"], *("" if number is None else f"{number:.3e}" for number in numbers)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.gguf_search", description=__doc__)
     parser.add_argument("model", type=Path, help="a directory with eval.txt and calibration.txt beside the model")
     parser.add_argument("--types", nargs="+", choices=WRITABLE_TYPES, default=list(WRITABLE_TYPES))
-    parser.add_argument("--swept", nargs="*", choices=WRITABLE_TYPES, default=K_TYPES, help="types for GPTQ, too")
+    parser.add_argument("--swept", nargs="*", choices=WRITABLE_TYPES, default=SWEPT, help="types for GPTQ and KL")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=3072, help="of eval.txt, from its beginning")

@@ -317,5 +317,5 @@ def _rehearse(plan: GgufPlan, slots: Slots, tokenizer: Any) -> int:
             raise ConversionError(
                 f"{differing} is read back as {places.get(differing)}, expected {slots.places.get(differing)}"
             )
-        check_tokenizer(tokenizer_of(source), tokenizer)
+        check_tokenizer(tokenizer_of(source), tokenizer, plan.metadata)
         return writer.paths[0].stat().st_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, summary
-from ..formats.gguf import WRITABLE_TYPES, ImportanceFile, exact_blocks, gguf_blocks
+from ..formats.gguf import WRITABLE_TYPES, ImportanceFile, SearchName, exact_blocks, gguf_blocks
 from ..models.experts import PARTS
 from ..models.gguf_mixes import Chosen
 from ..models.gguf_names import Place
@@ -75,6 +75,7 @@ def to_gguf(
     tensor_types: Sequence[tuple[str, str]] = (),
     importance: ImportanceFile | None = None,
     overwrite: bool = False,
+    search: SearchName = "plain",
 ) -> GgufPlan:
     """Write a checkpoint as a GGUF file that llama.cpp loads, all or nothing, with one tensor in memory at a time.
 
@@ -90,6 +91,7 @@ def to_gguf(
         tensor_types: (regular expression on the name in the file, type); the first that is found decides.
         importance: how much the error of each input column counts, by name in the file.
         overwrite: replace a GGUF file.
+        search: "plain": llama.cpp's blocks; "best": blocks of the same types with less error, in more time (`gguf_blocks`).
 
     Returns:
         The plan by which it was written.
@@ -112,7 +114,7 @@ def to_gguf(
         for name, entry in tqdm(plan.entries.items(), desc="writing", unit="tensor", leave=False, delay=2):
             found = None if importance is None else importance.entries.get(name)
             columns = None if found is None else found.importance(*entry.shape)
-            writer.add(name, _data(name, entry, checkpoint, columns, oddities))
+            writer.add(name, _data(name, entry, checkpoint, columns, search, oddities))
     if type is not None and checkpoint.format is not None:
         log.warning(
             "%s is quantized already: weights that %s does not hold without loss were dequantized and quantized again",
@@ -155,21 +157,26 @@ def _check_importance(slots: Slots, importance: ImportanceFile) -> None:
 
 
 def _data(
-    name: str, entry: Entry, checkpoint: Checkpoint, importance: Tensor | None, oddities: list[tuple[str, Oddity]]
+    name: str,
+    entry: Entry,
+    checkpoint: Checkpoint,
+    importance: Tensor | None,
+    search: SearchName,
+    oddities: list[tuple[str, Oddity]],
 ) -> Tensor:
     """What the writer takes: blocks, or numbers of the planned dtype, in the file's order of rows."""
     module = entry.source.rpartition(".")[0]
     wanted = entry.chosen.type
     if entry.source in checkpoint:
         tensor = _part(entry.place, checkpoint.read(entry.source))
-        return _made(name, entry.place, tensor.view(entry.shape), wanted, importance)
+        return _made(name, entry.place, tensor.view(entry.shape), wanted, importance, search)
     if entry.source in checkpoint.stacks:
-        return _experts(name, entry, checkpoint, importance, oddities)
+        return _experts(name, entry, checkpoint, importance, search, oddities)
     weight, found = checkpoint.weight(module)
     oddities += [(module, oddity) for oddity in found]
     if tuple(weight.codes.shape) != entry.shape:
         raise CheckpointError(f"{module}: the model needs a weight {list(entry.shape)}, got {list(weight.codes.shape)}")
-    return _again(name, entry.place, weight, wanted, importance)
+    return _again(name, entry.place, weight, wanted, importance, search)
 
 
 def _part(place: Place, tensor: Tensor) -> Tensor:
@@ -180,34 +187,38 @@ def _part(place: Place, tensor: Tensor) -> Tensor:
 
 
 def _experts(
-    name: str, entry: Entry, checkpoint: Checkpoint, importance: Tensor | None, oddities: list[tuple[str, Oddity]]
+    name: str,
+    entry: Entry,
+    checkpoint: Checkpoint,
+    importance: Tensor | None,
+    search: SearchName,
+    oddities: list[tuple[str, Oddity]],
 ) -> Tensor:
     """Quantized experts, one after the other, in one type."""
-    parts = len(PARTS[entry.place.name.rpartition(".")[2]])
     made = []
-    for expert, (weight, found) in enumerate(checkpoint.expert_weights(entry.source)):
-        oddities += [(entry.source, oddity) for oddity in found]
-        one = weight.shard("N", entry.place.part, parts) if parts > 1 else weight
+    for expert, one in enumerate(_parts_of_experts(checkpoint, entry.source, entry.place, oddities)):
         if tuple(one.codes.shape) != entry.shape[1:]:
             raise CheckpointError(
                 f"expert {expert} of {entry.source}: the model needs {list(entry.shape[1:])}, got {list(one.codes.shape)}"
             )
         row = importance[expert] if importance is not None and importance.dim() == 2 else importance
-        made.append(_again(name, entry.place, one, entry.chosen.type, row))
+        made.append(_again(name, entry.place, one, entry.chosen.type, row, search))
     return torch.stack(made)
 
 
-def _again(name: str, place: Place, weight: QuantTensor, type: str, importance: Tensor | None) -> Tensor:
+def _again(
+    name: str, place: Place, weight: QuantTensor, type: str, importance: Tensor | None, search: SearchName
+) -> Tensor:
     """A quantized weight in a type: as it is where that loses nothing, else made anew."""
     if type not in _FLOATS:
         try:
             return place.rows_in_file(exact_blocks(weight, type)[1])
         except ConversionError:
             pass
-    return _made(name, place, weight.dequantize(torch.float32), type, importance)
+    return _made(name, place, weight.dequantize(torch.float32), type, importance, search)
 
 
-def _made(name: str, place: Place, tensor: Tensor, type: str, importance: Tensor | None) -> Tensor:
+def _made(name: str, place: Place, tensor: Tensor, type: str, importance: Tensor | None, search: SearchName) -> Tensor:
     if not tensor.is_floating_point():
         raise ConversionError(
             f"{place.name} is {describe(tensor)}, which is no weight; expected floating-point numbers"
@@ -218,7 +229,7 @@ def _made(name: str, place: Place, tensor: Tensor, type: str, importance: Tensor
     dtype = GGML_TYPES[type].dtype
     if dtype is None:
         try:
-            return gguf_blocks(tensor, type, importance)
+            return gguf_blocks(tensor, type, importance, search)
         except ArgumentError as error:
             raise ConversionError(f"{name}: {error}") from error
     made = tensor.to(dtype)
@@ -227,6 +238,33 @@ def _made(name: str, place: Place, tensor: Tensor, type: str, importance: Tensor
             f"{name}: weights up to {float(tensor.abs().max()):.3g} do not fit float16, which ends at 65504; take BF16"
         )
     return made
+
+
+def _exact_type(checkpoint: Checkpoint, source: str, place: Place) -> str:
+    """The smallest type that holds a quantized weight; of experts all of them, since they are one tensor.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    if source not in checkpoint.stacks:
+        return exact_blocks(checkpoint.weight(source.rpartition(".")[0]).weight)[0]
+    found = {exact_blocks(one)[0] for one in _parts_of_experts(checkpoint, source, place)}
+    widest = max(found, key=lambda type: GGML_TYPES[type].nbytes / GGML_TYPES[type].elements)
+    if len(found) > 1:
+        for one in _parts_of_experts(checkpoint, source, place):
+            exact_blocks(one, widest)
+    return widest
+
+
+def _parts_of_experts(
+    checkpoint: Checkpoint, source: str, place: Place, oddities: list[tuple[str, Oddity]] | None = None
+) -> Iterator[QuantTensor]:
+    """Of each expert the rows that a tensor of the file has; what is strange about it goes to `oddities`."""
+    parts = len(PARTS[place.name.rpartition(".")[2]])
+    for weight, found in checkpoint.expert_weights(source):
+        if oddities is not None:
+            oddities += [(source, oddity) for oddity in found]
+        yield weight.shard("N", place.part, parts) if parts > 1 else weight
 
 
 def _lossless_types(slots: Slots) -> dict[str, Chosen]:
@@ -241,15 +279,10 @@ def _lossless_types(slots: Slots) -> dict[str, Chosen]:
         )
     chosen = {}
     for name, source in slots.sources.items():
-        if source in checkpoint.stacks:
-            raise ConversionError(
-                f"{source}: quantized experts are not written without loss yet; with loss: qkernels quantize {checkpoint.path} "
-                "OUT.gguf --type Q4_K_M"
-            )
         if source not in checkpoint:
-            module = source.rpartition(".")[0]
+            module = source if source in checkpoint.stacks else source.rpartition(".")[0]
             try:
-                chosen[name] = Chosen(exact_blocks(checkpoint.weight(module).weight)[0])
+                chosen[name] = Chosen(_exact_type(checkpoint, source, slots.places[name]))
             except ConversionError as error:
                 raise ConversionError(
                     f"{module}: {error}; with loss: qkernels quantize {checkpoint.path} OUT.gguf --type Q4_K_M"

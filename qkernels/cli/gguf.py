@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ArgumentError
@@ -19,6 +20,7 @@ _OTHERS: Final = {
     "eval_text": "--eval-text", "resume": "--resume", "routing": "--routing",
 }  # fmt: skip
 _OWN: Final = {"pure": "--pure", "tensor_type": "--tensor-type", "imatrix": "--imatrix"}
+PLAIN: Final = "plain"
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -62,6 +64,11 @@ def add_gguf_options(parser: argparse.ArgumentParser) -> None:
         "instead, with the whole model in memory",
     )
     group.add_argument(
+        "--search",
+        choices=("plain", "best"),
+        help="how blocks are found: as llama.cpp finds them, or with less error in more time (default: plain)",
+    )
+    group.add_argument(
         "--target-size",
         type=size,
         metavar="SIZE",
@@ -72,7 +79,7 @@ def add_gguf_options(parser: argparse.ArgumentParser) -> None:
 
 def check_no_gguf_options(args: argparse.Namespace) -> None:
     """Raise where options of GGUF files were given without a type."""
-    given = [option for name, option in _OWN.items() if getattr(args, name)]
+    given = [option for name, option in {**_OWN, "search": "--search"}.items() if getattr(args, name)]
     if given:
         raise ArgumentError(f"{given[0]} belongs to GGUF files: name a type, such as --type Q4_K_M")
     if str(args.out).endswith(".gguf"):
@@ -102,7 +109,7 @@ def quantize_to_gguf(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan_gguf(path, **options).to_markdown())
         return 0
-    print(to_gguf(path, args.out, overwrite=args.overwrite, **options).to_markdown())
+    print(to_gguf(path, args.out, overwrite=args.overwrite, search=args.search or PLAIN, **options).to_markdown())
     print(f"wrote {args.out}")
     return 0
 
@@ -119,6 +126,7 @@ def _importance(args: argparse.Namespace) -> ImportanceFile | None:
 def _measuring(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "calibration": [read_text(args.calibration)], "samples": args.samples, "seq_len": args.seq_len, "device": args.device,
+        "dataset": Path(args.calibration).name,
     }  # fmt: skip
 
 
@@ -129,9 +137,18 @@ def _to_size(args: argparse.Namespace) -> int:
     if not args.calibration:
         raise ArgumentError("--target-size measures what each tensor costs: give it a text with --calibration")
     model = local(args, args.model)
-    found = choose_types(model, args.target_size, **_measuring(args))
+    found = choose_types(model, args.target_size, **_measuring(args), search=args.search or PLAIN)
     print(found.to_markdown())
     if not args.dry_run:
-        to_gguf(model, args.out, found.mix, False, found.tensor_types(), found.importance, args.overwrite)
+        to_gguf(
+            model,
+            args.out,
+            found.mix,
+            False,
+            found.tensor_types(),
+            found.importance,
+            args.overwrite,
+            args.search or PLAIN,
+        )
         print(f"wrote {args.out}")
     return 0

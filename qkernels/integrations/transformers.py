@@ -61,6 +61,7 @@ from ..quantizers import RTN
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
+from .modules import asked_in_place_of, belongs_to_a_head, device_near, experts_in, layers_of, put, untie
 from .placeholders import Packed, Pending, PendingExperts
 
 log = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ class QKernelsQuantizer(HfQuantizer):
         """Put placeholders where quantized modules will be, by the names that transformers gives to tensors of files: here
         it says what they are, a `key_mapping` included."""
         checkpoint, model, self._model = self._checkpoint, self._model, None
-        self._cut_first = set(_asked_in_place_of(self._schemes, weight_conversions))
+        self._cut_first = set(asked_in_place_of(self._schemes, weight_conversions))
         if checkpoint is None or model is None:
             return weight_conversions
         checkpoint = self._checkpoint = checkpoint.named_as_in(model, weight_conversions)
@@ -176,16 +177,16 @@ class QKernelsQuantizer(HfQuantizer):
         choosing = routers(model, forms)
         self._forms = {n: form for n, form in forms.items() if f"{n}.{form.up}" in checkpoint.stacks}
         self._routers = [module for module in checkpoint.modules if module in choosing]
-        absent = [module for module in checkpoint.modules if _belongs_to_a_head(module, model, checkpoint)]
+        absent = [module for module in checkpoint.modules if belongs_to_a_head(module, model, checkpoint)]
         self._placed = [module for module in checkpoint.modules if module not in (*absent, *self._routers)]
         if absent or not (self._placed or self._forms):
             log.warning("%s has no place for %s of the checkpoint", type(model).__name__, ", ".join(absent))
         check_strays(model, checkpoint)
         for module in self._placed:
-            _untie(model, module)
-            _put(model, module, Pending(linear_at(model, module, checkpoint.spelling(module))), self._also)
+            untie(model, module)
+            put(model, module, Pending(linear_at(model, module, checkpoint.spelling(module))), self._also)
         for name in self._forms:
-            _put(model, name, PendingExperts(model.get_submodule(name)), self._also)
+            put(model, name, PendingExperts(model.get_submodule(name)), self._also)
         if self._routers:  # they get their values afterwards
             lacking = [re.escape(f"{module}.{leaf}") for module in self._routers for leaf in ("weight", "bias")]
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *lacking]
@@ -251,7 +252,7 @@ class QKernelsQuantizer(HfQuantizer):
         loaded.weight = nn.Parameter(weight, requires_grad=False)
         layer = QuantLinear.from_linear(loaded, scheme, name=f"{module}.weight")
         layer.bias = linear.bias
-        _put(model, module, layer, self._also)
+        put(model, module, layer, self._also)
         self.report.add(module, layer, weight.nbytes)
 
     # --- after weights are loaded ---------------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ class QKernelsQuantizer(HfQuantizer):
                 bias = bias_of(form, projection, source._parameters.get(f"{projection}_bias"))
                 if bias is not None:
                     stack.bias = nn.Parameter(bias.detach().to(stack.dtype), requires_grad=False)
-            _put(model, name, QuantExperts(source, form, found), self._also)
+            put(model, name, QuantExperts(source, form, found), self._also)
 
     def _unpack(self, model: Any, checkpoint: Checkpoint) -> None:
         """Every placeholder becomes a `QuantLinear`, one module in memory at a time."""
@@ -296,7 +297,7 @@ class QKernelsQuantizer(HfQuantizer):
         oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
         for module in self._placed:
             pending = model.get_submodule(module)
-            device = _device_near(model, module)
+            device = device_near(model, module)
             weight, found = as_it_runs(checkpoint.weight(module), checkpoint.format, device, dtype)
             oddities += [(module, oddity) for oddity in found]
             bias = bias_for(pending.linear, checkpoint, module, weight)
@@ -305,7 +306,7 @@ class QKernelsQuantizer(HfQuantizer):
             if isinstance(layer, QuantLinear):
                 self.report.add(module, layer, weight.codes.numel() * dtype.itemsize)
         for name, form in self._forms.items():
-            source, device = model.get_submodule(name).source, _device_near(model, name)
+            source, device = model.get_submodule(name).source, device_near(model, name)
             experts, strange = experts_at(model, name, form, checkpoint, device, dtype, "raise", source)
             oddities += strange
             set_module(model, name, experts, self._also.get(name, ()))
@@ -313,7 +314,7 @@ class QKernelsQuantizer(HfQuantizer):
                 count = form.experts * stack.out_features * stack.in_features
                 self.report.add(f"{name}.{projection}", stack, count * dtype.itemsize)
         for module in self._routers:
-            oddities += dequantize_router(model, module, checkpoint, _device_near(model, module), dtype)
+            oddities += dequantize_router(model, module, checkpoint, device_near(model, module), dtype)
         selection = select_linears(model, "w4a16_g128")  # whatever the scheme
         left = dict(selection.skipped)
         left |= {
@@ -334,8 +335,8 @@ class QKernelsQuantizer(HfQuantizer):
     def _describe(self, model: Any) -> FileNames:
         """Make the model's config say what `save_pretrained` would write; returns the names that it would use."""
         names = FileNames(model)
-        schemes = {names.module(name): layer.scheme for name, layer in _layers(model).items()}
-        stacks: dict[str, Any] = stacks_of(_experts(model))
+        schemes = {names.module(name): layer.scheme for name, layer in layers_of(model).items()}
+        stacks: dict[str, Any] = stacks_of(experts_in(model))
         schemes |= {name: stack.scheme for name, stack in stacks.items()}
         if schemes:
             self.quantization_config = QKernelsConfig(**native.config_of(Written.of(schemes)))
@@ -361,14 +362,14 @@ class QKernelsQuantizer(HfQuantizer):
         back what the model knows of them."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return model.state_dict(), {}  # of which adapters are written
-        layers, names = _layers(model), self._describe(model)
+        layers, names = layers_of(model), self._describe(model)
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():
             written = names.module(name)
             tensors |= {f"{written}.{suffix}": t for suffix, t in native.write(layer.quant_tensor()).items()}
             if layer.bias is not None:
                 tensors[f"{written}.bias"] = layer.bias.detach()
-        experts = _experts(model)
+        experts = experts_in(model)
         stacks: dict[str, Any] = stacks_of(experts)
         for name, stack in stacks.items():
             tensors |= {f"{name}.{suffix}": t for suffix, t in native.write(stack.quant_tensor()).items()}
@@ -385,7 +386,7 @@ class QKernelsQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # `save_pretrained` leaves it in the model's config as a string
         as_dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-        for name, layer in _layers(model).items():
+        for name, layer in layers_of(model).items():
             weight = layer.dequantize(as_dtype)
             plain: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             if name in self._conv1d:
@@ -393,7 +394,7 @@ class QKernelsQuantizer(HfQuantizer):
             plain.weight = nn.Parameter(weight)
             plain._parameters["bias"] = layer.bias
             set_module(model, name, plain)
-        for name, experts in _experts(model).items():
+        for name, experts in experts_in(model).items():
             weights = {n: nn.Parameter(t) for n, t in experts.dequantize(as_dtype).items()}
             floats = copy.copy(experts.shell)
             floats._parameters = dict(weights)
@@ -503,65 +504,6 @@ def register() -> None:
         if taken is not None and taken.__module__ != __name__:
             raise ArgumentError(f'quant_method "{native.METHOD}" is taken by {taken.__module__}.{taken.__name__}')
         mapping[native.METHOD] = own  # a second import of this module replaces its own classes
-
-
-def _asked_in_place_of(modules: Iterable[str], conversions: Iterable[Any]) -> Iterator[str]:
-    """The weights that transformers asks about in place of these modules: the first of those that it cuts from one tensor."""
-    for conversion in conversions:
-        first, *others = conversion.target_patterns
-        for other in others:
-            yield from (f"{m}.weight".replace(other, first) for m in modules if other in f"{m}.weight")
-
-
-def _belongs_to_a_head(module: str, model: Any, checkpoint: Checkpoint) -> bool:
-    """Whether a quantized module is one that this class of model does not have, since another was saved: the base of a causal
-    model lacks its head."""
-    if type(model).__name__ in (checkpoint.config.get("architectures") or ()):
-        return False
-    inside = module.startswith(f"{model.base_model_prefix}.") or module in dict(model.named_modules())
-    return not inside
-
-
-def _untie(model: Any, module: str) -> None:
-    """A quantized head is not tied, whatever the config says."""
-    table: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    mine = f"{module}.weight"
-    for target, source in list(table.items()):
-        if mine in (target, source):
-            del table[target]
-            log.warning(
-                "%s and %s are tied by config.json, but one of them is quantized; they are not tied", target, source
-            )
-            model.config.tie_word_embeddings = False
-
-
-def _put(model: nn.Module, name: str, module: nn.Module, also: Mapping[str, list[str]]) -> None:
-    """Put a module in a linear layer's place, and tell transformers to initialize neither it nor, as GPT-2's attention does,
-    its weight through the module around it. That module has nothing else to initialize if no tensor is its own."""
-    set_module(model, name, module, also.get(name, ()))
-    module._is_hf_initialized = True  # type: ignore[assignment]
-    around = model.get_submodule(name.rpartition(".")[0])
-    if not (around._parameters or around._buffers):
-        around._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def _layers(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-def _experts(model: nn.Module) -> dict[str, QuantExperts]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantExperts)}
-
-
-def _device_near(model: nn.Module, module: str) -> torch.device:
-    """Where the nearest loaded tensor is: a device map places whole layers."""
-    path = module.split(".")
-    for depth in range(len(path) - 1, -1, -1):
-        parent = model.get_submodule(".".join(path[:depth]))
-        for tensor in (*parent.parameters(), *parent.buffers()):
-            if not tensor.is_meta:
-                return tensor.device
-    return torch.device("cpu")
 
 
 register()

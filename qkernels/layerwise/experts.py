@@ -3,9 +3,9 @@
 What went into the experts module is kept for all of the calibration (one `[tokens, H]` more than the layer's own inputs); the
 second moments of an expert's rows are made when its turn comes, so one Hessian is in memory, whatever their number (two where
 all tokens go through every expert: that of up is the same for all of them then). Down sees what the quantized up puts out.
-Errors in the report are of the tokens that the router sends, whatever the calibration saw. Experts that got too few tokens are
-rounded to nearest and listed. No order of columns is written: it would be another one for each expert, which no grouped kernel
-takes, so GPTQ's "group" is "static" here.
+Errors in the report are of the tokens that the router sends, whatever the calibration saw. An expert that gets few tokens is
+calibrated with all of them and listed (`FEW`). No order of columns is written: it would be another one for each expert, which no
+grouped kernel takes, so GPTQ's "group" is "static" here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from .running import LayerInputs, LayerJob, Stop, run_to_stop
 
 log = logging.getLogger(__name__)
 
-LEAST_SHARE: Final = 0.005  # of the tokens: an expert with fewer is rounded to nearest
+# An expert that gets fewer tokens than so many times its input channels is calibrated with others, too: tokens taken evenly
+# from all, up to the second number of times. Measured: docs/decisions/0021.
+FEW: Final = 4
+ENOUGH: Final = 16
 ROWS_AT_ONCE: Final = 8192  # of activations in float32
 
 
@@ -40,6 +43,7 @@ class QuantizedStack:
     error: float
     seconds: float
     fallback: str | None
+    few: str | None
 
 
 @dataclass
@@ -70,20 +74,24 @@ def quantize_experts(
     between = activation_of(shell_of(source), form)
     methods = {p: m.with_one_order().with_scales_for(job.stored[f"{leaf}.{p}"]) for p, m in methods.items()}
     sums = {p: _Sums([], {}) for p in methods}
-    least = max(1, round(LEAST_SHARE * len(x)))
-    everywhere = _moments(x.split(ROWS_AT_ONCE), form.hidden) if job.routing == "all" else None
+    few = {expert: int((ids == expert).any(1).sum()) for expert in range(form.experts)}
+    every = x
+    if job.routing == "routed":
+        few = {expert: count for expert, count in few.items() if count < FEW * form.hidden}
+        every = x[:: -(-len(x) // (ENOUGH * form.hidden)) or 1]
+    everywhere = _moments(every.split(ROWS_AT_ONCE), form.hidden) if few else None
     bias = source._parameters.get(f"{form.up}_bias")
     halves = None if bias is None else form.in_halves(bias.data, -1).float()
     projections: tuple[str, str] = (form.up, form.down)
     for expert in range(form.experts):
         sent = x[(ids == expert).any(1)]
-        rows, given = sent.float(), (sent if everywhere is None else x).split(ROWS_AT_ONCE)
-        moments = _moments(given, form.hidden) if everywhere is None else everywhere
+        rows, given = sent.float(), (every if expert in few else sent).split(ROWS_AT_ONCE)
+        moments = everywhere if expert in few and everywhere is not None else _moments(given, form.hidden)
         for projection in projections:
             name = f"{job.name}.{leaf}.{projection}[{expert}]"
             place = source._parameters[projection].data[expert]
             weight = form.of_projection(projection, place).float()
-            made = _one(weight, rows, moments, methods[projection], least, name, sums[projection], expert)
+            made = _one(weight, rows, moments, methods[projection], name, sums[projection], expert)
             place.copy_(form.stored(projection, made))
             if projection == form.up:
                 bias_of_one = None if halves is None else halves[expert]
@@ -94,10 +102,14 @@ def quantize_experts(
 
                 moments = _moments((inner(part) for part in given), form.width)
                 rows = inner(rows)
-    found: dict[str, QuantizedStack] = {}
-    for projection, total in sums.items():
-        found[projection] = _result(total, methods[projection], f"{job.name}.{leaf}.{projection}", len(x), least)
-    return found
+    said = None
+    if few and job.routing == "routed":
+        said = (
+            f"{len(few)} of {form.experts} experts saw fewer than {FEW * form.hidden} of {len(x)} tokens, and are calibrated "
+            f"with {len(every)} of all: {_listed(few)}"
+        )
+        log.warning("%s.%s: %s", job.name, leaf, said)
+    return {p: _result(sums[p], methods[p], f"{job.name}.{leaf}.{p}", said) for p in sums}
 
 
 def _seen(layer: nn.Module, leaf: str, form: ExpertsForm, inputs: LayerInputs, job: LayerJob) -> tuple[Tensor, Tensor]:
@@ -141,20 +153,16 @@ def _one(
     rows: Tensor,
     statistics: InputStatistics,
     method: Options,
-    least: int,
     name: str,
     sums: _Sums,
     expert: int,
 ) -> Tensor:
     """Quantize one expert's weight; returns it dequantized."""
     began = time.perf_counter()
-    tensor = None
-    if statistics.tokens >= least:
-        try:
-            tensor = method.quantize(weight, statistics.hessian(name), name)
-        except CalibrationError as hopeless:
-            log.debug("%s is rounded to nearest: %s", name, hopeless)
-    if tensor is None:
+    try:
+        tensor = method.quantize(weight, statistics.hessian(name), name)
+    except CalibrationError as hopeless:
+        log.debug("%s is rounded to nearest: %s", name, hopeless)
         sums.rare[expert] = statistics.tokens
         tensor = rounding_of(method).quantize(weight, name=name)
     restored = tensor.dequantize()
@@ -165,16 +173,19 @@ def _one(
     return restored
 
 
-def _result(sums: _Sums, method: Options, name: str, tokens: int, least: int) -> QuantizedStack:
+def _listed(counts: Mapping[int, int]) -> str:
+    some = ", ".join(f"{expert} ({count} tokens)" for expert, count in [*counts.items()][:8])
+    return some + (", …" if len(counts) > 8 else "")
+
+
+def _result(sums: _Sums, method: Options, name: str, few: str | None) -> QuantizedStack:
     fallback = None
     if sums.rare:
-        some = ", ".join(f"{expert} ({count} tokens)" for expert, count in [*sums.rare.items()][:8])
-        more = ", …" if len(sums.rare) > 8 else ""
         fallback = (
-            f"{len(sums.rare)} of {len(sums.weights)} experts saw fewer than {least} of {tokens} tokens, or too few of a kind, "
-            f"and are rounded to nearest: {some}{more}"
+            f"{len(sums.rare)} of {len(sums.weights)} experts saw no tokens, or none that tell their columns apart, and are "
+            f"rounded to nearest: {_listed(sums.rare)}"
         )
         log.warning("%s: %s", name, fallback)
     error = (sums.error / sums.energy) ** 0.5 if sums.energy > 0 else 0.0
     used = rounding_of(method).name if len(sums.rare) == len(sums.weights) else method.name
-    return QuantizedStack(QuantTensor.stack(sums.weights), used, error, sums.seconds, fallback)
+    return QuantizedStack(QuantTensor.stack(sums.weights), used, error, sums.seconds, fallback, few)

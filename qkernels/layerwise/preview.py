@@ -62,6 +62,8 @@ def preview_of(
         device_bytes = 4 * largest + moments
         forms = [experts_of(layer) for layer in layers]
         if found := [form for of_layer in forms for form in of_layer.values()]:
+            moments += 4 * found[0].hidden ** 2  # of all tokens, beside those of an expert
+            device_bytes += 4 * found[0].hidden ** 2
             # what goes into experts, for all of the calibration; codes of both projections, one of them once more while stacked
             device_bytes += 4 * samples * seq_len * found[0].hidden
             device_bytes += max(sum(_codes(form) for form in of_layer.values()) for of_layer in forms)

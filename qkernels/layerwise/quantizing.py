@@ -35,7 +35,8 @@ class Quantized:
     """One linear layer, quantized.
 
     `error` is relative: `‖(Ŵ - W) x‖ / ‖W x‖` over the calibration tokens if `of_output`, else `‖Ŵ - W‖ / ‖W‖`. `fallback`
-    says why the layer was rounded to nearest instead, `unscaled` why its inputs are not scaled although its method folds scales.
+    says why the layer was rounded to nearest instead, `unscaled` why its inputs are not scaled although its method folds scales,
+    `few` which experts got too few tokens and are calibrated with all.
     """
 
     tensor: QuantTensor
@@ -45,6 +46,7 @@ class Quantized:
     seconds: float
     fallback: str | None = None
     unscaled: str | None = None
+    few: str | None = None
 
     def report(self, name: str, bytes_before: int) -> ModuleReport:
         """As the report of the linear layer of that name, whose float weight took so many bytes."""
@@ -59,6 +61,7 @@ class Quantized:
             bytes_after=self.tensor.nbytes,
             fallback=self.fallback,
             unscaled=self.unscaled,
+            few=self.few,
         )
 
 
@@ -262,7 +265,7 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
         for p, stack in quantize_experts(layer, leaf, form, of_experts, inputs, job).items() if of_experts else ():
             unscaled = job.folds.why_unscaled(f"{leaf}.{p}") if job.folds is not None else None
             results[f"{leaf}.{p}"] = Quantized(
-                stack.tensor, stack.method, stack.error, True, stack.seconds, stack.fallback, unscaled
+                stack.tensor, stack.method, stack.error, True, stack.seconds, stack.fallback, unscaled, stack.few
             )
     return {target: results[target] for target in job.methods}
 

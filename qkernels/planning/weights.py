@@ -135,12 +135,10 @@ def inventory(
     matrices: dict[str, Matrix] = {}
     rest: dict[Class, int] = dict.fromkeys(CLASSES, 0)
     read, parameters = 0.0, 0
-    tied_embedding = 0
     seen: set[int] = set()
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in model.named_parameters():
         if id(tensor) in seen or name in tied:
-            tied_embedding += name in tied
             continue
         seen.add(id(tensor))
         parameters += tensor.numel()
@@ -164,7 +162,7 @@ def inventory(
             kind = "head" if owner in ends else "linears" if tensor.dim() == 2 else "norms and others"
             read += nbytes
         rest[kind] += nbytes
-    if tied_embedding:  # the head reads them
+    if any(name.rpartition(".")[0] in ends for pair in tied.items() for name in pair):  # the head reads them
         read += rest["embeddings"]
     rest["norms and others"] += sum(buffer.nbytes for buffer in model.buffers())
     numbers = {int(part) for name in modules for part in name.split(".")[1:3] if part.isdecimal()}

@@ -1,15 +1,15 @@
 """GPTQ for formats whose scales are found block by block by a search of their own: GGUF's types.
 
-The sweep and its sources are those of `gptq.py`. A block's scales cannot be fitted column by column, so a search fits them: to the
-columns as they are when the sweep reaches the block, which have then taken in the errors of all columns before; or to the weight
-as it came, for all blocks beforehand, and the sweep goes by falling energy. The scales stay, and rounds of coordinate descent on the
-codes follow (Behdin et al. 2023, QuantEase, section 3.1): each column in turn takes the code that is best beside all others, which
-never raises the error.
+The sweep and its sources are those of `gptq.py`. A block's scales cannot be fitted column by column, so a search fits them: to
+the columns as they are when the sweep reaches the block, which have then taken in the errors of all columns before; or to the
+weight as it came, for all blocks beforehand, and the sweep goes by falling energy. Then rounds of coordinate descent follow
+(for codes: Behdin et al. 2023, QuantEase): each group in turn takes the small scales and minima, and each column the codes, that
+are best beside all others, which never raises the error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -27,6 +27,24 @@ class Grid(Protocol):
 
     def round(self, column: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Codes `[N]` and values `[N]` of column `index` of it."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        ...
+
+    @property
+    def shifts(self) -> Sequence[tuple[int, int]]:
+        """How the scales of a group may be moved, not at all first; () where they may not."""
+        ...
+
+    def shifted(self, group: int, codes: Tensor, by: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """First, values `[group, N]` of codes `[group, N]` of a group with its scales moved."""
+        ...
+
+    def move(self, group: int, by: Tensor) -> None:
+        """Move them, in place, by int64 `[2, N]`."""
         ...
 
     def blocks(self, codes: Tensor) -> Tensor:
@@ -78,8 +96,10 @@ def gptq_blocks(
     grid = _Grids([], elements if order == "natural" else count)
     codes, rounded = _sweep(values, factor, places, search, order, grid)
     live = live + live.diagonal().mean() * damping * torch.eye(count, dtype=live.dtype, device=live.device)
+    original = values.T.contiguous()
     for _ in range(rounds):
-        if not _descend(values.T.contiguous(), live, codes, rounded, grid):
+        moved = _refit(original, live, codes, rounded, grid)
+        if not _descend(original, live, codes, rounded, grid) and not moved:
             break
     return grid.blocks(codes)
 
@@ -122,6 +142,25 @@ def _sweep(
             errors[i - part.start] = error
         columns[part.stop :].addmm_(factor[part, part.stop :].T, errors, alpha=-1)
     return codes, found
+
+
+def _refit(values: Tensor, hessian: Tensor, codes: Tensor, found: Tensor, grid: _Grids) -> bool:
+    """One round over all groups, in place: the small scales that are best for the codes; whether any moved."""
+    changed = False
+    for start, part in zip(range(0, len(values), grid.width), grid.grids, strict=True):
+        for group in range(grid.width // part.group if part.shifts else 0):
+            cut = slice(start + group * part.group, start + (group + 1) * part.group)
+            slope, among = hessian[cut] @ (found - values), hessian[cut, cut]
+            best, chosen = torch.zeros_like(slope[0]), torch.zeros_like(slope[0], dtype=torch.int64)
+            for index, by in enumerate(part.shifts[1:], 1):
+                step = part.shifted(group, codes[cut], by)[0].to(found.dtype) - found[cut]
+                error = (step * (2 * slope + among @ step)).sum(0)
+                chosen, best = torch.where(error < best, index, chosen), torch.where(error < best, error, best)
+            if bool(chosen.any()):
+                changed = True
+                part.move(group, torch.tensor(part.shifts, device=chosen.device)[chosen].T)
+                found[cut] = part.shifted(group, codes[cut], (0, 0))[0].to(found.dtype)
+    return changed
 
 
 def _descend(values: Tensor, hessian: Tensor, codes: Tensor, found: Tensor, grid: _Grids) -> bool:

@@ -9,6 +9,7 @@ import faulthandler
 import os
 import signal
 from dataclasses import replace
+from itertools import product as product_of
 from typing import Any
 
 import pytest
@@ -32,7 +33,6 @@ SCHEMES = [
     "w2a16_g32", "w3a16_g24_asym", "w4a16_g32", "w4a16_g16_asym", "w4a16_g64", "w4a16_g64_fzero", "w4a16_g128_offset",
     "w4a16_channel", "w5a16_g32", "w8a16_g32_asym", "w8a16_g64", "w8a16_tensor", "nf4_g64", "fp4_g32",
 ]  # fmt: skip
-# A weight is fp32 before it meets x: of these not every dtype is met in every order.
 FLOATING = [
     "mxfp4_g32", "iq4nl_g32", "fp8_channel", "fp8_block128", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "nvfp4_g16",
     "nvfp4m_g16",
@@ -43,12 +43,12 @@ GEMM = Config("gemm", 16, 32, 64, 2, 4, 2)
 DEQUANTIZE = Config("dequantize", 1, 64, 256, 0, 4, 1)
 INF, NAN = float("inf"), float("nan")
 schemes = pytest.mark.parametrize("scheme", [*SCHEMES, *FLOATING])
+# Each scheme with and without act-order, once in each dtype; in a full run each of both with both.
+FULL = bool(os.environ.get("QKERNELS_TEST_FULL"))
+ORDERS = list(product_of((False, True), DTYPES) if FULL else zip((False, True), DTYPES))
 formats = pytest.mark.parametrize(
     ("scheme", "act_order", "dtype"),
-    [
-        *((scheme, order, dtype) for scheme in SCHEMES for order in (False, True) for dtype in DTYPES),
-        *((scheme, order, dtype) for scheme in FLOATING for order, dtype in zip((False, True), DTYPES)),
-    ],
+    [(scheme, *order) for scheme in (*SCHEMES, *FLOATING) for order in ORDERS],
     ids=str,
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])

@@ -5,7 +5,7 @@ from .block_grid import BlockGrid
 from .importance import ImportanceFile, InputSquares, read_importance, write_importance
 from .lossless import exact_blocks
 from .parts import Meaning, Parts
-from .quantizing import gguf_blocks
+from .quantizing import SearchName, gguf_blocks
 from .search import WRITABLE_TYPES
 from .types import BLOCK_TYPES, BlockType, block_type, blocks_of, dequantize, parts_of
 from .weights import EXACT_SCHEMES, weight_of
@@ -20,6 +20,7 @@ __all__ = [
     "InputSquares",
     "Meaning",
     "Parts",
+    "SearchName",
     "block_type",
     "blocks_of",
     "dequantize",

@@ -1,0 +1,43 @@
+"""Importance that is measured by running a model on text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qkernels.errors import CalibrationError
+from qkernels.formats.gguf import read_importance, write_importance
+from qkernels.layerwise.importance import measure_importance
+from tests.checkpoints import IDS, small_llama
+
+
+def test_what_goes_into_each_linear_layer(tmp_path: Path) -> None:
+    model = small_llama()
+    seen: list[Tensor] = []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(IDS.repeat(3, 1))
+    hook.remove()
+    found = measure_importance(model, [IDS, IDS.repeat(2, 1)], "a.txt")
+    names = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(found.entries) == names and (found.chunk_count, found.chunk_size) == (3, 12)
+    entry = found.entries["model.layers.1.mlp.down_proj.weight"]
+    assert entry.counts.tolist() == [36]
+    torch.testing.assert_close(entry.importance(64, 96), seen[0].reshape(-1, 96).square().mean(0))
+    write_importance(tmp_path / "i.gguf", found)
+    again = read_importance(tmp_path / "i.gguf")
+    assert again.datasets == ("a.txt",)
+    assert all(torch.equal(again.entries[name].sums, found.entries[name].sums) for name in names)
+
+
+def test_what_cannot_be_measured_is_said() -> None:
+    model = small_llama()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(CalibrationError, match="layers.1.self_attn.q_proj are NaN or infinite"):
+        measure_importance(model, [IDS])
+    with pytest.raises(CalibrationError, match="no token through a linear layer"):
+        measure_importance(nn.Embedding(64, 8), [IDS])
