@@ -51,6 +51,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels quantize my-llama/ out/ --method rtn --scheme w4a16_g32_offset\n"
         "  qkernels quantize my-llama/ out/ --method rtn --scheme mxfp4_g32 --format compressed-tensors\n"
         "  qkernels quantize my-llama/ out/ --method gptq --scheme w4a8_g128 --calibration text.txt\n"
+        "  qkernels quantize my-llama/ out/ --method rtn --scheme w8a8w_channel --format compressed-tensors\n"
         "  qkernels quantize my-llama/ out/ --method smoothquant --calibration text.txt    (w8a8_channel)\n"
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run\n"
         "  qkernels quantize my-llama/ my-llama-Q4_K_M.gguf --type Q4_K_M\n"
@@ -73,7 +74,8 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--scheme",
         help="instead of --bits, --group-size and --asym, in short form: w4a16_g128, w4a16_g64_asym, w4a16_g32_offset, "
-        "w3a16_g64_fzero, w8a16_channel, w4a8_g128 (activations in 8 bits), nf4_g64, fp4_g64, "
+        "w3a16_g64_fzero, w8a16_channel, w4a8_g128 (activations in 8 bits), w8a8w_channel (as compressed-tensors has "
+        "them), w8a8o6_channel (LLM.int8), nf4_g64, fp4_g64, "
         "mxfp4_g32, nvfp4_g16, fp8_channel, fp8_block128",
     )
     parser.add_argument(

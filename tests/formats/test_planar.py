@@ -11,8 +11,11 @@ from torch import Tensor
 from qkernels import QuantTensor
 from qkernels.checkpoint.registry import WRITTEN, detect
 from qkernels.errors import CheckpointError
-from qkernels.formats.gptq_planar import FORMAT, PLANES, unpack
+from qkernels.formats.gptq_planar import FORMAT, unpack
 from tests.strategies import random_weight, same_weight
+
+# By themselves, not from the reader: which planes a code of so many bits has, the lowest first.
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
 def planar(codes: Tensor, bits: int) -> Tensor:
