@@ -282,6 +282,7 @@ def cheapest(options: Mapping[str, Sequence[Option]], nbytes: int) -> dict[str, 
     Raises:
         ArgumentError: the smallest options are larger.
 
+    >>> from qkernels.sizing import Option, cheapest
     >>> options = {"a": [Option("Q2_K", 2, 9.0), Option("Q4_K", 4, 1.0)], "b": [Option("Q2_K", 2, 3.0), Option("Q4_K", 4, 1.0)]}
     >>> {name: choice.option.type for name, choice in cheapest(options, 6).items()}
     {'a': 'Q4_K', 'b': 'Q2_K'}

@@ -66,6 +66,8 @@ def test_the_page_for_users_runs(tiny_llama_dir: Path, sample_text: str) -> None
     pytest.importorskip("peft")
     shutil.copytree(tiny_llama_dir, "my-llama")
     Path("text.txt").write_text(sample_text)
+    w8a8 = qkernels.RTN().with_scheme("w8a8w_channel")
+    qkernels.quantize("my-llama", w8a8, save_to="w8a8", format="compressed-tensors", progress=False)
     blocks = re.findall(r"```python\n(.*?)```", USING.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 8
     names: dict[str, object] = {"__name__": "using"}

@@ -137,7 +137,7 @@ def families(names: list[str]) -> dict[str, str]:
     done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
     return {
         name: re.sub(r"[<(].*", "", plain.removeprefix("void ")).split("::")[-1]
-        + (" of codebooks" if "CodedFormat" in name else "")
+        + (" of codebooks" if re.search(r"CodedFormat|dequantize_tilesILi\dELb1E", name) else "")
         for name, plain in zip(names, done)
     }
 

@@ -30,6 +30,7 @@ def stack_and_suffix(name: str, found: Format) -> tuple[str, str] | None:
     """(stack, suffix) of a tensor that is named after a parameter; None where it is none such.
 
     >>> from qkernels.formats import FORMATS
+    >>> from qkernels.formats.stacks import stack_and_suffix
     >>> stack_and_suffix("mlp.experts.down_proj_scale", FORMATS["compressed-tensors"])
     ('mlp.experts.down_proj', 'weight_scale')
     """

@@ -148,6 +148,7 @@ def types_of(
         ArgumentError: no such mix or type, an expression that is none, or that is found in no name.
         ConversionError: an override's blocks do not divide a row, and no other type stands for it.
 
+    >>> from qkernels.models.gguf_mixes import Facts, types_of
     >>> types_of({"token_embd.weight": (64, 256), "blk.0.attn_v.weight": (256, 256)}, "Q4_K_M", Facts("llama", 1, 4, 4))
     {'token_embd.weight': Chosen(type='Q6_K', instead_of=None), 'blk.0.attn_v.weight': Chosen(type='Q6_K', instead_of=None)}
     """

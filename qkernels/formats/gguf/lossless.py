@@ -57,6 +57,7 @@ def exact_blocks(weight: QuantTensor, type: str | None = None) -> tuple[str, Ten
 
     >>> import torch
     >>> from qkernels import RTN
+    >>> from qkernels.formats.gguf.lossless import exact_blocks
     >>> exact_blocks(RTN(bits=4, group_size=64).quantize(torch.randn(8, 64)))[0]
     'Q4_0'
     """
