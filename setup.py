@@ -11,6 +11,7 @@ One binary on torch's stable ABI for torch 2.10 and later, with no Python symbol
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -25,13 +26,20 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CUDA_ARCHITECTURES = "8.0+PTX;9.0a;12.0+PTX"
 
 
+def packaged_cuda_homes() -> list[str]:
+    """Where the packages of requirements-cuda.txt lie, latest first: site-packages/nvidia/cu13."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations or [] if spec else []
+    return sorted((str(home) for folder in folders for home in Path(folder).glob("cu[0-9]*")), reverse=True)
+
+
 def find_cuda_home() -> Path | None:
     """The directory with bin/nvcc and the CUDA headers. torch's own search takes the parent of whatever nvcc is in PATH, and a
     wrapper script there leads it astray."""
     from torch.utils import cpp_extension
 
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), cpp_extension.CUDA_HOME, "/usr/local/cuda"]
-    for home in (Path(place) for place in places if place):
+    for home in (Path(place) for place in [*places, *packaged_cuda_homes()] if place):
         if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
             return home
     return None
@@ -75,7 +83,7 @@ def extension():  # type: ignore[no-untyped-def]
         sources += cuda_sources
         cxx += ["-DQKERNELS_CUDA", f'-DQKERNELS_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"']
         options["include_dirs"].append(str(home / "include"))
-        options["library_dirs"].append(str(home / "lib64"))
+        options["library_dirs"] += [str(home / "lib64"), str(home / "lib")]  # the second: of packages
         options["libraries"] += ["cudart_static", "rt", "dl", "pthread"]
     # CppExtension even with CUDA: CUDAExtension asks for the CUDA libraries of torch, which a CPU-only torch lacks.
     module = cpp_extension.CppExtension(
