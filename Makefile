@@ -51,10 +51,10 @@ demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo
 
 test: lint $(TEST_EXTENSION)
-	$(PY) -m pytest -n $(JOBS) -q
+	$(PY) -m pytest -n $(JOBS) --maxschedchunk 4 -q
 
 test-full: lint $(EXTENSION)
-	QKERNELS_TEST_FULL=1 $(PY) -m pytest -n $(JOBS) -q
+	QKERNELS_TEST_FULL=1 $(PY) -m pytest -n $(JOBS) --maxschedchunk 4 -q
 
 bench: $(EXTENSION)
 	$(PY) -m benchmarks

@@ -30,6 +30,7 @@ from .sweep import Case, run_cases
 
 TOKENS = (1, 4, 16, 128)
 GGML = ("ggml q4_0", "ggml q4_k")
+SAME = "ggml same type"
 READ_SHARE = 80.0  # % of the read bandwidth that a token should reach on a matrix beyond the last-level cache
 
 
@@ -49,6 +50,14 @@ TARGETS = (
     Target("w4a8_g32", GGML, (1.1, 2.5, 1.8, 1.4)),
     Target("w4a8_g128", GGML, (1.1, 2.5, 1.8, 1.4)),
     Target("w8a8_channel", ("torch dynamic int8",), (1.2, 1.1, 1.0, 1.0)),
+    Target("w4a16_g128", ("zentorch", "ark"), (2.0, 2.0, 2.0, 2.0)),
+    Target("w4a8_g128", ("zentorch",), (2.0, 1.4, 1.5, 1.3)),
+    Target("nf4_g64", ("bitsandbytes nf4",), (1.4, 1.4, 1.4, 1.4)),
+    *(Target(f"{name}_a8", (SAME,), (1.1, 1.8, 1.8, 2.0)) for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")),
+    *(
+        Target(name, (SAME,), (1.1, 1.8, 1.8, 1.5))
+        for name in ("iq4_xs_a8", "iq4nl_g32_a8", "mxfp4_g32_a8", "mxfp4_g32")
+    ),
 )
 TARGETS_AVX2 = (
     Target("w4a8_g32", GGML, (1.1, 1.8, 1.5, 1.5)),

@@ -22,7 +22,8 @@ from qkernels.kernels.catalogue import Problem
 from qkernels.tensor import QuantTensor
 from qkernels.text import dtype_name
 
-PEER_PACKAGES = ("humming-kernels", "gemlite", "gptqmodel", "bitsandbytes", "torchao", "llama-cpp-python", "triton")
+PEER_PACKAGES = ("humming-kernels", "gemlite", "gptqmodel", "bitsandbytes", "torchao", "llama-cpp-python", "triton",
+                 "zentorch", "auto-round-lib")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def unlike(
 
 
 from . import (  # noqa: E402  (they need Peer)
+    ark,
     bitsandbytes_nf4,
     gemlite,
     ggml,
@@ -137,6 +139,7 @@ from . import (  # noqa: E402  (they need Peer)
     torch_int8pack,
     torch_linear,
     torchao_int4,
+    zentorch,
 )
 
 CONTROL = torch_linear.PEER.name  # unquantized, and not ours: tells a slower kernel from a slower machine
@@ -153,4 +156,7 @@ PEERS: tuple[Peer, ...] = (
     torchao_int4.PEER,
     ggml.PEER_Q4_0,
     ggml.PEER_Q4_K,
+    ggml.PEER_SAME,
+    zentorch.PEER,
+    ark.PEER,
 )

@@ -1,4 +1,4 @@
-"""bitsandbytes NF4: another format (16 quantile levels, one absmax a block), set against 4-bit groups of the same length.
+"""bitsandbytes NF4 (16 quantile levels, one absmax a block), set against our NF4 and against 4-bit groups of the same length.
 
 The dequantized weight is quantized again to NF4, so that its output is compared with what its own codes mean.
 """
@@ -15,6 +15,9 @@ from . import Peer, Prepared, needs, unlike
 
 
 def reason(problem: Problem) -> str | None:
+    scheme = problem.scheme
+    if scheme.codebook == "nf4" and scheme.group_size in (64, 128, 256):
+        return f"takes K % 64 == 0, got K={problem.K}" if problem.K % 64 else None
     return unlike(problem, bits=(4,), groups=(64, 128, 256), zeros=("none", "int"), k_multiple=64)
 
 
@@ -41,7 +44,9 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
         return y
 
     nbytes = weight.N * weight.K // 2 + 4 * weight.N * (weight.K // block)
-    return Prepared(layer, run, nbytes, weight=means, note="NF4: another 4-bit format")
+    return Prepared(
+        layer, run, nbytes, weight=means, note="" if weight.scheme.codebook else "NF4: another 4-bit format"
+    )
 
 
 PEER: Peer = Peer("bitsandbytes nf4", needs("bitsandbytes", "bitsandbytes"), reason, prepare)

@@ -1,11 +1,13 @@
-"""llama.cpp's ggml on the CPU, through ctypes: Q4_0 (4 bits, groups of 32) and Q4_K (4 bits, 6-bit scales, blocks of 256).
+"""llama.cpp's ggml on the CPU, through ctypes: Q4_0 and Q4_K against 4 bits in groups, and each GGUF type against ours on it.
 
-Both quantize activations to 8 bits. The dequantized weight is quantized again by ggml itself, so its output is compared with what
-its own bytes mean, which are decoded here. The weight lies in the first of the CPU's buffer types that takes it, in ggml's own
-order of choice (AMX or CPU_REPACK before plain rows), as llama.cpp loads it.
+All quantize activations to 8 bits. For Q4_0 and Q4_K the dequantized weight is quantized again by ggml itself, so its output
+is compared with what its own bytes mean, which are decoded here; of a GGUF type (`ggml same type`) both have the same blocks.
+The weight lies in the first of the CPU's buffer types that takes it, in ggml's own order of choice (AMX or CPU_REPACK before
+plain rows), as llama.cpp loads it.
 
 The libraries are those of llama-cpp-python, or of the directory QKERNELS_GGML_LIB, say another build of the same sources. A
-process can hold one build only. The names used are those of ggml 0.25 (`ggml.h`, `ggml-alloc.h`, `ggml-backend.h`, `ggml-cpu.h`).
+process can hold one build only. The names used are those of ggml 0.25 (`ggml.h`, `ggml-alloc.h`, `ggml-backend.h`,
+`ggml-cpu.h`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import ctypes
 import importlib.util
 import os
 import weakref
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import UnsupportedProblem
+from qkernels.formats.gguf.lossless import exact_blocks
 from qkernels.kernels.catalogue import Problem
 from qkernels.tensor import QuantTensor
 
@@ -228,3 +232,27 @@ def prepare(kind: int, weight: QuantTensor, dtype: torch.dtype, device: torch.de
 
 PEER_Q4_0: Peer = Peer("ggml q4_0", available, partial(reason, Q4_0), partial(prepare, Q4_0))
 PEER_Q4_K: Peer = Peer("ggml q4_k", available, partial(reason, Q4_K), partial(prepare, Q4_K))
+
+# enum ggml_type, by what our schemes are called.
+SAME = {
+    "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4nl_g32": 20, "iq4_xs": 23, "mxfp4_g32": 39,
+}  # fmt: skip
+
+
+def same_reason(problem: Problem) -> str | None:
+    scheme = replace(problem.scheme, act=None)
+    if str(scheme) not in SAME:
+        return f"is set against {', '.join(SAME)}, got {problem.scheme}"
+    length = 32 if scheme.factors is None else 256
+    return f"takes K % {length} == 0, got K={problem.K}" if problem.K % length else None
+
+
+def prepare_same(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Prepared:
+    scheme = replace(weight.scheme, act=None)
+    _, blocks = exact_blocks(replace(weight, scheme=scheme))
+    made = Weight(SAME[str(scheme)], blocks.contiguous(), weight.N, weight.K)
+    note = f"{made.where}; quantizes activations to 8 bits"
+    return Prepared(made, _run, blocks.numel(), activation_bits=8, note=note)
+
+
+PEER_SAME: Peer = Peer("ggml same type", available, same_reason, prepare_same)

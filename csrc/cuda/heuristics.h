@@ -171,7 +171,7 @@ constexpr double kDecodeRounds[2][3][3][3] = {{{{218, 255, 280}, {262, 318, 350}
                                                {{371, 439, 563}, {631, 631, 631}, {1145, 1145, 1145}},
                                                {{787, 787, 787}, {918, 918, 918}, {1145, 1145, 1145}}}};
 // Of codes that are no integers: [kTable, kE2M1, kFloat8][groups of 64 and more, shorter][8, 32 tokens].
-constexpr double kCodedRounds[3][2][2] = {{{534, 650}, {665, 917}}, {{534, 650}, {531, 783}}, {{472, 579}, {591, 843}}};
+constexpr double kCodedRounds[3][2][2] = {{{531, 654}, {681, 932}}, {{531, 654}, {547, 800}}, {{457, 582}, {607, 859}}};
 // card.decode_slots: what a round of the first of them costs, by which a fit changes all.
 inline double decode_instructions(const Problem& p, const Card& card, int tokens) {
   if (is_coded(p.coding)) {

@@ -294,8 +294,8 @@ QK_DEVICE void multiply_step(Totals<kTokenTiles>& totals, const GroupFormat& for
 
   // Groups of 32 are summed in two parts, with the same scale.
   [[maybe_unused]] auto group_of = [&](int s) { return format.groups_per_step == 4 ? s : s / 2; };
-  // Of decode, which has the registers and wants few branches: 585 instructions a round of e2m1 became 531, and the
-  // stalls of a warp 851 cycles of 1729.
+  // Of decode, which has the registers and wants few branches: 585 instructions a round of e2m1 became 547, and the
+  // stalls of a warp 829 cycles of 1729.
   constexpr bool kScalesFirst = kCoded && F::kShortGroups && std::is_same_v<Hook, Nothing>;
   [[maybe_unused]] float short_scales[kStepsOf16][2 * kTilesPerStrip];
   if constexpr (kScalesFirst) {

@@ -108,6 +108,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             Fold("input_layernorm", _QKV[:1], "self_attn"),
             Fold("pre_feedforward_layernorm", _GATE_UP, "mlp"),
             _UP,
+            Fold("pre_feedforward_layernorm_2", ("experts.gate_up_proj",), "experts"),
         ),
     ),
     replace(  # layers of linear attention and of attention with a gate, which lets values through
@@ -133,6 +134,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             Fold("input_layernorm", _QKV, "self_attn"),
             _VALUES,
             Fold("post_attention_layernorm", ("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward"),
+            Fold(
+                "post_attention_layernorm",
+                (
+                    "feed_forward.router",
+                    "feed_forward.experts.gate_up_proj",
+                    "feed_forward.shared_expert.gate_proj",
+                    "feed_forward.shared_expert.up_proj",
+                ),
+                "feed_forward",
+            ),
             Fold("feed_forward.up_proj", ("feed_forward.down_proj",)),
             Fold("feed_forward.shared_expert.up_proj", ("feed_forward.shared_expert.down_proj",)),
         ),
@@ -146,6 +157,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             Fold("self_attn.q_a_layernorm", ("self_attn.q_b_proj",), "self_attn"),
             Fold("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "self_attn"),
             Fold("post_attention_layernorm", _GATE_UP, "mlp"),
+            Fold(
+                "post_attention_layernorm",
+                ("mlp.gate", "mlp.experts.gate_up_proj", "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+                "mlp",
+            ),
             _UP,
             Fold("mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj",)),
         ),
@@ -265,7 +281,7 @@ def expected_folds(model: nn.Module) -> tuple[Fold, ...]:
 
 def folds_of_layer(folds: Sequence[Fold], layer: nn.Module) -> tuple[Fold, ...]:
     """Of the folds of an architecture those of one layer: it has all their modules, and no fold of their source stands before."""
-    names = {name for name, _ in layer.named_modules()}
+    names = {name for name, _ in (*layer.named_modules(), *layer.named_parameters())}  # stacked experts are parameters
     found: dict[str, Fold] = {}
     for fold in folds:
         if names.issuperset((fold.source, *fold.targets)):

@@ -31,7 +31,10 @@ MUTANTS: dict[str, Mutant] = {
     "DECODE_SHORT_WAIT": Mutant(*DECODE, "    cp_async_wait<kUsual - 2>();", "    cp_async_wait<kUsual - 1>();"),
     "DECODE_NO_WAIT_FOR_X": Mutant(*DECODE, "cp_async_wait<0>();  // x, the youngest", "cp_async_wait<1>();  // "),
     "DECODE_NOT_AGAIN": Mutant(
-        "decode_bf16.cu", "decode.cuh", "if (!all_finite(low, high)) sum_again", "if (false) sum_again"
+        "decode_bf16.cu",
+        "decode.cuh",
+        "if (!all_finite(low, high))\n        sum_again",
+        "if (false)\n        sum_again",
     ),
     "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of the next slot", "// "),
     # The slot that is read next, instead of the one that is free.

@@ -14,7 +14,7 @@ from qkernels.codebooks import CODEBOOK_NUMBERS, CODEBOOKS, width_of
 from tests.ops.helpers import assert_like_a_float_layer
 from tests.strategies import random_weight
 
-from . import calls
+from . import calls, emulator
 from .calls import DTYPES, Config, decode, gemm, in_room
 from .cards import CARDS, SHARED
 from .instances import rounded
@@ -148,6 +148,19 @@ def test_only_what_there_is_is_chosen(sm: int) -> None:
                 assert 0 < ns < 1e12
                 reached.add((path, tokens))
     assert reached >= {(0, 8), (0, 32), (2, 0)}
+
+
+@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize(
+    ("scheme", "scales", "M"),
+    [("mxfp4_g32", E8M0, 5), ("nvfp4_g16", torch.float32, 20), ("fp8_g32", E4M3, 40), ("nf4_g64", torch.bfloat16, 70)],
+)
+def test_sanitizers_find_nothing(flavour: emulator.Flavour, scheme: str, scales: torch.dtype, M: int) -> None:
+    weight = random_weight(scheme, 70, 200, dtype=scales)
+    x = torch.randn(M, 200, generator=torch.Generator().manual_seed(M)).half()
+    done = emulator.replay(calls.UNIT, calls.multiply_call(weight, x, coded(M)), flavour, "random")
+    assert done.status == 0, done.report[-2000:]
+    check(weight, x, done.buffers["y"])
 
 
 def test_what_has_no_kernel_is_refused() -> None:

@@ -38,7 +38,7 @@ MULTIPROCESSORS = {"80": 108, "86": 82, "89": 128, "90a": 132, "120": 170}  # A1
 def test_no_kernel_spills(arch: str) -> None:
     """Of all instances, as the extension has them; without such a build nvcc runs here, a minute and a half of processor time."""
     kernels = compiled_usages(KERNELS, arch)
-    assert 40 < len(kernels) <= 150  # 46 of which are more than traps on sm_90a alone
+    assert 40 < len(kernels) <= 170  # 46 of which are more than traps on sm_90a alone
     assert f"**{len(kernels)} kernel instances**" in LOG.read_text()
     for kernel in kernels.values():
         assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel
@@ -151,9 +151,10 @@ def test_decode_asks_for_weights_before_x(arch: str) -> None:
                 copies = [line for line in body if line.startswith("LDGSTS")]
                 of_x = [bool(re.search(r", !?P\d$", line)) for line in copies]
                 assert any(of_x), name
-                assert of_x.index(True) >= (4 if "Li4E" in name else 8), name
+                wide = "Li8E" in name or "CodingE3" in name  # of BFloat16ELi8ELb0E, and 8-bit floats
+                assert of_x.index(True) >= (8 if wide else 4), name
                 seen += 1
-    assert seen == 50
+    assert seen == 70
 
 
 def order(loop: list[str]) -> str:
@@ -164,6 +165,8 @@ def order(loop: list[str]) -> str:
 
 # Three of four tiles, the barrier, the next step's x, copies of a later one, and the last tile meanwhile.
 DOUBLE_BUFFERED = r"H{48,}\|X{8}c+H{16,}"
+# Where codes are looked up, ptxas lets a few products of the third tile wait until the barrier is behind them.
+OF_CODEBOOKS = r"H{40,}\|H{0,8}X{8}c+H{16,}"
 
 
 @needs_nvdisasm
@@ -172,7 +175,8 @@ def test_gemm_loads_the_next_step_before_the_last_tile(arch: str) -> None:
     for source in device_sources("mma_tile"):
         if source.stem.startswith("gemm_sm80"):
             for name, lines in kernel_texts(source, arch).items():
-                assert re.fullmatch(DOUBLE_BUFFERED, order(inner_loop(lines))), name
+                wanted = OF_CODEBOOKS if "CodedFormat" in name else DOUBLE_BUFFERED
+                assert re.fullmatch(wanted, order(inner_loop(lines))), name
 
 
 def test_loads_at_the_start_of_a_step_would_be_seen() -> None:

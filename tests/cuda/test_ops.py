@@ -59,7 +59,7 @@ def test_the_catalogue_prefers_it_on_cuda() -> None:
         ({"dtype": torch.float32}, "activations must be bfloat16 or float16"),
         ({"scheme": "w4a16_g24"}, "neither 16 nor 32 nor a multiple of 64"),
         ({"scheme": "w4a8_g128"}, "8-bit activations: these kernels take bfloat16"),
-        ({"scheme": "nf4_g64"}, "codebook 'nf4'"),
+        ({"scheme": "q4_k"}, "factors 'k45'"),
     ],
 )
 def test_the_catalogue_says_why_not(problem: dict[str, object], reason: str) -> None:
@@ -88,7 +88,10 @@ def test_asymmetric_weights_with_int8_activations_have_no_kernel_on_cuda() -> No
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        ({"scheme": "w4a16_g128"}, "16-bit activations: these kernels quantize them to int8, which a scheme like w4a8"),
+        (
+            {"scheme": "w4a16_g128"},
+            "16-bit activations: these kernels quantize them to int8 or int8_wide, which a scheme like w4a8",
+        ),
         ({"scheme": "w4a8_g128_asym"}, "zeros='int': with int8 activations these kernels take symmetric weights alone"),
         ({"scheme": "w4a8_g128_offset"}, "zeros='offset': with int8 activations these kernels take symmetric"),
         ({"scheme": "w4a8_g16"}, "neither 32 nor a multiple of 64"),

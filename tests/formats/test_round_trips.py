@@ -180,7 +180,7 @@ def test_unknown_names() -> None:
             {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": {"format": "x"}},
             "a kind that is not read yet",
         ),
-        ({"quant_method": "gptq", "checkpoint_format": "gptq_p"}, "'gptq_p'}, a kind that is not read yet"),
+        ({"quant_method": "gptq", "checkpoint_format": "gptq_x"}, "'gptq_x'}, which is not known; read are native"),
         ({"quant_method": "gptq", "is_marlin_format": True}, "'is_marlin_format': True}, a kind that is not read yet"),
         ({"quant_method": "frobnicate"}, "'frobnicate'}, which is not known; read are native, gptq, gptq_v2, awq"),
         ({}, "declares 'no quant_method', which is not known"),

@@ -199,13 +199,13 @@ def test_a_transposed_matrix_is_a_source_as_well() -> None:
         ("mamba", {}, ["norm"]),
         ("olmo", {}, ["self_attn.v_proj", "mlp.up_proj"]),
         ("olmo", {"clip_qkv": 8.0}, ["mlp.up_proj"]),
-        ("mixtral", {"num_local_experts": 4}, ["input_layernorm", "self_attn.v_proj"]),
+        ("mixtral", {"num_local_experts": 4}, ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm"]),
     ],
     ids=str,
 )
 def test_what_has_no_entry_is_found(model_type: str, changes: dict[str, Any], sources: list[str]) -> None:
-    """Other settings of known architectures, and others. A router reads what experts read, and those take no scale; OLMo may
-    clamp values, and no number here is near the bound."""
+    """Other settings of known architectures, and others. A router and experts read one scale; OLMo may clamp
+    values, and no number here is near the bound."""
     model = tiny_model(model_type, **changes)
     assert expected_folds(model) == ()
     for name, layer, inputs in layers_with_inputs(model, torch.float32):
