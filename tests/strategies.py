@@ -46,7 +46,9 @@ def schemes(
 
 def bytes_of(t: torch.Tensor) -> torch.Tensor:
     """So that NaN, which tables of floating codes hold, is equal to itself."""
-    return t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)  # also where one entry has strides
+    return (
+        t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    )  # also where one entry has strides
 
 
 def random_weight(
