@@ -45,10 +45,8 @@ def schemes(
 
 
 def bytes_of(t: torch.Tensor) -> torch.Tensor:
-    """So that NaN, which tables of floating codes hold, is equal to itself."""
-    return (
-        t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
-    )  # also where one entry has strides
+    """So that NaN, which tables of floating codes hold, is equal to itself. A copy: one entry alone may have any strides."""
+    return t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def random_weight(

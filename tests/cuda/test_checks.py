@@ -84,6 +84,7 @@ def good(scheme: str = "w4a16_g64", M: int = 5, layout: str = "mma_tile") -> dic
     ],
 )
 def test_what_the_packer_makes_is_taken(scheme: str) -> None:
+    """Often the first test that needs the launchers on the CPU: g++ compiles all kernels for it, half a minute on two cores."""
     assert wrong(good(scheme), scheme=scheme) == ""
     assert wrong({**good(scheme), "bias": None, "k_order": None}, scheme=scheme) == ""
     for question in ("decode", "dequantize", "device"):

@@ -41,6 +41,7 @@ def test_the_guard_knows_compilers_and_lost_figures() -> None:
 
 @pytest.mark.slow
 def test_cuda_figures_have_not_risen() -> None:
+    """Half a minute: the SASS of all kernels for two architectures is read, and 16 loops are followed along their paths."""
     if lacking := guard_cuda.missing():
         pytest.skip(f"SKIPPED: no {', no '.join(lacking)}")
     figures, mixes = guard_cuda.measure()

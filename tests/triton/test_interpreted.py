@@ -15,6 +15,7 @@ pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 
 
 def test_every_kernel_and_format_in_the_interpreter() -> None:
+    """A minute and more: an interpreted program takes milliseconds, and every scheme runs through every kernel."""
     here = Path(__file__).parent
     files = [str(here / name) for name in ("interpreted.py", "interpreted_ops.py")]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
