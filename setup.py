@@ -80,7 +80,7 @@ def extension():  # type: ignore[no-untyped-def]
         if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:  # heuristics.h: gemm_sm90.cu is more than traps
             cxx.append("-DQKERNELS_SM90A")
             nvcc.append("-DQKERNELS_SM90A")
-        # What takes longest begins, so that no core waits for another's last file: 4 minutes on two cores for all cards.
+        # What takes longest begins, so that no core waits for another's last file.
         sources = sorted(cuda_sources, key=lambda name: "gemm_sm80" not in name) + sources
         cxx += ["-DQKERNELS_CUDA", f'-DQKERNELS_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"']
         options["include_dirs"].append(str(home / "include"))
