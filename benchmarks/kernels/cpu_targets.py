@@ -103,10 +103,12 @@ def verdict(target: Target, factor: float, rows: Sequence[Row], absent: dict[str
 
 def to_markdown(run: Run, isa: str | None) -> str:
     """Target by target and layer by layer; then what one token reads a second."""
-    lines, reads = [], []
+    lines, reads, asked = [], [], {row.scheme for row in run.rows}
     for layer in dict.fromkeys(f"{row.layer} [{row.N}, {row.K}]" for row in run.rows):
         here = [row for row in run.rows if f"{row.layer} [{row.N}, {row.K}]" == layer]
         for target in targets_of(isa):
+            if str(QuantScheme.parse(target.scheme)) not in asked:
+                continue
             for M, factor in zip(TOKENS, target.factors, strict=True):
                 rows = [row for row in here if row.M == M and row.scheme == str(QuantScheme.parse(target.scheme))]
                 ratio, word = verdict(target, factor, rows, run.absent)
