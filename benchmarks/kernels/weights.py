@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from qkernels.formats.gguf import EXACT_SCHEMES, gguf_blocks, weight_of
-from qkernels.formats.gguf.search import WRITABLE_TYPES
+from qkernels.formats.gguf import gguf_blocks, weight_of
 from qkernels.quantizers import RTN
 from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
+
+from ..peers.ggml import type_of
 
 
 def random_weight(
@@ -32,10 +33,10 @@ def random_weight(
     """
     generator = None if seed is None else torch.Generator(device or "cpu").manual_seed(seed)
     if scheme.codebook is not None or scheme.factors is not None:  # what a quantizer makes of a normal weight
-        normal, plain = torch.randn(N, K, generator=generator, device=device) * K**-0.5, replace(scheme, act=None)
-        block = next((name for name in WRITABLE_TYPES if EXACT_SCHEMES.get(name) == plain), None)
-        of_blocks = None if block is None else weight_of(gguf_blocks(normal, block), block)
-        return replace(of_blocks or RTN().with_scheme(plain).quantize(normal), scheme=scheme)
+        normal, block = torch.randn(N, K, generator=generator, device=device) * K**-0.5, type_of(scheme)
+        if block is not None:
+            return replace(weight_of(gguf_blocks(normal, block), block), scheme=scheme)
+        return replace(RTN().with_scheme(replace(scheme, act=None)).quantize(normal), scheme=scheme)
     first = 1 if centred else 0
     codes = torch.randint(first, scheme.max_code + 1, (N, K), generator=generator, dtype=torch.uint8, device=device)
     shape = (N, 1 if scheme.group_size in ("channel", "tensor") else scheme.num_groups(K))

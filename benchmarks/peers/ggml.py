@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from qkernels.errors import UnsupportedProblem
-from qkernels.formats.gguf.lossless import exact_blocks
+from qkernels.formats.gguf import EXACT_SCHEMES, WRITABLE_TYPES, block_type, exact_blocks
 from qkernels.kernels.catalogue import Problem
+from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
 
 from . import Peer, Prepared
@@ -233,24 +234,26 @@ def prepare(kind: int, weight: QuantTensor, dtype: torch.dtype, device: torch.de
 PEER_Q4_0: Peer = Peer("ggml q4_0", available, partial(reason, Q4_0), partial(prepare, Q4_0))
 PEER_Q4_K: Peer = Peer("ggml q4_k", available, partial(reason, Q4_K), partial(prepare, Q4_K))
 
-# enum ggml_type, by what our schemes are called.
-SAME = {
-    "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4nl_g32": 20, "iq4_xs": 23, "mxfp4_g32": 39,
-}  # fmt: skip
+
+def type_of(scheme: QuantScheme) -> str | None:
+    """The writable GGUF type of codebooks or factors that holds a scheme's weights (q4_k_a8: Q4_K), or None."""
+    if scheme.codebook is None and scheme.factors is None:  # integers in groups: PEER_Q4_0 and PEER_Q4_K
+        return None
+    plain = replace(scheme, act=None)
+    return next((name for name in WRITABLE_TYPES if EXACT_SCHEMES.get(name) == plain), None)
 
 
 def same_reason(problem: Problem) -> str | None:
-    scheme = replace(problem.scheme, act=None)
-    if str(scheme) not in SAME:
-        return f"is set against {', '.join(SAME)}, got {problem.scheme}"
-    length = 32 if scheme.factors is None else 256
+    name = type_of(problem.scheme)
+    if name is None:
+        return f"is set against the codebooks and super-blocks of GGUF, got {problem.scheme}"
+    length = block_type(name).ggml.elements
     return f"takes K % {length} == 0, got K={problem.K}" if problem.K % length else None
 
 
 def prepare_same(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Prepared:
-    scheme = replace(weight.scheme, act=None)
-    _, blocks = exact_blocks(replace(weight, scheme=scheme))
-    made = Weight(SAME[str(scheme)], blocks.contiguous(), weight.N, weight.K)
+    name, blocks = exact_blocks(replace(weight, scheme=replace(weight.scheme, act=None)), type_of(weight.scheme))
+    made = Weight(block_type(name).ggml.id, blocks.contiguous(), weight.N, weight.K)
     note = f"{made.where}; quantizes activations to 8 bits"
     return Prepared(made, _run, blocks.numel(), activation_bits=8, note=note)
 
