@@ -76,6 +76,7 @@ struct Problem {
   Type bias_type;          // kNone: no bias
   bool int8_activations;   // layout cpu_tile_a8
   Rounding rounding;       // of int8 activations
+  float x_scale, x_zero;   // of all rows of x, where they are given (is_static)
   Codebook codebook;       // what codes are indices into
   Factors factors;         // what scales are products of
   Type outer_type;         // of the outer factors; kNone: there are none
@@ -148,7 +149,7 @@ struct Call : Problem {
   // With int8 activations `staged` is int8 [M, row_stride], and these are what rows_int8.h adds to it.
   float* x_scales = nullptr;                // [M]
   int32_t* x_sums = nullptr;                // [G, M] sums of the codes of x over each group
-  float* x_zeros = nullptr;                 // [M] zero point times scale (Rounding::kZeroPoint)
+  float* x_zeros = nullptr;                 // [M] zero point times scale (has_zero_points)
   const uint8_t* marked = nullptr;          // [K] whether a column of x is multiplied apart (Rounding::kOutliers)
   int64_t scale_bytes = 0, zero_bytes = 0;  // of a tile's group, set by `gemm`
   float* sums = nullptr;                    // [M, G] sums of floating x over each group, in fp32; null unless has_rest
@@ -156,7 +157,7 @@ struct Call : Problem {
 
 // Whether the sums of the int8 kernels are not all of y: see apart.h.
 static inline bool has_apart(const Problem& p) {
-  return p.rounding == Rounding::kZeroPoint || p.rounding == Rounding::kOutliers;
+  return has_zero_points(p.rounding) || p.rounding == Rounding::kOutliers;
 }
 
 static inline int64_t staged_at(const Call& call, int64_t m, int64_t k) {

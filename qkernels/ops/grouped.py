@@ -179,6 +179,8 @@ def check_stack(layout: Layout, weight: Weight, bias: Tensor | None, device: tor
     """
     if schema.check_weight(layout, weight) != 1:
         raise ArgumentError(f"qweight must be of stacked experts [E, …], got {describe(weight.qweight)}")
+    if weight.own.get("x_static") is not None:
+        raise ArgumentError("x_static must be None for stacked experts, which have no static activations")
     count = int(weight.qweight.shape[0])
     shape = [count, weight.out_features]
     if bias is not None and (bias.dtype not in FLOAT_DTYPES or list(bias.shape) != shape):

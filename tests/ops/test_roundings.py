@@ -39,10 +39,10 @@ def made(dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return GOLDEN[f"{name}.x"], *(GOLDEN[f"expected.{name}.{kind}.{part}"] for part in ("codes", scale))
 
 
-def unit(act: str) -> QuantTensor:
+def unit(act: str, static: Tensor | None = None) -> QuantTensor:
     """A weight of 1 on the diagonal, which shows what becomes of x."""
     codes = torch.full((96, 96), 128, dtype=torch.uint8) + torch.eye(96, dtype=torch.uint8)
-    return QuantTensor(codes, torch.ones(96, 1), None, None, QuantScheme(8, "channel", act=act))
+    return QuantTensor(codes, torch.ones(96, 1), None, None, QuantScheme(8, "channel", act=act), x_static=static)
 
 
 @dtypes
@@ -73,6 +73,23 @@ def test_zero_points_are_what_compressed_tensors_makes(isa: str, dtype: torch.dt
 
 
 @dtypes
+@pytest.mark.parametrize("kind", ["static", "static_zero"])
+def test_static_is_what_compressed_tensors_makes(isa: str, dtype: torch.dtype, kind: str) -> None:
+    x, codes, scale = made(dtype, kind)
+    zero = GOLDEN[f"expected.{str(dtype).removeprefix('torch.')}.{kind}.zero"]
+    static = torch.cat([scale.float(), zero.float()])
+    assert bool(zero) == (kind == "static_zero")
+    assert (codes.min(), codes.max()) == (-128, 127)  # noise of 5 and outliers are cut
+    ours, of_rows, of_zeros = reference.quantize_rows_static(x, static)
+    assert torch.equal(ours, codes)
+    assert of_rows.tolist() == [[float(scale)]] * len(x)
+    right = ours.float() * of_rows - of_zeros * of_rows
+    assert torch.equal(multiply(unit(f"int8_{kind}", static), x), right.to(dtype))
+    exact = (codes.double() - float(zero)) * scale.double()
+    assert (right.double() - exact).abs().max() <= 2**-23 * 256 * scale.double()
+
+
+@dtypes
 def test_outliers_are_what_bitsandbytes_makes(isa: str, dtype: torch.dtype) -> None:
     x, codes, most = made(dtype, "outliers")
     columns = GOLDEN[f"expected.{str(dtype).removeprefix('torch.')}.outliers.columns"]
@@ -85,7 +102,7 @@ def test_outliers_are_what_bitsandbytes_makes(isa: str, dtype: torch.dtype) -> N
     assert torch.equal(multiply(unit("int8_outliers"), x), right.to(dtype))
 
 
-@pytest.mark.parametrize("act", ["8w", "8z", "8o6"])
+@pytest.mark.parametrize("act", ["8w", "8z", "8o6", "8s", "8sz"])
 @pytest.mark.parametrize("scheme", [
     "w8a{}_channel", "w4a{}_g32", "w8a{}_g64_asym", "w4a{}_g32_fzero", "w8a{}_channel_offset", "w5a{}_g32", "w3a{}_channel",
     "w2a{}_g64", "w6a{}_channel", "iq4nl_g32_a{}", "q6_k_a{}", "q4_k_a{}", "iq4_xs_a{}",
@@ -99,7 +116,7 @@ def test_products(isa: str, poisoned_memory: None, scheme: str, act: str) -> Non
         x[:, ::50] *= 2
         y, right = multiply(weight, x, bias), reference.gemm_a8(x, weight, bias, torch.float32)
         parts = x.float().abs() @ weight.dequantize().float().abs().T + bias.abs()
-        if act == "8z":
+        if act.endswith("z"):
             parts = parts + x.float().abs().amax(1, keepdim=True) * weight.dequantize().float().abs().sum(1)
         bound = (2 * weight.scheme.num_groups(K) + 40) * 2**-24 * parts * 2
         assert ((y.float() - right).abs() <= bound + torch.finfo(dtype).eps * right.abs()).all(), M
