@@ -361,7 +361,9 @@ def _check_alike(
                 )
         a, b = parts[0].x_static, part.x_static
         if a is not None and b is not None and not a.is_meta and not torch.equal(a, b):
-            raise ArgumentError(f"weights that are joined need one x_static, got {a.tolist()} and {b.tolist()} (number {index})")
+            raise ArgumentError(
+                f"weights that are joined need one x_static, got {a.tolist()} and {b.tolist()} (number {index})"
+            )
         a, b = parts[0].group_index, part.group_index
         if not orders and not _one_order([a, b]):
             raise ArgumentError(f"weights that are joined need one group_index (act-order), number {index} has another")

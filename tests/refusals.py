@@ -19,7 +19,13 @@ A8_SYMMETRIC = ["w4a8_g128", "w4a8_g32", "w8a8_channel", "w6a8_g16"]
 A8_INTEGER_ZEROS = ["w4a8_g32_asym", "w8a8_channel_asym"]
 A8_FLOATING = ["w4a8_g64_fzero", "w6a8_g32_offset"]
 A8_SCHEMES = [*A8_SYMMETRIC, *A8_INTEGER_ZEROS, *A8_FLOATING, *A8_CODEBOOKS, *A8_FACTORED]
-A8_ROUNDED = ["w8a8w_channel", "w4a8z_g32_asym", "w8a8o6_channel", "w8a8s_channel", "w4a8sz_g32_asym"]  # other int8 activations
+A8_ROUNDED = [
+    "w8a8w_channel",
+    "w4a8z_g32_asym",
+    "w8a8o6_channel",
+    "w8a8s_channel",
+    "w4a8sz_g32_asym",
+]  # other int8 activations
 A16_SCHEMES = [*INTEGER_SCHEMES, *FLOATING_SCHEMES, *CODEBOOK_SCHEMES, *BLOCK_SCHEMES, *FACTORED_SCHEMES]
 FACTORED = [*FACTORED_SCHEMES, *A8_FACTORED]
 WITH_CODEBOOK = [*CODEBOOK_SCHEMES, *A8_CODEBOOKS, "fp8_block32", "iq4_xs", "iq4_xs_a8", "nvfp4_g16", "nvfp4m_g16"]

@@ -168,7 +168,9 @@ def _static(tensors: Mapping[str, Tensor], act: str | None) -> Tensor | None:
     if not (math.isfinite(value) and value > 0):
         raise CheckpointError(f"input_scale must be positive and finite, got {value}: {way_out}")
     if zero is None and ACTS[act].zero_points:
-        raise CheckpointError(f"input_zero_point is missing, although input_activations say symmetric: false: {way_out}")
+        raise CheckpointError(
+            f"input_zero_point is missing, although input_activations say symmetric: false: {way_out}"
+        )
     if zero is not None:
         expect("input_zero_point", zero.reshape(-1), (torch.int8,), (1,), "one for all tokens")
         if int(zero) and not ACTS[act].zero_points:

@@ -80,7 +80,9 @@ def _inputs(weight: QuantTensor) -> dict[str, Tensor]:
         return {}
     scale, zero = weight.x_static[:1], weight.x_static[1:]
     stored = scale.to(weight.scales.dtype)
-    tensors = {"input_scale": stored if weight.x_static.is_meta or torch.equal(stored.float(), scale) else scale.clone()}
+    tensors = {
+        "input_scale": stored if weight.x_static.is_meta or torch.equal(stored.float(), scale) else scale.clone()
+    }
     return tensors | ({"input_zero_point": zero.to(torch.int8)} if ACTIVATIONS[weight.scheme.act].zero_points else {})
 
 

@@ -78,6 +78,10 @@ LAYOUT: Layout = Layout(
     codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), grouped=True, scale_dtypes=SCALE_DTYPES,
 )  # fmt: skip
 LAYOUT_A8: Layout = replace(
-    LAYOUT, name="reference_a8", acts=INTEGERS, codebooks=tuple(INTEGER_STEPS), buffers=BUFFERS_A8,
+    LAYOUT,
+    name="reference_a8",
+    acts=INTEGERS,
+    codebooks=tuple(INTEGER_STEPS),
+    buffers=BUFFERS_A8,
     numbers=NUMBERS_A8,
 )

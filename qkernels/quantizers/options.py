@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, SchemeError
-from ..scheme import ActBitsIsAct, GroupSize, QuantScheme, ZeroKind
+from ..scheme import ACTIVATIONS, ActBitsIsAct, GroupSize, QuantScheme, ZeroKind
 from ..tensor import QuantTensor
 from .grid import Clip, checked_scale_dtype, stored_dtype
 
