@@ -70,8 +70,9 @@ class Activation:
 
 # The one table of activations: a scheme's `act` is a key of it, and layouts name the keys that their kernels take. All integers
 # are made while the kernel runs, with one scale a token, or the one that the file has for all. compressed-tensors computes scale
-# and quotient in the dtype of x (calculate_qparams, fake_quantize; 0.20). LLM.int8: Dettmers et al. 2022, section 3.2, as bitsandbytes 0.50 computes it
-# (backends/default/ops.py, int8_vectorwise_quant): x rounded to float16, the maximum of a row without the entries >= 6.
+# and quotient in the dtype of x (calculate_qparams, fake_quantize; 0.20). LLM.int8: Dettmers et al. 2022, section 3.2, as
+# bitsandbytes 0.50 computes it (backends/default/ops.py, int8_vectorwise_quant): x rounded to float16, the maximum of a row
+# without the entries >= 6.
 ACTIVATIONS: dict[str | None, Activation] = {
     None: Activation("16", 16),  # as they come: float16 or bfloat16, on some kernels also float32
     "int8": Activation("8", 8, integers=True),  # max |x| / 127, in fp32

@@ -176,7 +176,9 @@ void gemm(Call call, const Kernels& kernels, void* workspace, int64_t threads, P
   multiply_all(f.inner, kernels, behind, threads, parallel_for);
   for (int64_t first = 0; !f.last;) {
     first += f.take(first);
-    in_pieces((tiles_of(call) + f.kTiles - 1) / f.kTiles, call.M * call.N * (f.columns.count + 1), &f, Finishing::run);
+    // A weight takes as long as about four products with it.
+    const int64_t work = (call.M + 4) * call.N * (f.columns.count + 1);
+    in_pieces((tiles_of(call) + f.kTiles - 1) / f.kTiles, work, &f, Finishing::run);
   }
 }
 
