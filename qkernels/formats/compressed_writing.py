@@ -134,7 +134,7 @@ def config_of(written: Written) -> dict[str, Any]:
         f"group_{i}": {
             "targets": names,
             "weights": _fields(scheme, written.act_order),
-            "input_activations": _ACTIVATIONS.get(scheme.act),
+            "input_activations": dict(_ACTIVATIONS[scheme.act]) if scheme.act in _ACTIVATIONS else None,
             "output_activations": None,
             "format": _body(scheme),
         }
