@@ -23,7 +23,9 @@ def prepare(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Pr
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear8bitLt(weight.K, weight.N, bias=False, has_fp16_weights=False, threshold=6.0)
-    layer.weight = bnb.nn.Int8Params(weight.dequantize(torch.float16).cpu(), requires_grad=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(
+        weight.dequantize(torch.float16).cpu(), requires_grad=False, has_fp16_weights=False
+    )
     layer = layer.to(device).eval()  # quantizes
     means = layer.weight.data.float() * (layer.weight.SCB.float() / 127)[:, None]
 
