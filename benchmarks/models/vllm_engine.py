@@ -23,6 +23,7 @@ SETTINGS = {
     "VLLM_HOST_IP": "127.0.0.1",
 }
 POSITIONS, SEQUENCES = 1024, 8
+CACHE = 2**28  # bytes of keys and values: 16384 positions of 8 layers with 8 heads of 64
 
 
 def versions() -> dict[str, str]:
@@ -58,7 +59,7 @@ def main() -> None:
     quantization = sys.argv[2] if len(sys.argv) > 2 else None
     engine = LLM(
         sys.argv[1], quantization=quantization, enforce_eager=True, max_model_len=POSITIONS, max_num_seqs=SEQUENCES,
-        enable_prefix_caching=False,
+        enable_prefix_caching=False, kv_cache_memory_bytes=CACHE,
     )  # fmt: skip
     from vllm.platforms import current_platform
 
