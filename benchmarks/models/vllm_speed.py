@@ -1,14 +1,12 @@
-"""Speed in vLLM on a CPU: the plug-in beside vLLM's own int4, zentorch and bf16, on the same weights, interleaved in one run.
+"""Speed in vLLM on a CPU: the plug-in beside vLLM's own int4, zentorch and bf16, on the same weights, interleaved.
 
     python -m benchmarks.models.vllm_speed --python …/bin/python [--zentorch DIRECTORY] [--rounds 5] [--wait]
 
 `…/bin/python` is of an environment with vLLM and this package; zentorch, since vLLM takes it wherever it can import it, lies in a
 folder of its own (`pip install --target DIRECTORY --no-deps zentorch deprecated wrapt`). The model is a Llama of random weights
-that are rounded to w4a16_g128 first: native files, a compressed-tensors file and a file in bfloat16 hold the same values. All
-engines live at the same time, each on the same core, and compute in turn; their log-probabilities are compared with those of
-transformers in float32 before anything is timed, and vLLM has to have taken the platform and the kernel that were meant.
-
-An engine takes 0.9 to 1.7 GB and its front end 0.4: --only starts some of them, whose ratios are those of one run.
+that are rounded to w4a16_g128 first: native files, a compressed-tensors file and a file in bfloat16 hold the same values. Two
+engines live at a time, ours and another, on the same core, and compute in turn; their log-probabilities are compared with those
+of transformers in float32 before anything is timed, and vLLM has to have taken the platform and the kernel that were meant.
 """
 
 from __future__ import annotations
@@ -55,7 +53,6 @@ class Candidate(NamedTuple):
     """What is started: its file, its `--quantization`, what its environment says, and what its log must and must not say."""
 
     file: str
-    activation_bits: int = 16
     quantization: str | None = None
     settings: Mapping[str, str] = {}
     zentorch: bool = False
@@ -67,14 +64,20 @@ EXACT = {"VLLM_CPU_INT4_W4A8": "0"}  # otherwise activations may get 8 bits, una
 WNA16, ZEN_WNA16 = "Using CPUWNA16LinearKernel", "Using ZentorchWNA16LinearKernel"
 CANDIDATES = {
     "qkernels w4a16_g128": Candidate("w4a16_g128", quantization="qkernels", never=NEVER),
-    "qkernels w4a8_g128": Candidate("w4a8_g128", 8, quantization="qkernels", never=NEVER),
+    "qkernels w4a8_g128": Candidate("w4a8_g128", quantization="qkernels", never=NEVER),
     "vLLM int4": Candidate("compressed-tensors", settings=EXACT, says=WNA16),
     "vLLM bf16": Candidate("bf16"),
     "zentorch w4a16": Candidate("compressed-tensors", settings=EXACT, zentorch=True, says=ZEN_WNA16, never="DA8W4"),
-    "zentorch w4a8": Candidate("compressed-tensors", 8, zentorch=True, says="zentorch_dynamic_qlinear for DA8W4"),
+    "zentorch w4a8": Candidate("compressed-tensors", zentorch=True, says="zentorch_dynamic_qlinear for DA8W4"),
     "zentorch bf16": Candidate("bf16", zentorch=True),
 }
-BASES = {16: ("vLLM int4", "zentorch w4a16", "vLLM bf16"), 8: ("vLLM int4", "zentorch w4a8", "vLLM bf16")}
+PAIRS = {
+    "vLLM int4": "qkernels w4a16_g128",
+    "vLLM bf16": "qkernels w4a16_g128",
+    "zentorch w4a16": "qkernels w4a16_g128",
+    "zentorch w4a8": "qkernels w4a8_g128",
+    "zentorch bf16": "qkernels w4a16_g128",
+}
 
 
 class Task(NamedTuple):
@@ -98,14 +101,19 @@ TASKS = {"batch 1": Task(1, 8, 33), "batch 8": Task(8, 8, 17), "prefill 512": Ta
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens a second by task, medians, the prompts' time included; `ratios[base][task]`: base's time over this one's, [median,
-    low, high], paired by round. `far`: the distance of its log p from float32. `versions`: of what is in its environment."""
+    """A peer and our candidate beside it. By task: tokens a second of each, medians, the prompts' time included; the peer's time
+    over ours, [median, low, high], paired by round; all seconds. `far` is the distance of its log p from float32, `versions` are
+    of its environment."""
 
-    candidate: str
-    activation_bits: int
-    tokens_per_s: dict[str, float]
-    ratios: dict[str, dict[str, list[float]]]
-    far: float
+    peer: str
+    ours: str
+    peer_tokens_per_s: dict[str, float]
+    our_tokens_per_s: dict[str, float]
+    ratio: dict[str, list[float]]
+    peer_seconds: dict[str, list[float]]
+    our_seconds: dict[str, list[float]]
+    peer_far: float
+    our_far: float
     versions: dict[str, str]
 
 
@@ -152,7 +160,10 @@ class Engine:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(60)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 def reason(log: str) -> str:
@@ -217,77 +228,86 @@ def check(name: str, exact: Tensor, found: Tensor, other: float) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
+    """Rows, why a peer has none, and how far from float32 log p without the last layer is."""
+
     rows: list[Row]
     reasons: list[str]
-    seconds: dict[str, dict[str, list[float]]]  # by candidate, by task, one a round
-    without_a_layer: float  # distance of log p
+    without_a_layer: float
 
 
 def compare(
-    names: Sequence[str], python: str, zentorch: Path | None, layers: int, rounds: int, core: str, wait: bool
+    peers: Sequence[str], python: str, zentorch: Path | None, layers: int, rounds: int, core: str, wait: bool
 ) -> Comparison:
-    """Write the files, start the engines, check and time them."""
-    reasons, engines, far = [], [], {}
-    seconds: dict[str, dict[str, list[float]]] = {}
+    """Write the files; start, check and time one pair after the other."""
+    rows, reasons = [], []
     with tempfile.TemporaryDirectory() as directory:
         exact, other = write_files(Path(directory), layers)
-        for name in names:
-            if CANDIDATES[name].zentorch and zentorch is None:
-                reasons.append(f"{name}: --zentorch names no folder that has it")
-                continue
+        for peer in peers:
+            engines: list[Engine] = []
             try:
-                engine = Engine(name, python, Path(directory), zentorch, core)
-                found = torch.tensor(engine.ask({"likelihoods": text()}))
-                engine.told()
-                far[name] = check(name, exact, found, other)
+                if CANDIDATES[peer].zentorch and zentorch is None:
+                    raise RuntimeError(f"{peer}: --zentorch names no folder that has it")
+                for name in (PAIRS[peer], peer):
+                    engines.append(Engine(name, python, Path(directory), zentorch, core))
+                rows.append(pair(engines[0], engines[1], exact, other, rounds, wait))
             except RuntimeError as error:
                 reasons.append(str(error))
-                continue
+                print(error, file=sys.stderr, flush=True)
             finally:
-                print(f"{name}: {far.get(name, reasons[-1:])}", file=sys.stderr, flush=True)
-            engine.ask({**TASKS["batch 8"].request(), "new": 4})  # warms up
-            engines.append(engine)
-            seconds[name] = {task: [] for task in TASKS}
-        for i in range(rounds):
-            if wait:
-                print(f"round {i + 1} of {rounds}: Enter when the machine is quiet", file=sys.stderr, flush=True)
-                sys.stdin.readline()
-            turn = i % max(len(engines), 1)
-            for task, work in TASKS.items():
-                for engine in engines[turn:] + engines[:turn]:
-                    seconds[engine.name][task].append(engine.ask(work.request()))
-        for engine in engines:
-            engine.close()
-    return Comparison([row(e, far[e.name], seconds) for e in engines if rounds], reasons, seconds, other)
+                for engine in engines:
+                    engine.close()
+    return Comparison(rows, reasons, other)
 
 
-def row(engine: Engine, far: float, seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> Row:
-    bits, own = engine.candidate.activation_bits, seconds[engine.name]
-    ratios: dict[str, dict[str, list[float]]] = {}
-    for base in BASES[bits]:
-        if base in seconds and base != engine.name:
-            paired = {task: ratio_interval(seconds[base][task], own[task]) for task in TASKS}
-            ratios[base] = {task: [r.median, r.low, r.high] for task, r in paired.items()}
-    rates = {task: work.tokens / median_interval(own[task]).median for task, work in TASKS.items()}
-    return Row(engine.name, bits, rates, ratios, far, engine.versions)
+def pair(ours: Engine, peer: Engine, exact: Tensor, other: float, rounds: int, wait: bool) -> Row:
+    """Check and time two engines; raises RuntimeError if one is not what was meant, or computes another model."""
+    far = []
+    for engine in (ours, peer):
+        found = torch.tensor(engine.ask({"likelihoods": text()}))
+        engine.told()
+        far.append(check(engine.name, exact, found, other))
+        engine.ask({**TASKS["batch 8"].request(), "new": 4})  # warms up
+    if wait:
+        print(f"{peer.name}: Enter when the machine is quiet", file=sys.stderr, flush=True)
+        sys.stdin.readline()
+    seconds: dict[str, dict[str, list[float]]] = {e.name: {task: [] for task in TASKS} for e in (ours, peer)}
+    for i in range(rounds):
+        for task, work in TASKS.items():
+            for engine in (ours, peer) if i % 2 else (peer, ours):
+                seconds[engine.name][task].append(engine.ask(work.request()))
+    print(f"{peer.name}: done", file=sys.stderr, flush=True)
+    return row(ours, peer, seconds[ours.name], seconds[peer.name], far)
+
+
+def row(
+    ours: Engine, peer: Engine, our_seconds: dict[str, list[float]], peer_seconds: dict[str, list[float]],
+    far: Sequence[float],
+) -> Row:  # fmt: skip
+    def rates(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        return {task: work.tokens / median_interval(seconds[task]).median for task, work in TASKS.items()}
+
+    ratios = {task: ratio_interval(peer_seconds[task], our_seconds[task]) for task in TASKS}
+    return Row(
+        peer.name, ours.name, rates(peer_seconds), rates(our_seconds),
+        {task: [r.median, r.low, r.high] for task, r in ratios.items()}, peer_seconds, our_seconds, far[1], far[0],
+        peer.versions,
+    )  # fmt: skip
 
 
 def to_markdown(found: Comparison) -> str:
-    header = ["", *(f"{task}, tok/s" for task in TASKS), "log p off by", "its time / ours at 16 bits", "at 8 bits"]
-    ours = {r.activation_bits: r for r in found.rows if r.candidate.startswith("qkernels")}
-
-    def times(base: str, bits: int) -> str:
-        ratios = ours[bits].ratios.get(base) if bits in ours else None
-        return "" if ratios is None else ", ".join(f"{ratios[task][0]:.2f}" for task in TASKS)
-
-    lines = [
-        [
-            r.candidate, *(f"{r.tokens_per_s[task]:.1f}" for task in TASKS), f"{r.far:.3f}", times(r.candidate, 16),
-            times(r.candidate, 8),
-        ]
-        for r in found.rows
-    ]  # fmt: skip
-    return "\n\n".join([markdown_table(header, lines), *(f"* unmeasured: {why}" for why in found.reasons)]) + "\n"
+    names = [f"{what}, {task}" for task in TASKS for what in ("its tok/s", "ours", "its time / ours")]
+    lines = []
+    for r in found.rows:
+        cells = []
+        for task in TASKS:
+            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*r.ratio[task])
+            cells += [f"{r.peer_tokens_per_s[task]:.1f}", f"{r.our_tokens_per_s[task]:.1f}", ratio]
+        lines.append([r.peer, r.ours, *cells, f"{r.peer_far:.3f}, {r.our_far:.3f}"])
+    header = ["", "beside", *names, "log p off by, its and ours"]
+    without = f"Without its last layer log p of the model is off by {found.without_a_layer:.3f} (standard deviations of log p)."
+    return (
+        "\n\n".join([markdown_table(header, lines), without, *(f"* unmeasured: {why}" for why in found.reasons)]) + "\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -296,23 +316,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--python", required=True, help="the interpreter of an environment with vLLM and this package")
     parser.add_argument("--zentorch", type=Path, help="a folder that zentorch was installed into, and nothing else")
-    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--peers", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--layers", type=int, default=8, help="of 45 million weights each (default: 8)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--core", default="0", help="where all engines compute (default: 0)")
-    parser.add_argument("--wait", action="store_true", help="before each round, for a line on standard input")
+    parser.add_argument("--wait", action="store_true", help="before each pair is timed, for a line on standard input")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/vllm-speed.json")
     args = parser.parse_args(argv)
     where = environment.describe(torch.device("cpu"))
-    found = compare(args.only, args.python, args.zentorch, args.layers, args.rounds, args.core, args.wait)
+    found = compare(args.peers, args.python, args.zentorch, args.layers, args.rounds, args.core, args.wait)
     text = to_markdown(found)
     out = args.out or environment.RESULTS / where["machine"] / "vllm-speed.json"
     conditions = {"layers": args.layers, "core": args.core, "tasks": {k: v._asdict() for k, v in TASKS.items()}}
-    conditions |= {"reasons": found.reasons, "seconds": found.seconds, "without_a_layer": found.without_a_layer}
+    conditions |= {"rounds": args.rounds, "reasons": found.reasons, "without_a_layer": found.without_a_layer}
     envelope.write(envelope.sealed(KIND, where, [asdict(r) for r in found.rows], conditions), out)
     about = (
-        f"{args.layers} layers of 45 million weights, one core, eager, medians of {args.rounds} rounds; columns of times: "
-        f"{', '.join(TASKS)}. {where['cpu']}, qkernels {where['commit']}, {where['date']}.\n"
+        f"{args.layers} layers of 45 million weights, one core, eager, medians of {args.rounds} rounds in pairs. {where['cpu']}, "
+        f"qkernels {where['commit']}, {where['date']}.\n"
     )
     out.with_suffix(".md").write_text(f"{text}\n{about}", encoding="utf-8")
     print(text)

@@ -39,23 +39,27 @@ def engine(
 def test_rates_and_ratios_are_of_the_rounds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     exact = torch.tensor([float(t) for t in vllm_speed.text()[1:]])
     monkeypatch.setattr(vllm_speed, "write_files", lambda out, layers: (exact, 1.0))
-    options = ["--python", engine(tmp_path), "--only", "vLLM int4", "zentorch w4a8", "--rounds", "3"]
+    monkeypatch.setitem(vllm_speed.PAIRS, "vLLM int4", "vLLM int4")  # one answer of the stand-in fits both
+    options = ["--python", engine(tmp_path), "--peers", "vLLM int4", "zentorch w4a8", "--rounds", "3"]
     assert vllm_speed.main([*options, "--out", str(tmp_path / "r.json")]) == 0
     found = envelope.read(tmp_path / "r.json", vllm_speed.KIND)
-    assert [row["candidate"] for row in found.rows] == ["vLLM int4"]
-    assert found.rows[0]["tokens_per_s"] == {"batch 1": 33 / 2, "batch 8": 8 * 17 / 2, "prefill 512": 512 / 2}
-    assert found.conditions["seconds"]["vLLM int4"] == {task: [2.0] * 3 for task in TASKS}
+    assert [row["peer"] for row in found.rows] == ["vLLM int4"]
+    assert found.rows[0]["peer_tokens_per_s"] == {"batch 1": 33 / 2, "batch 8": 8 * 17 / 2, "prefill 512": 512 / 2}
     assert found.conditions["reasons"] == ["zentorch w4a8: --zentorch names no folder that has it"]
     assert "* unmeasured: zentorch w4a8" in (tmp_path / "r.md").read_text()
 
 
 def test_times_are_paired_by_round() -> None:
-    made = vllm_speed.Engine.__new__(vllm_speed.Engine)
-    made.name, made.candidate, made.versions = "qkernels w4a8_g128", CANDIDATES["qkernels w4a8_g128"], {}
-    seconds = {made.name: {task: [1.0, 2.0] for task in TASKS}, "vLLM int4": {task: [3.0, 6.0] for task in TASKS}}
-    row = vllm_speed.row(made, 0.1, seconds)
-    assert row.ratios == {"vLLM int4": {task: [3.0, 3.0, 3.0] for task in TASKS}}
-    assert row.tokens_per_s["batch 1"] == 33 / 1.5
+    made = []
+    for name in ("qkernels w4a8_g128", "zentorch w4a8"):
+        one = vllm_speed.Engine.__new__(vllm_speed.Engine)
+        one.name, one.candidate, one.versions = name, CANDIDATES[name], {}
+        made.append(one)
+    ours, theirs = ({task: list(seconds) for task in TASKS} for seconds in ((1.0, 2.0), (3.0, 6.0)))
+    row = vllm_speed.row(made[0], made[1], ours, theirs, [0.1, 0.2])
+    assert row.ratio == {task: [3.0, 3.0, 3.0] for task in TASKS}
+    assert (row.our_tokens_per_s["batch 1"], row.peer_tokens_per_s["batch 1"]) == (33 / 1.5, 33 / 4.5)
+    assert (row.our_far, row.peer_far) == (0.1, 0.2)
 
 
 @pytest.mark.parametrize(
