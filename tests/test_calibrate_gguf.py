@@ -139,7 +139,7 @@ def test_experts_are_calibrated_by_their_tokens(tmp_path: Path) -> None:
     load_tokenizer(FILES / "qwen3.gguf").save_pretrained(directory)
     ids = IDS % load(directory).config.vocab_size
     path = tmp_path / "m.gguf"
-    plan, report = quantize_gguf(directory, path, "Q4_0", ids, routing="all", **FEW)
+    _, report = quantize_gguf(directory, path, "Q4_0", ids, routing="all", **FEW)
     stacks = [module for module in report.modules if module.name.endswith("_proj") and ".experts." in module.name]
     assert {module.method for module in stacks} == {"gptq"} and len(stacks) == 2
     loaded = load(path, dtype="float32").get_submodule("model.layers.0.mlp.experts").dequantize(torch.float32)
