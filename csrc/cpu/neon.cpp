@@ -13,6 +13,7 @@ struct Neon : NeonSums {
   using Weight = float32x4_t;
   using Input = float32x4_t;
   static constexpr int kStep = 1;
+  static constexpr bool kPairs = false;
   // 32 registers: 6 rows x 4 vectors of sums, 4 of weights, 1 of x.
   static constexpr int kTokens = 6, kHalf = 4;
   static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 8, 4, 4, 4, 2, 2, 2};

@@ -1,6 +1,6 @@
-// NEON with FEAT_BF16: bf16 activations are multiplied as they are, two columns a lane (bfdot); as in avx512_bf16.cpp,
-// code - zero and the values of all codebooks but NF4 and FP4 are exact in bf16, and those two are rounded to it once.
-// fp32 and fp16 activations keep fp32 products. No speed was ever measured.
+// NEON with FEAT_BF16: bf16 activations are multiplied as they are, two columns a lane (bfdot), and two rows by two
+// (bfmmla); as in avx512_bf16.cpp, code - zero and the values of all codebooks but NF4 and FP4 are exact in bf16, and
+// those two are rounded to it once. fp32 and fp16 activations keep fp32 products. No speed was ever measured.
 //
 // bfdot rounds the sum of two products, and adding that, to odd: each by less than 2^-23 of the value. It reads
 // subnormal values as 0 and flushes such sums to 0, whatever FPCR says.
@@ -21,13 +21,36 @@ struct NeonBf16 : NeonSums {
   using Weight = uint32x4_t;  // per row a pair of bf16, the lower column in the low word
   using Input = uint32x4_t;
   static constexpr int kStep = 2;
-  static constexpr int kTokens = 6, kHalf = 4;
-  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 8, 4, 4, 4, 2, 2, 2};
+  static constexpr bool kPairs = true;
+  // 32 registers: 8 rows x 2 vectors of sums, 4 operands of weights, 4 of x
+  static constexpr int kTokens = 8, kHalf = 2;
+  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 4, 4, 4, 2, 2, 2};
 
   static QK_INLINE Input broadcast(const X* x) { return four_bytes(x); }
   static QK_INLINE Sum multiply_add(Sum sum, Weight w, Input x) {
     return vbfdotq_f32(sum, vreinterpretq_bf16_u32(w), vreinterpretq_bf16_u32(x));
   }
+
+  // bfmmla has 2 x 2 sums, of a row of the weight with both rows of x, then of the next; each is two steps of bfdot.
+  static QK_INLINE void pair(Sum& a, Sum& b) {
+    const Sum first = a, second = b;
+    a = vzip1q_f32(first, second), b = vzip2q_f32(first, second);
+  }
+  static QK_INLINE void part(Sum& a, Sum& b) {
+    const Sum low = a, high = b;
+    a = vuzp1q_f32(low, high), b = vuzp2q_f32(low, high);
+  }
+  static QK_INLINE void to_rows(Weight& a, Weight& b) {
+    const Weight first = a, second = b;
+    a = vzip1q_u32(first, second), b = vzip2q_u32(first, second);
+  }
+  static QK_INLINE Input inputs(const X* x0, const X* x1) {
+    return vreinterpretq_u32_u16(vcombine_u16(vld1_u16(x0), vld1_u16(x1)));
+  }
+  static QK_INLINE Sum multiply_add_rows(Sum sum, Weight w, Input x) {
+    return vbfmmlaq_f32(sum, vreinterpretq_bf16_u32(w), vreinterpretq_bf16_u32(x));
+  }
+
   static QK_INLINE Weight load_weight(const uint8_t* p) { return lanes(p); }
   static QK_INLINE void store_weight(uint8_t* p, Weight w) { vst1q_u8(p, vreinterpretq_u8_u32(w)); }
 };

@@ -13,6 +13,7 @@ namespace {
 
 struct NeonDotprod : NeonIntegers {
   static constexpr int kByteBias = 128;
+  static constexpr bool kPairs = false;
 
   static QK_INLINE Integers dot_small(Integers sum, Integers bytes, Integers x) {
     return (Integers)vdotq_s32((int32x4_t)sum, (int8x16_t)bytes, (int8x16_t)x);

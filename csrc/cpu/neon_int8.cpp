@@ -15,6 +15,7 @@ namespace {
 
 struct NeonInt8 : NeonIntegers {
   static constexpr int kByteBias = 128;
+  static constexpr bool kPairs = false;
 
   static QK_INLINE int16x8_t low_products(int8x16_t a, int8x16_t b) { return vmull_s8(vget_low_s8(a), vget_low_s8(b)); }
   // Products of rows 0, 1 and of rows 2, 3: pairs, added in int16 and in int32
