@@ -152,15 +152,15 @@ def quantize(
     check_limits(host, methods, format if save_to is not None else None, on_unsupported)
     if tokenizer is None and (needs_tokenizer(calibration) or has_texts(evaluation)):
         tokenizer = host.tokenizer()
-    windows = _windows(host.model, method, calibration, samples, seq_len, tokenizer)
+    windows = windows_for(host.model, method, calibration, samples, seq_len, tokenizer)
     text = evaluation_ids(evaluation, tokenizer)
-    run = Run(method, methods, windows, text is not None, save_to, resume, _versions(place), routing)
+    run = Run(method, methods, windows, text is not None, save_to, resume, versions_of(place), routing)
     sources = () if isinstance(model_or_dir, nn.Module) else read_from(model_or_dir)
     with GivingBack(), host.running(run, place), _target_of(save_to, overwrite, sources) as target, torch.no_grad():
         modules = quantize_linears(host, run, place, progress)
         if target is not None:
             host.write(target, format)
-        report = _report(run, modules, selection, host.bytes_before, began)
+        report = report_of(run, modules, selection, host.bytes_before, began)
         if text is not None:
             report = _evaluated(report, *host.evaluation_pair(target, place), text, seq_len, progress)
         if target is not None:
@@ -192,7 +192,7 @@ def preview(
     selection, methods = _choose(host, method, include, exclude, overrides)
     _check_format(format, method, selection)
     check_limits(host, methods, format, on_unsupported)
-    _check_model(host.model, method)
+    check_model(host.model, method)
     seq_len = capped(host.model, seq_len)
     return preview_of(host.checkpoint, host.model, method, methods, selection.skipped, samples, seq_len)
 
@@ -222,13 +222,13 @@ def _check_format(format: str, method: Options, selection: Selection) -> None:
     get_format(format).config_of(Written.of(selection.every, method.orders_columns, selection.skipped))
 
 
-def _check_model(model: nn.Module, method: Options) -> None:
+def check_model(model: nn.Module, method: Options) -> None:
     """Raise before the work begins where the model cannot be calibrated as the method wants it."""
     if method.needs != "weight":
         check_calibratable(model)
 
 
-def _windows(
+def windows_for(
     model: nn.Module,
     method: Options,
     calibration: Calibration | None,
@@ -239,7 +239,7 @@ def _windows(
     """What to calibrate on; whether the model can be calibrated so is asked before the work begins."""
     if method.needs == "weight":
         return None
-    _check_model(model, method)
+    check_model(model, method)
     vocabulary = getattr(text_config(model), "vocab_size", None)
     return calibration_windows(calibration, samples, capped(model, seq_len), tokenizer, vocabulary)
 
@@ -256,7 +256,7 @@ def _target_of(
             yield target
 
 
-def _versions(place: Place) -> dict[str, str]:
+def versions_of(place: Place) -> dict[str, str]:
     """What computes: software and device."""
     found = {"qkernels": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     with suppress(PackageNotFoundError):  # a model in memory need not be one of transformers'
@@ -264,7 +264,7 @@ def _versions(place: Place) -> dict[str, str]:
     return found | {"device": str(place.device)}
 
 
-def _report(
+def report_of(
     run: Run, modules: Mapping[str, ModuleReport], selection: Selection, bytes_before: int, began: float
 ) -> QuantReport:
     saved = sum(module.bytes_before - module.bytes_after for module in modules.values())

@@ -371,7 +371,10 @@ def test_targets_and_arguments(source: Path, tmp_path: Path, capsys: pytest.Capt
         (["--type", "Q4_0", "--bits", "4"], "leave out --bits, or leave out --type"),
         (["--type", "Q4_0", "--scheme", "w4a16_g32"], "leave out --scheme"),
         (["--type", "Q4_0", "--routing", "all"], "leave out --routing"),
-        (["--type", "Q4_0", "--method", "gptq", "--calibration", "x"], "leave out --method, or leave out --type"),
+        (
+            ["--type", "Q4_0", "--method", "rtn"],
+            "--method gptq, by --method awq, or without --method by a search; got rtn",
+        ),
         (["--type", "Q4_0", "--format", "gptq"], "leave out --format"),
         (["--pure"], "--pure belongs to GGUF files: name a type"),
         (["--search", "best"], "--search belongs to GGUF files: name a type"),

@@ -30,6 +30,7 @@ STOREYS = (
     ("checkpoint", "evaluate"),
     ("generating", "layerwise"),
     ("calibrate", "engines", "sizing"),
+    ("calibrate_gguf",),
     ("inspection", "planning"),
     ("integrations",),
     ("cli",),

@@ -33,6 +33,18 @@ inline Problem problem_of(const Arguments& a, bool int8_activations) {
   return p;
 }
 
+inline const void* data_of(const Buffer* b) { return b == nullptr ? nullptr : b->data; }
+
+// A call with a weight's buffers, but for its bias, which may have to be copied.
+inline Call call_with(const Arguments& a, bool int8) {
+  Call call{problem_of(a, int8)};
+  call.qweight = static_cast<const uint8_t*>(a.qweight.data);
+  call.scales = a.scales.data, call.zeros = data_of(a.zeros);
+  call.outer_scales = data_of(a.outer_scales), call.outer_zeros = data_of(a.outer_zeros);
+  call.k_order = static_cast<const int32_t*>(data_of(a.k_order));
+  return call;
+}
+
 inline std::string wrong_codebook(const Arguments& a, bool int8_activations) {
   if (const auto wrong = qkernels::wrong_codebook(a); !wrong.empty()) return wrong;
   const auto codebook = static_cast<Codebook>(a.codebook);

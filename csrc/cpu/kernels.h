@@ -205,6 +205,14 @@ extern const Kernels kAvx512Vnni;  // AVX-512 F, BW, VL, DQ, VNNI
 extern const Kernels kAvx2;        // AVX2, FMA, F16C
 extern const Kernels kAvx512;      // AVX-512 F, BW, VL, DQ
 extern const Kernels kAvx512Bf16;  // the same with AVX512_BF16
+#elif defined(__aarch64__)
+extern const Kernels kNeonInt8;         // Armv8.0
+extern const Kernels kNeonDotprodInt8;  // Armv8.2 with FEAT_DotProd
+extern const Kernels kNeonI8mmInt8;     // the same with FEAT_I8MM
+extern const Kernels kNeon;             // Armv8.0
+extern const Kernels kNeonDotprod;      // the same, beside kNeonDotprodInt8
+extern const Kernels kNeonI8mm;         // the same, beside kNeonI8mmInt8
+extern const Kernels kNeonBf16;         // Armv8.2 with FEAT_BF16
 #endif
 
 // Which kernels are in use: the best that the CPU has, or the one that QKERNELS_ISA names (read once).
@@ -213,7 +221,8 @@ struct Choice {
   const char* error;       // null, or what is wrong with QKERNELS_ISA
 };
 Choice current();
-// The kernels with int8 activations that go with them: AVX-512 without VNNI has those of AVX2.
+// The kernels with int8 activations that go with them: AVX-512 without VNNI has those of AVX2, NEON with bf16 the best
+// that the CPU has.
 const Kernels& int8_kernels(const Kernels& kernels);
 const char* available();              // the names that this CPU can run, plainest first, separated by spaces
 const char* choose(const char* isa);  // replaces the choice; null, or why not

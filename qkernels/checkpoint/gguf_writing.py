@@ -23,11 +23,11 @@ from ..storage import read_from
 from ..storage.gguf import SUFFIX
 from ..storage.gguf_header import MetaValue
 from ..storage.gguf_types import GGML_TYPES, OF_DTYPE
-from ..storage.gguf_writer import gguf_writer
+from ..storage.gguf_writer import GgufWriter, gguf_writer
 from ..tensor import QuantTensor
 from ..text import describe
 from .gguf import GgufCheckpoint
-from .gguf_plan import Entry, GgufPlan, Slots, chosen_types, plan_of, slots_of
+from .gguf_plan import Entry, GgufPlan, Slots, chosen_types, in_mix, plan_of, slots_of
 from .source import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,12 @@ def plan_gguf(
     pure: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
     importance: ImportanceFile | None = None,
+    calibrated: bool = False,
 ) -> GgufPlan:
     """What `to_gguf` with the same arguments writes: types, sizes, metadata. Weights are read only where what they hold decides.
+
+    Args:
+        calibrated: with the types that a mix has where an importance is at hand, though none is given.
 
     Raises:
         ArgumentError, CheckpointError, ConversionError: as `to_gguf`.
@@ -55,16 +59,35 @@ def plan_gguf(
         slots = slots_of(Path(source))
         return plan_of(slots, None, _lossless_types(slots))
     slots = slots_of(Path(source))
-    chosen = chosen_types(slots, type, pure, tensor_types, importance is not None)
+    chosen = _writable(chosen_types(slots, type, pure, tensor_types, calibrated or importance is not None))
+    if importance is not None:
+        _check_importance(slots, importance)
+    plan = plan_of(slots, type, chosen)
+    return plan if importance is None else replace(plan, metadata={**plan.metadata, **_measured(importance)})
+
+
+def plan_mixes(source: str | os.PathLike[str], mixes: Sequence[str]) -> dict[str, GgufPlan]:
+    """What `to_gguf` writes in each of these mixes, to the byte.
+
+    Raises:
+        ArgumentError, CheckpointError, ConversionError: as `plan_gguf`.
+    """
+    slots = slots_of(Path(source))
+    plans: dict[str, GgufPlan] = {}
+    for mix in mixes:
+        chosen = _writable(chosen_types(slots, mix, False, (), False))
+        first = next(iter(plans.values()), None)
+        plans[mix] = plan_of(slots, mix, chosen) if first is None else in_mix(first, slots, mix, chosen)
+    return plans
+
+
+def _writable(chosen: dict[str, Chosen]) -> dict[str, Chosen]:
     for name, found in chosen.items():
         if found.type not in (*_FLOATS, *WRITABLE_TYPES):
             raise ArgumentError(
                 f"{name} was to be {found.type}, which is only read; written are {', '.join((*_FLOATS, *WRITABLE_TYPES))}"
             )
-    if importance is not None:
-        _check_importance(slots, importance)
-    plan = plan_of(slots, type, chosen)
-    return plan if importance is None else replace(plan, metadata={**plan.metadata, **_measured(importance)})
+    return chosen
 
 
 def to_gguf(
@@ -101,28 +124,41 @@ def to_gguf(
         ConversionError: no GGUF file can hold this model, its tokenizer, or (without a type) one of its weights; says why.
         CheckpointError: the source is not sound; the target exists; the disk refuses.
     """
-    path = Path(target).expanduser()
-    if path.suffix != SUFFIX:
-        raise ArgumentError(f"a GGUF file is called something{SUFFIX}, got {path.name!r:.60}")
+    check_suffix(target)
     plan = plan_gguf(source, type, pure, tensor_types, importance)
     checkpoint = plan.checkpoint
-    oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
     sources = read_from(checkpoint.path)
-    with gguf_writer(path, plan.metadata, plan.planned(), overwrite, sources=sources) as writer:
-        for name, tensor in plan.constants.items():
-            writer.add(name, tensor)
-        for name, entry in tqdm(plan.entries.items(), desc="writing", unit="tensor", leave=False, delay=2):
-            found = None if importance is None else importance.entries.get(name)
-            columns = None if found is None else found.importance(*entry.shape)
-            writer.add(name, _data(name, entry, checkpoint, columns, search, oddities))
+    with gguf_writer(target, plan.metadata, plan.planned(), overwrite, sources=sources) as writer:
+        fill_gguf(writer, plan, importance, search)
     if type is not None and checkpoint.format is not None:
         log.warning(
             "%s is quantized already: weights that %s does not hold without loss were dequantized and quantized again",
             checkpoint.path, type,
         )  # fmt: skip
+    return plan
+
+
+def check_suffix(target: str | os.PathLike[str]) -> None:
+    """Raises ArgumentError where the name of a file is none of a GGUF file."""
+    path = Path(target)
+    if path.suffix != SUFFIX:
+        raise ArgumentError(f"a GGUF file is called something{SUFFIX}, got {path.name!r:.60}")
+
+
+def fill_gguf(
+    writer: GgufWriter, plan: GgufPlan, importance: ImportanceFile | None = None, search: SearchName = "plain"
+) -> None:
+    """Add every tensor of a plan to its file. Arguments and errors as of `to_gguf`."""
+    checkpoint = plan.checkpoint
+    oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
+    for name, tensor in plan.constants.items():
+        writer.add(name, tensor)
+    for name, entry in tqdm(plan.entries.items(), desc="writing", unit="tensor", leave=False, delay=2):
+        found = None if importance is None else importance.entries.get(name)
+        columns = None if found is None else found.importance(*entry.shape)
+        writer.add(name, _data(name, entry, checkpoint, columns, search, oddities))
     for line in summary(oddities):
         log.warning("%s: %s", checkpoint.path, line)
-    return plan
 
 
 def _measured(importance: ImportanceFile) -> dict[str, MetaValue]:

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 # What says how a weight is quantized in another way, or what a GGUF file does not have.
 _OTHERS: Final = {
-    "method": "--method", "bits": "--bits", "scheme": "--scheme", "group_size": "--group-size", "asym": "--asym",
+    "bits": "--bits", "scheme": "--scheme", "group_size": "--group-size", "asym": "--asym",
     "act_order": "--act-order", "format": "--format", "include": "--include", "exclude": "--exclude", "override": "--override",
-    "eval_text": "--eval-text", "resume": "--resume", "routing": "--routing",
+    "eval_text": "--eval-text",
 }  # fmt: skip
+_OF_RUNS: Final = {"method": "--method", "resume": "--resume", "routing": "--routing"}  # decoder layer by decoder layer
 _OWN: Final = {"pure": "--pure", "tensor_type": "--tensor-type", "imatrix": "--imatrix"}
 PLAIN: Final = "plain"
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -42,7 +43,7 @@ def size(text: str) -> int:
 
 def add_gguf_options(parser: argparse.ArgumentParser) -> None:
     """The options of GGUF files."""
-    group = parser.add_argument_group("GGUF files", "instead of --method, --bits, --scheme and --format")
+    group = parser.add_argument_group("GGUF files", "instead of --bits, --scheme and --format")
     group.add_argument(
         "--type",
         help="write a GGUF file in this mix of types, by llama.cpp's own rules: Q4_K_M, Q4_K_S, Q5_K_M, Q5_K_S, Q6_K, Q8_0, "
@@ -61,12 +62,13 @@ def add_gguf_options(parser: argparse.ArgumentParser) -> None:
         "--imatrix",
         metavar="FILE",
         help="an importance matrix of llama.cpp, which says how much each input column counts; --calibration measures one "
-        "instead, with the whole model in memory",
+        "instead, with the whole model in memory, or (--method gptq, --method awq) calibrates the blocks, layer by layer",
     )
     group.add_argument(
         "--search",
         choices=("plain", "best"),
-        help="how blocks are found: as llama.cpp finds them, or with less error in more time (default: plain)",
+        help="how blocks are found: as llama.cpp finds them, or with less error in more time (default: plain; "
+        "--method gptq and awq have searches of their own)",
     )
     group.add_argument(
         "--target-size",
@@ -93,7 +95,9 @@ def quantize_to_gguf(args: argparse.Namespace) -> int:
     from ..checkpoint import plan_gguf, to_gguf
 
     asked = f"--type {args.type}" if args.target_size is None else "--target-size"
-    others = _OTHERS if args.target_size is None else {**_OTHERS, "type": "--type", **_OWN}
+    others = _OTHERS if args.target_size is None else {**_OTHERS, "type": "--type", **_OWN, "method": "--method"}
+    if args.method is None or args.target_size is not None:
+        others = others | {name: option for name, option in _OF_RUNS.items() if name != "method"}
     given = [option for name, option in others.items() if getattr(args, name)]
     if given:
         rest = f"leave out {', '.join(given)}, or leave out {asked.split()[0]}"
@@ -102,6 +106,8 @@ def quantize_to_gguf(args: argparse.Namespace) -> int:
         raise ArgumentError("--calibration measures an importance matrix, and --imatrix is one: leave one of them out")
     if args.target_size is not None:
         return _to_size(args)
+    if args.method is not None:
+        return _calibrated(args)
     options: dict[str, Any] = {
         "type": args.type.upper(), "pure": args.pure, "tensor_types": args.tensor_type, "importance": _importance(args),
     }  # fmt: skip
@@ -110,6 +116,39 @@ def quantize_to_gguf(args: argparse.Namespace) -> int:
         print(plan_gguf(path, **options).to_markdown())
         return 0
     print(to_gguf(path, args.out, overwrite=args.overwrite, search=args.search or PLAIN, **options).to_markdown())
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _calibrated(args: argparse.Namespace) -> int:
+    """The file by a method that looks at what goes into each layer."""
+    from ..calibrate_gguf import preview_gguf, quantize_gguf
+
+    if args.method not in ("gptq", "awq"):
+        raise ArgumentError(
+            f"blocks of GGUF files are made by --method gptq, by --method awq, or without --method by a search; got {args.method}"
+        )
+    given = [option for option in ("imatrix", "search") if getattr(args, option)]
+    if given:
+        raise ArgumentError(
+            f"--method {args.method} has the moments of inputs and a search of its own: leave out --{given[0]}"
+        )
+    model = local(args, args.model)
+    options: dict[str, Any] = {
+        "method": args.method, "pure": args.pure, "tensor_types": args.tensor_type, "samples": args.samples,
+        "seq_len": args.seq_len,
+    }  # fmt: skip
+    if args.dry_run:
+        plan, preview = preview_gguf(model, args.type.upper(), **options)
+        print(f"{plan.to_markdown()}\n\n{preview.to_markdown()}")
+        return 0
+    if not args.calibration:
+        raise ArgumentError(f"--method {args.method} is calibrated: give it a text with --calibration")
+    plan, report = quantize_gguf(
+        model, args.out, args.type.upper(), [read_text(args.calibration)], **options, device=args.device,
+        overwrite=args.overwrite, resume=args.resume, routing=args.routing or "routed",
+    )  # fmt: skip
+    print(f"{plan.to_markdown()}\n\n{report.to_markdown()}\n{report.quality()}")
     print(f"wrote {args.out}")
     return 0
 

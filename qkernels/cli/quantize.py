@@ -56,12 +56,13 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --dry-run\n"
         "  qkernels quantize my-llama/ my-llama-Q4_K_M.gguf --type Q4_K_M\n"
         "  qkernels quantize my-llama/ my-llama-Q3_K_M.gguf --type Q3_K_M --imatrix my-llama.imatrix\n"
+        "  qkernels quantize my-llama/ my-llama-Q4_K_M.gguf --type Q4_K_M --method gptq --calibration text.txt\n"
         "  qkernels quantize my-llama/ out.gguf --target-size 4.2GiB --calibration text.txt --samples 16 --seq-len 512\n"
         "  qkernels quantize my-llama/ out.gguf --type Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run\n"
         "  qkernels quantize Qwen/Qwen3-0.6B out/ --method rtn --revision main",
         "Quantize a model directory, one decoder layer at a time: memory stays at one layer plus the calibration "
         "activations. The output appears complete or not at all. With --type a GGUF file is written, of any checkpoint that can "
-        "be loaded, one tensor at a time.",
+        "be loaded, one tensor at a time; with --type and --method gptq its blocks are calibrated.",
     )
     parser.add_argument("model", help="a directory with safetensors, config.json and a tokenizer, or a Hub id")
     parser.add_argument("out", help="the directory to make, or with --type the .gguf file; it must not exist yet")

@@ -97,6 +97,11 @@ def _planned(name: str, path: Path, dtype: torch.dtype | None, at_hand: bool) ->
         return _of_config(name, path, dtype)
     if (path / CONFIG).is_file() and not any(p.suffix in (".safetensors", ".gguf") for p in path.iterdir()):
         return _of_config(name, path / CONFIG, dtype)
+    return planned_file(name, path, dtype, at_hand)
+
+
+def planned_file(name: str, path: Path, dtype: torch.dtype | None, at_hand: bool = True) -> Planned:
+    """A checkpoint; `at_hand`: whether its tensors are there, too."""
     checkpoint = open_checkpoint(path)
     chosen = dtype or stored_dtype(checkpoint)
     model, checkpoint = model_of(checkpoint, chosen)

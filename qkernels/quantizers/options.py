@@ -62,7 +62,7 @@ class Options(ActBitsIsAct):
     needs: "moments" where `quantize` or the scales to fold take calibration.
     integer_zeros: whether zero points may be integers (`symmetric=False`); False where a method has zeros of its own or
         none.
-    orders_columns, scale_search, scale_rule, with_scales_for: see there.
+    orders_columns, scale_search, scale_rule, with_scales_for, without_moments: see there.
 
     Args:
         bits, group_size, symmetric, act, codebook, rows, factors: see `QuantScheme`; `symmetric=False` means integer zero points.
@@ -149,6 +149,10 @@ class Options(ActBitsIsAct):
             CalibrationError: the moments cannot be used; a run then rounds this weight to nearest, and says so.
         """
         raise NotImplementedError(f"{type(self).__name__} has no quantize of its own")
+
+    def without_moments(self) -> Options | None:
+        """What makes codes in its place where there are no moments, or none that can be used; None: rounding to nearest."""
+        return None
 
     def with_one_order(self: Self) -> Self:
         """The same method, which leaves columns where they are in what it makes: experts of a stack share one order."""

@@ -40,8 +40,8 @@ class RTN(Options):
 
 
 def rounding_of(method: Options) -> Options:
-    """What a method falls back to for a weight without moments: itself if it needs none, else rounding to nearest with
-    the same scheme, dtype of scales, and clipping."""
+    """What a method falls back to for a weight without moments: itself if it needs none, what it names
+    (`Options.without_moments`), else rounding to nearest with the same scheme, dtype of scales, and clipping."""
     if method.needs == "weight":
         return method
-    return RTN(scale_dtype=method.scale_dtype, clip=method.clip).with_scheme(method.scheme)
+    return method.without_moments() or RTN(scale_dtype=method.scale_dtype, clip=method.clip).with_scheme(method.scheme)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qkernels import GPTQ, load, load_tokenizer, quantize, replace_linear, save
 
@@ -51,12 +52,35 @@ def checkpoint(kind: str, out: Path) -> Path:
         options: dict[str, Any] = {"samples": 8, "seq_len": 256, "progress": False}
         quantize(DEMO, method, calibration=[text], save_to=out, format="gptq", **options)
         return out
+    if kind.startswith("experts"):
+        model = mixture()
+        replace_linear(model, "w4a16_g32")
+        save(model, out, format=kind.partition(", ")[2])
+        load_tokenizer(DEMO).save_pretrained(out)
+        return out
     model = load(DEMO)
     overrides = {"*.v_proj": "w8a16_g128", "*.down_proj": "w6a16_g64"} if kind == "native, mixed" else {}
     replace_linear(model, "w4a16_g128", overrides=overrides)
     save(model, out, format="native" if kind.startswith("native") else kind.partition(",")[0])
     load_tokenizer(DEMO).save_pretrained(out)
     return out
+
+
+def mixture() -> Any:
+    """A small Qwen3-MoE of random weights. Routers speak loudly: where bfloat16 chooses another expert than float32, log p says
+    nothing of kernels."""
+    config = Qwen3MoeConfig(
+        vocab_size=load(DEMO).config.vocab_size, hidden_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128,
+        norm_topk_prob=True, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.5 if name.endswith("mlp.gate.weight") else 0.05)
+    return model.to(torch.bfloat16)
 
 
 def in_vllm(interpreter: str, directory: Path, windows: Tensor, ranks: int, scratch: Path) -> Tensor:
@@ -79,7 +103,16 @@ def in_transformers(directory: Path, windows: Tensor, dtype: str) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [("native, mixed", 1), ("gptq, act-order", 1), ("compressed-tensors", 1), ("native, mixed", 2)],
+    [
+        ("native, mixed", 1),
+        ("gptq, act-order", 1),
+        ("compressed-tensors", 1),
+        ("native, mixed", 2),
+        ("experts, native", 1),
+        ("experts, gptq", 1),
+        ("experts, native", 2),
+        ("experts, gptq", 2),
+    ],
 )
 def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_path: Path, kind: str, ranks: int) -> None:
     directory = checkpoint(kind, tmp_path / "out")
