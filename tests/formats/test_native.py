@@ -108,7 +108,8 @@ def test_static_activations_that_contradict_their_scheme(fmt: Format) -> None:
     assert same_weight(fmt.parse("m", tensors, fields).weight, weight)
     for wrong, said in (
         (None, "x_static must be "), (torch.tensor([0.5]), "x_static must be float32"),
-        (torch.tensor([0.5, 3.0]).half(), "x_static must be float32"), (torch.tensor([torch.nan, 0.0]), "scale of x must be positive"),
+        (torch.tensor([0.5, 3.0]).half(), "x_static must be float32"),
+        (torch.tensor([torch.nan, 0.0]), "scale of x must be positive"),
         (torch.tensor([0.5, 0.25]), "zero point of x must be a whole number"),
     ):  # fmt: skip
         changed = {name: t for name, t in (tensors | {"x_static": wrong}).items() if t is not None}
