@@ -54,8 +54,8 @@ def test_what_was_laid_out_before_is_gone(small: Path) -> None:
 
 
 def test_anchors_stay(small: Path) -> None:
-    text = with_index("[a](../results#x) [b](0001-a.md#y)", Path("benchmarks/results/0002-b.md"), small)
-    assert text == "[a](../benchmarks/results/README.md#x) [b](0001-a.md#y)"
+    text = with_index("[a](benchmarks/results#x) [b](CHANGELOG.md#y)", Path("README.md"), small)
+    assert text == "[a](benchmarks/results/README.md#x) [b](CHANGELOG.md#y)"
 
 
 def test_every_page_for_users_is_in_the_contents(tmp_path: Path) -> None:
