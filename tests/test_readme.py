@@ -167,8 +167,8 @@ def written_of(row: Row) -> str:
 
 
 def stores_as_made(fmt: Format, scheme: str) -> bool:
-    """Whether it stores a weight that `RTN` makes: of MXFP4 and NVFP4 random scales are not those that files have. Static activations
-    none makes."""
+    """Whether it stores a weight that `RTN` makes: of MXFP4 and NVFP4 random scales are not those that files have. Static
+    activations none makes."""
     if ACTIVATIONS[qkernels.QuantScheme.parse(scheme).act].static:
         return stores(fmt, scheme)
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
