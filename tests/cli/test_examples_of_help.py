@@ -23,8 +23,7 @@ from qkernels.cli.main import main, parser
 from qkernels.formats.gguf import write_importance
 from qkernels.integrations import serving
 from qkernels.sizing import importance_of
-from tests.hub_server import ask, hub_of
-from tests.integrations.test_serving import free_port
+from tests.hub_server import ask, free_port, hub_of
 
 DEMO = Path(__file__).parent.parent.parent / "examples" / "demo_model"
 HUB = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from qkernels import load, replace_linear, save
 from qkernels.checkpoint import open_checkpoint
 from qkernels.errors import CheckpointError
-from tests.integrations.fake_vllm import RoutedExperts
-from tests.integrations.test_vllm import config_of
+from tests.golden_experts import golden
+from tests.integrations.fake_vllm import RoutedExperts, config_of
 from tests.moe_models import tiny_moe
-from tests.test_experts_of_tools import golden
 
 TOKENS, CHOSEN = 9, 2
 

@@ -23,18 +23,11 @@ from qkernels.planning.deciding import decision
 from qkernels.planning.devices import CARDS, Device, device_of
 from qkernels.planning.measured import CANDIDATES
 from qkernels.reports import readable_size
-from tests.planning.resident import measure
+from tests.planning.resident import held, measure
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO = ROOT / "examples" / "demo_model"
 GOLDEN = ROOT / "tests" / "golden"
-
-
-def held(model: nn.Module) -> int:
-    """Bytes of a model's tensors, tied ones once, without what says how a layer is packed."""
-    buffers = [t for name, t in model.named_buffers() if not name.endswith("_extra_state")]
-    found: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *buffers)}
-    return sum(t.nbytes for t in found.values())
 
 
 @pytest.fixture(scope="module")
