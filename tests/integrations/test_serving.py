@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from qkernels import RTN, load, load_tokenizer, quantize
 from qkernels.cli.main import main
 from qkernels.errors import CheckpointError
 from qkernels.integrations import serving
+from tests.hub_server import free_port
 
 needs_server = pytest.mark.skipif(
     not serving.there(), reason=f"serving needs {', '.join(serving.NEEDED)}: {serving.INSTALL}"
@@ -34,13 +34,6 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) ->
             tiny_llama_dir, RTN(bits=4, group_size=32, **asym), save_to=out / format, format=format, progress=False
         )
     return out
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-    return port
 
 
 class Running:

@@ -83,12 +83,12 @@ def mixture() -> Any:
     return model.to(torch.bfloat16)
 
 
-def in_vllm(interpreter: str, directory: Path, windows: Tensor, ranks: int, scratch: Path) -> Tensor:
+def in_vllm(interpreter: str, directory: Path, windows: Tensor, ranks: int, scratch: Path, *words: str) -> Tensor:
     file, out = scratch / "windows.json", scratch / "found.json"
     file.write_text(json.dumps(windows.tolist()))
     settings = os.environ | ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {})
     done = subprocess.run(
-        [interpreter, str(SCRIPT), str(directory), str(file), str(ranks), str(out)],
+        [interpreter, str(SCRIPT), str(directory), str(file), str(ranks), str(out), *words],
         env=settings, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -112,15 +112,17 @@ def in_transformers(directory: Path, windows: Tensor, dtype: str) -> Tensor:
         ("experts, gptq", 1),
         ("experts, native", 2),
         ("experts, gptq", 2),
+        ("experts, native, by expert", 2),
     ],
 )
 def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_path: Path, kind: str, ranks: int) -> None:
+    kind, by_expert, _ = kind.partition(", by expert")
     directory = checkpoint(kind, tmp_path / "out")
     exact, ours = (in_transformers(directory, windows, dtype) for dtype in ("float32", "bfloat16"))
-    theirs = in_vllm(interpreter, directory, windows, ranks, tmp_path)
+    theirs = in_vllm(interpreter, directory, windows, ranks, tmp_path, *(["by-expert"] if by_expert else []))
     far = {name: float((found - exact).abs().mean()) for name, found in (("vLLM", theirs), ("transformers", ours))}
     print(
-        f"\n{kind}, {ranks} ranks: float32 {-exact.mean():.5f}, vLLM {-theirs.mean():.5f}, transformers in bfloat16 "
+        f"\n{kind}{by_expert}, {ranks} ranks: float32 {-exact.mean():.5f}, vLLM {-theirs.mean():.5f}, transformers in bfloat16 "
         f"{-ours.mean():.5f}; token by token {far['vLLM']:.5f} and {far['transformers']:.5f} from float32"
     )
     assert abs(float(theirs.mean() - exact.mean())) < CLOSE

@@ -23,18 +23,11 @@ from qkernels.planning.deciding import decision
 from qkernels.planning.devices import CARDS, Device, device_of
 from qkernels.planning.measured import CANDIDATES
 from qkernels.reports import readable_size
-from tests.planning.resident import measure
+from tests.planning.resident import held, measure
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO = ROOT / "examples" / "demo_model"
 GOLDEN = ROOT / "tests" / "golden"
-
-
-def held(model: nn.Module) -> int:
-    """Bytes of a model's tensors, tied ones once, without what says how a layer is packed."""
-    buffers = [t for name, t in model.named_buffers() if not name.endswith("_extra_state")]
-    found: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *buffers)}
-    return sum(t.nbytes for t in found.values())
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +290,9 @@ def test_what_making_it_costs(mixture: Path, tiny_llama_dir: Path) -> None:
     told = preview(tiny_llama_dir, GPTQ())
     for nbytes in (told.device_bytes, told.host_bytes, told.disk_bytes):
         assert readable_size(nbytes) in line
-    assert "min on two cores" in line
+    assert line.endswith("min (measured on two cores of a Zen 4)")
     rounded = plan(str(mixture), ["cpu"], schemes=["w4a16_g64"], context=16).notes
-    assert any("making w4a16_g64" in note and "min on" not in note and "tokens" not in note for note in rounded)
+    assert any("making w4a16_g64" in note and "min (measured" in note and "tokens" not in note for note in rounded)
     as_it_is = plan(str(tiny_llama_dir), ["24GiB"]).notes
     assert not any(note.startswith("making") for note in as_it_is)
 

@@ -16,7 +16,10 @@ from qkernels.cli.main import main
 from qkernels.errors import ArgumentError, CheckpointError, ConversionError
 from qkernels.planning import plan
 from qkernels.planning.measured import CANDIDATES, GGUF, QUANTIZING, SECONDS, seconds_of
-from tests.planning.test_plan import DEMO, ROOT, held
+from tests.planning.resident import held
+
+ROOT = Path(__file__).parent.parent.parent
+DEMO = ROOT / "examples" / "demo_model"
 
 MIXES = [str(candidate.scheme) for candidate in CANDIDATES if candidate.format == GGUF]
 
