@@ -141,7 +141,7 @@ class QuantTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the information held: codes at their true width, scales (one a block where the scheme has `rows`) or factors,
-        zero points (integer ones at `bits` wide) and the group index. Not the bytes of this unpacked form."""
+        zero points (integer ones at `bits` wide), the group index and x_static. Not the bytes of this unpacked form."""
         bits = self.codes.numel() * self.scheme.bits
         if self.factors is not None:
             bits += self.factors.nbits(self.scheme)
@@ -154,6 +154,8 @@ class QuantTensor:
             )
         if self.group_index is not None:
             bits += self.group_index.numel() * 32
+        if self.x_static is not None:
+            bits += self.x_static.numel() * 32
         return -(-bits // 8)
 
     def column_groups(self) -> Tensor:

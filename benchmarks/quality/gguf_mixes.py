@@ -110,7 +110,9 @@ def measure(
                 found = evaluate.compare(dequantized(file), original, ids, seq_len, progress=False)
                 nbytes = file.stat().st_size
             ours = None if way.startswith("llama.cpp") else seconds
-            rows.append({"mix": mix, "way": way, "kl": found.kl, "top1": found.top1_agreement, "bytes": nbytes, "seconds": ours})
+            rows.append(
+                {"mix": mix, "way": way, "kl": found.kl, "top1": found.top1_agreement, "bytes": nbytes, "seconds": ours}
+            )
             print(mix, way, f"{found.kl:.3e}", file=sys.stderr, flush=True)
     return rows
 

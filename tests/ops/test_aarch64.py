@@ -135,7 +135,10 @@ def weights() -> Iterator[tuple[QuantTensor, bool]]:
     for i, (act, bits, zeros) in enumerate(kinds):
         N, K = next(shapes)
         scheme = f"w{bits}a{act}_{next(groups)}{zeros}"
-        yield random_weight(scheme, N, K, seed=i, act_order=i % 3 == 0, dtype=(torch.float16, torch.float32)[i % 2]), False
+        yield (
+            random_weight(scheme, N, K, seed=i, act_order=i % 3 == 0, dtype=(torch.float16, torch.float32)[i % 2]),
+            False,
+        )
     for act in ("8w", "8z", "8o6"):
         for scheme in (f"w8a{act}_channel", f"w4a{act}_g32_asym", f"w6a{act}_g32"):
             yield random_weight(scheme, *next(shapes), act_order=True), False
