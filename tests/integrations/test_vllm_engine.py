@@ -19,6 +19,9 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qkernels import GPTQ, load, load_tokenizer, quantize, replace_linear, save
+from tests.hub_server import answers, free_port
+from tests.integrations.openai_checks import GAPS, failing
+from tests.integrations.vllm_nll import SETTINGS
 
 pytestmark = pytest.mark.large
 
@@ -128,3 +131,25 @@ def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_pat
     assert abs(float(theirs.mean() - exact.mean())) < CLOSE
     assert abs(float(ours.mean() - exact.mean())) < CLOSE
     assert far["vLLM"] < FARTHER * far["transformers"]
+
+
+def test_clients_of_a_server(interpreter: str, tmp_path: Path) -> None:
+    """vLLM's own server with the plug-in, asked by the openai package."""
+    port, directory = free_port(), checkpoint("native, mixed", tmp_path / "out")
+    words = ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command = [interpreter, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), *words]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--max-model-len", "1024", "--max-num-seqs", "8"],
+            env=os.environ | SETTINGS,
+            stderr=log,
+            stdout=log,
+        )
+    try:
+        answers(f"http://127.0.0.1:{port}/health", 240)
+        assert set(failing(f"http://127.0.0.1:{port}", "demo", 1024)) == GAPS["vLLM"], (tmp_path / "log").read_text()[
+            -2000:
+        ]
+    finally:
+        server.terminate()
+        server.wait(60)
