@@ -7,7 +7,6 @@ import io
 import os
 import re
 import shlex
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from qkernels.cli.main import main, parser
 from qkernels.formats.gguf import write_importance
 from qkernels.integrations import serving
 from qkernels.sizing import importance_of
-from tests.hub_server import ask, free_port, hub_of
+from tests.hub_server import answers, ask, free_port, hub_of
 
 DEMO = Path(__file__).parent.parent.parent / "examples" / "demo_model"
 HUB = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")
@@ -165,14 +164,9 @@ def test_server_of_an_example(line: str, here: Path, monkeypatch: pytest.MonkeyP
     address = curl[1].replace(":8000", f":{here_now}")
     request = urllib.request.Request(address, body, {header: value})
     try:
-        for attempt in range(100):
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    assert answer.status == 200 and b'"text"' in answer.read()
-                break
-            except OSError:
-                assert attempt < 99
-                time.sleep(0.1)
+        answers(f"http://127.0.0.1:{here_now}/health", 20)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.status == 200 and b'"text"' in answer.read()
     finally:
         for server in started:
             server.kill_server()

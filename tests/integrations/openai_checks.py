@@ -17,6 +17,14 @@ PROMPTS = (
 )  # fmt: skip
 
 
+# What engines do not do, by the names of `failing`; docs/serving.md says it in words.
+GAPS = {
+    "transformers": {"n", "logprobs", "echo", "response format", "too long prompt is refused"},
+    "transformers, batching": {"n", "logprobs", "echo", "response format", "too long prompt is refused", "stop"},
+    "vLLM": set(),
+}
+
+
 class Asked:
     """A server, and what is expected of it: each method named `expect_…` raises AssertionError where it is not so."""
 

@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qkernels import GPTQ, load, load_tokenizer, quantize, replace_linear, save
+from tests.hub_server import answers, free_port
+from tests.integrations.openai_checks import GAPS, failing
+from tests.integrations.vllm_nll import SETTINGS
 
 pytestmark = pytest.mark.large
 
@@ -53,9 +56,9 @@ def checkpoint(kind: str, out: Path) -> Path:
         quantize(DEMO, method, calibration=[text], save_to=out, format="gptq", **options)
         return out
     if kind.startswith("experts"):
-        model = mixture()
+        model = mixture(MixtralForCausalLM if "Mixtral" in kind else Qwen3MoeForCausalLM)
         replace_linear(model, "w4a16_g32")
-        save(model, out, format=kind.partition(", ")[2])
+        save(model, out, format=kind.partition(", ")[2])  # type: ignore[arg-type]
         load_tokenizer(DEMO).save_pretrained(out)
         return out
     model = load(DEMO)
@@ -66,20 +69,25 @@ def checkpoint(kind: str, out: Path) -> Path:
     return out
 
 
-def mixture() -> Any:
-    """A small Qwen3-MoE of random weights. Routers speak loudly: where bfloat16 chooses another expert than float32, log p says
+def mixture(kind: type[MixtralForCausalLM] | type[Qwen3MoeForCausalLM]) -> Any:
+    """A small mixture of random weights. Routers speak loudly: where bfloat16 chooses another expert than float32, log p says
     nothing of kernels."""
-    config = Qwen3MoeConfig(
-        vocab_size=load(DEMO).config.vocab_size, hidden_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128,
-        norm_topk_prob=True, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": load(DEMO).config.vocab_size, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "num_experts_per_tok": 2, "max_position_embeddings": 1024,
+        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    config = (
+        MixtralConfig(**sizes, num_local_experts=4, intermediate_size=128)
+        if kind is MixtralForCausalLM
+        else Qwen3MoeConfig(**sizes, num_experts=8, moe_intermediate_size=128, norm_topk_prob=True)
+    )
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config).eval()
+    model: Any = kind(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.5 if name.endswith("mlp.gate.weight") else 0.05)
+                parameter.normal_(0, 0.5 if name.endswith("gate.weight") else 0.05)
     return model.to(torch.bfloat16)
 
 
@@ -113,6 +121,7 @@ def in_transformers(directory: Path, windows: Tensor, dtype: str) -> Tensor:
         ("experts, native", 2),
         ("experts, gptq", 2),
         ("experts, native, by expert", 2),
+        ("experts of Mixtral, native", 1),
     ],
 )
 def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_path: Path, kind: str, ranks: int) -> None:
@@ -128,3 +137,25 @@ def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_pat
     assert abs(float(theirs.mean() - exact.mean())) < CLOSE
     assert abs(float(ours.mean() - exact.mean())) < CLOSE
     assert far["vLLM"] < FARTHER * far["transformers"]
+
+
+def test_clients_of_a_server(interpreter: str, tmp_path: Path) -> None:
+    """vLLM's own server with the plug-in, asked by the openai package."""
+    port, directory = free_port(), checkpoint("native, mixed", tmp_path / "out")
+    words = ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command = [interpreter, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), *words]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--max-model-len", "1024", "--max-num-seqs", "8"],
+            env=os.environ | SETTINGS,
+            stderr=log,
+            stdout=log,
+        )
+    try:
+        answers(f"http://127.0.0.1:{port}/health", 240)
+        assert set(failing(f"http://127.0.0.1:{port}", "demo", 1024)) == GAPS["vLLM"], (tmp_path / "log").read_text()[
+            -2000:
+        ]
+    finally:
+        server.terminate()
+        server.wait(60)

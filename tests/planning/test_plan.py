@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -290,9 +291,9 @@ def test_what_making_it_costs(mixture: Path, tiny_llama_dir: Path) -> None:
     told = preview(tiny_llama_dir, GPTQ())
     for nbytes in (told.device_bytes, told.host_bytes, told.disk_bytes):
         assert readable_size(nbytes) in line
-    assert line.endswith("min (measured on two cores of a Zen 4)")
+    assert re.search(r"; about \S+ min \(measured .*\)$", line)
     rounded = plan(str(mixture), ["cpu"], schemes=["w4a16_g64"], context=16).notes
-    assert any("making w4a16_g64" in note and "min (measured" in note and "tokens" not in note for note in rounded)
+    assert any("making w4a16_g64" in note and "tokens" not in note for note in rounded)
     as_it_is = plan(str(tiny_llama_dir), ["24GiB"]).notes
     assert not any(note.startswith("making") for note in as_it_is)
 
@@ -311,11 +312,12 @@ def test_experts_have_no_kernel_on_a_card(mixture: Path) -> None:
 
 
 def test_refusals(described: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
     for arguments, why in (
         ({"kv_dtype": "fp4"}, "kv_dtype must be one of"),
         ({"devices": ["24GiB"] * 3}, "one device, or two"),
         ({"schemes": ["int4"]}, "a scheme looks like"),
-        ({"devices": ["24GiB"], "bench": "x.json"}, "says nothing about 24GiB"),
+        ({"devices": ["24GiB"], "bench": str(tmp_path / "x.json")}, "says nothing about 24GiB"),
     ):
         with pytest.raises(ValueError, match=why):
             plan(described, **{"devices": ["24GiB"], **arguments})  # type: ignore[arg-type]
