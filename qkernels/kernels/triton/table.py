@@ -162,8 +162,17 @@ def choose(card: str, M: int, N: int, K: int) -> Config:
     return _nearest(os.environ.get(USER_TABLE), card, M, N, K)
 
 
+def choose_tile(card: str, M: int, N: int, K: int) -> Config:
+    """The same among tiles of tensor cores alone ("gemm"): what sorted rows of stacked experts take, M of them an expert.
+
+    Raises:
+        ArgumentError: the user's table is no table.
+    """
+    return _nearest(os.environ.get(USER_TABLE), card, M, N, K, True)
+
+
 @lru_cache(maxsize=4096)
-def _nearest(_named: str | None, card: str, M: int, N: int, K: int) -> Config:
+def _nearest(_named: str | None, card: str, M: int, N: int, K: int, tiles: bool = False) -> Config:
     """Called at every launch: the variable is part of what is cached by, the file is looked for once."""
     shipped, own = read(), read(user_table())
 
@@ -171,7 +180,8 @@ def _nearest(_named: str | None, card: str, M: int, N: int, K: int) -> Config:
         m, n, k = (math.log2(a / b) for a, b in ((M, entry.M), (N, entry.N), (K, entry.K)))
         return 2 * abs(m) + abs(n) + abs(k)
 
-    return min((*own.get(card, ()), *shipped.get(card, shipped[ANY_CARD])), key=distance).config
+    entries = (*own.get(card, ()), *shipped.get(card, shipped[ANY_CARD]))
+    return min((e for e in entries if e.config.kernel == "gemm" or not tiles), key=distance).config
 
 
 def _entry(row: dict[str, Any]) -> Entry:
