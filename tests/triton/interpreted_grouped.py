@@ -19,7 +19,7 @@ from qkernels.ops.grouped import ACTIVATIONS, Stack, sorted_by_expert
 from qkernels.scheme import QuantScheme
 from tests.ops.helpers import integers
 
-from .interpreted import FLOATING, SCHEMES, nan_in_new_memory  # noqa: F401, a fixture of every test here
+from .interpreted import FLOATING, FULL, SCHEMES, nan_in_new_memory  # noqa: F401, a fixture of every test here
 from .interpreter import guarded, repair
 from .problems import ALPHA, LIMIT, a_block_of_experts, exact_stack, product_by_expert, rows_by_expert
 
@@ -28,6 +28,12 @@ repair()
 E, HALF, BRAIN = 5, torch.float16, torch.bfloat16
 TILE = Config("gemm", 16, 32, 64, 2, 4, 2)
 ROW = Config("gemv", 1, 16, 64, 2, 4, 2)
+# What a stack adds is where buffers begin: each kind of them once; in a full run all that the dense kernels are tested with.
+KINDS = [
+    "w4a16_g16_asym", "w8a16_tensor", "w4a16_g64_fzero", "w4a16_g128_offset", "nf4_g64", "mxfp4_g32", "fp8_block128", "q4_k",
+    "q6_k", "nvfp4_g16",
+]  # fmt: skip
+schemes = pytest.mark.parametrize("scheme", [*SCHEMES, *FLOATING] if FULL else KINDS)
 paths = pytest.mark.parametrize("config", [ROW, TILE], ids=["pairs", "sorted"])
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 
@@ -53,17 +59,18 @@ def experts(
     return grouped_launch.experts(*given, *arguments(up), *arguments(down), *numbers, configs=configs)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, *FLOATING])
+@schemes
 def test_rows_of_every_scheme_are_exact_where_bits_are_exact(scheme: str) -> None:
     """Experts without rows, a block that is not full, rows of no expert; in turn with an order of columns, in each type."""
-    turn = (*SCHEMES, *FLOATING).index(scheme) % 2 == 0
+    turn = len(scheme) % 2 == 0
     dtype = HALF if turn else BRAIN
     stack, x, weights, bias = exact_stack(scheme, E, 70, 200, 9, dtype, act_order=turn)
     rows, offsets = rows_by_expert([2, 0, 17, 0, 1], 9)
     expected = product_by_expert(x, rows, offsets, weights, bias)
     assert torch.equal(grouped_gemm(x, rows, offsets, stack, dtype), expected.to(dtype))
-    wide = grouped_gemm(x, rows[:5], offsets.clamp(max=5), stack._replace(bias=None), torch.float32)
-    assert torch.equal(wide, product_by_expert(x, rows[:5], offsets.clamp(max=5), weights, bias * 0).float())
+    rows, offsets, stack = rows[:3], offsets.clamp(max=3), stack._replace(bias=None)
+    wide = grouped_gemm(x, rows, offsets, stack, torch.float32)
+    assert torch.equal(wide, product_by_expert(x, rows, offsets, weights.to(dtype).double(), bias * 0).float())
 
 
 @pytest.mark.parametrize("counts", [[0] * 5, [1, 1, 1, 1, 1], [0, 0, 40, 0, 0], [16, 32, 0, 15, 17]], ids=str)
@@ -76,50 +83,51 @@ def test_any_counts_of_rows(counts: list[int]) -> None:
 
 
 @paths
-@pytest.mark.parametrize("scheme", [*SCHEMES, *FLOATING])
+@schemes
 def test_a_block_of_every_scheme_is_exact_where_bits_are_exact(scheme: str, config: Config) -> None:
     """relu^2 of whole quarters: the first product, what lies between and the second are exact; ids of others add nothing.
 
-    A codebook's entries are rounded to x's type once as weights and once more between the products: bounded, below."""
+    A codebook's entry is rounded to x's type as a weight, and its square is again: 3 u of each term's magnitude, and u of the
+    result's."""
     parsed = QuantScheme.parse(scheme)
-    up, x, *of_up = exact_stack(scheme, 3, 24, 256 if parsed.factors else 96, 3, HALF)
-    down, _, *of_down = exact_stack("w8a16_channel", 3, 40, 24, 1, HALF)
+    up, x, *of_up = exact_stack(scheme, 3, 24, 256 if parsed.factors else 96, 3, BRAIN)
+    down, _, *of_down = exact_stack("w2a16_g8", 3, 20, 24, 1, BRAIN)
     ids, routing = torch.tensor([[0, 2], [1, 3], [-1, 0]]), torch.tensor([[1.0, 0.5], [2.0, 1.0], [1.0, 0.25]])
-    x = torch.eye(x.shape[1])[[1, 70, 90]].half()
+    x = torch.eye(x.shape[1])[[1, 70, 90]].bfloat16()
     up, of_up[1] = up._replace(bias=None), of_up[1] * 0
     got = experts(x, ids, routing, up, down, "relu2_ungated", config)
-    expected, size = a_block_of_experts(
-        x, ids, routing, (of_up[0], of_up[1]), (of_down[0], of_down[1]), "relu2_ungated"
-    )
+    weights = (of_up[0], of_up[1]), (of_down[0], of_down[1])
+    expected, size = a_block_of_experts(x, ids, routing, *weights, "relu2_ungated")
     if parsed.codebook is None:
-        assert torch.equal(got, expected.half())
+        assert torch.equal(got, expected.bfloat16())
     else:
-        assert float((got - expected).abs().max()) <= 4 * 2**-11 * float(size.max())
+        assert bool(((got - expected).abs() <= 4.02 * 2**-8 * size).all())
 
 
-@paths
+@pytest.mark.parametrize(("config", "dtype"), [(ROW, BRAIN), (TILE, HALF)], ids=["pairs", "sorted"])
 @activations
-@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=["fp16", "bf16"])
 def test_a_block_is_what_its_products_are(activation: str, config: Config, dtype: torch.dtype) -> None:
     """The first product is exact. What lies between it and the second, in fp32, is off by a few of its steps, which may move it
     across one of x's type, whose distance is 2 u: errors are at most 2 u of the terms' magnitudes, and u of the result."""
-    width = 40  # no multiple of a tile's columns
+    width = 20  # no multiple of a tile's columns
     up, x, *of_up = exact_stack(
-        "w4a16_g32_asym", E, width * (1 if activation.endswith("_ungated") else 2), 64, 9, dtype
+        "w4a16_g32_asym", E, width * (1 if activation.endswith("_ungated") else 2), 64, 4, dtype
     )
-    down, _, *of_down = exact_stack("w8a16_g8", E, 72, width, 1, dtype)
+    down, _, *of_down = exact_stack("w8a16_g8", E, 40, width, 1, dtype)
     x = x / 4
-    ids = torch.stack([torch.randperm(E + 2)[:3] for _ in range(9)])
-    ids[4, 1] = -1
-    routing = torch.rand(9, 3)
+    ids = torch.stack([torch.randperm(E + 2)[:2] for _ in range(4)])
+    ids[2, 1] = -1
+    routing = torch.rand(4, 2)
     got = experts(x, ids, routing, up, down, activation, config)
-    truth, size = a_block_of_experts(x, ids, routing, (of_up[0], of_up[1]), (of_down[0], of_down[1]), activation)
+    weights = (of_up[0], of_up[1]), (of_down[0], of_down[1])
+    truth, size = a_block_of_experts(x, ids, routing, *weights, activation)
     u = torch.finfo(dtype).eps / 2
     assert bool(((got.double() - truth).abs() <= 2.01 * u * size + u * truth.abs() + 1e-6 * size).all())
-    nobody = experts(x, torch.full_like(ids, E), routing * torch.nan, up, down, activation, config)
+    nobody = experts(x[:1], torch.full_like(ids[:1], E), routing[:1] * torch.nan, up, down, activation, config)
     assert not nobody.any()
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 @activations
 def test_what_is_not_finite_stays_so(activation: str) -> None:
     """NaN and infinities between the products, as plain PyTorch has them."""

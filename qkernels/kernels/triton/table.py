@@ -21,6 +21,7 @@ from ...errors import ArgumentError
 TABLE = Path(__file__).parent / "configurations.json"
 USER_TABLE = "QKERNELS_TRITON_TABLE"  # the environment variable that says where the user's table is
 ANY_CARD = "default"
+MOST_ROWS_OF_STACKS = 64
 MOST_TILE = 1024  # rows or columns of a tile: beyond what any card holds
 
 
@@ -165,6 +166,8 @@ def choose(card: str, M: int, N: int, K: int) -> Config:
 def choose_tile(card: str, M: int, N: int, K: int) -> Config:
     """The same among tiles of tensor cores alone ("gemm"): what sorted rows of stacked experts take, M of them an expert.
 
+    Of at most 64 rows: with 128 the experts' kernel spills on sm80 to sm89 (8 bytes), and an expert seldom has so many.
+
     Raises:
         ArgumentError: the user's table is no table.
     """
@@ -181,7 +184,12 @@ def _nearest(_named: str | None, card: str, M: int, N: int, K: int, tiles: bool 
         return 2 * abs(m) + abs(n) + abs(k)
 
     entries = (*own.get(card, ()), *shipped.get(card, shipped[ANY_CARD]))
-    return min((e for e in entries if e.config.kernel == "gemm" or not tiles), key=distance).config
+    return min((e for e in entries if not tiles or for_stacks(e.config)), key=distance).config
+
+
+def for_stacks(config: Config) -> bool:
+    """Whether sorted rows of stacked experts take it."""
+    return config.kernel == "gemm" and config.block_m <= MOST_ROWS_OF_STACKS
 
 
 def _entry(row: dict[str, Any]) -> Entry:
