@@ -17,7 +17,10 @@ from torch.library import Library, opcheck
 from qkernels import ops
 from qkernels.kernels.triton import grouped_launch, launch
 from qkernels.layouts import LAYOUTS
+from qkernels.nn import QuantExperts
+from qkernels.nn.experts import QuantStack
 from qkernels.ops import grouped
+from tests.moe_models import tiny_moe
 from tests.ops.helpers import arguments, dequantize_arguments, integers
 from tests.strategies import random_weight
 
@@ -162,3 +165,23 @@ def test_no_number_of_tokens_compiles_experts_again() -> None:
 
     for run in (op, composed):
         assert compile_and_count(run, (7, 6, 12), True, False) == [1, 1, 1]
+
+
+def test_a_module_of_experts_runs_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt-oss' experts, with biases and a gate of their own: those of the layout are those of the reference, within the rounding
+    of what lies between the products."""
+    experts = next(m for m in tiny_moe("gpt_oss").to(torch.bfloat16).modules() if type(m).__name__ == "GptOssExperts")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    hidden, count = experts.hidden_size, experts.num_experts
+    x, ids = torch.randn(6, hidden).bfloat16(), torch.stack([torch.randperm(count)[:2] for _ in range(6)])
+    made = []
+    for layout in ("reference", "kpack"):
+        monkeypatch.setattr(QuantStack, "_select", lambda *_, layout=layout: layout)
+        made.append(QuantExperts.from_experts(experts, "w4a16_g8"))
+    assert [m.up_stack.layout for m in made] == ["reference", "kpack"]
+    with torch.no_grad():
+        expected, got = (m(x, ids, torch.full((6, 2), 0.5).bfloat16()).float() for m in made)
+    assert float((got - expected).abs().max()) <= 2**-7 * float(expected.abs().max())
+    assert float(expected.abs().max()) > 0.1

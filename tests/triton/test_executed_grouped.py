@@ -154,7 +154,7 @@ def test_no_number_of_tokens_is_compiled_for(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("kernel", "pattern", "by"),
     [
-        ("align", r"(?s)(.*shfl\.sync\.up\.b32[^;]*), 1, 0", r"\1, 2, 0"),  # the last one: of the sum
+        ("align", r"redux\.sync\.add\.s32\s+(%r\d+), (%r\d+), %r\d+", r"mov.b32 \1, \2"),
         ("gemm_blocks", r"(mma\.sync[^;]*\}, \{)([^}]*)(\}, \{)([^}]*)\};", r"\1\4\3\2};"),
         ("gemv_pairs", r"(shfl\.sync\.bfly\.b32[^;]*), 1, 31", r"\1, 2, 31"),
         ("combine", r"@%p\d+ st\.global[^;]*;", ""),
