@@ -304,9 +304,10 @@ def test_a_tied_head_reads_the_embeddings() -> None:
     assert 4800e9 / found.tokens_per_s[0] == pytest.approx(found.weights + found.cache, rel=1e-3)
 
 
-def test_experts_have_no_kernel_on_a_card(mixture: Path) -> None:
-    found = plan(str(mixture), ["rtx4090"], context=64)
-    assert row(found, "w4a16_g128").verdict == "no kernel"
+def test_experts_have_kernels_of_16_bit_activations_on_a_card(mixture: Path) -> None:
+    found = plan(str(mixture), ["rtx4090"], context=64, schemes=["w4a16_g128", "w4a8_g128"])
+    assert row(found, "w4a16_g128").verdict == "fits"
+    assert row(found, "w4a8_g128").verdict == "no kernel"
     assert any("no grouped kernels for stacked experts" in note for note in found.notes)
     assert {x.method for x in found.rows}.isdisjoint({"awq", "smoothquant"})
 
