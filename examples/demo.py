@@ -24,17 +24,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import qkernels
 from qkernels import AWQ, GPTQ, RTN, QuantLinear, extension, text
+from qkernels.calibrate_gguf import quantize_gguf
 from qkernels.evaluate import compare, perplexity
 from qkernels.nn import model_bytes, packed_bytes
 from qkernels.quantizers import Options
 
 HERE = Path(__file__).parent
 SEQ_LEN = 256  # what the model was trained on
-CONFIGURATIONS: tuple[tuple[str, Options], ...] = (
+# A method, or the name of a mix of types: a GGUF file, calibrated.
+CONFIGURATIONS: tuple[tuple[str, Options | str], ...] = (
     ("int8 RTN", RTN(bits=8)),
     ("int4 RTN", RTN(bits=4)),
     ("int4 GPTQ", GPTQ(bits=4)),
     ("int4 AWQ", AWQ(bits=4, symmetric=False)),
+    ("Q4_K_M GPTQ", "Q4_K_M"),
     ("int3 RTN", RTN(bits=3)),
     ("int3 GPTQ", GPTQ(bits=3)),
     ("int3 AWQ", AWQ(bits=3, symmetric=False)),
@@ -104,14 +107,17 @@ def compare_all(model_dir: Path, out: Path, tokens: int, prompt: str) -> list[Ro
     models: list[PreTrainedModel] = []
     rows = [measure("original", "bfloat16", original, "torch (oneDNN)")]
     for name, method in tqdm(CONFIGURATIONS, desc="configurations", unit="model", leave=False):
-        directory = out / name.replace(" ", "-").lower()
-        needs_text = method.needs == "moments"
-        qkernels.quantize(
-            model_dir, method, calibration=calibration if needs_text else None, samples=64, seq_len=SEQ_LEN, save_to=directory,
-            progress=False,
-        )  # fmt: skip
-        model = qkernels.load(directory, dtype=torch.bfloat16)
-        rows.append(measure(name, str(method.scheme), model, kernel_of(model)))
+        target = out / name.replace(" ", "-").lower()
+        windows = {"samples": 64, "seq_len": SEQ_LEN, "progress": False}
+        if isinstance(method, str):
+            target = target.with_suffix(".gguf")
+            quantize_gguf(model_dir, target, method, calibration, **windows)
+        else:
+            text_needed = calibration if method.needs == "moments" else None
+            qkernels.quantize(model_dir, method, calibration=text_needed, save_to=target, **windows)
+        model = qkernels.load(target, dtype=torch.bfloat16)
+        schemes = sorted({str(layer.scheme) for layer in decoder_linears(model)})
+        rows.append(measure(name, ", ".join(schemes), model, kernel_of(model)))
     speeds, written = decode_all(models, prompt_ids)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
     return [replace(row, tokens_per_second=s, text=t) for row, s, t in zip(rows, speeds, texts, strict=True)]
@@ -139,9 +145,9 @@ def decode_all(
 
 
 def decoder_linears(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The layers that every configuration quantizes: all linear ones but the head."""
-    kinds = (torch.nn.Linear, QuantLinear)
-    return [m for name, m in model.named_modules() if isinstance(m, kinds) and not name.endswith("lm_head")]
+    """The layers that every configuration quantizes: all linear ones but the head, which may be one with the embedding."""
+    kinds, others = (torch.nn.Linear, QuantLinear), ("lm_head", "embed_tokens.table")
+    return [m for name, m in model.named_modules() if isinstance(m, kinds) and not name.endswith(others)]
 
 
 def linear_sizes(model: PreTrainedModel) -> tuple[int, int, int]:

@@ -68,7 +68,7 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     found = {name: p.detach().float() for name, p in model.named_parameters()}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            found[f"{name}.weight"] = module.dequantize(torch.float32)
+            found[f"{name.removesuffix('.table')}.weight"] = module.dequantize(torch.float32)  # of packed embeddings
         elif isinstance(module, QuantExperts):
             found |= {f"{name}.{key}": value for key, value in module.dequantize(torch.float32).items()}
     return found

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from qkernels.errors import CalibrationError
 from qkernels.formats.gguf import read_importance, write_importance
 from qkernels.layerwise.importance import measure_importance
+from qkernels.sizing import importance_of
+from qkernels.texts import load_tokenizer
 from tests.checkpoints import IDS, small_llama
+from tests.gguf_golden import FILES
+from tests.gguf_written import model_directory
 
 
 def test_what_goes_into_each_linear_layer(tmp_path: Path) -> None:
@@ -31,6 +35,26 @@ def test_what_goes_into_each_linear_layer(tmp_path: Path) -> None:
     again = read_importance(tmp_path / "i.gguf")
     assert again.datasets == ("a.txt",)
     assert all(torch.equal(again.entries[name].sums, found.entries[name].sums) for name in names)
+
+
+def test_what_llama_imatrix_measured(tmp_path: Path) -> None:
+    """On the same windows of 32 tokens, whose first it replaces by the one that begins a text; in float16 there."""
+    theirs, older = (read_importance(FILES / f"imatrix-of-tool.{suffix}") for suffix in ("gguf", "dat"))
+    assert (theirs.datasets, theirs.chunk_count, theirs.chunk_size) == (("tiny.txt",), 4, 32)
+    assert (older.datasets, older.chunk_count) == (("tiny.txt",), 4)
+    source = model_directory(tmp_path / "tiny")
+    tokenizer = load_tokenizer(source)
+    windows = torch.tensor(tokenizer("the moon and the sea, the sun and the stars; " * 12)["input_ids"])[:128].view(
+        4, 32
+    )
+    windows[:, 0] = tokenizer.bos_token_id
+    ours = importance_of(source, windows, samples=4, seq_len=32)
+    assert theirs.entries.keys() == older.entries.keys() == ours.entries.keys() - {"output.weight"}
+    for name, entry in theirs.entries.items():
+        assert entry.counts.tolist() == ours.entries[name].counts.tolist() == [128]
+        expected = entry.importance(256, 256)
+        assert torch.equal(older.entries[name].importance(256, 256), expected)
+        assert float((ours.entries[name].importance(256, 256) - expected).norm() / expected.norm()) < 3e-3, name
 
 
 def test_what_cannot_be_measured_is_said() -> None:

@@ -43,12 +43,13 @@ BASE = "llama.cpp, imatrix"  # what ratios are taken to
 
 
 def dequantized(path: Path) -> Any:
-    """The model of a file with plain linear layers in fp32."""
+    """The model of a file with plain linear layers in fp32; rows of a packed embedding are decoded in fp32 as it is."""
     model = load(path, dtype=torch.float32)
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, QuantLinear):
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
+        if isinstance(module, QuantLinear) and not name.endswith(".table"):
             plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            plain.weight.data, plain.bias = module.dequantize(torch.float32), module.bias
+            plain.weight.data = module.dequantize(torch.float32)
+            plain.register_parameter("bias", module.bias)
             set_module(model, name, plain)
     return model
 
@@ -91,7 +92,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     ids = token_ids(load_tokenizer(path), read_text(str(path / "eval.txt")))[:tokens]
     original = load(path, dtype=torch.float32)
-    calibration = {
+    calibration: dict[str, Any] = {
         "calibration": [read_text(str(path / "calibration.txt"))],
         "samples": samples,
         "seq_len": seq_len,

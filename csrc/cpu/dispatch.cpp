@@ -5,14 +5,14 @@
 #include <string>
 
 #include "kernels.h"
-#if defined(__aarch64__)
+#if defined(QK_NEON)
 #include <sys/auxv.h>
 #endif
 
 namespace qkernels::cpu {
 namespace {
 
-#if defined(__aarch64__)
+#if defined(QK_NEON)
 // What Linux says of the CPU, by the bits of its <asm/hwcap.h> (the header of an older system has not all of them).
 struct Features {
   bool dotprod, i8mm, bf16;
@@ -59,7 +59,7 @@ struct Isas {
     add(kAvx2, avx2);
     add(kAvx512, avx512);
     add(kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16"));
-#elif defined(__aarch64__)
+#elif defined(QK_NEON)
     add(kNeon, true);
     add(kNeonDotprod, features().dotprod);
     add(kNeonI8mm, features().i8mm);
@@ -115,7 +115,7 @@ const Kernels& int8_kernels(const Kernels& kernels) {
 #if defined(__x86_64__)
   static const bool vnni = __builtin_cpu_supports("avx512vnni");
   if (&kernels != &kScalar) return vnni && &kernels != &kAvx2 ? kAvx512Vnni : kAvx2Int8;
-#elif defined(__aarch64__)
+#elif defined(QK_NEON)
   if (&kernels == &kNeonI8mm || (&kernels == &kNeonBf16 && features().i8mm)) return kNeonI8mmInt8;
   if (&kernels == &kNeonDotprod || (&kernels == &kNeonBf16 && features().dotprod)) return kNeonDotprodInt8;
   if (&kernels != &kScalar) return kNeonInt8;

@@ -26,6 +26,10 @@
 
 namespace qkernels::cpu {
 
+#if defined(__aarch64__) && defined(__linux__)  // which says what the CPU has; setup.py has the same condition
+#define QK_NEON 1
+#endif
+
 constexpr int kTileRows = 32;
 constexpr int kLaneBytes = 4;
 constexpr int kLineBytes = kTileRows * kLaneBytes;  // one lane of each row
@@ -205,7 +209,7 @@ extern const Kernels kAvx512Vnni;  // AVX-512 F, BW, VL, DQ, VNNI
 extern const Kernels kAvx2;        // AVX2, FMA, F16C
 extern const Kernels kAvx512;      // AVX-512 F, BW, VL, DQ
 extern const Kernels kAvx512Bf16;  // the same with AVX512_BF16
-#elif defined(__aarch64__)
+#elif defined(QK_NEON)
 extern const Kernels kNeonInt8;         // Armv8.0
 extern const Kernels kNeonDotprodInt8;  // Armv8.2 with FEAT_DotProd
 extern const Kernels kNeonI8mmInt8;     // the same with FEAT_I8MM

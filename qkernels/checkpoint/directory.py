@@ -156,6 +156,15 @@ class DirectoryCheckpoint:
                 ) from error
             yield Parsed(weight, tuple(oddity for part in parts for oddity in part.oddities))
 
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """None: files of these formats keep embeddings in floats."""
+        return ()
+
+    def embedding(self, name: str) -> Parsed:
+        """Of none."""
+        raise CheckpointError(f"{name} is no quantized embedding of {self.path}")
+
     def with_activations_of_the_file(self) -> DirectoryCheckpoint:
         """The same checkpoint, whose weights run with the activations that it asks for."""
         return replace(self, quantization={**self.quantization, ACTIVATIONS: "file"})

@@ -87,7 +87,7 @@ class GgufCheckpoint:
         for name, place in places.items():
             if place.kind == "experts":
                 stacks.setdefault(place.name, {})[place.part] = name
-            elif _is_exact(source.entry(name), place):
+            elif place.kind == "linear" and _is_exact(source.entry(name), place):
                 modules[place.name.removesuffix(".weight")] = (name,)
             else:
                 spelled[place.name] = (name,)
@@ -152,6 +152,21 @@ class GgufCheckpoint:
         for expert in range(self.source.entry(names[0]).shape[0]):
             parts = [self._weight(name, expert) for name in names]
             yield Parsed(parts[0] if len(parts) == 1 else QuantTensor.concat(parts))
+
+    @property
+    def embeddings(self) -> list[str]:
+        return [name for name, (first, *_) in self.spelled.items() if self._is_packed_embedding(first)]
+
+    def _is_packed_embedding(self, spelled: str) -> bool:
+        return self.places[spelled].kind == "embedding" and _is_exact(self.source.entry(spelled), self.places[spelled])
+
+    def embedding(self, name: str) -> Parsed:
+        """Equal bit for bit to what `read` makes of it.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        return Parsed(self._weight(self.spelled[name][0]))
 
     def with_activations_of_the_file(self) -> GgufCheckpoint:
         """Itself: these files say nothing of activations."""
@@ -279,8 +294,12 @@ def dequantized_experts(weights: Iterable[Parsed], dtype: torch.dtype) -> tuple[
 
 
 def _is_exact(entry: GgufEntry, place: Place) -> bool:
-    """Whether a tensor is a linear layer's weight in blocks that a scheme holds."""
-    plain = place.kind == "linear" and (place.scale is None or entry.type.name == "NVFP4") and not place.offset
+    """Whether a tensor is the weight of a linear layer or an embedding in blocks that a scheme holds."""
+    plain = (
+        place.kind in ("linear", "embedding")
+        and (place.scale is None or entry.type.name == "NVFP4")
+        and not place.offset
+    )
     return plain and place.name.endswith(".weight") and entry.type.name in EXACT_SCHEMES and len(entry.shape) == 2
 
 

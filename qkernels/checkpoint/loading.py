@@ -21,7 +21,8 @@ from ..models.building import assign, computed, empty_model
 from ..models.experts import ExpertsForm, experts_of, routers
 from ..models.linears import as_linear
 from ..models.naming import float_state
-from ..nn import QuantExperts, QuantLinear, QuantStack, set_module
+from ..nn import QuantEmbedding, QuantExperts, QuantLinear, QuantStack, set_module
+from ..nn.embedding import scale_of
 from ..nn.experts import OrdersDiffer, bias_of, rows_in_halves
 from ..nn.packed import PackedModule
 from ..reports import readable_size
@@ -153,6 +154,11 @@ def load(
             assign(model, {f"{module}.{leaf}": t.to(device, dtype) for leaf, t in parts.items() if t is not None})
             continue
         set_module(model, module, layer)
+    for name in checkpoint.embeddings:
+        slots, hindrance = _pack_embedding(model, name, slots, checkpoint, place, dtype, on_unsupported)
+        if hindrance is None:  # it is packed, so that nothing is dequantized
+            used.add(name)
+            oddities = [(key, oddity) for key, oddity in oddities if key != checkpoint.spelling(name)]
     missing = _fill(model, slots, checkpoint, used, place, dtype)
     check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, place)
@@ -163,6 +169,44 @@ def load(
         log.warning("%s: %s", checkpoint.path, line)
     model.config._name_or_path = str(checkpoint.path)
     return model.eval()
+
+
+def _pack_embedding(
+    model: Any,
+    name: str,
+    slots: list[list[str]],
+    checkpoint: Checkpoint,
+    place: Placement,
+    dtype: torch.dtype,
+    on_unsupported: OnUnsupported,
+) -> tuple[list[list[str]], str | None]:
+    """Put an embedding into its place packed, and heads that are tied to it, which share its memory. Returns the slots that are
+    still to be filled, and why it has to be floats after all."""
+    slot = next((slot for slot in slots if name in slot), [])
+    others = [other.removesuffix(".weight") for other in slot if other != name]
+    others = [other for other in others if other not in checkpoint.modules]
+    module = name.removesuffix(".weight")
+    source = model.get_submodule(module)
+    heads = [model.get_submodule(other) for other in others]
+    if not isinstance(source, nn.Embedding) or any(type(h) is not nn.Linear or h.bias is not None for h in heads):
+        return slots, "the model has no embedding there, or one that is tied to something else than a head"
+    if any(place(other) != place(module) for other in others):
+        return slots, "its head is on another device"
+    try:
+        scale = scale_of(source)
+        weight = checkpoint.embedding(name).weight
+        table = QuantLinear.from_quant_tensor(weight, None, place(module), dtype, on_unsupported)
+    except (ArgumentError, UnsupportedProblem) as error:
+        return slots, str(error)
+    if [source.num_embeddings, source.embedding_dim] != [weight.N, weight.K]:
+        wanted = [source.num_embeddings, source.embedding_dim]
+        raise CheckpointError(f"{name}: the model needs a weight {wanted}, got {[weight.N, weight.K]}")
+    set_module(model, module, QuantEmbedding(table, scale))
+    for other in others:
+        set_module(model, other, table)
+    if len(others) + 1 < len(slot):
+        _untie(model, f"{slot[0]} and {slot[-1]} are tied by {CONFIG}, but one of them is quantized")
+    return [kept for kept in slots if kept is not slot], None
 
 
 def _dequantized(weight: QuantTensor, device: torch.device, dtype: torch.dtype) -> Oddity:

@@ -59,6 +59,13 @@ class Checkpoint(Protocol):
     def expert_weights(self, stack: str) -> Iterator[Parsed]:
         """The weights `[N, K]` of a stack, one expert after the other."""
 
+    @property
+    def embeddings(self) -> Collection[str]:
+        """Weights of embeddings, among `names`, whose quantized form `embedding` gives, too."""
+
+    def embedding(self, name: str) -> Parsed:
+        """The weight `[vocabulary, K]` of an embedding, quantized."""
+
     def with_activations_of_the_file(self) -> Checkpoint:
         """The same checkpoint, whose weights run with the activations that it asks for; `weight` raises where no kernel has
         them."""

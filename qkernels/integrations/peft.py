@@ -24,7 +24,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from ..errors import ArgumentError
-from ..nn import QuantLinear
+from ..nn import QuantEmbedding, QuantLinear
 
 
 class QuantLoraLinear(Linear):
@@ -81,10 +81,11 @@ def _naming_quantized(collect: Callable[[Any, nn.Module], Any]) -> Callable[[Any
 
 
 def _heads(model: Any) -> list[nn.Module]:
-    """What PEFT leaves out: the output embedding, or the head of a classifier."""
+    """What PEFT leaves out: the output embedding, or the head of a classifier; and packed embeddings."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     named = [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
-    return [head for head in (output, *named) if head is not None]
+    tables = [module.table for module in model.modules() if isinstance(module, QuantEmbedding)]
+    return [head for head in (output, *named, *tables) if head is not None]
 
 
 tuners_utils._maybe_include_all_linear_layers = _naming_quantized(tuners_utils._maybe_include_all_linear_layers)

@@ -54,6 +54,7 @@ from ..nn import (
     select_linears,
     set_module,
 )
+from ..nn.embedding import plain_embeddings
 from ..nn.experts import bias_of
 from ..nn.pretrained import prepare_with
 from ..nn.selection import as_patterns
@@ -420,7 +421,8 @@ def _saving(model: Any) -> Iterator[None]:
         )
     known = getattr(model, "_weight_conversions", None)
     try:
-        yield
+        with plain_embeddings(model):
+            yield
     finally:
         if known is not None:
             model._weight_conversions = known

@@ -44,6 +44,7 @@ NO_GGUF: Final = (
     "vLLM streams safetensors, so a GGUF file is not served as it is: `qkernels pack model.gguf dir/` writes the same weights "
     "for it, then serve dir/"
 )
+_ANY: Final = "weight"  # stands for a tensor of a module, where names of tensors are mapped
 _SHARDS: Final = {None: 0, "q": 0, "k": 1, "v": 2}
 
 
@@ -130,10 +131,14 @@ class VllmConfig(QuantizationConfig):
             )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Modules get the names that the model of vLLM has for them."""
-        named = {name: hf_to_vllm_mapper.apply_list([name]) for name in self.tensors}
-        self.tensors = {new[0]: self.tensors[name] for name, new in named.items() if new}
-        self.spelled = {new[0]: name for name, new in named.items() if new and new[0] != name}
+        """Modules get the names that the model of vLLM has for them: those that their tensors get."""
+        named: dict[str, str] = {}
+        for name in self.tensors:
+            found = hf_to_vllm_mapper.apply_list([f"{name}.{_ANY}"])
+            if found:
+                named[name] = found[0].removesuffix(f".{_ANY}")
+        self.tensors = {new: self.tensors[name] for name, new in named.items()}
+        self.spelled = {new: name for name, new in named.items() if new != name}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | VllmExpertsMethod | None:
         """The method of a linear layer, head or routed experts; None for what is not quantized.

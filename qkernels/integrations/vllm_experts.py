@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from ..checkpoint.activations import as_it_runs
@@ -25,7 +25,7 @@ from ..nn import QuantStack
 from ..nn.experts import OrdersDiffer
 from ..ops import grouped
 from ..tensor import QuantTensor
-from .vllm_weights import owner_of, rows_of
+from .vllm_weights import owner_of, parameter_name, rows_of
 
 # What vLLM calls what lies between the two products, and what `ops.grouped` calls it.
 ACTIVATIONS: Final = {
@@ -90,7 +90,8 @@ class VllmExpertsMethod(FusedMoEMethodBase):
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
         params_dtype: torch.dtype, **extra: Any,
     ) -> None:  # fmt: skip
-        """No parameters: `layer.load_weights`, which vLLM gives the tensors, collects them."""
+        """What collects the tensors: `layer.load_weights`, or where vLLM's class of the model loads by itself (DeepSeek) empty
+        parameters under the names that it then asks for."""
         self._check(layer)
         gated = layer.activation.value in ("silu", "gelu", "gelu_tanh")
         width = intermediate_size_per_partition * layer.moe_config.moe_parallel_config.tp_size
@@ -98,7 +99,14 @@ class VllmExpertsMethod(FusedMoEMethodBase):
         device = torch.empty(0).device  # vLLM builds models inside of `torch.device(...)`
         layer.qkernels_loading = Loading(form, intermediate_size_per_partition, params_dtype, device)
         layer.load_weights = partial(self._load, layer)
-        self._members(form)
+        members = self._members(form)
+        for name in self._holes():
+            hole = nn.Parameter(torch.empty(0), requires_grad=False)
+            hole.weight_loader = partial(self._collect_part, layer, members, name.partition("_")[2])  # type: ignore[attr-defined]
+            layer.register_parameter(name, hole)
+
+    def _holes(self) -> list[str]:
+        return [f"{both}_{parameter_name(suffix)}" for both in ("w13", "w2") for suffix in self.asked.format.suffixes]
 
     def _check(self, layer: Any) -> None:
         asked = {
@@ -115,22 +123,23 @@ class VllmExpertsMethod(FusedMoEMethodBase):
             )
 
     def _members(self, form: ExpertsForm) -> dict[str, Places]:
-        """Of each projection: its stack's name, or the names of its matrices by (expert, part).
+        """Of each projection: its stack's name, or the names of its matrices by (expert, part). What a module is tells its name
+        in the files: vLLM may have renamed it (Mixtral's down_proj is w2 there).
 
         Raises:
             CheckpointError: a name that is none of these; some are quantized and others are not.
         """
         prefix = self.asked.prefix
         found: dict[str, Places] = {}
-        for name in self.asked.tensors:
-            projection = name.removeprefix(f"{prefix}.")
-            if projection in (form.up, form.down):
+        for name, spelled in self.asked.in_files.items():
+            above, _, projection = spelled.rpartition(".")
+            if projection in (form.up, form.down) and not above.rpartition(".")[2].isdecimal():
                 found[projection] = name
                 continue
-            place = part_of(name, {prefix: form})
+            place = part_of(spelled, {above.rpartition(".")[0]: form})
             members = found.setdefault("" if place is None else place[0].rpartition(".")[2], {})
             if place is None or isinstance(members, str) or place[1] >= form.experts:
-                raise CheckpointError(f"{name}: quantized, and no part of experts that are known here")
+                raise CheckpointError(f"{spelled}: quantized, and no part of experts that are known here")
             members[place[1:]] = name
         for projection in (form.up, form.down):
             members = found.get(projection, {})
@@ -151,13 +160,30 @@ class VllmExpertsMethod(FusedMoEMethodBase):
             owner = owner_of(f"{self.asked.prefix}.{name}", self.asked.format)
             if owner is None or owner[1] not in self.asked.tensors.get(owner[0], ()):
                 raise CheckpointError(f"{self.asked.prefix}.{name}: a tensor of experts that no header lists")
-            loading: Loading = layer.qkernels_loading
-            loading.files.setdefault(owner[0], {})[owner[1]] = (
-                tensor.detach().cpu().clone()
-            )  # its memory may be used again
-            if not self._missing(loading):
-                self._pack(layer)
+            self._collect(layer, *owner, tensor)
             yield name
+
+    def _collect(self, layer: Any, module: str, suffix: str, tensor: Tensor) -> None:
+        loading: Loading = layer.qkernels_loading
+        loading.files.setdefault(module, {})[suffix] = tensor.detach().cpu().clone()  # its memory may be used again
+        if not self._missing(loading):
+            self._pack(layer)
+
+    def _collect_part(
+        self, layer: Any, members: dict[str, Places], spelled: str, param: Any, loaded_weight: Tensor, weight_name: str = "",
+        shard_id: str = "", expert_id: int = 0, return_success: bool = False,
+    ) -> bool | None:  # fmt: skip
+        """What a parameter's loader is called with: a tensor of gate (w1), up (w3) or down (w2) of one expert."""
+        suffix = next(s for s in self.asked.format.suffixes if parameter_name(s) == spelled)
+        form: ExpertsForm = layer.qkernels_loading.form
+        places = members[form.down if shard_id == "w2" else form.up]
+        module = None if isinstance(places, str) else places.get((expert_id, 1 if shard_id == "w3" else 0))
+        if module is None or suffix not in self.asked.tensors[module]:
+            raise CheckpointError(
+                f"{self.asked.prefix}: {weight_name}, {shard_id} of expert {expert_id}, is in no header"
+            )
+        self._collect(layer, module, suffix, loaded_weight)
+        return True if return_success else None
 
     def _missing(self, loading: Loading) -> list[str]:
         tensors = self.asked.tensors
@@ -172,6 +198,8 @@ class VllmExpertsMethod(FusedMoEMethodBase):
                 self._stack(layer, loading, projection, members[projection], here)
                 for projection in (loading.form.up, loading.form.down)
             ]
+        for name in self._holes():
+            delattr(layer, name)
         del layer.qkernels_loading, layer.load_weights
         layer.qkernels_up, layer.qkernels_down = stacks
 

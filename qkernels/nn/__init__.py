@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .embedding import QuantEmbedding
 from .experts import QuantExperts, QuantStack
 from .linear import QuantLinear
 from .modules import model_bytes, other_names, packed_bytes, set_module
@@ -9,6 +10,7 @@ from .replace import ReplaceReport, replace_linear
 from .selection import Selection, select_linears
 
 __all__ = [
+    "QuantEmbedding",
     "QuantExperts",
     "QuantLinear",
     "QuantStack",

@@ -270,7 +270,7 @@ def not_built(op: str, backend: Backend, *_: Any) -> Tensor:
     )
 
 
-def _needs_cuda(op: str, x: Tensor, *_: Any) -> Tensor:
+def needs_cuda(op: str, x: Tensor, *_: Any) -> Tensor:
     raise UnsupportedProblem(
         f"torch.ops.qkernels.{op} runs on CUDA devices, got tensors on {x.device}: pack the weight for that device "
         f"(QuantLinear.to does), or move them"
@@ -310,7 +310,7 @@ def _refuse_what_is_not_there(layout: Layout) -> None:
     backend = BACKENDS[layout.backend]
     for op in _products_of(layout):
         if backend.device == "cuda":
-            LIBRARY.impl(op, partial(_needs_cuda, op), "CPU")
+            LIBRARY.impl(op, partial(needs_cuda, op), "CPU")
         if backend.device is not None and not backend.built():
             LIBRARY.impl(op, partial(not_built, op, backend), backend.device.upper())
 

@@ -6,11 +6,14 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
+
+from qkernels.checkpoint import open_checkpoint
 
 MODULES = ("vllm", "vllm_experts")
 
@@ -115,3 +118,9 @@ def plugin_beside(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> An
 def forget() -> None:
     for name in MODULES:
         sys.modules.pop(f"qkernels.integrations.{name}", None)
+
+
+def config_of(plugin: Any, directory: Path) -> Any:
+    made = plugin.VllmConfig.from_config(dict(open_checkpoint(directory).quantization))
+    made.maybe_update_config(str(directory))
+    return made

@@ -18,16 +18,17 @@ from qkernels import GPTQ, RTN, QuantLinear, load, quantize, replace_linear, sav
 from qkernels.checkpoint import open_checkpoint
 from qkernels.errors import ArgumentError, CheckpointError
 from tests.checkpoints import plain_checkpoint, small_llama
-from tests.integrations.fake_vllm import LinearBase, Mapper, ParallelLMHead, RowParallelLinear, UnquantizedLinearMethod
+from tests.integrations.fake_vllm import (
+    LinearBase,
+    Mapper,
+    ParallelLMHead,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+    config_of,
+)  # fmt: skip
 from tests.tiny_models import token_windows
 
 SOURCES = sorted((Path(qkernels.__file__).parent / "integrations").glob("vllm*.py"))
-
-
-def config_of(plugin: Any, directory: Path) -> Any:
-    made = plugin.VllmConfig.from_config(dict(open_checkpoint(directory).quantization))
-    made.maybe_update_config(str(directory))
-    return made
 
 
 def filled(

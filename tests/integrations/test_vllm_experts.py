@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from qkernels import load, replace_linear, save
 from qkernels.checkpoint import open_checkpoint
 from qkernels.errors import CheckpointError
-from tests.integrations.fake_vllm import RoutedExperts
-from tests.integrations.test_vllm import config_of
+from tests.golden_experts import golden
+from tests.integrations.fake_vllm import RoutedExperts, config_of
 from tests.moe_models import tiny_moe
-from tests.test_experts_of_tools import golden
 
 TOKENS, CHOSEN = 9, 2
 
@@ -153,6 +152,47 @@ def test_a_layer_is_packed_with_its_last_tensor(plugin: Any, tmp_path: Path) -> 
     method.process_weights_after_loading(layer)
 
 
+def test_a_model_that_loads_experts_by_itself(plugin: Any, tmp_path: Path) -> None:
+    """DeepSeek's class in vLLM looks for parameters by the names that vLLM gives to all experts at once."""
+    directory = written(tmp_path, "qwen3_moe", "gptq", **CHANGES["qwen3_moe"])
+    _, module, prefix = place(directory)
+    config, layer = config_of(plugin, directory), RoutedExperts(8, 32)
+    method = config.get_quant_method(layer, prefix)
+    method.create_weights(layer, 8, 32, 32, torch.float32)
+    parameters, shards = dict(layer.named_parameters()), {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for name, tensor in stream(directory, prefix, config):
+        expert, part, suffix = name.split(".")
+        hole = parameters[f"{'w2' if part == 'down_proj' else 'w13'}_{suffix}"]
+        loaded = hole.weight_loader(
+            hole, tensor, name, shard_id=shards[part], expert_id=int(expert), return_success=True
+        )
+        assert loaded is True
+    method.process_weights_after_loading(layer)
+    x, weights, ids = routed(32, 8)
+    assert torch.equal(method.apply(layer, x, weights, ids), expected(module, x, weights, ids))
+    assert not list(layer.parameters())
+
+
+def test_names_that_vllm_gives_to_tensors_are_followed(plugin: Any, tmp_path: Path) -> None:
+    """Mixtral's class in vLLM calls what is down_proj in a file w2, of tensors and so of stacks, too."""
+    directory = written(tmp_path, "mixtral", "native", **CHANGES["mixtral"])
+    _, module, prefix = place(directory)
+    config, layer = config_of(plugin, directory), RoutedExperts(4, 32)
+
+    class Renaming:
+        def apply_list(self, names: list[str]) -> list[str]:
+            return [name.replace(".down_proj.", ".w2.") for name in names]
+
+    config.apply_vllm_mapper(Renaming())
+    method = config.get_quant_method(layer, prefix)
+    method.create_weights(layer, 4, 32, 32, torch.float32)
+    tensors = stream(directory, prefix, config)
+    list(layer.load_weights((Renaming().apply_list([f".{name}"])[0][1:], t) for name, t in tensors))  # type: ignore[operator]
+    method.process_weights_after_loading(layer)
+    x, weights, ids = routed(32, 4)
+    assert torch.equal(method.apply(layer, x, weights, ids), expected(module, x, weights, ids))
+
+
 REFUSED = {
     "activation 'situ'": lambda layer: setattr(layer.activation, "value", "situ"),
     "a limit of the activation": lambda layer: setattr(layer, "swiglu_limit", 7.0),
@@ -178,7 +218,7 @@ def test_some_of_the_experts_are_refused(plugin: Any, tmp_path: Path) -> None:
     layer = RoutedExperts(8, 24)
     with pytest.raises(CheckpointError, match="15 of 16 matrices of gate_up_proj are quantized"):
         config.get_quant_method(layer, prefix).create_weights(layer, 8, 32, 24, torch.float32)
-    config.tensors[f"{prefix}.9.up_proj"] = ("qweight",)
+    config.tensors[f"{prefix}.9.up_proj"] = ("qweight",)  # of eight
     with pytest.raises(CheckpointError, match=r"experts\.9\.up_proj: quantized, and no part"):
         config.get_quant_method(layer, prefix).create_weights(layer, 8, 32, 24, torch.float32)
 

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from qkernels import Problem, QuantLinear, QuantScheme, QuantTensor, UnsupportedProblem, extension, list_kernels
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.layouts import get_layout
+from tests.ops.conftest import BF16_ISAS
 from tests.ops.helpers import integers, layer_in
 from tests.strategies import random_weight, same_weight
 
@@ -413,7 +414,7 @@ COPIES = {"aten::copy_", "aten::contiguous", "aten::clone", "aten::to", "aten::_
     ("scheme", "dtype", "allocations"),
     [
         ("w4a16_g32", torch.float32, 1),  # y
-        ("w4a16_g32", torch.bfloat16, 1 if extension.status().isa == "avx512_bf16" else 2),  # and x in fp32
+        ("w4a16_g32", torch.bfloat16, 1 if extension.status().isa in BF16_ISAS else 2),  # and x in fp32
         ("w4a8_g32", torch.bfloat16, 2),  # and the codes of x
     ],
 )

@@ -254,3 +254,29 @@ def test_products(tmp_path: Path) -> None:
     check_symbols([out for out in objects if out.stem in NEON])
     check_dispatch(program)
     check_products(program)
+
+
+def test_what_runs_on_torch_compiles(tmp_path: Path) -> None:
+    """The rest of what setup.py compiles there: bindings, as far as a compiler checks them, and GGUF's searches, which are plain
+    code."""
+
+    includes = [f"-I{path}" for path in (CSRC, *cpp_extension.include_paths())]
+    bindings = [CSRC / "exports.cpp", *sorted((CSRC / "cpu").glob("bindings*.cpp"))]
+    build(tmp_path, bindings, "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes)
+    objects = build(
+        tmp_path, [CSRC / "cpu" / f"{name}.cpp" for name in ("experts", "gguf", "gguf_scalar")], "-O0", "-Werror"
+    )
+    assert all(out.exists() for out in objects)
+
+
+@pytest.mark.large
+def test_as_shipped(tmp_path: Path) -> None:
+    """With the optimization of setup.py: the same comparisons, and the edge shapes of test_sanitizers (five minutes)."""
+    sources = [CSRC / "cpu" / f"{name}.cpp" for name in (*PRODUCTS, "experts")]
+    drivers = [Path(__file__).parent / f"{name}.cpp" for name in ("products", "edge_shapes")]
+    objects = build(tmp_path, [*sources, *drivers], "-O3", "-fwrapv", "-fPIC", "-Werror")
+    check_symbols([out for out in objects if out.stem in NEON])
+    check_products(link(objects[:-1], tmp_path / "products"))
+    edge_shapes = link([*objects[:-2], objects[-1]], tmp_path / "edge_shapes")
+    for isa, cpu in CPUS.items():
+        assert ", 0 wrong" in emulate(cpu, edge_shapes, isa).decode(), isa
