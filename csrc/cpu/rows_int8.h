@@ -12,7 +12,8 @@ constexpr uint32_t kInfinity = 0x7f800000;  // magnitudes in the order of their 
 inline uint32_t magnitude_of(float f) { return as_bits(f) & 0x7fffffff; }
 
 // The nearest of fp16's values as if its exponents had no end; of no NaN. from_half(to_half(f)) is the same up to
-// 65504, and has branches that keep the compiler from doing sixteen at once: 3.6 ns a value where this takes 0.2.
+// 65504, and has branches that keep the compiler from doing sixteen at once: with it, outliers cost 3.6 ns an entry of
+// x (bf16, 128 x 4096, two cores of a Zen 4), without 0.7.
 inline float in_steps_of_half(float f) {
   const uint32_t magnitude = magnitude_of(f);
   const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1)) & ~uint32_t{0x1fff};

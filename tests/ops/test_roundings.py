@@ -165,6 +165,22 @@ def test_a_neighbour_marks_a_column(isa: str) -> None:
     assert torch.equal(alone, multiply(weight, x)[:1])
 
 
+@pytest.mark.parametrize("scheme", ["w8a8o6_channel", "w4a8o6_g8_asym", "w5a8o6_g24_fzero"])
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 199, 200])
+def test_any_number_of_outliers(isa: str, scheme: str, count: int) -> None:
+    """They are added 32 columns at a time. What they alone make is a product of floats."""
+    weight = random_weight(scheme, 70, 200, seed=count, act_order="_g" in scheme)
+    columns = torch.randperm(200, generator=torch.Generator().manual_seed(count))[:count]
+    w = weight.dequantize().double()
+    for M, dtype in ((1, torch.float32), (9, torch.bfloat16), (70, torch.float16)):
+        x = torch.zeros(200, M, dtype=dtype).T
+        x[:, columns] = torch.randn(M, count, generator=torch.Generator().manual_seed(M)).to(dtype) * 4
+        x[0, columns] = 6
+        y, right = multiply(weight, x), x.double() @ w.T
+        bound = 2.0**-23 * (count + 8) * (x.double().abs() @ w.abs().T)
+        assert ((y.double() - right).abs() <= bound + torch.finfo(dtype).eps * right.abs()).all(), M
+
+
 def test_more_outliers_than_16_bits_hold(isa: str) -> None:
     """Beyond 65504 bitsandbytes has infinities on a GPU in fp16; here x is what it is."""
     weight = random_weight("w8a8o6_channel", 40, 64)
