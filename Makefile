@@ -4,6 +4,7 @@
 # make bench       the full benchmark set on this machine, and its page  (10 minutes on a CPU; `qkernels bench`: half a minute)
 # make gpu-check   all checks and measurements that need a GPU, in stages (takes the environment as it is);
 #                  DRY=--dry-run lists them, and says which could start here, without a GPU
+# make docs        the documentation as a site, in build/site
 # make results-check  how many commits of csrc/ and qkernels/ lie between each result and now; names files that are no results
 #
 #   TORCH=2.11.0       another torch version than the pinned one
@@ -43,7 +44,7 @@ GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo 1)
 DEMO_EXTENSION := $(or $(wildcard $(EXTENSION)),$(if $(GPU),,$(wildcard $(TEST_EXTENSION))),build/extension-demo.stamp)
 build/extension-demo.stamp: export QKERNELS_CUDA ?= $(or $(GPU),0)
 
-.PHONY: help demo test test-full bench gpu-check results-check lint format clean
+.PHONY: help demo test test-full bench docs gpu-check results-check lint format clean
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -59,6 +60,13 @@ test-full: lint $(EXTENSION)
 bench: $(EXTENSION)
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks.method.report
+
+# mkdocs comes here and not with the tests: nothing else needs it. Not --quiet, which hides warnings from its strict mode.
+docs: $(READY)
+	$(PY) -m pip install --quiet --progress-bar off "mkdocs-material>=9.6,<10"
+	$(PY) -m tools.site build/pages
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	@echo "build/site/index.html"
 
 # No prerequisites on purpose: they take the environment that is there, and download nothing.
 gpu-check:

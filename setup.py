@@ -19,6 +19,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
+MACHINE = platform.machine()
 # torch 2.10: without it the binary asks for the torch that it was built with
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # 8.6 and 8.9 run the code of 8.0 (decision 0020); cards of no family here (10.0, 10.3: B200, B300) compile its PTX, since PTX
@@ -46,12 +47,14 @@ def find_cuda_home() -> Path | None:
 
 
 def cpu_sources() -> list[str]:
-    """Instruction sets choose their own targets (csrc/cpu/target.h); elsewhere than on x86 there is the scalar code alone."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
+    """Instruction sets choose their own targets (csrc/cpu/target.h); elsewhere than on x86 and aarch64 there is the scalar code
+    alone."""
     names = ["bindings", "bindings_experts", "bindings_gguf", "dispatch", "experts", "gemm", "gguf"]
     names += ["gguf_scalar", "scalar", "scalar_int8"]
-    if x86:
+    if MACHINE in ("x86_64", "AMD64"):
         names += ["avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni", "gguf_avx2", "gguf_avx512"]
+    if MACHINE == "aarch64":
+        names += ["neon", "neon_bf16", "neon_dotprod", "neon_i8mm", "neon_int8"]
     return ["csrc/exports.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]
 
 
@@ -68,6 +71,8 @@ def extension():  # type: ignore[no-untyped-def]
     # The two warnings that are off come from torch's headers and from gcc 12's own intrinsics.
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
     cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *warnings, *DEFINES]
+    if MACHINE == "aarch64":  # its plain code has fused multiply-adds, which round otherwise than that of x86
+        cxx.append("-ffp-contract=off")
     # Torch has nvcc write down what a file includes only if torch itself is built for CUDA; so headers are in the command.
     nvcc = ["-O3", "-std=c++17", *DEFINES, f"-DQKERNELS_HEADERS={digest_of_headers()}"]
     options: dict[str, list[str]] = {"include_dirs": [str(HERE / "csrc")], "libraries": [], "library_dirs": []}

@@ -33,8 +33,9 @@ struct Arguments {
   const Buffer *zeros, *k_order, *outer_scales, *outer_zeros, *bias;
   int64_t out_features, bits, group_size;
   bool zeros_are_offsets;
-  int64_t codebook, factors;  // numbers of the lists in types.h
-  int64_t act = 0;            // of layouts for int8 activations: Rounding
+  int64_t codebook, factors;         // numbers of the lists in types.h
+  int64_t act = 0;                   // of layouts for int8 activations: Rounding
+  const Buffer* x_static = nullptr;  // of some of these: scale and zero point of x
 };
 
 template <class... Parts>

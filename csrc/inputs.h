@@ -25,6 +25,7 @@ struct Inputs {
   bool zeros_are_offsets;
   int64_t codebook, factors;
   int64_t act = 0;
+  const OptionalTensor* x_static = nullptr;  // null: the layout has no such buffer
 };
 
 // `op` as torch calls gemm_<layout> and gemv_<layout>.
@@ -45,6 +46,17 @@ Tensor product_op_a8(const Tensor& x, const Tensor& qweight, const Tensor& scale
                      int64_t group_size, bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t act) {
   return op({&x, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits, group_size,
              zeros_are_offsets, codebook, factors, act});
+}
+
+// The same of those that take static activations, which have one buffer more.
+template <Tensor (*op)(const Inputs&)>
+Tensor product_op_static(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+                         const OptionalTensor& k_order, const OptionalTensor& outer_scales,
+                         const OptionalTensor& outer_zeros, const OptionalTensor& x_static, const OptionalTensor& bias,
+                         int64_t out_features, int64_t bits, int64_t group_size, bool zeros_are_offsets,
+                         int64_t codebook, int64_t factors, int64_t act) {
+  return op({&x, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits, group_size,
+             zeros_are_offsets, codebook, factors, act, &x_static});
 }
 
 // `op` as torch calls dequantize_<layout>.
@@ -130,7 +142,7 @@ inline Buffer buffer_of(const Tensor& t) {
 
 // Points into itself, so it stays where it is.
 struct Plain {
-  std::optional<Buffer> zeros, k_order, outer_scales, outer_zeros, bias;
+  std::optional<Buffer> zeros, k_order, outer_scales, outer_zeros, bias, x_static;
   Arguments arguments{};
 
   explicit Plain(const Inputs& in) {
@@ -152,7 +164,8 @@ struct Plain {
                  in.zeros_are_offsets,
                  in.codebook,
                  in.factors,
-                 in.act};
+                 in.act,
+                 in.x_static == nullptr ? nullptr : given(*in.x_static, x_static)};
   }
   Plain(const Plain&) = delete;
 };

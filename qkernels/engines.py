@@ -35,7 +35,6 @@ class KnownEngine:
         widths: bits of integer codes that it has kernels for; None: all.
         groups: group sizes of integer codes; None: all.
         merges: whether it merges modules (`MERGED`), which then need one scheme.
-        experts: why it does not take quantized experts; "" where it does.
     """
 
     name: str
@@ -47,7 +46,6 @@ class KnownEngine:
     widths: tuple[int, ...] | None = None
     groups: tuple[int | str, ...] | None = None
     merges: bool = False
-    experts: str = ""
 
     def needs(self, format_name: str) -> str | None:
         """What it needs for a format; None where it does not read it."""
@@ -100,7 +98,6 @@ ENGINES: Final = (
     KnownEngine(
         PLUGIN, "0.32.0", "2026-11", "run",
         dict.fromkeys(_SAFETENSORS, ""),
-        experts="no quantized experts yet",
     ),
     KnownEngine(
         "SGLang", "0.5.23", "2026-11", "source",
@@ -175,8 +172,6 @@ def _limits(
     """Why an engine that reads the format does not serve these weights."""
     limits = []
     integers = [scheme for scheme in schemes.values() if scheme.codebook is None and scheme.factors is None]
-    if known.experts and any(".experts" in module for module in schemes):
-        limits.append(known.experts)
     if known.act_order and ordered:
         limits.append(f"{known.act_order}: {len(ordered)} modules, first {ordered[0]}")
     narrow = sorted({scheme.bits for scheme in integers} - set(known.widths)) if known.widths is not None else []

@@ -5,6 +5,7 @@ w4a16_g128_asym     the same with integer zero points;  _fzero: float zero point
 w8a16_channel       one scale per output channel;  w8a16_tensor: one scale for the whole matrix
 w4a8_g128           activations quantized to int8 while the kernel runs; zeros as above; so are w8a8w_channel and w8a8z_channel,
                     as compressed-tensors computes, and w8a8o6_channel, LLM.int8's (`ACTIVATIONS`)
+w8a8s_channel       int8 activations under a scale from the file;  w8a8sz_channel: and a zero point
 nf4_g64             codes are indices into a codebook (`codebooks`); so are nvfp4_g16, iq4nl_g32, fp8_channel
 mxfp4_g32           4-bit floats under scales that are powers of two;  fp8_block128: one scale a block of 128 x 128
 q4_k, iq4_xs        GGUF's super-blocks: scales are products of two factors (`FACTORS`)
@@ -49,6 +50,8 @@ class Activation:
         lowest: the smallest of the integers.
         grouped: whether the grouped products of stacked experts have them.
         threshold: where |x| >= it in any row, the column multiplies in 16 bits; None: nowhere.
+        static: whether scale and zero point are the same for all tokens, and stored with the weight (`QuantTensor.x_static`).
+        zero_points: whether codes stand for themselves less a zero point.
     """
 
     spelling: str
@@ -58,21 +61,28 @@ class Activation:
     lowest: int = -127
     grouped: bool = True
     threshold: float | None = None
+    static: bool = False
+    zero_points: bool = False
 
     def __str__(self) -> str:
         return f"{self.bits}-bit activations" + (f" ({self.what})" if self.what else "")
 
 
 # The one table of activations: a scheme's `act` is a key of it, and layouts name the keys that their kernels take. All integers
-# are made while the kernel runs, with one scale a token. compressed-tensors computes scale and quotient in the dtype of x
-# (calculate_qparams, fake_quantize; 0.20). LLM.int8: Dettmers et al. 2022, section 3.2, as bitsandbytes 0.50 computes it
-# (backends/default/ops.py, int8_vectorwise_quant): x rounded to float16, the maximum of a row without the entries >= 6.
+# are made while the kernel runs, with one scale a token, or the one that the file has for all. compressed-tensors computes scale
+# and quotient in the dtype of x (calculate_qparams, fake_quantize; 0.20). LLM.int8: Dettmers et al. 2022, section 3.2, as
+# bitsandbytes 0.50 computes it (backends/default/ops.py, int8_vectorwise_quant): x rounded to float16, the maximum of a row
+# without the entries >= 6.
 ACTIVATIONS: dict[str | None, Activation] = {
     None: Activation("16", 16),  # as they come: float16 or bfloat16, on some kernels also float32
     "int8": Activation("8", 8, integers=True),  # max |x| / 127, in fp32
     "int8_wide": Activation("8w", 8, True, "max |x| / 127.5 in the dtype of x, -128 to 127", lowest=-128),
-    "int8_zero": Activation("8z", 8, True, "(max - min) / 255 and a zero point a token", lowest=-128, grouped=False),
-    "int8_outliers": Activation("8o6", 8, True, "columns with |x| >= 6 in 16 bits", grouped=False, threshold=6.0),
+    "int8_zero": Activation("8z", 8, True, "(max - min) / 255 and a zero point a token", -128, zero_points=True),
+    "int8_outliers": Activation("8o6", 8, True, "columns with |x| >= 6 in 16 bits", threshold=6.0),
+    "int8_static": Activation("8s", 8, True, "one scale from the file, -128 to 127", -128, grouped=False, static=True),
+    "int8_static_zero": Activation(
+        "8sz", 8, True, "one scale and zero point from the file", -128, grouped=False, static=True, zero_points=True
+    ),
 }
 ACTIVATION_NUMBERS: dict[str | None, int] = {name: i for i, name in enumerate(ACTIVATIONS)}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, TensorError
 from .factors import Factors, as_bytes, kind_of
-from .scheme import CODEBOOKS, QuantScheme
+from .scheme import ACTIVATIONS, CODEBOOKS, QuantScheme
 from .text import describe, dtype_name, dtype_named
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,6 +55,8 @@ class QuantTensor:
             differ in it. Groups 0 … G - 2 have exactly group_size members, the last has the rest.
         scheme: what the codes mean.
         factors: what scales and zeros are products of, where `scheme.factors` names a kind; made by `from_factors`.
+        x_static: fp32 `[2]`, scale and zero point of the activations, where those of the scheme are static; else None. The
+            scale is positive, the zero point a whole number from -128 to 127, and 0 where the activations have none.
 
     Raises:
         TensorError: naming the field, what was expected and what came.
@@ -76,6 +78,7 @@ class QuantTensor:
     group_index: Tensor | None
     scheme: QuantScheme
     factors: Factors | None = None
+    x_static: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_shapes(self)
@@ -84,7 +87,12 @@ class QuantTensor:
 
     @classmethod
     def from_factors(
-        cls, codes: Tensor, factors: Factors, scheme: QuantScheme, group_index: Tensor | None = None
+        cls,
+        codes: Tensor,
+        factors: Factors,
+        scheme: QuantScheme,
+        group_index: Tensor | None = None,
+        x_static: Tensor | None = None,
     ) -> QuantTensor:
         """A weight whose scales (and zeros) are products: fp32, derived here, so that there is nothing to contradict.
 
@@ -109,7 +117,7 @@ class QuantTensor:
         if codes.dim() < 2:
             raise TensorError(f"codes must be uint8 [..., N, K], got {describe(codes)}")
         factors.check(codes.shape[:-1], scheme.num_groups(codes.shape[-1]), scheme)
-        return cls(codes, factors.scales(scheme), factors.zeros(scheme), group_index, scheme, factors)
+        return cls(codes, factors.scales(scheme), factors.zeros(scheme), group_index, scheme, factors, x_static)
 
     @property
     def N(self) -> int:
@@ -133,7 +141,7 @@ class QuantTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the information held: codes at their true width, scales (one a block where the scheme has `rows`) or factors,
-        zero points (integer ones at `bits` wide) and the group index. Not the bytes of this unpacked form."""
+        zero points (integer ones at `bits` wide), the group index and x_static. Not the bytes of this unpacked form."""
         bits = self.codes.numel() * self.scheme.bits
         if self.factors is not None:
             bits += self.factors.nbits(self.scheme)
@@ -146,6 +154,8 @@ class QuantTensor:
             )
         if self.group_index is not None:
             bits += self.group_index.numel() * 32
+        if self.x_static is not None:
+            bits += self.x_static.numel() * 32
         return -(-bits // 8)
 
     def column_groups(self) -> Tensor:
@@ -210,11 +220,11 @@ class QuantTensor:
 
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same tensor on another device; dtypes stay."""
-        moved = [t if t is None else t.to(device) for t in (self.codes, self.scales, self.zeros, self.group_index)]
-        codes, scales, zeros, group_index = moved
+        parts = (self.codes, self.scales, self.zeros, self.group_index, self.x_static)
+        codes, scales, zeros, group_index, x_static = [t if t is None else t.to(device) for t in parts]
         assert codes is not None and scales is not None
         factors = None if self.factors is None else self.factors.to(device)
-        return QuantTensor(codes, scales, zeros, group_index, self.scheme, factors)
+        return QuantTensor(codes, scales, zeros, group_index, self.scheme, factors, x_static)
 
     def shard(self, dim: Literal["N", "K"], rank: int, world: int) -> QuantTensor:
         """Part `rank` of `world` for tensor parallelism: rows ("N", column-parallel layers) or columns ("K").
@@ -241,14 +251,15 @@ class QuantTensor:
                 scheme = replace(scheme, rows=1)  # the cut goes through blocks, which keep their scale on both sides
             factors = None if self.factors is None else self.factors.rows(part)
             return QuantTensor(
-                self.codes[..., part, :], self.scales[..., part, :], zeros, self.group_index, scheme, factors
-            )
+                self.codes[..., part, :], self.scales[..., part, :], zeros, self.group_index, scheme, factors,
+                self.x_static,
+            )  # fmt: skip
         if self.group_index is not None:
             raise ArgumentError(
                 "cannot cut K of an act-order weight: its groups are spread over all columns; cut N instead"
             )
         if not isinstance(self.scheme.group_size, int):
-            return QuantTensor(self.codes[..., part], self.scales, self.zeros, None, self.scheme)
+            return replace(self, codes=self.codes[..., part])
         per = 1 if self.factors is None else kind_of(self.scheme).groups_per_outer or 1
         group = self.scheme.group_size * per
         if (size // world) % group and world > 1:
@@ -260,7 +271,9 @@ class QuantTensor:
         first, last = part.start // group, -(-part.stop // group)
         zeros = None if self.zeros is None else self.zeros[..., first:last]
         factors = None if self.factors is None else self.factors.groups(first, last, self.scheme)
-        return QuantTensor(self.codes[..., part], self.scales[..., first:last], zeros, None, self.scheme, factors)
+        return QuantTensor(
+            self.codes[..., part], self.scales[..., first:last], zeros, None, self.scheme, factors, self.x_static
+        )
 
     @classmethod
     def concat(cls, parts: Sequence[QuantTensor]) -> QuantTensor:
@@ -348,6 +361,11 @@ def _check_alike(
                 raise ArgumentError(
                     f"weights that are joined need one {what}, got {expected[what]} (the first) and {got} (number {index})"
                 )
+        a, b = parts[0].x_static, part.x_static
+        if a is not None and b is not None and not a.is_meta and not torch.equal(a, b):
+            raise ArgumentError(
+                f"weights that are joined need one x_static, got {a.tolist()} and {b.tolist()} (number {index})"
+            )
         a, b = parts[0].group_index, part.group_index
         if not orders and not _one_order([a, b]):
             raise ArgumentError(f"weights that are joined need one group_index (act-order), number {index} has another")
@@ -360,13 +378,14 @@ def _joined(
     factors = [part.factors for part in parts if part.factors is not None]
     if factors:
         codes = join([part.codes for part in parts])
-        return QuantTensor.from_factors(codes, Factors.joined(factors, join), scheme, index)
+        return QuantTensor.from_factors(codes, Factors.joined(factors, join), scheme, index, parts[0].x_static)
     return QuantTensor(
         join([part.codes for part in parts]),
         join([as_bytes(part.scales) for part in parts]).view(parts[0].scales.dtype),
         join(zeros) if zeros else None,
         index,
         scheme,
+        x_static=parts[0].x_static,
     )
 
 
@@ -443,11 +462,35 @@ def _check_shapes(qt: QuantTensor) -> None:
     if index is not None and (index.dtype != torch.int32 or list(index.shape) not in ([K], experts) or index.dim() > 2):
         either = f" or [E, K] = {experts}" if codes.dim() == 3 else ""
         raise TensorError(f"group_index must be int32 [K] = [{K}]{either}, got {describe(index)}")
-    devices = {t.device for t in (codes, qt.scales, qt.zeros, qt.group_index) if t is not None}
+    _check_static(qt)
+    devices = {t.device for t in (codes, qt.scales, qt.zeros, qt.group_index, qt.x_static) if t is not None}
     if len(devices) > 1:
         raise TensorError(
-            f"codes, scales, zeros and group_index must be on one device, got {sorted(map(str, devices))}"
+            f"codes, scales, zeros, group_index and x_static must be on one device, got {sorted(map(str, devices))}"
         )
+
+
+def _check_static(qt: QuantTensor) -> None:
+    """Raise unless scale and zero point of x are there where they are wanted."""
+    wanted, given = ACTIVATIONS[qt.scheme.act].static, qt.x_static
+    fits = not wanted if given is None else wanted and (given.dtype, list(given.shape)) == (torch.float32, [2])
+    if not fits:
+        raise TensorError(
+            f"x_static must be {'float32 [2]: scale and zero point of x' if wanted else 'None'} for {qt.scheme}, got "
+            f"{describe(given)}"
+        )
+    if wanted and qt.codes.dim() > 2:
+        raise TensorError(f"static activations are of one weight [N, K], got codes {list(qt.codes.shape)}")
+
+
+def _check_static_values(x_static: Tensor, zero_points: bool) -> None:
+    scale, zero = x_static.tolist()
+    if not (math.isfinite(scale) and scale > 0):
+        raise TensorError(f"the scale of x must be positive and finite, got {scale}")
+    if not (-128 <= zero <= 127 and zero == int(zero)):
+        raise TensorError(f"the zero point of x must be a whole number from -128 to 127, got {zero}")
+    if zero and not zero_points:
+        raise TensorError(f"the zero point of x must be 0 where activations have none, got {zero:g}")
 
 
 def _check_values(qt: QuantTensor) -> None:
@@ -464,6 +507,8 @@ def _check_values(qt: QuantTensor) -> None:
             raise TensorError(
                 f"codes must be numbers of {scheme.codebook}, got {int(wrong.sum())} that mean NaN or infinity"
             )
+    if qt.x_static is not None:
+        _check_static_values(qt.x_static, ACTIVATIONS[scheme.act].zero_points)
     if scheme.rows > 1:
         _check_blocks(qt)
     if qt.factors is not None:

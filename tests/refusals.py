@@ -19,7 +19,13 @@ A8_SYMMETRIC = ["w4a8_g128", "w4a8_g32", "w8a8_channel", "w6a8_g16"]
 A8_INTEGER_ZEROS = ["w4a8_g32_asym", "w8a8_channel_asym"]
 A8_FLOATING = ["w4a8_g64_fzero", "w6a8_g32_offset"]
 A8_SCHEMES = [*A8_SYMMETRIC, *A8_INTEGER_ZEROS, *A8_FLOATING, *A8_CODEBOOKS, *A8_FACTORED]
-A8_ROUNDED = ["w8a8w_channel", "w4a8z_g32_asym", "w8a8o6_channel"]  # other int8 activations
+A8_ROUNDED = [
+    "w8a8w_channel",
+    "w4a8z_g32_asym",
+    "w8a8o6_channel",
+    "w8a8s_channel",
+    "w4a8sz_g32_asym",
+]  # other int8 activations
 A16_SCHEMES = [*INTEGER_SCHEMES, *FLOATING_SCHEMES, *CODEBOOK_SCHEMES, *BLOCK_SCHEMES, *FACTORED_SCHEMES]
 FACTORED = [*FACTORED_SCHEMES, *A8_FACTORED]
 WITH_CODEBOOK = [*CODEBOOK_SCHEMES, *A8_CODEBOOKS, "fp8_block32", "iq4_xs", "iq4_xs_a8", "nvfp4_g16", "nvfp4m_g16"]
@@ -67,10 +73,10 @@ REFUSED: dict[str, Reasons] = {
         **_NO_FACTORS, ": these kernels take bfloat16 and float16 ones": [*A8_SCHEMES, *A8_ROUNDED],
     },
     "mma_tile_a8": {
-        ": these kernels quantize them to int8 or int8_wide, ": [*A16_SCHEMES, "w4a8z_g32_asym", "w8a8o6_channel"],
+        ": these kernels quantize them to int8 or int8_wide, ": [*A16_SCHEMES, *A8_ROUNDED[1:]],
         "group_size 16 is neither 32 nor a multiple of 64": ["w6a8_g16"],
         "with int8 activations these kernels take symmetric weights alone": [
-            *A8_INTEGER_ZEROS, *A8_FLOATING, "q4_k_a8", "w4a8z_g32_asym",
+            *A8_INTEGER_ZEROS, *A8_FLOATING, "q4_k_a8", "w4a8z_g32_asym", "w4a8sz_g32_asym",
         ],
         "codebook 'iq4nl': only integer codes are supported": ["iq4nl_g32_a8", "iq4_xs_a8"],
         "codebook 'e2m1': only integer codes are supported": ["mxfp4_g32_a8"],

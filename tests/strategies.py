@@ -68,6 +68,8 @@ def random_weight(
             without rounding.
     """
     scheme = QuantScheme.parse(scheme)
+    activation = ACTIVATIONS[scheme.act]
+    static = torch.tensor([0.03125, 7.0 if activation.zero_points else 0.0]) if activation.static else None
     g = torch.Generator().manual_seed(seed)
     G = scheme.num_groups(K)
     shape = (*experts, N, G)
@@ -83,7 +85,7 @@ def random_weight(
         factors = random_factors(
             FACTORS[scheme.factors], shape, g, torch.float32 if dtype == torch.float8_e8m0fnu else dtype, exact
         )
-        return QuantTensor.from_factors(codes, factors, scheme, group_index)
+        return QuantTensor.from_factors(codes, factors, scheme, group_index, static)
     if exact:
         scales = torch.full(shape, 0.25) * (1 - 2 * torch.randint(0, 2, shape, generator=g))
     else:
@@ -103,7 +105,7 @@ def random_weight(
         zeros = (torch.randint(-scheme.max_code, scheme.max_code, shape, generator=g) * (0.25 if exact else 0.013)).to(
             dtype
         )
-    return QuantTensor(codes, scales.to(dtype), zeros, group_index, scheme)
+    return QuantTensor(codes, scales.to(dtype), zeros, group_index, scheme, x_static=static)
 
 
 def random_factors(
@@ -146,7 +148,7 @@ def same_weight(a: QuantTensor, b: QuantTensor) -> bool:
         if not all(same(getattr(a.factors, name), getattr(b.factors, name)) for name in names):
             return False
     return a.scheme == b.scheme and all(
-        same(getattr(a, name), getattr(b, name)) for name in ("codes", "scales", "zeros", "group_index")
+        same(getattr(a, name), getattr(b, name)) for name in ("codes", "scales", "zeros", "group_index", "x_static")
     )
 
 

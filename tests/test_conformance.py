@@ -12,11 +12,12 @@ from torch.library import opcheck
 
 from qkernels import QuantScheme, QuantTensor
 from qkernels.checkpoint.registry import WRITTEN, detect
-from qkernels.errors import ConversionError, QKernelsError
+from qkernels.errors import ConversionError, QKernelsError, SchemeError
 from qkernels.formats import Format, Written
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec, Problem
 from qkernels.layouts import LAYOUTS, Layout, empty_buffers, unpack_checked
 from qkernels.quantizers import QUANTIZERS, RTN
+from qkernels.scheme import ACTIVATIONS
 from tests.ops.helpers import arguments, integers
 from tests.refusals import REFUSED, SCHEMES, reasons_for
 from tests.strategies import bytes_of, random_weight, same_weight, scheme_taken
@@ -146,6 +147,10 @@ def test_quantizers_validate_their_options(method: type, fields: dict[str, objec
 @schemes
 def test_round_to_nearest_takes_every_scheme(scheme: str) -> None:
     weight = torch.randn(33, 75, generator=torch.Generator().manual_seed(0))
+    if ACTIVATIONS[QuantScheme.parse(scheme).act].static:
+        with pytest.raises(SchemeError, match="from a file"):
+            RTN().with_scheme(scheme)
+        return
     made = RTN().with_scheme(scheme).quantize(weight)
     assert made.scheme == QuantScheme.parse(scheme)
     assert (made.dequantize() - weight).norm() < weight.norm()
@@ -186,6 +191,8 @@ def test_kernel_is_exact_where_bits_are_exact(
             x[:, 5], x[:, 6] = 127, -128
         elif weight.scheme.act == "int8_outliers":  # max |x| / 127 = 1 / 32
             x[:, 5] = 127 / 32
+        elif weight.x_static is not None:  # the whole numbers from -3 to 3 are multiples of 1 / 32, its scale
+            assert float(weight.x_static[0]) == 1 / 32
         if weight.scheme.act != "int8_wide":
             seen = x
         expected = (seen.double() @ weight.dequantize().double().T + bias.double()).to(dtype)

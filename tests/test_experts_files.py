@@ -20,7 +20,8 @@ from qkernels.formats import FORMATS
 from qkernels.integrations.transformers import QKernelsConfig, enable
 from qkernels.models.experts import experts_of, members_of
 from qkernels.models.naming import FileNames, into_model
-from qkernels.nn import QuantExperts
+from qkernels.nn import QuantExperts, QuantStack
+from qkernels.planning import plan
 from qkernels.scheme import CODEBOOKS
 from tests.moe_models import FAMILIES, tiny_moe
 
@@ -93,6 +94,37 @@ def edited(directory: Path, edit: Any) -> None:
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("scheme", ["w8a8z_channel", "w8a8w_channel"])
+def test_int8_activations_of_experts(scheme: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the file asks, with zero points, too; but a static scale, of which each expert has its own, stays in 16 bits."""
+    model = quantized("mixtral", scheme)
+    save(model, tmp_path / "ct", format="compressed-tensors")
+    back = load(tmp_path / "ct", activations="file")
+    stacks = {str(module.scheme) for module in back.modules() if isinstance(module, QuantStack)}
+    assert stacks == {scheme}
+    torch.testing.assert_close(logits(back), logits(model), rtol=1e-5, atol=1e-5)
+
+    def static(tensors: dict[str, Tensor]) -> None:
+        for i, name in enumerate([name for name in tensors if name.endswith(".weight_scale")]):
+            module = name.removesuffix(".weight_scale")
+            tensors[f"{module}.input_scale"] = torch.tensor([0.01 * (i + 1)])
+            tensors[f"{module}.input_zero_point"] = torch.zeros(1, dtype=torch.int8)
+
+    edited(tmp_path / "ct", static)
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())
+    of_x = config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    of_x |= {"strategy": "tensor", "dynamic": False}
+    (tmp_path / "ct" / "config.json").write_text(json.dumps(config))
+    caplog.clear()
+    back = load(tmp_path / "ct")
+    assert {str(m.scheme) for m in back.modules() if isinstance(m, QuantStack)} == {"w8a16_channel"}
+    assert "one scale" in caplog.text
+    assert "for each expert" in caplog.text
+    with pytest.raises(CheckpointError, match=r'which stacked experts have not; load it with activations="16bit"'):
+        load(tmp_path / "ct", activations="file")
+    assert plan(str(tmp_path / "ct"), context=16).rows
 
 
 def test_a_router_that_a_file_quantized_is_dequantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

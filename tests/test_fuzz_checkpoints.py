@@ -85,7 +85,7 @@ configs = st.one_of(likely, st.builds(dict.__or__, likely, changes), junk)
 BASES: dict[str, dict[str, Any]] = {
     name: f.config_of(Written(scheme, {"m": scheme}))
     for name, f in WRITTEN.items()
-    for scheme in [QuantScheme(4, 32, act=LAYOUTS[name].acts[0] if name in LAYOUTS else None)]
+    for scheme in [QuantScheme(4, 32, act=LAYOUTS[name].acts[-1] if name in LAYOUTS else None)]
 }
 PACKED = json.dumps(BASES["compressed-tensors"])
 
@@ -99,8 +99,14 @@ def compressed(body: str, own: str | None = None, **weights: Any) -> dict[str, A
     return config
 
 
+def static() -> dict[str, Any]:
+    """The config of a file of integers with static activations."""
+    scheme = QuantScheme(8, "channel", act="int8_static_zero")
+    return WRITTEN["compressed-tensors"].config_of(Written(scheme, {"m": scheme}))
+
+
 BASES |= {
-    "compressed-tensors int-quantized": json.loads(PACKED.replace("pack-quantized", "int-quantized")),
+    "compressed-tensors int-quantized": static(),
     "compressed-tensors float-quantized": compressed(
         "float-quantized", num_bits=8, strategy="block", block_structure=[16, 16]
     ),

@@ -15,7 +15,7 @@ from qkernels.cli.main import main
 from qkernels.errors import CheckpointError, MissingPackage
 from qkernels.hub import HubId, hub_id, local_copy
 from qkernels.planning import plan
-from tests.hub_server import hub_of
+from tests.hub_server import ask, hub_of
 
 GOLDEN = Path(__file__).parent / "golden"
 NEVER = ("pytorch_model.bin", "modeling_evil.py", "original/params.json", "consolidated.safetensors", "onnx/model.onnx")
@@ -37,17 +37,8 @@ def asked(tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch)
         shutil.copy(GOLDEN / "gguf" / f"{name}.gguf", blocks)
     (blocks / "README.md").write_text("two files")
     requests: list[str] = []
-    from huggingface_hub import constants
-
     with hub_of({"me/floats": floats, "me/small": small, "me/blocks": blocks}, requests) as address:
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
-        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        ask(address, tmp_path / "cache", monkeypatch)
         yield requests
 
 

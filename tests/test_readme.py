@@ -23,6 +23,7 @@ from qkernels.errors import ConversionError
 from qkernels.formats import READ_ONLY, Format
 from qkernels.kernels.catalogue import KERNELS, REFERENCES, KernelSpec
 from qkernels.layouts import LAYOUTS
+from qkernels.scheme import ACTIVATIONS
 from tests.refusals import SCHEMES
 from tests.strategies import random_weight
 
@@ -44,6 +45,7 @@ FEATURES = {
     "int8 activations, IQ4_NL, MXFP4, Q4_K": ("iq4nl_g32_a8", "mxfp4_g32_a8", "q4_k_a8", "q6_k_a8"),
     "int8 activations of compressed-tensors": ("w4a8w_g128", "w8a8w_channel"),
     "the same with zero points, LLM.int8": ("w8a8z_channel", "w8a8o6_channel"),
+    "the same with static scales": ("w8a8s_channel", "w4a8sz_g128"),
     "int8 activations, zeros, offsets": ("w4a8_g128_asym", "w8a8_channel_fzero", "w4a8_g64_offset"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -106,6 +108,9 @@ FORMAT_ROWS = {
     "compressed-tensors W8A8, zero points of x": Row(
         ("compressed-tensors", "compressed-tensors int-quantized"), ("w8a8z_channel", "w8a8z_channel_asym")
     ),
+    "compressed-tensors W8A8, W4A8, static": Row(
+        ("compressed-tensors", "compressed-tensors int-quantized"), ("w8a8s_channel", "w4a8sz_g128")
+    ),
     "compressed-tensors FP8, MXFP4, NVFP4, mixtures": Row(
         (
             "compressed-tensors", "compressed-tensors float-quantized", "compressed-tensors fp4-pack-quantized",
@@ -162,7 +167,10 @@ def written_of(row: Row) -> str:
 
 
 def stores_as_made(fmt: Format, scheme: str) -> bool:
-    """Whether it stores a weight that `RTN` makes: of MXFP4 and NVFP4 random scales are not those that files have."""
+    """Whether it stores a weight that `RTN` makes: of MXFP4 and NVFP4 random scales are not those that files have. Static
+    activations none makes."""
+    if ACTIVATIONS[qkernels.QuantScheme.parse(scheme).act].static:
+        return stores(fmt, scheme)
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     try:
         fmt.write(qkernels.RTN().with_scheme(scheme).quantize(weight))

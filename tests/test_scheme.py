@@ -33,6 +33,8 @@ def test_short_form_round_trips(scheme: QuantScheme) -> None:
         ("w8a8w_channel", QuantScheme(8, "channel", act="int8_wide")),
         ("w4a8z_g32_asym", QuantScheme(4, 32, "int", act="int8_zero")),
         ("w8a8o6_channel", QuantScheme(8, "channel", act="int8_outliers")),
+        ("w8a8s_channel", QuantScheme(8, "channel", act="int8_static")),
+        ("w4a8sz_g32_asym", QuantScheme(4, 32, "int", act="int8_static_zero")),
         ("iq4nl_g32_a8w", QuantScheme(4, 32, act="int8_wide", codebook="iq4nl")),
         ("w8a8_channel_asym", QuantScheme(8, "channel", "int", act="int8")),
         ("w4a8_g32_offset", QuantScheme(4, 32, "offset", act="int8")),

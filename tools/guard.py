@@ -59,8 +59,9 @@ def compiler() -> str | None:
 
 
 def kernels() -> dict[str, Path]:
-    """Sources of the CPU kernels by name, without the bindings, which are torch's."""
-    return {source.stem: source for source in sorted(CSRC.glob("*.cpp")) if not source.name.startswith("bindings")}
+    """Sources of the CPU kernels by name, without the bindings, which are torch's, and NEON, which is no x86's."""
+    left_out = ("bindings", "neon")
+    return {source.stem: source for source in sorted(CSRC.glob("*.cpp")) if not source.name.startswith(left_out)}
 
 
 def shipped() -> dict[str, Path]:

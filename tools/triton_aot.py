@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qkernels import QuantScheme
-from qkernels.kernels.triton import jit
+from qkernels.kernels.triton import grouped_jit, jit
 from qkernels.kernels.triton.launch import constants_of
 from qkernels.kernels.triton.table import Config
 from qkernels.scheme import FACTORS
@@ -30,7 +30,7 @@ SHARED_MEMORY = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448,
 # Arguments that the launcher passes with a value or an address divisible by 16, in shapes that models have.
 DIVISIBLE = (
     "x", "qweight", "scales", "zeros", "outer_scales", "outer_zeros", "k_order", "bias", "out", "parts", "N", "K", "x_stride",
-    "row_bytes", "bytes_per_split",
+    "row_bytes", "bytes_per_split", "ids", "blocks", "sources", "targets", "y", "weights", "offsets",
 )  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Floats of one byte are passed as bytes.
@@ -63,6 +63,35 @@ def variant(scheme: QuantScheme, K: int, dtype: str, config: Config, *, ordered:
     }
     if config.kernel == "gemm":
         constants["BLOCK_M"] = config.block_m
+    return kernel, types, constants
+
+
+def grouped_variant(
+    scheme: QuantScheme, K: int, dtype: str, config: Config, *, act: int, bias: bool, first: bool
+) -> Any:
+    """The same of stacked experts, as `grouped_launch.experts` makes it. first: of its first product, else of the second."""
+    kernel = grouped_jit.gemv_pairs if config.kernel == "gemv" else grouped_jit.gemm_blocks
+    types = pointers(scheme, dtype, ordered=False) | {
+        "bias": f"*{dtype}" if bias else None,
+        "ids": "*i64",
+        "blocks": "*i32",
+    }
+    types |= {
+        "sources": "*i64" if first else None,
+        "targets": None if first else "*i64",
+        "out": f"*{dtype}" if first else "*fp32",
+    }
+    constants = constants_of(scheme, K, scale_dtype(scheme, dtype), False, config.block_bytes) | {
+        "BIAS": bias,
+        "SOURCES": first,
+        "TARGETS": not first,
+        "ACT": act if first else int(grouped_jit.PLAIN.value),
+        "ALPHA": 1.702,
+        "LIMIT": 7.0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+    }
     return kernel, types, constants
 
 

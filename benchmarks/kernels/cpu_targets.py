@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,16 +31,19 @@ from .sweep import Case, run_cases
 TOKENS = (1, 4, 16, 128)
 GGML = ("ggml q4_0", "ggml q4_k")
 SAME = "ggml same type"
+LLM_INT8 = "w8a8o6_channel"
 READ_SHARE = 80.0  # % of the read bandwidth that a token should reach on a matrix beyond the last-level cache
 
 
 @dataclass(frozen=True)
 class Target:
-    """`factors[i]`: the fastest of `peers` should take at least so many times as long as ours at `TOKENS[i]`."""
+    """`factors[i]`: the fastest of `peers` should take at least so many times as long as ours at `TOKENS[i]`; `outliers`: with so
+    many columns of x that have an entry of 8."""
 
     scheme: str
     peers: tuple[str, ...]
     factors: tuple[float, ...]
+    outliers: int = 0
 
 
 TARGETS = (
@@ -53,6 +56,9 @@ TARGETS = (
     Target("w4a16_g128", ("zentorch", "ark"), (2.0, 2.0, 2.0, 2.0)),
     Target("w4a8_g128", ("zentorch",), (2.0, 1.4, 1.5, 1.3)),
     Target("nf4_g64", ("bitsandbytes nf4",), (1.4, 1.4, 1.4, 1.4)),
+    *(Target(LLM_INT8, ("bitsandbytes int8",), (1.5, 1.5, 1.5, 1.5), outliers) for outliers in (0, 6)),
+    Target(LLM_INT8, ("qkernels w8a8_channel",), (1 / 1.15,) * 4),
+    Target(LLM_INT8, ("qkernels w8a8_channel",), (1 / 1.3,) * 4, outliers=6),
     *(Target(f"{name}_a8", (SAME,), (1.1, 1.8, 1.8, 2.0)) for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")),
     *(
         Target(name, (SAME,), (1.1, 1.8, 1.8, 1.5))
@@ -101,19 +107,28 @@ def verdict(target: Target, factor: float, rows: Sequence[Row], absent: dict[str
     return f"{median:.2f} [{low:.2f}, {high:.2f}] {rival}", word
 
 
+def _with(outliers: int) -> str:
+    """What the name of a layer says of them, after it."""
+    return f" with {outliers} outliers" if outliers else ""
+
+
+def _outliers_of(layer: str) -> int:
+    return next((n for n in {t.outliers for t in TARGETS} if n and layer.endswith(_with(n))), 0)
+
+
 def to_markdown(run: Run, isa: str | None) -> str:
     """Target by target and layer by layer; then what one token reads a second."""
     lines, reads, asked = [], [], {row.scheme for row in run.rows}
     for layer in dict.fromkeys(f"{row.layer} [{row.N}, {row.K}]" for row in run.rows):
         here = [row for row in run.rows if f"{row.layer} [{row.N}, {row.K}]" == layer]
         for target in targets_of(isa):
-            if str(QuantScheme.parse(target.scheme)) not in asked:
+            if str(QuantScheme.parse(target.scheme)) not in asked or target.outliers != _outliers_of(here[0].layer):
                 continue
             for M, factor in zip(TOKENS, target.factors, strict=True):
                 rows = [row for row in here if row.M == M and row.scheme == str(QuantScheme.parse(target.scheme))]
                 ratio, word = verdict(target, factor, rows, run.absent)
                 against = "fastest of " + ", ".join(target.peers) if len(target.peers) > 1 else target.peers[0]
-                lines.append([layer, target.scheme, against, str(M), f"≥ {factor:g}", ratio, word])
+                lines.append([layer, target.scheme, against, str(M), f"≥ {factor:.3g}", ratio, word])
         cache = max(run.environment["caches"].values(), default=0)
         for row in here:
             if row.M == 1 and row.gbs is not None and row.ours and row.read_percent is not None:
@@ -150,10 +165,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "-".join(filter(None, ("cpu-targets", args.layer.replace("_", "-"), args.isa)))
     out = args.out or environment.RESULTS / environment.machine_name(device) / f"{name}.json"
     schemes = args.schemes or list(dict.fromkeys(target.scheme for target in targets_of(args.isa)))
+    layer = find_layer("llama-3-8b", args.layer)
+    kinds = dict.fromkeys([(scheme, 0) for scheme in schemes])
+    kinds |= dict.fromkeys((t.scheme, t.outliers) for t in targets_of(args.isa) if t.scheme in schemes)
     cases = [
-        Case(find_layer("llama-3-8b", args.layer), tuple(args.tokens), QuantScheme.parse(scheme), torch.bfloat16)
-        for scheme in schemes
-    ]
+        Case(
+            replace(layer, name=layer.name + _with(outliers)), tuple(args.tokens), QuantScheme.parse(scheme),
+            torch.bfloat16, outliers,
+        )
+        for scheme, outliers in kinds
+    ]  # fmt: skip
     wanted = {peer for target in targets_of(args.isa) for peer in target.peers} | {"torch linear"}
     peers = [peer for peer in PEERS if peer.name in wanted]
     measured = run_cases(cases, device, args.rounds, args.seconds, peers)

@@ -40,12 +40,13 @@ FAILURES = (QKernelsError, RuntimeError, ImportError, AttributeError, TypeError,
 
 @dataclass(frozen=True)
 class Case:
-    """One layer under one scheme, for several numbers of tokens."""
+    """One layer under one scheme, for several numbers of tokens; `outliers`: how many columns of x have an entry of 8."""
 
     layer: Layer
     tokens: tuple[int, ...]
     scheme: QuantScheme
     dtype: torch.dtype
+    outliers: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def measure_case(
     weight = random_weight(layer.N, layer.K, case.scheme, case.dtype)
     generator = torch.Generator().manual_seed(1)
     inputs = {M: torch.randn(M, layer.K, generator=generator).to(device, case.dtype) for M in case.tokens}
+    for x in inputs.values():
+        x[0, torch.arange(case.outliers) * layer.K // max(case.outliers, 1)] = 8
     truth = weight.dequantize(torch.float32)
     budget = environment.available_bytes(device) // (2 * max(1, len(who)))
     rows: dict[tuple[int, str], Row] = {}

@@ -128,12 +128,14 @@ def unlike(
 
 from . import (  # noqa: E402  (they need Peer)
     ark,
+    bitsandbytes_int8,
     bitsandbytes_nf4,
     gemlite,
     ggml,
     gptqmodel_cpu,
     gptqmodel_marlin,
     humming,
+    own_w8a8,
     torch_dynamic_int8,
     torch_int4pack,
     torch_int8pack,
@@ -153,10 +155,12 @@ PEERS: tuple[Peer, ...] = (
     gptqmodel_cpu.PEER,
     gemlite.PEER,
     bitsandbytes_nf4.PEER,
+    bitsandbytes_int8.PEER,
     torchao_int4.PEER,
     ggml.PEER_Q4_0,
     ggml.PEER_Q4_K,
     ggml.PEER_SAME,
     zentorch.PEER,
     ark.PEER,
+    own_w8a8.PEER,
 )

@@ -21,6 +21,7 @@ struct Avx2 : Avx2Sums {
   using Weight = __m256;
   using Input = __m256;
   static constexpr int kStep = 1;
+  static constexpr bool kPairs = false;
   // 16 registers: 6 rows x 2 vectors of sums, 2 of weights, 1 of x.
   static constexpr int kTokens = 6, kHalf = 2;
   static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 2, 2, 2, 2, 1, 1};

@@ -17,6 +17,7 @@ struct Avx512 : Avx512Sums {
   using Weight = __m512;
   using Input = __m512;
   static constexpr int kStep = 1;
+  static constexpr bool kPairs = false;
   static QK_INLINE Input broadcast(const X* x) { return _mm512_set1_ps(*x); }
   static QK_INLINE Sum multiply_add(Sum sum, Weight w, Input x) { return _mm512_fmadd_ps(w, x, sum); }
   static QK_INLINE Weight load_weight(const uint8_t* p) { return _mm512_loadu_ps(p); }

@@ -20,6 +20,7 @@ struct Avx512Bf16 : Avx512Sums {
   using Weight = __m512i;  // per row a pair of bf16, the lower column in the low word
   using Input = __m512i;
   static constexpr int kStep = 2;
+  static constexpr bool kPairs = false;
   static QK_INLINE Input broadcast(const X* x) {
     int pair;
     std::memcpy(&pair, x, 4);

@@ -19,6 +19,7 @@ struct Vnni : Avx512Sums {
   // and totals that are partly in L1 (7.9e9 multiplications a second with groups of 128; 2 vectors 7.1e9);
   // one row too, for the fewer places it reads from the better (5 % against 8 vectors).
   static constexpr int kTokens = 6, kDecodeTokens = 4, kByteBias = 0;
+  static constexpr bool kPairs = false;
   static constexpr int kDecodeVectors[kDecodeTokens] = {4, 4, 4, 4};
 
   static QK_INLINE Integers integers(int32_t i) { return (Integers)_mm512_set1_epi32(i); }

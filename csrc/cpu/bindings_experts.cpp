@@ -49,8 +49,8 @@ Stack stack_of(const Tensor& x, int64_t K, const Inputs& in, bool int8) {
               in.codebook,
               in.factors,
               in.act};
+  refuse(is_static(static_cast<Rounding>(in.act)) ? text("act must be 1 to 4 for stacked experts, got ", in.act) : "");
   refuse(wrong_product(a, int8));
-  refuse(has_apart(problem_of(a, int8)) ? text("act must be 1 or 2 for stacked experts, got ", in.act) : "");
   Call call = call_with(a, int8);
   call.bias = data_of(a.bias);
   const OptionalTensor qweight = in.qweight, scales = in.scales;
@@ -161,7 +161,8 @@ Tensor block(const Tensor& x_in, const Tensor& ids_in, const Tensor& weights_in,
   return y;
 }
 
-// The ops as torch calls them. Those of int8 activations are told a number more of a stack.
+// The ops as torch calls them. Those of int8 activations are told a number more of a stack, and
+// of static ones, which stacks have not (ops/grouped.py refuses them).
 
 Tensor grouped_a16(const Tensor& x, const Tensor& rows, const Tensor& offsets, const Tensor& qweight,
                    const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& k_order,
@@ -176,9 +177,10 @@ Tensor grouped_a16(const Tensor& x, const Tensor& rows, const Tensor& offsets, c
 
 Tensor grouped_a8(const Tensor& x, const Tensor& rows, const Tensor& offsets, const Tensor& qweight,
                   const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& k_order,
-                  const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros, const OptionalTensor& bias,
-                  int64_t out_features, int64_t bits, int64_t group_size, bool zeros_are_offsets, int64_t codebook,
-                  int64_t factors, int64_t act, ScalarType dtype) {
+                  const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros,
+                  const OptionalTensor& /*x_static*/, const OptionalTensor& bias, int64_t out_features, int64_t bits,
+                  int64_t group_size, bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t act,
+                  ScalarType dtype) {
   return grouped(x, rows, offsets,
                  {nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits,
                   group_size, zeros_are_offsets, codebook, factors, act},
@@ -207,11 +209,12 @@ Tensor block_a16(const Tensor& x, const Tensor& ids, const Tensor& weights, cons
 Tensor block_a8(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& up_qweight,
                 const Tensor& up_scales, const OptionalTensor& up_zeros, const OptionalTensor& up_k_order,
                 const OptionalTensor& up_outer_scales, const OptionalTensor& up_outer_zeros,
-                const OptionalTensor& up_bias, int64_t up_out_features, int64_t up_bits, int64_t up_group_size,
-                bool up_zeros_are_offsets, int64_t up_codebook, int64_t up_factors, int64_t up_act,
-                const Tensor& down_qweight, const Tensor& down_scales, const OptionalTensor& down_zeros,
-                const OptionalTensor& down_k_order, const OptionalTensor& down_outer_scales,
-                const OptionalTensor& down_outer_zeros, const OptionalTensor& down_bias, int64_t down_out_features,
+                const OptionalTensor& /*up_x_static*/, const OptionalTensor& up_bias, int64_t up_out_features,
+                int64_t up_bits, int64_t up_group_size, bool up_zeros_are_offsets, int64_t up_codebook,
+                int64_t up_factors, int64_t up_act, const Tensor& down_qweight, const Tensor& down_scales,
+                const OptionalTensor& down_zeros, const OptionalTensor& down_k_order,
+                const OptionalTensor& down_outer_scales, const OptionalTensor& down_outer_zeros,
+                const OptionalTensor& /*down_x_static*/, const OptionalTensor& down_bias, int64_t down_out_features,
                 int64_t down_bits, int64_t down_group_size, bool down_zeros_are_offsets, int64_t down_codebook,
                 int64_t down_factors, int64_t down_act, int64_t activation, double alpha, double limit) {
   return block(

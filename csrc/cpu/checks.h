@@ -18,6 +18,10 @@ inline Problem problem_of(const Arguments& a, bool int8_activations) {
   p.bias_type = a.bias == nullptr ? Type::kNone : a.bias->type;
   p.int8_activations = int8_activations;
   p.rounding = static_cast<Rounding>(a.act);
+  if (a.x_static != nullptr && a.x_static->data != nullptr) {
+    const float* given = static_cast<const float*>(a.x_static->data);
+    p.x_scale = given[0], p.x_zero = given[1];
+  }
   p.codebook = static_cast<Codebook>(a.codebook);
   p.factors = static_cast<Factors>(a.factors);
   if (p.factors != Factors::kNone) {
@@ -27,6 +31,18 @@ inline Problem problem_of(const Arguments& a, bool int8_activations) {
     p.S = ((p.G - 1) >> p.outer_shift) + 1;
   }
   return p;
+}
+
+inline const void* data_of(const Buffer* b) { return b == nullptr ? nullptr : b->data; }
+
+// A call with a weight's buffers, but for its bias, which may have to be copied.
+inline Call call_with(const Arguments& a, bool int8) {
+  Call call{problem_of(a, int8)};
+  call.qweight = static_cast<const uint8_t*>(a.qweight.data);
+  call.scales = a.scales.data, call.zeros = data_of(a.zeros);
+  call.outer_scales = data_of(a.outer_scales), call.outer_zeros = data_of(a.outer_zeros);
+  call.k_order = static_cast<const int32_t*>(data_of(a.k_order));
+  return call;
 }
 
 inline std::string wrong_codebook(const Arguments& a, bool int8_activations) {
@@ -56,6 +72,18 @@ inline std::string wrong_factors(const Arguments& a, Shape groups, Shape outer, 
   return "";
 }
 
+// Whether scale and zero point of x are given where they are wanted.
+inline std::string wrong_static(const Arguments& a) {
+  const bool wanted = is_static(static_cast<Rounding>(a.act));
+  const Buffer* b = a.x_static;
+  const bool fits = b == nullptr
+                        ? !wanted
+                        : wanted && b->type == Type::kFloat && has_shape(*b, {2}) && b->contiguous && b->device < 0;
+  if (fits) return "";
+  return text("x_static must be ", wanted ? "contiguous float32 [2]" : "None", " for act=", a.act, ", got ",
+              b == nullptr ? "None" : described(*b));
+}
+
 inline std::string wrong_product(const Arguments& a, bool int8_activations) {
   if (a.x.dims != 2 || !is_floating(a.x.type)) {
     return text("x must be float32, bfloat16 or float16 [M, K], got ", described(a.x));
@@ -66,7 +94,8 @@ inline std::string wrong_product(const Arguments& a, bool int8_activations) {
   }
   if (const auto wrong = wrong_codebook(a, int8_activations); !wrong.empty()) return wrong;
   if (int8_activations) {
-    if (const auto wrong = wrong_act(a, Rounding::kOutliers); !wrong.empty()) return wrong;
+    if (const auto wrong = wrong_act(a, Rounding::kStaticZero); !wrong.empty()) return wrong;
+    if (const auto wrong = wrong_static(a); !wrong.empty()) return wrong;
   }
   if (a.factors < 0 || a.factors >= static_cast<int64_t>(Factors::kCount)) {
     return text("factors must be 0 to ", static_cast<int64_t>(Factors::kCount) - 1, ", got ", a.factors);

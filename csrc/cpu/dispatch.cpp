@@ -5,9 +5,33 @@
 #include <string>
 
 #include "kernels.h"
+#if defined(QK_NEON)
+#include <sys/auxv.h>
+#endif
 
 namespace qkernels::cpu {
 namespace {
+
+#if defined(QK_NEON)
+// What Linux says of the CPU, by the bits of its <asm/hwcap.h> (the header of an older system has not all of them).
+struct Features {
+  bool dotprod, i8mm, bf16;
+
+  Features() {
+    const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+    // CRC32, ATOMICS, ASIMDRDM: what compilers may use of Armv8.2 unasked
+    constexpr unsigned long kArmv82 = 1ul << 7 | 1ul << 8 | 1ul << 12;
+    const bool armv82 = (first & kArmv82) == kArmv82;
+    dotprod = armv82 && (first >> 20 & 1) != 0;
+    i8mm = dotprod && (second >> 13 & 1) != 0;
+    bf16 = armv82 && (second >> 14 & 1) != 0;
+  }
+};
+const Features& features() {
+  static const Features value;
+  return value;
+}
+#endif
 
 struct Isa {
   const Kernels* kernels;
@@ -16,7 +40,7 @@ struct Isa {
 
 // The instruction sets of this build, plainest first.
 struct Isas {
-  Isa all[4];
+  Isa all[5];
   int size = 0;
   std::string names;  // of those that are supported
 
@@ -35,6 +59,11 @@ struct Isas {
     add(kAvx2, avx2);
     add(kAvx512, avx512);
     add(kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16"));
+#elif defined(QK_NEON)
+    add(kNeon, true);
+    add(kNeonDotprod, features().dotprod);
+    add(kNeonI8mm, features().i8mm);
+    add(kNeonBf16, features().bf16);
 #endif
   }
 };
@@ -86,6 +115,10 @@ const Kernels& int8_kernels(const Kernels& kernels) {
 #if defined(__x86_64__)
   static const bool vnni = __builtin_cpu_supports("avx512vnni");
   if (&kernels != &kScalar) return vnni && &kernels != &kAvx2 ? kAvx512Vnni : kAvx2Int8;
+#elif defined(QK_NEON)
+  if (&kernels == &kNeonI8mm || (&kernels == &kNeonBf16 && features().i8mm)) return kNeonI8mmInt8;
+  if (&kernels == &kNeonDotprod || (&kernels == &kNeonBf16 && features().dotprod)) return kNeonDotprodInt8;
+  if (&kernels != &kScalar) return kNeonInt8;
 #endif
   return kScalarInt8;
 }

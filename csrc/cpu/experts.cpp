@@ -25,6 +25,18 @@ Call call_of(const Grouped& g, int64_t M) {
   return call;
 }
 
+Call of_expert(Call one, const Strides& strides, int64_t expert) {
+  const auto move = [&](const void* p, int64_t bytes) -> const void* {
+    return p == nullptr ? nullptr : static_cast<const char*>(p) + expert * bytes;
+  };
+  one.qweight = static_cast<const uint8_t*>(move(one.qweight, strides.qweight));
+  one.scales = move(one.scales, strides.scales), one.zeros = move(one.zeros, strides.zeros);
+  one.outer_scales = move(one.outer_scales, strides.outer_scales);
+  one.outer_zeros = move(one.outer_zeros, strides.outer_zeros);
+  one.bias = move(one.bias, strides.bias);
+  return one;
+}
+
 struct Segment {
   int64_t expert, m0, m1, tiles_per_unit, first_unit;
 };
@@ -62,16 +74,7 @@ struct Work {
     const auto after = std::upper_bound(segments.begin(), segments.end(), unit,
                                         [](int64_t u, const Segment& s) { return u < s.first_unit; });
     const Segment& s = *(after - 1);
-    Call one = call;
-    const auto move = [&](const void* p, int64_t bytes) -> const void* {
-      return p == nullptr ? nullptr : static_cast<const char*>(p) + s.expert * bytes;
-    };
-    const Strides& strides = grouped.stack.strides;
-    one.qweight = static_cast<const uint8_t*>(move(one.qweight, strides.qweight));
-    one.scales = move(one.scales, strides.scales), one.zeros = move(one.zeros, strides.zeros);
-    one.outer_scales = move(one.outer_scales, strides.outer_scales);
-    one.outer_zeros = move(one.outer_zeros, strides.outer_zeros);
-    one.bias = move(one.bias, strides.bias);
+    const Call one = of_expert(call, grouped.stack.strides, s.expert);
     const int64_t tile = (unit - s.first_unit) * s.tiles_per_unit;
     kernels.multiply(one, tile, static_cast<int>(std::min(s.tiles_per_unit, tiles_of(one) - tile)), s.m0, s.m1);
   }
@@ -110,6 +113,31 @@ void gather_rows(void* context, int64_t m0, int64_t m1) {
 void multiply_units(void* context, int64_t begin, int64_t end) {
   Work& work = *static_cast<Work*>(context);
   work_through(work.shares, begin, end, [&](int64_t unit) { work.run(unit); });
+}
+
+// Products with something to be added (apart.h) go expert by expert: columns are marked by the rows of one expert
+// alone, as they are in a layer of its own, and the sums of a weight are its own.
+
+int64_t most_rows(const Grouped& g) {
+  int64_t most = 0;
+  for (int64_t e = 0; e < g.stack.experts; ++e) most = std::max(most, g.offsets[e + 1] - g.offsets[e]);
+  return most;
+}
+
+void one_by_one(const Grouped& g, const Kernels& kernels, void* workspace, int64_t threads, ParallelFor parallel_for) {
+  const int64_t K = g.stack.call.K, x_bytes = K * size_of(g.x_type), y_bytes = g.stack.call.N * size_of(g.y_type);
+  char* rows = static_cast<char*>(workspace);
+  for (int64_t e = 0; e < g.stack.experts; ++e) {
+    const int64_t begin = g.offsets[e], count = g.offsets[e + 1] - begin;
+    if (count <= 0) continue;
+    for (int64_t m = 0; m < count; ++m) {
+      std::memcpy(rows + m * x_bytes, static_cast<const char*>(g.x) + g.rows[begin + m] * x_bytes,
+                  static_cast<size_t>(x_bytes));
+    }
+    Call one = of_expert(call_of(g, count), g.stack.strides, e);
+    one.x = rows, one.y = static_cast<char*>(g.y) + begin * y_bytes;
+    gemm(one, kernels, rows + aligned(most_rows(g) * x_bytes), threads, parallel_for);
+  }
 }
 
 void zero_rows(const Grouped& g, int64_t begin, int64_t end) {
@@ -200,6 +228,10 @@ void widen(Type type, const void* from, int64_t n, float* to) {
 }
 
 int64_t workspace_bytes(const Grouped& g, const Kernels& kernels) {
+  if (has_apart(g.stack.call)) {
+    const int64_t most = most_rows(g);
+    return aligned(most * g.stack.call.K * size_of(g.x_type)) + workspace_bytes(call_of(g, most), kernels);
+  }
   const Call sorted = call_of(g, g.R), tokens = call_of(g, g.T);
   const int64_t first =
       sorted.int8_activations ? staging_bytes(tokens, kernels, true) : g.R * sorted.K * size_of(g.x_type);
@@ -211,6 +243,7 @@ void grouped_gemm(const Grouped& g, const Kernels& kernels, void* workspace, int
   zero_rows(g, 0, g.offsets[0]);
   zero_rows(g, g.offsets[g.stack.experts], g.R);
   if (g.R == 0 || g.T == 0 || g.stack.call.N == 0) return;
+  if (has_apart(g.stack.call)) return one_by_one(g, kernels, workspace, threads, parallel_for);
   Work work(g, kernels);
   char* behind = static_cast<char*>(workspace) + aligned(staging_bytes(work.call, kernels, true));
   lay_staging(work.call, kernels, true, workspace);

@@ -1,5 +1,6 @@
 // What all instruction sets share: staging of x, the split into units of work, and their distribution over threads.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "apart.h"
@@ -97,7 +98,10 @@ void multiply_all(Call& call, const Kernels& kernels, void* workspace, int64_t t
 // A product with something to be added (apart.h), in pieces for threads.
 struct Finishing {
   Call call, inner;
-  std::vector<int64_t> columns;  // stored ones, that are marked
+  std::vector<int64_t> stored;  // marked columns
+  std::vector<float> x;         // of those that are added together
+  Columns columns;
+  bool last;
 
   static constexpr int64_t kColumns = 512, kTiles = 8;  // of a piece
 
@@ -107,8 +111,38 @@ struct Finishing {
   }
   static void run(void* context, int64_t begin, int64_t end) {
     const Finishing& f = *static_cast<Finishing*>(context);
-    finish(f.call, f.inner, f.columns.data(), static_cast<int64_t>(f.columns.size()), begin * kTiles,
-           std::min(tiles_of(f.call), end * kTiles));
+    finish(f.call, f.inner, f.columns, f.last, begin * kTiles, std::min(tiles_of(f.call), end * kTiles));
+  }
+
+  void find_marked() {
+    const uint8_t* marked = inner.marked;
+    const auto next = [&](int64_t k) -> int64_t {
+      const void* found = std::memchr(marked + k, 1, static_cast<size_t>(call.K - k));
+      return found == nullptr ? call.K : static_cast<const uint8_t*>(found) - marked;
+    };
+    if (call.k_order == nullptr) {
+      for (int64_t k = next(0); k < call.K; k = next(k + 1)) stored.push_back(k);
+    } else if (next(0) < call.K) {
+      for (int64_t k = 0; k < call.K; ++k) {
+        if (marked[column_of(call, k)] != 0) stored.push_back(k);
+      }
+    }
+  }
+
+  // The next columns from `first` on, with x in them; returns how many.
+  int64_t take(int64_t first) {
+    const int64_t left = static_cast<int64_t>(stored.size()) - first;
+    columns = {stored.data() + first, static_cast<int>(std::min<int64_t>(left, Columns::kTogether)), nullptr};
+    last = columns.count == left;
+    if (columns.count > 0) x.resize(static_cast<size_t>(call.M * Columns::kTogether));
+    for (int i = 0; i < columns.count; ++i) {
+      const int64_t column = column_of(call, columns.at[i]) * call.x_column_stride;
+      for (int64_t m = 0; m < call.M; ++m) {
+        x[static_cast<size_t>(m * Columns::kTogether + i)] = load(call.x_type, call.x, m * call.x_row_stride + column);
+      }
+    }
+    columns.x = x.data();
+    return columns.count;
   }
 };
 
@@ -129,21 +163,23 @@ void gemm(Call call, const Kernels& kernels, void* workspace, int64_t threads, P
     if (threads == 1 || work <= 65536) return body(context, 0, pieces);
     parallel_for(pieces, context, body);
   };
-  Finishing f{call, without_apart(call, workspace), {}};
+  Finishing f{call, without_apart(call, workspace), {}, {}, {}, false};
   void* behind = static_cast<char*>(workspace) + apart_bytes(call);
   if (call.rounding == Rounding::kOutliers) {
-    in_pieces((call.K + f.kColumns - 1) / f.kColumns, call.M * call.K, &f, Finishing::mark);
-    for (int64_t k = 0; k < call.K; ++k) {
-      if (f.inner.marked[column_of(call, k)] != 0) f.columns.push_back(k);
-    }
-    if (f.columns.empty()) {  // then the sums are all
+    in_pieces((call.K + f.kColumns - 1) / f.kColumns, call.M * call.K / 8, &f, Finishing::mark);  // eight at a time
+    f.find_marked();
+    if (f.stored.empty()) {  // then the sums are all
       call.marked = f.inner.marked;
       return multiply_all(call, kernels, behind, threads, parallel_for);
     }
   }
   multiply_all(f.inner, kernels, behind, threads, parallel_for);
-  const int64_t columns = static_cast<int64_t>(f.columns.size()) + 1;
-  in_pieces((tiles_of(call) + f.kTiles - 1) / f.kTiles, call.M * call.N * columns, &f, Finishing::run);
+  for (int64_t first = 0; !f.last;) {
+    first += f.take(first);
+    // A weight takes as long as about four products with it.
+    const int64_t work = (call.M + 4) * call.N * (f.columns.count + 1);
+    in_pieces((tiles_of(call) + f.kTiles - 1) / f.kTiles, work, &f, Finishing::run);
+  }
 }
 
 }  // namespace qkernels::cpu

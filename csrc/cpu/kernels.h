@@ -26,6 +26,10 @@
 
 namespace qkernels::cpu {
 
+#if defined(__aarch64__) && defined(__linux__)  // which says what the CPU has; setup.py has the same condition
+#define QK_NEON 1
+#endif
+
 constexpr int kTileRows = 32;
 constexpr int kLaneBytes = 4;
 constexpr int kLineBytes = kTileRows * kLaneBytes;  // one lane of each row
@@ -76,6 +80,7 @@ struct Problem {
   Type bias_type;          // kNone: no bias
   bool int8_activations;   // layout cpu_tile_a8
   Rounding rounding;       // of int8 activations
+  float x_scale, x_zero;   // of all rows of x, where they are given (is_static)
   Codebook codebook;       // what codes are indices into
   Factors factors;         // what scales are products of
   Type outer_type;         // of the outer factors; kNone: there are none
@@ -148,7 +153,7 @@ struct Call : Problem {
   // With int8 activations `staged` is int8 [M, row_stride], and these are what rows_int8.h adds to it.
   float* x_scales = nullptr;                // [M]
   int32_t* x_sums = nullptr;                // [G, M] sums of the codes of x over each group
-  float* x_zeros = nullptr;                 // [M] zero point times scale (Rounding::kZeroPoint)
+  float* x_zeros = nullptr;                 // [M] zero point times scale (has_zero_points)
   const uint8_t* marked = nullptr;          // [K] whether a column of x is multiplied apart (Rounding::kOutliers)
   int64_t scale_bytes = 0, zero_bytes = 0;  // of a tile's group, set by `gemm`
   float* sums = nullptr;                    // [M, G] sums of floating x over each group, in fp32; null unless has_rest
@@ -156,7 +161,7 @@ struct Call : Problem {
 
 // Whether the sums of the int8 kernels are not all of y: see apart.h.
 static inline bool has_apart(const Problem& p) {
-  return p.rounding == Rounding::kZeroPoint || p.rounding == Rounding::kOutliers;
+  return has_zero_points(p.rounding) || p.rounding == Rounding::kOutliers;
 }
 
 static inline int64_t staged_at(const Call& call, int64_t m, int64_t k) {
@@ -204,6 +209,14 @@ extern const Kernels kAvx512Vnni;  // AVX-512 F, BW, VL, DQ, VNNI
 extern const Kernels kAvx2;        // AVX2, FMA, F16C
 extern const Kernels kAvx512;      // AVX-512 F, BW, VL, DQ
 extern const Kernels kAvx512Bf16;  // the same with AVX512_BF16
+#elif defined(QK_NEON)
+extern const Kernels kNeonInt8;         // Armv8.0
+extern const Kernels kNeonDotprodInt8;  // Armv8.2 with FEAT_DotProd
+extern const Kernels kNeonI8mmInt8;     // the same with FEAT_I8MM
+extern const Kernels kNeon;             // Armv8.0
+extern const Kernels kNeonDotprod;      // the same, beside kNeonDotprodInt8
+extern const Kernels kNeonI8mm;         // the same, beside kNeonI8mmInt8
+extern const Kernels kNeonBf16;         // Armv8.2 with FEAT_BF16
 #endif
 
 // Which kernels are in use: the best that the CPU has, or the one that QKERNELS_ISA names (read once).
@@ -212,7 +225,8 @@ struct Choice {
   const char* error;       // null, or what is wrong with QKERNELS_ISA
 };
 Choice current();
-// The kernels with int8 activations that go with them: AVX-512 without VNNI has those of AVX2.
+// The kernels with int8 activations that go with them: AVX-512 without VNNI has those of AVX2, NEON with bf16 the best
+// that the CPU has.
 const Kernels& int8_kernels(const Kernels& kernels);
 const char* available();              // the names that this CPU can run, plainest first, separated by spaces
 const char* choose(const char* isa);  // replaces the choice; null, or why not

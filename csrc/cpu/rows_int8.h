@@ -8,12 +8,24 @@
 namespace qkernels::cpu {
 namespace {
 
-// The types of x; `rounded`: a float to its nearest value, `in_half`: one of its values to the nearest of fp16.
+constexpr uint32_t kInfinity = 0x7f800000;  // magnitudes in the order of their bits, where NaNs come after it
+inline uint32_t magnitude_of(float f) { return as_bits(f) & 0x7fffffff; }
+
+// The nearest of fp16's values as if its exponents had no end; of no NaN. from_half(to_half(f)) is the same up to
+// 65504, and has branches that keep the compiler from doing sixteen at once: 3.6 ns a value where this takes 0.2.
+inline float in_steps_of_half(float f) {
+  const uint32_t magnitude = magnitude_of(f);
+  const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1)) & ~uint32_t{0x1fff};
+  const uint32_t small = as_bits(as_float(magnitude) + 0.5f - 0.5f);  // below 2^-14: to multiples of 2^-24
+  return as_float((magnitude < 0x38800000 ? small : normal) | (as_bits(f) & 0x80000000));
+}
+
+// The types of x; `rounded`: a float to its nearest value, `in_half`: one of its values in steps of fp16.
 struct FromFloat {
   using From = float;
   static float value(From v) { return v; }
   static float rounded(float f) { return f; }
-  static float in_half(float f) { return from_half(to_half(f)); }
+  static float in_half(float f) { return in_steps_of_half(f); }
 };
 struct FromHalf {
   using From = uint16_t;
@@ -25,11 +37,8 @@ struct FromBf16 {
   using From = uint16_t;
   static float value(From v) { return from_bf16(v); }
   static float rounded(float f) { return from_bf16(to_bf16(f)); }
-  static float in_half(float f) { return from_half(to_half(f)); }
+  static float in_half(float f) { return in_steps_of_half(f); }
 };
-
-constexpr uint32_t kInfinity = 0x7f800000;  // magnitudes in the order of their bits, where NaNs come after it
-inline uint32_t magnitude_of(float f) { return as_bits(f) & 0x7fffffff; }
 
 // A row of x, and where its codes go.
 template <class C>
@@ -138,19 +147,39 @@ void quantize_zero_point(const Row<C>& row) {
 // over it, which PyTorch takes as 127 times the reciprocal. A column that is marked has codes 0: see apart.h.
 template <class C>
 void quantize_outliers(const Row<C>& row) {
-  uint32_t most = 0;
-  bool nan = false;
+  uint32_t most = 0, all = 0;
   for (int64_t k = 0; k < row.K; ++k) {
-    const uint32_t magnitude = magnitude_of(C::in_half(row.at(k)));
-    nan |= magnitude > kInfinity;
-    most = magnitude < as_bits(kOutlier) && most < magnitude ? magnitude : most;
+    const float v = row.at(k);
+    const uint32_t magnitude = magnitude_of(C::in_half(v)), usual = magnitude < as_bits(kOutlier) ? magnitude : 0;
+    all = all < magnitude_of(v) ? magnitude_of(v) : all;
+    most = most < usual ? usual : most;
   }
+  const bool nan = all > kInfinity;
   const float largest = as_float(most), factor = 1.0f / largest * 127.0f;
   row.call.x_scales[row.m] = scale_or_nan(!nan, largest / 127.0f);
   const uint8_t* marked = row.call.marked;
   row.fill(nan || most == 0, [=](int64_t column, float v) {
-    return marked[column] != 0 ? int8_t{0} : static_cast<int8_t>(__builtin_rintf(C::in_half(v) * factor));
+    const float code = C::in_half(v) * factor;  // before the question: so that the loop has no branch
+    return static_cast<int8_t>(__builtin_rintf(marked[column] != 0 ? 0.0f : code));
   });
+}
+
+// As compressed-tensors computes with scale and zero point from a file: quotient and sum rounded to the type of x,
+// which the scale is rounded to as well. Infinities are the largest codes, as there; a row with a NaN is NaN.
+template <class C>
+void quantize_static(const Row<C>& row) {
+  uint32_t most = 0;
+  for (int64_t k = 0; k < row.K; ++k) {
+    const uint32_t magnitude = magnitude_of(row.at(k));
+    most = most < magnitude ? magnitude : most;
+  }
+  const float scale = C::rounded(row.call.x_scale);
+  const bool usable = most <= kInfinity && scale != 0.0f && magnitude_of(scale) < kInfinity;
+  const bool zeros = has_zero_points(row.call.rounding) && magnitude_of(row.call.x_zero) < kInfinity;
+  const float zero = zeros ? clamped(row.call.x_zero) : 0.0f;
+  row.call.x_scales[row.m] = scale_or_nan(most <= kInfinity, scale);
+  row.call.x_zeros[row.m] = usable ? zero * scale : 0.0f;
+  row.fill(!usable, [=](int64_t, float v) { return clamped(C::rounded(C::rounded(v / scale) + zero)); });
 }
 
 // The row past the last of x that zero points ask for (apart.h): ones.
@@ -174,6 +203,10 @@ void quantize_row(const Call& call, int64_t m) {
       return m == call.M - 1 ? fill_ones(call, m) : quantize_zero_point(row);
     case Rounding::kOutliers:
       return quantize_outliers(row);
+    case Rounding::kStatic:
+      return quantize_static(row);
+    case Rounding::kStaticZero:
+      return m == call.M - 1 ? fill_ones(call, m) : quantize_static(row);
     default:
       return quantize_full(row);
   }

@@ -34,8 +34,6 @@ void parallel_for(int64_t n, void* context, Body body) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-const void* data_of(const Buffer* b) { return b == nullptr ? nullptr : b->data; }
-
 }  // namespace
 
 // The kernels of the instruction set that is in use; raises where there are none.
@@ -43,16 +41,6 @@ inline const Kernels& kernels_now(bool int8) {
   const Choice choice = current();
   STD_TORCH_CHECK(choice.kernels != nullptr, choice.error);
   return int8 ? int8_kernels(*choice.kernels) : *choice.kernels;
-}
-
-// A call with a weight's buffers, but for its bias, which may have to be copied.
-inline Call call_with(const Arguments& a, bool int8) {
-  Call call{problem_of(a, int8)};
-  call.qweight = static_cast<const uint8_t*>(a.qweight.data);
-  call.scales = a.scales.data, call.zeros = data_of(a.zeros);
-  call.outer_scales = data_of(a.outer_scales), call.outer_zeros = data_of(a.outer_zeros);
-  call.k_order = static_cast<const int32_t*>(data_of(a.k_order));
-  return call;
 }
 
 }  // namespace qkernels::cpu

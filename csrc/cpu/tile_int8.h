@@ -12,6 +12,10 @@
 //   dot_small(sum, lanes, x)         bytes of at most 6 bits times x
 //   look_up(table, indices)          bytes of a table of 16
 //   widen_bytes   consecutive bytes as int32, one a row
+//   kPairs        whether two rows of x meet two rows of the weight, eight columns an instruction, where there is an
+//                 even number of rows of x: `pair` and `part` as in tile_gemm.h, and
+//   multiply_pairs(a, b, first, second, x0, x1)  adds octets x0 and x1 of two rows of x, times bytes that are unsigned,
+//                 to the sums a and b of both
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -64,9 +68,28 @@ QK_INLINE typename V::Integers quad_of(const uint8_t* block, int i, int q) {
   return codes;
 }
 
+constexpr int32_t kLow = 0x0f0f0f0f;  // low nibbles
+
+// The first and second four codes of an octet, a byte each: as stored, or as `table` has them.
+template <class V, Codes kCodes>
+QK_INLINE void quads_at(const uint8_t* at, [[maybe_unused]] int64_t octet, [[maybe_unused]] typename V::Integers table,
+                        typename V::Integers& first, typename V::Integers& second) {
+  constexpr int kWidth = width_of(kCodes);
+  if constexpr (kCodes == Codes::kBytes) {
+    first = V::lanes_at(at), second = V::lanes_at(at + kLineBytes);
+  } else if constexpr (kWidth != 4) {
+    const int i = static_cast<int>(octet % BlockOf<kWidth>::kBlockOctets);
+    const uint8_t* block = at - i * kTileRows * kWidth;
+    first = quad_of<V, kWidth>(block, i, 0), second = quad_of<V, kWidth>(block, i, 1);
+  } else {
+    const auto lanes = V::lanes_at(at);
+    first = lanes & kLow, second = lanes >> 4 & kLow;
+    if constexpr (kCodes == Codes::kTable) first = V::look_up(table, first), second = V::look_up(table, second);
+  }
+}
+
 // In a look-up, the values of a codebook in steps, plus this: bytes that `dot_bytes` takes.
 constexpr int kTableBias = 128;
-constexpr int32_t kLow = 0x0f0f0f0f;  // low nibbles
 
 // 16 bytes, in every 128 bits.
 template <class V>
@@ -95,6 +118,7 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   constexpr bool kBytes = kCodes == Codes::kBytes, kTable = kCodes == Codes::kTable;
   constexpr int kWidth = width_of(kCodes);
   constexpr bool kPlanes = planes_of(kWidth).high != 0 || kWidth == 2;
+  constexpr bool kPairs = V::kPairs && kTokens % 2 == 0;
   constexpr int kQuadBytes = kLineBytes, kOctetBytes = kTileRows * kWidth;
   const int32_t start = (kBytes || kTable ? V::kByteBias : 0) - (kTable ? kTableBias : 1 << (call.bits - 1));
   const Integers table = table_of<V>(call);
@@ -137,6 +161,9 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
       for (int r = 0; r < kTokens; ++r) {
         acc[r][v] = kZeros == Zeros::kIntegers ? left_out * x_sums[r] : V::integers(start * x_sums[r]);
       }
+      if constexpr (kPairs) {
+        for (int r = 0; r < kTokens; r += 2) V::pair(acc[r][v], acc[r + 1][v]);
+      }
     }
     [[maybe_unused]] int64_t octet = group_of(call, g).first / kOctet;
     for (int64_t octets = group_of(call, g).octets; octets > 0; --octets) {
@@ -145,7 +172,16 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
       for (int v = 0; v < kVectors; ++v) {
         const uint8_t* at = codes + vector_at[v];
         if (v * kVectorBytes % 64 == 0) __builtin_prefetch(ahead + vector_at[v]);
-        if constexpr (kPlanes) {
+        if constexpr (kPairs) {
+          if (kBytes && v * kVectorBytes % 64 == 0) __builtin_prefetch(ahead + vector_at[v] + kQuadBytes);
+          Integers first, second;
+          quads_at<V, kCodes>(at, octet, table, first, second);
+#pragma GCC unroll 8
+          for (int r = 0; r < kTokens; r += 2) {
+            const int8_t* row = x + r * row_bytes;
+            V::multiply_pairs(acc[r][v], acc[r + 1][v], first, second, row, row + row_bytes);
+          }
+        } else if constexpr (kPlanes) {
           constexpr int kBlock = BlockOf<kWidth>::kBlockOctets;
           const int i = static_cast<int>(octet % kBlock);
           const Integers first = quad_of<V, kWidth>(at - i * kOctetBytes, i, 0);
@@ -192,6 +228,9 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
       } else {
         scale = V::widen(call.scale_type, call.scales, scale_at(v));
         if (kZeros == Zeros::kRest) rest = stored_rest_of<V>(call, scale, scale_at(v));
+      }
+      if constexpr (kPairs) {
+        for (int r = 0; r < kTokens; r += 2) V::part(acc[r][v], acc[r + 1][v]);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kTokens; ++r) {

@@ -22,7 +22,7 @@ Activations = Literal["file", "16bit"]
 
 def with_16_bits(weight: QuantTensor) -> QuantTensor:
     """The same weight, for activations as they come."""
-    return replace(weight, scheme=replace(weight.scheme, act=None))
+    return replace(weight, scheme=replace(weight.scheme, act=None), x_static=None)
 
 
 def is_ours(format: Format | None) -> bool:

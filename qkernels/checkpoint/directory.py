@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, CheckpointError
 from ..formats import ACTIVATIONS, METADATA, READ_ONLY, SHAPES, Format, Oddity, Parsed, fp8, modelopt, quanto
 from ..formats.beyond import beyond_weights, check_below
-from ..formats.stacks import experts_in, parsed_experts, stack_and_suffix
+from ..formats.stacks import experts_in, for_experts, parsed_experts, stack_and_suffix
 from ..models.building import shapes_of_linears
 from ..models.experts import ExpertsForm, experts_of
 from ..models.naming import WHOLE, Conversion, Members, into_model
@@ -132,7 +132,7 @@ class DirectoryCheckpoint:
 
         def parsed(module: str) -> Parsed:
             assert self.format is not None
-            return self.format.parse(module, tensors(module), self.quantization)
+            return for_experts(self.format.parse(module, tensors(module), self.quantization), self.quantization)
 
         if WHOLE in members and self.format.sliced:
             module = members[WHOLE]

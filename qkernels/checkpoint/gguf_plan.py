@@ -233,10 +233,7 @@ def plan_of(slots: Slots, mix: str | None, chosen: Mapping[str, Chosen]) -> Gguf
         CheckpointError: the checkpoint has no tokenizer that can be read.
         ConversionError: the metadata cannot say what the model or its tokenizer is; names it.
     """
-    entries = {
-        name: Entry(slots.places[name], slots.sources[name], slots.shapes[name], chosen[name])
-        for name in sorted(slots.places, key=file_order)
-    }
+    entries = _entries(slots, chosen)
     called = mix or nearest_mix({name: (entry.chosen.type, entry.nbytes) for name, entry in entries.items()})
     keys, constants = metadata_of(slots.config, slots.architecture)
     general = {
@@ -257,6 +254,30 @@ def plan_of(slots: Slots, mix: str | None, chosen: Mapping[str, Chosen]) -> Gguf
             error = error or found
     assert error is not None
     raise error
+
+
+def in_mix(plan: GgufPlan, slots: Slots, mix: str, chosen: Mapping[str, Chosen]) -> GgufPlan:
+    """The plan of the same model in another mix, whose metadata need no rehearsal."""
+    metadata = {**plan.metadata, "general.file_type": MetaValue("u32", FILE_TYPE_OF[mix])}
+    made = replace(plan, mix=mix, entries=_entries(slots, chosen), metadata=metadata)
+    with tempfile.TemporaryDirectory() as directory:
+        return replace(made, file_nbytes=write_header(made, Path(directory)).stat().st_size)
+
+
+def write_header(plan: GgufPlan, directory: Path) -> Path:
+    """A file as the plan says, with holes for all tensors that are weights of the model: what can be told from headers."""
+    writer = GgufWriter(directory, ["header.gguf"], plan.metadata, [plan.planned()])
+    try:
+        for name, tensor in plan.constants.items():
+            writer.add(name, tensor)
+    finally:
+        writer.abandon()
+    return writer.paths[0]
+
+
+def _entries(slots: Slots, chosen: Mapping[str, Chosen]) -> dict[str, Entry]:
+    names = sorted(slots.places, key=file_order)
+    return {name: Entry(slots.places[name], slots.sources[name], slots.shapes[name], chosen[name]) for name in names}
 
 
 def _name(slots: Slots, words: Mapping[str, MetaValue]) -> str:
@@ -297,13 +318,8 @@ def _stops(slots: Slots) -> list[int]:
 def _rehearse(plan: GgufPlan, slots: Slots, tokenizer: Any) -> int:
     """Raise unless the file of a plan is read as the model that it is of; its bytes."""
     with tempfile.TemporaryDirectory() as directory:
-        writer = GgufWriter(Path(directory), ["header.gguf"], plan.metadata, [plan.planned()])
-        try:
-            for name, tensor in plan.constants.items():
-                writer.add(name, tensor)
-        finally:
-            writer.abandon()
-        source = GgufSource.open(writer.paths[0])
+        path = write_header(plan, Path(directory))
+        source = GgufSource.open(path)
         config, unread = config_of(source, plan.architecture)
         if unread:
             raise ConversionError(f"the metadata have keys that no reader understands: {', '.join(unread)}")
@@ -318,4 +334,4 @@ def _rehearse(plan: GgufPlan, slots: Slots, tokenizer: Any) -> int:
                 f"{differing} is read back as {places.get(differing)}, expected {slots.places.get(differing)}"
             )
         check_tokenizer(tokenizer_of(source), tokenizer, plan.metadata)
-        return writer.paths[0].stat().st_size
+        return path.stat().st_size

@@ -27,7 +27,7 @@ from ..storage.gguf_writer import GgufWriter, gguf_writer
 from ..tensor import QuantTensor
 from ..text import describe
 from .gguf import GgufCheckpoint
-from .gguf_plan import Entry, GgufPlan, Slots, chosen_types, plan_of, slots_of
+from .gguf_plan import Entry, GgufPlan, Slots, chosen_types, in_mix, plan_of, slots_of
 from .source import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -59,16 +59,35 @@ def plan_gguf(
         slots = slots_of(Path(source))
         return plan_of(slots, None, _lossless_types(slots))
     slots = slots_of(Path(source))
-    chosen = chosen_types(slots, type, pure, tensor_types, calibrated or importance is not None)
+    chosen = _writable(chosen_types(slots, type, pure, tensor_types, calibrated or importance is not None))
+    if importance is not None:
+        _check_importance(slots, importance, chosen)
+    plan = plan_of(slots, type, chosen)
+    return plan if importance is None else replace(plan, metadata={**plan.metadata, **_measured(importance)})
+
+
+def plan_mixes(source: str | os.PathLike[str], mixes: Sequence[str]) -> dict[str, GgufPlan]:
+    """What `to_gguf` writes in each of these mixes, to the byte.
+
+    Raises:
+        ArgumentError, CheckpointError, ConversionError: as `plan_gguf`.
+    """
+    slots = slots_of(Path(source))
+    plans: dict[str, GgufPlan] = {}
+    for mix in mixes:
+        chosen = _writable(chosen_types(slots, mix, False, (), False))
+        first = next(iter(plans.values()), None)
+        plans[mix] = plan_of(slots, mix, chosen) if first is None else in_mix(first, slots, mix, chosen)
+    return plans
+
+
+def _writable(chosen: dict[str, Chosen]) -> dict[str, Chosen]:
     for name, found in chosen.items():
         if found.type not in (*_FLOATS, *WRITABLE_TYPES):
             raise ArgumentError(
                 f"{name} was to be {found.type}, which is only read; written are {', '.join((*_FLOATS, *WRITABLE_TYPES))}"
             )
-    if importance is not None:
-        _check_importance(slots, importance, chosen)
-    plan = plan_of(slots, type, chosen)
-    return plan if importance is None else replace(plan, metadata={**plan.metadata, **_measured(importance)})
+    return chosen
 
 
 def to_gguf(

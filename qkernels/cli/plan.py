@@ -20,7 +20,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "  qkernels plan my-llama/config.json --device 24GiB --batch 8 --prefer speed\n"
         "  qkernels plan Qwen/Qwen3-8B --device rtx4070 --device cpu      # what the card has no room for runs on the CPU\n"
         "  qkernels plan model-Q4_K_M.gguf --json\n"
-        "  qkernels plan my-llama/ --scheme w4a16_g128 --scheme w3a16_g64",
+        "  qkernels plan my-llama/ --scheme w4a16_g128 --scheme w3a16_g64 --type Q4_K_M",
         "Weights, cache and speed of a model on a device, for the forms that it can be given; headers are all that is read. "
         "The last line decides. Exit code 0 where something fits, 3 where nothing does.",
     )
@@ -46,13 +46,24 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="a row, such as w4a16_g128; may be repeated (default: a list)",
     )
     parser.add_argument(
+        "--type",
+        action="append",
+        metavar="TYPE",
+        help="a row of a GGUF file, such as Q4_K_M, with its bytes exactly; may be repeated, and beside --scheme",
+    )
+    parser.add_argument(
         "--prefer",
         choices=("quality", "speed", "size"),
         default="quality",
         help="what decides among the rows that fit (default: quality)",
     )
     parser.add_argument(
-        "--bench", metavar="FILE", help="a result of `qkernels bench --json` on this machine, for its bandwidth"
+        "--bench",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a result of this machine: of `qkernels bench --json`, for its bandwidth, or of "
+        "`python -m benchmarks.models.quantize_speed`, for the time that quantizing takes; may be repeated",
     )
     add_dtype(parser)
     add_revision(parser)
@@ -74,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         args.prefer,
         args.bench,
         args.revision,
+        args.type or (),
     )
     print(found.to_json() if args.json else found.to_markdown())
     return 0 if found.fits else SHORT

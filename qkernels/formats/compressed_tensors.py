@@ -19,9 +19,16 @@ ceil(K * bits / 32). (Rows so short that both need the same number go by the ver
 `int-quantized` keeps `weight` as int8 `[N, K]`, one code a byte, and is made for int8 activations.
 
 int8 activations with one scale a token, made while the model runs, are those of our kernels: "int8_wide" (symmetric) and
-"int8_zero" (`scheme.ACTIVATIONS`), to the bit what compressed-tensors 0.20 computes of x (calculate_qparams, fake_quantize). All
-others (scales from the file, of 4 bits, of a group, of outputs) leave activations in 16 bits, and an oddity says what the file
-asks for; asked to run them (`load(…, activations="file")`), they are an error.
+"int8_zero" (`scheme.ACTIVATIONS`), to the bit what compressed-tensors 0.20 computes of x (calculate_qparams, fake_quantize). So
+are static ones with one scale for all tokens, "int8_static" and "int8_static_zero":
+
+| tensor           | dtype | shape     | content                                                            |
+|------------------|-------|-----------|--------------------------------------------------------------------|
+| input_scale      | float | [1] or [] | x ≈ (code - zero point) * scale                                    |
+| input_zero_point | int8  | [1] or [] | asymmetric: a whole number; symmetric: absent or 0                 |
+
+All others (of 4 bits, of a group, of outputs) leave activations in 16 bits, and an oddity says what the file asks for; asked to
+run them (`load(…, activations="file")`), they are an error.
 
 The scheme of a module comes from the `config_groups` entry whose `targets` fit it best: its name, else a pattern ("re:…"),
 else the class name "Linear".
@@ -29,14 +36,15 @@ else the class name "Linear".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..scheme import ACTIVATIONS as ACTS
 from ..scheme import GroupSize, QuantScheme
 from ..tensor import QuantTensor
 from . import ACTIVATIONS, Config, Format, Oddity, Parsed
@@ -67,6 +75,10 @@ class _Fields(NamedTuple):
     ordered: bool  # actorder "group"
     activations: str  # what the group wants done to activations, "" for nothing
     act: str | None  # those of our kernels: a key of `scheme.ACTIVATIONS`
+
+    @property
+    def scheme(self) -> QuantScheme:
+        return QuantScheme(self.bits, self.group_size, "none" if self.symmetric else "int", self.act)
 
 
 def parse_packed(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
@@ -113,12 +125,12 @@ def _as_asked(weight: QuantTensor, fields: _Fields, config: Config, oddities: It
     if not fields.activations:
         return Parsed(weight, tuple(oddities))
     if fields.act is not None:
-        return Parsed(replace(weight, scheme=replace(weight.scheme, act=fields.act)), tuple(oddities))
+        return Parsed(weight, tuple(oddities))
     asked = f"the config asks for {fields.activations}"
     if config.get(ACTIVATIONS) == "file":
         raise CheckpointError(
-            f"{asked}; kernels here have int8 with one scale a token, made while they run; load it with "
-            'activations="16bit"'
+            f"{asked}; kernels here have int8 with one scale a token, made while they run, or one for all from the file; load it "
+            'with activations="16bit"'
         )
     return Parsed(weight, (Oddity(asked, "the weights are used with 16-bit activations instead"), *oddities))
 
@@ -128,10 +140,44 @@ def _act_of(group: Mapping[str, Any]) -> str | None:
     args = group.get("input_activations")
     if not isinstance(args, dict) or group.get("output_activations") is not None:
         return None
-    wanted = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-    if any(args.get(key, "int" if key == "type" else None) != value for key, value in wanted.items()):
+    static = args.get("dynamic") in (None, False)
+    strategy = args.get("strategy") or ("tensor" if args.get("group_size") is None else "group")
+    found = (args.get("num_bits"), args.get("type") or "int", strategy, static or args.get("dynamic"))
+    if found != (8, "int", "tensor" if static else "token", True):
         return None
-    return "int8_zero" if boolean(args, "symmetric") is False else "int8_wide"
+    zero_points = boolean(args, "symmetric") is False
+    if static:
+        return "int8_static_zero" if zero_points else "int8_static"
+    return "int8_zero" if zero_points else "int8_wide"
+
+
+def _static(tensors: Mapping[str, Tensor], act: str | None) -> Tensor | None:
+    """`QuantTensor.x_static` of a module whose activations are static.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    if not ACTS[act].static:
+        return None
+    scale, zero = (tensors.get(f"input_{leaf}") for leaf in ("scale", "zero_point"))
+    way_out = 'the file has static activations; quantize it again, or let its config say "input_activations": null'
+    if scale is None:
+        raise CheckpointError(f"input_scale is missing: {way_out}")
+    check_float("input_scale", scale.reshape(-1), (1,), f"one for all tokens, got {list(scale.shape)}")
+    value = float(scale)
+    if not (math.isfinite(value) and value > 0):
+        raise CheckpointError(f"input_scale must be positive and finite, got {value}: {way_out}")
+    if zero is None and ACTS[act].zero_points:
+        raise CheckpointError(
+            f"input_zero_point is missing, although input_activations say symmetric: false: {way_out}"
+        )
+    if zero is not None:
+        expect("input_zero_point", zero.reshape(-1), (torch.int8,), (1,), "one for all tokens")
+        if int(zero) and not ACTS[act].zero_points:
+            raise CheckpointError(
+                f"input_zero_point must be absent or 0, because input_activations say symmetric, got {int(zero)}"
+            )
+    return torch.tensor([value, 0.0 if zero is None else float(zero)])
 
 
 def _oddities(tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> Iterator[Oddity]:
@@ -147,7 +193,7 @@ def _oddities(tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> It
 def _weight(codes: Tensor, tensors: Mapping[str, Tensor], fields: _Fields, dense: bool) -> QuantTensor:
     """What both bodies have in common: scales, zero points and group index around the codes [N, K]."""
     N, K = codes.shape
-    scheme = QuantScheme(fields.bits, fields.group_size, "none" if fields.symmetric else "int")
+    scheme = fields.scheme
     G = scheme.num_groups(K)
     why = (
         f"N={N}, K={K}, {fields.group_size if isinstance(fields.group_size, str) else f'groups of {fields.group_size}'}"
@@ -165,7 +211,7 @@ def _weight(codes: Tensor, tensors: Mapping[str, Tensor], fields: _Fields, dense
     g_idx = tensors.get("weight_g_idx")
     g_idx = None if g_idx is None or _unset(g_idx) else g_idx
     index = group_index_of("weight_g_idx", g_idx, K, scheme)
-    return QuantTensor(codes, scales, zeros, index, scheme)
+    return QuantTensor(codes, scales, zeros, index, scheme, x_static=_static(tensors, scheme.act))
 
 
 def _zeros(stored: Tensor | None, N: int, G: int, fields: _Fields, dense: bool) -> Tensor | None:

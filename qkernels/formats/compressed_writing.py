@@ -10,8 +10,8 @@
 | nvfp4_g16                                  | nvfp4-pack-quantized | weight_packed, weight_scale, weight_global_scale   |
 
 Schemes of several formats in one checkpoint make it `mixed-precision`; each config group then says its own. Activations are
-left in 16 bits (W4A16, NVFP4A16, W8A16), or in int8 with one scale a token. Its arithmetic is that of "int8_wide" and "int8_zero"
-(`scheme.ACTIVATIONS`); "int8", which divides by 127, it has no word for.
+left in 16 bits (W4A16, NVFP4A16, W8A16), or in int8 with one scale a token, or static. Its arithmetic is that of "int8_wide",
+"int8_zero" and the static ones (`scheme.ACTIVATIONS`); "int8", which divides by 127, it has no word for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..factors import as_bytes
-from ..scheme import QuantScheme
+from ..scheme import ACTIVATIONS, QuantScheme
 from ..tensor import QuantTensor
 from ..text import dtype_name
 from . import Format, Written
@@ -40,9 +40,12 @@ _TOKEN: Final = {
     "num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "group_size": None, "actorder": None,
     "block_structure": None, "observer": None, "observer_kwargs": {},
 }  # fmt: skip
+_TENSOR: Final = {**_TOKEN, "strategy": "tensor", "dynamic": False, "observer": "minmax"}
 _ACTIVATIONS: Final[dict[str | None, dict[str, Any]]] = {
     "int8_wide": {**_TOKEN, "symmetric": True},
     "int8_zero": {**_TOKEN, "symmetric": False},
+    "int8_static": {**_TENSOR, "symmetric": True},
+    "int8_static_zero": {**_TENSOR, "symmetric": False},
 }
 _SCALES: Final = {MXFP4_BODY: "torch.uint8", NVFP4_BODY: "torch.float8_e4m3fn"}  # dtypes as its config spells them
 
@@ -66,9 +69,21 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
     if scheme.group_size == "tensor" and not weight.scales.numel():
         reasons.append("an empty weight has no scale per tensor")
     refuse(NAME, reasons)
-    if body == INT:
-        return _bytes(weight)
-    return _integers(weight) if body == PACK else _floats(weight, body)
+    if body not in (PACK, INT):
+        return _floats(weight, body)
+    return (_bytes(weight) if body == INT else _integers(weight)) | _inputs(weight)
+
+
+def _inputs(weight: QuantTensor) -> dict[str, Tensor]:
+    """Scale and zero point of static activations, the scale in the dtype of the weight's where that holds it."""
+    if weight.x_static is None:
+        return {}
+    scale, zero = weight.x_static[:1], weight.x_static[1:]
+    stored = scale.to(weight.scales.dtype)
+    tensors = {
+        "input_scale": stored if weight.x_static.is_meta or torch.equal(stored.float(), scale) else scale.clone()
+    }
+    return tensors | ({"input_zero_point": zero.to(torch.int8)} if ACTIVATIONS[weight.scheme.act].zero_points else {})
 
 
 def _bytes(weight: QuantTensor) -> dict[str, Tensor]:
@@ -119,7 +134,7 @@ def config_of(written: Written) -> dict[str, Any]:
         f"group_{i}": {
             "targets": names,
             "weights": _fields(scheme, written.act_order),
-            "input_activations": _ACTIVATIONS.get(scheme.act),
+            "input_activations": dict(_ACTIVATIONS[scheme.act]) if scheme.act in _ACTIVATIONS else None,
             "output_activations": None,
             "format": _body(scheme),
         }

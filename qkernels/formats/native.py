@@ -10,6 +10,7 @@
 |              |            |                              | offsets), less their lowest, Stream(their bits) along G |
 | outer_scales, outer_zeros | floating | [..., N, S]       | outer factors                                        |
 | group_index  | int32      | [K], or [E, K]               | act-order only                                       |
+| x_static     | float32    | [2]                          | scale and zero point of x, of static activations     |
 | weight_shape | int64      | [2 or more]                  | [..., N, K]; K is not in the shape of qweight        |
 | weight       | uint8      | [0]                          | nothing; see below                                   |
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..factors import Factors, as_bytes, kind_of
-from ..scheme import QuantScheme
+from ..scheme import ACTIVATIONS, QuantScheme
 from ..tensor import FLOAT_DTYPES, SCALE_DTYPES, QuantTensor
 from ..text import describe
 from . import Config, Format, Parsed, Written
@@ -61,9 +62,10 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
         expect("qweight", tensors["qweight"], (torch.uint8,), (*rows, width), f"{scheme}, weight_shape {shape}")
         codes = unpack_bytes(tensors["qweight"], scheme.bits, in_features)
         index = _group_index(tensors.get("group_index"), in_features, rows[:-1], scheme)
+        static = _static(tensors, scheme)
         if scheme.factors is not None:
             factors = _parse_factors(tensors, rows, groups, scheme)
-            return Parsed(QuantTensor.from_factors(codes, factors, scheme, index))
+            return Parsed(QuantTensor.from_factors(codes, factors, scheme, index, static))
         scales = _required(tensors, "scales", scheme)
         bands = (*rows[:-1], -(-rows[-1] // scheme.rows))
         expect("scales", scales, SCALE_DTYPES, (*bands, groups), f"{scheme}, K={in_features}")
@@ -77,7 +79,17 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
             zeros = unpack_bytes(zeros, scheme.bits, groups)
         elif zeros is not None:
             expect("zeros", zeros, FLOAT_DTYPES, (*rows, groups), f"{scheme}, G={groups}")
-        return Parsed(QuantTensor(codes, scales, zeros, index, scheme))
+        return Parsed(QuantTensor(codes, scales, zeros, index, scheme, x_static=static))
+
+
+def _static(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Tensor | None:
+    if not ACTIVATIONS[scheme.act].static:
+        if "x_static" in tensors:
+            raise CheckpointError(f"x_static must be absent for {scheme}, whose activations are not static")
+        return None
+    static = _required(tensors, "x_static", scheme)
+    expect("x_static", static, (torch.float32,), (2,), f"{scheme}: scale and zero point of x")
+    return static
 
 
 def _group_index(stored: Tensor | None, K: int, lead: list[int], scheme: QuantScheme) -> Tensor | None:
@@ -131,6 +143,8 @@ def write(weight: QuantTensor) -> dict[str, Tensor]:
         tensors["zeros"] = pack_bytes(weight.zeros, bits) if integers else weight.zeros.contiguous()
     if weight.group_index is not None:
         tensors["group_index"] = weight.group_index.contiguous()
+    if weight.x_static is not None:
+        tensors["x_static"] = weight.x_static.contiguous()
     return tensors | {"weight_shape": shape_tensor(weight), GUARD: guard()}
 
 
@@ -217,7 +231,7 @@ def weight_shape(tensor: Tensor) -> list[int]:
 FORMAT: Format = Format(
     name="native",
     required=("qweight", "weight_shape"),
-    optional=("scales", "zeros", "factors", "outer_scales", "outer_zeros", "group_index", GUARD),
+    optional=("scales", "zeros", "factors", "outer_scales", "outer_zeros", "group_index", "x_static", GUARD),
     matches=lambda config: config.get("quant_method") == METHOD and "layout" not in config,
     parse=parse,
     write=write,

@@ -12,7 +12,8 @@ R = N * K / g: the weight is cut into groups, `weight.reshape(R, g)`, and s = 4 
 rows i, i + ceil(R / s), …, lowest bits first. Where K is at most 128 or no group fits, g = K. The tensors do not tell N and K;
 the model's own layers do (`SHAPES`).
 
-Activations that a file wants quantized (`input_scale`, `output_scale`) stay in 16 bits, which an oddity says.
+Activations that a file wants quantized (`input_scale`, `output_scale`: quanto rounds what goes into a layer and what comes out)
+stay in 16 bits, which an oddity says; asked for as in the file, those of qint8 are an error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..errors import CheckpointError
 from ..scheme import GroupSize, QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import describe
-from . import SHAPES, Config, Format, Oddity, Parsed
+from . import ACTIVATIONS, SHAPES, Config, Format, Oddity, Parsed
 from .floating import FP8_CHANNEL, fp8
 from .validation import check_float, check_scales, expect, naming
 
@@ -64,8 +65,12 @@ def parse(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
             )
         if activations in (None, "none"):
             return Parsed(weight)
-        asked = Oddity(f"{MAP} asks for {activations!s:.20} activations", "16-bit activations are used instead")
-        return Parsed(weight, (asked,))
+        asked = f"{MAP} asks for {activations!s:.20} activations"
+        if config.get(ACTIVATIONS) == "file" and activations == "qint8":
+            raise CheckpointError(
+                f'{asked}, of inputs and outputs, which no kernel here has; load it with activations="16bit"'
+            )
+        return Parsed(weight, (Oddity(asked, "16-bit activations are used instead"),))
 
 
 def _entry(module: str, config: Config) -> Mapping[str, Any]:

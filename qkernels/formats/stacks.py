@@ -14,13 +14,15 @@ version 0.20), and so do the others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Final
 
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..scheme import ACTIVATIONS as ACTS
 from ..text import describe
-from . import Config, Format, Parsed
+from . import ACTIVATIONS, Config, Format, Oddity, Parsed
 
 PROJECTIONS: Final = ("gate_up_proj", "up_proj", "down_proj")
 _SHAPE: Final = "weight_shape"
@@ -59,7 +61,24 @@ def parsed_experts(found: Format, stack: str, tensors: Mapping[str, Tensor], con
     assert count is not None
     for expert in range(count):
         one = {suffix: _of_expert(stack, suffix, tensor, expert, count) for suffix, tensor in tensors.items()}
-        yield found.parse(stack, one, config)
+        yield for_experts(found.parse(stack, one, config), config)
+
+
+def for_experts(parsed: Parsed, config: Config) -> Parsed:
+    """An expert that is joined with others, whose activations would have one scale for all of them: in 16 bits where the file has
+    one for each.
+
+    Raises:
+        CheckpointError: the activations were asked for (`load(…, activations="file")`).
+    """
+    weight = parsed.weight
+    if weight.x_static is None:
+        return parsed
+    asked = f"the file has {ACTS[weight.scheme.act]} for each expert"
+    if config.get(ACTIVATIONS) == "file":
+        raise CheckpointError(f'{asked}, which stacked experts have not; load it with activations="16bit"')
+    plain = replace(weight, scheme=replace(weight.scheme, act=None), x_static=None)
+    return Parsed(plain, (Oddity(asked, "16-bit activations are used instead"), *parsed.oddities))
 
 
 def _of_expert(stack: str, suffix: str, tensor: Tensor, expert: int, count: int) -> Tensor:

@@ -6,22 +6,21 @@ vllm serve some-gptq/ --quantization qkernels   # files that vLLM also has kerne
 vLLM finds `register` through the entry point `vllm.general_plugins` in each of its processes. Nothing of a format is known here:
 a quantized layer has empty parameters under the names of its format's tensors, whose loaders collect what streams by. As soon as
 a layer has all that the headers promised, its format parses it, `QuantTensor.shard` cuts it for this rank, and it is packed: in
-memory are the result and one layer. Written for vLLM 0.32.
+memory are the result and one layer. Routed experts: vllm_experts.py. Written for vLLM 0.32.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -36,6 +35,8 @@ from ..errors import ArgumentError, CheckpointError
 from ..formats import Format
 from ..nn import QuantLinear
 from ..tensor import QuantTensor
+from .vllm_experts import Asked, VllmExpertsMethod
+from .vllm_weights import grouped, joined, parameter_name, rows_of
 
 NAME: Final = "qkernels"
 FOREIGN: Final = ("gptq", "awq", "compressed-tensors", "auto-round", "hqq", "bitsandbytes", "torchao")
@@ -43,6 +44,7 @@ NO_GGUF: Final = (
     "vLLM streams safetensors, so a GGUF file is not served as it is: `qkernels pack model.gguf dir/` writes the same weights "
     "for it, then serve dir/"
 )
+_ANY: Final = "weight"  # stands for a tensor of a module, where names of tensors are mapped
 _SHARDS: Final = {None: 0, "q": 0, "k": 1, "v": 2}
 
 
@@ -129,22 +131,30 @@ class VllmConfig(QuantizationConfig):
             )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Modules get the names that the model of vLLM has for them."""
-        named = {name: hf_to_vllm_mapper.apply_list([name]) for name in self.tensors}
-        self.tensors = {new[0]: self.tensors[name] for name, new in named.items() if new}
-        self.spelled = {new[0]: name for name, new in named.items() if new and new[0] != name}
+        """Modules get the names that the model of vLLM has for them: those that their tensors get."""
+        named: dict[str, str] = {}
+        for name in self.tensors:
+            found = hf_to_vllm_mapper.apply_list([f"{name}.{_ANY}"])
+            if found:
+                named[name] = found[0].removesuffix(f".{_ANY}")
+        self.tensors = {new: self.tensors[name] for name, new in named.items()}
+        self.spelled = {new: name for name, new in named.items() if new != name}
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """The method of a linear layer or head; None for what is not quantized.
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | VllmExpertsMethod | None:
+        """The method of a linear layer, head or routed experts; None for what is not quantized.
 
         Raises:
-            CheckpointError: a part of a merged layer is quantized and another not; or what is quantized is no linear layer.
+            CheckpointError: a part of a merged layer is quantized and another not; or what is quantized is no such layer.
         """
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             inside = [name for name in self.tensors if name == prefix or name.startswith(f"{prefix}.")]
+            if inside and isinstance(layer, RoutedExperts):
+                tensors = {name: self.tensors[name] for name in inside}
+                in_files = {name: self.spelled.get(name, name) for name in inside}
+                return VllmExpertsMethod(layer.moe_config, Asked(self.format, self.config, prefix, tensors, in_files))
             if inside:
                 raise CheckpointError(
-                    f"{prefix} ({type(layer).__name__}): quantized experts and embeddings are not served through vLLM yet, got "
+                    f"{prefix} ({type(layer).__name__}) is neither a linear layer nor vLLM's routed experts, got "
                     f"{len(inside)} quantized modules, first {inside[0]}; run this checkpoint with `qkernels serve`"
                 )
             return None
@@ -287,56 +297,9 @@ class VllmLinearMethod(LinearMethodBase):
         return torch.cat([linear(x) if b is None else linear.product(x, b) for linear, b in parts], -1)
 
 
-def parameter_name(suffix: str) -> str:
-    """The name of a tensor's parameter: that of the file, without dots."""
-    return suffix.replace(".", "__")
-
-
-def grouped(names: Sequence[str], found: Format) -> dict[str, tuple[str, ...]]:
-    """Module -> the suffixes of its tensors in the headers; a module has at least what its format requires.
-
-    Raises:
-        CheckpointError: it has the telling one of them, and lacks another.
-    """
-    tensors: dict[str, list[str]] = {}
-    for name in names:
-        suffix = max((s for s in found.suffixes if name.endswith(f".{s}")), key=len, default=None)
-        if suffix is not None:
-            tensors.setdefault(name[: -len(suffix) - 1], []).append(suffix)
-    whole = {module: tuple(suffixes) for module, suffixes in tensors.items() if found.required[0] in suffixes}
-    for module, suffixes in whole.items():
-        if suffixes == ("weight",):
-            continue  # of a layer that is not quantized, where quantized ones have a tensor of that name, too
-        if missing := [suffix for suffix in found.required if suffix not in suffixes]:
-            raise CheckpointError(f"{module} lacks {', '.join(missing)} (it has {', '.join(suffixes)})")
-    return {module: s for module, s in whole.items() if set(found.required) <= set(s)}
-
-
-def joined(weights: Sequence[QuantTensor]) -> list[QuantTensor]:
-    """One weight where schemes and column orders agree, else the parts: mixed widths, act-order of each its own."""
-    try:
-        return [QuantTensor.concat(weights)] if len(weights) > 1 else list(weights)
-    except ArgumentError:
-        return list(weights)
-
-
 def replicas(layer: Any, index: int) -> int:
     """How many ranks hold the same rows of a part: keys and values where there are fewer heads than ranks."""
     return int(getattr(layer, "num_kv_head_replicas", 1)) if index else 1
-
-
-def rows_of(weight: QuantTensor, sizes: Sequence[int]) -> list[QuantTensor]:
-    """A weight's rows, `sizes` of them each, one after another.
-
-    Raises:
-        CheckpointError: it has not so many.
-    """
-    if sum(sizes) != weight.N:
-        raise CheckpointError(f"rows must be {' + '.join(map(str, sizes))} = {sum(sizes)}, got {weight.N}")
-    unit = math.gcd(*sizes)
-    units = [weight.shard("N", index, weight.N // unit) for index in range(weight.N // unit)]
-    edges = [0, *accumulate(size // unit for size in sizes)]
-    return [QuantTensor.concat(units[first:last]) for first, last in pairwise(edges)]
 
 
 @lru_cache(maxsize=1)

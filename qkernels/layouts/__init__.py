@@ -64,6 +64,8 @@ BUFFERS = (
     Buffer("outer_scales", optional=True),
     Buffer("outer_zeros", optional=True),
 )
+# What layouts that take static activations have beside these: scale and zero point of x.
+BUFFERS_A8 = (*BUFFERS, Buffer("x_static", optional=True, dtype=torch.float32, tiled=False))
 NUMBERS = (
     Number("out_features", "int", lambda N, K, scheme: N),
     Number("bits", "int", lambda N, K, scheme: scheme.bits),
@@ -74,6 +76,9 @@ NUMBERS = (
 )
 # What layouts for int8 activations have beside these: how x is rounded.
 NUMBERS_A8 = (*NUMBERS, Number("act", "int", lambda N, K, scheme: ACTIVATION_NUMBERS[scheme.act]))
+
+
+X_STATIC = (2,)  # the shape of `x_static`
 
 
 def no_limits(N: int, K: int, scheme: QuantScheme) -> list[str]:
@@ -206,11 +211,13 @@ class Layout:
         small = scale_dtype if kind is None else getattr(torch, kind.small)
         outer = None if kind is None else outer_shape(shapes["scales"], kind.outer_groups(scheme.num_groups(K)))
         dtypes = {"scales": small, "zeros": torch.uint8 if kind is not None or scheme.zeros == "int" else scale_dtype}
+        static = ACTIVATIONS[scheme.act].static
         here: dict[str, tuple[int, ...] | None] = {
             "zeros": None if scheme.symmetric else shapes["scales"],
             "k_order": (K,) if ordered else None,
             "outer_scales": outer,
             "outer_zeros": None if scheme.symmetric else outer,
+            "x_static": X_STATIC if static else None,
         } | ({"table": None} if scheme.codebook is None else {})
         found: dict[str, Tensor | None] = {}
         for buffer in self.buffers:
@@ -268,6 +275,8 @@ def empty_buffers(
     empty = {name: None if t is None else torch.zeros_like(t, device=device) for name, t in shapes.items()}
     if ordered:
         empty["k_order"] = torch.arange(K, dtype=torch.int32, device=device)
+    if (static := empty.get("x_static")) is not None:
+        static[0] = 1  # a scale is positive
     return empty
 
 

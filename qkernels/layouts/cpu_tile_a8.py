@@ -1,7 +1,7 @@
 """Tiles for the CPU kernels with int8 activations: those of cpu_tile_a16 (same buffers, blocks, planes and padding), but for the
 order of the codes in a lane. Dot products of bytes (vpdpbusd, vpmaddubsw) want four neighbours along K in the four bytes of a
 lane: byte j of a plane's lane holds columns j, 4 + j, 8 + j, … lowest bits first; of 4-bit codes code j in its low nibble and
-code 4 + j in its high one.
+code 4 + j in its high one. Static activations have their scale and zero point in a buffer beside: `x_static`, fp32 [2].
 
 `csrc/cpu/kernels.h` states the same contract for C++.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..codebooks import INTEGER_STEPS
 from ..scheme import ACTIVATIONS, FACTORS, QuantScheme
 from ..tensor import SCALE_DTYPES
-from . import NUMBERS_A8, Layout, cpu_tile_a16
+from . import BUFFERS_A8, NUMBERS_A8, Layout, cpu_tile_a16
 from .canonical import INTEGERS
 from .cpu_tile_a16 import ROWS_PER_TILE, place, places, tiles_with, upgrade_of
 from .tiles import true_bits
@@ -50,5 +50,5 @@ TILES, _TILES_1 = tiles_with(_lay_plane, _lift_plane), tiles_with(_lay_plane, _l
 LAYOUT: Layout = Layout(
     "cpu_tile_a8", 2, "cpu", TILES.pack, TILES.unpack, TILES.shapes, true_bits, ROWS_PER_TILE,
     acts=INTEGERS, codebooks=tuple(INTEGER_STEPS), factors=tuple(FACTORS), grouped=True, scale_dtypes=SCALE_DTYPES,
-    limits=limits, gemv_tokens=8, numbers=NUMBERS_A8, upgrades={1: upgrade_of(_TILES_1, TILES)},
+    limits=limits, gemv_tokens=8, buffers=BUFFERS_A8, numbers=NUMBERS_A8, upgrades={1: upgrade_of(_TILES_1, TILES)},
 )  # fmt: skip

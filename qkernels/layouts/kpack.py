@@ -73,7 +73,7 @@ def _with_table(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffer
 
 LAYOUT: Layout = Layout(
     "kpack", 2, "triton", arrange, TILES.unpack, shapes, stored_bits, ROWS_PER_TILE,
-    dtypes=(torch.bfloat16, torch.float16), codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), scale_dtypes=SCALE_DTYPES,
-    gemv_tokens=GEMV_TOKENS,
+    dtypes=(torch.bfloat16, torch.float16), codebooks=tuple(CODEBOOKS), factors=tuple(FACTORS), grouped=True,
+    scale_dtypes=SCALE_DTYPES, gemv_tokens=GEMV_TOKENS,
     buffers=(*BUFFERS, Buffer("table", optional=True, dtype=torch.float32, tiled=False)), upgrades={1: _with_table},
 )  # fmt: skip

@@ -118,6 +118,7 @@ class Tiles:
         return {
             "qweight": self.lay(codes, scheme.bits).reshape(*lead, *shape).contiguous(),
             "k_order": k_order,
+            "x_static": weight.x_static,
         } | groups
 
     def unpack(self, buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> QuantTensor:
@@ -137,7 +138,8 @@ class Tiles:
             name: None if (t := buffers[name]) is None else self._unpack_groups(t, name, N, K, scheme)
             for name in GROUPED
         }
-        return weight_of(codes.contiguous(), groups, group_index_of(k_order, K, scheme), scheme)
+        index = group_index_of(k_order, K, scheme)
+        return weight_of(codes.contiguous(), groups, index, scheme, buffers.get("x_static"))
 
     def _pack_groups(self, values: Tensor, name: str, weight: QuantTensor) -> Tensor:
         """[..., N, G] -> [..., tiles, G_pad, rows]; outer factors [..., N, S] -> [..., tiles, S, rows]"""

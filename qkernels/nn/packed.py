@@ -85,10 +85,10 @@ class PackedModule(nn.Module):
         self._drop_buffers()
         with torch.inference_mode(False):
             device = next(t.device for t in buffers.values() if t is not None)
-            # Under the name of a module's extra state, but a buffer: loaders that set tensors one by one find it, too. First,
-            # because torch.export 2.13 miscounts buffers that come after an absent one.
+            # Under the name of a module's extra state, but a buffer: loaders that set tensors one by one find it, too. What is
+            # absent comes last, because torch.export 2.13 miscounts buffers that come after an absent one.
             self.register_buffer(_PACKING, as_tensor(self._own_packing(), device))
-            for buffer in layout.buffers:
+            for buffer in sorted(layout.buffers, key=lambda buffer: buffers.get(buffer.name) is None):
                 t = buffers.get(buffer.name)
                 self.register_buffer(buffer.name, t.clone() if t is not None and t.is_inference() else t)
         self._device_type = self.qweight.device.type

@@ -75,9 +75,8 @@ def sorted_by_expert(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]
     """
     flat = ids.reshape(-1).long()
     flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device).scatter_add(0, flat, torch.ones_like(flat))
-    offsets = torch.cat([counts.new_zeros(1), counts[:experts].cumsum(0)])
+    by_expert, order = torch.sort(flat, stable=True)
+    offsets = torch.searchsorted(by_expert, torch.arange(experts + 1, device=ids.device))
     return order, order // max(ids.shape[1], 1), offsets
 
 
@@ -179,6 +178,8 @@ def check_stack(layout: Layout, weight: Weight, bias: Tensor | None, device: tor
     """
     if schema.check_weight(layout, weight) != 1:
         raise ArgumentError(f"qweight must be of stacked experts [E, …], got {describe(weight.qweight)}")
+    if weight.own.get("x_static") is not None:
+        raise ArgumentError("x_static must be None for stacked experts, which have no static activations")
     count = int(weight.qweight.shape[0])
     shape = [count, weight.out_features]
     if bias is not None and (bias.dtype not in FLOAT_DTYPES or list(bias.shape) != shape):
@@ -198,7 +199,7 @@ def _check_rows(x: Tensor, rows: Tensor, offsets: Tensor, count: int) -> None:
         raise ArgumentError(f"offsets must be int64 [E + 1] = [{count + 1}], got {describe(offsets)}")
 
 
-def _read_gemm(
+def read_gemm(
     layout: Layout, arguments: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Tensor, Weight, Tensor | None, torch.dtype]:
     x, rows, offsets, *rest, dtype = arguments
@@ -209,7 +210,7 @@ def _read_gemm(
     return x, rows, offsets, weight, bias, dtype
 
 
-def _read_experts(
+def read_experts(
     layout: Layout, arguments: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Tensor, Stack, Stack, str, float, float]:
     x, ids, weights, *rest = arguments
@@ -255,7 +256,7 @@ def expert_of(layout: Layout, weight: Weight, expert: int) -> Weight:
 
 def _gemm(layout: Layout, *arguments: Any) -> Tensor:
     """One expert after the other is dequantized, those that have rows."""
-    x, rows, offsets, weight, bias, dtype = _read_gemm(layout, arguments)
+    x, rows, offsets, weight, bias, dtype = read_gemm(layout, arguments)
     y = x.new_zeros((rows.shape[0], weight.out_features), dtype=torch.float32)
     for expert, part in _parts(offsets, rows.shape[0]):
         one = expert_of(layout, weight, expert)
@@ -271,7 +272,7 @@ def _parts(offsets: Tensor, total: int) -> list[tuple[int, slice]]:
 
 
 def _experts(layout: Layout, *arguments: Any) -> Tensor:
-    x, ids, weights, up, down, activation, alpha, limit = _read_experts(layout, arguments)
+    x, ids, weights, up, down, activation, alpha, limit = read_experts(layout, arguments)
     between = partial(activate, activation, alpha=alpha, limit=limit)
     return block((layout.name, layout.name), x, ids, weights, up, down, between)
 
@@ -303,7 +304,7 @@ OPS: dict[str, Ops] = {}
 
 
 def _fake_gemm(layout: Layout, *arguments: Any) -> Tensor:
-    x, rows, _, weight, _, dtype = _read_gemm(layout, arguments)
+    x, rows, _, weight, _, dtype = read_gemm(layout, arguments)
     return x.new_empty((rows.shape[0], weight.out_features), dtype=dtype)
 
 
@@ -314,7 +315,7 @@ def _fake_gradient(
 
 
 def _fake_experts(layout: Layout, *arguments: Any) -> Tensor:
-    x, _, _, _, down, *_ = _read_experts(layout, arguments)
+    x, _, _, _, down, *_ = read_experts(layout, arguments)
     return x.new_empty((x.shape[0], int(down.numbers[0])))
 
 
@@ -351,7 +352,10 @@ def _define(layout: Layout) -> None:
         backend = BACKENDS[layout.backend]
         if backend.device is None or kind == "grouped_gradient":
             schema.LIBRARY.impl(name, partial(run, layout), "CompositeExplicitAutograd")
-        elif not backend.built():
+            return defined
+        if backend.device == "cuda":
+            schema.LIBRARY.impl(name, partial(schema.needs_cuda, name), "CPU")
+        if not backend.built():
             schema.LIBRARY.impl(name, partial(schema.not_built, name, backend), backend.device.upper())
         return defined
 

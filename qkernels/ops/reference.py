@@ -97,6 +97,28 @@ def quantize_rows_outliers(x: Tensor, threshold: float = 6.0) -> tuple[Tensor, T
     return codes.to(torch.int8), largest / 127, marked
 
 
+def quantize_rows_static(x: Tensor, x_static: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 activations under the scale and zero point that a file has for all tokens, as compressed-tensors makes them (0.20,
+    fake_quantize): codes = round(x / scale + zero point), -128 to 127, scale, quotient and sum rounded to x's dtype.
+
+    Args:
+        x: floating `[M, K]`.
+        x_static: fp32 `[2]`, scale and zero point.
+
+    Returns:
+        codes, scales and zero points as `quantize_rows_zero`. An infinity is the largest code, a NaN makes its row NaN. Where the
+        scale rounds to 0 or infinity (float16), codes and zero points are 0.
+    """
+    scale, zero = x_static[:1].to(x.dtype), x_static[1:].to(x.dtype)
+    usable = bool(scale.isfinite() & (scale > 0))
+    scaled = x / scale if usable else torch.zeros_like(x)
+    scaled += zero if usable else 0
+    nan = x.isnan().any(1, keepdim=True)
+    codes = torch.where(nan, 0, scaled).clamp(-128, 127).round()
+    scales = torch.where(nan, torch.nan, scale.float().expand(x.shape[0], 1))
+    return codes.to(torch.int8), scales, (zero.float() if usable else zero.new_zeros(1).float()).expand(x.shape[0], 1)
+
+
 def gemm_a8(x: Tensor, weight: QuantTensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """`gemm` with int8 activations, as `weight.scheme.act` says: exact integer sums over each group, `sum_g` of (code - zero) x,
     then `y = (sum over groups of sum_g * scale_g + rest_g * sum(x)_g) * x_scale + bias` in fp32, rounded once to `dtype`.
@@ -114,8 +136,13 @@ def gemm_a8(x: Tensor, weight: QuantTensor, bias: Tensor | None = None, dtype: t
         dtype: that of x if None.
     """
     act = weight.scheme.act
-    if act == "int8_zero":
-        codes, x_scales, x_zeros = quantize_rows_zero(x)
+    if act == "int8_static":
+        assert weight.x_static is not None
+        codes, x_scales, _ = quantize_rows_static(x, weight.x_static)
+        y = _integer_product(codes, x_scales, weight)
+    elif act in ("int8_zero", "int8_static_zero"):
+        made = quantize_rows_zero(x) if weight.x_static is None else quantize_rows_static(x, weight.x_static)
+        codes, x_scales, x_zeros = made
         ones = codes.new_ones(1, x.shape[1])
         y = _integer_product(codes, x_scales, weight) - x_zeros * x_scales * _integer_product(
             ones, x_scales.new_ones(1, 1), weight

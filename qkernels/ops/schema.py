@@ -22,9 +22,9 @@ from torch.library import Library, register_autograd, register_fake
 
 from .. import extension
 from ..errors import ArgumentError, UnsupportedProblem
-from ..layouts import BUFFERS, LAYOUTS, Layout, Shapes, outer_shape
+from ..layouts import BUFFERS, LAYOUTS, X_STATIC, Layout, Shapes, outer_shape
 from ..layouts.tiles import num_groups
-from ..scheme import ACTIVATION_NUMBERS, CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, FactorKind
+from ..scheme import ACTIVATION_NUMBERS, ACTIVATIONS, CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, FactorKind
 from ..tensor import FLOAT_DTYPES
 from ..text import describe, dtype_name
 from . import reference
@@ -161,6 +161,9 @@ def _check_groups(layout: Layout, weight: Weight, lead: tuple[int, ...], of_one:
 def _check_own(layout: Layout, weight: Weight, shapes: Shapes, lead: tuple[int, ...]) -> None:
     """The same for the buffers that this layout alone has."""
     for name, optional, dtype, tiled in layout.buffers[len(BUFFERS) :]:
+        if name == "x_static":
+            _check_static(weight)
+            continue
         t, shape, dtype = weight.own[name], (*(lead if tiled else ()), *shapes[name]), dtype or weight.scales.dtype
         if name == "table":
             optional = weight.codebook == 0
@@ -170,6 +173,20 @@ def _check_own(layout: Layout, weight: Weight, shapes: Shapes, lead: tuple[int, 
                 f"{name} must be {dtype_name(dtype)} {list(shape)} in layout {layout.name} for N={weight.out_features}, "
                 f"K={weight.in_features}, on the device of qweight, {weight.qweight.device}, got {describe(t)}"
             )
+
+
+def _check_static(weight: Weight) -> None:
+    """Scale and zero point of x, where the activations want them."""
+    t, wanted = weight.own["x_static"], ACTIVATIONS[ACTS[weight.own["act"]]].static
+    if t is None:
+        fits = not wanted
+    else:
+        fits = wanted and (t.dtype, t.shape, t.device) == (torch.float32, X_STATIC, weight.qweight.device)
+    if not fits:
+        raise ArgumentError(
+            f"x_static must be {'float32 [2]: scale and zero point of x' if wanted else 'None'} with act={weight.own['act']}, on "
+            f"the device of qweight, {weight.qweight.device}, got {describe(t)}"
+        )
 
 
 # --- fake kernels and gradients -------------------------------------------------------------------------------------------
@@ -253,7 +270,7 @@ def not_built(op: str, backend: Backend, *_: Any) -> Tensor:
     )
 
 
-def _needs_cuda(op: str, x: Tensor, *_: Any) -> Tensor:
+def needs_cuda(op: str, x: Tensor, *_: Any) -> Tensor:
     raise UnsupportedProblem(
         f"torch.ops.qkernels.{op} runs on CUDA devices, got tensors on {x.device}: pack the weight for that device "
         f"(QuantLinear.to does), or move them"
@@ -293,7 +310,7 @@ def _refuse_what_is_not_there(layout: Layout) -> None:
     backend = BACKENDS[layout.backend]
     for op in _products_of(layout):
         if backend.device == "cuda":
-            LIBRARY.impl(op, partial(_needs_cuda, op), "CPU")
+            LIBRARY.impl(op, partial(needs_cuda, op), "CPU")
         if backend.device is not None and not backend.built():
             LIBRARY.impl(op, partial(not_built, op, backend), backend.device.upper())
 

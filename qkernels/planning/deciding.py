@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,7 +10,7 @@ from ..layerwise.preview import preview_of
 from ..nn.selection import Selection
 from ..reports import readable_size
 from ..texts import DEFAULT_SEQ_LEN, capped
-from .measured import CALIBRATED_SECONDS, LARGEST_KL, Candidate
+from .measured import LARGEST_KL, Candidate, Seconds
 from .models import Planned
 from .rows import PlanRow
 
@@ -54,20 +55,34 @@ def decision(rows: Sequence[PlanRow], prefer: Prefer) -> str:
     return line
 
 
-def costs(planned: Planned, candidate: Candidate, selection: Selection, weights: int) -> str | None:
-    """What `qkernels quantize` takes to make this form of so many weights; None where there is nothing to make, or no file."""
-    if candidate.options is None or candidate.scheme is None or planned.checkpoint is None:
+def costs(
+    planned: Planned, candidate: Candidate, selection: Selection, weights: int, file: int, seconds: Seconds
+) -> str | None:
+    """What `qkernels quantize` takes to make this form of so many weights in a file of so many bytes; None where there is nothing
+    to make, or no file to make it of.
+
+    Args:
+        seconds: by method, as `SECONDS`.
+    """
+    if candidate.scheme is None or planned.checkpoint is None:
         return None
-    method = candidate.options.with_scheme(candidate.scheme)
-    seq_len = capped(planned.model, DEFAULT_SEQ_LEN)
-    found = preview_of(
-        planned.checkpoint, planned.model, method, dict.fromkeys(selection.every, method), {}, SAMPLES, seq_len
-    )
-    text = f"making {candidate.scheme}: {readable_size(found.device_bytes)} to compute a layer, "
-    if candidate.calibrated:
-        text += f"{readable_size(found.host_bytes)} for activations of {SAMPLES} x {seq_len} tokens, "
-    text += f"{readable_size(found.disk_bytes)} of disk"
-    if not candidate.calibrated:
+    tokens, method = 0, candidate.method or candidate.format
+    if candidate.options is None:  # a GGUF file, made tensor by tensor
+        largest = max((math.prod(planned.checkpoint.shape(name)) for name in planned.checkpoint.names()), default=0)
+        text = f"making {candidate.scheme}: one tensor in memory at a time, the largest {readable_size(4 * largest)} in float32, "
+        text += f"{readable_size(file)} of disk"
+    else:
+        options, seq_len = candidate.options.with_scheme(candidate.scheme), capped(planned.model, DEFAULT_SEQ_LEN)
+        found = preview_of(
+            planned.checkpoint, planned.model, options, dict.fromkeys(selection.every, options), {}, SAMPLES, seq_len
+        )
+        text = f"making {candidate.scheme}: {readable_size(found.device_bytes)} to compute a layer, "
+        if candidate.calibrated:
+            tokens = SAMPLES * seq_len
+            text += f"{readable_size(found.host_bytes)} for activations of {SAMPLES} x {seq_len} tokens, "
+        text += f"{readable_size(found.disk_bytes)} of disk"
+    if method not in seconds.by_method:
         return text
-    minutes = weights / 1e9 * CALIBRATED_SECONDS / 60
-    return f"{text}; at least {minutes:.2g} min on two cores (GPTQ, measured once), the passes of calibration on top"
+    fixed, a_thousand = seconds.by_method[method]
+    minutes = weights / 1e9 * (fixed + a_thousand * tokens / 1000) / 60
+    return f"{text}; about {minutes:.2g} min ({seconds.source})"

@@ -7,9 +7,14 @@ holds them against these pages.
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
+from ..errors import ArgumentError
 from ..quantizers import QUANTIZERS, Options
 
 
@@ -18,8 +23,8 @@ class Candidate:
     """A form that a float model can be given.
 
     Args:
-        scheme: in short form; None: as it is.
-        method: of `qkernels quantize`.
+        scheme: in short form, or of a GGUF file its mix of types; None: as it is.
+        method: of `qkernels quantize`; "": none, of a model as it is and of GGUF files.
         kl: nats a token on the bundled model; None: not measured (its place in the order is that of its width).
         format: of the file, the one that most engines read.
     """
@@ -49,29 +54,75 @@ class Candidate:
         return self.options is None or not self.options.folds
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """How long quantizing takes.
+
+    Args:
+        by_method: seconds for 10^9 weights, and how many more for each 1000 tokens of calibration.
+        source: where that was measured.
+    """
+
+    by_method: Mapping[str, tuple[float, float]]
+    source: str
+
+
+GGUF: Final = "gguf"
+QUANTIZING: Final = "quantizing"  # the kind of a result of benchmarks.models.quantize_speed
 # Best first.
 CANDIDATES: Final = (
     Candidate(None, "", 0.0),
     Candidate("w8a16_g128", "gptq", 6.2e-5, "gptq"),
+    Candidate("Q8_0", "", 2.7e-4, GGUF),
     Candidate("w8a8_channel", "smoothquant", 7.6e-4),
     Candidate("w6a16_g128", "gptq", None),
+    Candidate("Q6_K", "", 2.9e-3, GGUF),
     Candidate("w5a16_g128", "gptq", None),
     Candidate("w4a16_g128_asym", "awq", 5.9e-3, "awq"),
+    Candidate("Q5_K_M", "", 9.7e-3, GGUF),
     Candidate("w4a16_g128", "gptq", 1.0e-2, "gptq"),
     Candidate("w4a8_g128", "gptq", None),
     Candidate("nf4_g64", "nf4", 2.9e-2),
     Candidate("mxfp4_g32", "rtn", None, "compressed-tensors"),
     Candidate("w3a16_g128_asym", "awq", 2.4e-2),
+    Candidate("Q4_K_M", "", 4.2e-2, GGUF),
+    Candidate("Q3_K_M", "", 5.7e-2, GGUF),
     Candidate("w2a16_g128", "gptq", 1.3e-1),
 )
 # What --prefer speed and size do not go beyond: from there on the bundled model is visibly another one (top-1 agreement below
 # 88 %, docs/quality.md).
 LARGEST_KL: Final = 3e-2
 
-# Seconds of GPTQ for 10^9 weights, on two cores of a machine at work: 162 s for 1.03 (4 bits with clipping, 8 x 64 tokens,
-# docs/quantizing-large-models.md). Passes over more tokens come on top.
-CALIBRATED_SECONDS: Final = 157
+# Seconds of quantizing 10^9 weights, and how many more for each 1000 tokens of calibration, by method. GPTQ's, on two cores of a
+# machine at work: 162 s for 1.03 (4 bits with clipping, 8 x 64 tokens, docs/quantizing-large-models.md); others, and what a token
+# adds, benchmarks/models/quantize_speed.py measures.
+SECONDS: Final = Seconds({"gptq": (157.0, 0.0)}, "measured once on two cores; passes of calibration on top")
 
 # Of the rate at which memory is read, what a token of a whole model reaches (eager; compiled: more): 0.59 and 0.73 in the two
 # states of the machine of benchmarks/results/amd-epyc-family-26-model-2-2-cores (llama-cpp*.json, 1.2 billion parameters).
 CPU_SHARE: Final = (0.59, 0.73)
+
+
+def seconds_of(results: Sequence[str]) -> tuple[Seconds, list[str]]:
+    """How long quantizing takes, as those of these results say that are of `benchmarks.models.quantize_speed`; the others.
+
+    Raises:
+        ArgumentError: one of them is no JSON, or is none of its own kind.
+    """
+    found, others = SECONDS, []
+    for path in results:
+        try:
+            result: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(result, dict) or result.get("kind") != QUANTIZING:
+                others.append(path)
+                continue
+            rows = {
+                row["method"]: (float(row["seconds"]), float(row["seconds_a_thousand_tokens"]))
+                for row in result["rows"]
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(f"{path} is no result of a benchmark: {error!r}") from error
+        if not all(math.isfinite(value) and value >= 0 for pair in rows.values() for value in pair):
+            raise ArgumentError(f"{path} has times that are none: {rows}")
+        found = Seconds({**found.by_method, **rows}, path)
+    return found, others

@@ -19,9 +19,9 @@ from ..checkpoint.directory import DirectoryCheckpoint
 from ..checkpoint.gguf import GgufCheckpoint
 from ..checkpoint.loading import check_fits, kept_in_fp32, model_of
 from ..errors import CheckpointError, QKernelsError
-from ..formats import summary
+from ..formats import Parsed, summary
 from ..formats.gguf import weight_of
-from ..formats.stacks import experts_in, parsed_experts
+from ..formats.stacks import experts_in, for_experts, parsed_experts
 from ..hub import headers_of, hub_id
 from ..models.building import empty_model
 from ..nn.selection import Selection
@@ -97,6 +97,11 @@ def _planned(name: str, path: Path, dtype: torch.dtype | None, at_hand: bool) ->
         return _of_config(name, path, dtype)
     if (path / CONFIG).is_file() and not any(p.suffix in (".safetensors", ".gguf") for p in path.iterdir()):
         return _of_config(name, path / CONFIG, dtype)
+    return planned_file(name, path, dtype, at_hand)
+
+
+def planned_file(name: str, path: Path, dtype: torch.dtype | None, at_hand: bool = True) -> Planned:
+    """A checkpoint; `at_hand`: whether its tensors are there, too."""
     checkpoint = open_checkpoint(path)
     chosen = dtype or stored_dtype(checkpoint)
     model, checkpoint = model_of(checkpoint, chosen)
@@ -171,7 +176,8 @@ def _stack(
     known: dict[Any, Any], checkpoint: DirectoryCheckpoint, stack: str, at_hand: bool
 ) -> tuple[QuantTensor, bool]:
     members = checkpoint.members[stack]
-    found = [_once(known, checkpoint, module, checkpoint.inside[module], at_hand) for module in members.values()]
+    all_of_them = [_once(known, checkpoint, module, checkpoint.inside[module], at_hand) for module in members.values()]
+    found = [(for_experts(Parsed(weight), {}).weight, has_order) for weight, has_order in all_of_them]
     if len(members) == 1:
         return found[0]
     experts = len({expert for expert, _ in members})

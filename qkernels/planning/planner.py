@@ -23,7 +23,8 @@ from ..texts import capped
 from .cache import KV_DTYPES, Cache, cache_of
 from .deciding import Prefer, costs, decision, taken
 from .devices import Device, device_of, with_bandwidth
-from .measured import CANDIDATES, CPU_SHARE, Candidate
+from .gguf import gguf_forms
+from .measured import CANDIDATES, CPU_SHARE, GGUF, Candidate, Seconds, seconds_of
 from .models import Planned, planned_model
 from .rows import HEADER, PlanRow, Verdict, cells
 from .weights import TORCH, Inventory, Sizes, described, in_scheme, inventory, sizes_as_floats, sizes_in
@@ -90,8 +91,9 @@ def plan(
     dtype: torch.dtype | None = None,
     schemes: Sequence[str] = (),
     prefer: Prefer = "quality",
-    bench: str | None = None,
+    bench: str | Sequence[str] = (),
     revision: str | None = None,
+    types: Sequence[str] = (),
 ) -> Plan:
     """Whether a model fits, and in which form it should be taken; reads headers only (of a quantized checkpoint also scales and
     zero points of one module of each kind).
@@ -103,9 +105,12 @@ def plan(
         batch: sequences at a time.
         kv_dtype: of the cache, a key of `KV_DTYPES`; None: the model's.
         dtype: of activations and unquantized weights; None: that of the checkpoint.
-        schemes: the rows of the table, in short form; none: those that were measured (`planning.measured`).
+        schemes: rows of the table, in short form.
+        types: rows of it, mixes of GGUF types as `qkernels quantize --type` takes them. Neither schemes nor types: those that
+            were measured (`planning.measured`).
         prefer: what decides among rows that fit.
-        bench: a result of `qkernels bench --json`, whose read rate takes the place of the first device's.
+        bench: results of this machine: of `qkernels bench --json`, whose read rate takes the place of the first device's, and of
+            `python -m benchmarks.models.quantize_speed`, whose times take the place of ours.
 
     Raises:
         ArgumentError: an argument is out of its range.
@@ -127,10 +132,13 @@ def plan(
         raise ArgumentError(f"one device, or two that share a model, got {len(devices)}")
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise ArgumentError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r:.40}")
-    first = with_bandwidth(device_of(devices[0]), bench)
+    seconds, rates = seconds_of([bench] if isinstance(bench, str) else bench)
+    if len(rates) > 1:
+        raise ArgumentError(f"one result of qkernels bench at most, got {', '.join(rates)}")
+    first = with_bandwidth(device_of(devices[0]), rates[0] if rates else None)
     places = (first, *(with_bandwidth(device_of(name), None) for name in devices[1:]))
     with planned_model(model, dtype, revision) as planned:
-        return _plan(planned, places, context, batch, kv_dtype, schemes, prefer)
+        return _plan(planned, places, context, batch, kv_dtype, (schemes, types), prefer, seconds)
 
 
 def _plan(
@@ -139,8 +147,9 @@ def _plan(
     context: int | None,
     batch: int,
     kv_dtype: str | None,
-    schemes: Sequence[str],
+    asked: tuple[Sequence[str], Sequence[str]],
     prefer: Prefer,
+    seconds: Seconds,
 ) -> Plan:
     longest = _longest_of(planned.model)
     context = min(CONTEXT, longest) if context is None else context
@@ -153,16 +162,26 @@ def _plan(
     # which matrices are chosen does not depend on the scheme, as long as nobody asks for kernels
     selection = planned.selection() if planned.schemes else select_linears(planned.model, QuantScheme())
     found = inventory(planned.model, selection, planned.dtype, batch, planned.keep)
-    candidates = _candidates(planned, schemes)
+    candidates, forms, why_not = _candidates(planned, *asked)
+    notes += [why_not] if why_not else []
     for candidate in candidates:
-        sizes, engines = _sizes(planned, found, candidate, devices[0])
+        form, held = planned, found
+        if candidate.format == GGUF:
+            form = forms[str(candidate.scheme)]
+            held = inventory(form.model, form.selection(), form.dtype, batch, form.keep)
+        sizes, engines = _sizes(form, held, candidate, devices[0])
         classes = classes or {str(name): nbytes for name, nbytes in sizes.memory.items()}
-        fit = _Fit(planned.model, found, sizes, cache, devices, context, batch)
+        fit = _Fit(form.model, held, sizes, cache, devices, context, batch)
         rows.append(_row(planned, candidate, sizes, engines, fit))
         notes += [f"{name} does not run {rows[-1].scheme}: {why}" for name, why in sizes.passed.items()]
         notes += [f"no kernel for {count} matrices in {rows[-1].scheme}: {why}" for why, count in sizes.lacking.items()]
     best = taken(rows, prefer)
-    cost = None if best is None else costs(planned, candidates[rows.index(best)], selection, _weights(found))
+    chosen = None if best is None else candidates[rows.index(best)]
+    cost = (
+        None
+        if best is None or chosen is None
+        else costs(planned, chosen, selection, _weights(found), best.file, seconds)
+    )
     notes += [*_assumptions(devices, planned, cache), *([cost] if cost else [])]
     return Plan(
         planned.name,
@@ -184,20 +203,28 @@ def _weights(found: Inventory) -> int:
     return sum(matrix.count for matrix in found.matrices.values())
 
 
-def _candidates(planned: Planned, schemes: Sequence[str]) -> list[Candidate]:
-    """The rows: of a quantized checkpoint the one that it is."""
+def _candidates(
+    planned: Planned, schemes: Sequence[str], types: Sequence[str]
+) -> tuple[list[Candidate], dict[str, Planned], str | None]:
+    """The rows, of a quantized checkpoint the one that it is; the model as those of them that are GGUF files; why there are none
+    of these."""
     if planned.schemes:
-        if schemes:
+        if schemes or types:
             raise ArgumentError(
                 f"{planned.name} is quantized already, and planned as it is; quantize the original to have another scheme"
             )
-        return [CANDIDATES[0]]
-    mixture = bool(experts_of(planned.model))
-    if not schemes:
-        return [known for known in CANDIDATES if not (mixture and not known.takes_experts)]
+        return [CANDIDATES[0]], {}, None
     known = {candidate.scheme: candidate for candidate in CANDIDATES}
-    asked = [str(QuantScheme.parse(scheme)) for scheme in schemes]
-    return [known.get(scheme, Candidate(scheme, "rtn", None)) for scheme in asked]
+    if schemes or types:
+        asked = [str(QuantScheme.parse(scheme)) for scheme in schemes]
+        chosen = [known.get(scheme, Candidate(scheme, "rtn", None)) for scheme in asked]
+        chosen += [known.get(mix, Candidate(mix, "", None, GGUF)) for mix in map(str.upper, types)]
+    else:
+        mixture = bool(experts_of(planned.model))
+        chosen = [c for c in CANDIDATES if not (mixture and not c.takes_experts)]
+    mixes = [str(candidate.scheme) for candidate in chosen if candidate.format == GGUF]
+    forms, why_not = gguf_forms(planned, mixes, bool(types)) if mixes else ({}, None)
+    return [c for c in chosen if c.format != GGUF or c.scheme in forms], forms, why_not
 
 
 def _sizes(planned: Planned, found: Inventory, candidate: Candidate, device: Device) -> tuple[Sizes, tuple[str, ...]]:
@@ -328,7 +355,7 @@ def _row(planned: Planned, candidate: Candidate, sizes: Sizes, engines: tuple[st
     scheme = "as it is" if as_it_is else str(candidate.scheme)
     return PlanRow(
         scheme,
-        candidate.method,
+        candidate.method or (GGUF if candidate.format == GGUF else ""),
         sizes.bits if sizes.weights[0] else None,
         sizes.file,
         sizes.total,
@@ -355,6 +382,8 @@ def _command(planned: Planned, candidate: Candidate, devices: tuple[Device, ...]
         device = devices[0].name if devices[0].here else "cpu" if devices[0].is_cpu else "cuda"
         split = "" if layers_on is None else f" --gpu-layers {layers_on}"
         return f"qkernels generate {name} --prompt 'It was' --device {device}{split}"
+    if candidate.format == GGUF:
+        return f"qkernels quantize {name} OUT.gguf --type {candidate.scheme}"
     words = ["qkernels quantize", name, "OUT", "--method", candidate.method, "--scheme", candidate.scheme]
     words += ["--calibration text.txt"] if candidate.calibrated else []
     words += [f"--format {candidate.format}"] if candidate.format != "native" else []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, SchemeError
-from ..scheme import ActBitsIsAct, GroupSize, QuantScheme, ZeroKind
+from ..scheme import ACTIVATIONS, ActBitsIsAct, GroupSize, QuantScheme, ZeroKind
 from ..tensor import QuantTensor
 from .grid import Clip, checked_scale_dtype, stored_dtype
 
@@ -97,7 +97,12 @@ class Options(ActBitsIsAct):
         object.__setattr__(self, "scale_dtype", checked_scale_dtype(self.scale_dtype))  # may be given by name
         if self.clip not in get_args(Clip):
             raise ArgumentError(f'clip must be "none" or "mse", got {self.clip!r}')
-        _ = self.scheme  # raises where the fields do not make a scheme
+        scheme = self.scheme  # raises where the fields do not make a scheme
+        if ACTIVATIONS[self.act].static:
+            raise SchemeError(
+                f"{scheme} takes the scale of its activations from a file that has one; quantized here are those with a scale a "
+                f"token, such as {replace(scheme, act='int8_wide')}"
+            )
 
     @property
     def name(self) -> str:

@@ -182,6 +182,23 @@ st.global.v4.b32 [%rd2], {%r3, %r4, %r8, 0};"""
     assert (x[:, 2] == thread + 0.25).all()
 
 
+def test_sums_of_warps_shuffles_upwards_and_powers_of_two() -> None:
+    out = np.zeros(256, np.uint32)
+    body = """
+redux.sync.add.s32 %r2, %r1, -1;
+shfl.sync.up.b32 %r3, %r1, 3, 0, -1;
+cvt.rn.f32.u32 %r4, %r1;
+neg.f32 %r4, %r4;
+ex2.approx.ftz.f32 %r5, %r4;
+st.global.v4.b32 [%rd2], {%r2, %r3, %r5, 0};"""
+    run_ptx(body, 0, out)
+    thread = np.arange(64)
+    lane, found = thread % 32, out.reshape(64, 4)
+    assert (found[:, 0] == np.where(thread < 32, 31 * 16, 31 * 16 + 32 * 32)).all()
+    assert (found[:, 1] == np.where(lane < 3, thread, thread - 3)).all()
+    assert (found[:, 2].copy().view(np.float32) == 0.5 ** thread.astype(np.float32)).all()
+
+
 def test_stmatrix_is_the_way_back_from_ldmatrix() -> None:
     out = np.zeros(256, np.uint32)
     body = """

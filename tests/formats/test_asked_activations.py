@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ KINDS = pytest.mark.parametrize(
     ("name", "scheme"),
     [
         ("w8a8", "w8a8w_channel"), ("w8a8_zero", "w8a8z_channel_asym"), ("w4a8", "w4a8w_g32"),
-        ("llm_int8", "w8a8o6_channel"),
+        ("llm_int8", "w8a8o6_channel"), ("w8a8_static", "w8a8s_channel"), ("w4a8_static_zero", "w4a8sz_g32"),
     ],
 )  # fmt: skip
 
@@ -61,7 +60,6 @@ def test_layers_compute_what_those_of_the_origin_do(name: str, scheme: str) -> N
         error, size = (module(x) - right).abs().max(), right.abs().max()
         assert error < (3e-5 if name == "llm_int8" else 2e-6) * size
         assert error < 1e-3
-        module.scheme = replace(module.scheme, act=None)
         floats = x @ module.dequantize(torch.float32).T
         assert (floats - right).abs().max() > 1e-3
 
@@ -74,26 +72,30 @@ def test_logits_are_those_of_the_origin(name: str, scheme: str, caplog: pytest.L
         off = (load(MODELS / name)(GOLDEN["ids"]).logits - GOLDEN[f"expected.{name}.logits"]).abs().amax(-1)
     assert caplog.text == ""
     assert inspect(MODELS / name).schemes == {scheme: 7}
-    assert (off < 1e-3).float().mean() >= 0.75
+    assert (off < 1e-3).float().mean() >= (1 if "static" in name else 0.75)  # a static scale puts nothing on a tie
     assert off.max() < 0.05
     plain = load(MODELS / name, activations="16bit")
-    assert str(plain.get_submodule(LAYER).scheme) == re.sub("a8[a-z]6?", "a16", scheme)
+    assert str(plain.get_submodule(LAYER).scheme) == re.sub("a8[a-z]+6?", "a16", scheme)
     with torch.inference_mode():
         off = (plain(GOLDEN["ids"]).logits - GOLDEN[f"expected.{name}.logits"]).abs().amax(-1)
     assert off.min() > 1e-3
 
 
-def test_the_plug_in_runs_them_too() -> None:
+@pytest.mark.parametrize(("name", "scheme"), [("w8a8", "w8a8w_channel"), ("w4a8_static_zero", "w4a8sz_g32")])
+def test_the_plug_in_runs_them_too(name: str, scheme: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from qkernels.integrations.transformers import enable
 
     enable()
-    model = AutoModelForCausalLM.from_pretrained(MODELS / "w8a8", dtype=torch.float32)
-    assert str(model.get_submodule(LAYER).scheme) == "w8a8w_channel"
+    model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
+    assert str(model.get_submodule(LAYER).scheme) == scheme
+    with torch.inference_mode():
+        off = (model(GOLDEN["ids"]).logits - GOLDEN[f"expected.{name}.logits"]).abs().max()
+    assert off < 1e-3
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a8_zero", "w4a8"])
+@pytest.mark.parametrize("name", ["w8a8", "w8a8_zero", "w4a8", "w8a8_static", "w4a8_static_zero"])
 def test_they_are_written_as_they_were_read(name: str, tmp_path: Path) -> None:
     convert(MODELS / name, tmp_path / "again", "compressed-tensors")
     old, new = (load_file(path / "model.safetensors") for path in (MODELS / name, tmp_path / "again"))
@@ -101,10 +103,13 @@ def test_they_are_written_as_they_were_read(name: str, tmp_path: Path) -> None:
     for key, tensor in old.items():
         assert torch.equal(new[key], tensor), key
     said = read_json(tmp_path / "again" / "config.json")["quantization_config"]
-    assert said["format"] == ("pack-quantized" if name == "w4a8" else "int-quantized")
-    assert said["config_groups"]["group_0"]["input_activations"]["symmetric"] is (name != "w8a8_zero")
-    convert(tmp_path / "again", tmp_path / "native", "native")
-    assert inspect(tmp_path / "native").schemes == inspect(MODELS / name).schemes
+    assert said["format"] == ("pack-quantized" if name.startswith("w4a8") else "int-quantized")
+    assert said["config_groups"]["group_0"]["input_activations"]["symmetric"] is not name.endswith("_zero")
+    assert said["config_groups"]["group_0"]["input_activations"]["dynamic"] is ("static" not in name)
+    for form in ("native", "cpu_tile_a8"):
+        convert(tmp_path / "again", tmp_path / form, form)
+        assert inspect(tmp_path / form).schemes == inspect(MODELS / name).schemes
+        assert torch.equal(logits(load(tmp_path / form)), logits(load(MODELS / name)))
 
 
 def test_a_format_without_a_field_loses_them_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,7 +163,7 @@ def test_eval_runs_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_inspect_says_what_stays_in_16_bits(tmp_path: Path) -> None:
-    static = TOKEN | {"dynamic": False, "strategy": "tensor"}
+    static = TOKEN | {"dynamic": False, "strategy": "channel"}
     (line,) = inspect(asking(tmp_path / "ct", "w8a16_channel", static)).oddities
     assert line.startswith(
         "the config asks for 8-bit int activations, with scales of their own in the file: 14 modules"
@@ -169,7 +174,9 @@ def test_inspect_says_what_stays_in_16_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("inputs", "outputs"),
     [
-        (TOKEN | {"dynamic": False, "strategy": "tensor"}, None),
+        (TOKEN | {"dynamic": False, "strategy": "channel"}, None),
+        (TOKEN | {"dynamic": False, "strategy": "tensor", "num_bits": 4}, None),
+        (TOKEN | {"dynamic": "local"}, None),
         (TOKEN | {"strategy": "group", "group_size": 32}, None),
         (TOKEN | {"num_bits": 4}, None),
         (TOKEN, TOKEN),

@@ -160,6 +160,46 @@ def test_modules_with_schemes_of_their_own_are_named() -> None:
 W8A8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"input_scale": None}, "input_scale is missing: .*input_activations"),
+        ({"input_scale": torch.tensor([torch.nan])}, "input_scale must be positive and finite, got nan"),
+        ({"input_scale": torch.tensor([torch.inf])}, "input_scale must be positive and finite, got inf"),
+        ({"input_scale": torch.tensor([0.0])}, "input_scale must be positive and finite, got 0.0"),
+        ({"input_scale": torch.tensor([-0.5])}, "input_scale must be positive"),
+        ({"input_scale": torch.tensor([0.5, 0.5])}, r"input_scale must be .*one for all tokens, got \[2\]"),
+        ({"input_scale": torch.tensor([5], dtype=torch.uint8)}, "input_scale must be "),
+        ({"input_zero_point": None}, "input_zero_point is missing, although input_activations say symmetric: false"),
+        ({"input_zero_point": torch.tensor([1.0])}, "input_zero_point must be int8"),
+        ({"input_zero_point": torch.tensor([1, 2], dtype=torch.int8)}, "input_zero_point must be int8"),
+    ],
+)
+def test_corrupt_static_activations(wrong: dict[str, torch.Tensor | None], said: str) -> None:
+    weight = random_weight("w8a8sz_channel", 16, 96)
+    fields = PACKED.config_of(Written(weight.scheme, {"m": weight.scheme}))
+    good = PACKED.write(weight)
+    assert good["input_zero_point"].tolist() == [7]
+    assert same_weight(INTEGERS.parse("m", good, fields).weight, weight)
+    bad = {name: t for name, t in (good | wrong).items() if t is not None}
+    with pytest.raises(CheckpointError, match=f"^m: {said}"):
+        INTEGERS.parse("m", bad, fields)
+    fields["config_groups"]["group_0"]["input_activations"]["symmetric"] = True
+    with pytest.raises(CheckpointError, match="input_zero_point must be absent or 0, because .* symmetric, got 7"):
+        INTEGERS.parse("m", good, fields)
+
+
+def test_static_scales_of_any_shape_and_dtype() -> None:
+    weight = random_weight("w8a8s_channel", 16, 96)
+    fields, good = PACKED.config_of(Written(weight.scheme, {"m": weight.scheme})), PACKED.write(weight)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for shape in ((), (1,), (1, 1)):
+            scale = torch.full(shape, 0.03125, dtype=dtype)
+            assert same_weight(INTEGERS.parse("m", good | {"input_scale": scale}, fields).weight, weight)
+    odd = replace(weight, x_static=torch.tensor([0.1, 0.0]))  # no float16, which the weight's scales are
+    assert same_weight(INTEGERS.parse("m", PACKED.write(odd), fields).weight, odd)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_int_quantized(symmetric: bool) -> None:
     weight = random_weight(QuantScheme(8, "channel", "none" if symmetric else "int"), 16, 96, dtype=torch.bfloat16)
@@ -173,11 +213,13 @@ def test_int_quantized(symmetric: bool) -> None:
     assert same_weight(parsed.weight, replace(weight, scheme=replace(weight.scheme, act="int8_wide")))
     assert parsed.oddities == ()
     fields["config_groups"]["group_0"]["input_activations"] = W8A8 | {"dynamic": False, "strategy": "tensor"}
+    with pytest.raises(CheckpointError, match="^m: input_scale is missing"):
+        INTEGERS.parse("m", tensors, fields)
+    tensors["input_scale"] = torch.tensor([0.5])
     parsed = INTEGERS.parse("m", tensors, fields)
-    assert same_weight(parsed.weight, weight)
-    assert [o.kind for o in parsed.oddities] == [
-        "the config asks for 8-bit int activations, with scales of their own in the file"
-    ]
+    static = replace(weight, scheme=replace(weight.scheme, act="int8_static"), x_static=torch.tensor([0.5, 0.0]))
+    assert same_weight(parsed.weight, static)
+    assert parsed.oddities == ()
     narrow = config("w4a16_channel", symmetric=symmetric) | {"format": "int-quantized"}
     narrow["config_groups"]["group_0"]["format"] = None
     with pytest.raises(CheckpointError, match=r"^m: weight must be -8 … 7 for 4 bits"):

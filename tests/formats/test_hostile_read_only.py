@@ -33,16 +33,20 @@ class Case(NamedTuple):
     config: dict[str, Any]
 
 
+STATIC = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": False}
+
+
 def cases() -> dict[str, Case]:
     asym, channel = random_weight("w4a16_g64_asym", 64, 128), random_weight("w8a16_channel", 16, 96)
     int8 = {"weight": (channel.codes.short() - 128).to(torch.int8)}
     integers = test_compressed_tensors.config("w8a16_channel") | {"format": "int-quantized"}
-    integers["config_groups"]["group_0"]["format"] = "int-quantized"
+    integers["config_groups"]["group_0"] |= {"format": "int-quantized", "input_activations": STATIC}
+    of_x = {"input_scale": torch.tensor([0.5]), "input_zero_point": torch.tensor([3], dtype=torch.int8)}
     nf4, fzero = random_weight("nf4_g64", 16, 128, dtype=torch.float32), random_weight("w4a16_g64_fzero", 12, 128)
     five = random_weight("w5a16_g64_asym", 64, 128)
     bnb = {"quant_method": "bitsandbytes"}
     return {
-        "compressed-tensors int-quantized": Case(int8 | {"weight_scale": channel.scales}, integers),
+        "compressed-tensors int-quantized": Case(int8 | {"weight_scale": channel.scales} | of_x, integers),
         "compressed-tensors float-quantized": Case(*test_floating.FILES["ct block"][1:]),
         "compressed-tensors fp4-pack-quantized": Case(*test_floating.FILES["ct nvfp4"][1:]),
         "compressed-tensors mixed-precision": Case(*test_floating.MIXED),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qkernels import QuantScheme
+from qkernels.checkpoint.packed import PACKED
 from qkernels.errors import CheckpointError
-from qkernels.formats import Written
+from qkernels.formats import Format, Written
 from qkernels.formats.native import FORMAT
 from tests.strategies import random_weight, same_weight
 
@@ -19,7 +20,9 @@ def config(scheme: str = "w4a16_g32_asym", **fields: Any) -> dict[str, Any]:
     return {"quant_method": "qkernels", "version": 1, "scheme": scheme, "modules": {}} | fields
 
 
-@pytest.mark.parametrize("scheme", ["w3a16_g32_asym", "w4a16_g32", "w8a16_channel", "nf4_g64", "w5a16_g16_fzero"])
+@pytest.mark.parametrize(
+    "scheme", ["w3a16_g32_asym", "w4a16_g32", "w8a16_channel", "nf4_g64", "w5a16_g16_fzero", "w8a8s_channel"]
+)
 def test_no_byte_is_wasted(scheme: str) -> None:
     weight = random_weight(scheme, 64, 256)
     tensors = FORMAT.write(weight)
@@ -96,3 +99,23 @@ def test_codes_beyond_a_codebook_scheme_cannot_be_spelled() -> None:
     tensors["qweight"] = tensors["qweight"].clone()
     tensors["qweight"][:, -1] |= 0x80
     assert same_weight(FORMAT.parse("m", tensors, config("w3a16_channel")).weight, weight)
+
+
+@pytest.mark.parametrize("fmt", [FORMAT, PACKED["cpu_tile_a8"]], ids=["native", "packed"])
+def test_static_activations_that_contradict_their_scheme(fmt: Format) -> None:
+    weight = random_weight("w8a8sz_channel", 16, 64)
+    tensors, fields = fmt.write(weight), fmt.config_of(Written(weight.scheme, {"m": weight.scheme}))
+    assert same_weight(fmt.parse("m", tensors, fields).weight, weight)
+    for wrong, said in (
+        (None, "x_static must be "), (torch.tensor([0.5]), "x_static must be float32"),
+        (torch.tensor([0.5, 3.0]).half(), "x_static must be float32"),
+        (torch.tensor([torch.nan, 0.0]), "scale of x must be positive"),
+        (torch.tensor([0.5, 0.25]), "zero point of x must be a whole number"),
+    ):  # fmt: skip
+        changed = {name: t for name, t in (tensors | {"x_static": wrong}).items() if t is not None}
+        with pytest.raises(CheckpointError, match=f"^m: .*{said}"):
+            fmt.parse("m", changed, fields)
+    other = random_weight("w8a8w_channel", 16, 64)
+    fields = fmt.config_of(Written(other.scheme, {"m": other.scheme}))
+    with pytest.raises(CheckpointError, match="^m: .*x_static must be absent"):
+        fmt.parse("m", fmt.write(other) | {"x_static": torch.tensor([0.5, 0.0])}, fields)

@@ -15,7 +15,7 @@ from torch import Tensor
 from qkernels import QuantTensor, inspect, load
 from qkernels.checkpoint import convert
 from qkernels.errors import CheckpointError
-from qkernels.formats import SHAPES
+from qkernels.formats import ACTIVATIONS, SHAPES
 from qkernels.formats.quanto import FORMAT
 from qkernels.storage import read_json
 
@@ -79,6 +79,10 @@ def test_integer_shifts_are_zero_points() -> None:
 def test_activations_stay_in_16_bits_and_it_is_said() -> None:
     (oddity,) = FORMAT.parse("m", module("self_attn.q_proj"), config("qint4", activations="qint8")).oddities
     assert oddity.kind == "quanto_qmap.json asks for qint8 activations"
+    with pytest.raises(CheckpointError, match=r'^m: .* asks for qint8 activations, .* activations="16bit"'):
+        FORMAT.parse("m", module("self_attn.q_proj"), config("qint4", activations="qint8") | {ACTIVATIONS: "file"})
+    floats = config("qint4", activations="qfloat8_e4m3fn") | {ACTIVATIONS: "file"}
+    assert FORMAT.parse("m", module("self_attn.q_proj"), floats).oddities
 
 
 NAN = torch.full((320, 1), torch.nan)

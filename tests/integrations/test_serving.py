@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,8 @@ from qkernels import RTN, load, load_tokenizer, quantize
 from qkernels.cli.main import main
 from qkernels.errors import CheckpointError
 from qkernels.integrations import serving
+from tests.hub_server import answers, free_port
+from tests.integrations.openai_checks import GAPS, failing
 
 needs_server = pytest.mark.skipif(
     not serving.there(), reason=f"serving needs {', '.join(serving.NEEDED)}: {serving.INSTALL}"
@@ -36,13 +36,6 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) ->
     return out
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-    return port
-
-
 class Running:
     """A server of one model, and how to ask it."""
 
@@ -52,13 +45,7 @@ class Running:
         self.server = serving.serve(
             path, "tiny", "127.0.0.1", self.port, torch.device("cpu"), None, batching, non_blocking=True, **options
         )
-        for _ in range(200):
-            try:
-                self.get("/health")
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise AssertionError("the server did not start")
+        answers(f"http://127.0.0.1:{self.port}/health", 20)
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=20) as answer:
@@ -129,6 +116,21 @@ def test_openai_client(running: Running) -> None:
     next(iter(stream))
     stream.close()
     assert ask("the cat").choices[0].text == whole
+
+
+@needs_server
+@pytest.mark.large
+@pytest.mark.parametrize("batching", [False, True])
+def test_gaps_are_those_of_the_page(batching: bool, tmp_path: Path) -> None:
+    """What docs/serving.md lists, and nothing else."""
+    demo = Path(__file__).parent.parent.parent / "examples" / "demo_model"
+    quantize(demo, RTN(), save_to=tmp_path / "out", progress=False)
+    started = Running(tmp_path / "out", continuous_batching=batching)
+    try:
+        found = failing(f"http://127.0.0.1:{started.port}", "tiny", 1024)
+        assert set(found) == GAPS["transformers, batching" if batching else "transformers"], found
+    finally:
+        started.server.kill_server()
 
 
 def test_what_the_server_does_not_do_is_said(quantized: Path) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import pickle
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,98 +18,17 @@ from qkernels import GPTQ, RTN, QuantLinear, load, quantize, replace_linear, sav
 from qkernels.checkpoint import open_checkpoint
 from qkernels.errors import ArgumentError, CheckpointError
 from tests.checkpoints import plain_checkpoint, small_llama
+from tests.integrations.fake_vllm import (
+    LinearBase,
+    Mapper,
+    ParallelLMHead,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+    config_of,
+)  # fmt: skip
 from tests.tiny_models import token_windows
 
-SOURCE = Path(qkernels.__file__).parent / "integrations" / "vllm.py"
-
-
-class LinearBase(nn.Module):
-    """What the plug-in may know of one of vLLM's layers."""
-
-
-class RowParallelLinear(LinearBase):
-    pass
-
-
-class ParallelLMHead(nn.Module):
-    pass
-
-
-class UnquantizedLinearMethod:
-    pass
-
-
-@dataclass
-class Mapper:
-    orig_to_new_suffix: Mapping[str, str] = field(default_factory=dict)
-
-    def map(self, name: str) -> str:
-        for old, new in self.orig_to_new_suffix.items():
-            if name.endswith(old):
-                return name.removesuffix(old) + new
-        return name
-
-    def apply_list(self, names: Sequence[str]) -> list[str]:
-        return [name.replace("language_model.", "") for name in names]
-
-
-class Config:
-    def __init__(self) -> None:
-        self.packed_modules_mapping = {
-            "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-            "gate_up_proj": ["gate_proj", "up_proj"],
-        }
-
-
-@pytest.fixture
-def ranks() -> SimpleNamespace:
-    return SimpleNamespace(world=1, rank=0)
-
-
-@pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> Iterator[Any]:
-    """The module, imported beside a vLLM that is not there."""
-    registered: dict[str, type] = {}
-
-    def register_quantization_config(name: str) -> Any:
-        return lambda made: registered.setdefault(name, made)
-
-    contents: dict[str, dict[str, Any]] = {
-        "distributed": {
-            "get_tensor_model_parallel_rank": lambda: ranks.rank,
-            "get_tensor_model_parallel_world_size": lambda: ranks.world,
-        },
-        "model_executor": {},
-        "model_executor.layers": {},
-        "model_executor.layers.linear": {
-            "LinearBase": LinearBase,
-            "LinearMethodBase": object,
-            "RowParallelLinear": RowParallelLinear,
-            "UnquantizedLinearMethod": UnquantizedLinearMethod,
-        },
-        "model_executor.layers.quantization": {"register_quantization_config": register_quantization_config},
-        "model_executor.layers.quantization.base_config": {"QuantizationConfig": Config},
-        "model_executor.layers.vocab_parallel_embedding": {"ParallelLMHead": ParallelLMHead},
-        "model_executor.models": {},
-        "model_executor.models.utils": {"WeightsMapper": Mapper},
-        "transformers_utils": {},
-        "transformers_utils.config": {"get_safetensors_params_metadata": lambda model, revision=None: {}},
-    }
-    for name, values in {"": {}, **contents}.items():
-        module = ModuleType(f"vllm.{name}".rstrip("."))
-        module.__dict__.update(values)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "qkernels.integrations.vllm", raising=False)
-    loaded = importlib.import_module("qkernels.integrations.vllm")
-    loaded.registered = registered  # type: ignore[attr-defined]
-    yield loaded
-    sys.modules.pop("qkernels.integrations.vllm", None)
-
-
-def config_of(plugin: Any, directory: Path) -> Any:
-    made = plugin.VllmConfig.from_config(dict(open_checkpoint(directory).quantization))
-    made.maybe_update_config(str(directory))
-    return made
+SOURCES = sorted((Path(qkernels.__file__).parent / "integrations").glob("vllm*.py"))
 
 
 def filled(
@@ -305,13 +221,6 @@ def test_what_stays_float(plugin: Any, tmp_path: Path) -> None:
         config.get_quant_method(LinearBase(), "model.layers.1.self_attn.qkv_proj")
 
 
-def test_experts_are_refused_by_name(plugin: Any) -> None:
-    config = plugin.VllmConfig({"quant_method": "qkernels"})
-    config.tensors = {"model.layers.0.mlp.experts.0.up_proj": ("qweight",)}
-    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.experts .*qkernels serve"):
-        config.get_quant_method(nn.Module(), "model.layers.0.mlp.experts")
-
-
 def test_names_of_the_model_are_taken(plugin: Any, tmp_path: Path) -> None:
     config = config_of(plugin, checkpoint(tmp_path))
     config.tensors = {f"language_model.{name}": suffixes for name, suffixes in config.tensors.items()}
@@ -361,7 +270,7 @@ def test_who_is_taken(plugin: Any) -> None:
 
 
 def test_entry_point_is_declared() -> None:
-    declared = (SOURCE.parent.parent.parent / "pyproject.toml").read_text()
+    declared = (SOURCES[0].parent.parent.parent / "pyproject.toml").read_text()
     assert '[project.entry-points."vllm.general_plugins"]\nqkernels = "qkernels.integrations.vllm:register"' in declared
 
 
@@ -378,5 +287,6 @@ def private(source: str) -> list[str]:
 
 
 def test_only_the_public_face_is_used() -> None:
-    assert private(SOURCE.read_text()) == []
+    assert [path.stem for path in SOURCES] == ["vllm", "vllm_experts", "vllm_weights"]
+    assert {path.stem: private(path.read_text()) for path in SOURCES} == {path.stem: [] for path in SOURCES}
     assert private("from x import _y\nlinear._buffers") == ["_y", "_buffers"]

@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qkernels import GPTQ, load, load_tokenizer, quantize, replace_linear, save
+from tests.hub_server import answers, free_port
+from tests.integrations.openai_checks import GAPS, failing
+from tests.integrations.vllm_nll import SETTINGS
 
 pytestmark = pytest.mark.large
 
@@ -51,6 +55,12 @@ def checkpoint(kind: str, out: Path) -> Path:
         options: dict[str, Any] = {"samples": 8, "seq_len": 256, "progress": False}
         quantize(DEMO, method, calibration=[text], save_to=out, format="gptq", **options)
         return out
+    if kind.startswith("experts"):
+        model = mixture(MixtralForCausalLM if "Mixtral" in kind else Qwen3MoeForCausalLM)
+        replace_linear(model, "w4a16_g32")
+        save(model, out, format=kind.partition(", ")[2])  # type: ignore[arg-type]
+        load_tokenizer(DEMO).save_pretrained(out)
+        return out
     model = load(DEMO)
     overrides = {"*.v_proj": "w8a16_g128", "*.down_proj": "w6a16_g64"} if kind == "native, mixed" else {}
     replace_linear(model, "w4a16_g128", overrides=overrides)
@@ -59,12 +69,34 @@ def checkpoint(kind: str, out: Path) -> Path:
     return out
 
 
-def in_vllm(interpreter: str, directory: Path, windows: Tensor, ranks: int, scratch: Path) -> Tensor:
+def mixture(kind: type[MixtralForCausalLM] | type[Qwen3MoeForCausalLM]) -> Any:
+    """A small mixture of random weights. Routers speak loudly: where bfloat16 chooses another expert than float32, log p says
+    nothing of kernels."""
+    sizes: dict[str, Any] = {
+        "vocab_size": load(DEMO).config.vocab_size, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "num_experts_per_tok": 2, "max_position_embeddings": 1024,
+        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    config = (
+        MixtralConfig(**sizes, num_local_experts=4, intermediate_size=128)
+        if kind is MixtralForCausalLM
+        else Qwen3MoeConfig(**sizes, num_experts=8, moe_intermediate_size=128, norm_topk_prob=True)
+    )
+    torch.manual_seed(0)
+    model: Any = kind(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.5 if name.endswith("gate.weight") else 0.05)
+    return model.to(torch.bfloat16)
+
+
+def in_vllm(interpreter: str, directory: Path, windows: Tensor, ranks: int, scratch: Path, *words: str) -> Tensor:
     file, out = scratch / "windows.json", scratch / "found.json"
     file.write_text(json.dumps(windows.tolist()))
     settings = os.environ | ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {})
     done = subprocess.run(
-        [interpreter, str(SCRIPT), str(directory), str(file), str(ranks), str(out)],
+        [interpreter, str(SCRIPT), str(directory), str(file), str(ranks), str(out), *words],
         env=settings, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -79,17 +111,51 @@ def in_transformers(directory: Path, windows: Tensor, dtype: str) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [("native, mixed", 1), ("gptq, act-order", 1), ("compressed-tensors", 1), ("native, mixed", 2)],
+    [
+        ("native, mixed", 1),
+        ("gptq, act-order", 1),
+        ("compressed-tensors", 1),
+        ("native, mixed", 2),
+        ("experts, native", 1),
+        ("experts, gptq", 1),
+        ("experts, native", 2),
+        ("experts, gptq", 2),
+        ("experts, native, by expert", 2),
+        ("experts of Mixtral, native", 1),
+    ],
 )
 def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_path: Path, kind: str, ranks: int) -> None:
+    kind, by_expert, _ = kind.partition(", by expert")
     directory = checkpoint(kind, tmp_path / "out")
     exact, ours = (in_transformers(directory, windows, dtype) for dtype in ("float32", "bfloat16"))
-    theirs = in_vllm(interpreter, directory, windows, ranks, tmp_path)
+    theirs = in_vllm(interpreter, directory, windows, ranks, tmp_path, *(["by-expert"] if by_expert else []))
     far = {name: float((found - exact).abs().mean()) for name, found in (("vLLM", theirs), ("transformers", ours))}
     print(
-        f"\n{kind}, {ranks} ranks: float32 {-exact.mean():.5f}, vLLM {-theirs.mean():.5f}, transformers in bfloat16 "
+        f"\n{kind}{by_expert}, {ranks} ranks: float32 {-exact.mean():.5f}, vLLM {-theirs.mean():.5f}, transformers in bfloat16 "
         f"{-ours.mean():.5f}; token by token {far['vLLM']:.5f} and {far['transformers']:.5f} from float32"
     )
     assert abs(float(theirs.mean() - exact.mean())) < CLOSE
     assert abs(float(ours.mean() - exact.mean())) < CLOSE
     assert far["vLLM"] < FARTHER * far["transformers"]
+
+
+def test_clients_of_a_server(interpreter: str, tmp_path: Path) -> None:
+    """vLLM's own server with the plug-in, asked by the openai package."""
+    port, directory = free_port(), checkpoint("native, mixed", tmp_path / "out")
+    words = ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command = [interpreter, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), *words]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--max-model-len", "1024", "--max-num-seqs", "8"],
+            env=os.environ | SETTINGS,
+            stderr=log,
+            stdout=log,
+        )
+    try:
+        answers(f"http://127.0.0.1:{port}/health", 240)
+        assert set(failing(f"http://127.0.0.1:{port}", "demo", 1024)) == GAPS["vLLM"], (tmp_path / "log").read_text()[
+            -2000:
+        ]
+    finally:
+        server.terminate()
+        server.wait(60)

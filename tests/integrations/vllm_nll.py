@@ -1,4 +1,4 @@
-"""Run by an interpreter that has vLLM: python vllm_nll.py DIRECTORY WINDOWS.json RANKS OUT.json
+"""Run by an interpreter that has vLLM: python vllm_nll.py DIRECTORY WINDOWS.json RANKS OUT.json [by-expert]
 
 Reads token windows, writes the log-probabilities of their next tokens. vLLM finds the plug-in through
 its entry point alone: nothing here imports qkernels.
@@ -29,7 +29,7 @@ def main() -> None:
     length = max(map(len, windows)) + 1
     engine = LLM(
         directory, quantization="qkernels", enforce_eager=True, max_model_len=length, max_num_seqs=4,
-        tensor_parallel_size=ranks,
+        tensor_parallel_size=ranks, enable_expert_parallel="by-expert" in sys.argv,
     )  # fmt: skip
     prompts = [{"prompt_token_ids": window} for window in windows]
     outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from qkernels import replace_linear
 from qkernels.errors import ArgumentError, UnsupportedProblem
 from qkernels.nn import QuantExperts, QuantLinear
+from qkernels.scheme import QuantScheme
 from tests.moe_models import FAMILIES, tiny_moe
 
 SCHEME = "w4a16_g8"
@@ -144,11 +146,18 @@ def test_patterns_mean_modules_and_projections() -> None:
     assert report.skipped["model.layers.1.mlp.experts.gate_up_proj"] == "excluded"
 
 
-def test_devices_without_grouped_kernels_refuse_before_the_work() -> None:
-    from qkernels.kernels.catalogue import Problem, select
+def test_experts_on_a_gpu_run_on_triton_or_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkernels.kernels.catalogue import Problem, list_kernels, select
+    from qkernels.ops import backends
 
+    monkeypatch.setattr(backends, "missing_triton", lambda: None)
+    problem = Problem(96, 64, "w4a16_g32", torch.bfloat16, "sm90", experts=8)
+    assert select(problem).name == "triton.kpack"
+    assert "has no grouped kernels for stacked experts yet (got 8)" in dict(list_kernels(problem).rows)["cuda.mma_tile"]
     with pytest.raises(UnsupportedProblem, match="no grouped kernels for stacked experts yet"):
-        select(Problem(96, 64, "w4a16_g32", torch.bfloat16, "sm90", experts=8))
+        select(replace(problem, scheme=QuantScheme.parse("w4a8_g32")))
+    with pytest.raises(UnsupportedProblem, match=r"an order of columns of its own \(act-order\)"):
+        select(replace(problem, own_orders=True))
 
 
 def test_what_is_no_experts_module_is_refused() -> None:

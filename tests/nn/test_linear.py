@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from qkernels import Problem, QuantLinear, QuantScheme, QuantTensor, UnsupportedProblem, extension, list_kernels
 from qkernels.errors import ArgumentError, SchemeError
 from qkernels.layouts import get_layout
+from tests.ops.conftest import BF16_ISAS
 from tests.ops.helpers import integers, layer_in
 from tests.strategies import random_weight, same_weight
 
@@ -319,6 +320,27 @@ def test_missing_and_unexpected_keys_are_named() -> None:
         layer_of().load_state_dict({})
 
 
+def test_static_scales_of_x_survive() -> None:
+    """Copies, state dicts, `assign`, meta, casts of activations: fp32 as it was, or an error that names it."""
+    layer = layer_of("w8a8sz_channel", bias=integers(70))
+    x, static = integers(4, 100), layer.packed()["x_static"]
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).bfloat16().float()):
+        assert torch.equal(other(x), layer(x))
+        assert torch.equal(other.packed()["x_static"], static)
+    state = layer.state_dict()
+    for device, assign in (("cpu", False), ("meta", True)):
+        empty = QuantLinear(100, 70, scheme="w8a8sz_channel", device=device)
+        empty.load_state_dict(state, assign=assign)
+        assert torch.equal(empty(x), layer(x))
+    assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == (4, 70)
+    for wrong, said in (
+        (torch.tensor([torch.nan, 0.0]), "scale of x must be positive"),
+        (None, "x_static must be float32"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            empty.load_state_dict({name: t for name, t in (state | {"x_static": wrong}).items() if t is not None})
+
+
 # --- compile, export, autograd ---------------------------------------------------------------------------------------------
 
 
@@ -333,11 +355,13 @@ def test_compiles_to_one_graph_with_any_number_of_tokens() -> None:
     torch._dynamo.reset()
 
 
-def test_exports_with_a_dynamic_number_of_tokens() -> None:
-    layer = layer_of(bias=integers(70))
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a8sz_channel", "nvfp4_g16"])
+def test_exports_with_a_dynamic_number_of_tokens(scheme: str) -> None:
+    """torch.export 2.13 miscounts buffers after absent ones: static scales and outer factors come after zeros."""
+    layer = layer_of(scheme, bias=integers(70))
     tokens = torch.export.Dim("tokens", min=2)
     program = torch.export.export(layer, (integers(4, 100),), dynamic_shapes=({0: tokens},))
-    assert "qkernels.gemm_cpu_tile_a16" in str(program.graph)
+    assert f"qkernels.gemm_{layer.layout}" in str(program.graph)
     assert torch.equal(program.module()(integers(9, 100)), layer(integers(9, 100)))
 
 
@@ -390,7 +414,7 @@ COPIES = {"aten::copy_", "aten::contiguous", "aten::clone", "aten::to", "aten::_
     ("scheme", "dtype", "allocations"),
     [
         ("w4a16_g32", torch.float32, 1),  # y
-        ("w4a16_g32", torch.bfloat16, 1 if extension.status().isa == "avx512_bf16" else 2),  # and x in fp32
+        ("w4a16_g32", torch.bfloat16, 1 if extension.status().isa in BF16_ISAS else 2),  # and x in fp32
         ("w4a8_g32", torch.bfloat16, 2),  # and the codes of x
     ],
 )
@@ -444,7 +468,8 @@ def test_a_problem_without_a_kernel_lists_every_reason() -> None:
 def test_buffer_names_are_those_of_the_layout() -> None:
     layer = layer_of(act_order=True)
     names = [buffer.name for buffer in get_layout(layer.layout).buffers]
-    assert list(layer._buffers) == ["_extra_state", *names]
+    assert sorted(layer._buffers) == sorted(["_extra_state", *names])
+    assert [t is None for t in layer._buffers.values()] == [False] * 4 + [True] * 3  # absent ones last: torch.export
     assert {name for name, _ in layer.named_buffers()} == {"_extra_state", *names} - {
         "zeros",
         "outer_scales",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 
 from qkernels import extension
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = {
+    "x86_64": ("scalar", "avx2", "avx512", "avx512_bf16"),
+    "aarch64": ("scalar", "neon", "neon_dotprod", "neon_i8mm", "neon_bf16"),
+}.get(platform.machine(), ("scalar",))
+BF16_ISAS = ("avx512_bf16", "neon_bf16")  # whose products of bf16 activations are of bf16
 
 
 @pytest.fixture(params=ISAS)

@@ -222,8 +222,9 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   cpu::gemm(call, kernels, workspace, 2, two_threads);
 
   int wrong = 0;
-  std::vector<double> plain_y(static_cast<size_t>(s.M * s.N)),
-      step_of(static_cast<size_t>(s.M * s.N));  // of x as it is
+  std::vector<double> plain_y(static_cast<size_t>(s.M * s.N)), step_of(static_cast<size_t>(s.M * s.N)),
+      weight_of(static_cast<size_t>(s.N));  // of x as it is
+  double top = 0;                           // of all |x|
   const bool rest = cpu::has_rest(call);
   const double rounding = s.x == Type::kFloat ? 0 : s.x == Type::kHalf ? 1.0 / 2048 : 1.0 / 256;
   for (int64_t m = 0; m < s.M; ++m) {
@@ -232,6 +233,7 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
     const std::vector<double> whole = token;
     double largest = 0;
     for (const double v : whole) largest = std::max(largest, std::abs(v));
+    top = std::max(top, largest);
     if (s.int8) quantize(token);
     for (int64_t n = 0; n < s.N; ++n) {
       double magnitude = 0;  // of all terms: with a rest, the product with code - mid and that with the rest
@@ -250,6 +252,7 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
         y += w * token[column];
         plain_y[m * s.N + n] += w * whole[column];
         step_of[m * s.N + n] += std::abs(w) * largest / 127;
+        if (m == 0) weight_of[n] += std::abs(w);
         const double product = (code - (1 << (s.bits - 1))) * scale;
         magnitude += std::abs(token[column]) * (rest ? std::abs(product) + std::abs(w - product) : std::abs(w));
       }
@@ -262,18 +265,24 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   }
   // Other roundings of x, with buffers of their own size: within three steps (half of one for a code and for what is
   // clamped, half for a zero point, half where the quotient is rounded to bf16) of the product with x as it is.
+  // Static ones: steps of the largest of all rows, with room for a zero point of 5.
+  using qkernels::Rounding;
   for (const auto rounding_of_x :
-       {qkernels::Rounding::kWide, qkernels::Rounding::kZeroPoint, qkernels::Rounding::kOutliers}) {
+       {Rounding::kWide, Rounding::kZeroPoint, Rounding::kOutliers, Rounding::kStatic, Rounding::kStaticZero}) {
     if (!s.int8 || s.M * s.N > 700) continue;
     cpu::Call other = call;
     other.rounding = rounding_of_x;
+    const bool is_static = qkernels::is_static(rounding_of_x);
+    const double step_of_all = top > 0 ? top / 120 : 1;
+    other.x_scale = static_cast<float>(step_of_all), other.x_zero = rounding_of_x == Rounding::kStaticZero ? 5 : 0;
     other.y = std::malloc(bytes_of(s.x) * s.M * s.N);
     void* room = std::malloc(cpu::workspace_bytes(other, kernels));
     std::memset(room, 0xff, cpu::workspace_bytes(other, kernels));
     cpu::gemm(other, kernels, room, 2, two_threads);
     for (int64_t i = 0; i < s.M * s.N; ++i) {
       const double y = plain_y[i] + (s.bias == Type::kNone ? 0 : bias.values[i % s.N]);
-      const double bound = 3 * step_of[i] + rounding * (std::abs(y) + 3 * step_of[i]) + 1e-6 * std::abs(y);
+      const double steps = 3 * (is_static ? weight_of[i % s.N] * step_of_all : step_of[i]);
+      const double bound = steps + rounding * (std::abs(y) + steps) + 1e-6 * std::abs(y);
       wrong += !(std::abs(read(s.x, other.y, i) - y) <= bound);
     }
     std::free(room), std::free(other.y);

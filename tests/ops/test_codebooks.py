@@ -18,6 +18,7 @@ from qkernels import QuantScheme, QuantTensor, extension
 from qkernels.codebooks import CODEBOOK_NUMBERS, CODEBOOKS, INTEGER_STEPS, width_of
 from qkernels.ops import reference
 from qkernels.scheme import FACTOR_NUMBERS, FACTORS
+from tests.ops.conftest import BF16_ISAS
 from tests.ops.helpers import DTYPES, arguments, integers, multiply
 from tests.ops.numerics import bound, errors, random
 from tests.strategies import random_weight
@@ -119,7 +120,7 @@ def test_random_inputs_stay_within_the_bound(isa: str, scheme: str, dtype: torch
     scales = torch.float8_e8m0fnu if scheme.startswith("mx") else torch.float32
     weight = random_weight(scheme, N, K, seed=3, dtype=scales, act_order=scheme == "nf4_g64")
     bias = random(N, dtype=torch.float32, seed=4)
-    rounded = weight.scheme.codebook in ROUNDED and dtype == torch.bfloat16 and isa == "avx512_bf16"
+    rounded = weight.scheme.codebook in ROUNDED and dtype == torch.bfloat16 and isa in BF16_ISAS
     for M in (1, 4, 7, 19, 70):
         x = random(M, K, dtype=dtype, seed=M)
         allowed = bound(weight, x, bias)

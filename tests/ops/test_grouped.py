@@ -13,7 +13,7 @@ from qkernels.errors import ArgumentError
 from qkernels.layouts import get_layout
 from qkernels.ops import grouped
 from qkernels.ops.grouped import Stack
-from qkernels.scheme import QuantScheme
+from qkernels.scheme import ACTIVATIONS, QuantScheme
 
 E, N, K = 5, 72, 88
 
@@ -42,7 +42,7 @@ def offsets_of(counts: list[int]) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0)
 
 
-LAYOUT = {None: "cpu_tile_a16", "int8": "cpu_tile_a8"}
+LAYOUT = {name: "cpu_tile_a8" if activation.integers else "cpu_tile_a16" for name, activation in ACTIVATIONS.items()}
 SCHEMES = [
     "w4a16_g8",
     "w4a16_g24_asym",
@@ -53,6 +53,10 @@ SCHEMES = [
     "nf4_g8",
     "w4a8_g8",
     "w2a8_g8_asym",
+    "w8a8z_channel_asym",
+    "w4a8z_g8",
+    "w8a8o6_channel",
+    "w4a8o6_g8_fzero",
 ]
 
 
@@ -63,7 +67,7 @@ def test_rows_have_the_bits_of_the_dense_product(scheme: str, counts: list[int],
     layout = LAYOUT[QuantScheme.parse(scheme).act]
     experts, weights = stack(scheme, layout, bias=True)
     T, R = 11, sum(counts) + 2  # the last two rows are of no expert
-    x, rows, offsets = torch.randn(T, K).to(dtype), torch.randint(T, (R,)), offsets_of(counts)
+    x, rows, offsets = 2 * torch.randn(T, K).to(dtype), torch.randint(T, (R,)), offsets_of(counts)  # some beyond 6
     y = grouped.grouped_gemm(layout, x, rows, offsets, experts, dtype)
     assert y.dtype == dtype
     assert experts.bias is not None
@@ -95,12 +99,12 @@ def test_a_block_is_what_its_products_are(activation: str, layout: str) -> None:
     assert not grouped.experts(layout, x, nobody, weights * torch.nan, up, down, activation, 1.702, 7.0).any()
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g8", "w4a8_g8"])
+@pytest.mark.parametrize("scheme", ["w4a16_g8", "w4a8_g8", "w4a8z_g8", "w8a8o6_channel"])
 def test_the_same_bits_with_any_number_of_threads(scheme: str) -> None:
     layout = LAYOUT[QuantScheme.parse(scheme).act]
     up, _ = stack(scheme, layout, 80, 48)
     down, _ = stack(scheme, layout, 48, 40)
-    x, ids, weights = torch.randn(90, 48).bfloat16(), torch.randint(E, (90, 4)), torch.rand(90, 4)
+    x, ids, weights = 2 * torch.randn(90, 48).bfloat16(), torch.randint(E, (90, 4)), torch.rand(90, 4)
     before = torch.get_num_threads()
     results = []
     try:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from qkernels import load
 from qkernels.memory import give_back
@@ -38,6 +39,13 @@ def measure(directory: str, tokens: int) -> dict[str, int]:
     del output
     give_back()
     return {"loaded": loaded - before, "read": resident() - before}
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of a model's tensors, tied ones once, without what says how a layer is packed."""
+    buffers = [t for name, t in model.named_buffers() if not name.endswith("_extra_state")]
+    found: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *buffers)}
+    return sum(t.nbytes for t in found.values())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 

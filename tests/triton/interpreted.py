@@ -57,14 +57,15 @@ configs = pytest.mark.parametrize("config", [GEMV, GEMM], ids=["gemv", "gemm"])
 
 @pytest.fixture(autouse=True)
 def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`new_empty` ends at a guard page and holds NaN: whatever a kernel leaves out shows."""
+    """`new_empty` ends at a guard page and holds NaN, or far too large integers: whatever a kernel leaves out shows."""
 
     plain = Tensor.new_empty
 
     def new_empty(t: Tensor, shape: Any, dtype: torch.dtype | None = None, **others: Any) -> Tensor:
         if others or shape == 0:  # the interpreter's own, for its view of a buffer
             return plain(t, shape, dtype=dtype, **others)
-        return guarded(torch.full(shape, float("nan"), dtype=dtype or t.dtype))
+        dtype = dtype or t.dtype
+        return guarded(torch.full(shape, float("nan") if dtype.is_floating_point else 2**30, dtype=dtype))
 
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
 

@@ -12,10 +12,11 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from qkernels import QuantScheme
-from qkernels.kernels.triton import jit
-from qkernels.kernels.triton.table import Config, read
+from qkernels.kernels.triton import grouped_jit, jit
+from qkernels.kernels.triton.table import Config, choose, for_stacks, read
+from qkernels.ops.grouped import ACTIVATIONS
 from tools.guard_triton import copies_ahead
-from tools.triton_aot import SHARED_MEMORY, Machine, compile_for, variant
+from tools.triton_aot import SHARED_MEMORY, Machine, compile_for, grouped_variant, variant
 
 # Cards of the table, and those that "default" may meet: the ones with the least shared memory and the oldest.
 CARDS = [(card, sm) for card in read() for sm in ([card] if card in SHARED_MEMORY else ["sm80", "sm120"])]
@@ -23,10 +24,19 @@ SHIPPED = [
     pytest.param(sm, config, id=f"{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
     for sm, config in dict.fromkeys((sm, entry.config) for card, sm in CARDS for entry in read()[card])
 ]
+FULL = bool(os.environ.get("QKERNELS_TEST_FULL"))
+# Experts take the tiles of tensor cores and those of one row (`grouped_launch`).
+GROUPED_RUNS = [
+    pytest.param(sm, config, id=f"{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
+    for sm in (SHARED_MEMORY if FULL else ["sm80", "sm90"])
+    for config in dict.fromkeys(
+        entry.config for entry in read()[sm] if entry.config.kernel == "gemv" or for_stacks(entry.config)
+    )
+]
 # `make test-full` compiles every format for every card; `make test` for the one with the oldest compiler rules.
 FORMAT_RUNS = [
     pytest.param(sm, config, id=f"{sm}-{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}")
-    for sm in (SHARED_MEMORY if os.environ.get("QKERNELS_TEST_FULL") else ["sm80"])
+    for sm in (SHARED_MEMORY if FULL else ["sm80"])
     for config in dict.fromkeys(entry.config for entry in read()[sm])
 ]
 FIRST_CALL_SECONDS = 2.0  # what a first call may take; 0.4 to 0.8 are used (README.md)
@@ -40,7 +50,7 @@ SCHEMES = [
     "q4_k",
     "nvfp4_g16",
 ]
-SCHEMES += ["mxfp4_g32", "fp8_channel", "q2_k", "q6_k", "iq4_xs"] if os.environ.get("QKERNELS_TEST_FULL") else []
+SCHEMES += ["mxfp4_g32", "fp8_channel", "q2_k", "q6_k", "iq4_xs"] if FULL else []
 K = 4096
 
 
@@ -89,6 +99,38 @@ def test_reduction_and_dequantize(sm: str) -> None:
     tile = Config("dequantize", 1, 16, 128, 0, 4, 1)
     call = variant(QuantScheme.parse("w4a16_g128_asym"), K, "fp16", tile, ordered=True, bias=False, split=False)
     check(compile_for(sm, *call, enable_fp_fusion=False), sm)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["up", "down"])
+@pytest.mark.parametrize(("sm", "config"), GROUPED_RUNS)
+def test_shipped_configuration_with_experts(sm: str, config: Config, first: bool) -> None:
+    """The first product ends in a gate, which takes two halves of a tile together."""
+    scheme, act = QuantScheme.parse("w4a16_g128"), ACTIVATIONS.index("silu")
+    call = grouped_variant(scheme, K, "bf16", config, act=act, bias=False, first=first)
+    machine = compile_for(sm, *call, num_warps=config.num_warps, num_stages=config.num_stages)
+    check(machine, sm)
+    assert machine.seconds < FIRST_CALL_SECONDS
+    assert ("mma" in machine.ptx) == (config.kernel == "gemm")
+    if config.kernel == "gemv":
+        assert copies_ahead(machine.ptx) >= 12
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str) -> None:
+    for M in (1, 8):
+        config = choose("sm80", M, K, K)
+        call = grouped_variant(
+            QuantScheme.parse("mxfp4_g32"), K, "bf16", config, act=ACTIVATIONS.index(activation), bias=True, first=True
+        )
+        check(compile_for("sm80", *call, num_warps=config.num_warps, num_stages=config.num_stages), "sm80")
+
+
+@pytest.mark.parametrize("sm", SHARED_MEMORY if FULL else ["sm80"])
+def test_alignment_and_combination(sm: str) -> None:
+    types: dict[str, str | None] = {"offsets": "*i64", "blocks": "*i32"}
+    check(compile_for(sm, grouped_jit.align, types, {"SIZE": 64, "SEGMENTS": 512}), sm)
+    types = {"y": "*fp32", "ids": "*i64", "weights": "*fp32", "out": "*bf16"}
+    check(compile_for(sm, grouped_jit.combine, types, {"BLOCK": 1024}), sm)
 
 
 def test_a_tile_that_no_card_holds_is_noticed() -> None:

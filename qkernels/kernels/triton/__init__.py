@@ -5,6 +5,7 @@ Importing this registers the ops for CUDA; Triton itself is imported at their fi
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -24,14 +25,24 @@ def _dequantize(*args: Any) -> Tensor:
     return out
 
 
-def _launcher() -> Any:
+def _grouped_gemm(*args: Any) -> Tensor:
+    out: Tensor = _launcher("grouped_launch").grouped_gemm(*args)
+    return out
+
+
+def _experts(*args: Any) -> Tensor:
+    out: Tensor = _launcher("grouped_launch").experts(*args)
+    return out
+
+
+def _launcher(name: str = "launch") -> Any:
     if why := missing_triton():
         raise UnsupportedProblem(f"the Triton kernels on layout kpack cannot run: {why}")
-    from . import launch
-
-    return launch
+    return import_module(f".{name}", __name__)
 
 
 LIBRARY.impl("gemm_kpack", _gemm, "CUDA")
 LIBRARY.impl("gemv_kpack", _gemm, "CUDA")
 LIBRARY.impl("dequantize_kpack", _dequantize, "CUDA")
+LIBRARY.impl("grouped_gemm_kpack", _grouped_gemm, "CUDA")
+LIBRARY.impl("experts_kpack", _experts, "CUDA")

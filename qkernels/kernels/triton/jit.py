@@ -189,29 +189,22 @@ def _weights(
 
 
 @triton.jit
-def gemv(
-    x, qweight, scales, zeros, outer_scales, outer_zeros, k_order, bias, out, N, K, G, x_stride, row_bytes, bytes_per_split,
+def row_sums(
+    x_row, qweight, scales, zeros, outer_scales, outer_zeros, k_order, rows, row_mask, first, last, K, G, row_bytes,
     MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
-    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row of x per program (axis 1), without tensor cores. Axis 0: BLOCK_N rows of the weight, axis 2: parts of K.
+    """fp32 [rows]: one row of x times rows of the weight, over bytes `first` to `last`, without tensor cores.
 
     RUN: so many bytes in a row lie in one group (`table.run_bytes`). STAGES: so many steps are under way; Triton pipelines a
     loop without `tl.dot` only if the loop says so.
     """
-    m, part = tl.program_id(1), tl.program_id(2)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < N
     offsets = tl.arange(0, BLOCK_BYTES)
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
     strip_base, outer_base = _bases(rows, G, OUTER)
-    x_row = x + m.to(tl.int64) * x_stride
-    sums = tl.zeros((BLOCK_N, BLOCK_BYTES), dtype=tl.float32)
-    first = part * bytes_per_split
+    sums = tl.zeros((rows.shape[0], BLOCK_BYTES), dtype=tl.float32)
     nought = tl.minimum(row_bytes, 0)
-    last = tl.minimum(first + bytes_per_split, row_bytes)
     for start in tl.range(first, last, BLOCK_BYTES, num_stages=STAGES):
         at = start + offsets
         packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
@@ -228,7 +221,27 @@ def gemv(
                 packed, half, scale, zero, zeros, nought, start < row_bytes, MID, CODES, HALVES, RUN
             )  # fmt: skip
             sums += values[None, :] * weights
-    total = tl.sum(sums, axis=1)
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def gemv(
+    x, qweight, scales, zeros, outer_scales, outer_zeros, k_order, bias, out, N, K, G, x_stride, row_bytes, bytes_per_split,
+    MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row of x per program (axis 1). Axis 0: BLOCK_N rows of the weight, axis 2: parts of K. See `row_sums`."""
+    m, part = tl.program_id(1), tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < N
+    first = part * bytes_per_split
+    last = tl.minimum(first + bytes_per_split, row_bytes)
+    total = row_sums(
+        x + m.to(tl.int64) * x_stride, qweight, scales, zeros, outer_scales, outer_zeros, k_order, rows, row_mask, first, last,
+        K, G, row_bytes, MID, CODES, SCALES, OUTER, DIVIDES, GROUP, HALVES, ORDERED, BLOCK_BYTES, RUN, STAGES,
+    )  # fmt: skip
     if SPLIT:
         tl.store(out + (part.to(tl.int64) * tl.num_programs(1) + m) * N + rows, total, mask=row_mask)
     else:
@@ -237,33 +250,22 @@ def gemv(
         tl.store(out + m.to(tl.int64) * N + rows, total.to(out.dtype.element_ty), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["M"])
-def gemm(
-    x, qweight, scales, zeros, outer_scales, outer_zeros, k_order, bias, out, M, N, K, G, x_stride, row_bytes, bytes_per_split,
-    MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
-    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
-    RUN: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit
+def tile_sums(
+    x_rows, qweight, scales, zeros, outer_scales, outer_zeros, k_order, rows, row_mask, token_mask, first, last, K, G,
+    row_bytes, MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A BLOCK_M x BLOCK_N tile of the result per program, on tensor cores: its transpose, W x^T.
+    """fp32 [rows, tokens] on tensor cores: W x^T over bytes `first` to `last`; `x_rows` [tokens, 1] point to rows of x.
 
     The weight is the first operand of the product, which tensor cores of all cards take from registers, where it was made
     (wgmma takes the second from shared memory alone); tokens are the second, which is 8 wide at least, where the first is 16.
-    Axis 0 counts tiles, those of neighbouring rows of x first, so that blocks that run together read the same weights; axis 1
-    counts parts of K. Arguments are those of `gemv`.
     """
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tile, part = tl.program_id(0), tl.program_id(1)
-    tokens = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    token_mask, row_mask = tokens < M, rows < N
     offsets = tl.arange(0, BLOCK_BYTES)
     row_start = qweight + rows.to(tl.int64)[:, None] * row_bytes
     strip_base, outer_base = _bases(rows, G, OUTER)
-    x_rows = x + tokens.to(tl.int64)[:, None] * x_stride
-    sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    first = part * bytes_per_split
-    last = tl.minimum(first + bytes_per_split, row_bytes)
+    sums = tl.zeros((rows.shape[0], token_mask.shape[0]), dtype=tl.float32)
     for start in tl.range(first, last, BLOCK_BYTES, num_stages=STAGES):
         at = start + offsets
         packed = tl.load(row_start + at[None, :], mask=row_mask[:, None] & (at < row_bytes)[None, :], other=0)
@@ -278,6 +280,34 @@ def gemm(
             values = tl.load(x_rows + source[None, :], mask=token_mask[:, None] & (columns < K)[None, :], other=0.0)
             weights = _weights(packed, half, scale, zero, zeros, 0, start < row_bytes, MID, CODES, HALVES, RUN)
             sums = tl.dot(weights.to(values.dtype), tl.trans(values), sums)
+    return sums
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm(
+    x, qweight, scales, zeros, outer_scales, outer_zeros, k_order, bias, out, M, N, K, G, x_stride, row_bytes, bytes_per_split,
+    MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+    RUN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A BLOCK_M x BLOCK_N tile of the result per program: its transpose, see `tile_sums`.
+
+    Axis 0 counts tiles, those of neighbouring rows of x first, so that blocks that run together read the same weights; axis 1
+    counts parts of K. Arguments are those of `gemv`.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    tokens = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    token_mask, row_mask = tokens < M, rows < N
+    first = part * bytes_per_split
+    last = tl.minimum(first + bytes_per_split, row_bytes)
+    sums = tile_sums(
+        x + tokens.to(tl.int64)[:, None] * x_stride, qweight, scales, zeros, outer_scales, outer_zeros, k_order, rows,
+        row_mask, token_mask, first, last, K, G, row_bytes, MID, CODES, SCALES, OUTER, DIVIDES, GROUP, HALVES, ORDERED,
+        BLOCK_BYTES, RUN, STAGES,
+    )  # fmt: skip
     mask = row_mask[:, None] & token_mask[None, :]
     if SPLIT:
         target = out + (part.to(tl.int64) * M + tokens)[None, :] * N + rows[:, None]

@@ -32,7 +32,7 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     out = x.new_empty((M, N))
     if out.numel() == 0:
         return out
-    card, multiprocessors = _card(x.device)
+    card, multiprocessors = card_of(x.device)
     config = config or choose(card, M, N, max(K, 1))
     x = x if x.stride(1) == 1 else x.contiguous()
     if config.kernel == "dequantize":
@@ -43,17 +43,17 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     part = config.bytes_per_split(M, N, row_bytes, multiprocessors)
     splits = max(1, -(-row_bytes // part))
     parts = out if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
-    constants = _constants(weight, block_bytes) | {
+    constants = constants_of_weight(weight, block_bytes) | {
         "BIAS": bias is not None,
         "SPLIT": splits > 1,
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
     }
-    operands = (x, *_buffers(weight), bias, parts)
+    operands = (x, *buffers_of(weight), bias, parts)
     numbers = (N, K, groups, x.stride(0), row_bytes, part)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     tiles_n = -(-N // config.block_n)
-    with _on(x.device):
+    with on(x.device):
         if config.kernel == "gemv":
             jit.gemv[tiles_n, M, splits](*operands, *numbers, **constants, **options)
         else:
@@ -88,10 +88,11 @@ def _dequantize(weight: Weight, out: Tensor, config: Config) -> None:
     N, K = weight.out_features, weight.in_features
     row_bytes, block_bytes = weight.qweight.shape[-1], config.block_bytes
     grid = (-(-N // config.block_n), -(-row_bytes // block_bytes))
-    with _on(out.device):
+    with on(out.device):
         jit.dequantize[grid](
-            *_buffers(weight), out, N, K, weight.scales.shape[-2], row_bytes,
-            **_constants(weight, block_bytes), BLOCK_N=config.block_n, num_warps=config.num_warps, enable_fp_fusion=False,
+            *buffers_of(weight), out, N, K, weight.scales.shape[-2], row_bytes,
+            **constants_of_weight(weight, block_bytes), BLOCK_N=config.block_n, num_warps=config.num_warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def _multiply_dequantized(x: Tensor, weight: Weight, bias: Tensor | None, out: T
         torch.ops.aten.linear.out(x, plain, None if bias is None else bias[here], out=out[:, here])
 
 
-def _buffers(weight: Weight) -> tuple[Tensor | None, ...]:
+def buffers_of(weight: Weight) -> tuple[Tensor | None, ...]:
     """What the kernels take of a weight. Codebooks have no zeros: behind that pointer they find the table."""
     table: Tensor | None = weight.own["table"]
     zeros = table if weight.codebook else weight.zeros
@@ -156,14 +157,14 @@ def constants_of(scheme: QuantScheme, K: int, scales: torch.dtype, ordered: bool
     }
 
 
-def _constants(weight: Weight, block_bytes: int) -> dict[str, Any]:
+def constants_of_weight(weight: Weight, block_bytes: int) -> dict[str, Any]:
     """`constants_of` the scheme that an op's arguments spell out."""
     ordered = weight.k_order is not None
     return constants_of(scheme_of(weight), weight.in_features, weight.scales.dtype, ordered, block_bytes)
 
 
 @lru_cache(maxsize=64)
-def _card(device: torch.device) -> tuple[str, int]:
+def card_of(device: torch.device) -> tuple[str, int]:
     """The table's name of a card, and how many multiprocessors it has."""
     if device.type != "cuda":
         return ANY_CARD, 4  # the interpreter: few, so that it splits K where a small card would
@@ -171,6 +172,6 @@ def _card(device: torch.device) -> tuple[str, int]:
     return f"sm{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def _on(device: torch.device) -> Any:
+def on(device: torch.device) -> Any:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

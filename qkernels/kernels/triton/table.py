@@ -21,6 +21,7 @@ from ...errors import ArgumentError
 TABLE = Path(__file__).parent / "configurations.json"
 USER_TABLE = "QKERNELS_TRITON_TABLE"  # the environment variable that says where the user's table is
 ANY_CARD = "default"
+MOST_ROWS_OF_STACKS = 64
 MOST_TILE = 1024  # rows or columns of a tile: beyond what any card holds
 
 
@@ -162,8 +163,19 @@ def choose(card: str, M: int, N: int, K: int) -> Config:
     return _nearest(os.environ.get(USER_TABLE), card, M, N, K)
 
 
+def choose_tile(card: str, M: int, N: int, K: int) -> Config:
+    """The same among tiles of tensor cores alone ("gemm"): what sorted rows of stacked experts take, M of them an expert.
+
+    Of at most 64 rows: with 128 the experts' kernel spills on sm80 to sm89 (8 bytes), and an expert seldom has so many.
+
+    Raises:
+        ArgumentError: the user's table is no table.
+    """
+    return _nearest(os.environ.get(USER_TABLE), card, M, N, K, True)
+
+
 @lru_cache(maxsize=4096)
-def _nearest(_named: str | None, card: str, M: int, N: int, K: int) -> Config:
+def _nearest(_named: str | None, card: str, M: int, N: int, K: int, tiles: bool = False) -> Config:
     """Called at every launch: the variable is part of what is cached by, the file is looked for once."""
     shipped, own = read(), read(user_table())
 
@@ -171,7 +183,13 @@ def _nearest(_named: str | None, card: str, M: int, N: int, K: int) -> Config:
         m, n, k = (math.log2(a / b) for a, b in ((M, entry.M), (N, entry.N), (K, entry.K)))
         return 2 * abs(m) + abs(n) + abs(k)
 
-    return min((*own.get(card, ()), *shipped.get(card, shipped[ANY_CARD])), key=distance).config
+    entries = (*own.get(card, ()), *shipped.get(card, shipped[ANY_CARD]))
+    return min((e for e in entries if not tiles or for_stacks(e.config)), key=distance).config
+
+
+def for_stacks(config: Config) -> bool:
+    """Whether sorted rows of stacked experts take it."""
+    return config.kernel == "gemm" and config.block_m <= MOST_ROWS_OF_STACKS
 
 
 def _entry(row: dict[str, Any]) -> Entry:

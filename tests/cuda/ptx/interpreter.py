@@ -254,7 +254,8 @@ class Block:
     def shuffle(self, op: Instruction, active: Array) -> None:
         self.whole_warps(active)
         target, value, by, clamp, members = (o for o in op.operands if not isinstance(o, str))
-        if (self.read(clamp, "b32") != 31).any() or (self.read(members, "b32") != 0xFFFFFFFF).any():
+        whole = 0 if op.opcode[2] == "up" else 31  # the last lane that a lane may take from, on its way there
+        if (self.read(clamp, "b32") != whole).any() or (self.read(members, "b32") != 0xFFFFFFFF).any():
             raise PtxError(f"only shuffles of whole warps are supported: {op.text}")
         result = warp.shuffle(op.opcode[2], *(self.read(o, "b32").reshape(-1, LANES) for o in (value, by)))
         self.write(target.first if isinstance(target, Pair) else target, result.reshape(-1), active)
@@ -266,6 +267,14 @@ class Block:
             raise PtxError(f"only vote.any of whole warps is supported: {op.text}")
         lanes = self.read(value, "pred").reshape(-1, LANES)
         self.write(target, np.repeat(lanes.any(axis=1), LANES), active)
+
+    def reduce_warp(self, op: Instruction, active: Array) -> None:
+        self.whole_warps(active)
+        target, value, members = (o for o in op.operands if not isinstance(o, str))
+        if op.opcode[2:] != ("add", "s32") or (self.read(members, "b32")[active] != 0xFFFFFFFF).any():
+            raise PtxError(f"only redux.sync.add.s32 of whole warps is supported: {op.text}")
+        sums = self.read(value, "s32").reshape(-1, LANES).sum(axis=1, dtype=np.int32)
+        self.write(target, np.repeat(sums, LANES), active)
 
     # ---- the rest ----
 
@@ -329,7 +338,7 @@ def run_block(block: Block) -> None:
     handlers = {
         "ld": block.load, "st": block.store, "cp": block.copy, "ldmatrix": block.load_matrix,
         "stmatrix": block.store_matrix, "mma": block.mma, "shfl": block.shuffle,
-        "vote": block.vote,
+        "vote": block.vote, "redux": block.reduce_warp,
     }  # fmt: skip
     counter = np.zeros(block.threads, np.int64)
     alive = block.everyone.copy()

@@ -1,5 +1,5 @@
 """Activations in int8 as their origins make them, and the logits of tiny models that run on them: compressed-tensors (a scale a
-token, with and without zero points) and LLM.int8 of bitsandbytes.
+token, or one for all tokens, with and without zero points) and LLM.int8 of bitsandbytes.
 
 pip install compressed-tensors==0.20.0 bitsandbytes==0.50.0 transformers==5.24.0; python tests/golden/activations/make.py
 """
@@ -21,10 +21,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 MODELS = Path(__file__).parent
 TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+TENSOR = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
 WEIGHTS = {"strategy": "channel", "num_bits": 8, "type": "int"}
 KINDS = {
     "w8a8": ("int-quantized", WEIGHTS | {"symmetric": True}, TOKEN | {"symmetric": True}),
     "w8a8_zero": ("int-quantized", WEIGHTS | {"symmetric": False}, TOKEN | {"symmetric": False}),
+    "w8a8_static": ("int-quantized", WEIGHTS | {"symmetric": True}, TENSOR | {"symmetric": True}),
+    "w4a8_static_zero": (
+        "pack-quantized",
+        {"strategy": "group", "group_size": 32, "num_bits": 4, "type": "int", "symmetric": True},
+        TENSOR | {"symmetric": False},
+    ),
     "w4a8": (
         "pack-quantized",
         {"strategy": "group", "group_size": 32, "num_bits": 4, "type": "int", "symmetric": True},
@@ -86,9 +93,21 @@ def of_rows() -> None:
             codes, scale, zero = quantize(x[None], scale, zero, args, dtype=torch.int8)[0], scale[0], zero[0]
             kind = f"{name}.{'wide' if symmetric else 'zero'}"
             made |= {f"{kind}.codes": codes, f"{kind}.scale": scale, f"{kind}.zero": zero.to(torch.int8)}
+        made |= of_rows_static(name, x)
         codes, most, columns = int8_vectorwise_quant(x.half(), threshold=6.0)
         made |= {f"{name}.outliers.codes": codes, f"{name}.outliers.most": most, f"{name}.outliers.columns": columns}
     store("rows", tensors, made)
+
+
+def of_rows_static(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    made = {}
+    for symmetric in (True, False):
+        args = QuantizationArgs(**TENSOR, symmetric=symmetric)
+        scale, zero = calculate_qparams(x.new_full((1,), -1.75), x.new_full((1,), 2.5), args)
+        codes = quantize(x, scale, zero, args, dtype=torch.int8)
+        kind = f"{name}.static{'' if symmetric else '_zero'}"
+        made |= {f"{kind}.codes": codes, f"{kind}.scale": scale, f"{kind}.zero": zero.to(torch.int8)}
+    return made
 
 
 def tiny() -> LlamaForCausalLM:
@@ -112,6 +131,8 @@ def compressed(name: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         targets=["Linear"], weights=QuantizationArgs(**weights), input_activations=QuantizationArgs(**inputs)
     )
     model, tensors = tiny(), {}
+    if not scheme.input_activations.dynamic:
+        tensors |= of_inputs(model, ids, scheme.input_activations)
     for full, tensor in model.state_dict().items():
         module = full.removesuffix(".weight")
         if not full.endswith("_proj.weight"):
@@ -135,6 +156,19 @@ def compressed(name: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     save_file({key: value.contiguous() for key, value in tensors.items()}, out / "model.safetensors", {"format": "pt"})
     return watched(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), ids)
+
+
+def of_inputs(model: nn.Module, ids: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Tensor]:
+    """What a min-max observer makes of the inputs of each layer, a bit narrower, so that some are cut."""
+    tensors = {}
+    for full, x in watched(model, ids).items():
+        module, _, what = full.rpartition(".")
+        if what == "x":
+            scale, zero = calculate_qparams(0.9 * x.min().reshape(1), 0.9 * x.max().reshape(1), args)
+            tensors[f"{module}.input_scale"] = scale
+            if not args.symmetric:
+                tensors[f"{module}.input_zero_point"] = zero.to(torch.int8)
+    return tensors
 
 
 def watched(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
