@@ -96,7 +96,7 @@ def test_every_stage_of_the_first_phase_starts(tmp_path: Path, tools: Path) -> N
     assert len(fit.rows_of(out / "check.jsonl", "check")) >= 5
     assert {row["path"] for row in fit.rows_of(out / "sweep.jsonl")} & set(PATHS)
     assert {row["what"] for row in fit.rows_of(out / "probe.jsonl", "calibrate")} >= {"launch_ns", "wgmma8_macs_per_ns"}
-    blocks = fit.rows_of(out / "experts.jsonl", "experts")
+    blocks = fit.rows_of(out / "base.jsonl", "experts")
     assert {row["who"] for row in blocks if row["us"] is not None} >= {"ours", "torch grouped_mm bf16"}
     assert fit.clusters_of(out / "env.txt")[4] == 32
     assert json.loads((out / LOG).read_text().splitlines()[-1])["verdict"] == "passed"

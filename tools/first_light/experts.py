@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # hidden, width, experts, experts of a token: Qwen3-30B-A3B and Mixtral 8x7B.
@@ -67,7 +68,8 @@ def mixture(hidden: int, width: int, count: int, per_token: int, scheme: str, de
             scales = torch.rand(N, parsed.num_groups(K), generator=generator, device=device) + 0.5
             made.append(QuantTensor(codes, (scales * 0.2 * K**-0.5).bfloat16(), None, None, parsed))
             packed.append(value.pack(made[-1]))
-        buffers = {name: None if t is None else torch.stack([p[name] for p in packed]) for name, t in packed[0].items()}
+        each: dict[str, list[Any]] = {name: [p[name] for p in packed] for name in packed[0]}
+        buffers = {name: None if ts[0] is None else torch.stack(ts) for name, ts in each.items()}
         stacks.append(Stack(buffers, None, value.numbers_of(N, K, parsed), K))
         plain.append(torch.stack([weight.dequantize(torch.bfloat16) for weight in made]))
         weights.append(made)
@@ -196,7 +198,7 @@ def measure(of: Mixture, tokens: int, routing: str, device: Any, seconds: float)
             run = prepare(of)
             reason = mismatch(of, batches[-1], run(batches[-1]))
             if reason is None:
-                samplers[name] = clock_for(device).prepare([lambda b=b, run=run: run(b) for b in batches])
+                samplers[name] = clock_for(device).prepare([partial(run, b) for b in batches])
         except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, StopIteration, KeyError) as error:
             first = str(error).splitlines()[:1]
             reason = f"{type(error).__name__}: {''.join(first)}"
@@ -225,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, wrong = torch.device(args.device), False
     with torch.inference_mode():
         for shape in args.shapes.split(","):
-            of = mixture(*map(int, shape.split("x")), args.scheme, device)
+            hidden, width, count, per_token = map(int, shape.split("x"))
+            of = mixture(hidden, width, count, per_token, args.scheme, device)
             for tokens in map(int, args.tokens.split(",")):
                 for routing in ("even", "skewed"):
                     for row in measure(of, tokens, routing, device, args.seconds):
