@@ -109,6 +109,8 @@ def one_model(
             key = model_id_and_revision if gguf_file is None else f"{model_id_and_revision}:{gguf_file}"
             if key not in self.loaded_models:
                 model = load(path, device=device, dtype=dtype, **options)
+                # Else the engine, which leaves this to the files, ignores a temperature that a client asks for; 0 is greedy.
+                model.generation_config.do_sample = True
                 self.loaded_models[key] = model_manager.TimedModel(model, -1, processor=load_tokenizer(path))
             if progress_callback is not None:
                 progress_callback({"status": "ready", "model": key, "cached": True})

@@ -31,7 +31,8 @@ class Asked:
     def __init__(self, address: str, model: str, context: int) -> None:
         from openai import OpenAI
 
-        self.client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+        # A connection may be closed after an error, which is no other one: that is what the retry is for.
+        self.client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=1, timeout=120)
         self.model, self.context = model, context
 
     def complete(self, prompt: Any = PROMPTS[0], **fields: Any) -> Any:
