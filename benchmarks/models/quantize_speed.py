@@ -141,6 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = rows_of(out, where["commit"])
     with tempfile.TemporaryDirectory() as directory:
         weights = write_model(Path(directory) / "model")
+        quantize(
+            Path(directory) / "model", QUANTIZERS["rtn"](), save_to=Path(directory) / "first", progress=False
+        )  # imports
         for method in args.methods:
             with tempfile.TemporaryDirectory() as scratch:
                 row = measure(method, Path(directory) / "model", weights, Path(scratch))
