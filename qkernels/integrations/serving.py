@@ -75,9 +75,11 @@ def check(path: str | Path, name: str, continuous_batching: bool) -> Served:
     if isinstance(context, int):
         gaps.append(f"requests beyond {context} tokens, the context of this model, are not refused")
     gaps.append("n, logprobs, echo, response_format and tool_choice are accepted and ignored")
+    gaps.append("a prompt is one text, no list and no token ids; /v1/responses streams unless it is told stream=false")
     if continuous_batching:
         gaps.append("with --continuous-batching, stop is ignored and the first request's sampling holds for all")
     else:
+        gaps.append("a stop string stays at the end of the answer")
         gaps.append("clients wait for one another; --continuous-batching lets them go on together")
     gaps.append("a client that leaves a request without stream=true does not stop it")
     return Served(name, architecture, tuple(gaps))

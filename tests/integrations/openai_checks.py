@@ -18,9 +18,12 @@ PROMPTS = (
 
 
 # What engines do not do, by the names of `failing`; docs/serving.md says it in words.
-GAPS = {
-    "transformers": {"n", "logprobs", "echo", "response format", "too long prompt is refused"},
-    "transformers, batching": {"n", "logprobs", "echo", "response format", "too long prompt is refused", "stop"},
+_TRANSFORMERS = {
+    "echo", "list of prompts", "logprobs", "n", "response format", "responses", "stop", "token ids", "too long prompt is refused",
+}  # fmt: skip
+GAPS: dict[str, set[str]] = {
+    "transformers": _TRANSFORMERS,
+    "transformers, batching": {*_TRANSFORMERS, "temperature"},  # the sampling of the first request holds for all
     "vLLM": set(),
 }
 
