@@ -3,11 +3,11 @@
     python -m benchmarks.models.vllm_speed --python …/bin/python [--zentorch DIRECTORY] [--rounds 3]
 
 `…/bin/python` is of an environment with vLLM in which this package is installed, so that its entry point is found; its code is
-that of this tree. zentorch, since vLLM takes it wherever it can import it, lies in a
-folder of its own (`pip install --target DIRECTORY --no-deps zentorch deprecated wrapt`). The model is a Llama of random weights
-that are rounded to w4a16_g128 first: native files, a compressed-tensors file and a file in bfloat16 hold the same values. Two
-engines live at a time, ours and another, on the same core, and compute in turn; their log-probabilities are compared with those
-of transformers in float32 before anything is timed, and vLLM has to have taken the platform and the kernel that were meant.
+that of this tree. zentorch, since vLLM takes it wherever it can import it, lies in a folder of its own (`pip install --target
+DIRECTORY --no-deps zentorch deprecated wrapt`). The model is a Llama of random weights that are rounded to w4a16_g128 first:
+native files, a compressed-tensors file and a file in bfloat16 hold the same values. Two engines live at a time, ours and another,
+on the same core, and compute in turn; their log-probabilities are compared with those of transformers in float32 before anything
+is timed, and vLLM has to have taken the platform and the kernel that were meant.
 """
 
 from __future__ import annotations
