@@ -250,3 +250,12 @@ def test_float_experts_stay_vllms(plugin: Any, tmp_path: Path) -> None:
         CheckpointError, match=r"experts \(Module\) is neither a linear layer nor vLLM's routed experts"
     ):
         config.get_quant_method(nn.Module(), "model.layers.0.mlp.experts")
+
+
+def test_stacks_are_found_in_headers_alone(plugin: Any, tmp_path: Path) -> None:
+    """As of a model on the Hub, whose files vLLM fetches itself: the same modules as of a directory."""
+    golden("int4_stacked", tmp_path)
+    config = config_of(plugin, tmp_path)
+    names = open_checkpoint(tmp_path).source.names()  # type: ignore[attr-defined]
+    assert plugin.grouped(names, config.format) == config.tensors
+    assert "model.layers.0.mlp.experts.down_proj" in config.tensors
