@@ -1,10 +1,11 @@
-"""How long quantizing takes, by method: seconds of a decoder layer of 45 million weights, from files to files.
+"""How long quantizing takes, by method: processor time for a decoder layer of 45 million weights, from files to files.
 
     python -m benchmarks.models.quantize_speed [--methods gptq awq] [--out FILE]
 
 The model is a Llama of one layer (2048 x 5632) with random weights, written once; each method reads it and writes a result.
 Methods with calibration run twice, over 2048 and 8192 tokens: what a token adds (two passes through the layer, and the method's
-sums) and what weights cost by themselves come apart. Rows go to the file as they come, beside those of other methods of the same
+sums) and what weights cost by themselves come apart. It is the time of all threads together, which a busy machine changes little:
+on one core it is the time that passes, on more that is less. Rows go to the file as they come, beside those of other methods of the same
 commit.
 `qkernels plan --bench FILE` takes them in place of its own table.
 """
@@ -46,7 +47,7 @@ TYPE = "Q4_K_M"
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds for 10^9 weights, and how many more for each 1000 tokens of calibration.
+    """Processor seconds for 10^9 weights, and how many more for each 1000 tokens of calibration.
 
     `measured`: (tokens, seconds) of each run on `weights` weights.
     """
@@ -82,9 +83,9 @@ def write_model(out: Path) -> int:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measure(method: str, source: Path, weights: int, scratch: Path) -> Row:
