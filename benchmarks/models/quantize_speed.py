@@ -4,10 +4,9 @@
 
 The model is a Llama of one layer (2048 x 5632) with random weights, written once; each method reads it and writes a result.
 Methods with calibration run twice, over 2048 and 8192 tokens: what a token adds (two passes through the layer, and the method's
-sums) and what weights cost by themselves come apart. It is the time of all threads together, which a busy machine changes little:
-on one core it is the time that passes, on more that is less. Rows go to the file as they come, beside those of other methods of the same
-commit.
-`qkernels plan --bench FILE` takes them in place of its own table.
+sums) and what weights cost by themselves come apart. Seconds are those of all threads together, which a busy machine changes
+little: on one core it is the time that passes, on more that is less. Rows go to the file as they come, beside those of other
+methods of the same commit. `qkernels plan --bench FILE` takes them in place of its own table.
 """
 
 from __future__ import annotations
