@@ -122,6 +122,7 @@ def in_transformers(directory: Path, windows: Tensor, dtype: str) -> Tensor:
         ("experts, gptq", 2),
         ("experts, native, by expert", 2),
         ("experts of Mixtral, native", 1),
+        ("experts of Mixtral, gptq, by expert", 2),
     ],
 )
 def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_path: Path, kind: str, ranks: int) -> None:
