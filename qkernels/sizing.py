@@ -137,11 +137,11 @@ def choose_types(
     """
     path = Path(local_copy(source))
     slots, windows = _asked(path, calibration, samples, seq_len)
-    if any(place.kind == "experts" for place in slots.places.values()):
-        raise ArgumentError(
-            f"{path} is a mixture of experts, of which no tensor's cost is measured yet; name a type (Q4_K_M)"
-        )
-    matrices = {name: place for name, place in slots.places.items() if len(slots.shapes[name]) > 1}
+    matrices = {
+        name: place
+        for name, place in slots.places.items()
+        if len(slots.shapes[name]) > 1 and place.kind not in ("plain", "row")  # routers stay floats
+    }
     fixed = {name: Chosen("F32") for name in slots.places.keys() - matrices.keys()}
     smallest = {name: Chosen(_candidates(slots.shapes[name])[0]) for name in matrices}
     plan = plan_of(slots, "Q2_K", fixed | smallest)
@@ -149,8 +149,10 @@ def choose_types(
     model = load(path, device, torch.float32)
     importance = _importance(model, matrices, windows, dataset)
     options = _options(model, slots, matrices, importance, _probe(windows, slots.config["vocab_size"]), search)
-    choices = cheapest(options, room)
-    total = nbytes - room + sum(choice.option.nbytes for choice in choices.values())
+    together = cheapest(options, room)
+    total = nbytes - room + sum(choice.option.nbytes for choice in together.values())
+    groups = _groups(matrices)
+    choices = {name: _share(choice, len(groups[first])) for first, choice in together.items() for name in groups[first]}
     return Sizing({name: choices[name] for name in sorted(choices, key=file_order)}, total, importance)
 
 
@@ -184,13 +186,28 @@ def _asked(path: Path, calibration: Any, samples: int, seq_len: int) -> tuple[Sl
     return slots, calibration_windows(calibration, samples, length, load_tokenizer(path), slots.config["vocab_size"])
 
 
+def _groups(matrices: Mapping[str, Place]) -> dict[str, list[str]]:
+    """Names in the file of tensors that are one parameter of the model, by the first: gate and up of stacked experts, which run
+    packed where they have one type."""
+    by_parameter: dict[str, list[str]] = {}
+    for name, place in matrices.items():
+        by_parameter.setdefault(place.name, []).append(name)
+    return {names[0]: names for names in by_parameter.values()}
+
+
+def _share(choice: Choice, parts: int) -> Choice:
+    """Of one of so many tensors that were chosen for together; what a MiB costs is the same."""
+    option = choice.option
+    return choice._replace(option=option._replace(nbytes=option.nbytes // parts, cost=option.cost / parts))
+
+
 def _importance(model: nn.Module, places: Mapping[str, Place], windows: Windows, dataset: str) -> ImportanceFile:
     """By name in the file; of a head that shares its weight with the embedding, under the embedding's name."""
     measured = measure_importance(model, windows, dataset)
-    names = {place.name: name for name, place in places.items()}
-    if "output.weight" not in places:
-        names["lm_head.weight"] = "token_embd.weight"
-    entries = {names[name]: entry for name, entry in measured.entries.items() if name in names}
+    found = measured.entries
+    entries = {name: found[place.name] for name, place in places.items() if place.name in found}
+    if "output.weight" not in places and "token_embd.weight" in places and "lm_head.weight" in found:
+        entries["token_embd.weight"] = found["lm_head.weight"]
     return replace(measured, entries=entries)
 
 
@@ -223,16 +240,18 @@ def _options(
     expected = _answers(model, probe)
     parameters = dict(model.named_parameters())
     options: dict[str, list[Option]] = {}
-    for name, place in tqdm(matrices.items(), desc="asking", unit="tensor", leave=False, delay=2):
+    for name, names in tqdm(_groups(matrices).items(), desc="asking", unit="tensor", leave=False, delay=2):
+        place = matrices[name]
         parameter = parameters[place.name]
         weight = place.rows_in_file(parameter.detach().cpu())
         entry = importance.entries.get(name)
         columns = None if entry is None else entry.importance(*weight.shape)
         found = {type: _made(weight, type, columns, search) for type in _candidates(slots.shapes[name])}
+        shapes = [slots.shapes[one] for one in names]
         coarse, (_, error) = next(iter(found.items()))
         divergence = _divergence(model, parameter, place.rows(found[coarse][0]), probe, expected) if error > 0 else 0.0
         options[name] = [
-            Option(type, _nbytes(slots.shapes[name], type), divergence * e / error if error > 0 else 0.0)
+            Option(type, sum(_nbytes(shape, type) for shape in shapes), divergence * e / error if error > 0 else 0.0)
             for type, (_, e) in found.items()
         ]
     return options
@@ -244,7 +263,7 @@ def _made(weight: Tensor, type: str, columns: Tensor | None, search: SearchName)
         made = weight.to(GGML_TYPES[type].dtype).float()
     else:
         made = dequantize(gguf_blocks(weight, type, columns, search), type)
-    each = torch.ones(weight.shape[-1]) if columns is None else columns
+    each = torch.ones(weight.shape[-1]) if columns is None else columns.unsqueeze(-2)
     whole = float((weight.square() * each).sum(dtype=torch.float64))
     return made, float(((made - weight).square() * each).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
 

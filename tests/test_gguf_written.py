@@ -19,6 +19,7 @@ from qkernels.errors import ArgumentError, CheckpointError, ConversionError
 from qkernels.formats.gguf import dequantize, gguf_blocks, write_importance
 from qkernels.models.gguf_mixes import MIXES
 from qkernels.models.gguf_names import GGUF_ARCHITECTURES, GGUF_MIXTURES
+from qkernels.nn import QuantEmbedding
 from qkernels.storage.gguf import GgufSource
 from tests.gguf_golden import FILES, MODELS
 from tests.gguf_written import FIELDS, IDS, importance_of_model, model_directory, tensors_digest, weights_of
@@ -100,7 +101,8 @@ def test_what_is_read_back_is_what_was_made(source: Path, tmp_path: Path) -> Non
         if weight.dim() == 2:
             expected = dequantize(gguf_blocks(weight, entry.chosen.type), entry.chosen.type)
             module = model.get_submodule(entry.place.name.removesuffix(".weight"))
-            found = module.weight if isinstance(module, torch.nn.Embedding) else module.dequantize(torch.float32)
+            embeds = isinstance(module, (torch.nn.Embedding, QuantEmbedding))
+            found = module.weight if embeds else module.dequantize(torch.float32)
             assert torch.equal(found, expected), name
         else:
             assert torch.equal(model.get_parameter(entry.place.name), weight), name

@@ -16,6 +16,7 @@ from qkernels.texts import load_tokenizer
 from tests.checkpoints import IDS, small_llama
 from tests.gguf_golden import FILES
 from tests.gguf_written import model_directory
+from tests.tiny_models import tiny_model
 
 
 def test_what_goes_into_each_linear_layer(tmp_path: Path) -> None:
@@ -37,9 +38,31 @@ def test_what_goes_into_each_linear_layer(tmp_path: Path) -> None:
     assert all(torch.equal(again.entries[name].sums, found.entries[name].sums) for name in names)
 
 
+def test_experts_count_the_tokens_that_the_router_sends() -> None:
+    torch.manual_seed(0)
+    model = tiny_model("qwen3_moe", vocab_size=64, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+    experts = model.model.layers[0].mlp.experts
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = experts.register_forward_pre_hook(lambda module, args: seen.append((args[0], args[1])))
+    with torch.no_grad():
+        model(IDS)
+    hook.remove()
+    found = measure_importance(model, [IDS]).entries
+    (x, ids), name = seen[0], "model.layers.0.mlp.experts"
+    assert {found[f"{name}.{p}"].sums.shape[0] for p in ("gate_up_proj", "down_proj")} == {4}
+    for expert in range(4):
+        rows = x.reshape(-1, x.shape[-1])[(ids == expert).any(1)]
+        gate, up = (rows @ experts.gate_up_proj[expert].detach().T).chunk(2, dim=-1)
+        for projection, inputs in (("gate_up_proj", rows), ("down_proj", nn.functional.silu(gate) * up)):
+            entry = found[f"{name}.{projection}"]
+            assert float(entry.counts[expert]) == len(rows)
+            torch.testing.assert_close(entry.sums[expert], inputs.square().sum(0), rtol=1e-5, atol=1e-9)
+    assert sum(found[f"{name}.down_proj"].counts.tolist()) == 2 * IDS.numel()
+
+
 def test_what_llama_imatrix_measured(tmp_path: Path) -> None:
     """On the same windows of 32 tokens, whose first it replaces by the one that begins a text; in float16 there."""
-    theirs, older = (read_importance(FILES / f"imatrix-of-tool.{suffix}") for suffix in ("gguf", "dat"))
+    theirs, older = (read_importance(FILES.parent / "imatrix" / f"tiny.{suffix}") for suffix in ("gguf", "dat"))
     assert (theirs.datasets, theirs.chunk_count, theirs.chunk_size) == (("tiny.txt",), 4, 32)
     assert (older.datasets, older.chunk_count) == (("tiny.txt",), 4)
     source = model_directory(tmp_path / "tiny")

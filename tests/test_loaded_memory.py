@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from qkernels.checkpoint import to_gguf
 from qkernels.models.building import empty_model
-from qkernels.storage import CONFIG, ShardWriter, write_json
+from qkernels.storage import CONFIG, ShardWriter, copy_side_files, write_json
 
 MIB = 2**20
 
@@ -116,3 +117,30 @@ def test_8b_weights_load_in_the_size_of_their_files(kind: str, scheme: str, tmp_
     assert found["schemes"] == [scheme]
     assert found["samples"] > 100
     assert found["peak"] <= 1.1 * on_disk + 300 * MIB
+
+
+@pytest.mark.large
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_file_stays_in_memory_as_it_is(tied: bool, tmp_path: Path) -> None:
+    """Embedding and head packed, one memory where they are tied: within 15 % of the file, where floats would double it."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=8, max_position_embeddings=4096, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    source, path = tmp_path / "source", tmp_path / "m.gguf"
+    source.mkdir()
+    copy_side_files(Path(__file__).parent.parent / "examples" / "demo_model", source)
+    settings = json.loads(config.to_json_string())
+    write_json(source / CONFIG, settings)
+    writer = ShardWriter(source)
+    for name, parameter in empty_model(settings, torch.bfloat16, source).named_parameters():
+        values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.02
+        writer.add(name, (values if parameter.dim() == 2 else values + 1).bfloat16())
+    writer.close()
+    to_gguf(source, path, "Q4_K_M")
+    found = measured(path)
+    print(f"tied {tied}: {path.stat().st_size / 1e6:.0f} MB, {found}")
+    assert found["loaded"] <= 1.15 * path.stat().st_size
+    assert {"q4_k", "q6_k"} <= set(found["schemes"])

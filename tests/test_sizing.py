@@ -17,6 +17,8 @@ from qkernels.errors import ArgumentError
 from qkernels.evaluate import compare
 from qkernels.sizing import Option, cheapest, choose_types, importance_of
 from qkernels.storage.gguf import GgufSource
+from qkernels.texts import load_tokenizer
+from tests.gguf_golden import FILES
 from tests.gguf_written import model_directory
 from tests.tiny_models import tiny_model
 
@@ -142,6 +144,29 @@ def test_narrow_rows_have_types_of_their_own(tmp_path: Path, source: Path) -> No
     assert (
         "Q8_0" in {choice.option.type for choice in found.choices.values()} <= {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
     )
+
+
+def test_experts_get_types_gate_and_up_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Packed when loaded, since gate and up of a layer have one type; and none of them lacks importance."""
+    torch.manual_seed(2)
+    model = tiny_model(
+        "qwen3_moe", vocab_size=300, num_hidden_layers=2, norm_topk_prob=True, num_experts=4, num_experts_per_tok=2
+    )
+    directory = tmp_path / "moe"
+    model.save_pretrained(directory)
+    load_tokenizer(FILES / "qwen3.gguf").save_pretrained(directory)
+    ids = IDS % load(directory).config.vocab_size
+    whole = to_gguf(directory, tmp_path / "whole.gguf", "Q8_0").file_nbytes
+    found = choose_types(directory, int(0.9 * whole), ids)
+    to_gguf(directory, tmp_path / "m.gguf", found.mix, False, found.tensor_types(), found.importance)
+    assert (tmp_path / "m.gguf").stat().st_size <= int(0.9 * whole) and "no importance" not in caplog.text
+    types = {name: choice.option.type for name, choice in found.choices.items()}
+    assert len(set(types.values())) > 1 and not any("ffn_gate_inp" in name for name in types)
+    for layer in range(2):
+        assert types[f"blk.{layer}.ffn_gate_exps.weight"] == types[f"blk.{layer}.ffn_up_exps.weight"]
+    made = GgufSource.open(tmp_path / "m.gguf")
+    assert all(made.entry(name).type.name == type for name, type in types.items())
+    assert sum(c.option.nbytes for c in found.choices.values()) == sum(made.entry(name).nbytes for name in types)
 
 
 @pytest.mark.large

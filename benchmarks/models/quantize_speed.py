@@ -1,12 +1,12 @@
-"""How long quantizing takes, by method: seconds of a decoder layer of 45 million weights, from files to files.
+"""How long quantizing takes, by method: processor time for a decoder layer of 45 million weights, from files to files.
 
     python -m benchmarks.models.quantize_speed [--methods gptq awq] [--out FILE]
 
 The model is a Llama of one layer (2048 x 5632) with random weights, written once; each method reads it and writes a result.
 Methods with calibration run twice, over 2048 and 8192 tokens: what a token adds (two passes through the layer, and the method's
-sums) and what weights cost by themselves come apart. Rows go to the file as they come, beside those of other methods of the same
-commit.
-`qkernels plan --bench FILE` takes them in place of its own table.
+sums) and what weights cost by themselves come apart. Seconds are those of all threads together, which a busy machine changes
+little: on one core it is the time that passes, on more that is less. Rows go to the file as they come, beside those of other
+methods of the same commit. `qkernels plan --bench FILE` takes them in place of its own table.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TYPE = "Q4_K_M"
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds for 10^9 weights, and how many more for each 1000 tokens of calibration.
+    """Processor seconds for 10^9 weights, and how many more for each 1000 tokens of calibration.
 
     `measured`: (tokens, seconds) of each run on `weights` weights.
     """
@@ -82,9 +82,9 @@ def write_model(out: Path) -> int:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measure(method: str, source: Path, weights: int, scratch: Path) -> Row:
@@ -141,6 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = rows_of(out, where["commit"])
     with tempfile.TemporaryDirectory() as directory:
         weights = write_model(Path(directory) / "model")
+        quantize(
+            Path(directory) / "model", QUANTIZERS["rtn"](), save_to=Path(directory) / "first", progress=False
+        )  # imports
         for method in args.methods:
             with tempfile.TemporaryDirectory() as scratch:
                 row = measure(method, Path(directory) / "model", weights, Path(scratch))

@@ -1,12 +1,13 @@
 """Speed in vLLM on a CPU: the plug-in beside vLLM's own int4, zentorch and bf16, on the same weights, interleaved.
 
-    python -m benchmarks.models.vllm_speed --python …/bin/python [--zentorch DIRECTORY] [--rounds 5] [--wait]
+    python -m benchmarks.models.vllm_speed --python …/bin/python [--zentorch DIRECTORY] [--rounds 3]
 
-`…/bin/python` is of an environment with vLLM and this package; zentorch, since vLLM takes it wherever it can import it, lies in a
-folder of its own (`pip install --target DIRECTORY --no-deps zentorch deprecated wrapt`). The model is a Llama of random weights
-that are rounded to w4a16_g128 first: native files, a compressed-tensors file and a file in bfloat16 hold the same values. Two
-engines live at a time, ours and another, on the same core, and compute in turn; their log-probabilities are compared with those
-of transformers in float32 before anything is timed, and vLLM has to have taken the platform and the kernel that were meant.
+`…/bin/python` is of an environment with vLLM in which this package is installed, so that its entry point is found; its code is
+that of this tree. zentorch, since vLLM takes it wherever it can import it, lies in a folder of its own (`pip install --target
+DIRECTORY --no-deps zentorch deprecated wrapt`). The model is a Llama of random weights that are rounded to w4a16_g128 first:
+native files, a compressed-tensors file and a file in bfloat16 hold the same values. Two engines live at a time, ours and another,
+on the same core, and compute in turn; their log-probabilities are compared with those of transformers in float32 before anything
+is timed, and vLLM has to have taken the platform and the kernel that were meant.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qkernels import load, load_tokenizer, replace_linear, save
+from qkernels.storage import CONFIG
 from qkernels.text import table as markdown_table
 
 from ..method import envelope, environment
@@ -69,14 +72,12 @@ CANDIDATES = {
     "vLLM bf16": Candidate("bf16"),
     "zentorch w4a16": Candidate("compressed-tensors", settings=EXACT, zentorch=True, says=ZEN_WNA16, never="DA8W4"),
     "zentorch w4a8": Candidate("compressed-tensors", zentorch=True, says="zentorch_dynamic_qlinear for DA8W4"),
-    "zentorch bf16": Candidate("bf16", zentorch=True),
 }
 PAIRS = {
     "vLLM int4": "qkernels w4a16_g128",
-    "vLLM bf16": "qkernels w4a16_g128",
     "zentorch w4a16": "qkernels w4a16_g128",
     "zentorch w4a8": "qkernels w4a8_g128",
-    "zentorch bf16": "qkernels w4a16_g128",
+    "vLLM bf16": "qkernels w4a16_g128",
 }
 
 
@@ -123,7 +124,10 @@ class Engine:
     def __init__(self, name: str, python: str, files: Path, zentorch: Path | None, core: str) -> None:
         self.name, self.candidate = name, CANDIDATES[name]
         self.log = files / f"{name.replace(' ', '-')}.log"
-        paths = [str(zentorch)] if self.candidate.zentorch else []
+        paths = [
+            str(environment.ROOT),
+            *([str(zentorch)] if self.candidate.zentorch else []),
+        ]  # the plug-in of this tree
         settings = {**os.environ, **self.candidate.settings, "VLLM_CPU_OMP_THREADS_BIND": core}
         settings["PYTHONPATH"] = os.pathsep.join(paths)
         command = [python, str(CHILD), str(files / self.candidate.file)]
@@ -132,7 +136,11 @@ class Engine:
                 [*command, *([self.candidate.quantization] if self.candidate.quantization else [])],
                 env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
-        self.versions: dict[str, str] = self._answer()
+        self.versions: dict[str, str] = {}
+
+    def start(self) -> None:
+        """Wait until it is there; raises RuntimeError if it does not come."""
+        self.versions = self._answer()
 
     def ask(self, request: Mapping[str, Any]) -> Any:
         assert self.process.stdin is not None
@@ -181,11 +189,13 @@ def write_files(out: Path, layers: int) -> tuple[Tensor, float]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     tokenizer = load_tokenizer(DEMO)
-    for scheme in ("w4a16_g128", "w4a8_g128"):
-        quantized = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-        quantized.load_state_dict(model.state_dict())
-        replace_linear(quantized, scheme)
-        save(quantized, out / scheme)
+    quantized = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    quantized.load_state_dict(model.state_dict())
+    replace_linear(quantized, "w4a16_g128")
+    save(quantized, out / "w4a16_g128")
+    shutil.copytree(out / "w4a16_g128", out / "w4a8_g128")  # the same bytes under another name
+    said = (out / "w4a8_g128" / CONFIG).read_text(encoding="utf-8")
+    (out / "w4a8_g128" / CONFIG).write_text(said.replace("w4a16_g128", "w4a8_g128"), encoding="utf-8")
     save(load(out / "w4a16_g128"), out / "compressed-tensors", format="compressed-tensors")
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
@@ -236,10 +246,12 @@ class Comparison:
 
 
 def compare(
-    peers: Sequence[str], python: str, zentorch: Path | None, layers: int, rounds: int, core: str, wait: bool
-) -> Comparison:
-    """Write the files; start, check and time one pair after the other."""
-    rows, reasons = [], []
+    peers: Sequence[str], python: str, zentorch: Path | None, layers: int, rounds: int, core: str,
+    progress: Callable[[Comparison], None],
+) -> Comparison:  # fmt: skip
+    """Write the files; start, check and time one pair after the other, and tell `progress` after each."""
+    rows: list[Row] = []
+    reasons: list[str] = []
     with tempfile.TemporaryDirectory() as directory:
         exact, other = write_files(Path(directory), layers)
         for peer in peers:
@@ -249,17 +261,20 @@ def compare(
                     raise RuntimeError(f"{peer}: --zentorch names no folder that has it")
                 for name in (PAIRS[peer], peer):
                     engines.append(Engine(name, python, Path(directory), zentorch, core))
-                rows.append(pair(engines[0], engines[1], exact, other, rounds, wait))
+                for engine in engines:
+                    engine.start()
+                rows.append(pair(engines[0], engines[1], exact, other, rounds))
             except RuntimeError as error:
                 reasons.append(str(error))
                 print(error, file=sys.stderr, flush=True)
             finally:
                 for engine in engines:
                     engine.close()
+            progress(Comparison(rows, reasons, other))
     return Comparison(rows, reasons, other)
 
 
-def pair(ours: Engine, peer: Engine, exact: Tensor, other: float, rounds: int, wait: bool) -> Row:
+def pair(ours: Engine, peer: Engine, exact: Tensor, other: float, rounds: int) -> Row:
     """Check and time two engines; raises RuntimeError if one is not what was meant, or computes another model."""
     far = []
     for engine in (ours, peer):
@@ -267,15 +282,11 @@ def pair(ours: Engine, peer: Engine, exact: Tensor, other: float, rounds: int, w
         engine.told()
         far.append(check(engine.name, exact, found, other))
         engine.ask({**TASKS["batch 8"].request(), "new": 4})  # warms up
-    if wait:
-        print(f"{peer.name}: Enter when the machine is quiet", file=sys.stderr, flush=True)
-        sys.stdin.readline()
     seconds: dict[str, dict[str, list[float]]] = {e.name: {task: [] for task in TASKS} for e in (ours, peer)}
     for i in range(rounds):
         for task, work in TASKS.items():
             for engine in (ours, peer) if i % 2 else (peer, ours):
                 seconds[engine.name][task].append(engine.ask(work.request()))
-    print(f"{peer.name}: done", file=sys.stderr, flush=True)
     return row(ours, peer, seconds[ours.name], seconds[peer.name], far)
 
 
@@ -318,24 +329,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--zentorch", type=Path, help="a folder that zentorch was installed into, and nothing else")
     parser.add_argument("--peers", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--layers", type=int, default=8, help="of 45 million weights each (default: 8)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--core", default="0", help="where all engines compute (default: 0)")
-    parser.add_argument("--wait", action="store_true", help="before each pair is timed, for a line on standard input")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/vllm-speed.json")
     args = parser.parse_args(argv)
     where = environment.describe(torch.device("cpu"))
-    found = compare(args.peers, args.python, args.zentorch, args.layers, args.rounds, args.core, args.wait)
-    text = to_markdown(found)
     out = args.out or environment.RESULTS / where["machine"] / "vllm-speed.json"
-    conditions = {"layers": args.layers, "core": args.core, "tasks": {k: v._asdict() for k, v in TASKS.items()}}
-    conditions |= {"rounds": args.rounds, "reasons": found.reasons, "without_a_layer": found.without_a_layer}
-    envelope.write(envelope.sealed(KIND, where, [asdict(r) for r in found.rows], conditions), out)
-    about = (
-        f"{args.layers} layers of 45 million weights, one core, eager, medians of {args.rounds} rounds in pairs. {where['cpu']}, "
-        f"qkernels {where['commit']}, {where['date']}.\n"
-    )
-    out.with_suffix(".md").write_text(f"{text}\n{about}", encoding="utf-8")
-    print(text)
+    conditions = {
+        "layers": args.layers, "core": args.core, "rounds": args.rounds, "tasks": {k: v._asdict() for k, v in TASKS.items()},
+    }  # fmt: skip
+
+    def write(found: Comparison) -> None:
+        more = {"reasons": found.reasons, "without_a_layer": found.without_a_layer}
+        envelope.write(envelope.sealed(KIND, where, [asdict(r) for r in found.rows], conditions | more), out)
+        about = (
+            f"{args.layers} layers of 45 million weights, one core, eager, medians of {args.rounds} rounds in pairs. "
+            f"{where['cpu']}, qkernels {where['commit']}, {where['date']}.\n"
+        )
+        out.with_suffix(".md").write_text(f"{to_markdown(found)}\n{about}", encoding="utf-8")
+
+    found = compare(args.peers, args.python, args.zentorch, args.layers, args.rounds, args.core, write)
+    print(to_markdown(found))
     return 0
 
 

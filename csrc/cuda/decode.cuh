@@ -188,10 +188,10 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
     }
     const int n = (blockIdx.x * p.warps_n + column) * kStripRows + 2 * lane;
     if (n < p.out.N_pad) {  // of all lanes or of none
-      if constexpr (is_coded(F::kCoding)) apply_outer(p.weight, n, low, high);
+      if constexpr (is_coded(F::kCoding)) outer_factors_of(p.weight, n).apply(low, high);
       if (!all_finite(low, high))
         sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, p.x, token, n, block, low, high);
-      store_part<typename F::T>(p.out, blockIdx.y, gridDim.y, token, n, low, high);
+      store_part<typename F::T>(p.out, columns_of(p.out, n), blockIdx.y, gridDim.y, token, low, high);
     }
   }
 }

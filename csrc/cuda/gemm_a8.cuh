@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   Totals<kTokenTilesA8> totals = {};
   SumsA8 sums = {};
 
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kStagesA8 - 1; ++i) {
     if (begin + i < end) copy_step(begin + i, i);
     cp_async_commit();
@@ -140,9 +140,10 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
 
   const uint32_t exchange = stages + warp * exchange_bytes(8);
   const int n = (strip0 + warp_n) * kStripRows + 2 * lane;
+  const Columns columns = columns_of(p.out, n);
   turn_around<kTokenTilesA8>(
-      totals, exchange, p.out, m0 + warp_m * kWarpTokensA8, n, lane, [&](int m, int n, float low, float high) {
-        store_a8(p, split, gridDim.z, m, n, low, high, bits_to_float(load_global4(p.x_scales + m)));
+      totals, exchange, p.out, m0 + warp_m * kWarpTokensA8, n, lane, [&](int m, float low, float high) {
+        store_a8(p, columns, split, gridDim.z, m, low, high, bits_to_float(load_global4(p.x_scales + m)));
       });
 }
 

@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kConsumersA8 + 128, 1) gemm_a8_wgmma(const __g
   }
   named_barrier_sync(2 + warpgroup, 128);  // the four warps' rows are there
   const int n = (blockIdx.y * kStripsA8 + warpgroup) * kStripRows + 2 * lane;
+  const Columns columns = columns_of(p.out, n);
 #pragma unroll 1
   for (int first = 0; first < kTokens; first += 128) {  // a warp's 32 tokens of these have their scales in its lanes
     const int mine = blockIdx.x * kTokens + first + 4 * lane + tile;
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kConsumersA8 + 128, 1) gemm_a8_wgmma(const __g
       const float x_scale = bits_to_float(shuffle(x_scales, i));
       if (token < kTokens && m < p.out.M && n < p.out.N_pad) {
         const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
-        store_a8(p, split, gridDim.z, m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]), x_scale);
+        store_a8(p, columns, split, gridDim.z, m, bits_to_float(v.word[0]), bits_to_float(v.word[1]), x_scale);
       }
     }
   }

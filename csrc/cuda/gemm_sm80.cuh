@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   }
   Totals<kWarpTokenTiles> totals = {};
 
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kStages; ++i) {
     if (begin + i < end) copy_step(begin + i, i);
     cp_async_commit();
@@ -117,18 +117,23 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   const uint32_t exchange = stages + warp * exchange_bytes(8);
   const int n = (strip0 + warp_n) * kStripRows + 2 * lane;
   const int first = m0 + warp_m * kWarpTokens;
+  const Columns columns = columns_of(p.out, n);
+  OuterFactors outer;
+  if constexpr (is_coded(F::kCoding)) {
+    if (n < p.out.N_pad) outer = outer_factors_of(p.weight, n);
+  }
   uint32_t again = 0;  // a bit for each token with sums that are not finite
-  turn_around<kWarpTokenTiles>(totals, exchange, p.out, first, n, lane, [&](int m, int n, float low, float high) {
-    if constexpr (is_coded(F::kCoding)) apply_outer(p.weight, n, low, high);
+  turn_around<kWarpTokenTiles>(totals, exchange, p.out, first, n, lane, [&](int m, float low, float high) {
+    if constexpr (is_coded(F::kCoding)) outer.apply(low, high);
     if (!all_finite(low, high)) again |= 1u << (m - first);
-    store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
+    store_part<typename F::T>(p.out, columns, split, gridDim.z, m, low, high);
   });
   for (int m = first; again != 0; ++m, again >>= 1) {
     if ((again & 1) == 0) continue;
     float low = bits_to_float(kNaN), high = low;
     sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, {p.x, p.out.M, p.x_columns, p.x_stride, 1, nullptr}, m, n,
                                                    share, low, high);
-    store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
+    store_part<typename F::T>(p.out, columns, split, gridDim.z, m, low, high);
   }
 }
 

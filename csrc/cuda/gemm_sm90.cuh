@@ -297,6 +297,7 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
     store_shared4(exchange + (token * kExchangeRow + row) * 4, float_to_bits(totals[i]));
   }
   const int n = (blockIdx.y * kStrips + warpgroup) * kStripRows + 2 * lane;
+  const Columns columns = columns_of(p.out, n);
   auto place = [&](int token) { return exchange + (token * kExchangeRow + 2 * lane) * 4; };
   // Scaled fragments are weights, and their sums those of a float layer.
   auto mend = [&](int m, Share steps, float& low, float& high) {
@@ -317,7 +318,7 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
         low += bits_to_float(v.word[0]), high += bits_to_float(v.word[1]);
       }
       mend(m, {0, p.weight.steps}, low, high);
-      store_y<typename F::T>(p.out, m, n, low, high);
+      store_y<typename F::T>(p.out, columns, m, low, high);
     }
     cluster_barrier_relaxed();  // nobody reads this block's totals any more
     return;
@@ -329,7 +330,7 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
     if (m < p.out.M && n < p.out.N_pad) {
       float low = bits_to_float(v.word[0]), high = bits_to_float(v.word[1]);
       mend(m, share, low, high);
-      store_part<typename F::T>(p.out, split, gridDim.z, m, n, low, high);
+      store_part<typename F::T>(p.out, columns, split, gridDim.z, m, low, high);
     }
   }
 #else

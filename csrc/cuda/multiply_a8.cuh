@@ -49,14 +49,14 @@ QK_DEVICE void unpack_a8(const uint32_t (&first)[kWidth / 4], const uint32_t (&s
   }
 }
 
-// y[m, n] and y[m, n + 1] of one of `splits` parts of K, from totals that lack the token's scale.
-QK_DEVICE void store_a8(const GemmA8Arguments& p, int split, int splits, int m, int n, float low, float high,
-                        float x_scale) {
+// Two columns of y for token m, of one of `splits` parts of K, from totals that lack the token's scale.
+QK_DEVICE void store_a8(const GemmA8Arguments& p, const Columns& columns, int split, int splits, int m, float low,
+                        float high, float x_scale) {
   low = multiply_rounded(low, x_scale), high = multiply_rounded(high, x_scale);
   if (p.half) {
-    store_part<Half>(p.out, split, splits, m, n, low, high);
+    store_part<Half>(p.out, columns, split, splits, m, low, high);
   } else {
-    store_part<BFloat16>(p.out, split, splits, m, n, low, high);
+    store_part<BFloat16>(p.out, columns, split, splits, m, low, high);
   }
 }
 

@@ -25,7 +25,7 @@ QK_DEVICE void store_exchange(const Totals<kTokenTiles>& totals, int i, uint32_t
 }
 
 // The totals of a warp to y, eight tokens at a time through `exchange` (exchange_bytes(8) of its own). m0: its first
-// token; n, n + 1: the lane's columns of y. `store` takes m, n and the two values.
+// token; n, n + 1: the lane's columns of y. `store` takes m and the two values.
 template <int kTokenTiles, class Store>
 QK_DEVICE void turn_around(const Totals<kTokenTiles>& totals, uint32_t exchange, const Output& out, int m0, int n,
                            int lane, const Store& store) {
@@ -37,7 +37,7 @@ QK_DEVICE void turn_around(const Totals<kTokenTiles>& totals, uint32_t exchange,
     for (int token = 0; token < 8; ++token) {
       const int m = m0 + 8 * i + token;
       const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
-      if (m < out.M && n < out.N_pad) store(m, n, bits_to_float(v.word[0]), bits_to_float(v.word[1]));
+      if (m < out.M && n < out.N_pad) store(m, bits_to_float(v.word[0]), bits_to_float(v.word[1]));
     }
     __syncwarp();
   }
@@ -50,29 +50,41 @@ QK_DEVICE float load_bias(const Output& out, int n) {
   return out.bias_type == Type::kHalf ? f16_to_float(bits) : bf16_to_float(bits);
 }
 
-// y[m, n] and y[m, n + 1], n even: bias is added in fp32, and the sum is rounded once. Four bytes where they are
-// aligned.
+// A lane's two columns of y, n (even) and n + 1: what is the same for all of its tokens.
+struct Columns {
+  int n, count;  // of the two, how many y has
+  bool paired;   // both are there, and in every row aligned to four bytes
+  float low_bias, high_bias;
+};
+
+QK_DEVICE Columns columns_of(const Output& out, int n) {
+  const int count = n >= out.N ? 0 : n + 1 < out.N ? 2 : 1;
+  return {n, count, count == 2 && out.N % 2 == 0, count > 0 ? load_bias(out, n) : 0.0f,
+          count > 1 ? load_bias(out, n + 1) : 0.0f};
+}
+
+// y[m, n] and y[m, n + 1]: bias is added in fp32, and the sum is rounded once.
 template <class T>
-QK_DEVICE void store_y(const Output& out, int m, int n, float low, float high) {
-  if (n >= out.N) return;
-  uint16_t* to = out.y + static_cast<int64_t>(m) * out.N + n;
-  const bool both = n + 1 < out.N;
-  const uint32_t pair = T::pack(low + load_bias(out, n), both ? high + load_bias(out, n + 1) : 0.0f);
-  if (both && out.N % 2 == 0) {
+QK_DEVICE void store_y(const Output& out, const Columns& columns, int m, float low, float high) {
+  if (columns.count == 0) return;
+  uint16_t* to = out.y + static_cast<int64_t>(m) * out.N + columns.n;
+  const uint32_t pair = T::pack(low + columns.low_bias, high + columns.high_bias);
+  if (columns.paired) {
     store_global4(to, pair);
   } else {
     store_global2(to, static_cast<uint16_t>(pair));
-    if (both) store_global2(to + 1, static_cast<uint16_t>(pair >> 16));
+    if (columns.count == 2) store_global2(to + 1, static_cast<uint16_t>(pair >> 16));
   }
 }
 
 // The same for one of `splits` parts of K.
 template <class T>
-QK_DEVICE void store_part(const Output& out, int split, int splits, int m, int n, float low, float high) {
+QK_DEVICE void store_part(const Output& out, const Columns& columns, int split, int splits, int m, float low,
+                          float high) {
   if (splits == 1) {
-    store_y<T>(out, m, n, low, high);
+    store_y<T>(out, columns, m, low, high);
   } else {
-    float* to = out.partial + (static_cast<int64_t>(split) * out.M + m) * out.N_pad + n;
+    float* to = out.partial + (static_cast<int64_t>(split) * out.M + m) * out.N_pad + columns.n;
     store_global8(to, {{float_to_bits(low), float_to_bits(high)}});
   }
 }

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kSideThreads) reduce(const Output out, int spl
       const Words2 v = load_global8(out.partial + (s * all + i) * 2);
       low += bits_to_float(v.word[0]), high += bits_to_float(v.word[1]);
     }
-    store_y<T>(out, static_cast<int>(i / pairs), static_cast<int>(i % pairs) * 2, low, high);
+    store_y<T>(out, columns_of(out, static_cast<int>(i % pairs) * 2), static_cast<int>(i / pairs), low, high);
   }
 }
 

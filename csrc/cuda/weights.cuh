@@ -62,13 +62,21 @@ QK_DEVICE float weight_at(const Weight& w, int n, int k) {
   return dequantized(w, code_value<kCoded>(w, code), load_group_values<kCoded>(w, values + group_place(row)));
 }
 
-// Sums of rows n and n + 1, n even, times the outer factors of their rows, where there are any.
-QK_DEVICE void apply_outer(const Weight& w, int n, float& low, float& high) {
-  if (w.outer == nullptr) return;
+// Of rows n and n + 1, n even: what their sums are multiplied by, or divided by.
+struct OuterFactors {
+  float low = 1.0f, high = 1.0f;
+  bool divide = false;
+
+  QK_DEVICE void apply(float& low_sum, float& high_sum) const {
+    low_sum = divide ? low_sum / low : low_sum * low, high_sum = divide ? high_sum / high : high_sum * high;
+  }
+};
+
+QK_DEVICE OuterFactors outer_factors_of(const Weight& w, int n) {
+  if (w.outer == nullptr) return {};
   const int64_t strip = n / kStripRows * kStripRows;
-  const float factor = load_group_value<false>(w.outer_type, w.outer, strip + group_place(n % kStripRows));
-  const float next = load_group_value<false>(w.outer_type, w.outer, strip + group_place(n % kStripRows + 1));
-  low = w.outer_divides ? low / factor : low * factor, high = w.outer_divides ? high / next : high * next;
+  return {load_group_value<false>(w.outer_type, w.outer, strip + group_place(n % kStripRows)),
+          load_group_value<false>(w.outer_type, w.outer, strip + group_place(n % kStripRows + 1)), w.outer_divides};
 }
 
 }  // namespace qkernels::cuda

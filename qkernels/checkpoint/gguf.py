@@ -337,11 +337,12 @@ def _by_experts(source: GgufSource, stacks: Mapping[str, Mapping[int, str]]) -> 
 def _dequantized(
     source: GgufSource, places: Mapping[str, Place], spelled: Mapping[str, tuple[str, ...]]
 ) -> list[tuple[str, Oddity]]:
-    """One line for each type of blocks that nothing runs packed: which, how many tensors, how many bytes."""
+    """One line for each type of blocks that nothing runs packed: which, how many tensors, how many bytes. Whether an embedding is
+    one of them is known when it is loaded."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in (part for names in spelled.values() for part in names):
         entry = source.entry(name)
-        if entry.type.dtype is None:
+        if entry.type.dtype is None and not (places[name].kind == "embedding" and _is_exact(entry, places[name])):
             what = f"{entry.type.name} has no kernel yet and is"
             if places[name].kind == "embedding":
                 what = "embeddings are"

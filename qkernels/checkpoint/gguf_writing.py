@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -61,7 +61,7 @@ def plan_gguf(
     slots = slots_of(Path(source))
     chosen = _writable(chosen_types(slots, type, pure, tensor_types, calibrated or importance is not None))
     if importance is not None:
-        _check_importance(slots, importance)
+        _check_importance(slots, importance, chosen)
     plan = plan_of(slots, type, chosen)
     return plan if importance is None else replace(plan, metadata={**plan.metadata, **_measured(importance)})
 
@@ -171,7 +171,7 @@ def _measured(importance: ImportanceFile) -> dict[str, MetaValue]:
     return found
 
 
-def _check_importance(slots: Slots, importance: ImportanceFile) -> None:
+def _check_importance(slots: Slots, importance: ImportanceFile, chosen: Mapping[str, Chosen]) -> None:
     """Raise where a matrix is of another model; say which weights it does not know."""
     for name, entry in importance.entries.items():
         if name in slots.shapes:
@@ -180,12 +180,12 @@ def _check_importance(slots: Slots, importance: ImportanceFile) -> None:
             except ArgumentError as error:
                 raise ArgumentError(f"{name}: {error}") from error
     inner = [name for name, shape in slots.shapes.items() if len(shape) > 1 and name.startswith("blk.")]
-    lacking = [name for name in inner if name not in importance.entries]
-    if len(lacking) == len(inner):
+    if not any(name in importance.entries for name in inner):
         raise ArgumentError(
             f"the importance is of none of this model's tensors ({', '.join(inner[:2])}, …), but of "
             f"{', '.join(list(importance.entries)[:2])}: it was measured on another model"
         )
+    lacking = [name for name in inner if name not in importance.entries and chosen[name].type in WRITABLE_TYPES]
     if lacking:
         log.warning(
             "%d weights have no importance and are made without, for example %s", len(lacking), ", ".join(lacking[:3])

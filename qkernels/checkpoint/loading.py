@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from math import prod
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -156,9 +157,12 @@ def load(
         set_module(model, module, layer)
     for name in checkpoint.embeddings:
         slots, hindrance = _pack_embedding(model, name, slots, checkpoint, place, dtype, on_unsupported)
-        if hindrance is None:  # it is packed, so that nothing is dequantized
+        if hindrance is None:
             used.add(name)
-            oddities = [(key, oddity) for key, oddity in oddities if key != checkpoint.spelling(name)]
+        else:
+            before, after = checkpoint.nbytes(name), prod(checkpoint.shape(name)) * dtype.itemsize
+            grows = f"{readable_size(before)} become {readable_size(after)}: {hindrance}"
+            oddities.append((name, Oddity("embeddings are dequantized while loading", grows)))
     missing = _fill(model, slots, checkpoint, used, place, dtype)
     check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, place)

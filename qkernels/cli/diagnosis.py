@@ -88,7 +88,7 @@ def _gpu() -> Check:
     if torch.cuda.is_available():
         cards = [(torch.cuda.get_device_name(i), arch_of(f"cuda:{i}")) for i in range(torch.cuda.device_count())]
         named = [f"{name} ({arch}; {code_of(arch)})" for name, arch in cards]
-        return Check("gpu", True, ", ".join(named) + f", CUDA {torch.version.cuda}")
+        return Check("gpu", True, ", ".join(named) + f", CUDA {torch.version.cuda}", _without_cuda_kernels())
     if torch.version.cuda is None:
         return Check("gpu", True, "none that this torch can use: it is a CPU build")
     try:
@@ -96,6 +96,17 @@ def _gpu() -> Check:
     except RuntimeError as error:
         return Check("gpu", True, f"none: {str(error).splitlines()[0]}")
     return Check("gpu", True, "none")
+
+
+def _without_cuda_kernels() -> str:
+    """The way to CUDA kernels, where a GPU finds an extension without them; Triton's run meanwhile."""
+    status = extension.status()
+    if not status.loaded or status.cuda:
+        return ""
+    return (
+        "CUDA kernels come with a build on this machine: with nvcc, or after pip install -r requirements-cuda.txt, run "
+        "pip install . --no-build-isolation in a checkout"
+    )
 
 
 def code_of(arch: str) -> str:

@@ -75,9 +75,11 @@ def check(path: str | Path, name: str, continuous_batching: bool) -> Served:
     if isinstance(context, int):
         gaps.append(f"requests beyond {context} tokens, the context of this model, are not refused")
     gaps.append("n, logprobs, echo, response_format and tool_choice are accepted and ignored")
+    gaps.append("a prompt is one text, no list and no token ids; /v1/responses streams unless it is told stream=false")
     if continuous_batching:
         gaps.append("with --continuous-batching, stop is ignored and the first request's sampling holds for all")
     else:
+        gaps.append("a stop string stays at the end of the answer")
         gaps.append("clients wait for one another; --continuous-batching lets them go on together")
     gaps.append("a client that leaves a request without stream=true does not stop it")
     return Served(name, architecture, tuple(gaps))
@@ -109,6 +111,8 @@ def one_model(
             key = model_id_and_revision if gguf_file is None else f"{model_id_and_revision}:{gguf_file}"
             if key not in self.loaded_models:
                 model = load(path, device=device, dtype=dtype, **options)
+                # Else the engine, which leaves this to the files, ignores a temperature that a client asks for; 0 is greedy.
+                model.generation_config.do_sample = True
                 self.loaded_models[key] = model_manager.TimedModel(model, -1, processor=load_tokenizer(path))
             if progress_callback is not None:
                 progress_callback({"status": "ready", "model": key, "cached": True})

@@ -7,7 +7,7 @@ vLLM's. Written for vLLM 0.32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -57,12 +57,24 @@ class Asked:
     in_files: Mapping[str, str]
 
 
+def _names(places: Places, here: Sequence[int]) -> list[str]:
+    """The modules that make up a projection of these experts."""
+    return [places] if isinstance(places, str) else [name for (expert, _), name in places.items() if expert in here]
+
+
 @dataclass
 class Loading:
-    """Experts whose tensors are still coming: by module, by suffix."""
+    """Experts whose tensors are still coming: by module, by suffix.
 
-    form: ExpertsForm  # of all experts, uncut
-    width: int  # of this rank
+    Args:
+        form: of all experts, uncut.
+        here: the experts of this rank, in their order.
+        wanted: module -> suffixes, of what this rank needs: vLLM does not even read others' experts where files have them apart.
+    """
+
+    form: ExpertsForm
+    here: list[int]
+    wanted: Mapping[str, tuple[str, ...]]
     dtype: torch.dtype
     device: torch.device
     files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -97,9 +109,12 @@ class VllmExpertsMethod(FusedMoEMethodBase):
         width = intermediate_size_per_partition * layer.moe_config.moe_parallel_config.tp_size
         form = ExpertsForm("gate_up_proj" if gated else "up_proj", layer.global_num_experts, hidden_size, width)
         device = torch.empty(0).device  # vLLM builds models inside of `torch.device(...)`
-        layer.qkernels_loading = Loading(form, intermediate_size_per_partition, params_dtype, device)
-        layer.load_weights = partial(self._load, layer)
         members = self._members(form)
+        places = [e if layer.expert_map is None else int(layer.expert_map[e]) for e in range(form.experts)]
+        here = sorted((e for e in range(form.experts) if places[e] >= 0), key=places.__getitem__)
+        wanted = {name: self.asked.tensors[name] for places in members.values() for name in _names(places, here)}
+        layer.qkernels_loading = Loading(form, here, wanted, params_dtype, device)
+        layer.load_weights = partial(self._load, layer)
         for name in self._holes():
             hole = nn.Parameter(torch.empty(0), requires_grad=False)
             hole.weight_loader = partial(self._collect_part, layer, members, name.partition("_")[2])  # type: ignore[attr-defined]
@@ -164,7 +179,9 @@ class VllmExpertsMethod(FusedMoEMethodBase):
             yield name
 
     def _collect(self, layer: Any, module: str, suffix: str, tensor: Tensor) -> None:
-        loading: Loading = layer.qkernels_loading
+        loading: Loading | None = getattr(layer, "qkernels_loading", None)
+        if loading is None or module not in loading.wanted:
+            return  # of an expert of another rank
         loading.files.setdefault(module, {})[suffix] = tensor.detach().cpu().clone()  # its memory may be used again
         if not self._missing(loading):
             self._pack(layer)
@@ -175,8 +192,8 @@ class VllmExpertsMethod(FusedMoEMethodBase):
     ) -> bool | None:  # fmt: skip
         """What a parameter's loader is called with: a tensor of gate (w1), up (w3) or down (w2) of one expert."""
         suffix = next(s for s in self.asked.format.suffixes if parameter_name(s) == spelled)
-        form: ExpertsForm = layer.qkernels_loading.form
-        places = members[form.down if shard_id == "w2" else form.up]
+        (up,) = members.keys() - {"down_proj"}
+        places = members["down_proj" if shard_id == "w2" else up]
         module = None if isinstance(places, str) else places.get((expert_id, 1 if shard_id == "w3" else 0))
         if module is None or suffix not in self.asked.tensors[module]:
             raise CheckpointError(
@@ -186,16 +203,15 @@ class VllmExpertsMethod(FusedMoEMethodBase):
         return True if return_success else None
 
     def _missing(self, loading: Loading) -> list[str]:
-        tensors = self.asked.tensors
-        return [f"{m}.{s}" for m, suffixes in tensors.items() for s in suffixes if s not in loading.files.get(m, {})]
+        wanted = loading.wanted.items()
+        return [f"{m}.{s}" for m, suffixes in wanted for s in suffixes if s not in loading.files.get(m, {})]
 
     def _pack(self, layer: Any) -> None:
         loading: Loading = layer.qkernels_loading
         members = self._members(loading.form)
-        here = [e for e in range(loading.form.experts) if layer.expert_map is None or int(layer.expert_map[e]) >= 0]
         with torch.device("cpu"), torch.inference_mode(False):
             stacks = [
-                self._stack(layer, loading, projection, members[projection], here)
+                self._stack(layer, loading, projection, members[projection], loading.here)
                 for projection in (loading.form.up, loading.form.down)
             ]
         for name in self._holes():

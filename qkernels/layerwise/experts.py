@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -117,16 +117,9 @@ def _seen(layer: nn.Module, leaf: str, form: ExpertsForm, inputs: LayerInputs, j
     rows, ids = [], []
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        x = given[0].detach().reshape(-1, form.hidden)
-        if form.routed:
-            rows.append(x)
-            ids.append(given[1].detach())
-        else:  # rows of tokens that an expert was not chosen for are 0
-            owner = torch.arange(form.experts, device=x.device).repeat_interleave(x.shape[0] // form.experts)
-            chosen = (x != 0).any(1)
-            rows.append(x[chosen])
-            ids.append(owner[chosen, None])
+        x, chosen = routed_rows(form, args, kwargs)
+        rows.append(x)
+        ids.append(chosen)
         raise Stop
 
     handle = layer.get_submodule(leaf).register_forward_pre_hook(watch, with_kwargs=True)
@@ -138,6 +131,17 @@ def _seen(layer: nn.Module, leaf: str, form: ExpertsForm, inputs: LayerInputs, j
         device = next(layer.parameters()).device
         return torch.zeros(0, form.hidden, device=device), torch.zeros(0, 1, dtype=torch.int64, device=device)
     return torch.cat(rows), torch.cat(ids)
+
+
+def routed_rows(form: ExpertsForm, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of a call of an experts module: rows `[tokens, H]`, and the experts of each `[tokens, k]`."""
+    given = [*args, *kwargs.values()]
+    x = given[0].detach().reshape(-1, form.hidden)
+    if form.routed:
+        return x, given[1].detach()
+    owner = torch.arange(form.experts, device=x.device).repeat_interleave(x.shape[0] // form.experts)
+    chosen = (x != 0).any(1)  # rows of tokens that an expert was not chosen for are 0
+    return x[chosen], owner[chosen, None]
 
 
 def _moments(parts: Iterable[Tensor], width: int) -> InputStatistics:

@@ -69,6 +69,11 @@ class BlockSearch(Options):
         return cls().with_scheme(EXACT_SCHEMES[type])
 
     @property
+    def name(self) -> str:
+        """In reports."""
+        return "search"
+
+    @property
     def type(self) -> str:
         """The type in GGUF files."""
         return _TYPE_OF[self.scheme]

@@ -61,7 +61,7 @@ class QuantEmbedding(nn.Module):
         flat = ids.reshape(-1).to(self.table.qweight.device, torch.int64)
         self._check(flat)
         rows = get_layout(self.table.layout).rows_per_tile
-        if torch.compiler.is_compiling() or flat.is_cuda or flat.is_meta:
+        if len(flat) == 1 or torch.compiler.is_compiling() or flat.is_cuda or flat.is_meta:
             found = self._rows(flat // rows, torch.arange(len(flat), device=flat.device) * rows + flat % rows)
         else:
             tiles, where = (flat // rows).unique(return_inverse=True)

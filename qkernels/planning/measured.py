@@ -60,7 +60,7 @@ class Seconds:
 
     Args:
         by_method: seconds for 10^9 weights, and how many more for each 1000 tokens of calibration.
-        source: where that was measured.
+        source: what time that is, and where it was measured.
     """
 
     by_method: Mapping[str, tuple[float, float]]

@@ -40,7 +40,7 @@ class Planned:
         dtype: of activations and of weights that are not quantized.
         file: bytes of all tensors in the files; None where there are none (a config.json).
         format: of a quantized checkpoint, None of others.
-        weights: of the quantized modules and stacks of a checkpoint, on meta, without their order of columns.
+        weights: of the quantized modules, stacks and embeddings of a checkpoint, on meta, without their order of columns.
         ordered: those of them that have one.
         dequantizes: whether a module that no kernel takes is dequantized (GGUF) and no error.
         notes: what a user should know of the files.
@@ -158,6 +158,9 @@ def _stored(checkpoint: Checkpoint, at_hand: bool) -> tuple[dict[str, QuantTenso
         weight, has_order = _once(known, checkpoint, checkpoint.spelling(module), tensors, at_hand)
         weights[module] = weight
         ordered.update([module] if has_order else [])
+    for name in checkpoint.embeddings:
+        assert isinstance(checkpoint, GgufCheckpoint)
+        weights[name.removesuffix(".weight")] = _of_blocks(checkpoint, checkpoint.spelled[name])
     for stack in checkpoint.stacks:
         if isinstance(checkpoint, GgufCheckpoint):
             weights[stack] = _of_blocks(checkpoint, checkpoint.members[stack])

@@ -37,6 +37,7 @@ class Matrix:
     Args:
         layer: number of the decoder layer that it is in; None: outside.
         used: share of its bytes that a token needs.
+        embeds: whether it is an embedding, of which a token reads a row; all of it if a head is tied to it.
     """
 
     name: str
@@ -44,6 +45,12 @@ class Matrix:
     K: int
     experts: int
     used: float
+    embeds: bool = False
+
+    @property
+    def kind(self) -> Class:
+        """The class that it belongs to."""
+        return "experts" if self.experts else "embeddings" if self.embeds else "linears"
 
     @property
     def count(self) -> int:
@@ -154,7 +161,9 @@ def inventory(
             read += nbytes * share
         elif leaf == "weight" and owner in selection.chosen:
             N, K = tensor.shape if tensor.dim() == 2 else (tensor.shape[0], tensor[0].numel())
-            matrices[owner] = Matrix(owner, N, K, 0, 1.0)
+            embeds = isinstance(modules.get(owner), nn.Embedding)
+            shared = any(name in pair and pair[0] != pair[1] for pair in tied.items())
+            matrices[owner] = Matrix(owner, N, K, 0, 1.0 if shared or not embeds else 0.0, embeds)
             continue
         elif isinstance(modules.get(owner), nn.Embedding):
             kind = "embeddings"
@@ -178,7 +187,7 @@ def sizes_as_floats(found: Inventory, file: int | None) -> Sizes:
     read = float(found.rest_read)
     for matrix in found.matrices.values():
         nbytes = matrix.count * found.dtype.itemsize
-        memory["experts" if matrix.experts else "linears"] += nbytes
+        memory[matrix.kind] += nbytes
         read += nbytes * matrix.used
     total = sum(memory.values())
     return Sizes(memory, total if file is None else file, read, {TORCH: len(found.matrices)}, {}, {}, (0, 0))
@@ -224,9 +233,9 @@ def sizes_in(
         if done.kernel is None:
             lacking["; ".join(f"{kernel}: {why}" for kernel, why in done.against.items())] += 1
         else:
-            kernels[done.kernel] += 1
+            kernels.update([done.kernel] if matrix.used else [])
             passed.update(done.against)
-        memory["experts" if matrix.experts else "linears"] += done.nbytes + order
+        memory[matrix.kind] += done.nbytes + order
         read += (done.nbytes + order) * matrix.used
         file += weight.nbytes + order
         count, stored = count + matrix.count, stored + weight.nbytes + order

@@ -72,6 +72,7 @@ def test_times_are_paired_by_round() -> None:
 )
 def test_another_kernel_is_not_timed(tmp_path: Path, name: str, made: dict[str, str], said: str) -> None:
     started = vllm_speed.Engine(name, engine(tmp_path, **made), tmp_path, None, "0")  # type: ignore[arg-type]
+    started.start()
     try:
         with pytest.raises(RuntimeError, match=said):
             started.told()
@@ -91,7 +92,7 @@ def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
     script.write_text("#!/bin/sh\necho '(EngineCore pid=1) ERROR 11-30 11:33:04 [core.py:1] ValueError: no room' >&2\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     with pytest.raises(RuntimeError, match="^vLLM bf16: ValueError: no room$"):
-        vllm_speed.Engine("vLLM bf16", str(script), tmp_path, None, "0")
+        vllm_speed.Engine("vLLM bf16", str(script), tmp_path, None, "0").start()
 
 
 def test_requests_have_what_rates_count() -> None:

@@ -61,3 +61,20 @@ def test_a_card_without_code_is_a_reason_and_doctor_says_so(monkeypatch: pytest.
         assert not any("no code" in reason for reason in dict(list_kernels(here).rows)["cuda.mma_tile"])
     assert diagnosis.code_of("sm100") == "no code in the extension, which has 8.0, 9.0a"
     assert diagnosis.code_of("sm90") == "code for 9.0a"
+
+
+def test_doctor_says_how_a_gpu_gets_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel that was made without nvcc, on a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "RTX 4090")
+    monkeypatch.setattr(diagnosis, "arch_of", lambda device: "sm89")
+    for cuda, advice in ((False, "requirements-cuda.txt"), (True, "")):
+        status = dataclasses.replace(
+            extension.status(), loaded=True, error=None, cuda=cuda, architectures=("8.0",) if cuda else ()
+        )
+        with monkeypatch.context() as one:
+            one.setattr(extension, "status", lambda status=status: status)
+            check = diagnosis._gpu()
+        assert "RTX 4090 (sm89" in check.found
+        assert advice in check.advice and bool(check.advice) == bool(advice)

@@ -15,8 +15,10 @@ from torch.library import opcheck
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from qkernels import QuantLinear, QuantTensor
+from qkernels.layouts import LAYOUTS
 from tests.ops.helpers import arguments, exact_product, integers
 from tests.strategies import random_weight
+from tests.triton.problems import a_block_of_experts, exact_stack
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -122,6 +124,30 @@ def test_the_first_call_of_a_shape_takes_less_than_two_seconds(
     torch.ops.qkernels.gemm_kpack(*args)
     torch.cuda.synchronize()
     assert time.perf_counter() - begin < 2
+
+
+def test_blocks_of_experts() -> None:
+    """Both paths against the plain block on the CPU, in a graph too: no host read."""
+    up, x, *of_up = exact_stack("w4a16_g128_asym", 16, 1536, 512, 300, torch.bfloat16)
+    down, _, *of_down = exact_stack("w8a16_channel", 16, 520, 768, 1, torch.bfloat16)
+    layout = LAYOUTS["kpack"]
+    weights = [a.to(DEVICE) if isinstance(a, Tensor) else a for s in (up, down) for a in s.arguments(layout)]
+    for T in (1, 3, 4, 40, 300):
+        ids = torch.stack([torch.randperm(18)[:4] for _ in range(T)])
+        routing = torch.rand(T, 4)
+        given = [t.to(DEVICE) for t in (x[:T] / 16, ids, routing)]
+        got = torch.ops.qkernels.experts_kpack(*given, *weights, 0, 0.0, 0.0)
+        truth, size = a_block_of_experts(
+            x[:T] / 16, ids, routing, (of_up[0], of_up[1]), (of_down[0], of_down[1]), "silu"
+        )
+        assert bool(
+            ((got.cpu().double() - truth).abs() <= 2.01 * 2**-8 * size + 2**-8 * truth.abs() + 1e-5 * size).all()
+        )
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            y = torch.ops.qkernels.experts_kpack(*given, *weights, 0, 0.0, 0.0)
+        captured.replay()
+        assert torch.equal(y, got)
 
 
 def test_k_quants_need_no_reference() -> None:

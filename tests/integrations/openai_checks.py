@@ -18,9 +18,12 @@ PROMPTS = (
 
 
 # What engines do not do, by the names of `failing`; docs/serving.md says it in words.
-GAPS = {
-    "transformers": {"n", "logprobs", "echo", "response format", "too long prompt is refused"},
-    "transformers, batching": {"n", "logprobs", "echo", "response format", "too long prompt is refused", "stop"},
+_TRANSFORMERS = {
+    "echo", "list of prompts", "logprobs", "n", "response format", "responses", "stop", "token ids", "too long prompt is refused",
+}  # fmt: skip
+GAPS: dict[str, set[str]] = {
+    "transformers": _TRANSFORMERS,
+    "transformers, batching": {*_TRANSFORMERS, "temperature"},  # the sampling of the first request holds for all
     "vLLM": set(),
 }
 
@@ -31,7 +34,8 @@ class Asked:
     def __init__(self, address: str, model: str, context: int) -> None:
         from openai import OpenAI
 
-        self.client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+        # A connection may be closed after an error, which is no other one: that is what the retry is for.
+        self.client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=1, timeout=120)
         self.model, self.context = model, context
 
     def complete(self, prompt: Any = PROMPTS[0], **fields: Any) -> Any:

@@ -119,12 +119,22 @@ def test_openai_client(running: Running) -> None:
 
 
 @needs_server
+def test_a_temperature_is_heeded(running: Running) -> None:
+    """The model's generation_config does not sample, and the engine leaves it at that."""
+    assert len({running.post(temperature=2.0)["choices"][0]["text"] for _ in range(4)}) > 1
+    assert len({running.post()["choices"][0]["text"] for _ in range(2)}) == 1  # 0
+
+
+@needs_server
 @pytest.mark.large
 @pytest.mark.parametrize("batching", [False, True])
 def test_gaps_are_those_of_the_page(batching: bool, tmp_path: Path) -> None:
     """What docs/serving.md lists, and nothing else."""
     demo = Path(__file__).parent.parent.parent / "examples" / "demo_model"
     quantize(demo, RTN(), save_to=tmp_path / "out", progress=False)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "out")
     started = Running(tmp_path / "out", continuous_batching=batching)
     try:
         found = failing(f"http://127.0.0.1:{started.port}", "tiny", 1024)
@@ -135,7 +145,14 @@ def test_gaps_are_those_of_the_page(batching: bool, tmp_path: Path) -> None:
 
 def test_what_the_server_does_not_do_is_said(quantized: Path) -> None:
     gaps = "\n".join(serving.check(quantized / "native", "tiny", False).gaps)
-    for what in ("no chat template", "context of this model", "logprobs", "wait for one another"):
+    for what in (
+        "no chat template",
+        "context of this model",
+        "logprobs",
+        "token ids",
+        "stop string",
+        "wait for one another",
+    ):
         assert what in gaps
     assert "first request's sampling" in "\n".join(serving.check(quantized / "native", "tiny", True).gaps)
 

@@ -122,6 +122,7 @@ def in_transformers(directory: Path, windows: Tensor, dtype: str) -> Tensor:
         ("experts, gptq", 2),
         ("experts, native, by expert", 2),
         ("experts of Mixtral, native", 1),
+        ("experts of Mixtral, gptq, by expert", 2),
     ],
 )
 def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_path: Path, kind: str, ranks: int) -> None:
@@ -142,6 +143,9 @@ def test_as_likely_as_in_transformers(interpreter: str, windows: Tensor, tmp_pat
 def test_clients_of_a_server(interpreter: str, tmp_path: Path) -> None:
     """vLLM's own server with the plug-in, asked by the openai package."""
     port, directory = free_port(), checkpoint("native, mixed", tmp_path / "out")
+    tokenizer = load_tokenizer(directory)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(directory)
     words = ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command = [interpreter, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), *words]
     with (tmp_path / "log").open("w") as log:

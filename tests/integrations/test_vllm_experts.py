@@ -27,12 +27,16 @@ def written(tmp_path: Path, family: str, format: str, scheme: str = "w4a16_g8", 
     return tmp_path / "out"
 
 
-def stream(directory: Path, prefix: str, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """What vLLM gives a layer: names below it, as the mapper of the plug-in spells them; a loader uses its memory again."""
+def stream(directory: Path, prefix: str, config: Any, here: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+    """What vLLM gives a layer: names below it, as the mapper of the plug-in spells them; a loader uses its memory again. Tensors
+    of single experts of other ranks (`here`: -1) are not read."""
     checkpoint, mapper = open_checkpoint(directory), config.get_checkpoint_weight_mapper()
     source = checkpoint.source  # type: ignore[attr-defined]
     for name in source.names():
         if name.startswith(f"{prefix}."):
+            expert = name.removeprefix(f"{prefix}.").partition(".")[0]
+            if here is not None and expert.isdecimal() and here[int(expert)] < 0:
+                continue
             tensor = source.read(name)
             yield mapper.map(name).removeprefix(f"{prefix}."), tensor
             tensor.view(torch.uint8).zero_()
@@ -46,7 +50,7 @@ def filled(plugin: Any, directory: Path, prefix: str, layer: RoutedExperts) -> A
     count = layer.global_num_experts if layer.expert_map is None else int((layer.expert_map >= 0).sum())
     assert method.maybe_roundup_sizes(hidden, layer.width, torch.bfloat16, None) == (hidden, layer.width)
     method.create_weights(layer, count, hidden, layer.width, torch.float32, weight_loader=None)
-    assert list(layer.load_weights(stream(directory, prefix, config)))  # type: ignore[operator]
+    assert list(layer.load_weights(stream(directory, prefix, config, layer.expert_map)))  # type: ignore[operator]
     method.process_weights_after_loading(layer)
     return method
 
@@ -250,3 +254,12 @@ def test_float_experts_stay_vllms(plugin: Any, tmp_path: Path) -> None:
         CheckpointError, match=r"experts \(Module\) is neither a linear layer nor vLLM's routed experts"
     ):
         config.get_quant_method(nn.Module(), "model.layers.0.mlp.experts")
+
+
+def test_stacks_are_found_in_headers_alone(plugin: Any, tmp_path: Path) -> None:
+    """As of a model on the Hub, whose files vLLM fetches itself: the same modules as of a directory."""
+    golden("int4_stacked", tmp_path)
+    config = config_of(plugin, tmp_path)
+    names = open_checkpoint(tmp_path).source.names()  # type: ignore[attr-defined]
+    assert plugin.grouped(names, config.format) == config.tensors
+    assert "model.layers.0.mlp.experts.down_proj" in config.tensors

@@ -18,6 +18,7 @@ from qkernels.formats.gguf import WRITABLE_TYPES, gguf_blocks, weight_of
 from qkernels.nn import QuantEmbedding, model_bytes, packed_bytes
 from qkernels.nn.embedding import scale_of
 from qkernels.storage.gguf import GgufSource
+from tests.gguf_golden import FILES
 from tests.gguf_written import FIELDS, model_directory
 from tests.tiny_models import tiny_model
 
@@ -87,6 +88,16 @@ def test_what_embeddings_compute_is_found_by_running_them() -> None:
     assert scale is not None and float(scale) == float(gemma.embed_scale)
     with pytest.raises(ArgumentError, match="a Doubled computes more than rows of its weight"):
         scale_of(Doubled(10, 6))
+
+
+def test_factors_of_gemma_go_with_the_rows(tmp_path: Path) -> None:
+    to_gguf(FILES / "gemma3.gguf", tmp_path / "m.gguf", "Q8_0")
+    model, before = load(tmp_path / "m.gguf", dtype="float32"), load(FILES / "gemma3.gguf", dtype="float32")
+    embedding, plain = model.get_input_embeddings(), before.get_input_embeddings()
+    assert isinstance(embedding, QuantEmbedding) and model.lm_head is embedding.table
+    plain.weight.data = embedding.table.dequantize()
+    ids = torch.arange(40)[None]
+    assert torch.equal(embedding(ids), plain(ids)) and not torch.equal(embedding(ids), plain.weight[ids])
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,9 @@ def small(stage: Stage) -> Stage:
         words = [*words[: words.index("--maxfail=15")], "--collect-only"]
     if words[2:3] == ["tools.first_light.baselines"] and "--device" in words:
         words = [*words[:3], "--device", "cpu", "--shapes", "64x128", "--tokens", "1", "--seconds", "0.1"]
+    if words[2:3] == ["tools.first_light.experts"]:
+        words = [*words[:3], "--device", "cpu", "--shapes", "64x32x4x2", "--tokens", "1,3", "--seconds", "0", "--scheme",
+                 "w4a16_g32"]  # fmt: skip
     return replace(stage, command=tuple(words), limit=300)
 
 
@@ -93,6 +96,8 @@ def test_every_stage_of_the_first_phase_starts(tmp_path: Path, tools: Path) -> N
     assert len(fit.rows_of(out / "check.jsonl", "check")) >= 5
     assert {row["path"] for row in fit.rows_of(out / "sweep.jsonl")} & set(PATHS)
     assert {row["what"] for row in fit.rows_of(out / "probe.jsonl", "calibrate")} >= {"launch_ns", "wgmma8_macs_per_ns"}
+    blocks = fit.rows_of(out / "base.jsonl", "experts")
+    assert {row["who"] for row in blocks if row["us"] is not None} >= {"ours", "torch grouped_mm bf16"}
     assert fit.clusters_of(out / "env.txt")[4] == 32
     assert json.loads((out / LOG).read_text().splitlines()[-1])["verdict"] == "passed"
 

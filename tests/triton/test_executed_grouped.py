@@ -148,6 +148,19 @@ def test_no_number_of_tokens_is_compiled_for(monkeypatch: pytest.MonkeyPatch) ->
     assert len(set(made["combine"].binaries)) == 1
 
 
+def test_pairs_without_sorting_where_an_expert_is_seldom_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with a user's table that has a tile of tensor cores for one token, sorted rows for both products."""
+    better = grouped_launch.unsorted_is_better
+    assert [better(T, 8 * T, 128) for T in (1, 8, 9)] == [True, True, False]  # Qwen3-30B-A3B
+    assert [better(T, 2 * T, 8) for T in (1, 2, 3)] == [True, True, False]  # Mixtral
+    up, *_ = exact_stack("w4a16_g64", 8, 512, 256, 1, HALF)
+    weight = grouped_launch._weight_of(up)
+    x = torch.zeros(1, 256).half()
+    assert {c.kernel for c in grouped_launch._configs(x, 1, 2, weight, weight)} == {"gemv"}
+    monkeypatch.setattr(grouped_launch, "choose", lambda _, M, N, K: Config("dequantize", 1, 16, 128, 0, 4, 1))
+    assert {c.kernel for c in grouped_launch._configs(x, 1, 2, weight, weight)} == {"gemm"}
+
+
 # --- controls: each of the checks above can fail ------------------------------------------------------------------------------
 
 

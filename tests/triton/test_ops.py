@@ -13,7 +13,7 @@ from qkernels import QuantScheme, ops
 from qkernels.errors import ArgumentError, UnsupportedProblem
 from qkernels.kernels.catalogue import Problem, list_kernels
 from qkernels.layouts import LAYOUTS
-from qkernels.ops import backends
+from qkernels.ops import backends, grouped
 from tests.strategies import random_weight
 
 
@@ -55,6 +55,26 @@ def test_cpu_tensors_and_many_tokens_are_refused() -> None:
         call("w4a16_g32", torch.zeros(1, 96))
     with pytest.raises(ArgumentError, match="M <= 8"):
         call("w4a16_g32", torch.zeros(9, 96), op=ops.gemv)
+
+
+def test_experts_refuse_cpu_tensors_and_have_fakes() -> None:
+    layout = LAYOUTS["kpack"]
+    stacks = []
+    for N, K in ((80, 96), (96, 40)):
+        weight = random_weight("w4a16_g8", N, K, experts=(3,))
+        stacks.append(grouped.Stack(layout.pack(weight), None, layout.numbers_of(N, K, weight.scheme), K))
+    x, ids, routing = torch.zeros(2, 96), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)
+    offsets = torch.tensor([0, 1, 2, 2])
+    with pytest.raises(UnsupportedProblem, match="experts_kpack runs on CUDA devices"):
+        grouped.experts("kpack", x, ids, routing, *stacks, "silu")
+    with pytest.raises(UnsupportedProblem, match="grouped_gemm_kpack runs on CUDA devices"):
+        grouped.grouped_gemm("kpack", x, offsets[:2], offsets, stacks[0], torch.float32)
+    on_meta = [
+        s._replace(buffers={k: None if t is None else t.to("meta") for k, t in s.buffers.items()}) for s in stacks
+    ]
+    given = [t.to("meta") for t in (x.bfloat16(), ids, routing)]
+    y = grouped.experts("kpack", *given, *on_meta, "silu")
+    assert (y.shape, y.dtype, y.device.type) == ((2, 96), torch.bfloat16, "meta")
 
 
 @pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "nf4_g64"])

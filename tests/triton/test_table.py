@@ -15,6 +15,7 @@ from qkernels.kernels.triton.table import (
     Config,
     Entry,
     choose,
+    choose_tile,
     read,
     run_bytes,
     tiles_in,
@@ -39,6 +40,17 @@ def test_takes_the_nearest_shape_and_any_card() -> None:
     assert choose("sm90", 5000, 4096, 4096) == next(e.config for e in read()["sm90"] if e.M == 512)
     assert choose("sm103", 64, 4096, 4096) == choose("default", 64, 4096, 4096)
     assert {"default", "sm80", "sm86", "sm89", "sm90", "sm120"} == set(read())
+
+
+def test_stacked_experts_take_tiles_of_tensor_cores_of_64_rows_at_most(own_table: Path) -> None:
+    for M in (1, 8, 64, 5000):
+        config = choose_tile("sm90", M, 4096, 4096)
+        assert config.kernel == "gemm"
+        assert config.block_m <= 64
+    write(own_table, {"sm90": (Entry(1, 4096, 4096, OWN), Entry(4096, 4096, 4096, replace(OWN, block_m=128)))})
+    assert choose("sm90", 4096, 4096, 4096).block_m == 128
+    assert choose_tile("sm90", 1, 4096, 4096) == OWN
+    assert choose_tile("sm90", 4096, 4096, 4096).block_m <= 64
 
 
 def test_distances_are_those_of_logarithms(own_table: Path) -> None:

@@ -144,6 +144,11 @@ def baselines(limit: float = 25) -> list[Stage]:
     ]
 
 
+def experts(limit: float = 40) -> Stage:
+    """Blocks of experts: our op beside bf16 grouped_mm and humming, where it is installed."""
+    return Stage("experts", ("{python}", "-m", "tools.first_light.experts", "--device", "cuda:0"), limit, "base.jsonl")
+
+
 def op_tests(limit: float = 40) -> list[Stage]:
     command = (
         "{python}",
@@ -199,7 +204,7 @@ def first() -> list[Stage]:
     """Phase 1: is it right, and what are the numbers. 395 s; what does not fit is named in the log."""
     return [
         *environment_stages(), *checks(), *repeats(), *sweep(), *other_schemes(), *baselines(), *op_tests(), *sanitizers(),
-        *profiles(),
+        *profiles(), experts(),
     ]  # fmt: skip
 
 
@@ -219,6 +224,7 @@ def second() -> list[Stage]:
         *op_tests(35),
         Stage("models", (*models, "{out}/models.json"), 60, "tests.log"),
         Stage("triton", (*python, "pytest", "tests/gpu/test_triton.py", "-m", "gpu", "-q", "-n", "8"), 45, "tests.log"),
+        experts(),
         Stage("peers", (*python, "tools.first_light.baselines", "--device", "cuda:0"), 40, "base.jsonl"),
         *(
             Stage(

@@ -51,10 +51,7 @@ def experts(*arguments: Any, configs: tuple[Config, Config] | None = None) -> Te
     act = {"ACT": ACTIVATIONS.index(activation), "ALPHA": alpha, "LIMIT": limit}
     hidden = x.new_empty((pairs, second.in_features))
     y = x.new_empty((pairs, second.out_features), dtype=torch.float32)
-    if configs is None and unsorted_is_better(T, pairs, count):
-        card = card_of(x.device)[0]
-        configs = tuple(choose(card, 1, w.out_features, max(w.in_features, 1)) for w in (first, second))  # type: ignore[assignment]
-    up_config, down_config = configs or tuple(_tile(x, pairs, w) for w in (first, second))
+    up_config, down_config = configs or _configs(x, T, pairs, first, second)
     if up_config.kernel == "gemv":
         _multiply_pairs(x, first, up.bias, ids, per, hidden, up_config, act)
         _multiply_pairs(hidden, second, down.bias, ids, 1, y, down_config)
@@ -78,6 +75,16 @@ def unsorted_is_better(tokens: int, pairs: int, count: int) -> bool:
     chosen evenly, that is 1.27 times the bytes (1 / (2 (1 - e^-1/2))).
     """
     return tokens == 1 or 2 * pairs <= count
+
+
+def _configs(x: Tensor, tokens: int, pairs: int, up: Weight, down: Weight) -> tuple[Config, Config]:
+    """Both of one kind: a user's table may have a tile of tensor cores for one token, too."""
+    card, count = card_of(x.device)[0], up.qweight.shape[0]
+    if unsorted_is_better(tokens, pairs, count):
+        first, second = (choose(card, 1, w.out_features, max(w.in_features, 1)) for w in (up, down))
+        if first.kernel == second.kernel == "gemv":
+            return first, second
+    return _tile(x, pairs, up), _tile(x, pairs, down)
 
 
 def _tile(x: Tensor, pairs: int, weight: Weight) -> Config:
