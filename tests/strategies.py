@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from qkernels import QuantScheme, QuantTensor
 from qkernels.codebooks import INTEGER_STEPS, width_of
 from qkernels.factors import Factors, as_bytes
+from qkernels.group_index import validated_group_index
 from qkernels.layouts import Layout
 from qkernels.scheme import ACTIVATIONS, CODEBOOKS, FACTORS, FactorKind
-from qkernels.tensor import validated_group_index
 
 
 def schemes(

@@ -21,7 +21,7 @@ STOREYS = (
     ("errors", "text", "_version"),
     ("codebooks",),
     ("extension", "machine", "memory", "optional", "scheme", "storage"),
-    ("factors", "hub", "models", "reports"),
+    ("factors", "group_index", "hub", "models", "reports"),
     ("tensor",),
     ("formats", "layouts", "quantizers", "texts"),
     ("ops",),

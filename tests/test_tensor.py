@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qkernels import QuantScheme, QuantTensor
 from qkernels.codebooks import CODEBOOKS
 from qkernels.errors import ArgumentError, TensorError
-from qkernels.tensor import natural_group_index, validated_group_index
+from qkernels.group_index import natural_group_index, validated_group_index
 from tests.strategies import random_weight, same_weight, schemes
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from qkernels import QuantScheme, QuantTensor
+from qkernels.group_index import group_index_of
 from qkernels.layouts import BUFFERS, NUMBERS, Buffer, Buffers, Layout, Number, Shapes
 from qkernels.ops import reference
 from qkernels.ops.weight import read_product
-from qkernels.tensor import group_index_of
 
 
 def shapes(N: int, K: int, bits: int, group_length: int) -> Shapes:

@@ -35,8 +35,9 @@ from torch import Tensor
 
 from .._version import __version__
 from ..errors import CheckpointError
+from ..group_index import natural_group_index
 from ..scheme import QuantScheme
-from ..tensor import QuantTensor, natural_group_index
+from ..tensor import QuantTensor
 from . import Config, Format, Oddity, Parsed, Written
 from .bitstream import pack, unpack, word_count
 from .validation import (

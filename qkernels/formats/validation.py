@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError, QKernelsError
+from ..group_index import validated_group_index
 from ..scheme import ACTIVATIONS, QuantScheme
-from ..tensor import FLOAT_DTYPES, QuantTensor, validated_group_index
+from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import describe, dtype_name
 
 MAX_PATTERN = 1000  # characters of a regular expression in a config

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..codebooks import INTEGER_STEPS
 from ..factors import Factors
+from ..group_index import group_index_of
 from ..scheme import ACTIVATIONS, CODEBOOKS, FACTORS, QuantScheme
-from ..tensor import SCALE_DTYPES, QuantTensor, group_index_of
+from ..tensor import SCALE_DTYPES, QuantTensor
 from . import BUFFERS_A8, NUMBERS_A8, Buffers, Layout, Shapes
 
 INTEGERS = tuple(name for name, activation in ACTIVATIONS.items() if activation.integers)

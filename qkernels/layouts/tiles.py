@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..factors import as_bytes
+from ..group_index import group_index_of
 from ..scheme import QuantScheme
-from ..tensor import QuantTensor, group_index_of
+from ..tensor import QuantTensor
 from . import Buffers, Shapes
 from .canonical import groups_of, weight_of
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CalibrationError
+from ..group_index import validated_group_index
 from ..scheme import QuantScheme
-from ..tensor import QuantTensor, validated_group_index
+from ..tensor import QuantTensor
 from .grid import Clip, Grid, assemble, checked_weight, decode, encode, fit, stored_dtype
 from .options import Needs, Options
 

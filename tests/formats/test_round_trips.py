@@ -13,7 +13,7 @@ from qkernels import RTN, QuantScheme, QuantTensor
 from qkernels.checkpoint.registry import WRITTEN, detect, get_format
 from qkernels.errors import ArgumentError, CheckpointError, ConversionError
 from qkernels.formats import READ_ONLY, Format, Written
-from qkernels.tensor import validated_group_index
+from qkernels.group_index import validated_group_index
 from tests.checkpoints import A16_FORMATS
 from tests.strategies import bytes_of, random_weight, same_weight, schemes
 
