@@ -47,9 +47,9 @@ HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = (
     64,
 )  # TinyLlama's, with 8 heads of keys instead of 4
 NEVER = r"Using \w+ for mixed-precision linear"  # the log of vLLM where a kernel of its own takes packed weights
-# How far from float32 log p may be, as a share of what leaving out the last layer does to it: a kernel that reads a scale wrongly
-# changes each layer.
-SAME = 0.5
+# How far from float32 log p may be, in its standard deviations, and as a share of what leaving out the last layer does to it:
+# 8-bit activations in 12 layers were measured as 0.06, unrelated models are 1.1 apart (the mean of |difference| of two normals).
+FARTHEST, SAME = 0.25, 0.5
 
 
 class Candidate(NamedTuple):
@@ -229,7 +229,7 @@ def distance(exact: Tensor, found: Tensor) -> float:
 def check(name: str, exact: Tensor, found: Tensor, other: float) -> float:
     """The distance; raises RuntimeError if it is as that of `other` models."""
     far = distance(exact, found)
-    if not far < SAME * other:
+    if not far < min(FARTHEST, SAME * other):
         raise RuntimeError(
             f"no match, no number: log p of {name} is {far:.3f} deviations from float32, and {other:.3f} without a layer"
         )

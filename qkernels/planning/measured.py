@@ -93,10 +93,19 @@ CANDIDATES: Final = (
 # 88 %, docs/quality.md).
 LARGEST_KL: Final = 3e-2
 
-# Seconds of quantizing 10^9 weights, and how many more for each 1000 tokens of calibration, by method. GPTQ's, on two cores of a
-# machine at work: 162 s for 1.03 (4 bits with clipping, 8 x 64 tokens, docs/quantizing-large-models.md); others, and what a token
-# adds, benchmarks/models/quantize_speed.py measures.
-SECONDS: Final = Seconds({"gptq": (157.0, 0.0)}, "measured once on two cores; passes of calibration on top")
+# Seconds of quantizing 10^9 weights from files to files, and how many more for each 1000 tokens of calibration, by method; GGUF
+# types by the plain search; processor time: benchmarks/results/amd-epyc-family-25-model-17-2-cores/quantize-speed.json
+# (benchmarks/models/quantize_speed.py). GPTQ's is older, and time that passed on two cores of a machine at work: 162 s for 1.03
+# (4 bits with clipping, 8 x 64 tokens, docs/quantizing-large-models.md).
+SECONDS: Final = Seconds(
+    {
+        "rtn": (41.6, 0.00),
+        "nf4": (86.4, 0.00),
+        GGUF: (8.7, 0.00),
+        "gptq": (157.0, 0.0),
+    },
+    "measured on a Zen 4; GPTQ without the passes of calibration",
+)
 
 # Of the rate at which memory is read, what a token of a whole model reaches (eager; compiled: more): 0.59 and 0.73 in the two
 # states of the machine of benchmarks/results/amd-epyc-family-26-model-2-2-cores (llama-cpp*.json, 1.2 billion parameters).

@@ -83,8 +83,9 @@ def test_another_kernel_is_not_timed(tmp_path: Path, name: str, made: dict[str, 
 def test_other_models_are_not_timed() -> None:
     exact = torch.randn(100)
     assert vllm_speed.check("same", exact, exact + 0.01, 0.5) == pytest.approx(0.01 / float(exact.std()), rel=1e-3)
-    with pytest.raises(RuntimeError, match="no match, no number"):
-        vllm_speed.check("other", exact, exact.flip(0), 0.5)
+    for found, other in ((exact.flip(0), 35.0), (exact + 0.2, 0.3)):
+        with pytest.raises(RuntimeError, match="no match, no number"):
+            vllm_speed.check("other", exact, found, other)
 
 
 def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
