@@ -277,7 +277,7 @@ def test_what_runs_on_torch_compiles(tmp_path: Path) -> None:
 
 @pytest.mark.large
 def test_as_shipped(tmp_path: Path) -> None:
-    """With the optimization of setup.py: the same comparisons, and the edge shapes of test_sanitizers (three minutes of processor time)."""
+    """With the optimization of setup.py: the same comparisons, and test_sanitizers' edge shapes (three minutes of one core)."""
     sources = [CSRC / "cpu" / f"{name}.cpp" for name in (*PRODUCTS, "experts")]
     drivers = [Path(__file__).parent / f"{name}.cpp" for name in ("products", "edge_shapes")]
     objects = build(tmp_path, [*sources, *drivers], "-O3", "-fwrapv", "-fPIC", "-Werror")
