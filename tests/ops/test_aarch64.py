@@ -110,7 +110,7 @@ def case_of(weight: QuantTensor, buffers: tuple[object, ...], layout: str, x: Te
     scalar = getattr(torch.ops.qkernels, f"gemm_{layout}")(x, *buffers)
     tensors, numbers = (x, *buffers[:7]), buffers[7:]
     ints = [layout == "cpu_tile_a8", *numbers, *[0] * (7 - len(numbers))]
-    request = struct.pack("8q", *map(int, ints)) + b"".join(map(as_bytes, tensors))  # type: ignore[arg-type, call-overload]
+    request = struct.pack("8q", *map(int, ints)) + b"".join(map(as_bytes, tensors))  # type: ignore[arg-type]
     return Case(weight, x, bias, scalar, request)
 
 
@@ -141,9 +141,9 @@ def weights() -> Iterator[tuple[QuantTensor, str]]:
         scheme = f"w{bits}a{act}_{next(groups)}{zeros}"
         dtype = (torch.float16, torch.float32)[i % 2]
         yield random_weight(scheme, N, K, seed=i, act_order=i % 3 == 0, dtype=dtype), "random"
-    for act in ("8w", "8z", "8o6"):
-        for scheme in (f"w8a{act}_channel", f"w4a{act}_g32_asym", f"w6a{act}_g32"):
-            yield random_weight(scheme, *next(shapes), act_order=True), "outliers" if act == "8o6" else "random"
+    for rounding in ("8w", "8z", "8o6"):
+        for scheme in (f"w8a{rounding}_channel", f"w4a{rounding}_g32_asym", f"w6a{rounding}_g32"):
+            yield random_weight(scheme, *next(shapes), act_order=True), "outliers" if rounding == "8o6" else "random"
     for scheme in ("nf4_g64", "fp4_g32", "mxfp4_g32", "iq4nl_g32", "fp8_channel", "e5m2_g64", "fp8_block128"):
         scales = torch.float8_e8m0fnu if scheme.startswith("mx") else torch.bfloat16
         yield random_weight(scheme, *next(shapes), dtype=scales, act_order=scheme == "nf4_g64"), "random"
