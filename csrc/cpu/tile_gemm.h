@@ -8,11 +8,7 @@
 //   kDecodeVectors[m - 1]: vectors of rows that the decode path works on for m rows of x, at most those of
 //                 tiles_together(m) tiles. A multiplication must wait for the previous one into the same sum (4 to 6
 //                 cycles), so 8 or more sums are kept in flight where there are registers.
-//   kPairs        whether two rows of x are multiplied by two rows of the weight at once, four columns an instruction,
-//                 where there is an even number of rows of x:
-//                 sums of rows r and r + 1 of x are then interleaved by `pair` and taken apart by `part`; `to_rows`
-//                 makes of the operands of two steps those of the lower and of the upper half of a vector's rows, and
-//                 `inputs` that of two rows of x. Sums have the bits of one row of x alone.
+//   kPairs        whether two rows of x are multiplied by two rows of the weight at once: see tile_pairs.h
 // U, an unpacker for V, made of a Call:
 //   Zero          what is subtracted from the codes of one vector of rows, per group
 //   Raw           the bytes of one octet of columns of one vector of rows
@@ -31,8 +27,7 @@
 
 #include "kernels.h"
 #include "rows.h"
-
-#define QK_INLINE inline __attribute__((always_inline))
+#include "tile_pairs.h"
 
 namespace qkernels::cpu {
 namespace {
@@ -109,32 +104,6 @@ QK_INLINE typename U::Raw load_octet(const uint8_t* codes, int64_t octet) {
   return U::load(codes - i * U::kOctetBytes, i);
 }
 
-// An octet of columns in pairs (V::kPairs): rows of x as `accumulate` has them.
-template <class V, class U, int kVectors, int kTokens, int kPointers>
-QK_INLINE void add_pairs(const U& unpacker, const typename U::Zero* zero, const typename U::Raw (&raw)[kVectors],
-                         const typename V::X* (&rows)[kPointers], int64_t x_stride,
-                         typename V::Sum (&acc)[kTokens][kVectors]) {
-#pragma GCC unroll 4
-  for (int s = 0; s < kOctet / V::kStep; s += 2) {
-    typename V::Weight low[kVectors], high[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      low[v] = unpacker.value(raw[v], s, zero[v]), high[v] = unpacker.value(raw[v], s + 1, zero[v]);
-      V::to_rows(low[v], high[v]);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kTokens; r += 2) {
-      const typename V::X* row = rows[r / 4] + (r % 4) * x_stride + s * V::kStep;
-      const typename V::Input input = V::inputs(row, row + x_stride);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        acc[r][v] = V::multiply_add_rows(acc[r][v], low[v], input);
-        acc[r + 1][v] = V::multiply_add_rows(acc[r + 1][v], high[v], input);
-      }
-    }
-  }
-}
-
 // acc[r][v] += weights of vector v times row r of x, over `octets` octets of columns, from octet `first` of the tiles
 // on.
 template <class V, class U, int kVectors, int kTokens>
@@ -165,7 +134,7 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const
       raw[v] = load_octet<U>(codes + (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes, first + o);
     }
     if constexpr (kPairs) {
-      add_pairs<V, U, kVectors, kTokens>(unpacker, zero, raw, rows, x_stride, acc);
+      add_pairs<V, U, kSteps>(unpacker, zero, raw, rows, x_stride, acc);
     } else {
 #pragma GCC unroll 8
       for (int s = 0; s < kSteps; ++s) {

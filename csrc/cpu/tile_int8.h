@@ -13,7 +13,7 @@
 //   look_up(table, indices)          bytes of a table of 16
 //   widen_bytes   consecutive bytes as int32, one a row
 //   kPairs        whether two rows of x meet two rows of the weight, eight columns an instruction, where there is an
-//                 even number of rows of x: `pair` and `part` as in tile_gemm.h, and
+//                 even number of rows of x: `pair` and `part` as in tile_pairs.h, and
 //   multiply_pairs(a, b, first, second, x0, x1)  adds octets x0 and x1 of two rows of x, times bytes that are unsigned,
 //                 to the sums a and b of both
 #pragma once

@@ -3,7 +3,8 @@
 With u = 2^-24, one y[m, n] is computed in fp32 as follows. Columns are summed in runs of at most 128 (`kRun`), each run's sum is
 scaled and added to the total; floating zeros add rest * sum(x) per group, then comes the bias. A term meets at most
 
-    n          roundings inside its run (a fused multiply-add rounds once; the scalar code rounds product and sum: n + 1)
+    n          roundings inside its run (a fused multiply-add rounds once; the scalar code rounds product and sum: n + 1;
+               aarch64's bfdot the sum of each two products, and adding that, to odd and so by up to 2 u: n + 1 where n is odd)
     1          for the scale (0 if fused)
     R          additions into the total, R = number of runs
     G          more where zeros are floating, and 2 for rest

@@ -110,56 +110,62 @@ def case_of(weight: QuantTensor, buffers: tuple[object, ...], layout: str, x: Te
     scalar = getattr(torch.ops.qkernels, f"gemm_{layout}")(x, *buffers)
     tensors, numbers = (x, *buffers[:7]), buffers[7:]
     ints = [layout == "cpu_tile_a8", *numbers, *[0] * (7 - len(numbers))]
-    request = struct.pack("8q", *map(int, ints)) + b"".join(map(as_bytes, tensors))  # type: ignore[arg-type, call-overload]
+    request = struct.pack("8q", *map(int, ints)) + b"".join(map(as_bytes, tensors))  # type: ignore[arg-type]
     return Case(weight, x, bias, scalar, request)
 
 
-def cases_of(weight: QuantTensor, dtypes: tuple[torch.dtype, ...], whole: bool = False) -> Iterator[Case]:
-    """Every number of tokens; `whole`: x of integers, which int8 holds as they are."""
+def cases_of(weight: QuantTensor, dtypes: tuple[torch.dtype, ...], kind: str = "random") -> Iterator[Case]:
+    """Every number of tokens. `kind` of x: "random", with "outliers" in a column, "whole" numbers, which int8 holds as they are,
+    or the "most" that it holds."""
     layout = "cpu_tile_a16" if weight.scheme.act is None else "cpu_tile_a8"
-    bias = random(weight.N, dtype=torch.float32, seed=4)
+    M, K = TOKENS[-1], weight.K
+    bias = integers(weight.N) if kind == "whole" else random(weight.N, dtype=torch.float32, seed=4)
     for dtype in dtypes:
-        x = integers(TOKENS[-1], weight.K, dtype=dtype) if whole else random(TOKENS[-1], weight.K, dtype=dtype, seed=1)
-        if whole:
-            x[:, weight.K // 2] = 127
-        _, *buffers = arguments(weight, x, integers(weight.N) if whole else bias, layout)
-        for M in TOKENS:
-            yield case_of(weight, tuple(buffers), layout, x[:M], integers(weight.N) if whole else bias)
+        x = integers(M, K, dtype=dtype) if kind == "whole" else random(M, K, dtype=dtype, seed=1)
+        if kind in ("whole", "outliers"):
+            x[:, K // 2] = 127 if kind == "whole" else 9.5
+        if kind == "most":
+            x = torch.tensor([-127.5, 127.5]).to(dtype).repeat(M)[:M, None].expand(M, K)
+        _, *buffers = arguments(weight, x, bias, layout)
+        for tokens in TOKENS:
+            yield case_of(weight, tuple(buffers), layout, x[:tokens], bias)
 
 
-def weights() -> Iterator[tuple[QuantTensor, bool]]:
-    """A weight of every kind, in shapes in turn; and whether inputs are to be exact."""
+def weights() -> Iterator[tuple[QuantTensor, str]]:
+    """A weight of every kind, in shapes in turn; and the kind of its x."""
     shapes = itertools.cycle(SHAPES)
     groups = itertools.cycle(("g8", "g32", "channel", "g128", "g24"))
     kinds = itertools.product((16, 8), range(2, 9), ("", "_asym", "_fzero", "_offset"))
     for i, (act, bits, zeros) in enumerate(kinds):
         N, K = next(shapes)
         scheme = f"w{bits}a{act}_{next(groups)}{zeros}"
-        yield (
-            random_weight(scheme, N, K, seed=i, act_order=i % 3 == 0, dtype=(torch.float16, torch.float32)[i % 2]),
-            False,
-        )
-    for act in ("8w", "8z", "8o6"):
-        for scheme in (f"w8a{act}_channel", f"w4a{act}_g32_asym", f"w6a{act}_g32"):
-            yield random_weight(scheme, *next(shapes), act_order=True), False
+        dtype = (torch.float16, torch.float32)[i % 2]
+        yield random_weight(scheme, N, K, seed=i, act_order=i % 3 == 0, dtype=dtype), "random"
+    for rounding in ("8w", "8z", "8o6"):
+        for scheme in (f"w8a{rounding}_channel", f"w4a{rounding}_g32_asym", f"w6a{rounding}_g32"):
+            yield random_weight(scheme, *next(shapes), act_order=True), "outliers" if rounding == "8o6" else "random"
     for scheme in ("nf4_g64", "fp4_g32", "mxfp4_g32", "iq4nl_g32", "fp8_channel", "e5m2_g64", "fp8_block128"):
         scales = torch.float8_e8m0fnu if scheme.startswith("mx") else torch.bfloat16
-        yield random_weight(scheme, *next(shapes), dtype=scales, act_order=scheme == "nf4_g64"), False
+        yield random_weight(scheme, *next(shapes), dtype=scales, act_order=scheme == "nf4_g64"), "random"
     for scheme in ("iq4nl_g32_a8", "mxfp4_g32_a8"):
-        yield random_weight(scheme, *next(shapes), dtype=torch.float8_e4m3fn), False
-    for scheme in [spelling for kind in FACTORS.values() for spelling in kind.spelling]:
+        yield random_weight(scheme, *next(shapes), dtype=torch.float8_e4m3fn), "random"
+    for scheme in ("w4a8_channel", "w6a8w_channel", "w8a8_channel", "w8a8w_channel", "iq4nl_g32_a8", "iq4nl_g32_a8w"):
+        weight = random_weight(scheme, 33, 264)
+        for code in (0, weight.scheme.max_code):
+            yield replace(weight, codes=torch.full_like(weight.codes, code)), "most"
+    for scheme in [spelling for factors in FACTORS.values() for spelling in factors.spelling]:
         for K in (75, 520):
-            yield random_weight(scheme, 70, K, seed=K, act_order=K == 520), False
-            waits = scheme.startswith("nv")
-            yield random_weight(f"{scheme}_a8", 70, K, seed=K, act_order=K == 520, exact=waits), waits
+            yield random_weight(scheme, 70, K, seed=K, act_order=K == 520), "random"
+            kind = "whole" if scheme.startswith("nv") else "random"
+            yield random_weight(f"{scheme}_a8", 70, K, seed=K, act_order=K == 520, exact=kind == "whole"), kind
 
 
 def all_cases() -> list[Case]:
     cases: list[Case] = []
-    for i, (weight, whole) in enumerate(weights()):
+    for i, (weight, kind) in enumerate(weights()):
         other = (torch.float32, torch.float16)[i % 2]
         dtypes = (torch.bfloat16, other) if weight.scheme.act is None else ((torch.bfloat16, other)[i % 3 > 0],)
-        cases += cases_of(weight, dtypes, whole)
+        cases += cases_of(weight, dtypes, kind)
     return cases
 
 
@@ -271,7 +277,7 @@ def test_what_runs_on_torch_compiles(tmp_path: Path) -> None:
 
 @pytest.mark.large
 def test_as_shipped(tmp_path: Path) -> None:
-    """With the optimization of setup.py: the same comparisons, and the edge shapes of test_sanitizers (five minutes)."""
+    """With the optimization of setup.py: the same comparisons, and test_sanitizers' edge shapes (three minutes of one core)."""
     sources = [CSRC / "cpu" / f"{name}.cpp" for name in (*PRODUCTS, "experts")]
     drivers = [Path(__file__).parent / f"{name}.cpp" for name in ("products", "edge_shapes")]
     objects = build(tmp_path, [*sources, *drivers], "-O3", "-fwrapv", "-fPIC", "-Werror")
