@@ -21,7 +21,7 @@ from ..models.linears import check_unscaled
 from ..nn import QuantExperts, QuantLinear
 from ..nn.embedding import plain_embeddings
 from ..nn.experts import rows_in_halves
-from ..reports import carry_report, readable_size
+from ..reports import carry_report
 from ..storage import CONFIG, atomic_directory, copy_side_files, read_from
 from ..storage.gguf import gguf_at
 from ..tensor import QuantTensor
@@ -68,12 +68,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], format: str = "nat
 
 def write_model(model: nn.Module, directory: Path, format: str) -> None:
     """`save` into an existing directory (see `atomic_directory`)."""
-    with plain_embeddings(model) as sizes:
-        if sizes:
-            log.warning(
-                "%s: packed embeddings are written as floats: %s", directory.name,
-                ", ".join(f"{name} ({readable_size(size)})" for name, size in sizes.items()),
-            )  # fmt: skip
+    with plain_embeddings(model):
         _write_model(model, directory, format)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import ArgumentError
 from ..layouts import get_layout
+from ..reports import readable_size
 from .linear import QuantLinear
 from .modules import names_of_modules, set_module
+
+log = logging.getLogger(__name__)
 
 _AT_ONCE: Final = 64  # tiles that are decoded together: 8 MiB of 32 rows of 2048 in 16 bits
 
@@ -118,9 +122,9 @@ def scale_of(module: nn.Module) -> Tensor | None:
 
 
 @contextmanager
-def plain_embeddings(model: nn.Module) -> Iterator[dict[str, int]]:
+def plain_embeddings(model: nn.Module) -> Iterator[None]:
     """For a while, packed embeddings (and heads that are one with them) are floats in the dtype of the model, as files of other
-    formats have them. Yields the bytes of each."""
+    formats have them, which a warning says."""
     names = names_of_modules(model)
     swapped: dict[str, nn.Module] = {}
     sizes: dict[str, int] = {}
@@ -140,7 +144,10 @@ def plain_embeddings(model: nn.Module) -> Iterator[dict[str, int]]:
                     set_module(model, other, head)
             swapped[name] = module
             set_module(model, name, floats)
-        yield sizes
+        if sizes:
+            named = ", ".join(f"{name} ({readable_size(size)})" for name, size in sizes.items())
+            log.warning("packed embeddings are written as floats: %s", named)
+        yield
     finally:
         for name, module in swapped.items():
             set_module(model, name, module)

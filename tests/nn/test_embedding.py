@@ -163,12 +163,13 @@ def test_a_loaded_model_keeps_it_packed(
     assert inspect(files[name]).to_json()
 
 
-def test_save_pretrained_and_adapters(files: dict[str, Path], tmp_path: Path) -> None:
+def test_save_pretrained_and_adapters(files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import qkernels.integrations.transformers  # noqa: F401
 
     model = load(files["tied"], dtype="float32")
     expected = logits(model)
     model.save_pretrained(tmp_path / "hf")
+    assert "packed embeddings are written as floats: model.embed_tokens" in caplog.text
     assert isinstance(model.get_input_embeddings(), QuantEmbedding) and torch.equal(logits(model), expected)
     torch.testing.assert_close(logits(load(tmp_path / "hf", dtype="float32")), expected, rtol=1e-5, atol=1e-5)
     peft = pytest.importorskip("peft")
