@@ -191,7 +191,11 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
       if constexpr (is_coded(F::kCoding)) outer_factors_of(p.weight, n).apply(low, high);
       if (!all_finite(low, high))
         sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, p.x, token, n, block, low, high);
-      store_part<typename F::T>(p.out, columns_of(p.out, n), blockIdx.y, gridDim.y, token, low, high);
+      if (gridDim.y == 1) {
+        store_y<typename F::T>(p.out, columns_of(p.out, n), token, low, high);
+      } else {
+        store_partial(p.out, blockIdx.y, token, n, low, high);
+      }
     }
   }
 }

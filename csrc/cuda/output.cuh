@@ -77,6 +77,12 @@ QK_DEVICE void store_y(const Output& out, const Columns& columns, int m, float l
   }
 }
 
+// Two columns of one of several parts of K.
+QK_DEVICE void store_partial(const Output& out, int split, int m, int n, float low, float high) {
+  float* to = out.partial + (static_cast<int64_t>(split) * out.M + m) * out.N_pad + n;
+  store_global8(to, {{float_to_bits(low), float_to_bits(high)}});
+}
+
 // The same for one of `splits` parts of K.
 template <class T>
 QK_DEVICE void store_part(const Output& out, const Columns& columns, int split, int splits, int m, float low,
@@ -84,8 +90,7 @@ QK_DEVICE void store_part(const Output& out, const Columns& columns, int split, 
   if (splits == 1) {
     store_y<T>(out, columns, m, low, high);
   } else {
-    float* to = out.partial + (static_cast<int64_t>(split) * out.M + m) * out.N_pad + columns.n;
-    store_global8(to, {{float_to_bits(low), float_to_bits(high)}});
+    store_partial(out, split, m, columns.n, low, high);
   }
 }
 
