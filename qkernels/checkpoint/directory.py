@@ -161,7 +161,7 @@ class DirectoryCheckpoint:
         """None: files of these formats keep embeddings in floats."""
         return ()
 
-    def embedding(self, name: str) -> Parsed:
+    def embedding(self, name: str) -> Iterator[QuantTensor]:
         """Of none."""
         raise CheckpointError(f"{name} is no quantized embedding of {self.path}")
 

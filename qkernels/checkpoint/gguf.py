@@ -35,6 +35,9 @@ from ..texts import load_tokenizer
 
 log = logging.getLogger(__name__)
 
+_WEIGHTS_AT_ONCE: Final = 2**22  # of an embedding
+_TILE: Final = 64  # rows, of the largest tile of any layout
+
 
 def _not_parsed(module: str, tensors: Mapping[str, Tensor], config: Config) -> Parsed:
     raise CheckpointError(f"{module}: GGUF blocks are read by GgufCheckpoint")
@@ -129,12 +132,13 @@ class GgufCheckpoint:
             return Parsed(QuantTensor.stack([parsed.weight for parsed in self._experts(names)]))
         return Parsed(self._weight(names[0]))
 
-    def _weight(self, name: str, expert: int | None = None) -> QuantTensor:
+    def _weight(self, name: str, part: int | slice | None = None) -> QuantTensor:
+        """A whole weight, an expert of a stack, or some rows of a weight whose rows lie as the file has them."""
         place, kind = self.places[name], self.source.entry(name).type.name
         scale = None if place.scale is None else self.source.read(place.scale)
         blocks = self.source.blocks(name)
         with naming(name):
-            return weight_of(place.rows(blocks if expert is None else blocks[expert]), kind, scale)
+            return weight_of(place.rows(blocks if part is None else blocks[part]), kind, scale)
 
     @property
     def stacks(self) -> Collection[str]:
@@ -160,13 +164,17 @@ class GgufCheckpoint:
     def _is_packed_embedding(self, spelled: str) -> bool:
         return self.places[spelled].kind == "embedding" and _is_exact(self.source.entry(spelled), self.places[spelled])
 
-    def embedding(self, name: str) -> Parsed:
-        """Equal bit for bit to what `read` makes of it.
+    def embedding(self, name: str) -> Iterator[QuantTensor]:
+        """Equal bit for bit to what `read` makes of it: unpacked, 4-bit codes alone are twice the file's bytes.
 
         Raises:
             CheckpointError: as `weight`.
         """
-        return Parsed(self._weight(self.spelled[name][0]))
+        spelled = self.spelled[name][0]
+        vocabulary, columns = self.source.entry(spelled).shape
+        rows = max(1, _WEIGHTS_AT_ONCE // max(columns, 1) // _TILE) * _TILE
+        for first in range(0, vocabulary, rows):
+            yield self._weight(spelled, slice(first, first + rows))
 
     def with_activations_of_the_file(self) -> GgufCheckpoint:
         """Itself: these files say nothing of activations."""

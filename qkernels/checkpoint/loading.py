@@ -196,15 +196,16 @@ def _pack_embedding(
         return slots, "the model has no embedding there, or one that is tied to something else than a head"
     if any(place(other) != place(module) for other in others):
         return slots, "its head is on another device"
+    wanted, got = [source.num_embeddings, source.embedding_dim], list(checkpoint.shape(name))
+    if wanted != got:
+        raise CheckpointError(f"{name}: the model needs a weight {wanted}, got {got}")
     try:
         scale = scale_of(source)
-        weight = checkpoint.embedding(name).weight
-        table = QuantLinear.from_quant_tensor(weight, None, place(module), dtype, on_unsupported)
+        table = QuantLinear.from_parts(
+            checkpoint.embedding(name), checkpoint.shape(name)[0], place(module), dtype, on_unsupported
+        )
     except (ArgumentError, UnsupportedProblem) as error:
         return slots, str(error)
-    if [source.num_embeddings, source.embedding_dim] != [weight.N, weight.K]:
-        wanted = [source.num_embeddings, source.embedding_dim]
-        raise CheckpointError(f"{name}: the model needs a weight {wanted}, got {[weight.N, weight.K]}")
     set_module(model, module, QuantEmbedding(table, scale))
     for other in others:
         set_module(model, other, table)

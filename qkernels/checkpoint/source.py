@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..formats import Format, Oddity, Parsed
 from ..storage.gguf import gguf_at
+from ..tensor import QuantTensor
 from .directory import DirectoryCheckpoint
 from .gguf import GgufCheckpoint
 
@@ -63,8 +64,8 @@ class Checkpoint(Protocol):
     def embeddings(self) -> Collection[str]:
         """Weights of embeddings, among `names`, whose quantized form `embedding` gives, too."""
 
-    def embedding(self, name: str) -> Parsed:
-        """The weight `[vocabulary, K]` of an embedding, quantized."""
+    def embedding(self, name: str) -> Iterator[QuantTensor]:
+        """The weight `[vocabulary, K]` of an embedding, quantized, some rows after others."""
 
     def with_activations_of_the_file(self) -> Checkpoint:
         """The same checkpoint, whose weights run with the activations that it asks for; `weight` raises where no kernel has

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -98,17 +100,62 @@ class QuantLinear(PackedModule):
             dtype = bias.dtype if bias is not None else scales if scales.itemsize == 2 else torch.get_default_dtype()
         device = torch.device(device) if device is not None else weight.device
         dtype = as_dtype(dtype)
-        problem = Problem(weight.N, weight.K, weight.scheme, dtype, arch_of(device))
-        layer = cls.__new__(cls)  # without empty buffers to be replaced at once
-        nn.Module.__init__(layer)
-        mind_save_pretrained(PackedModule)
-        layer._describe(weight.K, weight.N, weight.scheme, dtype, on_unsupported)
-        layer.layout = select(problem, on_unsupported).layout
+        layer = cls._unpacked(weight.N, weight.K, weight.scheme, device, dtype, on_unsupported)
         with torch.inference_mode(False):  # tensors made in it could neither be trained through nor loaded into outside
             layer._pack(weight, device)
             layer.bias = None
             if bias is not None:
                 layer.bias = nn.Parameter(bias.detach().to(device, dtype).clone(), requires_grad=bias.requires_grad)
+        return layer
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Iterable[QuantTensor],
+        out_features: int,
+        device: torch.device | str,
+        dtype: torch.dtype | str,
+        on_unsupported: OnUnsupported = "raise",
+    ) -> QuantLinear:
+        """`from_quant_tensor` of a weight without bias that comes in parts: one at a time lies unpacked in memory.
+
+        Args:
+            parts: `[n, K]`, rows after rows, of one scheme and without a group index; n a multiple of 64 but for the last.
+            out_features: rows of all.
+            device, dtype, on_unsupported: as there.
+
+        Raises:
+            ArgumentError: there is no part, one is no whole number of the layout's tiles, or their rows are not `out_features`.
+            UnsupportedProblem: no kernel takes the weight.
+        """
+        rest = iter(parts)
+        first = next(rest, None)
+        if first is None:
+            raise ArgumentError(f"a weight of {out_features} rows has no part")
+        device, dtype = torch.device(device), as_dtype(dtype)
+        layer = cls._unpacked(out_features, first.K, first.scheme, device, dtype, on_unsupported)
+        with torch.inference_mode(False):
+            layer._pack_parts(chain([first], rest), device)
+            layer.bias = None
+        return layer
+
+    @classmethod
+    def _unpacked(
+        cls,
+        N: int,
+        K: int,
+        scheme: QuantScheme,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_unsupported: OnUnsupported,
+    ) -> QuantLinear:
+        """A layer that is told what it holds, and has no buffer yet."""
+        problem = Problem(N, K, scheme, dtype, arch_of(device))
+        layer = cls.__new__(cls)  # without empty buffers to be replaced at once
+        nn.Module.__init__(layer)
+        mind_save_pretrained(PackedModule)
+        layer._describe(K, N, scheme, dtype, on_unsupported)
+        layer.layout = select(problem, on_unsupported).layout
         return layer
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -100,6 +100,36 @@ class PackedModule(nn.Module):
     def _pack(self, weight: QuantTensor, device: torch.device) -> None:
         packed = get_layout(self.layout).pack(weight)
         self._set_buffers({name: None if t is None else on_huge_pages(t.to(device)) for name, t in packed.items()})
+
+    def _pack_parts(self, parts: Iterable[QuantTensor], device: torch.device) -> None:
+        """`_pack` of a weight that comes in parts, rows after rows: one at a time lies unpacked in memory."""
+        layout = get_layout(self.layout)
+        tiles = -(-self.out_features // layout.rows_per_tile)
+        whole: dict[str, Tensor | None] = {}
+        done = 0
+        for part in parts:
+            if done % layout.rows_per_tile or done + part.N > self.out_features:
+                raise ArgumentError(
+                    f"parts of a weight of {self.out_features} rows must be whole tiles of {layout.rows_per_tile} rows but for "
+                    f"the last, got {part.N} more after {done}"
+                )
+            made = layout.pack(part)
+            first = done // layout.rows_per_tile
+            for buffer in layout.buffers:
+                t = made[buffer.name]
+                if t is None or not buffer.tiled:
+                    whole[buffer.name] = None if t is None else t.to(device)
+                    continue
+                if done == 0:
+                    empty = torch.empty((tiles, *t.shape[1:]), dtype=t.dtype, device=device)
+                    whole[buffer.name] = on_huge_pages(empty)
+                kept = whole[buffer.name]
+                assert kept is not None
+                kept[first : first + len(t)].copy_(t)
+            done += part.N
+        if done != self.out_features:
+            raise ArgumentError(f"parts of a weight of {self.out_features} rows have only {done} rows")
+        self._set_buffers(whole)
 
     def _empty(self, scale_dtype: torch.dtype, ordered: bool, device: torch.device) -> dict[str, Tensor | None]:
         layout = get_layout(self.layout)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from qkernels import QuantLinear, inspect, load, save
+from qkernels import QuantLinear, QuantTensor, inspect, load, save
 from qkernels.checkpoint import to_gguf
 from qkernels.errors import ArgumentError
 from qkernels.formats.gguf import WRITABLE_TYPES, gguf_blocks, weight_of
@@ -180,3 +180,42 @@ def test_save_pretrained_and_adapters(files: dict[str, Path], tmp_path: Path, ca
     names = [name for name, _ in adapted.named_modules() if name.endswith("lora_A")]
     assert names and not any("embed_tokens" in name or "lm_head" in name for name in names)
     assert torch.equal(logits(adapted), expected)
+
+
+def parts_of(type: str, sizes: tuple[int, ...]) -> list[QuantTensor]:
+    weight = torch.randn(sum(sizes), 256, generator=torch.Generator().manual_seed(2))
+    return [weight_of(blocks, type) for blocks in gguf_blocks(weight, type).split(sizes)]
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q3_K", "Q4_K", "Q8_0", "MXFP4", "IQ4_NL"])
+@pytest.mark.parametrize("sizes", [(64, 128, 7), (5,), (64,), (64, 64)])
+def test_parts_make_the_buffers_of_the_whole(type: str, sizes: tuple[int, ...]) -> None:
+    whole = table_of_parts(parts_of(type, (sum(sizes),)), sum(sizes))
+    layer = table_of_parts(parts_of(type, sizes), sum(sizes))
+    assert (layer.layout, layer.scheme, layer.out_features) == (whole.layout, whole.scheme, sum(sizes))
+    assert layer.packed().keys() == whole.packed().keys()
+    for name, buffer in whole.packed().items():
+        mine = layer.packed()[name]
+        assert (mine is None) == (buffer is None), name
+        if buffer is not None:
+            assert mine.dtype == buffer.dtype and torch.equal(mine.view(torch.uint8), buffer.view(torch.uint8)), name
+    x = torch.randn(3, 256)
+    assert torch.equal(layer(x), QuantLinear.from_quant_tensor(parts_of(type, (sum(sizes),))[0])(x))
+
+
+def table_of_parts(parts: list[QuantTensor], rows: int) -> QuantLinear:
+    return QuantLinear.from_parts(parts, rows, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "message"),
+    [
+        ((5, 64), 69, "whole tiles"),
+        ((64,), 70, "only 64 rows"),
+        ((64, 64), 100, "64 more after 64"),
+        ((), 3, "no part"),
+    ],
+)
+def test_parts_that_are_no_weight(sizes: tuple[int, ...], rows: int, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        table_of_parts(parts_of("Q8_0", sizes) if sizes else [], rows)
