@@ -122,15 +122,20 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   if constexpr (is_coded(F::kCoding)) {
     if (n < p.out.N_pad) outer = outer_factors_of(p.weight, n);
   }
-  uint32_t again = 0;  // a bit for each token with sums that are not finite
+  uint32_t again = 0;  // of this lane: a bit for each token with a sum that is not finite
   turn_around<kWarpTokenTiles>(totals, exchange, p.out, first, n, lane, [&](int m, float low, float high) {
     if constexpr (is_coded(F::kCoding)) outer.apply(low, high);
-    if (!all_finite(low, high)) again |= 1u << (m - first);
+    if (!is_finite(low) || !is_finite(high)) again |= 1u << (m - first);
     store_part<typename F::T>(p.out, columns, split, gridDim.z, m, low, high);
   });
-  for (int m = first; again != 0; ++m, again >>= 1) {
-    if ((again & 1) == 0) continue;
+  // Votes are here and not beside the stores, which lanes past N leave out: nothing has to bring them together 32
+  // times.
+  if (!any_lane(again != 0)) return;
+#pragma unroll 1
+  for (int token = 0; token < kWarpTokens; ++token) {
+    if (!any_lane(again >> token & 1)) continue;
     float low = bits_to_float(kNaN), high = low;
+    const int m = first + token;
     sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, {p.x, p.out.M, p.x_columns, p.x_stride, 1, nullptr}, m, n,
                                                    share, low, high);
     store_part<typename F::T>(p.out, columns, split, gridDim.z, m, low, high);

@@ -164,7 +164,7 @@ inline double wanted_bytes(const Problem& p, const Card& card, const Blocks& b) 
 
 // 64 rows, along the executed path (tools/sass_paths.py; the guard holds some of them):
 // [4 bit, 8 bit][groups of 64 and more, of 32, of 16][8, 16, 32 tokens][group_kind].
-constexpr double kDecodeRounds[2][3][3][3] = {{{{218, 255, 280}, {262, 318, 350}, {442, 442, 527}},
+constexpr double kDecodeRounds[2][3][3][3] = {{{{218, 260, 280}, {262, 318, 350}, {442, 442, 527}},
                                                {{248, 315, 456}, {501, 501, 501}, {919, 919, 919}},
                                                {{664, 664, 664}, {690, 690, 690}, {919, 919, 919}}},
                                               {{{339, 384, 406}, {478, 478, 510}, {587, 587, 672}},

@@ -215,3 +215,48 @@ st.global.v4.b32 [%rd2], {%r8, %r9, %r10, %r11};"""
     assert run_ptx(body, 1024, out) == set()
     thread = np.arange(64) ^ 8  # the matrices went to one another's places
     assert (out.reshape(64, 4) == np.stack([thread, 16 * thread, 0 * thread + 7, thread], axis=1)).all()
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_lanes_that_took_a_way_behind_are_waited_for(gathers: bool) -> None:
+    """Odd lanes do their part behind the meeting place, where the compiler puts what is seldom."""
+    out = np.zeros(256, np.uint32)
+    body = f"""
+.reg .pred %p<4>;
+and.b32 %r2, %r1, 1;
+setp.ne.s32 %p1, %r2, 0;
+@%p1 bra $seldom;
+mov.b32 %r3, 5;
+$meet:
+{"bar.warp.sync -1;" if gathers else ""}
+redux.sync.add.s32 %r4, %r3, -1;
+st.global.v4.b32 [%rd2], {{%r4, 0, 0, 0}};
+ret;
+$seldom:
+mov.b32 %r3, 7;
+bra.uni $meet;"""
+    if not gathers:
+        with pytest.raises(PtxError, match="divergent warp in: redux"):
+            run_ptx(body, 0, out)
+        return
+    run_ptx(body, 0, out)
+    assert (out.reshape(64, 4)[:, 0] == 16 * (5 + 7)).all()
+
+
+def test_lanes_that_never_meet_are_an_error() -> None:
+    body = """
+.reg .pred %p<4>;
+and.b32 %r2, %r1, 1;
+setp.ne.s32 %p1, %r2, 0;
+@%p1 bra $other;
+bar.warp.sync -1;
+ret;
+$other:
+bar.sync 0;"""
+    with pytest.raises(PtxError, match="divergent barrier|wait at bar.warp.sync"):
+        run_ptx(body, 0, np.zeros(256, np.uint32))
+
+
+def test_warps_in_part_do_not_gather() -> None:
+    with pytest.raises(PtxError, match="only whole warps"):
+        run_ptx("bar.warp.sync 15;", 0, np.zeros(256, np.uint32))

@@ -108,6 +108,9 @@ def as_bytes(tensor: Tensor | None) -> bytes:
 def case_of(weight: QuantTensor, buffers: tuple[object, ...], layout: str, x: Tensor, bias: Tensor) -> Case:
     """`buffers`: what `arguments` puts behind x, the bias included."""
     scalar = getattr(torch.ops.qkernels, f"gemm_{layout}")(x, *buffers)
+    if layout == "cpu_tile_a8":  # the static scale of x stands before the bias, and no case has one
+        assert buffers[6] is None
+        buffers = (*buffers[:6], *buffers[7:])
     tensors, numbers = (x, *buffers[:7]), buffers[7:]
     ints = [layout == "cpu_tile_a8", *numbers, *[0] * (7 - len(numbers))]
     request = struct.pack("8q", *map(int, ints)) + b"".join(map(as_bytes, tensors))  # type: ignore[arg-type]

@@ -343,9 +343,14 @@ def run_block(block: Block) -> None:
     counter = np.zeros(block.threads, np.int64)
     alive = block.everyone.copy()
     waiting = np.zeros(block.threads, bool)
+    gathering = np.zeros(block.threads, bool)  # at a bar.warp.sync, until the lanes that took another way are there
     while alive.any():
-        ready = alive & ~waiting
+        if gathering.any():
+            gathering &= ~np.repeat((gathering | ~alive).reshape(-1, LANES).all(axis=1), LANES)
+        ready = alive & ~waiting & ~gathering
         if not ready.any():
+            if gathering.any():
+                raise PtxError("lanes wait at bar.warp.sync for others of their warp, which wait elsewhere")
             waiting[:] = False
             block.shared.epoch += 1
             continue
@@ -369,13 +374,19 @@ def run_block(block: Block) -> None:
             pass
         elif name in ("bar", "barrier"):
             wait_at_barrier(block, op, alive, active)
-            waiting |= active if "warp" not in op.opcode else False
+            if "warp" in op.opcode:
+                gathering |= active
+            else:
+                waiting |= active
         else:
             handlers.get(name, block.compute)(op, active)
 
 
 def wait_at_barrier(block: Block, op: Instruction, alive: Array, active: Array) -> None:
     if op.opcode[:2] == ("bar", "warp"):
+        (members,) = op.operands
+        if not isinstance(members, Constant) or members.bits & 0xFFFFFFFF != 0xFFFFFFFF:
+            raise PtxError(f"only whole warps: {op.text}")
         return
     if "sync" not in op.opcode or op.operands != (Constant(0),):
         raise PtxError(f"unsupported: {op.text}")
