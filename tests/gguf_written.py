@@ -46,6 +46,17 @@ def model_directory(directory: Path) -> Path:
     return directory
 
 
+def moe_directory(directory: Path, layers: int, seed: int) -> Path:
+    """A Qwen3-MoE of four experts, random weights."""
+    torch.manual_seed(seed)
+    model = tiny_model(
+        "qwen3_moe", vocab_size=300, num_hidden_layers=layers, norm_topk_prob=True, num_experts=4, num_experts_per_tok=2
+    )
+    model.save_pretrained(directory)
+    load_tokenizer(FILES / "qwen3.gguf").save_pretrained(directory)
+    return directory
+
+
 def importance_of_model() -> ImportanceFile:
     """Of the matrices in the layers, over four powers of ten."""
     entries = {}

@@ -22,7 +22,7 @@ from qkernels.quantizers import InputStatistics
 from qkernels.storage.gguf import GgufSource
 from qkernels.texts import load_tokenizer
 from tests.gguf_golden import FILES
-from tests.gguf_written import FIELDS
+from tests.gguf_written import FIELDS, moe_directory
 from tests.tiny_models import tiny_model
 
 pytest.importorskip("transformers")
@@ -130,13 +130,7 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_experts_are_calibrated_by_their_tokens(tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    model = tiny_model(
-        "qwen3_moe", vocab_size=300, num_hidden_layers=1, norm_topk_prob=True, num_experts=4, num_experts_per_tok=2
-    )
-    directory = tmp_path / "moe"
-    model.save_pretrained(directory)
-    load_tokenizer(FILES / "qwen3.gguf").save_pretrained(directory)
+    directory = moe_directory(tmp_path / "moe", layers=1, seed=5)
     ids = IDS % load(directory).config.vocab_size
     path = tmp_path / "m.gguf"
     _, report = quantize_gguf(directory, path, "Q4_0", ids, routing="all", **FEW)

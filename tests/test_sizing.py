@@ -17,9 +17,7 @@ from qkernels.errors import ArgumentError
 from qkernels.evaluate import compare
 from qkernels.sizing import Option, cheapest, choose_types, importance_of
 from qkernels.storage.gguf import GgufSource
-from qkernels.texts import load_tokenizer
-from tests.gguf_golden import FILES
-from tests.gguf_written import model_directory
+from tests.gguf_written import model_directory, moe_directory
 from tests.tiny_models import tiny_model
 
 pytest.importorskip("transformers")
@@ -148,13 +146,7 @@ def test_narrow_rows_have_types_of_their_own(tmp_path: Path, source: Path) -> No
 
 def test_experts_get_types_gate_and_up_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Packed when loaded, since gate and up of a layer have one type; and none of them lacks importance."""
-    torch.manual_seed(2)
-    model = tiny_model(
-        "qwen3_moe", vocab_size=300, num_hidden_layers=2, norm_topk_prob=True, num_experts=4, num_experts_per_tok=2
-    )
-    directory = tmp_path / "moe"
-    model.save_pretrained(directory)
-    load_tokenizer(FILES / "qwen3.gguf").save_pretrained(directory)
+    directory = moe_directory(tmp_path / "moe", layers=2, seed=2)
     ids = IDS % load(directory).config.vocab_size
     whole = to_gguf(directory, tmp_path / "whole.gguf", "Q8_0").file_nbytes
     found = choose_types(directory, int(0.9 * whole), ids)

@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
     if (!is_finite(low) || !is_finite(high)) again |= 1u << (m - first);
     store_part<typename F::T>(p.out, columns, split, gridDim.z, m, low, high);
   });
-  // Votes are here and not beside the stores, which lanes past N leave out: nothing has to bring them together 32
-  // times.
+  // Votes are here and not beside the stores, which lanes past N leave out: nothing has to bring them together again
+  // for each token.
   if (!any_lane(again != 0)) return;
 #pragma unroll 1
   for (int token = 0; token < kWarpTokens; ++token) {

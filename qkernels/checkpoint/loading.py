@@ -201,9 +201,7 @@ def _pack_embedding(
         raise CheckpointError(f"{name}: the model needs a weight {wanted}, got {got}")
     try:
         scale = scale_of(source)
-        table = QuantLinear.from_parts(
-            checkpoint.embedding(name), checkpoint.shape(name)[0], place(module), dtype, on_unsupported
-        )
+        table = QuantLinear.from_parts(checkpoint.embedding(name), got[0], place(module), dtype, on_unsupported)
     except (ArgumentError, UnsupportedProblem) as error:
         return slots, str(error)
     set_module(model, module, QuantEmbedding(table, scale))
