@@ -129,6 +129,15 @@ inline std::string wrong_act(const Arguments& a, Rounding last) {
   return text("act must be 1 to ", static_cast<int64_t>(last), ", got ", a.act);
 }
 
+// Whether scale and zero point of x are given where they are wanted.
+inline std::string wrong_static(const Arguments& a) {
+  const bool wanted = is_static(static_cast<Rounding>(a.act));
+  const Buffer* b = a.x_static;
+  if (b == nullptr ? !wanted : wanted && b->type == Type::kFloat && has_shape(*b, {2}) && b->contiguous) return "";
+  return text("x_static must be ", wanted ? "contiguous float32 [2]" : "None", " for act=", a.act, ", got ",
+              b == nullptr ? "None" : described(*b));
+}
+
 inline std::string wrong_bias(const Arguments& a) {
   if (a.bias == nullptr || (is_floating(a.bias->type) && has_shape(*a.bias, {a.out_features}))) return "";
   return text("bias must be floating [N] = [", a.out_features, "], got ", described(*a.bias));

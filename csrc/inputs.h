@@ -38,23 +38,13 @@ Tensor product_op(const Tensor& x, const Tensor& qweight, const Tensor& scales, 
              zeros_are_offsets, codebook, factors});
 }
 
-// The same of layouts for int8 activations, which have one number more.
+// The same of layouts for int8 activations, which have a buffer and a number more.
 template <Tensor (*op)(const Inputs&)>
 Tensor product_op_a8(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
                      const OptionalTensor& k_order, const OptionalTensor& outer_scales,
-                     const OptionalTensor& outer_zeros, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-                     int64_t group_size, bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t act) {
-  return op({&x, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits, group_size,
-             zeros_are_offsets, codebook, factors, act});
-}
-
-// The same of those that take static activations, which have one buffer more.
-template <Tensor (*op)(const Inputs&)>
-Tensor product_op_static(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
-                         const OptionalTensor& k_order, const OptionalTensor& outer_scales,
-                         const OptionalTensor& outer_zeros, const OptionalTensor& x_static, const OptionalTensor& bias,
-                         int64_t out_features, int64_t bits, int64_t group_size, bool zeros_are_offsets,
-                         int64_t codebook, int64_t factors, int64_t act) {
+                     const OptionalTensor& outer_zeros, const OptionalTensor& x_static, const OptionalTensor& bias,
+                     int64_t out_features, int64_t bits, int64_t group_size, bool zeros_are_offsets, int64_t codebook,
+                     int64_t factors, int64_t act) {
   return op({&x, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits, group_size,
              zeros_are_offsets, codebook, factors, act, &x_static});
 }
@@ -74,12 +64,12 @@ Tensor dequantize_op(const Tensor& qweight, const Tensor& scales, const Optional
 template <Tensor (*op)(const Inputs&, int64_t in_features, ScalarType dtype)>
 Tensor dequantize_op_a8(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
                         const OptionalTensor& k_order, const OptionalTensor& outer_scales,
-                        const OptionalTensor& outer_zeros, int64_t out_features, int64_t in_features, int64_t bits,
-                        int64_t group_size, bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t act,
-                        ScalarType dtype) {
+                        const OptionalTensor& outer_zeros, const OptionalTensor& x_static, int64_t out_features,
+                        int64_t in_features, int64_t bits, int64_t group_size, bool zeros_are_offsets, int64_t codebook,
+                        int64_t factors, int64_t act, ScalarType dtype) {
   const OptionalTensor no_bias;
   return op({nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, no_bias, out_features, bits,
-             group_size, zeros_are_offsets, codebook, factors, act},
+             group_size, zeros_are_offsets, codebook, factors, act, &x_static},
             in_features, dtype);
 }
 

@@ -52,6 +52,6 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   using namespace qkernels;
   m.impl("gemm_cpu_tile_a16", TORCH_BOX(&product_op<cpu::gemm_cpu_tile<false>>));
   m.impl("gemv_cpu_tile_a16", TORCH_BOX(&product_op<cpu::gemv_cpu_tile<false>>));
-  m.impl("gemm_cpu_tile_a8", TORCH_BOX(&product_op_static<cpu::gemm_cpu_tile<true>>));
-  m.impl("gemv_cpu_tile_a8", TORCH_BOX(&product_op_static<cpu::gemv_cpu_tile<true>>));
+  m.impl("gemm_cpu_tile_a8", TORCH_BOX(&product_op_a8<cpu::gemm_cpu_tile<true>>));
+  m.impl("gemv_cpu_tile_a8", TORCH_BOX(&product_op_a8<cpu::gemv_cpu_tile<true>>));
 }

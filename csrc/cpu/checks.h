@@ -72,18 +72,6 @@ inline std::string wrong_factors(const Arguments& a, Shape groups, Shape outer, 
   return "";
 }
 
-// Whether scale and zero point of x are given where they are wanted.
-inline std::string wrong_static(const Arguments& a) {
-  const bool wanted = is_static(static_cast<Rounding>(a.act));
-  const Buffer* b = a.x_static;
-  const bool fits = b == nullptr
-                        ? !wanted
-                        : wanted && b->type == Type::kFloat && has_shape(*b, {2}) && b->contiguous && b->device < 0;
-  if (fits) return "";
-  return text("x_static must be ", wanted ? "contiguous float32 [2]" : "None", " for act=", a.act, ", got ",
-              b == nullptr ? "None" : described(*b));
-}
-
 inline std::string wrong_product(const Arguments& a, bool int8_activations) {
   if (a.x.dims != 2 || !is_floating(a.x.type)) {
     return text("x must be float32, bfloat16 or float16 [M, K], got ", described(a.x));
@@ -96,6 +84,9 @@ inline std::string wrong_product(const Arguments& a, bool int8_activations) {
   if (int8_activations) {
     if (const auto wrong = wrong_act(a, Rounding::kStaticZero); !wrong.empty()) return wrong;
     if (const auto wrong = wrong_static(a); !wrong.empty()) return wrong;
+    if (a.x_static != nullptr && a.x_static->device >= 0) {
+      return text("x_static must be on the CPU like qweight, got cuda:", a.x_static->device);
+    }
   }
   if (a.factors < 0 || a.factors >= static_cast<int64_t>(Factors::kCount)) {
     return text("factors must be 0 to ", static_cast<int64_t>(Factors::kCount) - 1, ", got ", a.factors);

@@ -85,7 +85,7 @@ Device checked_device() {
 Problem problem_of(const Call& call, const Device& device, int64_t bits, int act_bits) {
   Clusters clusters{};
   check(clusters_of(device, &clusters), "cudaOccupancyMaxActiveClusters");
-  return problem_of(call.weight, call.x.M, static_cast<int>(bits), act_bits, call.type == Type::kHalf,
+  return problem_of(call.weight, rows_a8(call), static_cast<int>(bits), act_bits, call.type == Type::kHalf,
                     is_aligned(call.x), device, clusters);
 }
 
@@ -145,6 +145,7 @@ Tensor product(const Inputs& in, const Arguments& a, Launch launch) {
   const Weight w = weight_of(a, a.x.sizes[1]);
   Call call{};
   call.weight = w, call.type = a.x.type, call.rounding = static_cast<Rounding>(a.act);
+  if (a.x_static != nullptr) call.x_static = static_cast<const float*>(a.x_static->data);
   call.x = {static_cast<const uint16_t*>(a.x.data),
             static_cast<int>(a.x.sizes[0]),
             w.K,
@@ -210,12 +211,13 @@ Tensor gemm_mma_tile_a8(const Inputs& in) {
 // that does not exist is an error. The instances of sm_90a are traps in the code of every other card.
 Tensor multiply_as(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
                    const OptionalTensor& k_order, const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros,
-                   const OptionalTensor& bias, int64_t out_features, int64_t bits, int64_t group_size,
-                   bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t act, int64_t path, int64_t tokens,
-                   int64_t warps_n, int64_t warps_k, int64_t splits, bool half_accumulate, int64_t stages) {
-  const Inputs in{&x,           qweight,           scales,   zeros,        k_order,
-                  outer_scales, outer_zeros,       bias,     out_features, bits,
-                  group_size,   zeros_are_offsets, codebook, factors,      act};
+                   const OptionalTensor& x_static, const OptionalTensor& bias, int64_t out_features, int64_t bits,
+                   int64_t group_size, bool zeros_are_offsets, int64_t codebook, int64_t factors, int64_t act,
+                   int64_t path, int64_t tokens, int64_t warps_n, int64_t warps_k, int64_t splits, bool half_accumulate,
+                   int64_t stages) {
+  const Inputs in{&x,          qweight, scales,       zeros,    k_order,    outer_scales,
+                  outer_zeros, bias,    out_features, bits,     group_size, zeros_are_offsets,
+                  codebook,    factors, act,          &x_static};
   const Plain plain(in);
   refuse(wrong_product(plain.arguments));
   auto number = [](int64_t v) { return static_cast<int>(v); };
@@ -263,7 +265,8 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
 STABLE_TORCH_LIBRARY(qkernels_forced, m) {
   m.def(
       "multiply(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? k_order, Tensor? outer_scales, "
-      "Tensor? outer_zeros, Tensor? bias, int out_features, int bits, int group_size, bool zeros_are_offsets, "
+      "Tensor? outer_zeros, Tensor? x_static, Tensor? bias, int out_features, int bits, int group_size, bool "
+      "zeros_are_offsets, "
       "int codebook, int factors, int act, int path, int tokens, int warps_n, int warps_k, int splits, bool "
       "half_accumulate, "
       "int stages) -> Tensor");

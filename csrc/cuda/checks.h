@@ -110,7 +110,11 @@ inline std::string wrong_a8(const Arguments& a) {
   if (a.zeros != nullptr) return "gemm_mma_tile_a8 takes symmetric weights: zeros must be None";
   const int64_t K = a.x.sizes[1];
   const Weight w = make_weight(a.out_features, K, static_cast<int>(a.bits), a.group_size);
-  if (const auto wrong = wrong_act(a, Rounding::kWide); !wrong.empty()) return wrong;
+  if (const auto wrong = wrong_act(a, Rounding::kStaticZero); !wrong.empty()) return wrong;
+  if (const auto wrong = wrong_static(a); !wrong.empty()) return wrong;
+  if (const Buffer* b = a.x_static; b != nullptr && b->device != a.qweight.device) {
+    return text("x_static must be on cuda:", a.qweight.device, " like qweight, got ", place_of(*b));
+  }
   const int64_t most = kMostGroupColumnsA8 - (reaches_128(static_cast<Rounding>(a.act)) ? 1 : 0);
   if (w.groups_per_step <= 2 && int64_t{w.steps_per_group} * kStepColumns <= most) return "";
   return text("gemm_mma_tile_a8 takes groups of 32 to ", most, " columns, got group_size=", a.group_size, ", K=", K);

@@ -141,10 +141,10 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   const uint32_t exchange = stages + warp * exchange_bytes(8);
   const int n = (strip0 + warp_n) * kStripRows + 2 * lane;
   const Columns columns = columns_of(p.out, n);
-  turn_around<kTokenTilesA8>(
-      totals, exchange, p.out, m0 + warp_m * kWarpTokensA8, n, lane, [&](int m, float low, float high) {
-        store_a8(p, columns, split, gridDim.z, m, low, high, bits_to_float(load_global4(p.x_scales + m)));
-      });
+  turn_around<kTokenTilesA8>(totals, exchange, p.out, m0 + warp_m * kWarpTokensA8, n, lane,
+                             [&](int m, float low, float high) {
+                               store_a8(p, columns, split, m, low, high, bits_to_float(load_global4(p.x_scales + m)));
+                             });
 }
 
 }  // namespace qkernels::cuda

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kConsumersA8 + 128, 1) gemm_a8_wgmma(const __g
       const float x_scale = bits_to_float(shuffle(x_scales, i));
       if (token < kTokens && m < p.out.M && n < p.out.N_pad) {
         const Words2 v = load_shared8(exchange + (token * kExchangeRow + 2 * lane) * 4);
-        store_a8(p, columns, split, gridDim.z, m, bits_to_float(v.word[0]), bits_to_float(v.word[1]), x_scale);
+        store_a8(p, columns, split, m, bits_to_float(v.word[0]), bits_to_float(v.word[1]), x_scale);
       }
     }
   }

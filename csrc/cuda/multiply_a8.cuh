@@ -28,6 +28,7 @@ struct GemmA8Arguments {
   bool half;        // type of y
   int shift;        // 8 - bits
   int strip_bytes;  // of a stage: codes and scales of one strip
+  int parts;        // of K; 1: y is written, else partial sums are. 0: one part, whose sums are left, too
 };
 
 // A lane's codes of 32 columns. Four a register, row r in a[0] and a[2], row r + 8 in a[1] and a[3]; a[2] and a[3] are
@@ -49,14 +50,14 @@ QK_DEVICE void unpack_a8(const uint32_t (&first)[kWidth / 4], const uint32_t (&s
   }
 }
 
-// Two columns of y for token m, of one of `splits` parts of K, from totals that lack the token's scale.
-QK_DEVICE void store_a8(const GemmA8Arguments& p, const Columns& columns, int split, int splits, int m, float low,
-                        float high, float x_scale) {
+// Two columns of y for token m, of one of the parts of K, from totals that lack the token's scale.
+QK_DEVICE void store_a8(const GemmA8Arguments& p, const Columns& columns, int split, int m, float low, float high,
+                        float x_scale) {
   low = multiply_rounded(low, x_scale), high = multiply_rounded(high, x_scale);
   if (p.half) {
-    store_part<Half>(p.out, columns, split, splits, m, low, high);
+    store_part<Half>(p.out, columns, split, p.parts, m, low, high);
   } else {
-    store_part<BFloat16>(p.out, columns, split, splits, m, low, high);
+    store_part<BFloat16>(p.out, columns, split, p.parts, m, low, high);
   }
 }
 

@@ -161,6 +161,7 @@ struct Call {
   Output out;
   Type type;                            // of x and y: kHalf or kBFloat16
   Rounding rounding = Rounding::kNone;  // of x, where it is quantized to int8
+  const float* x_static = nullptr;      // scale and zero point, where `rounding` is_static
 };
 
 // Bytes of workspace: the staged copy of x, if the path wants one, then the partial sums.

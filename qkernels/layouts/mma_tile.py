@@ -25,8 +25,9 @@ Width 8: two words per 16 columns, bytes a0 a2 a1 a3 and a4 a6 a5 a7.
 Scales and zeros of a strip: row 8 j + r is at 8 r + j, so that the eight rows that one lane meets (r + 0, 8, … 56) are next to
 each other: 16 bytes in 16-bit types. `csrc/cuda/layout.h` states the same contract for C++.
 
-`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`act="int8"` and `"int8_wide"`), with ops of
-its own: `gemm_mma_tile_a8` quantizes x per token, in the order of columns that these bytes ask of `mma.m16n8k32`.
+`mma_tile_a8` is the same memory for weights whose activations are quantized to int8 (`scheme.ACTIVATIONS`), with ops of its own:
+`gemm_mma_tile_a8` quantizes x per token, in the order of columns that these bytes ask of `mma.m16n8k32`. Static activations have
+their scale and zero point in a buffer beside: `x_static`, fp32 [2].
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from ..errors import ConversionError
 from ..scheme import ACTIVATIONS, CODEBOOKS, QuantScheme
 from ..tensor import FLOAT_DTYPES, SCALE_DTYPES, QuantTensor
 from ..text import dtype_name, dtype_names
-from . import NUMBERS_A8, Layout
+from . import BUFFERS_A8, NUMBERS_A8, Layout
+from .canonical import INTEGERS
 from .tiles import Tiles, num_groups, stored_bits
 
 ROWS_PER_TILE = 64  # rows of a strip, the first dimension of every buffer
@@ -130,6 +132,6 @@ LAYOUT: Layout = Layout(
     scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=32,
 )  # fmt: skip
 LAYOUT_A8: Layout = replace(
-    LAYOUT, name="mma_tile_a8", acts=("int8", "int8_wide"), codebooks=(), factors=(), scale_dtypes=FLOAT_DTYPES,
-    limits=limits_a8, gemv_tokens=None, numbers=NUMBERS_A8,
+    LAYOUT, name="mma_tile_a8", acts=INTEGERS, codebooks=(), factors=(), scale_dtypes=FLOAT_DTYPES, limits=limits_a8,
+    gemv_tokens=None, buffers=BUFFERS_A8, numbers=NUMBERS_A8,
 )  # fmt: skip

@@ -85,6 +85,7 @@ def weight_arguments(weight: QuantTensor, layout: Layout = LAYOUT) -> tuple[dict
         "zeros": zeros,
         "k_order": packed["k_order"],
         "outer": outer,
+        "x_static": packed.get("x_static"),
     }
     integers = {
         "N": weight.N, "K": weight.K, "bits": weight.scheme.bits, "group": weight.scheme.group_length(weight.K),

@@ -21,6 +21,7 @@ DECODE = ("decode_f16.cu", "decode.cuh")
 GEMM = ("gemm_sm80_f16.cu", "gemm_sm80.cuh")
 A8 = ("gemm_a8.cu", "gemm_a8.cuh")
 QUANTIZE = ("gemm_a8.cu", "quantize_a8.cuh")
+APART = ("gemm_a8.cu", "apart_a8.cuh")
 WGMMA = ("gemm_sm90.cu", "gemm_sm90.cuh")
 IGMMA = ("gemm_a8_sm90.cu", "gemm_a8_sm90.cuh")
 NO_ROW_MASK = ("output.cuh", "if (m < out.M && n < out.N_pad) store", "if (n < out.N_pad) store")
@@ -67,7 +68,20 @@ MUTANTS: dict[str, Mutant] = {
     "A8_SHORT_WAIT": Mutant(*A8, "cp_async_wait<kStagesA8 - 2>();", "cp_async_wait<kStagesA8 - 1>();"),
     "A8_NO_ROW_MASK": Mutant("gemm_a8.cu", *NO_ROW_MASK),
     "A8_LOST_GROUP": Mutant(*A8, "if (used.left == 1 || step + 1 == end)", "if (step + 1 == end)"),
-    "A8_NO_BARRIER_FOR_THE_MAXIMUM": Mutant(*QUANTIZE, "  __syncthreads();\n", ""),
+    "A8_NO_BARRIER_FOR_THE_MAXIMUM": Mutant(*QUANTIZE, "  __syncthreads();\n#pragma", "#pragma"),
+    # Before this barrier alone there is a range of the row.
+    "APART_NO_BARRIER_FOR_THE_RANGE": Mutant(*QUANTIZE, "  __syncthreads();  // all warps' ranges", "  // "),
+    "APART_NO_BARRIER_FOR_WEIGHTS": Mutant(*APART, "    __syncthreads();  // weights and x are there\n", ""),
+    "APART_LOST_MARK": Mutant(*APART, "i < blocks; ++i) marked |=", "i < 1; ++i) marked |="),
+    "APART_LOST_ROUND": Mutant(*APART, "first < count; first += kFinishColumns", "first < 1; first += kFinishColumns"),
+    "APART_MARKED_TWICE": Mutant(*QUANTIZE, " && (marks >> i & 1) == 0;", ";"),
+    "APART_ENTRIES_IN_THE_MAXIMUM": Mutant(*QUANTIZE, "value = value < kOutlier ? value : 0.0f;", ""),
+    "APART_WRONG_SIGN": Mutant(
+        *APART, "low[i] = fmaf(-zero, low_ones, low[i])", "low[i] = fmaf(zero, low_ones, low[i])"
+    ),
+    "APART_LOST_PART": Mutant(*APART, "for (int s = 0; s < p.splits; ++s)", "for (int s = 0; s < 1; ++s)"),
+    # A padded column of the weight has a code of 0, which means something.
+    "APART_CODES_PAST_K": Mutant(*QUANTIZE, "row.usable && k + i < p.x.K &&", "row.usable &&"),
     "A8_WRONG_ORDER": Mutant(*QUANTIZE, "const int j = i / 8 + i % 2 * 2;", "const int j = i / 8 * 2 + i % 2;"),
     "WGMMA_NO_WAIT": Mutant(*WGMMA, "      wgmma_wait<0>();\n      wgmma_results(sums)", "      wgmma_results(sums)"),
     "WGMMA_SCALED_NO_WAIT": Mutant(*WGMMA, "wgmma_wait<0>();\n    wgmma_results(totals)", "wgmma_results(totals)"),

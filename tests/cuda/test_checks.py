@@ -21,7 +21,7 @@ from tests.strategies import random_weight
 
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 QUESTIONS = ("product", "decode", "a8", "dequantize", "device", "cpu product", "cpu decode", "cpu a8")
-NAMES = ("x", "qweight", "scales", "zeros", "k_order", "outer_scales", "outer_zeros", "bias")
+NAMES = ("x", "qweight", "scales", "zeros", "k_order", "outer_scales", "outer_zeros", "bias", "x_static")
 
 
 @dataclass(frozen=True)

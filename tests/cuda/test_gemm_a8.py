@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qkernels import QuantScheme, QuantTensor
-from qkernels.scheme import ACTIVATION_NUMBERS
-from tests.cuda import calls, emulator
-from tests.cuda.calls import DTYPES, TYPES, in_room
-from tests.cuda.calls_a8 import check, expected, multiply_call, noise, quantized
+from tests.cuda import calls, calls_a8, emulator
+from tests.cuda.calls import DTYPES, in_room
+from tests.cuda.calls_a8 import check, expected, in_fragment_order, multiply_call, noise, quantized
 from tests.cuda.emulator import SCHEDULES, Call
 from tests.cuda.units import in_full
 from tests.ops.helpers import integers
@@ -105,21 +104,8 @@ def test_random_scales_stay_within_the_bound(scheme: str, dtype: torch.dtype) ->
 
 def quantize(x: Tensor, order: Tensor | None = None, act: str = "int8") -> tuple[Tensor, Tensor]:
     """q int8 [M, K_pad] as it is stored, and the scales."""
-    buffers, integers = calls.x_arguments(x)
-    steps = -(-x.shape[1] // 64)
-    to = torch.full((x.shape[0], steps * 64), 77, dtype=torch.int8)
-    scales = torch.full((x.shape[0],), float("nan"))
-    more = {"type": TYPES[x.dtype], "steps": steps, "act": ACTIVATION_NUMBERS[act]}
-    buffers = {**buffers, "k_order": order, "to": to, "token_scales": scales}
-    emulator.run(calls.UNIT, Call("quantize_a8", buffers, {**integers, **more}))
-    return to, scales
-
-
-def in_fragment_order(q: Tensor) -> Tensor:
-    """Of each 16 columns, position 4 c + j holds column 2 c + {0, 8, 1, 9}[j]; zeros past K."""
-    columns = torch.tensor([2 * c + j for c in range(4) for j in (0, 8, 1, 9)])
-    padded = torch.nn.functional.pad(q, (0, -q.shape[1] % 64))
-    return padded.reshape(len(q), -1, 16)[..., columns].reshape(len(q), -1).to(torch.int8)
+    made = calls_a8.quantize(x, order, act)
+    return made["codes"], made["scales"]
 
 
 @dtypes

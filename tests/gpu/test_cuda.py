@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from qkernels import QuantLinear, QuantTensor, extension
-from qkernels.layouts import get_layout
+from qkernels.layouts import BUFFERS, Layout, get_layout
 from tests.cuda import calls_a8, nonfinite
 from tests.cuda.calls import PATHS, STRAY
 from tests.cuda.instances import Forced, forced, rounded
@@ -69,13 +69,20 @@ def test_products_are_exact_for_every_number_of_tokens(group: str, zeros: str, d
                 assert torch.equal(run("gemv_mma_tile", weight, x, bias), exact_product(weight, x, bias)), (bits, M)
 
 
+def forced_arguments(weight: QuantTensor, x: Tensor, layout: Layout) -> list[object]:
+    """The forced op is told x_static and act in any case."""
+    args = on_gpu(arguments(weight, x, layout=layout.name))
+    if layout.buffers == BUFFERS:
+        args.insert(1 + len(BUFFERS), None)
+        args.append(0)
+    return args
+
+
 def run_forced(case: Forced, x: Tensor) -> Tensor:
     """The kernel that is asked for, whatever would be chosen."""
     c = case.config
     config = (PATHS[c.path], c.tokens, c.warps_n, c.warps_k, c.splits, c.half_accumulate, c.stages)
-    args = arguments(case.weight(), x, layout=case.layout.name)
-    act = () if case.layout.numbers[-1].name == "act" else (0,)  # the forced op is told it in any case
-    result = torch.ops.qkernels_forced.multiply(*on_gpu(args), *act, *config)
+    result = torch.ops.qkernels_forced.multiply(*forced_arguments(case.weight(), x, case.layout), *config)
     assert isinstance(result, Tensor)
     return result.cpu()
 
@@ -118,11 +125,24 @@ def test_a_configuration_that_does_not_exist_is_an_error() -> None:
         run_forced(broken, case.x())
 
 
-@pytest.mark.parametrize("scheme", ["w8a8_channel", "w4a8_g128", "w4a8_g32", "w8a8_g64"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w8a8_channel",
+        "w4a8_g128",
+        "w4a8_g32",
+        "w8a8_g64",
+        "w8a8z_channel",
+        "w8a8o6_channel",
+        "w4a8s_g32",
+        "w4a8sz_g128",
+    ],
+)
 def test_int8_activations_are_exact(scheme: str) -> None:
     weight = random_weight(scheme, 131, 520, exact=True)
     for dtype, M in itertools.product((torch.bfloat16, torch.float16), TOKENS[1:]):
         x = calls_a8.noise(M, 520, dtype)
+        x[M // 2, 7] = 8.0  # an outlier, where there is such a thing
         got = torch.ops.qkernels.gemm_mma_tile_a8(*on_gpu(arguments(weight, x, layout="mma_tile_a8"))).cpu()
         parts = [calls_a8.expected(weight, x, splits=splits) for splits in (1, 2, 3, 4)]
         assert any(torch.equal(got, y) for y in parts), (dtype, M)  # parts of K are rounded one by one
@@ -146,7 +166,7 @@ def test_infinities_and_huge_numbers_give_what_a_float_layer_gives(path: str) ->
         pytest.skip("wgmma is sm_90a's alone")
     for c, weight, x in (problem for problem in nonfinite.problems() if problem[0].path == path):
         config = (PATHS[c.path], c.tokens, c.warps_n, c.warps_k, c.splits, c.half_accumulate, c.stages)
-        y = torch.ops.qkernels_forced.multiply(*on_gpu(arguments(weight, x, layout="mma_tile")), 0, *config)
+        y = torch.ops.qkernels_forced.multiply(*forced_arguments(weight, x, get_layout("mma_tile")), *config)
         assert_like_a_float_layer(y.cpu(), weight, x)
 
 

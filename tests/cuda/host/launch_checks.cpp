@@ -36,8 +36,8 @@ Buffer buffer_of(const int64_t* row) {
 // 5 product, 6 decode, 7 product with int8 activations. text: what is wrong.
 int run_wrong(const Named& call) {
   const int64_t* rows = call.pointer<int64_t>("tensors");  // in the order of Arguments
-  Buffer all[8] = {};
-  for (int i = 0; i < 8; ++i) all[i] = buffer_of(rows + i * kFields);
+  Buffer all[9] = {};
+  for (int i = 0; i < 9; ++i) all[i] = buffer_of(rows + i * kFields);
   const auto given = [&](int i) { return rows[i * kFields] != 0 ? &all[i] : nullptr; };
   const Arguments a{all[0],
                     all[1],
@@ -53,7 +53,8 @@ int run_wrong(const Named& call) {
                     call.integer("zeros_are_offsets") != 0,
                     call.integer("codebook"),
                     call.integer("factors"),
-                    call.integer("act", 0)};
+                    call.integer("act", 0),
+                    given(8)};
   const int64_t question = call.integer("question"), K = call.integer("K");
   std::string wrong;
   if (question == 1) wrong = cuda::wrong_decode(a.x);

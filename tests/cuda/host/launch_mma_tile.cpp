@@ -54,6 +54,7 @@ qkernels::cuda::Call call_of(const Named& call) {
            c.weight.strips * kStripRows,
            nullptr};
   c.rounding = static_cast<qkernels::Rounding>(call.integer("act", 0));
+  c.x_static = call.pointer<float>("x_static");
   return c;
 }
 
@@ -76,10 +77,17 @@ int run_dequantize(const Named& call) {
                     type_named(call, "type"), call.pointer<void>("to"), nullptr);
 }
 
+// offsets: of scales, zeros, marks, list, partial sums in the workspace, and its bytes.
+int run_workspace_a8(const Named& call) {
+  const WorkspaceA8 at = workspace_a8(call_of(call), config_of(call));
+  const int64_t offsets[] = {at.scales, at.zeros, at.marks, at.list, at.partial, at.bytes};
+  std::memcpy(call.pointer<int64_t>("offsets"), offsets, sizeof offsets);
+  return 0;
+}
+
 int run_quantize_a8(const Named& call) {
-  return quantize_a8(activations_of(call), type_named(call, "type"),
-                     static_cast<qkernels::Rounding>(call.integer("act")), static_cast<int>(call.integer("steps")),
-                     call.pointer<int8_t>("to"), call.pointer<float>("token_scales"), nullptr);
+  const qkernels::cuda::Call c = call_of(call);
+  return quantize_a8(c, workspace_a8(c, config_of(call)), call.pointer<uint8_t>("workspace"), nullptr);
 }
 
 // active_BLOCKS_SIZE: of clusters; 0 where it is not given.
@@ -130,6 +138,7 @@ int run_choose(const Named& call) {
 
 const qkernels::host::Registered kMultiply("multiply", run_multiply), kWorkspace("workspace", run_workspace),
     kStage("stage", run_stage), kDequantize("dequantize", run_dequantize), kChoose("choose", run_choose),
-    kPredict("predict", run_predict), kQuantizeA8("quantize_a8", run_quantize_a8), kClusters("clusters", run_clusters);
+    kPredict("predict", run_predict), kQuantizeA8("quantize_a8", run_quantize_a8),
+    kWorkspaceA8("workspace_a8", run_workspace_a8), kClusters("clusters", run_clusters);
 
 }  // namespace
