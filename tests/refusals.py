@@ -73,7 +73,7 @@ REFUSED: dict[str, Reasons] = {
         **_NO_FACTORS, ": these kernels take bfloat16 and float16 ones": [*A8_SCHEMES, *A8_ROUNDED],
     },
     "mma_tile_a8": {
-        ": these kernels quantize them to int8 or int8_wide, ": [*A16_SCHEMES, *A8_ROUNDED[1:]],
+        "16-bit activations: these kernels quantize them to int8": A16_SCHEMES,
         "group_size 16 is neither 32 nor a multiple of 64": ["w6a8_g16"],
         "with int8 activations these kernels take symmetric weights alone": [
             *A8_INTEGER_ZEROS, *A8_FLOATING, "q4_k_a8", "w4a8z_g32_asym", "w4a8sz_g32_asym",

@@ -80,8 +80,8 @@ MUTANTS: dict[str, Mutant] = {
         *APART, "low[i] = fmaf(-zero, low_ones, low[i])", "low[i] = fmaf(zero, low_ones, low[i])"
     ),
     "APART_LOST_PART": Mutant(*APART, "for (int s = 0; s < p.splits; ++s)", "for (int s = 0; s < 1; ++s)"),
-    # A padded column of the weight has a code of 0, which means something.
-    "APART_CODES_PAST_K": Mutant(*QUANTIZE, "row.usable && k + i < p.x.K &&", "row.usable &&"),
+    # A padded column of the weight has a code of 0, which means something. (Codes past K in every row would cancel.)
+    "APART_ONES_PAST_K": Mutant(*QUANTIZE, "k + i < p.x.K &&", "(ones || k + i < p.x.K) &&"),
     "A8_WRONG_ORDER": Mutant(*QUANTIZE, "const int j = i / 8 + i % 2 * 2;", "const int j = i / 8 * 2 + i % 2;"),
     "WGMMA_NO_WAIT": Mutant(*WGMMA, "      wgmma_wait<0>();\n      wgmma_results(sums)", "      wgmma_results(sums)"),
     "WGMMA_SCALED_NO_WAIT": Mutant(*WGMMA, "wgmma_wait<0>();\n    wgmma_results(totals)", "wgmma_results(totals)"),

@@ -276,7 +276,7 @@ def test_sanitizers_find_nothing(flavour: emulator.Flavour, act: str) -> None:
         ("APART_ENTRIES_IN_THE_MAXIMUM", "8o6"),
         ("APART_WRONG_SIGN", "8z"),
         ("APART_LOST_PART", "8z"),
-        ("APART_CODES_PAST_K", "8sz"),
+        ("APART_ONES_PAST_K", "8sz"),
     ],
 )
 def test_wrong_values_are_noticed(bug: str, act: str) -> None:

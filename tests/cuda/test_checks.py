@@ -151,6 +151,27 @@ def test_wrong_numbers_are_named(more: dict[str, int], message: str) -> None:
         assert message in wrong({**good(), "zeros": None}, question, **more)
 
 
+def test_a_static_scale_goes_with_static_activations() -> None:
+    tensors = {**good("w4a16_g64"), "zeros": None}
+    given = Plain(TYPES[torch.float32], False, (2,))
+    for act in range(1, 7):
+        static = act >= 5
+        assert wrong({**tensors, "x_static": given if static else None}, "a8", act=act) == ""
+        said = wrong({**tensors, "x_static": None if static else given}, "a8", act=act)
+        assert said.startswith(f"x_static must be {'contiguous float32 [2]' if static else 'None'} for act={act}, got ")
+    assert wrong(tensors, "a8", act=7) == "act must be 1 to 6, got 7"
+    for change, message in (
+        ({"device": 1}, "x_static must be on cuda:0 like qweight, got cuda:1"),
+        ({"device": -1}, "x_static must be on cuda:0 like qweight, got a tensor on no CUDA device"),
+        ({"type": TYPES[torch.float16]}, "x_static must be contiguous float32 [2] for act=5, got float16 [2]"),
+        ({"shape": (1,)}, "got float32 [1]"),
+        ({"contiguous": False}, "got float32 [2] that is not contiguous"),
+    ):
+        assert message in wrong({**tensors, "x_static": replace(given, **change)}, "a8", act=5)  # type: ignore[arg-type]
+    cpu = {**good("w4a8_g64", layout="cpu_tile_a8"), "x_static": replace(given, address=0)}  # address 0: it is not read
+    assert "x_static must be on the CPU like qweight, got cuda:0" in wrong(cpu, "cpu a8", "w4a8_g64", act=5)
+
+
 def test_codebooks_and_factors_are_checked() -> None:
     """Against the number of the codebook or the factors, the buffers that they ask for, and those that go with others."""
     floats, factored = {**good("nf4_g64"), "bias": None}, {**good("nvfp4_g16"), "bias": None}

@@ -57,6 +57,22 @@ def test_int8_products_are_exact(scheme: str, M: int, K: int, tokens: int, split
     assert set(factors.values()) <= {1.0}, factors
 
 
+@pytest.mark.parametrize(
+    ("scheme", "K", "splits", "launched"),
+    [("w8a8o6_channel", 136, 1, 5), ("w4a8z_g32", 100, 2, 3), ("w4a8sz_channel", 136, 1, 3), ("w4a8s_g64", 136, 2, 3)],
+)
+def test_what_is_added_to_int8_products_is_exact(scheme: str, K: int, splits: int, launched: int) -> None:
+    """Zero points, outliers in 35 columns, scales from a file: y bit for bit and no races, of what nvcc makes of them."""
+    weight, x = random_weight(scheme, 70, K, exact=True), noise(20, K, torch.bfloat16)
+    x[torch.arange(35) % 20, torch.arange(35) * 2] = 8.0
+    call = multiply_a8_call(weight, x, None, 32, splits)
+    launches = interpret("mma_tile", call)
+    assert len(launches) == launched
+    assert torch.equal(call.buffers["y"], expected_a8(weight, x, None, splits))  # type: ignore[arg-type]
+    for one in launches:
+        assert one.outcome.races == set()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dequantize_writes_whole_sectors(bits: int, dtype: torch.dtype) -> None:

@@ -25,6 +25,8 @@ CHECKED = (
     (131, 520, 4, 128, "none", "bf16", 16), (640, 2048, 4, 64, "int", "fp16", 16), (4096, 1024, 8, 0, "none", "bf16", 16),
     (131, 520, 4, 16, "float", "bf16", 16), (640, 2048, 8, 32, "offset", "fp16", 16), (4096, 1024, 3, 128, "int", "bf16", 16),
     (131, 520, 4, 128, "none", "bf16", 8), (640, 2048, 8, 0, "none", "fp16", 8), (640, 2048, 4, 32, "none", "bf16", 8),
+    (131, 520, 8, 0, "none", "bf16", "8o6"), (640, 2048, 8, 0, "none", "fp16", "8z"), (131, 520, 4, 32, "none", "fp16", "8sz"),
+    (640, 2048, 4, 128, "none", "bf16", "8s"),
 )  # fmt: skip
 
 
@@ -63,11 +65,11 @@ def joined(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def problem(N: int, K: int, bits: int, group: int, zeros: str, kind: str, act: int) -> dict[str, object]:
+def problem(N: int, K: int, bits: int, group: int, zeros: str, kind: str, act: int | str) -> dict[str, object]:
     return {"N": N, "K": K, "bits": bits, "group": group, "zeros": zeros, "type": kind, "act": act}
 
 
-def scheme(row: tuple[int, int, int, int, str, str, int]) -> str:
+def scheme(row: tuple[int, int, int, int, str, str, int | str]) -> str:
     N, K, bits, group, zeros, kind, act = row
     return f"{N}x{K} w{bits}a{act} g{group} {zeros} {kind}"
 
@@ -86,9 +88,9 @@ def checks(edges: Sequence[int] = EDGES, limit: float = 15) -> list[Stage]:
     found = []
     for path in PATHS:
         for row in CHECKED:
-            if (row[-1] == 8) == (path in INT8):
+            if (row[-1] != 16) == (path in INT8):
                 command = drive("check", **problem(*row), M=joined(edges), paths=path)
-                plain = row[3] in (0, 128) and row[4] == "none"  # what is timed later
+                plain = row[3] in (0, 128) and row[4] == "none" and row[-1] in (8, 16)  # what is timed later
                 judges = path if plain else None
                 found.append(
                     Stage(f"check {path} {scheme(row)}", command, limit, "check.jsonl", judges=judges, paths=(path,))

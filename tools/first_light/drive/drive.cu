@@ -7,7 +7,8 @@
 //   drive time   ...    each, in graphs that go round weights worth four L2 caches: "us" is [least, median, most]
 //   drive calibrate     what the model's numbers are here (calibrate.cuh)
 //
-// Problem: --N --K --M 1,8,16 --bits --group (0: one in K) --zeros none|int|float|offset --type bf16|fp16 --act 16|8.
+// Problem: --N --K --M 1,8,16 --bits --group (0: one in K) --zeros none|int|float|offset --type bf16|fp16
+// --act 16|8|8w|8z|8o6|8s|8sz (as schemes spell it).
 // Configurations: --paths decode,gemm,gemm_sm90,gemm_a8,gemm_a8_sm90 --most (of the least predicted time) --stages (of
 // decode's ring, 2 to 6, and of those for sm_90a). Timing: --rounds --least-us (of a graph).
 //
@@ -37,7 +38,7 @@ Truth truth_of(const Setup& s, const Weight& w, const uint16_t* x) {
   double *exact = device_memory<double>(count), *squares = device_memory<double>(count);
   OK(dequantize(w, 0, w.strips, K, nullptr, Type::kFloat, plain, nullptr));
   OK(launch(see, dim3(divide_up(s.M, kThreads)), dim3(kThreads), 0, nullptr,
-            Seen{x, seen, s.M, K, s.type == Type::kHalf, s.act_bits == 8}));
+            Seen{x, seen, s.M, K, s.type == Type::kHalf, s.rounding, kGivenScale, kGivenZero}));
   OK(launch(reference, dim3(divide_up(count, kThreads)), dim3(kThreads), 0, nullptr,
             Reference{seen, plain, exact, squares, s.M, N, K, rows}));
   OK(cudaDeviceSynchronize());

@@ -38,28 +38,64 @@ __global__ void __launch_bounds__(kThreads) fill(const Fill f) {
   }
 }
 
-// x as the kernels see it: itself, or rounded to int8 with one scale a token (quantize_a8.cuh). One thread a row.
+// x as the kernels see it: itself, or rounded to int8 as ../../../csrc/activations.h says, from the definitions there
+// and not by the kernels of quantize_a8.cuh. One thread a row, of finite numbers.
 struct Seen {
   const uint16_t* x;
   float* to;
   int rows, K;
-  bool half, int8;
+  bool half;
+  Rounding rounding;
+  float scale, zero;  // static ones
 };
 
-QK_DEVICE float value_of(const Seen& s, int64_t i) { return s.half ? f16_to_float(s.x[i]) : bf16_to_float(s.x[i]); }
+QK_DEVICE float value_of(const Seen& s, int row, int k) {
+  const uint16_t bits = s.x[int64_t{row} * s.K + k];
+  return s.half ? f16_to_float(bits) : bf16_to_float(bits);
+}
+
+QK_DEVICE float in_type(bool half, float f) {
+  return half ? f16_to_float(static_cast<uint16_t>(pack_f16x2(f, 0.0f)))
+              : bf16_to_float(static_cast<uint16_t>(pack_bf16x2(f, 0.0f)));
+}
+
+QK_DEVICE float cut(float f) { return rintf(f < -128.0f ? -128.0f : f > 127.0f ? 127.0f : f); }
+
+QK_DEVICE bool is_marked(const Seen& s, int k) {
+  for (int row = 0; row < s.rows; ++row) {
+    const float v = in_type(true, value_of(s, row, k));
+    if (v >= kOutlier || -v >= kOutlier) return true;
+  }
+  return false;
+}
 
 __global__ void __launch_bounds__(kThreads) see(const Seen s) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= s.rows) return;
-  float most = 0;
+  const bool outliers = s.rounding == Rounding::kOutliers;
+  float low = 0, high = 0, most = 0;  // most: of what is no outlier
   for (int k = 0; k < s.K; ++k) {
-    const float v = value_of(s, int64_t{row} * s.K + k);
-    most = v > most ? v : -v > most ? -v : most;
+    const float v = value_of(s, row, k), seen = outliers ? in_type(true, v) : v, magnitude = seen < 0 ? -seen : seen;
+    low = v < low ? v : low, high = v > high ? v : high;
+    if (magnitude > most && !(outliers && magnitude >= kOutlier)) most = magnitude;
   }
-  const float scale = most / 127.0f;
+  const bool zero_points = s.rounding == Rounding::kZeroPoint;
+  float scale = most / 127.0f, zero = 0;
+  if (s.rounding == Rounding::kWide) scale = in_type(s.half, most / 127.5f);
+  if (zero_points) scale = in_type(s.half, in_type(s.half, high - low) / 255.0f);
+  if (zero_points) zero = cut(in_type(s.half, -128.0f - in_type(s.half, low / scale)));
+  if (s.rounding == Rounding::kStatic || s.rounding == Rounding::kStaticZero) {
+    scale = in_type(s.half, s.scale), zero = s.rounding == Rounding::kStaticZero ? s.zero : 0;
+  }
   for (int k = 0; k < s.K; ++k) {
-    const float v = value_of(s, int64_t{row} * s.K + k);
-    s.to[int64_t{row} * s.K + k] = s.int8 && scale > 0 ? rintf(v / scale) * scale : v;
+    const float v = value_of(s, row, k);
+    float seen = v;
+    if (s.rounding == Rounding::kFull || (outliers && !is_marked(s, k))) {
+      seen = scale > 0 ? rintf((outliers ? in_type(true, v) : v) / scale) * scale : 0;
+    } else if (s.rounding != Rounding::kNone && !outliers) {
+      seen = (cut(in_type(s.half, in_type(s.half, v / scale) + zero)) - zero) * scale;
+    }
+    s.to[int64_t{row} * s.K + k] = seen;
   }
 }
 

@@ -50,23 +50,59 @@ class Options {
 
 constexpr const char* kPathNames[] = {"decode", "gemm", "dequantize", "gemm_sm90", "gemm_a8", "gemm_a8_sm90"};
 
+// --- memory: each buffer by itself, so that memcheck sees where it ends ---
+
+template <class T = uint8_t>
+T* device_memory(int64_t count) {
+  void* p = nullptr;
+  OK(cudaMalloc(&p, count > 0 ? count * sizeof(T) : 16));
+  return static_cast<T*>(p);
+}
+
+// By the spelling of qkernels/scheme.py, in the order of Rounding.
+constexpr const char* kActs[] = {"16", "8", "8w", "8z", "8o6", "8s", "8sz"};
+constexpr float kGivenScale = 1.0f / 128, kGivenZero = 5.0f;  // of static activations
+
 struct Setup {
   int M, bits, group, act_bits;
+  Rounding rounding;
   std::string zeros;
   Type type;
   Weight weight;  // without its buffers
   Problem problem;
   size_t code_bytes, scale_bytes, zero_bytes;
+  const float* given;  // scale and zero point of static activations; null: others
 
   size_t bytes() const { return code_bytes + scale_bytes + zero_bytes; }
 };
 
-// --N --K --bits --group (0: one in K) --zeros none|int|float|offset --type bf16|fp16 --act 16|8
+inline const float* given_of(Rounding rounding) {
+  if (!is_static(rounding)) return nullptr;
+  const float given[] = {kGivenScale, rounding == Rounding::kStaticZero ? kGivenZero : 0.0f};
+  float* to = device_memory<float>(2);
+  OK(cudaMemcpy(to, given, sizeof given, cudaMemcpyHostToDevice));
+  return to;
+}
+
+// --N --K --bits --group (0: one in K) --zeros none|int|float|offset --type bf16|fp16 --act: kActs
 inline Setup setup_of(const Options& o, int M) {
   const int N = o.number("N", 4096), K = o.number("K", 4096);
-  Setup s{
-      M, o.number("bits", 4), o.number("group", 128), o.number("act", 16), o.text("zeros", "none"), {}, {}, {}, 0, 0,
-      0};
+  const std::string act = o.text("act", "16");
+  const auto* known = std::find(std::begin(kActs), std::end(kActs), act);
+  if (known == std::end(kActs)) std::fprintf(stderr, "--act %s is none of drive's\n", act.c_str()), std::exit(64);
+  Setup s{M,
+          o.number("bits", 4),
+          o.number("group", 128),
+          act == "16" ? 16 : 8,
+          static_cast<Rounding>(known - std::begin(kActs)),
+          o.text("zeros", "none"),
+          {},
+          {},
+          {},
+          0,
+          0,
+          0,
+          given_of(static_cast<Rounding>(known - std::begin(kActs)))};
   if (s.group <= 0 || s.group > K) s.group = K;
   s.type = o.text("type", "bf16") == "fp16" ? Type::kHalf : Type::kBFloat16;
   s.weight = make_weight(N, K, s.bits, s.group);
@@ -79,17 +115,9 @@ inline Setup setup_of(const Options& o, int M) {
   Device device{};
   Clusters clusters{};
   OK(current_device(&device)), OK(clusters_of(device, &clusters));
-  s.problem = problem_of(s.weight, M, s.bits, s.act_bits, s.type == Type::kHalf, K % 8 == 0, device, clusters);
+  const int rows = M + (has_zero_points(s.rounding) ? 1 : 0);
+  s.problem = problem_of(s.weight, rows, s.bits, s.act_bits, s.type == Type::kHalf, K % 8 == 0, device, clusters);
   return s;
-}
-
-// --- memory: each buffer by itself, so that memcheck sees where it ends ---
-
-template <class T = uint8_t>
-T* device_memory(int64_t count) {
-  void* p = nullptr;
-  OK(cudaMalloc(&p, count > 0 ? count * sizeof(T) : 16));
-  return static_cast<T*>(p);
 }
 
 inline int blocks_for(int64_t count) {
@@ -122,6 +150,13 @@ inline Weight random_weight(const Setup& s, uint32_t seed) {
 inline uint16_t* random_x(const Setup& s) {
   auto* x = device_memory<uint16_t>(int64_t{s.M} * s.weight.K);
   fill_with(reinterpret_cast<uint8_t*>(x), int64_t{s.M} * s.weight.K, 7, s.type, 0, -1.0f, 1.0f);
+  if (s.rounding == Rounding::kOutliers) {  // in three columns, each in another token
+    const uint16_t eight = s.type == Type::kHalf ? 0x4800 : 0x4100;
+    for (int i = 0; i < 3; ++i) {
+      const int64_t row = i * (s.M - 1) / 2, column = i * (s.weight.K - 1) / 2;
+      OK(cudaMemcpy(x + row * s.weight.K + column, &eight, 2, cudaMemcpyHostToDevice));
+    }
+  }
   return x;
 }
 
@@ -130,7 +165,8 @@ inline Call call_of(const Setup& s, const Weight& w, const uint16_t* x, uint16_t
           {x, s.M, w.K, w.K, 1, nullptr},
           {y, nullptr, Type::kNone, s.M, w.N, w.strips * kStripRows, nullptr},
           s.type,
-          s.act_bits == 8 ? Rounding::kFull : Rounding::kNone};
+          s.rounding,
+          s.given};
 }
 
 // --- configurations ---
@@ -166,11 +202,12 @@ inline void begin_line(const char* mode, const Setup& s, const Config& c) {
   std::printf(
       "{\"mode\": \"%s\", \"N\": %d, \"K\": %d, \"M\": %d, \"bits\": %d, \"group\": %d, \"zeros\": \"%s\", \"half\": "
       "%d, "
-      "\"act\": %d, \"sm\": %d, \"multiprocessors\": %d, \"path\": \"%s\", \"tokens\": %d, \"warps_n\": %d, "
+      "\"act\": %d, \"rounding\": \"%s\", \"sm\": %d, \"multiprocessors\": %d, \"path\": \"%s\", \"tokens\": %d, "
+      "\"warps_n\": %d, "
       "\"warps_k\": %d, \"splits\": %d, \"half_accumulate\": %d, \"stages\": %d, \"predicted_us\": %.3f",
       mode, s.weight.N, s.weight.K, s.M, s.bits, s.group, s.zeros.c_str(), s.type == Type::kHalf, s.act_bits,
-      s.problem.sm, s.problem.multiprocessors, kPathNames[int(c.path)], c.tokens, c.warps_n, c.warps_k, c.splits,
-      c.half_accumulate, c.stages, predicted_ns(s.problem, c) / 1e3);
+      kActs[int(s.rounding)], s.problem.sm, s.problem.multiprocessors, kPathNames[int(c.path)], c.tokens, c.warps_n,
+      c.warps_k, c.splits, c.half_accumulate, c.stages, predicted_ns(s.problem, c) / 1e3);
   std::fflush(stdout);
 }
 
