@@ -18,7 +18,7 @@ from torch.library import _scoped_library, opcheck
 from qkernels import extension
 from qkernels.errors import ArgumentError, ConversionError, UnsupportedProblem
 from qkernels.kernels.catalogue import Problem, list_kernels, select
-from qkernels.layouts import BUFFERS, get_layout
+from qkernels.layouts import get_layout
 from qkernels.scheme import QuantScheme
 from tests.ops.helpers import arguments, dequantize_arguments, exact_product, integers, layer_in
 from tests.strategies import random_weight
@@ -68,7 +68,19 @@ def test_the_catalogue_says_why_not(problem: dict[str, object], reason: str) -> 
 
 @compiled
 @pytest.mark.usefixtures("built_for_every_card")
-@pytest.mark.parametrize("scheme", ["w8a8_channel", "w4a8_g128", "w4a8_g32", "w8a8_tensor"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w8a8_channel",
+        "w4a8_g128",
+        "w4a8_g32",
+        "w8a8_tensor",
+        "w8a8z_channel",
+        "w8a8o6_channel",
+        "w4a8s_g32",
+        "w8a8sz_channel",
+    ],
+)
 def test_int8_activations_have_a_kernel_of_their_own(scheme: str) -> None:
     for arch in ("sm80", "sm90", "sm120"):
         assert select(Problem(70, 200, QuantScheme.parse(scheme), torch.float16, arch)).name == "cuda.mma_tile_a8"
@@ -182,9 +194,10 @@ def test_dequantize_on_the_cpu_is_the_reference() -> None:
 
 
 def stand_in(layout: str, x: Tensor, *arguments: Any) -> Tensor:
-    *buffers, bias, N = arguments[: len(BUFFERS) + 2]
+    count = len(get_layout(layout).buffers)
+    *buffers, bias, N = arguments[: count + 2]
     dequantize = getattr(torch.ops.qkernels, f"dequantize_{layout}")
-    weight = dequantize(*buffers, N, x.shape[1], *arguments[len(BUFFERS) + 2 :], torch.float32)
+    weight = dequantize(*buffers, N, x.shape[1], *arguments[count + 2 :], torch.float32)
     y = x.float() @ weight.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -213,6 +226,7 @@ def on_this_machine() -> Iterator[None]:
         ("gemm_mma_tile", "w8a16_g16_offset"),
         ("gemv_mma_tile", "w3a16_channel_fzero"),
         ("gemm_mma_tile_a8", "w4a8_g32"),
+        ("gemm_mma_tile_a8", "w8a8sz_channel"),
     ],
 )
 def test_opcheck_of_the_cuda_ops(op: str, scheme: str, grad: bool) -> None:
