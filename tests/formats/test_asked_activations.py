@@ -16,6 +16,7 @@ from qkernels.checkpoint import convert
 from qkernels.cli.main import main, parser
 from qkernels.errors import ArgumentError, CheckpointError, ConversionError, UnsupportedProblem
 from qkernels.kernels import catalogue
+from qkernels.ops import reference
 from qkernels.quantizers import RTN
 from qkernels.storage import read_json, write_json
 from tests.checkpoints import logits, plain_checkpoint, small_llama
@@ -81,6 +82,29 @@ def test_logits_are_those_of_the_origin(name: str, scheme: str, caplog: pytest.L
     assert off.min() > 1e-3
 
 
+def test_a_file_of_llm_compressor_runs_as_its_own_model(caplog: pytest.LogCaptureFixture) -> None:
+    """Of its `oneshot` (SmoothQuant and static scales): codes of what goes into each layer bit for bit, layers and logits within
+    roundings of its own computation in fp32."""
+    path = MODELS / "llmcompressor_w8a8_static"
+    made = load_file(MODELS / "llmcompressor_w8a8_static.safetensors")
+    assert inspect(path).schemes == {"w8a8s_channel": 7}
+    with caplog.at_level(logging.WARNING):
+        model = load(path)
+    assert caplog.text == ""
+    cut = 0
+    for layer, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            x, y, codes = (made[f"expected.{layer}.{part}"] for part in ("x", "y", "codes"))
+            assert torch.equal(reference.quantize_rows_static(x, module.x_static)[0], codes)
+            assert (module(x) - y).abs().max() < 2e-6 * y.abs().max()
+            cut += int((codes == 127).sum())
+    assert cut
+    with torch.inference_mode():
+        assert (model(made["ids"]).logits - made["expected.logits"]).abs().max() < 1e-5
+        plain = load(path, activations="16bit")(made["ids"]).logits
+    assert (plain - made["expected.logits"]).abs().amax(-1).min() > 1e-2
+
+
 @pytest.mark.parametrize(("name", "scheme"), [("w8a8", "w8a8w_channel"), ("w4a8_static_zero", "w4a8sz_g32")])
 def test_the_plug_in_runs_them_too(name: str, scheme: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -95,7 +119,9 @@ def test_the_plug_in_runs_them_too(name: str, scheme: str) -> None:
     assert off < 1e-3
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a8_zero", "w4a8", "w8a8_static", "w4a8_static_zero"])
+@pytest.mark.parametrize(
+    "name", ["w8a8", "w8a8_zero", "w4a8", "w8a8_static", "w4a8_static_zero", "llmcompressor_w8a8_static"]
+)
 def test_they_are_written_as_they_were_read(name: str, tmp_path: Path) -> None:
     convert(MODELS / name, tmp_path / "again", "compressed-tensors")
     old, new = (load_file(path / "model.safetensors") for path in (MODELS / name, tmp_path / "again"))

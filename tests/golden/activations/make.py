@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from pathlib import Path
 
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant
@@ -16,10 +15,10 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
 from safetensors.torch import save_file
+from tiny import MODELS, tiny, watched
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-MODELS = Path(__file__).parent
 TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 TENSOR = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
 WEIGHTS = {"strategy": "channel", "num_bits": 8, "type": "int"}
@@ -110,21 +109,6 @@ def of_rows_static(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return made
 
 
-def tiny() -> LlamaForCausalLM:
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-        model.model.layers[0].input_layernorm.weight[[3, 17]] = 12.0  # outliers
-    return model
-
-
 def compressed(name: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     body, weights, inputs = KINDS[name]
     scheme = QuantizationScheme(
@@ -169,19 +153,6 @@ def of_inputs(model: nn.Module, ids: torch.Tensor, args: QuantizationArgs) -> di
             if not args.symmetric:
                 tensors[f"{module}.input_zero_point"] = zero.to(torch.int8)
     return tensors
-
-
-def watched(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The logits, and what goes into and comes out of each quantized layer."""
-    found: dict[str, torch.Tensor] = {}
-
-    def keep(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        found.update({f"{name}.x": x[0], f"{name}.y": y[0]})
-
-    for name, module in model.named_modules():
-        if name.endswith("_proj"):
-            module.register_forward_hook(lambda _, inputs, y, name=name: keep(name, inputs[0], y))
-    return {"logits": model.eval()(ids).logits, **found}
 
 
 def outliers(ids: torch.Tensor) -> dict[str, torch.Tensor]:
