@@ -25,10 +25,9 @@ struct GemmA8Arguments {
   const int8_t* x;  // [M, steps * 64], as quantize_tokens leaves it
   const float* x_scales;
   Output out;
-  bool half;        // type of y
+  Type stored;      // of y; kNone: the sums of each part of K are left, for add_parts or finish_a8
   int shift;        // 8 - bits
   int strip_bytes;  // of a stage: codes and scales of one strip
-  int parts;        // of K; 1: y is written, else partial sums are. 0: one part, whose sums are left, too
 };
 
 // A lane's codes of 32 columns. Four a register, row r in a[0] and a[2], row r + 8 in a[1] and a[3]; a[2] and a[3] are
@@ -50,14 +49,16 @@ QK_DEVICE void unpack_a8(const uint32_t (&first)[kWidth / 4], const uint32_t (&s
   }
 }
 
-// Two columns of y for token m, of one of the parts of K, from totals that lack the token's scale.
+// Two columns of y for token m, or of part `split` of its sums, from totals that lack the token's scale.
 QK_DEVICE void store_a8(const GemmA8Arguments& p, const Columns& columns, int split, int m, float low, float high,
                         float x_scale) {
   low = multiply_rounded(low, x_scale), high = multiply_rounded(high, x_scale);
-  if (p.half) {
-    store_part<Half>(p.out, columns, split, p.parts, m, low, high);
+  if (p.stored == Type::kNone) {
+    store_partial(p.out, split, m, columns.n, low, high);
+  } else if (p.stored == Type::kHalf) {
+    store_y<Half>(p.out, columns, m, low, high);
   } else {
-    store_part<BFloat16>(p.out, columns, split, p.parts, m, low, high);
+    store_y<BFloat16>(p.out, columns, m, low, high);
   }
 }
 
