@@ -1,5 +1,5 @@
-"""A model quantized by optimum-quanto, with the tensors that it saves and no quanto_qmap.json beside them, without which nobody can
-read them: the file is there to be refused for the right reason. quanto/make.py makes a whole model.
+"""A model quantized by optimum-quanto, with the tensors that it saves and no quanto_qmap.json beside them, without which nobody
+can read them: the file is there to be refused for the right reason. quanto/make.py makes a whole model.
 
 pip install optimum-quanto==0.2.7 transformers==5.23.0; python tests/golden/make_quanto.py
 """
