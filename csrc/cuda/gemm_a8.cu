@@ -94,7 +94,7 @@ int multiply_a8(const Call& call, const Config& config, void* workspace, void* s
   p.x = reinterpret_cast<const int8_t*>(base), p.x_scales = reinterpret_cast<const float*>(base + at.scales);
   p.out.partial = reinterpret_cast<float*>(base + at.partial), p.out.M = rows_a8(call);
   p.stored = apart || config.splits > 1 ? Type::kNone : call.type;
-  if (apart) p.out.bias_type = Type::kNone;  // finish_a8 adds it
+  if (apart) p.out.bias_type = Type::kNone;                  // finish_a8 adds it
   for (p.shift = 7; w.mid >> (7 - p.shift) > 1;) --p.shift;  // mid is 2^(bits - 1)
   p.strip_bytes = stage_bytes(w);
   const bool groups32 = w.groups_per_step == 2;
