@@ -8,7 +8,7 @@
 //
 // No size depends on values and nothing waits for the host, so that all of it may be captured: marks are bits of all
 // columns, and a list of those that are marked is as long as there are columns. The products leave their sums in the
-// workspace (GemmA8Arguments.parts is 0), and finish_a8 is what else add_parts would be.
+// workspace (GemmA8Arguments.stored is kNone), and finish_a8 is what else add_parts would be.
 #pragma once
 #include "a8.h"
 #include "output.cuh"
