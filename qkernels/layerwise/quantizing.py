@@ -194,7 +194,7 @@ def _check_takes_scales(host: Host, run: Run, chain: Chain, place: Place) -> Non
         found = "; ".join([*reasons][:3]) or "no norm or linear layer feeds another"
         raise ArgumentError(
             f"{type(run.method).__name__} folds scales into the norms and linear layers before, and no block of "
-            f"{type(host.model).__name__} lets one through ({found}); use GPTQ or RTN"
+            f"{type(host.model).__name__} lets one through ({found}); use GPTQ without scales, or RTN"
         )
 
 
