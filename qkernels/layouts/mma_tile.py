@@ -127,9 +127,9 @@ def arrange(weight: QuantTensor) -> dict[str, Tensor | None]:
 LAYOUT: Layout = Layout(
     "mma_tile", 1, "cuda", arrange, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
     dtypes=(torch.bfloat16, torch.float16), codebooks=tuple(CODEBOOKS), factors=("nvfp4", "nvfp4m"),
-    scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=32,
+    scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=32, grouped=True,
 )  # fmt: skip
 LAYOUT_A8: Layout = replace(
     LAYOUT, name="mma_tile_a8", acts=("int8", "int8_wide"), codebooks=(), factors=(), scale_dtypes=FLOAT_DTYPES,
-    limits=limits_a8, gemv_tokens=None, numbers=NUMBERS_A8,
+    limits=limits_a8, gemv_tokens=None, grouped=False, numbers=NUMBERS_A8,
 )  # fmt: skip
