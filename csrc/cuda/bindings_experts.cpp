@@ -22,9 +22,9 @@ Stack stack_of(const PlainStack& plain, int64_t K) {
   const Arguments& a = plain.arguments;
   const Weight w = weight_of(a, K);
   const int64_t rows = plain.experts * w.strips * kStripRows;
-  refuse(rows <= std::numeric_limits<int32_t>::max() && plain.experts <= 65535
+  refuse(rows <= std::numeric_limits<int32_t>::max() && plain.experts <= 8192
              ? ""
-             : text("stacked experts may have 2^31 - 1 rows in all and be 65535, got ", plain.experts, " of ", w.N));
+             : text("stacked experts may have 2^31 - 1 rows in all and be 8192, got ", plain.experts, " of ", w.N));
   return {w, static_cast<int>(plain.experts),
           a.k_order == nullptr ? nullptr : static_cast<const int32_t*>(a.k_order->data),
           a.bias == nullptr ? nullptr : static_cast<const uint8_t*>(a.bias->data),
