@@ -111,8 +111,8 @@ def on_triton(of: Mixture) -> Run:
 
     if of.layout != "mma_tile":
         raise ValueError(f"ours is {of.layout}")
-    stacks = [packed(experts, "kpack") for experts in of.weights]
-    return lambda b: grouped.experts("kpack", b.x, b.ids, b.routing, *stacks, "silu")
+    up, down = (packed(experts, "kpack") for experts in of.weights)
+    return lambda b: grouped.experts("kpack", b.x, b.ids, b.routing, up, down, "silu")
 
 
 def grouped_mm(of: Mixture) -> Run:
