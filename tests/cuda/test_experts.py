@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qkernels.errors import ArgumentError, ConversionError, UnsupportedProblem
+from qkernels.layouts import LAYOUTS
 from qkernels.ops.grouped import ACTIVATIONS
 from tests.ops.helpers import integers
-from tests.triton.problems import a_block_of_experts, product_by_expert, rows_by_expert
+from tests.strategies import random_weight
+from tests.triton.problems import a_block_of_experts, exact_stack, product_by_expert, rows_by_expert
 
 from . import calls, emulator
 from .calls import DTYPES, Config, in_room
@@ -292,3 +297,36 @@ def test_another_experts_strips_and_a_missing_barrier_would_be_seen() -> None:
     done = emulator.replay(calls.UNIT, call, bug="EXPERTS_WRONG_STRIPS")
     assert done.status != 0 or not torch.equal(done.buffers["y"], expected)
     assert "data race" in emulator.replay(calls.UNIT, small_block("few")[0], "tsan", bug="EXPERTS_NO_BARRIER").report
+
+
+# --- the ops, without a GPU -----------------------------------------------------------------------------------------------------
+
+
+def test_fake_cuda_tensors_give_shapes_and_wrong_ones_are_named() -> None:
+    """Meta functions of both ops; an order of columns for each expert is refused when it is packed."""
+    up, *_ = exact_stack("w4a16_g64_asym", 6, 128, 64, 9, HALF, name="mma_tile")
+    down, *_ = exact_stack("w4a16_g32", 6, 40, 64, 1, HALF, name="mma_tile")
+    layout = LAYOUTS["mma_tile"]
+
+    def on_cuda(given: list[Any]) -> list[Any]:
+        return [torch.empty(t.shape, dtype=t.dtype, device="cuda") if isinstance(t, Tensor) else t for t in given]
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, ids = torch.empty(9, 64, dtype=HALF, device="cuda"), torch.empty(9, 2, dtype=torch.int64, device="cuda")
+        rows, offsets = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (11, 7))
+        of_up, of_down = on_cuda(up.arguments(layout)), on_cuda(down.arguments(layout))
+        y = torch.ops.qkernels.grouped_gemm_mma_tile(x, rows, offsets, *of_up, torch.float32)
+        assert (list(y.shape), y.dtype, y.device.type) == ([11, 128], torch.float32, "cuda")
+        y = torch.ops.qkernels.experts_mma_tile(x, ids, ids.float(), *of_up, *of_down, 0, 0.0, 0.0)
+        assert (list(y.shape), y.dtype, y.device.type) == ([9, 40], HALF, "cuda")
+        with pytest.raises(ArgumentError, match=r"offsets must be int64 \[E \+ 1\] = \[7\]"):
+            torch.ops.qkernels.grouped_gemm_mma_tile(x, rows, offsets[:5], *of_up, HALF)
+    given = (torch.zeros(1, 64).half(), torch.zeros(1).long(), torch.zeros(7).long())
+    with pytest.raises(UnsupportedProblem, match="runs on CUDA devices, got tensors on cpu"):
+        torch.ops.qkernels.grouped_gemm_mma_tile(*given, *up.arguments(layout), HALF)
+    plain = random_weight("w4a16_g32", 16, 64, experts=(2,))
+    own = replace(plain, group_index=torch.stack([torch.arange(64) // 32, (63 - torch.arange(64)) // 32]).int())
+    with pytest.raises(
+        ConversionError, match=r"layout mma_tile holds one order of columns \(act-order\), got one for each"
+    ):
+        layout.pack(own)
