@@ -313,14 +313,14 @@ def test_fake_cuda_tensors_give_shapes_and_wrong_ones_are_named() -> None:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, ids = torch.empty(9, 64, dtype=HALF, device="cuda"), torch.empty(9, 2, dtype=torch.int64, device="cuda")
-        rows, offsets = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (11, 7))
+        rows, offsets, short = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (11, 7, 5))
         of_up, of_down = on_cuda(up.arguments(layout)), on_cuda(down.arguments(layout))
         y = torch.ops.qkernels.grouped_gemm_mma_tile(x, rows, offsets, *of_up, torch.float32)
         assert (list(y.shape), y.dtype, y.device.type) == ([11, 128], torch.float32, "cuda")
         y = torch.ops.qkernels.experts_mma_tile(x, ids, ids.float(), *of_up, *of_down, 0, 0.0, 0.0)
         assert (list(y.shape), y.dtype, y.device.type) == ([9, 40], HALF, "cuda")
         with pytest.raises(ArgumentError, match=r"offsets must be int64 \[E \+ 1\] = \[7\]"):
-            torch.ops.qkernels.grouped_gemm_mma_tile(x, rows, offsets[:5], *of_up, HALF)
+            torch.ops.qkernels.grouped_gemm_mma_tile(x, rows, short, *of_up, HALF)
     given = (torch.zeros(1, 64).half(), torch.zeros(1).long(), torch.zeros(7).long())
     with pytest.raises(UnsupportedProblem, match="runs on CUDA devices, got tensors on cpu"):
         torch.ops.qkernels.grouped_gemm_mma_tile(*given, *up.arguments(layout), HALF)
