@@ -64,14 +64,11 @@ MUTANTS: dict[str, Mutant] = {
         "                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);",
     ),
     # Of stacked experts: another expert's strips; a block that goes on behind its expert's last row; an expert without rows that
-    # has no slot, so that those behind it share one; pairs that are not in the order of tokens; sums that are not yet there.
+    # has no slot, so that those behind it share one; sums that are not yet there.
     "EXPERTS_WRONG_STRIPS": Mutant(*GEMM, "first_strip = rows.expert * p.weight.strips;", "first_strip = rows.expert;"),
     "EXPERTS_PAST_THE_END": Mutant(*EXPERTS, "left < t.size ? left : t.size", "t.size"),
     "EXPERTS_WITHOUT_A_SLOT": Mutant(
         *EXPERTS, "const int base = first / t.size + expert;", "const int base = first / t.size;"
-    ),
-    "EXPERTS_NOT_IN_ORDER": Mutant(
-        *EXPERTS, "int row = first + mine.here - own;", "int row = first + mine.all - mine.here;"
     ),
     "EXPERTS_NO_BARRIER": Mutant(*EXPERTS, "thread - step))) : 0;\n    __syncthreads();\n", "thread - step))) : 0;\n"),
     "A8_NO_BARRIER": Mutant(*A8, "__syncthreads();  // everybody's copies of this slot", "// "),
