@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../inputs.h"
+#include "../inputs_experts.h"
 #include "checks.h"
 #include "experts.h"
 #include "tensors.h"
@@ -10,45 +10,17 @@
 namespace qkernels::cpu {
 namespace {
 
-// The buffer of the first expert: what the checks of one weight are asked about.
-Buffer of_expert(const Tensor& t, int64_t experts, const char* name) {
-  Buffer b = buffer_of(t);
-  refuse(b.dims >= 2 && b.sizes[0] == experts ? ""
-                                              : text(name, " must be of ", experts, " experts, got ", described(b)));
-  const auto sizes = t.sizes();
-  b.dims -= 1;
-  for (int i = 0; i < b.dims && i < 3; ++i) b.sizes[i] = sizes[i + 1];
-  return b;
-}
-
 int64_t stride_of(const OptionalTensor& t, int64_t experts) {
   return t.has_value() && experts > 0 ? t->numel() / experts * size_of(buffer_of(*t).type) : 0;
 }
 
 // Stacked experts, checked. Points into tensors that the caller holds; `bias` is the contiguous one.
 Stack stack_of(const Tensor& x, int64_t K, const Inputs& in, bool int8) {
-  const int64_t E = in.qweight.dim() > 0 ? in.qweight.size(0) : 0;
-  std::optional<Buffer> zeros, order, outer_scales, outer_zeros, bias;
-  const auto given = [&](const OptionalTensor& t, std::optional<Buffer>& to, const char* name) -> const Buffer* {
-    return t.has_value() ? &to.emplace(of_expert(*t, E, name)) : nullptr;
-  };
   Buffer rows = buffer_of(x);
   rows.sizes[1] = K;
-  Arguments a{rows,
-              of_expert(in.qweight, E, "qweight"),
-              of_expert(in.scales, E, "scales"),
-              given(in.zeros, zeros, "zeros"),
-              in.k_order.has_value() ? &order.emplace(buffer_of(*in.k_order)) : nullptr,
-              given(in.outer_scales, outer_scales, "outer_scales"),
-              given(in.outer_zeros, outer_zeros, "outer_zeros"),
-              given(in.bias, bias, "bias"),
-              in.out_features,
-              in.bits,
-              in.group_size,
-              in.zeros_are_offsets,
-              in.codebook,
-              in.factors,
-              in.act};
+  const PlainStack plain(rows, in);
+  const Arguments& a = plain.arguments;
+  const int64_t E = plain.experts;
   refuse(is_static(static_cast<Rounding>(in.act)) ? text("act must be 1 to 4 for stacked experts, got ", in.act) : "");
   refuse(wrong_product(a, int8));
   Call call = call_with(a, int8);
@@ -58,17 +30,6 @@ Stack stack_of(const Tensor& x, int64_t K, const Inputs& in, bool int8) {
           {stride_of(qweight, E), stride_of(scales, E), stride_of(in.zeros, E), stride_of(in.outer_scales, E),
            stride_of(in.outer_zeros, E), stride_of(in.bias, E)},
           E};
-}
-
-// The same with its bias contiguous.
-Inputs with_bias(const Inputs& in, const OptionalTensor& bias) {
-  return {in.x,           in.qweight, in.scales,       in.zeros, in.k_order,    in.outer_scales,
-          in.outer_zeros, bias,       in.out_features, in.bits,  in.group_size, in.zeros_are_offsets,
-          in.codebook,    in.factors, in.act};
-}
-
-OptionalTensor dense(const OptionalTensor& t) {
-  return t.has_value() && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
 }
 
 void check_x(const Tensor& x) {
@@ -161,19 +122,17 @@ Tensor block(const Tensor& x_in, const Tensor& ids_in, const Tensor& weights_in,
   return y;
 }
 
-// The ops as torch calls them. Those of int8 activations are told a number more of a stack, and
-// of static ones, which stacks have not (ops/grouped.py refuses them).
-
-Tensor grouped_a16(const Tensor& x, const Tensor& rows, const Tensor& offsets, const Tensor& qweight,
-                   const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& k_order,
-                   const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros, const OptionalTensor& bias,
-                   int64_t out_features, int64_t bits, int64_t group_size, bool zeros_are_offsets, int64_t codebook,
-                   int64_t factors, ScalarType dtype) {
-  return grouped(x, rows, offsets,
-                 {nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits,
-                  group_size, zeros_are_offsets, codebook, factors},
-                 dtype, false);
+Tensor grouped_a16(const Tensor& x, const Tensor& rows, const Tensor& offsets, const Inputs& in, ScalarType dtype) {
+  return grouped(x, rows, offsets, in, dtype, false);
 }
+
+Tensor block_a16(const Tensor& x, const Tensor& ids, const Tensor& weights, const Inputs& up, const Inputs& down,
+                 int64_t activation, double alpha, double limit) {
+  return block(x, ids, weights, up, down, activation, alpha, limit, false);
+}
+
+// Ops of int8 activations as torch calls them: they are told a number more of a stack, and of static ones, which stacks
+// have not (ops/grouped.py refuses them).
 
 Tensor grouped_a8(const Tensor& x, const Tensor& rows, const Tensor& offsets, const Tensor& qweight,
                   const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& k_order,
@@ -185,25 +144,6 @@ Tensor grouped_a8(const Tensor& x, const Tensor& rows, const Tensor& offsets, co
                  {nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits,
                   group_size, zeros_are_offsets, codebook, factors, act},
                  dtype, true);
-}
-
-Tensor block_a16(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& up_qweight,
-                 const Tensor& up_scales, const OptionalTensor& up_zeros, const OptionalTensor& up_k_order,
-                 const OptionalTensor& up_outer_scales, const OptionalTensor& up_outer_zeros,
-                 const OptionalTensor& up_bias, int64_t up_out_features, int64_t up_bits, int64_t up_group_size,
-                 bool up_zeros_are_offsets, int64_t up_codebook, int64_t up_factors, const Tensor& down_qweight,
-                 const Tensor& down_scales, const OptionalTensor& down_zeros, const OptionalTensor& down_k_order,
-                 const OptionalTensor& down_outer_scales, const OptionalTensor& down_outer_zeros,
-                 const OptionalTensor& down_bias, int64_t down_out_features, int64_t down_bits, int64_t down_group_size,
-                 bool down_zeros_are_offsets, int64_t down_codebook, int64_t down_factors, int64_t activation,
-                 double alpha, double limit) {
-  return block(
-      x, ids, weights,
-      {nullptr, up_qweight, up_scales, up_zeros, up_k_order, up_outer_scales, up_outer_zeros, up_bias, up_out_features,
-       up_bits, up_group_size, up_zeros_are_offsets, up_codebook, up_factors},
-      {nullptr, down_qweight, down_scales, down_zeros, down_k_order, down_outer_scales, down_outer_zeros, down_bias,
-       down_out_features, down_bits, down_group_size, down_zeros_are_offsets, down_codebook, down_factors},
-      activation, alpha, limit, false);
 }
 
 Tensor block_a8(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& up_qweight,
@@ -231,8 +171,8 @@ Tensor block_a8(const Tensor& x, const Tensor& ids, const Tensor& weights, const
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   using namespace qkernels;
-  m.impl("grouped_gemm_cpu_tile_a16", TORCH_BOX(&cpu::grouped_a16));
+  m.impl("grouped_gemm_cpu_tile_a16", TORCH_BOX(&grouped_op<cpu::grouped_a16>));
   m.impl("grouped_gemm_cpu_tile_a8", TORCH_BOX(&cpu::grouped_a8));
-  m.impl("experts_cpu_tile_a16", TORCH_BOX(&cpu::block_a16));
+  m.impl("experts_cpu_tile_a16", TORCH_BOX(&experts_op<cpu::block_a16>));
   m.impl("experts_cpu_tile_a8", TORCH_BOX(&cpu::block_a8));
 }

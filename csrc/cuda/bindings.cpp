@@ -5,6 +5,8 @@
 //   QKERNELS_ACCUMULATE=fp16   4-bit weights and fp16 activations may be summed in fp16, 64 columns at a time: faster
 //                              on GeForce cards, and only as exact as fp16
 // Both are read once.
+#include "bindings.h"
+
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -13,8 +15,6 @@
 #include <array>
 #include <cstdlib>
 
-#include "../inputs.h"
-#include "checks.h"
 #include "heuristics.h"
 #include "settings.h"
 
@@ -34,6 +34,8 @@ CurrentStream find_current_stream() {
                             : reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
 }
 
+}  // namespace
+
 void* current_stream(int32_t device) {
   static const CurrentStream find = find_current_stream();
   STD_TORCH_CHECK(find != nullptr, "this torch has no CUDA, or hides its streams (aoti_torch_get_current_cuda_stream)");
@@ -52,6 +54,9 @@ bool logs() {
   static const bool on = is_on(std::getenv("QKERNELS_LOG"));
   return on;
 }
+
+namespace {
+
 bool half_accumulate() {
   static const char* value = std::getenv("QKERNELS_ACCUMULATE");
   static const int half = accumulates_half(value);
@@ -63,7 +68,8 @@ bool half_accumulate() {
 
 const uint8_t* bytes(const Buffer* b) { return b == nullptr ? nullptr : static_cast<const uint8_t*>(b->data); }
 
-// Of arguments that are right.
+}  // namespace
+
 Weight weight_of(const Arguments& a, int64_t K) {
   Weight w = make_weight(a.out_features, K, static_cast<int>(a.bits), a.group_size);
   w.codes = bytes(&a.qweight), w.scales = bytes(&a.scales), w.zeros = bytes(a.zeros);
@@ -82,11 +88,23 @@ Device checked_device() {
   return device;
 }
 
-Problem problem_of(const Call& call, const Device& device, int64_t bits, int act_bits) {
+Clusters checked_clusters(const Device& device) {
   Clusters clusters{};
   check(clusters_of(device, &clusters), "cudaOccupancyMaxActiveClusters");
+  return clusters;
+}
+
+void* allocate(const Tensor& like, int64_t bytes, OptionalTensor& to) {
+  if (bytes == 0) return nullptr;
+  to = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  return to->mutable_data_ptr();
+}
+
+namespace {
+
+Problem problem_of(const Call& call, const Device& device, int64_t bits, int act_bits) {
   return problem_of(call.weight, rows_a8(call), static_cast<int>(bits), act_bits, call.type == Type::kHalf,
-                    is_aligned(call.x), device, clusters);
+                    is_aligned(call.x), device, checked_clusters(device));
 }
 
 // --- dequantize + mm ---
@@ -165,12 +183,6 @@ Tensor product(const Inputs& in, const Arguments& a, Launch launch) {
   call.out.y = static_cast<uint16_t*>(y.mutable_data_ptr());
   launch(Prepared{call, x, bias, y, device, current_stream(device_index)});
   return y;
-}
-
-void* allocate(const Tensor& like, int64_t bytes, OptionalTensor& to) {
-  if (bytes == 0) return nullptr;
-  to = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  return to->mutable_data_ptr();
 }
 
 // The launches of a configuration, with the workspace that it asks for.

@@ -16,6 +16,13 @@ struct Share {
   }
 };
 
+// The expert of a pair; -1: none of ours.
+QK_DEVICE int expert_at(const RowBlocks& r, int64_t pair) {
+  const uint32_t id = load_global4(r.ids + pair * r.id_words);
+  const uint32_t high = r.id_words == 2 ? load_global4(r.ids + pair * 2 + 1) : 0;
+  return high == 0 && id < static_cast<uint32_t>(r.experts) ? static_cast<int>(id) : -1;
+}
+
 // Which groups a step of 64 columns needs, followed from step to step without a division.
 struct GroupWalk {
   int group, left;  // first group of the step, steps until it ends
@@ -40,20 +47,32 @@ QK_DEVICE void copy_groups(const Weight& w, const GroupFormat& f, int strip, int
   }
 }
 
-// Asks for a step of kStrips strips from strip0 on: codes, scales and zeros, `strip_bytes` from strip to strip. Past N
-// they become zeros.
+// Asks for a step of kStrips strips from strip0 on: codes, scales and zeros, `strip_bytes` from strip to strip. From
+// strip `end` on (past N) they become zeros.
 template <int kStrips, int kCodeBytes>
-QK_DEVICE void copy_strips(const Weight& w, const GroupFormat& f, int strip0, int step, int group, uint32_t to,
+QK_DEVICE void copy_strips(const Weight& w, const GroupFormat& f, int strip0, int end, int step, int group, uint32_t to,
                            int strip_bytes, int thread, int threads) {
 #pragma unroll
   for (int s = 0; s < kStrips; ++s, to += strip_bytes) {
-    const bool valid = strip0 + s < w.strips;
+    const bool valid = strip0 + s < end;
     const int64_t place = static_cast<int64_t>(valid ? strip0 + s : 0) * w.steps + step;
     for (int i = thread * 16; i < kCodeBytes; i += threads * 16) {
       cp_async16_or_zero(to + i, w.codes + place * kCodeBytes + i, valid);
     }
     copy_groups(w, f, strip0 + s, group, to + kCodeBytes, thread, threads, valid);
   }
+}
+
+// Of stacked experts: a block's rows. Loads that no compiler repeats or saves: who asks again holds no registers
+// between.
+QK_DEVICE RowBlock row_block(const RowBlocks& r, int block) {
+  if (r.table != nullptr) {
+    const Words4 v = load_global16(r.table + block);
+    return {static_cast<int>(v.word[0]), static_cast<int>(v.word[1]), static_cast<int>(v.word[2]),
+            static_cast<int>(v.word[3])};
+  }
+  const int expert = expert_at(r, block);
+  return {expert, block / r.per, block, expert < 0 ? 0 : 1};
 }
 
 // An entry of an order of columns comes from a file: a wrong one must not become a wild read.

@@ -35,10 +35,12 @@ struct DecodeArguments {
   int stages;           // of a warp's ring, 2 ... kMostDecodeStages
   int stage_bytes;      // of one warp: codes, scales, zeros
   int warp_bytes;       // of one warp: its ring, or its totals afterwards
+  RowBlocks rows;       // of stacked experts; x.M is then the most rows of a block
 };
 
 // Asks for the x tile of `count` steps: [step][token][64 columns], swizzled.
-QK_DEVICE void stage_tokens(const DecodeArguments& p, uint32_t to, int first_step, int count) {
+// `mine`: rows of x; in a block of an expert there may be fewer than the tile has.
+QK_DEVICE void stage_tokens(const DecodeArguments& p, uint32_t to, int first_step, int count, const RowBlock& mine) {
   const int M = p.x.M, rows = blockDim.x / 8, chunk = threadIdx.x & 7;  // a row: 64 columns of a token
   int step = static_cast<int>(threadIdx.x >> 3) / M, token = static_cast<int>(threadIdx.x >> 3) - step * M;
   const int more_steps = rows / M, more_tokens = rows - more_steps * M;
@@ -46,10 +48,10 @@ QK_DEVICE void stage_tokens(const DecodeArguments& p, uint32_t to, int first_ste
     const int k = (first_step + step) * kStepColumns + chunk * 8;
     const uint32_t place = to + step * M * kTokenBytes + swizzled(token, chunk);
     if (p.aligned) {
-      const bool valid = k < p.x.K;
-      cp_async16_or_zero(place, p.x.x + token * p.x.row_stride + (valid ? k : 0), valid);
+      const bool valid = k < p.x.K && token < mine.count;
+      cp_async16_or_zero(place, p.x.x + (valid ? (mine.x_row + token) * p.x.row_stride + k : 0), valid);
     } else {
-      store_shared16(place, gather8(p.x, token, k));
+      store_shared16(place, gather8(p.x, mine.x_row + token, k));
     }
     step += more_steps, token += more_tokens;
     if (token >= M) token -= M, ++step;
@@ -94,6 +96,11 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int strip = blockIdx.x * p.warps_n + warp % p.warps_n, part = warp / p.warps_n;
   const bool owns = strip < p.weight.strips;
+  RowBlock rows = {0, 0, 0, p.x.M};
+  if (p.rows.given()) {
+    rows = row_block(p.rows, blockIdx.z);
+    if (rows.count <= 0) return;
+  }
   // The block's columns, and the warp's share of them.
   const Share block = Share::of(p.weight.steps, gridDim.y, blockIdx.y);
   const Share mine = Share::of(block.end - block.begin, p.warps_k, part);
@@ -106,7 +113,7 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
   // What a lane copies of the codes is what it will use, so nothing but its own wait stands between; scales and zeros
   // are copied by some lanes for all, hence the barrier of the warp in the loop.
   const uint64_t policy = evict_first_policy();
-  const int64_t first_strip = owns ? strip : 0;
+  const int64_t first_strip = owns ? rows.expert * p.weight.strips + strip : 0;
   GroupWalk walk = GroupWalk::at(p.weight, begin);
   const int chunks = (p.format.scale_bytes + p.format.zero_bytes) / 16;
   const bool copies_groups = lane < chunks;
@@ -134,7 +141,7 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
     if (i < steps) copy_step(first_slot + i * p.stage_bytes);
     cp_async_commit();
   }
-  stage_tokens(p, x, block.begin, block.end - block.begin);
+  stage_tokens(p, x, block.begin, block.end - block.begin, rows);
   cp_async_commit();
   cp_async_wait<0>();  // x, the youngest group
   __syncthreads();
@@ -178,7 +185,8 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
   __syncthreads();
 
   // One warp adds up and stores the 64 rows of one token and strip, two rows a lane.
-  for (int j = warp; j < p.warps_n * p.x.M; j += p.warps_n * p.warps_k) {
+  const RowBlock to = p.rows.given() ? row_block(p.rows, blockIdx.z) : RowBlock{0, 0, 0, p.x.M};
+  for (int j = warp; j < p.warps_n * to.count; j += p.warps_n * p.warps_k) {
     const int token = j / p.warps_n, column = j % p.warps_n;
     const uint32_t place = (token * kExchangeRow + 2 * lane) * 4;
     float low = 0.0f, high = 0.0f;
@@ -188,13 +196,14 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
     }
     const int n = (blockIdx.x * p.warps_n + column) * kStripRows + 2 * lane;
     if (n < p.out.N_pad) {  // of all lanes or of none
-      if constexpr (is_coded(F::kCoding)) outer_factors_of(p.weight, n).apply(low, high);
+      const int row = to.expert * p.out.N_pad + n;
+      if constexpr (is_coded(F::kCoding)) outer_factors_of(p.weight, row).apply(low, high);
       if (!all_finite(low, high))
-        sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, p.x, token, n, block, low, high);
-      if (gridDim.y == 1) {
+        sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, p.x, to.x_row + token, row, block, low, high);
+      if (gridDim.y == 1 && !p.rows.given()) {
         store_y<typename F::T>(p.out, columns_of(p.out, n), token, low, high);
       } else {
-        store_partial(p.out, blockIdx.y, token, n, low, high);
+        store_partial(p.out, blockIdx.y, to.y_row + token, n, low, high);
       }
     }
   }

@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   GroupWalk copied = GroupWalk::at(p.weight, begin), used = copied;
   auto copy_step = [&](int step, int slot) {
     const uint32_t to = stages + slot * stage_bytes;
-    copy_strips<kWarpsN, kCodeBytes>(p.weight, p.format, strip0, step, copied.group, to, p.strip_bytes, thread,
-                                     kThreads);
+    copy_strips<kWarpsN, kCodeBytes>(p.weight, p.format, strip0, p.weight.strips, step, copied.group, to, p.strip_bytes,
+                                     thread, kThreads);
     copied.advance(p.weight);
 #pragma unroll
     for (int i = thread; i < kTokens * 4; i += kThreads) {

@@ -36,6 +36,7 @@ struct GemmArguments {
   int x_columns;  // a multiple of 8
   Output out;
   int strip_bytes;  // of a stage: codes, scales, zeros of one strip
+  RowBlocks rows;   // of stacked experts: a table
 };
 
 template <class F, int kWarpsN, int kWarpsM, bool kHalfAccumulate>
@@ -45,7 +46,15 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
   // Neighbouring blocks share a strip and differ in tokens: the weight comes from DRAM once, x stays in L2.
-  const int m0 = blockIdx.x * kTokens, strip0 = blockIdx.y * kWarpsN, split = blockIdx.z;
+  const int split = blockIdx.z;
+  int m0 = blockIdx.x * kTokens, first_strip = 0;
+  Output out = p.out;
+  if (p.rows.given()) {  // rows m0 ... out.M - 1, and an expert's strips
+    const RowBlock rows = row_block(p.rows, blockIdx.x);
+    if (rows.count <= 0) return;
+    m0 = rows.x_row, out.M = rows.x_row + rows.count, first_strip = rows.expert * p.weight.strips;
+  }
+  const int strip0 = first_strip + blockIdx.y * kWarpsN;
   const Share share = Share::of(p.weight.steps, gridDim.z, split);
   const int begin = share.begin, end = share.end;  // plain ints: C++17 captures no structured bindings
 
@@ -57,13 +66,13 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   GroupWalk walk = GroupWalk::at(p.weight, begin);
   auto copy_step = [&](int step, int slot) {
     const uint32_t to = stages + slot * stage_bytes;
-    copy_strips<kWarpsN, F::kStepBytes>(p.weight, p.format, strip0, step, walk.group, to, p.strip_bytes, thread,
-                                        kThreads);
+    copy_strips<kWarpsN, F::kStepBytes>(p.weight, p.format, strip0, first_strip + p.weight.strips, step, walk.group, to,
+                                        p.strip_bytes, thread, kThreads);
     walk.advance(p.weight);
 #pragma unroll
     for (int i = thread; i < kTokens * 8; i += kThreads) {
       const int token = i >> 3, chunk = i & 7, k = step * kStepColumns + chunk * 8;
-      const bool valid = m0 + token < p.out.M && k < p.x_columns;
+      const bool valid = m0 + token < out.M && k < p.x_columns;
       cp_async16_or_zero(to + x_place + swizzled(token, chunk), p.x + (valid ? (m0 + token) * p.x_stride + k : 0),
                          valid);
     }
@@ -115,18 +124,18 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   }
   // The exchange lies over the stages: since the last barrier nobody reads them, and no copy into them is on its way.
   const uint32_t exchange = stages + warp * exchange_bytes(8);
-  const int n = (strip0 + warp_n) * kStripRows + 2 * lane;
-  const int first = m0 + warp_m * kWarpTokens;
-  const Columns columns = columns_of(p.out, n);
+  const int first_row = first_strip * kStripRows, n = (strip0 + warp_n) * kStripRows + 2 * lane - first_row;
+  const int first = m0 + warp_m * kWarpTokens, splits = p.rows.given() ? 2 : gridDim.z;  // of more than one come sums
+  const Columns columns = columns_of(out, n);
   OuterFactors outer;
   if constexpr (is_coded(F::kCoding)) {
-    if (n < p.out.N_pad) outer = outer_factors_of(p.weight, n);
+    if (n < out.N_pad) outer = outer_factors_of(p.weight, first_row + n);
   }
   uint32_t again = 0;  // of this lane: a bit for each token with a sum that is not finite
-  turn_around<kWarpTokenTiles>(totals, exchange, p.out, first, n, lane, [&](int m, float low, float high) {
+  turn_around<kWarpTokenTiles>(totals, exchange, out, first, n, lane, [&](int m, float low, float high) {
     if constexpr (is_coded(F::kCoding)) outer.apply(low, high);
     if (!is_finite(low) || !is_finite(high)) again |= 1u << (m - first);
-    store_part<typename F::T>(p.out, columns, split, gridDim.z, m, low, high);
+    store_part<typename F::T>(out, columns, split, splits, m, low, high);
   });
   // Votes are here and not beside the stores, which lanes past N leave out: nothing has to bring them together again
   // for each token.
@@ -136,9 +145,9 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
     if (!any_lane(again >> token & 1)) continue;
     float low = bits_to_float(kNaN), high = low;
     const int m = first + token;
-    sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, {p.x, p.out.M, p.x_columns, p.x_stride, 1, nullptr}, m, n,
-                                                   share, low, high);
-    store_part<typename F::T>(p.out, columns, split, gridDim.z, m, low, high);
+    sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, {p.x, out.M, p.x_columns, p.x_stride, 1, nullptr}, m,
+                                                   first_row + n, share, low, high);
+    store_part<typename F::T>(out, columns, split, splits, m, low, high);
   }
 }
 

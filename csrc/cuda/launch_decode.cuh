@@ -82,13 +82,15 @@ cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t s
   DecodeArguments p{};
   p.weight = call.weight, p.format = group_format(call.weight, call.type), p.x = call.x, p.out = call.out;
   p.aligned = is_aligned(call.x);
+  p.rows = call.rows;
   p.warps_n = config.warps_n, p.warps_k = config.warps_k;
   p.steps_per_block = divide_up(call.weight.steps, config.splits);
   p.stage_bytes = stage_bytes(call.weight);
   p.stages = decode_stages(config, call.weight.width);
   p.warp_bytes = decode_warp_bytes(config.tokens, p.stage_bytes, p.stages);
   const size_t shared = decode_shared_bytes(config, call.x.M, p.stage_bytes, call.weight.width, call.weight.steps);
-  const dim3 grid(divide_up(call.weight.strips, config.warps_n), config.splits);
+  const dim3 grid(divide_up(call.weight.strips, config.warps_n), config.splits,
+                  call.rows.given() ? call.rows.blocks : 1);
   const DecodeLaunch launch{p, config.tokens, grid, shared, stream};
   if (const Coding coding = coding_of(call.weight.codebook); is_coded(coding)) {
     return config.tokens == 8    ? launch_coded<T, 1>(launch, coding)

@@ -10,7 +10,8 @@ namespace qkernels::cuda {
 
 template <class F, int kWarpsN, int kWarpsM, bool kHalfAccumulate = false>
 cudaError_t launch_tile(const GemmArguments& p, const Config& c, cudaStream_t stream) {
-  const dim3 grid(divide_up(p.out.M, kWarpsM * kWarpTokens), divide_up(p.weight.strips, kWarpsN), c.splits);
+  const dim3 grid(p.rows.given() ? p.rows.blocks : divide_up(p.out.M, kWarpsM * kWarpTokens),
+                  divide_up(p.weight.strips, kWarpsN), c.splits);
   const int shared = gemm_shared_bytes(c, p.strip_bytes, F::kWidth);
   return launch(gemm<F, kWarpsN, kWarpsM, kHalfAccumulate>, grid, dim3(kWarpsN * kWarpsM * 32), shared, stream, p);
 }
@@ -47,7 +48,7 @@ cudaError_t launch_gemm(const Call& call, const Config& c, cudaStream_t stream) 
   GemmArguments p{};
   p.weight = call.weight, p.format = group_format(call.weight, call.type), p.out = call.out;
   p.x = call.x.x, p.x_stride = call.x.row_stride, p.x_columns = call.x.K;
-  p.strip_bytes = stage_bytes(call.weight);
+  p.strip_bytes = stage_bytes(call.weight), p.rows = call.rows;
   const bool short_groups = p.weight.groups_per_step > 1;
   if (p.weight.codebook != Codebook::kIntegers) {
     if (p.weight.width == 8) {

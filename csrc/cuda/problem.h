@@ -109,6 +109,24 @@ struct Output {
   float* partial;
 };
 
+// Rows of x that one block multiplies by one expert's strips, and where their sums go. No rows: a block that is left
+// over. Experts lie one behind the other, so strip s of expert e is strip e strips + s.
+struct RowBlock {
+  int expert, x_row, y_row, count;
+};
+
+// Of stacked experts: how a block finds its own on the device, since the host does not know how many rows an expert
+// has. Either a table has them (16 bytes each), or blocks are pairs of a token and an expert as they come. Neither: a
+// dense product.
+struct RowBlocks {
+  const RowBlock* table;
+  const uint32_t* ids;  // of experts, `id_words` (1 or 2) each, `per` of a token; outside 0 ... experts - 1: no block
+  int id_words, per, experts;
+  int blocks;  // of the grid: an upper bound; 0: a dense product
+
+  QK_CONSTEXPR bool given() const { return blocks != 0; }
+};
+
 enum class Path : int {
   kDecode,      // few tokens: weights stream past registers, warps on their own
   kGemm,        // blocks with a shared pipeline
@@ -162,6 +180,9 @@ struct Call {
   Type type;                            // of x and y: kHalf or kBFloat16
   Rounding rounding = Rounding::kNone;  // of x, where it is quantized to int8
   const float* x_static = nullptr;      // scale and zero point, where `rounding` is_static
+  // Of stacked experts, on kDecode and kGemm: the weight is the first expert's, x.M the most rows of a block, and fp32
+  // sums of all columns go to out.partial [rows][N_pad].
+  RowBlocks rows = {};
 };
 
 // Bytes of workspace: the staged copy of x, if the path wants one, then the partial sums.

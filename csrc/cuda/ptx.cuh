@@ -266,6 +266,15 @@ QK_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 QK_DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }
 QK_DEVICE float divide_rounded(float a, float b) { return __fdiv_rn(a, b); }
 
+// ---- fp32, of transcendental functions: 2 units in the last place ----
+
+QK_DEVICE float exp2_approximately(float v) {
+  float d;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(d) : "f"(v));
+  return d;
+}
+QK_DEVICE float erf_of(float v) { return erff(v); }
+
 // ---- conversions, to nearest even ----
 
 QK_DEVICE uint32_t pack_f16x2(float low, float high) {

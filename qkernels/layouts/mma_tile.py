@@ -129,9 +129,9 @@ def arrange(weight: QuantTensor) -> dict[str, Tensor | None]:
 LAYOUT: Layout = Layout(
     "mma_tile", 1, "cuda", arrange, TILES.unpack, TILES.shapes, stored_bits, ROWS_PER_TILE,
     dtypes=(torch.bfloat16, torch.float16), codebooks=tuple(CODEBOOKS), factors=("nvfp4", "nvfp4m"),
-    scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=32,
+    scale_dtypes=SCALE_DTYPES, limits=limits, gemv_tokens=32, grouped=True,
 )  # fmt: skip
 LAYOUT_A8: Layout = replace(
     LAYOUT, name="mma_tile_a8", acts=INTEGERS, codebooks=(), factors=(), scale_dtypes=FLOAT_DTYPES, limits=limits_a8,
-    gemv_tokens=None, buffers=BUFFERS_A8, numbers=NUMBERS_A8,
+    gemv_tokens=None, grouped=False, buffers=BUFFERS_A8, numbers=NUMBERS_A8,
 )  # fmt: skip

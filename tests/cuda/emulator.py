@@ -62,7 +62,12 @@ SOURCES: dict[str, tuple[Path, ...]] = {
     "sample": (SAMPLE,),
     "wgmma": (HOST / "launch_wgmma.cpp",),
     "runtime": (HOST / "launch_runtime.cpp",),
-    "mma_tile": (*sorted(CUDA.glob("*.cu")), HOST / "launch_mma_tile.cpp", HOST / "launch_checks.cpp"),
+    "mma_tile": (
+        *sorted(CUDA.glob("*.cu")),
+        HOST / "launch_mma_tile.cpp",
+        HOST / "launch_experts.cpp",
+        HOST / "launch_checks.cpp",
+    ),
     "drive": (*sorted(CUDA.glob("*.cu")), ROOT / "tools" / "first_light" / "drive" / "drive.cu"),
 }
 WITH_MAIN = ("drive",)  # programs of their own, which nobody calls by a launcher's name

@@ -24,6 +24,7 @@ QUANTIZE = ("gemm_a8.cu", "quantize_a8.cuh")
 APART = ("gemm_a8.cu", "apart_a8.cuh")
 WGMMA = ("gemm_sm90.cu", "gemm_sm90.cuh")
 IGMMA = ("gemm_a8_sm90.cu", "gemm_a8_sm90.cuh")
+EXPERTS = ("experts.cu", "experts.cuh")
 NO_ROW_MASK = ("output.cuh", "if (m < out.M && n < out.N_pad) store", "if (n < out.N_pad) store")
 
 MUTANTS: dict[str, Mutant] = {
@@ -52,7 +53,7 @@ MUTANTS: dict[str, Mutant] = {
         "decode_bf16.cu", "copy.cuh", "return column < 0 ? 0 : column >= K ? K - 1 : column;", "return column + 0 * K;"
     ),
     "GEMM_NOT_AGAIN": Mutant(
-        "gemm_sm80_bf16.cu", "gemm_sm80.cuh", "if (!all_finite(low, high)) again |=", "if (false) again |="
+        "gemm_sm80_bf16.cu", "gemm_sm80.cuh", "if (!is_finite(low) || !is_finite(high)) again |=", "if (false) again |="
     ),
     "GEMM_NO_ROW_MASK": Mutant("gemm_sm80_f16.cu", *NO_ROW_MASK),
     # What every launch did once: a limit of its own, which a smaller launch lowers under a larger one.
@@ -63,6 +64,14 @@ MUTANTS: dict[str, Mutant] = {
         "const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),\n"
         "                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);",
     ),
+    # Of stacked experts: another expert's strips; a block that goes on behind its expert's last row; an expert without rows that
+    # has no slot, so that those behind it share one; sums that are not yet there.
+    "EXPERTS_WRONG_STRIPS": Mutant(*GEMM, "first_strip = rows.expert * p.weight.strips;", "first_strip = rows.expert;"),
+    "EXPERTS_PAST_THE_END": Mutant(*EXPERTS, "left < t.size ? left : t.size", "t.size"),
+    "EXPERTS_WITHOUT_A_SLOT": Mutant(
+        *EXPERTS, "const int base = first / t.size + expert;", "const int base = first / t.size;"
+    ),
+    "EXPERTS_NO_BARRIER": Mutant(*EXPERTS, "thread - step))) : 0;\n    __syncthreads();\n", "thread - step))) : 0;\n"),
     "A8_NO_BARRIER": Mutant(*A8, "__syncthreads();  // everybody's copies of this slot", "// "),
     "A8_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*A8, "__syncthreads();  // the exchange lies over stages", "// "),
     "A8_SHORT_WAIT": Mutant(*A8, "cp_async_wait<kStagesA8 - 2>();", "cp_async_wait<kStagesA8 - 1>();"),

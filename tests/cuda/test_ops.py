@@ -132,6 +132,7 @@ def test_the_bytes_of_int8_activations_are_the_same() -> None:
 def test_kernels_are_registered_for_cuda() -> None:
     for op in (
         "gemm_mma_tile", "gemv_mma_tile", "dequantize_mma_tile", "gemm_mma_tile_a8", "dequantize_mma_tile_a8",
+        "grouped_gemm_mma_tile", "experts_mma_tile",
     ):  # fmt: skip
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", "CUDA")
 

@@ -146,14 +146,23 @@ def test_patterns_mean_modules_and_projections() -> None:
     assert report.skipped["model.layers.1.mlp.experts.gate_up_proj"] == "excluded"
 
 
-def test_experts_on_a_gpu_run_on_triton_or_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_on_a_gpu_run_on_cuda_or_triton_or_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkernels import extension
     from qkernels.kernels.catalogue import Problem, list_kernels, select
     from qkernels.ops import backends
 
     monkeypatch.setattr(backends, "missing_triton", lambda: None)
     problem = Problem(96, 64, "w4a16_g32", torch.bfloat16, "sm90", experts=8)
+    status = replace(extension.status(), cuda=True, architectures=())  # of a build for every card
+    with monkeypatch.context() as built:
+        built.setattr(extension, "status", lambda: status)
+        assert select(problem).name == "cuda.mma_tile"
+        assert select(replace(problem, scheme=QuantScheme.parse("q4_k"))).name == "triton.kpack"
+    status = replace(status, cuda=False)
+    monkeypatch.setattr(extension, "status", lambda: status)
     assert select(problem).name == "triton.kpack"
-    assert "has no grouped kernels for stacked experts yet (got 8)" in dict(list_kernels(problem).rows)["cuda.mma_tile"]
+    why = dict(list_kernels(problem).rows)["cuda.mma_tile_a8"]
+    assert "has no grouped kernels for stacked experts yet (got 8)" in why
     with pytest.raises(UnsupportedProblem, match="no grouped kernels for stacked experts yet"):
         select(replace(problem, scheme=QuantScheme.parse("w4a8_g32")))
     with pytest.raises(UnsupportedProblem, match=r"an order of columns of its own \(act-order\)"):

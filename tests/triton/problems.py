@@ -36,15 +36,22 @@ def exact_problem(
 
 
 def exact_stack(
-    scheme: str, experts: int, N: int, K: int, rows: int, dtype: torch.dtype, act_order: bool = False
+    scheme: str,
+    experts: int,
+    N: int,
+    K: int,
+    rows: int,
+    dtype: torch.dtype,
+    act_order: bool = False,
+    name: str = "kpack",
 ) -> tuple[Stack, Tensor, Tensor, Tensor]:
     """Stacked experts with a bias, x [rows, K], the experts' weights [E, N, K] and their biases in float64: what `exact_problem`
-    says of products."""
+    says of products. `name`: of the layout."""
     weight = random_weight(scheme, N, K, act_order=act_order, exact=True, experts=(experts,))
     x, bias = integers(rows, K, dtype=dtype), integers(experts, N, dtype=dtype)
     if weight.scheme.codebook is not None:
         x, bias = torch.eye(K, dtype=dtype)[:rows], torch.zeros(experts, N, dtype=dtype)
-    layout = LAYOUTS["kpack"]
+    layout = LAYOUTS[name]
     stack = Stack(layout.pack(weight), bias, layout.numbers_of(N, K, weight.scheme), K)
     return stack, x, weight.dequantize().double(), bias.double()
 

@@ -1,4 +1,4 @@
-"""A block of experts: our op, bf16 `grouped_mm` of torch, and humming-kernels' indexed product, one JSON line a row.
+"""A block of experts: our ops, bf16 `grouped_mm` of torch, and humming-kernels' indexed product, one JSON line a row.
 
     python -m tools.first_light.experts --device cuda:0 [--shapes HxIxExk,…] [--tokens 1,4,…] [--seconds S]
 
@@ -50,27 +50,36 @@ class Batch:
 Run = Callable[[Batch], Any]
 
 
+def packed(experts: Sequence[Any], layout: str) -> Any:
+    """The stack of these weights in a layout."""
+    import torch
+
+    from qkernels.layouts import get_layout
+    from qkernels.ops.grouped import Stack
+
+    value, first = get_layout(layout), experts[0]
+    made = [value.pack(weight) for weight in experts]
+    each: dict[str, list[Any]] = {name: [p[name] for p in made] for name in made[0]}
+    buffers = {name: None if ts[0] is None else torch.stack(ts) for name, ts in each.items()}
+    return Stack(buffers, None, value.numbers_of(first.N, first.K, first.scheme), first.K)
+
+
 def mixture(hidden: int, width: int, count: int, per_token: int, scheme: str, device: Any) -> Mixture:
     import torch
 
     from qkernels import QuantScheme, QuantTensor
     from qkernels.kernels.catalogue import Problem, arch_of, select
-    from qkernels.layouts import get_layout
-    from qkernels.ops.grouped import Stack
 
     parsed, generator = QuantScheme.parse(scheme), torch.Generator(device).manual_seed(0)
     stacks, weights, plain, layout = [], [], [], ""
     for N, K in ((2 * width, hidden), (hidden, width)):
         layout = select(Problem(N, K, parsed, torch.bfloat16, arch_of(device), count)).layout
-        value, packed, made = get_layout(layout), [], []
+        made = []
         for _ in range(count):
             codes = torch.randint(parsed.max_code + 1, (N, K), generator=generator, device=device, dtype=torch.uint8)
             scales = torch.rand(N, parsed.num_groups(K), generator=generator, device=device) + 0.5
             made.append(QuantTensor(codes, (scales * 0.2 * K**-0.5).bfloat16(), None, None, parsed))
-            packed.append(value.pack(made[-1]))
-        each: dict[str, list[Any]] = {name: [p[name] for p in packed] for name in packed[0]}
-        buffers = {name: None if ts[0] is None else torch.stack(ts) for name, ts in each.items()}
-        stacks.append(Stack(buffers, None, value.numbers_of(N, K, parsed), K))
+        stacks.append(packed(made, layout))
         plain.append(torch.stack([weight.dequantize(torch.bfloat16) for weight in made]))
         weights.append(made)
     return Mixture(
@@ -94,6 +103,16 @@ def ours(of: Mixture) -> Run:
     from qkernels.ops import grouped
 
     return lambda b: grouped.experts(of.layout, b.x, b.ids, b.routing, *of.stacks, "silu")
+
+
+def on_triton(of: Mixture) -> Run:
+    """Our other kernels, where the CUDA kernels are the first choice."""
+    from qkernels.ops import grouped
+
+    if of.layout != "mma_tile":
+        raise ValueError(f"ours is {of.layout}")
+    up, down = (packed(experts, "kpack") for experts in of.weights)
+    return lambda b: grouped.experts("kpack", b.x, b.ids, b.routing, up, down, "silu")
 
 
 def grouped_mm(of: Mixture) -> Run:
@@ -158,6 +177,7 @@ def humming(of: Mixture) -> Run:
 
 WHO: dict[str, Callable[[Mixture], Run]] = {
     "ours": ours,
+    "ours on Triton": on_triton,
     "torch grouped_mm bf16": grouped_mm,
     "humming indexed": humming,
 }

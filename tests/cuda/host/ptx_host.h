@@ -4,6 +4,8 @@
 // process's: ASan and TSan look at it, so every access is a plain load or store in the thread that made it. (GCC
 // expands a 16-byte memcpy after the TSan pass, which would then miss it.)
 #pragma once
+#include <cmath>
+
 #include "warp_host.h"
 #include "words.h"
 
@@ -241,6 +243,8 @@ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) { return host::fm
 inline float multiply_rounded(float a, float b) { return a * b; }
 inline float add_rounded(float a, float b) { return a + b; }
 inline float divide_rounded(float a, float b) { return a / b; }
+inline float exp2_approximately(float v) { return std::exp2(v); }
+inline float erf_of(float v) { return std::erf(v); }
 inline uint32_t pack_f16x2(float low, float high) { return host::pack<host::Fp16>(low, high); }
 inline uint32_t pack_bf16x2(float low, float high) { return host::pack<host::Bf16>(low, high); }
 inline float f16_to_float(uint16_t h) { return host::Fp16::to_float(h); }
