@@ -85,7 +85,7 @@ class CheckpointWriter:
             ConversionError, CheckpointError: as `add_quantized`.
         """
         if self.format.stacks:
-            self._write(stack, stack, weight)
+            self._write(stack, stack if self._file_names is None else self._file_names.stack(stack), weight)
             return
         for expert in range(weight.codes.shape[0]):
             self.add_expert(stack, expert, weight[expert])
