@@ -118,7 +118,11 @@ def in_vllm(interpreter: str, directory: Path, windows: Tensor, scratch: Path, *
 def in_transformers(directory: Path, windows: Tensor, dtype: str, adapter: Path | None = None) -> Tensor:
     model = load(directory, dtype=dtype)
     if adapter is not None:
-        model.load_adapter(str(adapter))
+        from peft import LoraConfig, PeftModel
+
+        from qkernels.integrations.peft import on_quantized
+
+        model = PeftModel.from_pretrained(model, adapter, config=on_quantized(LoraConfig.from_pretrained(adapter)))
     with torch.no_grad():
         logs = model(windows).logits.float().log_softmax(-1)[:, :-1]
     return logs.gather(-1, windows[:, 1:, None])[..., 0]
@@ -171,11 +175,13 @@ def close_enough(
 def test_with_an_adapter(interpreter: str, windows: Tensor, tmp_path: Path) -> None:
     """A LoRA that peft wrote, on merged layers of mixed widths (q, k, v) and on others."""
     peft = pytest.importorskip("peft")
+    from qkernels.integrations.peft import on_quantized
+
     directory, adapter = checkpoint("native, mixed", tmp_path / "out"), tmp_path / "adapter"
     modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(load(directory), lora)
+    adapted = peft.get_peft_model(load(directory), on_quantized(lora))
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_" in name:

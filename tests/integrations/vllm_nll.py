@@ -1,8 +1,9 @@
 """Run by an interpreter that has vLLM: python vllm_nll.py DIRECTORY WINDOWS.json OUT.json [SETTINGS as JSON]
 
 Reads token windows, writes {"found": the log-probabilities of their next tokens, "loading": what the process of vLLM that grew
-most held while files were mapped, [before, highest, after] in bytes}. Settings go to vLLM's `LLM`, but "adapter", the directory of
-a LoRA, and "watch": true, without which there is no "loading". vLLM finds the plug-in through its entry point alone: nothing here imports qkernels.
+most held while files were mapped, [before, highest, after] in bytes}. Settings go to vLLM's `LLM`, but "adapter", the directory
+of a LoRA, and "watch": true, without which there is no "loading". vLLM finds the plug-in through its entry point alone: nothing
+here imports qkernels.
 """
 
 from __future__ import annotations
