@@ -373,8 +373,8 @@ class QKernelsQuantizer(HfQuantizer):
         experts = experts_in(model)
         stacks: dict[str, Any] = stacks_of(experts)
         for name, stack in stacks.items():
-            written = names.stack(name)
-            tensors |= {f"{written}.{suffix}": t for suffix, t in native.write(stack.quant_tensor()).items()}
+            written, weight = names.stack(name), stack.quant_tensor()
+            tensors |= {native.tensor_name(written, suffix, weight): t for suffix, t in native.write(weight).items()}
         for name, bias in expert_biases(experts):
             tensors |= dict(names.tensors(name, bias))
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
