@@ -50,6 +50,15 @@ def test_native_files_of_every_family(family: str, tmp_path: Path) -> None:
     model = quantized(family, "w4a16_g8")
     save(model, tmp_path / "ours")
     assert any(name.endswith(".experts.down_proj.qweight") for name in tensors_of(tmp_path / "ours"))
+    routers = [
+        name.partition(".block_sparse_moe.")[0]
+        for name in tensors_of(tmp_path / "ours")
+        if ".block_sparse_moe." in name
+    ]
+    stacks = [name for name in tensors_of(tmp_path / "ours") if name.endswith(".experts.down_proj.qweight")]
+    assert all(
+        ".block_sparse_moe." in name for name in stacks if name.partition(".mlp.")[0] in routers
+    )  # as Mixtral's files
     model.save_pretrained(tmp_path / "theirs")
     assert tensors_of(tmp_path / "theirs").keys() == tensors_of(tmp_path / "ours").keys()
     for directory in ("ours", "theirs"):
@@ -246,7 +255,7 @@ def test_packed_ahead_of_time(layout: str, tmp_path: Path) -> None:
     model = quantized("mixtral", "w4a16_g32", hidden_size=64, intermediate_size=64)
     save(model, tmp_path / "native")
     convert(tmp_path / "native", tmp_path / "packed", layout)
-    assert "model.layers.0.mlp.experts.down_proj.qweight" in tensors_of(tmp_path / "packed")
+    assert "model.layers.0.block_sparse_moe.experts.down_proj.qweight" in tensors_of(tmp_path / "packed")
     torch.testing.assert_close(logits(load(tmp_path / "packed")), logits(model), rtol=1e-5, atol=1e-5)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CheckpointError
-from ..formats import ACTIVATIONS, METADATA, READ_ONLY, SHAPES, Format, Oddity, Parsed, fp8, modelopt, quanto
+from ..formats import ACTIVATIONS, METADATA, READ_ONLY, SHAPES, Format, Oddity, Parsed, fp8, modelopt, native, quanto
 from ..formats.beyond import beyond_weights, check_below
 from ..formats.stacks import experts_in, for_experts, parsed_experts, stack_and_suffix
 from ..models.building import shapes_of_linears
@@ -379,6 +379,10 @@ def _group(names: Iterable[str], found: Format) -> dict[str, dict[str, str]]:
                 f"{module} lacks {', '.join(missing)} (it has {', '.join(tensors)}), expected for {found.name}"
             )
         stands_for = f"{module}.weight" if f"{module}.weight" in known else module
+        if stands_for in known and found.stacks and native.GUARD in found.optional:
+            tensors.setdefault(
+                native.GUARD, stands_for
+            )  # of a stack, whose parameter has no `.weight`; `parse` checks it
         if stands_for in known and stands_for not in tensors.values():
             raise CheckpointError(
                 f"{module} has both a float weight and {', '.join(tensors)}; one of them is left over"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConversionError
-from ..formats import Format, Written
+from ..formats import Format, Written, native
 from ..models.experts import PARTS, name_in_files
 from ..models.naming import FileNames
 from ..scheme import QuantScheme
@@ -73,7 +73,7 @@ class CheckpointWriter:
             raise ConversionError(f"{module}: {error}") from error
         name = written or (module if self._file_names is None else self._file_names.module(module))
         for suffix, tensor in tensors.items():
-            self._shards.add(f"{name}.{suffix}", tensor)
+            self._shards.add(native.tensor_name(name, suffix, weight), tensor)
         self._schemes[name] = weight.scheme
         self._act_order |= weight.group_index is not None
 
@@ -85,7 +85,7 @@ class CheckpointWriter:
             ConversionError, CheckpointError: as `add_quantized`.
         """
         if self.format.stacks:
-            self._write(stack, stack, weight)
+            self._write(stack, stack if self._file_names is None else self._file_names.stack(stack), weight)
             return
         for expert in range(weight.codes.shape[0]):
             self.add_expert(stack, expert, weight[expert])

@@ -19,7 +19,8 @@ with the schemes of those modules that differ from `scheme`.
 
 **Why an empty `weight`.** A program that has not imported this library may load the checkpoint all the same: transformers warns
 of a quant_method that it does not know, and initializes what it misses with random numbers. An empty tensor where it looks for a
-weight is a mismatch of shapes, which is an error everywhere (docs/decisions/0017). Files from before have none.
+weight is a mismatch of shapes, which is an error everywhere (docs/decisions/0017). Stacked experts are parameters without a
+`.weight`, so theirs has the stack's own name (`tensor_name`). Files from before have none, or none of stacks.
 """
 
 from __future__ import annotations
@@ -187,6 +188,18 @@ def scheme_of(module: str, config: Config) -> QuantScheme:
     if isinstance(scheme.group_size, int) and scheme.group_size >= 2**31:
         raise CheckpointError(f"quantization_config needs groups smaller than 2^31, got {text}")
     return scheme
+
+
+def tensor_name(module: str, suffix: str, weight: QuantTensor) -> str:
+    """What a tensor of a weight is called in files.
+
+    >>> from qkernels import RTN, QuantTensor
+    >>> from qkernels.formats.native import tensor_name
+    >>> experts = QuantTensor.stack([RTN(4, 8).quantize(torch.ones(2, 8))] * 3)
+    >>> tensor_name("mlp.experts.down_proj", "qweight", experts), tensor_name("mlp.experts.down_proj", "weight", experts)
+    ('mlp.experts.down_proj.qweight', 'mlp.experts.down_proj')
+    """
+    return module if suffix == GUARD and weight.codes.dim() > 2 else f"{module}.{suffix}"
 
 
 def guard() -> Tensor:

@@ -338,7 +338,7 @@ class QKernelsQuantizer(HfQuantizer):
         names = FileNames(model)
         schemes = {names.module(name): layer.scheme for name, layer in layers_of(model).items()}
         stacks: dict[str, Any] = stacks_of(experts_in(model))
-        schemes |= {name: stack.scheme for name, stack in stacks.items()}
+        schemes |= {names.stack(name): stack.scheme for name, stack in stacks.items()}
         if schemes:
             self.quantization_config = QKernelsConfig(**native.config_of(Written.of(schemes)))
             model.config.quantization_config = self.quantization_config
@@ -373,7 +373,8 @@ class QKernelsQuantizer(HfQuantizer):
         experts = experts_in(model)
         stacks: dict[str, Any] = stacks_of(experts)
         for name, stack in stacks.items():
-            tensors |= {f"{name}.{suffix}": t for suffix, t in native.write(stack.quant_tensor()).items()}
+            written, weight = names.stack(name), stack.quant_tensor()
+            tensors |= {native.tensor_name(written, suffix, weight): t for suffix, t in native.write(weight).items()}
         for name, bias in expert_biases(experts):
             tensors |= dict(names.tensors(name, bias))
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())

@@ -33,6 +33,7 @@ from ..checkpoint.activations import as_it_runs
 from ..checkpoint.registry import detect
 from ..errors import ArgumentError, CheckpointError
 from ..formats import Format
+from ..memory import give_back
 from ..nn import QuantLinear
 from ..tensor import QuantTensor
 from .vllm_experts import Asked, VllmExpertsMethod
@@ -241,6 +242,7 @@ class VllmLinearMethod(LinearMethodBase):
         del layer.qkernels_loading
         layer.qkernels = nn.ModuleList(linears)
         layer.qweight = linears[0].qweight  # where LoRA looks for the device of a layer
+        give_back()
 
     def _weight(self, layer: Any, index: int, loading: Loading, rank: int, world: int) -> QuantTensor:
         """The rank's share of a part."""

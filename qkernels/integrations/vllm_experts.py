@@ -20,6 +20,7 @@ from ..checkpoint.activations import as_it_runs
 from ..errors import ArgumentError, CheckpointError, UnsupportedProblem
 from ..formats import Format, Parsed
 from ..formats.stacks import parsed_experts
+from ..memory import give_back
 from ..models.experts import PARTS, ExpertsForm, part_of
 from ..nn import QuantStack
 from ..nn.experts import OrdersDiffer
@@ -173,6 +174,9 @@ class VllmExpertsMethod(FusedMoEMethodBase):
         """The place of `RoutedExperts.load_weights`: takes (name below the layer, tensor)."""
         for name, tensor in weights:
             owner = owner_of(f"{self.asked.prefix}.{name}", self.asked.format)
+            if owner is None and not tensor.numel():
+                yield name  # what stands for the parameter where this library is not there
+                continue
             if owner is None or owner[1] not in self.asked.tensors.get(owner[0], ()):
                 raise CheckpointError(f"{self.asked.prefix}.{name}: a tensor of experts that no header lists")
             self._collect(layer, *owner, tensor)
@@ -218,6 +222,7 @@ class VllmExpertsMethod(FusedMoEMethodBase):
             delattr(layer, name)
         del layer.qkernels_loading, layer.load_weights
         layer.qkernels_up, layer.qkernels_down = stacks
+        give_back()
 
     def _stack(self, layer: Any, loading: Loading, projection: str, members: Places, here: list[int]) -> QuantStack:
         """One projection of the experts of this rank."""

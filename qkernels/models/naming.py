@@ -208,6 +208,15 @@ class FileNames:
         self._modules[name] = _module_of(written) or name
         return self._modules[name]
 
+    def stack(self, name: str) -> str:
+        """A whole stack of quantized experts ("….experts.gate_up_proj"), which lies where its router lies: engines that do not
+        know transformers' names look for both there."""
+        written = _module_of(self._back.rename(f"{name}.weight")) if self._known else None
+        if written is None or written.rpartition(".")[2] != name.rpartition(".")[2]:
+            return name  # of which files have no single experts, and a name of their own
+        forms = experts_of(self._model) | quantized_experts(self._model)
+        return written if self._forth.member(f"{written}.weight", forms) == (name, *WHOLE) else name
+
     def expert(self, stack: str, expert: int, part: int) -> str:
         """The name of a part of one expert ("….experts.3.gate_proj"), as files of this architecture have it."""
         if self._known and not self._members and not self._one_by_one:

@@ -214,7 +214,19 @@ class QuantLinear(PackedModule):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`forward` with another bias, or none: what `F.linear(x, layer.weight, bias)` is."""
         rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-        return self._checked_product(rows, bias).view(*x.shape[:-1], self.out_features)
+        buffers = self._buffers
+        device = buffers["qweight"].device
+        known = bias is None or (
+            bias.shape == (self.out_features,) and bias.dtype in FLOAT_DTYPES and bias.device == device
+        )
+        here = rows.device == device and device.type == self._device_type
+        if (
+            known and here and rows.shape[1] == self.in_features and rows.dtype in FLOAT_DTYPES
+        ):  # 30 us a call instead of 105
+            y = ops.call(ops.GEMM[self.layout], rows, buffers, bias, self._numbers)
+        else:
+            y = self._checked_product(rows, bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _checked_product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         return ops.gemm(

@@ -55,16 +55,34 @@ def test_from_pretrained_refuses(tmp_path: Path, format: str) -> None:
     assert load(directory) is not None
 
 
-def test_a_mixture_of_experts_is_refused_for_its_attention(tmp_path: Path) -> None:
-    """Stacked experts are parameters without a `.weight`, which no guard stands for: the linear layers beside them are."""
-    model = tiny_model("mixtral", num_local_experts=4)
-    report = replace_linear(model, "w4a16_g16", on_unsupported="reference")
-    assert any("experts" in name for name in report.replaced)
-    save(model, tmp_path / "out")
+@pytest.mark.parametrize("format", ["native", "cpu_tile_a16"])
+def test_experts_alone_are_refused(tmp_path: Path, format: str) -> None:
+    """Stacked experts are parameters without a `.weight`; an empty tensor of the parameter's name stands for each."""
+    model = tiny_model("mixtral", num_local_experts=4, hidden_size=64, intermediate_size=64)
+    report = replace_linear(model, "w4a16_g32", include="*experts")
+    assert report.replaced and all("experts" in name for name in report.replaced)
+    save(model, tmp_path / "out", format=format)
     done = elsewhere(FROM_PRETRAINED, tmp_path / "out")
     assert done.returncode != 0
     assert "LOADED" not in done.stdout
-    assert "q_proj.weight" in done.stderr
+    assert "mlp.experts.gate_up_proj" in done.stderr
+    assert load(tmp_path / "out") is not None
+
+
+def test_a_stack_that_is_one_is_left_over(tmp_path: Path) -> None:
+    model = tiny_model("mixtral", num_local_experts=4)
+    replace_linear(model, "w4a16_g16", include="*experts")
+    save(model, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    name = "model.layers.0.block_sparse_moe.experts.down_proj"
+    tensors = load_file(path)
+    assert not tensors[name].numel()
+    save_file(tensors | {name: torch.ones(4, 2, 2)}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"down_proj.*both a weight .*left over"):
+        load(tmp_path / "out")
+    del tensors[name]  # as files from before
+    save_file(tensors, path, {"format": "pt"})
+    assert load(tmp_path / "out") is not None
 
 
 def test_without_the_guard_it_would_be_random(tmp_path: Path) -> None:
