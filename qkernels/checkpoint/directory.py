@@ -156,6 +156,14 @@ class DirectoryCheckpoint:
                 ) from error
             yield Parsed(weight, tuple(oddity for part in parts for oddity in part.oddities))
 
+    def weight_in_parts(self, module: str) -> None:
+        """Of none: these formats keep a layer's tensors apart, and some turn their rows around."""
+        return None
+
+    def weight_shape(self, module: str) -> tuple[int, int]:
+        """Of none."""
+        raise CheckpointError(f"{module} of {self.path} is not read in parts")
+
     @property
     def embeddings(self) -> tuple[str, ...]:
         """None: files of these formats keep embeddings in floats."""

@@ -53,6 +53,13 @@ class Checkpoint(Protocol):
     def weight(self, module: str) -> Parsed:
         """The weight of a quantized module, and what is strange about it."""
 
+    def weight_in_parts(self, module: str) -> Iterator[QuantTensor] | None:
+        """The weight of a quantized module, some rows after others; None where `weight` is to be asked: of all but large ones in
+        files whose rows can be read by themselves."""
+
+    def weight_shape(self, module: str) -> tuple[int, int]:
+        """(N, K) of what `weight_in_parts` gives."""
+
     @property
     def stacks(self) -> Collection[str]:
         """Stacks of quantized experts of the model it is named for ("….experts.gate_up_proj"), which are no `modules`."""

@@ -103,9 +103,7 @@ class QuantLinear(PackedModule):
         layer = cls._unpacked(weight.N, weight.K, weight.scheme, device, dtype, on_unsupported)
         with torch.inference_mode(False):  # tensors made in it could neither be trained through nor loaded into outside
             layer._pack(weight, device)
-            layer.bias = None
-            if bias is not None:
-                layer.bias = nn.Parameter(bias.detach().to(device, dtype).clone(), requires_grad=bias.requires_grad)
+            layer._set_bias(bias, device, dtype)
         return layer
 
     @classmethod
@@ -116,13 +114,14 @@ class QuantLinear(PackedModule):
         device: torch.device | str,
         dtype: torch.dtype | str,
         on_unsupported: OnUnsupported = "raise",
+        bias: Tensor | None = None,
     ) -> QuantLinear:
-        """`from_quant_tensor` of a weight without bias that comes in parts: one at a time lies unpacked in memory.
+        """`from_quant_tensor` of a weight that comes in parts: one at a time lies unpacked in memory.
 
         Args:
             parts: `[n, K]`, rows after rows, of one scheme and without a group index; n a multiple of 64 but for the last.
             out_features: rows of all.
-            device, dtype, on_unsupported: as there.
+            device, dtype, on_unsupported, bias: as there.
 
         Raises:
             ArgumentError: there is no part, one is no whole number of the layout's tiles, or their rows are not `out_features`.
@@ -136,8 +135,13 @@ class QuantLinear(PackedModule):
         layer = cls._unpacked(out_features, first.K, first.scheme, device, dtype, on_unsupported)
         with torch.inference_mode(False):
             layer._pack_parts(chain([first], rest), device)
-            layer.bias = None
+            layer._set_bias(bias, device, dtype)
         return layer
+
+    def _set_bias(self, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> None:
+        self.bias = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(device, dtype).clone(), requires_grad=bias.requires_grad)
 
     @classmethod
     def _unpacked(
