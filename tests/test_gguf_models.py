@@ -17,7 +17,7 @@ from torch import Tensor
 from qkernels import QuantLinear, QuantTensor, inspect, load, save
 from qkernels.checkpoint import convert, gguf, open_checkpoint, to_gguf
 from qkernels.cli.main import main
-from qkernels.errors import CheckpointError, UnsupportedProblem
+from qkernels.errors import ArgumentError, CheckpointError, UnsupportedProblem
 from qkernels.formats.gguf import dequantize
 from qkernels.models.gguf_names import GGUF_ARCHITECTURES, GGUF_MIXTURES
 from qkernels.storage.gguf import GgufSource
@@ -74,6 +74,38 @@ def test_large_layers_are_packed_in_parts(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="blk.0.ffn_down.weight"):
         load(path)
+
+
+def test_int8_activations_are_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Every layer whose values are integers, a tied head and one that comes in parts; the rest stays, and is named."""
+    path = tmp_path / "m.gguf"
+    torch.manual_seed(0)
+    tiny_model("llama", **FIELDS, tie_word_embeddings=True).save_pretrained(tmp_path / "hf")
+    load_tokenizer(FILES / "llama.gguf").save_pretrained(tmp_path / "hf")
+    to_gguf(tmp_path / "hf", path, "Q4_K_M", tensor_types=[("blk.1.ffn_down", "IQ4_NL")])
+    plain, fast = load(path), load(path, activations="int8")
+    schemes = {n: str(m.scheme) for n, m in fast.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
+    assert schemes["lm_head"] == "q6_k_a8" and schemes["model.layers.0.mlp.up_proj"] == "q4_k_a8"
+    assert all(scheme.endswith("_a8") for scheme in schemes.values()), schemes
+    assert fast.lm_head is fast.model.embed_tokens.table
+    assert not [m for m in plain.modules() if isinstance(m, QuantLinear) and m.scheme.act]
+    a, b = logits(plain), logits(fast)
+    assert 1e-4 < float((a - b).norm() / a.norm()) < 0.1
+    assert torch.equal(fast.model.embed_tokens(IDS), plain.model.embed_tokens(IDS))
+    monkeypatch.setattr(gguf, "_WEIGHTS_AT_ONCE", 2**14)
+    assert torch.equal(logits(load(path, activations="int8")), b)
+    caplog.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("qkernels.checkpoint.activations.select", _refusing)
+        kept = load(path, activations="int8")
+    assert "int8 activations were asked for, which no kernel here has" in caplog.text
+    assert torch.equal(logits(kept), a)
+    with pytest.raises(ArgumentError, match='"file", "16bit", "int8" or None, got'):
+        load(path, activations="int4")  # type: ignore[arg-type]
+
+
+def _refusing(problem: Any, on_unsupported: Any) -> Any:
+    raise UnsupportedProblem("no")
 
 
 # --- files of gguf-py --------------------------------------------------------------------------------------------------

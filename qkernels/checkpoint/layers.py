@@ -17,7 +17,7 @@ from ..nn import QuantLinear
 from ..reports import readable_size
 from ..tensor import QuantTensor
 from ..text import dtype_name
-from .activations import Activations, as_it_runs
+from .activations import Activations, as_it_runs, with_int8
 from .source import Checkpoint
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def packed_layer(
     if parts is not None:
         shape = checkpoint.weight_shape(module)
         bias = bias_for(linear, checkpoint, module, shape)
-        return QuantLinear.from_parts(parts, shape[0], device, dtype, on_unsupported, bias), []
+        kept: tuple[Oddity, ...] = ()
+        if activations == "int8":
+            parts, kept = with_int8(parts, shape, device, dtype, on_unsupported)
+        return QuantLinear.from_parts(parts, shape[0], device, dtype, on_unsupported, bias), [*kept]
     parsed = checkpoint.weight(module)
     weight, found = as_it_runs(parsed, checkpoint.format, device, dtype, on_unsupported, activations=activations)
     bias = bias_for(linear, checkpoint, module, (weight.N, weight.K))

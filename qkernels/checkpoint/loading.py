@@ -28,7 +28,7 @@ from ..reports import readable_size
 from ..storage import CONFIG
 from ..tensor import QuantTensor
 from ..text import describe, dtype_name
-from .activations import Activations, as_it_runs
+from .activations import Activations, as_it_runs, with_int8
 from .arguments import named_dtype, refuse_others, stored_dtype
 from .gguf import GGUF, dequantized_experts
 from .layers import dequantize_router, dequantized, float_layer, kept_in_fp32, linear_at, packed_layer
@@ -67,7 +67,9 @@ def load(
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
         activations: None: as the file says where kernels have that as its origin computes it (compressed-tensors' int8 a token,
             LLM.int8), else in 16 bits, and a warning says what the file asks for. "file": the same, but an error where integers
-            are asked that no kernel has; floats stay in 16 bits. "16bit": never quantized.
+            are asked that no kernel has; floats stay in 16 bits. "16bit": never quantized. "int8": rounded to int8 a token, also
+            where the file has them in 16 bits (GGUF, GPTQ, AWQ): prompts are faster, logits less exact. A warning names weights
+            for which no kernel does that.
         device_map: instead of `device`: "auto" fills the GPUs with layers and leaves the rest on the CPU; a number of layers goes
             to the first GPU, with all that is outside of layers; or a mapping from names of modules to devices ({"": 0,
             "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays there; activations travel.
@@ -98,7 +100,7 @@ def load(
     """
     refuse_others(others)
     if activations not in (None, *get_args(Activations)):
-        raise ArgumentError(f'activations must be "file", "16bit" or None, got {activations!r:.40}')
+        raise ArgumentError(f'activations must be "file", "16bit", "int8" or None, got {activations!r:.40}')
     named = named_dtype(dtype)
     checkpoint = open_checkpoint(local_copy(directory, revision))
     dtype = named or stored_dtype(checkpoint)
@@ -151,7 +153,7 @@ def load(
         oddities += [(module, oddity) for oddity in found]
         set_module(model, module, layer)
     for name in checkpoint.embeddings:
-        slots, hindrance = _pack_embedding(model, name, slots, checkpoint, place, dtype, on_unsupported)
+        slots, hindrance = _pack_embedding(model, name, slots, checkpoint, place, dtype, on_unsupported, activations)
         if hindrance is None:
             used.add(name)
         else:
@@ -178,6 +180,7 @@ def _pack_embedding(
     place: Placement,
     dtype: torch.dtype,
     on_unsupported: OnUnsupported,
+    activations: Activations | None,
 ) -> tuple[list[list[str]], str | None]:
     """Put an embedding into its place packed, and heads that are tied to it, which share its memory. Returns the slots that are
     still to be filled, and why it has to be floats after all."""
@@ -196,7 +199,10 @@ def _pack_embedding(
         raise CheckpointError(f"{name}: the model needs a weight {wanted}, got {got}")
     try:
         scale = scale_of(source)
-        table = QuantLinear.from_parts(checkpoint.embedding(name), got[0], place(module), dtype, on_unsupported)
+        parts = checkpoint.embedding(name)
+        if others and activations == "int8":
+            parts, _ = with_int8(parts, (got[0], got[1]), place(module), dtype, on_unsupported)
+        table = QuantLinear.from_parts(parts, got[0], place(module), dtype, on_unsupported)
     except (ArgumentError, UnsupportedProblem) as error:
         return slots, str(error)
     set_module(model, module, QuantEmbedding(table, scale))
