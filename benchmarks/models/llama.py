@@ -79,9 +79,13 @@ class Block(nn.Module):
         self.values.index_copy_(2, at, v)
         y = _attention(q, self.keys, self.values, mask)
         x = x + self.o(y.transpose(1, 2).reshape(1, T, -1))
-        gate, up = self.gate_up(rms_norm(x, (g.hidden,), self.norm2, RMS_EPSILON)).chunk(2, -1)
+        gate, up = self.gated(rms_norm(x, (g.hidden,), self.norm2, RMS_EPSILON))
         down: Tensor = self.down(silu(gate) * up)
         return x + down
+
+    def gated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return gate, up
 
 
 def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, at: Tensor) -> Tensor:
         """Logits `[1, vocabulary]` of the token after the last of `tokens` `[1, T]`, which stand at positions `at` `[T]`."""
-        x = embedding(tokens, self.table)
+        x = self.rows(tokens)
         # As numbers: attention would make them of a bool in every layer.
         mask = torch.where(self.positions[None, :] <= at[:, None], 0.0, -torch.inf).to(x.dtype)
         turn = (self.cos[at], self.sin[at])
@@ -150,6 +154,9 @@ class Llama(nn.Module):
             x = block(x, at, turn, mask)
         y: Tensor = self.head(rms_norm(x[:, -1], (self.g.hidden,), self.norm, RMS_EPSILON))
         return y
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.table)
 
 
 @dataclass(frozen=True)
