@@ -22,6 +22,7 @@ from ..models.naming import WHOLE, Conversion, Members, into_model
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
 from ..tensor import QuantTensor
 from ..text import dtype_name
+from .packed import PACKED, Ready, ready
 from .registry import WRITTEN, detect
 
 # Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: a file beside it names it.
@@ -155,6 +156,16 @@ class DirectoryCheckpoint:
                     f"expert {expert} of {stack}: gate and up are one matrix here; {error}"
                 ) from error
             yield Parsed(weight, tuple(oddity for part in parts for oddity in part.oddities))
+
+    def ready(self, module: str) -> Ready | None:
+        """Of files that `qkernels pack` wrote for a kernel.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        if self.format is None or self.format.name not in PACKED:
+            return None
+        return ready(self.format, self.spelled.get(module, module), self.tensors(module), self.quantization)
 
     def weight_in_parts(self, module: str) -> None:
         """Of none: these formats keep a layer's tensors apart, and some turn their rows around."""

@@ -133,6 +133,10 @@ class GgufCheckpoint:
             return Parsed(QuantTensor.stack([parsed.weight for parsed in self._experts(names)]))
         return Parsed(self._weight(names[0]))
 
+    def ready(self, module: str) -> None:
+        """Of none: no kernel reads blocks as they are."""
+        return None
+
     def weight_in_parts(self, module: str) -> Iterator[QuantTensor] | None:
         """Of a layer that is large; of stacked experts there is one in memory at a time anyway."""
         name = self.modules[module][0]

@@ -42,6 +42,12 @@ def packed_layer(
         CheckpointError: they differ in shape, or one of them has a bias and the other none; or the file is broken.
         UnsupportedProblem: no kernel takes it.
     """
+    lying = None if activations in ("int8", "16bit") else checkpoint.ready(module)
+    if lying is not None:
+        bias = bias_for(linear, checkpoint, module, lying.shape)
+        layer = QuantLinear.from_buffers(*lying, bias, device, dtype, on_unsupported)
+        if layer is not None:
+            return layer, []
     parts = checkpoint.weight_in_parts(module)
     if parts is not None:
         shape = checkpoint.weight_shape(module)

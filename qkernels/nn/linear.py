@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
 from ..quantizers import RTN, Options
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor, as_dtype
+from .huge_pages import on_huge_pages
 from .packed import PackedModule
 from .pretrained import mind_save_pretrained
 from .weight import READ_ONLY, PackedWeight
@@ -142,6 +143,32 @@ class QuantLinear(PackedModule):
         self.bias = None
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(device, dtype).clone(), requires_grad=bias.requires_grad)
+
+    @classmethod
+    def from_buffers(
+        cls,
+        layout: str,
+        buffers: Mapping[str, Tensor | None],
+        shape: tuple[int, int],
+        scheme: QuantScheme,
+        bias: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_unsupported: OnUnsupported = "raise",
+    ) -> QuantLinear | None:
+        """A layer of buffers that are checked and lie in memory as `layout` packs a weight `(N, K)` of that shape; None where the
+        kernel of `device` reads another layout.
+
+        Raises:
+            UnsupportedProblem: no kernel takes the weight.
+        """
+        layer = cls._unpacked(*shape, scheme, device, dtype, on_unsupported)
+        if layer.layout != layout:
+            return None
+        with torch.inference_mode(False):
+            layer._set_buffers({n: None if t is None else on_huge_pages(t.to(device)) for n, t in buffers.items()})
+            layer._set_bias(bias, device, dtype)
+        return layer
 
     @classmethod
     def _unpacked(
