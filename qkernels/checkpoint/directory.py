@@ -19,6 +19,7 @@ from ..formats.stacks import experts_in, for_experts, parsed_experts, stack_and_
 from ..models.building import shapes_of_linears
 from ..models.experts import ExpertsForm, experts_of
 from ..models.naming import WHOLE, Conversion, Members, into_model
+from ..nn.huge_pages import empty_on_huge_pages
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
 from ..tensor import QuantTensor
 from ..text import dtype_name
@@ -165,7 +166,8 @@ class DirectoryCheckpoint:
         """
         if self.format is None or self.format.name not in PACKED:
             return None
-        return ready(self.format, self.spelled.get(module, module), self.tensors(module), self.quantization)
+        tensors = {suffix: self.source.read(name, empty_on_huge_pages) for suffix, name in self.modules[module].items()}
+        return ready(self.format, self.spelled.get(module, module), tensors, self.quantization)
 
     def weight_in_parts(self, module: str) -> None:
         """Of none: these formats keep a layer's tensors apart, and some turn their rows around."""

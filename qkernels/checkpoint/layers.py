@@ -42,8 +42,8 @@ def packed_layer(
         CheckpointError: they differ in shape, or one of them has a bias and the other none; or the file is broken.
         UnsupportedProblem: no kernel takes it.
     """
-    lying = None if activations in ("int8", "16bit") else checkpoint.ready(module)
-    if lying is not None:
+    lying = None if activations == "int8" else checkpoint.ready(module)
+    if lying is not None and (activations != "16bit" or lying.scheme.act is None):
         bias = bias_for(linear, checkpoint, module, lying.shape)
         layer = QuantLinear.from_buffers(*lying, bias, device, dtype, on_unsupported)
         if layer is not None:
