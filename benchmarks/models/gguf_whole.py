@@ -49,10 +49,11 @@ from .llama import Block, Llama
 from .llama_cpp import LlamaCpp, Timed, logit_error, our_logits, timed
 
 KIND = "gguf-whole"
-# Relative error of logits at two positions. Theirs and our int8 ones are rounded to 8 bits before every product, in other ways:
-# 3.1e-2 on a random model of 4 layers, 3.8e-2 on the bundled one, where a twin of their rounding explains it all
-# (tests/test_gguf_activations.py). Other weights or positions are off by about 1.
-SAME = 6e-2
+# Relative error of logits at two positions, to our 16-bit ones (or int8 ones, where those are asked for). All but the first are
+# rounded to 8 bits before every product, in other ways, and a model of random weights carries that on: llama.cpp is off by 7.7e-2
+# on 16 layers, 3.1e-2 on 4, our own int8 model by 0.11 where attention is computed in another order. Logits of other weights or
+# tokens are off by 1.4. That files mean the same in both is what tests/test_gguf_written.py shows, in F32 within 1e-4.
+SAME = 0.2
 CPU = torch.device("cpu")
 
 
