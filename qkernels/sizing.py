@@ -146,6 +146,7 @@ def choose_types(
     smallest = {name: Chosen(_candidates(slots.shapes[name])[0]) for name in matrices}
     plan = plan_of(slots, "Q2_K", fixed | smallest)
     room = nbytes - plan.file_nbytes + sum(plan.entries[name].nbytes for name in matrices) - _ALIGNED * len(matrices)
+    _check_room(room - sum(plan.entries[name].nbytes for name in matrices))  # before the work, too
     model = load(path, device, torch.float32)
     importance = _importance(model, matrices, windows, dataset)
     options = _options(model, slots, matrices, importance, _probe(windows, slots.config["vocab_size"]), search)
@@ -309,11 +310,7 @@ def cheapest(options: Mapping[str, Sequence[Option]], nbytes: int) -> dict[str, 
     hulls = {name: _hull(of_one) for name, of_one in options.items()}
     at = dict.fromkeys(hulls, 0)
     room = nbytes - sum(hull[0].nbytes for hull in hulls.values())
-    if room < 0:
-        raise ArgumentError(
-            f"the file would have at least {readable_size(-room)} more than that, with every tensor in its smallest type; allow "
-            "more, or take a smaller model"
-        )
+    _check_room(room)
     steps = [(-_slope(hull, i), name, i) for name, hull in hulls.items() for i in range(len(hull) - 1)]
     for _, name, i in sorted(steps):
         more = hulls[name][i + 1].nbytes - hulls[name][i].nbytes
@@ -328,6 +325,14 @@ def cheapest(options: Mapping[str, Sequence[Option]], nbytes: int) -> dict[str, 
         )
         for name, hull in hulls.items()
     }
+
+
+def _check_room(room: int) -> None:
+    if room < 0:
+        raise ArgumentError(
+            f"the file would have at least {readable_size(-room)} more than that, with every tensor in its smallest type; allow "
+            "more, or take a smaller model"
+        )
 
 
 def _slope(hull: Sequence[Option], i: int) -> float:

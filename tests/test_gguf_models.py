@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qkernels import QuantLinear, QuantTensor, inspect, load, save
-from qkernels.checkpoint import convert, open_checkpoint
+from qkernels.checkpoint import convert, gguf, open_checkpoint, to_gguf
 from qkernels.cli.main import main
-from qkernels.errors import CheckpointError, UnsupportedProblem
+from qkernels.errors import ArgumentError, CheckpointError, UnsupportedProblem
 from qkernels.formats.gguf import dequantize
 from qkernels.models.gguf_names import GGUF_ARCHITECTURES, GGUF_MIXTURES
 from qkernels.storage.gguf import GgufSource
@@ -25,6 +25,8 @@ from qkernels.texts import load_tokenizer
 from tests.gguf_blocks import split_as
 from tests.gguf_golden import FILES, rewritten
 from tests.gguf_golden import MODELS as GOLDEN
+from tests.gguf_written import FIELDS
+from tests.tiny_models import tiny_model
 
 IDS = torch.arange(12)[None] * 7 % 64
 
@@ -45,6 +47,65 @@ def logits(model: Any) -> Tensor:
 def off(model: Any, name: str) -> float:
     """The largest error of the logits, of their largest value."""
     return float((logits(model) - LOGITS[name]).abs().max() / LOGITS[name].abs().max())
+
+
+def test_large_layers_are_packed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same layers, turned rows of q and k, biases and a head of its own included; a broken scale is told of in any part."""
+    for name in ("llama", "qwen2"):
+        path = tmp_path / f"{name}.gguf"
+        torch.manual_seed(0)
+        tiny_model(name, **FIELDS).save_pretrained(tmp_path / name)
+        load_tokenizer(FILES / f"{name}.gguf").save_pretrained(tmp_path / name)
+        to_gguf(tmp_path / name, path, "Q4_K_M")
+        whole = load(path).state_dict()
+        monkeypatch.setattr(gguf, "_WEIGHTS_AT_ONCE", 2**14)
+        checkpoint = open_checkpoint(path)
+        counts = {m: len(list(parts)) for m in checkpoint.modules if (parts := checkpoint.weight_in_parts(m))}
+        assert counts["model.layers.0.self_attn.q_proj"] == 4 and counts["lm_head"] == 5
+        in_parts = load(path).state_dict()
+        monkeypatch.undo()
+        assert in_parts.keys() == whole.keys()
+        assert all(torch.equal(in_parts[key], value) for key, value in whole.items())
+    monkeypatch.setattr(gguf, "_WEIGHTS_AT_ONCE", 2**14)
+    entry = GgufSource.open(path).entry("blk.0.ffn_down.weight")
+    data = bytearray(path.read_bytes())
+    last = entry.offset + entry.nbytes - entry.type.nbytes
+    data[last : last + entry.type.nbytes] = b"\xff" * entry.type.nbytes
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="blk.0.ffn_down.weight"):
+        load(path)
+
+
+def test_int8_activations_are_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Every layer whose values are integers, a tied head and one that comes in parts; the rest stays, and is named."""
+    path = tmp_path / "m.gguf"
+    torch.manual_seed(0)
+    tiny_model("llama", **FIELDS, tie_word_embeddings=True).save_pretrained(tmp_path / "hf")
+    load_tokenizer(FILES / "llama.gguf").save_pretrained(tmp_path / "hf")
+    to_gguf(tmp_path / "hf", path, "Q4_K_M", tensor_types=[("blk.1.ffn_down", "IQ4_NL")])
+    plain, fast = load(path), load(path, activations="int8")
+    schemes = {n: str(m.scheme) for n, m in fast.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
+    assert schemes["lm_head"] == "q6_k_a8" and schemes["model.layers.0.mlp.up_proj"] == "q4_k_a8"
+    assert all(scheme.endswith("_a8") for scheme in schemes.values()), schemes
+    assert fast.lm_head is fast.model.embed_tokens.table
+    assert not [m for m in plain.modules() if isinstance(m, QuantLinear) and m.scheme.act]
+    a, b = logits(plain), logits(fast)
+    assert 1e-4 < float((a - b).norm() / a.norm()) < 0.1
+    assert torch.equal(fast.model.embed_tokens(IDS), plain.model.embed_tokens(IDS))
+    monkeypatch.setattr(gguf, "_WEIGHTS_AT_ONCE", 2**14)
+    assert torch.equal(logits(load(path, activations="int8")), b)
+    caplog.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("qkernels.checkpoint.activations.select", _refusing)
+        kept = load(path, activations="int8")
+    assert "int8 activations were asked for, which no kernel here has" in caplog.text
+    assert torch.equal(logits(kept), a)
+    with pytest.raises(ArgumentError, match='"file", "16bit", "int8" or None, got'):
+        load(path, activations="int4")  # type: ignore[arg-type]
+
+
+def _refusing(problem: Any, on_unsupported: Any) -> Any:
+    raise UnsupportedProblem("no")
 
 
 # --- files of gguf-py --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkernels import RTN, load, quantize
+from qkernels import RTN, load, quantize, sizing
 from qkernels.checkpoint import to_gguf
 from qkernels.cli.main import main
 from qkernels.errors import ArgumentError
@@ -126,6 +126,12 @@ def test_from_the_command_line(source: Path, tmp_path: Path, capsys: pytest.Capt
         main(["quantize", str(source), out, "--target-size", "much", *few])
     assert "expected a size such as 4.2GiB" in capsys.readouterr().err
     assert not (tmp_path / "n.gguf").exists()
+
+
+def test_what_cannot_fit_is_refused_before_the_work(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "load", None)
+    with pytest.raises(ArgumentError, match="the file would have at least"):
+        sizing.choose_types(source, 1024, ["a text of some words " * 40], samples=1, seq_len=8)
 
 
 def test_what_is_quantized_already_has_nothing_to_compare_with(tmp_path: Path, source: Path) -> None:

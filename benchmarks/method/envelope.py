@@ -35,7 +35,7 @@ class Envelope:
 
     Args:
         kind: what its rows are: "kernels", "models", "llama.cpp", "quality", "quality-dequantized", "quality-peers",
-            "gguf-search", "gguf-mixes", "gguf-quantizing".
+            "gguf-search", "gguf-mixes", "gguf-quantizing", "gguf-whole".
         commit: of the source tree, 7 to 40 hexadecimal digits.
         dirty: whether files other than results differed from that commit.
         machine: `environment.machine_name`.
@@ -128,6 +128,16 @@ def write(envelope: Envelope, path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_with_table(envelope: Envelope, path: Path, text: str) -> None:
+    """The rows, and beside them as .md how they read.
+
+    Raises:
+        ArgumentError: as `to_json`; nothing is written then.
+    """
+    write(envelope, path)
+    path.with_suffix(".md").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
 def read(path: str | Path, kind: str | None = None) -> Envelope:

@@ -127,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "vocabulary": VOCABULARY,
             "bytes": (args.folder / "whole.gguf").stat().st_size,
         }
-        envelope.write(envelope.sealed(KIND, where, rows, conditions), args.out)
-        args.out.with_suffix(".md").write_text(text + "\n")
+        envelope.write_with_table(envelope.sealed(KIND, where, rows, conditions), args.out, text)
     print(text)
     return 0
 

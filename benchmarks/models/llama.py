@@ -50,6 +50,7 @@ class Block(nn.Module):
     o: nn.Module
     gate_up: nn.Module
     down: nn.Module
+    epsilon = RMS_EPSILON
     norm1: Tensor
     norm2: Tensor
     keys: Tensor
@@ -72,16 +73,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor, at: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """x `[1, T, hidden]`, at `[T]` positions, turn (cos, sin) `[T, head_dim]`, mask `[T, positions]` of 0 and -inf."""
         g, T = self.g, x.shape[1]
-        qkv = self.qkv(rms_norm(x, (g.hidden,), self.norm1, RMS_EPSILON)).view(1, T, -1, g.head_dim).transpose(1, 2)
+        qkv = self.qkv(rms_norm(x, (g.hidden,), self.norm1, self.epsilon)).view(1, T, -1, g.head_dim).transpose(1, 2)
         qk, v = qkv.split([g.heads + g.kv_heads, g.kv_heads], dim=1)
         q, k = _turned(qk, *turn).split([g.heads, g.kv_heads], dim=1)
         self.keys.index_copy_(2, at, k)
         self.values.index_copy_(2, at, v)
         y = _attention(q, self.keys, self.values, mask)
         x = x + self.o(y.transpose(1, 2).reshape(1, T, -1))
-        gate, up = self.gate_up(rms_norm(x, (g.hidden,), self.norm2, RMS_EPSILON)).chunk(2, -1)
+        gate, up = self.gated(rms_norm(x, (g.hidden,), self.norm2, self.epsilon))
         down: Tensor = self.down(silu(gate) * up)
         return x + down
+
+    def gated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return gate, up
 
 
 def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -116,6 +121,7 @@ class Llama(nn.Module):
 
     blocks: nn.ModuleList
     head: nn.Module
+    epsilon = RMS_EPSILON
     table: Tensor
     norm: Tensor
     cos: Tensor
@@ -124,7 +130,7 @@ class Llama(nn.Module):
 
     def __init__(
         self, g: Geometry, scheme: QuantScheme | None, positions: int, dtype: torch.dtype, device: torch.device,
-        quantized_head: bool = False,
+        quantized_head: bool = False, rope_base: float = ROPE_BASE,
     ) -> None:  # fmt: skip
         super().__init__()
         self.g = g
@@ -133,7 +139,7 @@ class Llama(nn.Module):
         self.register_buffer("norm", torch.ones(g.hidden, dtype=dtype, device=device))
         self.head = random_linear(g.vocabulary, g.hidden, scheme if quantized_head else None, dtype, device)
         half = torch.arange(0, g.head_dim, 2, device=device) / g.head_dim
-        angles = torch.outer(torch.arange(positions, device=device), ROPE_BASE**-half).repeat(1, 2)
+        angles = torch.outer(torch.arange(positions, device=device), rope_base**-half).repeat(1, 2)
         self.register_buffer("cos", angles.cos().to(dtype))
         sin = angles.sin()
         sin[:, : g.head_dim // 2].neg_()  # see _turned
@@ -142,14 +148,17 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, at: Tensor) -> Tensor:
         """Logits `[1, vocabulary]` of the token after the last of `tokens` `[1, T]`, which stand at positions `at` `[T]`."""
-        x = embedding(tokens, self.table)
+        x = self.rows(tokens)
         # As numbers: attention would make them of a bool in every layer.
         mask = torch.where(self.positions[None, :] <= at[:, None], 0.0, -torch.inf).to(x.dtype)
         turn = (self.cos[at], self.sin[at])
         for block in self.blocks:
             x = block(x, at, turn, mask)
-        y: Tensor = self.head(rms_norm(x[:, -1], (self.g.hidden,), self.norm, RMS_EPSILON))
+        y: Tensor = self.head(rms_norm(x[:, -1], (self.g.hidden,), self.norm, self.epsilon))
         return y
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.table)
 
 
 @dataclass(frozen=True)

@@ -100,23 +100,26 @@ class SpeedRow:
 
 
 def timed(
-    logits: Callable[[list[int], int], Tensor], prompt: list[int], following: list[int]
+    logits: Callable[[list[int], int], Tensor],
+    prompt: list[int],
+    following: list[int],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float, Tensor]:
     """(seconds of the prompt, seconds of a new token, logits `[2, vocabulary]` after the prompt and after the last token).
 
     The likeliest token is found after each step, but the ones of `following` are read: left to themselves, two programs that
     differ in a rounding soon read different texts, whose logits cannot be compared. `logits(tokens, first position)`.
     """
-    start = time.perf_counter()
+    start = clock()
     answer = logits(prompt, 0)
     int(answer.argmax())
-    middle = time.perf_counter()
+    middle = clock()
     first = answer.clone()
-    begin = time.perf_counter()
+    begin = clock()
     for i, token in enumerate(following):
         answer = logits([token], len(prompt) + i)
         int(answer.argmax())
-    return middle - start, (time.perf_counter() - begin) / len(following), torch.stack([first, answer])
+    return middle - start, (clock() - begin) / len(following), torch.stack([first, answer])
 
 
 def our_logits(model: Llama, step: Callable[..., Tensor]) -> Callable[[list[int], int], Tensor]:

@@ -149,8 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "calibration_tokens": args.samples * args.seq_len,
             "tokens": args.tokens,
         }
-        envelope.write(envelope.sealed(KIND, where, rows, conditions), args.out)
-        args.out.with_suffix(".md").write_text(text + "\n")
+        envelope.write_with_table(envelope.sealed(KIND, where, rows, conditions), args.out, text)
     print(text)
     return 0
 

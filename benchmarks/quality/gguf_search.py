@@ -127,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = table(head, [printed(row) for row in rows])
     if args.out:
         conditions = {"model": args.model.resolve().name, "calibration_tokens": args.samples * args.seq_len}
-        envelope.write(envelope.sealed(KIND, where, rows, conditions), args.out)
-        args.out.with_suffix(".md").write_text(text + "\n")
+        envelope.write_with_table(envelope.sealed(KIND, where, rows, conditions), args.out, text)
     print(text)
     return 0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..errors import ConversionError, UnsupportedProblem
+from ..errors import ConversionError, SchemeError, UnsupportedProblem
 from ..formats import Format, Oddity, Parsed, Written
 from ..kernels.catalogue import Problem, arch_of, select
 from ..scheme import ACTIVATIONS
@@ -17,7 +19,7 @@ from .packed import PACKED
 if TYPE_CHECKING:
     from ..kernels.catalogue import OnUnsupported
 
-Activations = Literal["file", "16bit"]
+Activations = Literal["file", "16bit", "int8"]
 
 
 def with_16_bits(weight: QuantTensor) -> QuantTensor:
@@ -28,6 +30,31 @@ def with_16_bits(weight: QuantTensor) -> QuantTensor:
 def is_ours(format: Format | None) -> bool:
     """Whether a format spells schemes as we do: what its weights ask for is meant, and no kernel for it an error."""
     return format is None or format.name in ("native", *PACKED)
+
+
+def with_int8(
+    parts: Iterable[QuantTensor],
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    on_unsupported: OnUnsupported = "raise",
+    experts: int = 0,
+) -> tuple[Iterator[QuantTensor], tuple[Oddity, ...]]:
+    """The parts of a weight of that shape (N, K), for activations that are rounded to int8 a token; as they are, and a word about
+    it, where no kernel has those."""
+    rest = iter(parts)
+    first = next(rest)
+    if first.scheme.act is not None:
+        return chain([first], rest), ()
+    try:
+        scheme = replace(first.scheme, act="int8")
+        select(Problem(*shape, scheme, dtype, arch_of(device), experts), on_unsupported)
+    except (SchemeError, UnsupportedProblem):
+        kept = Oddity(
+            "int8 activations were asked for, which no kernel here has", f"{first.scheme}: they stay in 16 bits"
+        )
+        return chain([first], rest), (kept,)
+    return (replace(part, scheme=scheme) for part in chain([first], rest)), ()
 
 
 def as_it_runs(
@@ -44,6 +71,9 @@ def as_it_runs(
     weight = parsed.weight
     if activations == "16bit":
         return Parsed(with_16_bits(weight), parsed.oddities)
+    if activations == "int8" and weight.scheme.act is None:
+        (weight,), kept = with_int8([weight], (weight.N, weight.K), device, dtype, on_unsupported, experts)
+        return Parsed(weight, (*kept, *parsed.oddities))
     if weight.scheme.act is None or activations == "file" or is_ours(format):
         return parsed
     try:

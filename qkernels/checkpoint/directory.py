@@ -19,9 +19,11 @@ from ..formats.stacks import experts_in, for_experts, parsed_experts, stack_and_
 from ..models.building import shapes_of_linears
 from ..models.experts import ExpertsForm, experts_of
 from ..models.naming import WHOLE, Conversion, Members, into_model
+from ..nn.huge_pages import empty_on_huge_pages
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
 from ..tensor import QuantTensor
 from ..text import dtype_name
+from .packed import PACKED, Ready, ready
 from .registry import WRITTEN, detect
 
 # Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: a file beside it names it.
@@ -155,6 +157,25 @@ class DirectoryCheckpoint:
                     f"expert {expert} of {stack}: gate and up are one matrix here; {error}"
                 ) from error
             yield Parsed(weight, tuple(oddity for part in parts for oddity in part.oddities))
+
+    def ready(self, module: str) -> Ready | None:
+        """Of files that `qkernels pack` wrote for a kernel.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        if self.format is None or self.format.name not in PACKED:
+            return None
+        tensors = {suffix: self.source.read(name, empty_on_huge_pages) for suffix, name in self.modules[module].items()}
+        return ready(self.format, self.spelled.get(module, module), tensors, self.quantization)
+
+    def weight_in_parts(self, module: str) -> None:
+        """Of none: these formats keep a layer's tensors apart, and some turn their rows around."""
+        return None
+
+    def weight_shape(self, module: str) -> tuple[int, int]:
+        """Of none."""
+        raise CheckpointError(f"{module} of {self.path} is not read in parts")
 
     @property
     def embeddings(self) -> tuple[str, ...]:

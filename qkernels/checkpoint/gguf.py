@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +36,7 @@ from ..texts import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-_WEIGHTS_AT_ONCE: Final = 2**22  # of an embedding
+_WEIGHTS_AT_ONCE: Final = 2**20  # of an embedding or a large layer
 _TILE: Final = 64  # rows, of the largest tile of any layout
 
 
@@ -132,13 +133,38 @@ class GgufCheckpoint:
             return Parsed(QuantTensor.stack([parsed.weight for parsed in self._experts(names)]))
         return Parsed(self._weight(names[0]))
 
-    def _weight(self, name: str, part: int | slice | None = None) -> QuantTensor:
-        """A whole weight, an expert of a stack, or some rows of a weight whose rows lie as the file has them."""
-        place, kind = self.places[name], self.source.entry(name).type.name
-        scale = None if place.scale is None else self.source.read(place.scale)
+    def ready(self, module: str) -> None:
+        """Of none: no kernel reads blocks as they are."""
+        return None
+
+    def weight_in_parts(self, module: str) -> Iterator[QuantTensor] | None:
+        """Of a layer that is large; of stacked experts there is one in memory at a time anyway."""
+        name = self.modules[module][0]
+        large = prod(self.source.entry(name).shape) > 2 * _WEIGHTS_AT_ONCE
+        return self._parts(name) if large and self.places[name].kind == "linear" else None
+
+    def weight_shape(self, module: str) -> tuple[int, int]:
+        N, K = self.source.entry(self.modules[module][0]).shape
+        return N, K
+
+    def _weight(self, name: str, expert: int | None = None) -> QuantTensor:
+        """A whole weight, or an expert of a stack."""
         blocks = self.source.blocks(name)
+        return self._weight_of(name, self.places[name].rows(blocks if expert is None else blocks[expert]))
+
+    def _parts(self, name: str) -> Iterator[QuantTensor]:
+        """A weight `[N, K]`, some rows after others: unpacked, 4-bit codes alone are twice the file's bytes."""
+        blocks = self.places[name].rows(self.source.blocks(name))
+        N, K = self.source.entry(name).shape
+        rows = max(1, _WEIGHTS_AT_ONCE // max(K, 1) // _TILE) * _TILE
+        for first in range(0, N, rows):
+            yield self._weight_of(name, blocks[first : first + rows])
+
+    def _weight_of(self, name: str, blocks: Tensor) -> QuantTensor:
+        place = self.places[name]
         with naming(name):
-            return weight_of(place.rows(blocks if part is None else blocks[part]), kind, scale)
+            scale = None if place.scale is None else self.source.read(place.scale)
+            return weight_of(blocks, self.source.entry(name).type.name, scale)
 
     @property
     def stacks(self) -> Collection[str]:
@@ -165,16 +191,12 @@ class GgufCheckpoint:
         return self.places[spelled].kind == "embedding" and _is_exact(self.source.entry(spelled), self.places[spelled])
 
     def embedding(self, name: str) -> Iterator[QuantTensor]:
-        """Equal bit for bit to what `read` makes of it: unpacked, 4-bit codes alone are twice the file's bytes.
+        """Equal bit for bit to what `read` makes of it.
 
         Raises:
             CheckpointError: as `weight`.
         """
-        spelled = self.spelled[name][0]
-        vocabulary, columns = self.source.entry(spelled).shape
-        rows = max(1, _WEIGHTS_AT_ONCE // max(columns, 1) // _TILE) * _TILE
-        for first in range(0, vocabulary, rows):
-            yield self._weight(spelled, slice(first, first + rows))
+        yield from self._parts(self.spelled[name][0])
 
     def with_activations_of_the_file(self) -> GgufCheckpoint:
         """Itself: these files say nothing of activations."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -20,7 +19,6 @@ from ..hub import local_copy
 from ..memory import give_back
 from ..models.building import assign, computed, empty_model
 from ..models.experts import ExpertsForm, experts_of, routers
-from ..models.linears import as_linear
 from ..models.naming import float_state
 from ..nn import QuantEmbedding, QuantExperts, QuantLinear, QuantStack, set_module
 from ..nn.embedding import scale_of
@@ -30,9 +28,10 @@ from ..reports import readable_size
 from ..storage import CONFIG
 from ..tensor import QuantTensor
 from ..text import describe, dtype_name
-from .activations import Activations, as_it_runs
+from .activations import Activations, as_it_runs, with_int8
 from .arguments import named_dtype, refuse_others, stored_dtype
 from .gguf import GGUF, dequantized_experts
+from .layers import dequantize_router, dequantized, float_layer, kept_in_fp32, linear_at, packed_layer
 from .placing import DeviceMap, Placement, connect, placement_of
 from .source import Checkpoint, open_checkpoint
 
@@ -68,7 +67,9 @@ def load(
         on_unsupported: "raise", or "reference" to allow the plain-PyTorch kernel where no other fits.
         activations: None: as the file says where kernels have that as its origin computes it (compressed-tensors' int8 a token,
             LLM.int8), else in 16 bits, and a warning says what the file asks for. "file": the same, but an error where integers
-            are asked that no kernel has; floats stay in 16 bits. "16bit": never quantized.
+            are asked that no kernel has; floats stay in 16 bits. "16bit": never quantized. "int8": rounded to int8 a token, also
+            where the file has them in 16 bits (GGUF, GPTQ, AWQ): prompts are faster, logits less exact. A warning names weights
+            for which no kernel does that.
         device_map: instead of `device`: "auto" fills the GPUs with layers and leaves the rest on the CPU; a number of layers goes
             to the first GPU, with all that is outside of layers; or a mapping from names of modules to devices ({"": 0,
             "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays there; activations travel.
@@ -99,7 +100,7 @@ def load(
     """
     refuse_others(others)
     if activations not in (None, *get_args(Activations)):
-        raise ArgumentError(f'activations must be "file", "16bit" or None, got {activations!r:.40}')
+        raise ArgumentError(f'activations must be "file", "16bit", "int8" or None, got {activations!r:.40}')
     named = named_dtype(dtype)
     checkpoint = open_checkpoint(local_copy(directory, revision))
     dtype = named or stored_dtype(checkpoint)
@@ -131,7 +132,7 @@ def load(
                     assign(
                         model, {stack: nn.Parameter(form.stored(projection, floats).to(device), requires_grad=False)}
                     )
-                    oddities.append((stack, _dequantized(weight, device, dtype)))
+                    oddities.append((stack, dequantized(weight, device, dtype)))
                 continue
             set_module(model, name, loaded)
             oddities += strange
@@ -141,22 +142,18 @@ def load(
             continue
         device = place(module)
         linear = linear_at(model, module, checkpoint.spelling(module))
-        parsed = checkpoint.weight(module)
-        weight, found = as_it_runs(parsed, checkpoint.format, device, dtype, on_unsupported, activations=activations)
-        oddities += [(module, oddity) for oddity in found]
-        bias = bias_for(linear, checkpoint, module, weight)
+        layer: nn.Module
         try:
-            layer = QuantLinear.from_quant_tensor(weight, bias, device, dtype, on_unsupported)
+            layer, found = packed_layer(linear, module, checkpoint, device, dtype, on_unsupported, activations)
         except UnsupportedProblem:
             if checkpoint.format is not GGUF:
                 raise
-            oddities.append((module, _dequantized(weight, device, dtype)))
-            parts = {"weight": weight.dequantize(dtype), "bias": bias}
-            assign(model, {f"{module}.{leaf}": t.to(device, dtype) for leaf, t in parts.items() if t is not None})
-            continue
+            layer, oddity = float_layer(linear, module, checkpoint, device, dtype)
+            found = [oddity]
+        oddities += [(module, oddity) for oddity in found]
         set_module(model, module, layer)
     for name in checkpoint.embeddings:
-        slots, hindrance = _pack_embedding(model, name, slots, checkpoint, place, dtype, on_unsupported)
+        slots, hindrance = _pack_embedding(model, name, slots, checkpoint, place, dtype, on_unsupported, activations)
         if hindrance is None:
             used.add(name)
         else:
@@ -183,6 +180,7 @@ def _pack_embedding(
     place: Placement,
     dtype: torch.dtype,
     on_unsupported: OnUnsupported,
+    activations: Activations | None,
 ) -> tuple[list[list[str]], str | None]:
     """Put an embedding into its place packed, and heads that are tied to it, which share its memory. Returns the slots that are
     still to be filled, and why it has to be floats after all."""
@@ -201,7 +199,10 @@ def _pack_embedding(
         raise CheckpointError(f"{name}: the model needs a weight {wanted}, got {got}")
     try:
         scale = scale_of(source)
-        table = QuantLinear.from_parts(checkpoint.embedding(name), got[0], place(module), dtype, on_unsupported)
+        parts = checkpoint.embedding(name)
+        if others and activations == "int8":
+            parts, _ = with_int8(parts, (got[0], got[1]), place(module), dtype, on_unsupported)
+        table = QuantLinear.from_parts(parts, got[0], place(module), dtype, on_unsupported)
     except (ArgumentError, UnsupportedProblem) as error:
         return slots, str(error)
     set_module(model, module, QuantEmbedding(table, scale))
@@ -210,12 +211,6 @@ def _pack_embedding(
     if len(others) + 1 < len(slot):
         _untie(model, f"{slot[0]} and {slot[-1]} are tied by {CONFIG}, but one of them is quantized")
     return [kept for kept in slots if kept is not slot], None
-
-
-def _dequantized(weight: QuantTensor, device: torch.device, dtype: torch.dtype) -> Oddity:
-    """Of a block of a GGUF file, whose types nobody chose for this machine: any of them has to load."""
-    kind = f"{weight.scheme} has no kernel for {dtype_name(dtype)} on this {device.type} and is dequantized"
-    return Oddity(kind, f"{readable_size(weight.nbytes)} become {readable_size(weight.codes.numel() * dtype.itemsize)}")
 
 
 def model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Checkpoint]:
@@ -288,26 +283,6 @@ def tied_slots(model: nn.Module) -> list[list[str]]:
     return list(slots.values())
 
 
-def linear_at(model: nn.Module, module: str, spelled: str | None = None) -> nn.Linear:
-    """The linear layer that a quantized module of a checkpoint belongs to; `spelled` is its name in the files.
-
-    Raises:
-        CheckpointError: the model has none there.
-    """
-    what = f"the checkpoint has a quantized {spelled or module}"
-    meant = "" if spelled in (None, module) else f" (as {module})"
-    try:
-        linear = model.get_submodule(module)
-    except AttributeError:
-        raise CheckpointError(
-            f"{what}, which {type(model).__name__} does not{meant}{_nearest(model, module)}"
-        ) from None
-    as_one = as_linear(linear)
-    if as_one is None:
-        raise CheckpointError(f"{what}, which is a {type(linear).__name__}, not a Linear{meant}")
-    return as_one
-
-
 def experts_at(
     model: nn.Module,
     name: str,
@@ -366,57 +341,6 @@ def experts_at(
     return QuantExperts(source, form, stacks), list(oddities)
 
 
-def dequantize_router(
-    model: nn.Module, module: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> list[tuple[str, Oddity]]:
-    """Put a router that a file quantized into its place as floats: a module of its own kind computes with it."""
-    place = model.get_submodule(module)
-    target: Any = place._parameters["weight"]
-    weight, found = checkpoint.weight(module)
-    if list(weight.codes.shape) != list(target.shape):
-        raise CheckpointError(
-            f"{module}: the model needs a weight {list(target.shape)}, got {list(weight.codes.shape)}"
-        )
-    parts: dict[str, Tensor] = {"weight": weight.dequantize(torch.float32)}
-    if place._parameters.get("bias") is not None:
-        if f"{module}.bias" not in checkpoint:
-            raise CheckpointError(f"{module}.bias: the model needs one, and the files have none")
-        parts["bias"] = checkpoint.read(f"{module}.bias")
-    kept = {leaf: torch.float32 if kept_in_fp32(model, f"{module}.{leaf}", dtype) else dtype for leaf in parts}
-    assign(model, {f"{module}.{leaf}": t.to(device, kept[leaf]) for leaf, t in parts.items()})
-    oddity = Oddity("a router that the file quantized is dequantized", f"{weight.scheme} {list(weight.codes.shape)}")
-    return [(module, oddity), *((module, other) for other in found)]
-
-
-def _nearest(model: nn.Module, module: str) -> str:
-    linears = [name for name, found in model.named_modules() if as_linear(found) is not None]
-    close = difflib.get_close_matches(module, linears, n=1)
-    return f"; its nearest linear layer is {close[0]}" if close else ""
-
-
-def bias_for(linear: nn.Linear, checkpoint: Checkpoint, module: str, weight: QuantTensor) -> Tensor | None:
-    """Check a weight against its place in the model, and read its bias.
-
-    Raises:
-        CheckpointError: the shapes differ, or one of them has a bias and the other none.
-    """
-    if list(linear.weight.shape) != [weight.N, weight.K]:
-        raise CheckpointError(
-            f"{module}: the model needs a weight {list(linear.weight.shape)}, got {[weight.N, weight.K]}"
-        )
-    name = f"{module}.bias"
-    bias = checkpoint.read(name) if name in checkpoint else None
-    place = linear._parameters["bias"]
-    if place is not None and (bias is None or bias.shape != place.shape):
-        got = "none" if bias is None else list(bias.shape)
-        raise CheckpointError(f"{name}: the model needs {list(place.shape)}, got {got}")
-    if place is None and bias is not None:
-        if bool(bias.any()):
-            raise CheckpointError(f"{name}: the model has no bias there, got one that is not zero")
-        return None  # AutoGPTQ gives every module a bias of zeros
-    return bias
-
-
 def _fill(
     model: Any,
     slots: list[list[str]],
@@ -461,14 +385,6 @@ def _parameter(model: Any, checkpoint: Checkpoint, name: str, device: torch.devi
     if place.is_floating_point():
         wanted = torch.float32 if kept_in_fp32(model, name, dtype) else dtype
     return nn.Parameter(tensor.to(device, wanted), requires_grad=place.requires_grad)
-
-
-def kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
-    """Some models name modules that lose too much in fp16, or in any 16-bit dtype."""
-    patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns)
 
 
 def _untie(model: Any, why: str) -> None:

@@ -14,15 +14,19 @@ whose kernels read another layout re-lays the weights out while it loads them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError
+from ..factors import Factors
 from ..formats import Config, Format, Parsed, Written, native
 from ..formats.validation import naming
 from ..kernels.catalogue import REFERENCES
-from ..layouts import LAYOUTS, Layout, unpack_checked
+from ..layouts import LAYOUTS, Layout, check_buffers, every_code_means_a_number, unpack_checked
+from ..layouts.tiles import GROUPED, rows_of
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
 
@@ -70,6 +74,55 @@ def packed_format(layout: Layout) -> Format:
         config_of=config_of,
         stacks=True,
     )
+
+
+class Ready(NamedTuple):
+    """The buffers of a weight `(N, K)` as the kernels of a layout read them, all their values checked."""
+
+    layout: str
+    buffers: dict[str, Tensor | None]
+    shape: tuple[int, int]
+    scheme: QuantScheme
+
+
+def ready(format: Format, module: str, tensors: Mapping[str, Tensor], config: Config) -> Ready | None:
+    """What `parse` of a packed format would take apart and `QuantLinear` put together again, of a layout of the CPU's kernels.
+
+    None where more than scales and zeros has to be looked at: an older version, stacked experts, an order of columns, padding,
+    codes that leave bits or mean infinity, scales that hang together.
+
+    Raises:
+        CheckpointError: as `parse`.
+    """
+    layout = LAYOUTS[format.name]
+    others = {"k_order", "x_static"} & tensors.keys()
+    if layout.backend != "cpu" or config.get("layout_version") != layout.version or others:
+        return None
+    with naming(module):
+        scheme, shape = native.scheme_of(module, config), native.weight_shape(tensors["weight_shape"])
+        if len(shape) != 2 or scheme.rows > 1 or scheme.group_size == "tensor":
+            return None
+        N, K = shape
+        if not every_code_means_a_number(layout, N, K, scheme) or N % layout.rows_per_tile:
+            return None
+        native.check_guard(tensors)
+        found = {buffer.name: tensors.get(buffer.name) for buffer in layout.buffers}
+        check_buffers(layout, found, N, K, scheme)
+        _check_groups(found, N, K, scheme)
+    return Ready(layout.name, found, (N, K), scheme)
+
+
+def _check_groups(buffers: Mapping[str, Tensor | None], N: int, K: int, scheme: QuantScheme) -> None:
+    """Raise TensorError unless some codes and these scales and zeros are a weight."""
+    groups = {name: rows_of(t) for name in GROUPED if (t := buffers.get(name)) is not None}
+    G = scheme.num_groups(K)
+    if scheme.factors is not None:
+        small, outer = groups["scales"], groups["outer_scales"]
+        Factors(small, outer, groups.get("zeros"), groups.get("outer_zeros")).check((N,), G, scheme)
+        return
+    of_one = replace(scheme, group_size=1)  # a weight of one code for each group
+    codes = torch.zeros(N, G, dtype=torch.uint8)
+    QuantTensor(codes, groups["scales"], groups.get("zeros"), None, of_one)
 
 
 # One byte a code: nobody's kernel is faster for the references' layouts.

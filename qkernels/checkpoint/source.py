@@ -15,6 +15,7 @@ from ..storage.gguf import gguf_at
 from ..tensor import QuantTensor
 from .directory import DirectoryCheckpoint
 from .gguf import GgufCheckpoint
+from .packed import Ready
 
 
 class Checkpoint(Protocol):
@@ -52,6 +53,16 @@ class Checkpoint(Protocol):
 
     def weight(self, module: str) -> Parsed:
         """The weight of a quantized module, and what is strange about it."""
+
+    def ready(self, module: str) -> Ready | None:
+        """The buffers of a quantized module as a kernel reads them, if the files have them so."""
+
+    def weight_in_parts(self, module: str) -> Iterator[QuantTensor] | None:
+        """The weight of a quantized module, some rows after others; None where `weight` is to be asked: of all but large ones in
+        files whose rows can be read by themselves."""
+
+    def weight_shape(self, module: str) -> tuple[int, int]:
+        """(N, K) of what `weight_in_parts` gives."""
 
     @property
     def stacks(self) -> Collection[str]:

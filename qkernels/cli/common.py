@@ -136,9 +136,10 @@ def add_on_unsupported(parser: argparse.ArgumentParser) -> None:
 def add_activations(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations",
-        choices=("file", "16bit"),
-        help="16bit: never quantized; file: as the checkpoint asks, and an error where no kernel has that (default: as it asks, "
-        "and 16 bits with a warning where no kernel has that)",
+        choices=("file", "16bit", "int8"),
+        help="16bit: never quantized; int8: rounded to 8 bits a token, also where the file does not ask for it; file: as the "
+        "checkpoint asks, and an error where no kernel has that (default: as it asks, and 16 bits with a warning where no kernel "
+        "has that)",
     )
 
 

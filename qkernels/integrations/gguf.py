@@ -8,8 +8,10 @@ Llama 3.1. Written for transformers 5.23 and 5.24; older ones ask nobody. They n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import wraps
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -17,11 +19,16 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..checkpoint import Checkpoint
 from ..checkpoint.gguf import GgufCheckpoint
+from ..checkpoint.layers import float_layer
 from ..errors import ArgumentError, UnsupportedProblem
+from ..formats import Oddity, summary
 from ..models.gguf_names import GGUF_ARCHITECTURES
-from ..tensor import QuantTensor
+from ..reports import readable_size
 from .transformers import QKernelsQuantizer
+
+log = logging.getLogger(__name__)
 
 METHOD: Final = "gguf"
 
@@ -61,26 +68,36 @@ class GgufQuantizer(QKernelsQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
+        self._tell_of_embeddings(model)
         if not self.report.replaced:
             self.remove_quantization_config(model)
         return model
 
+    def _tell_of_embeddings(self, model: Any) -> None:
+        """What is added to them, cut off or tied anew by transformers and by adapters has to be floats."""
+        assert self._file is not None
+        named = self._checkpoint or self._file.named_as_in(model)
+        why = "transformers resizes and ties them as floats; qkernels.load keeps them packed"
+        kind = "embeddings are dequantized while loading"
+        oddities = []
+        for name in named.embeddings:
+            before, after = named.nbytes(name), prod(named.shape(name)) * model.dtype.itemsize
+            detail = f"{readable_size(before)} of {named.stored_as(name)} become {readable_size(after)}: {why}"
+            oddities.append((name, Oddity(kind, detail)))
+            self.report.skipped[name.removesuffix(".weight")] = f"{kind}: {detail}"
+        for line in summary(oddities):
+            log.warning("%s: %s", self._file.path, line)
+
     def _layer(
-        self, module: str, weight: QuantTensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype
-    ) -> nn.Module:
+        self, linear: nn.Linear, module: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    ) -> tuple[nn.Module, list[Oddity]]:
         """A layer; where no kernel takes it here, a float one, since nobody chose the type for this machine."""
         try:
-            return super()._layer(module, weight, bias, device, dtype)
+            return super()._layer(linear, module, checkpoint, device, dtype)
         except UnsupportedProblem:
-            layer = nn.Linear(weight.K, weight.N, bias is not None, device="meta")
-            layer.weight = nn.Parameter(weight.dequantize(dtype).to(device), requires_grad=False)
-            layer._parameters["bias"] = (
-                None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
-            )
-            self.report.skipped[module] = (
-                f"{weight.scheme} has no kernel for {dtype} on {device.type} and is dequantized"
-            )
-            return layer
+            layer, oddity = float_layer(linear, module, checkpoint, device, dtype)
+            self.report.skipped[module] = oddity.kind
+            return layer, [oddity]
 
 
 class _Metadata(dict[str, Any]):

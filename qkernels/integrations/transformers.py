@@ -35,8 +35,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.activations import as_it_runs
-from ..checkpoint.loading import bias_for, check_strays, dequantize_router, experts_at, linear_at
+from ..checkpoint.layers import dequantize_router, linear_at, packed_layer
+from ..checkpoint.loading import check_strays, experts_at
 from ..checkpoint.saving import expert_biases, inside_of, plain_tensors, stacks_of
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, Written, native, summary
@@ -61,7 +61,6 @@ from ..nn.selection import as_patterns
 from ..quantizers import RTN
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
-from ..tensor import QuantTensor
 from .modules import asked_in_place_of, belongs_to_a_head, device_near, experts_in, layers_of, put, untie
 from .placeholders import Packed, Pending, PendingExperts
 
@@ -297,15 +296,13 @@ class QKernelsQuantizer(HfQuantizer):
         dtype = model.dtype
         oddities: list[tuple[str, Oddity]] = [*checkpoint.oddities]
         for module in self._placed:
-            pending = model.get_submodule(module)
-            device = device_near(model, module)
-            weight, found = as_it_runs(checkpoint.weight(module), checkpoint.format, device, dtype)
+            layer, found = self._layer(
+                model.get_submodule(module).linear, module, checkpoint, device_near(model, module), dtype
+            )
             oddities += [(module, oddity) for oddity in found]
-            bias = bias_for(pending.linear, checkpoint, module, weight)
-            layer = self._layer(module, weight, bias, device, dtype)
             set_module(model, module, layer, self._also.get(module, ()))
             if isinstance(layer, QuantLinear):
-                self.report.add(module, layer, weight.codes.numel() * dtype.itemsize)
+                self.report.add(module, layer, layer.out_features * layer.in_features * dtype.itemsize)
         for name, form in self._forms.items():
             source, device = model.get_submodule(name).source, device_near(model, name)
             experts, strange = experts_at(model, name, form, checkpoint, device, dtype, "raise", source)
@@ -328,10 +325,10 @@ class QKernelsQuantizer(HfQuantizer):
             log.warning("%s: %s", checkpoint.path, line)
 
     def _layer(
-        self, module: str, weight: QuantTensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype
-    ) -> nn.Module:
+        self, linear: nn.Linear, module: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    ) -> tuple[nn.Module, list[Oddity]]:
         """What takes the place of a quantized module of a checkpoint."""
-        return QuantLinear.from_quant_tensor(weight, bias, device, dtype)
+        return packed_layer(linear, module, checkpoint, device, dtype)
 
     def _describe(self, model: Any) -> FileNames:
         """Make the model's config say what `save_pretrained` would write; returns the names that it would use."""

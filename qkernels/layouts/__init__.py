@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite, prod
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ConversionError, TensorError
-from ..scheme import ACTIVATION_NUMBERS, ACTIVATIONS, CODEBOOK_NUMBERS, FACTOR_NUMBERS, FACTORS, QuantScheme
+from ..scheme import (
+    ACTIVATION_NUMBERS,
+    ACTIVATIONS,
+    CODEBOOK_NUMBERS,
+    CODEBOOKS,
+    FACTOR_NUMBERS,
+    FACTORS,
+    QuantScheme,
+)
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..text import describe, dtype_name, dtype_names
 
@@ -290,6 +299,18 @@ def unpack_checked(
         ConversionError: the layout cannot hold such a weight.
         TensorError: a buffer is missing, has the wrong dtype or shape, or holds values that no weight packs to.
     """
+    check_buffers(layout, buffers, N, K, scheme, lead)
+    return layout.unpack(buffers, N, K, scheme)
+
+
+def check_buffers(
+    layout: Layout, buffers: Buffers, N: int, K: int, scheme: QuantScheme, lead: tuple[int, ...] = ()
+) -> None:
+    """The shapes, dtypes and column order of buffers that come from outside; not their values.
+
+    Raises:
+        ConversionError, TensorError: as `unpack_checked`.
+    """
     field = "scales" if scheme.factors is None else "outer_scales"
     scales, order = buffers.get(field), buffers.get("k_order")
     dtypes = layout.scale_dtypes if scheme.factors is None else FLOAT_DTYPES
@@ -311,4 +332,11 @@ def unpack_checked(
             )
     if order is not None and bool((order.long().sort(-1).values != torch.arange(K, device=order.device)).any()):
         raise TensorError(f"k_order must be a permutation of 0 … {K - 1}, got repeated or out-of-range entries")
-    return layout.unpack(buffers, N, K, scheme)
+
+
+def every_code_means_a_number(layout: Layout, N: int, K: int, scheme: QuantScheme) -> bool:
+    """Whether any bytes at all are the codes of a weight `[N, K]`: none is padding, none has bits to spare, none means infinity.
+    Then scales and zeros are all that can be wrong with buffers of the right shape."""
+    width, values = layout.stored_bits(scheme.bits), CODEBOOKS[scheme.codebook] if scheme.codebook else (0.0,)
+    shape = layout.shapes(N, K, scheme.bits, scheme.group_length(K))["qweight"]
+    return width == scheme.bits and prod(shape) * 8 == N * K * width and all(isfinite(value) for value in values)

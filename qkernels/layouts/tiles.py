@@ -66,6 +66,11 @@ def join_planes(planes: Sequence[Tensor], bits: int) -> Tensor:
     return codes
 
 
+def rows_of(groups: Tensor) -> Tensor:
+    """`[tiles, groups, rows]` -> `[tiles * rows, groups]`, contiguous: what lies for each group, without padding."""
+    return as_bytes(groups).transpose(-1, -2).flatten(0, 1).contiguous().view(groups.dtype)
+
+
 def num_groups(K: int, group_length: int) -> int:
     """G = ceil(K / group_length), at least 1."""
     return max(1, -(-K // group_length))

@@ -160,11 +160,13 @@ def types_of(
     tied = "output.weight" not in tensors
     seen: dict[str, int] = {}
     found: set[str] = set()
+    asked: list[str] = []
     chosen: dict[str, Chosen] = {}
     for name in names:
         if len(tensors[name]) < 2 or not name.endswith("weight") or any(piece in name for piece in _STAY):
             chosen[name] = Chosen("F32")
             continue
+        asked.append(name)
         matching = [(text, type) for text, pattern, type in patterns if pattern.search(name)]
         if matching:
             found.update(text for text, _ in matching)
@@ -178,7 +180,7 @@ def types_of(
         if text not in found:
             raise ArgumentError(
                 f"no tensor that is quantized has {text!r} in its name (--tensor-type {text}={type}); names are like "
-                f"{', '.join(names[:2])}"
+                f"{', '.join(asked[:2] or names[:2])}"
             )
     return chosen
 

@@ -20,7 +20,9 @@ from .modules import names_of_modules, set_module
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE: Final = 64  # tiles that are decoded together: 8 MiB of 32 rows of 2048 in 16 bits
+# Tiles that are decoded together: 1 MiB of 32 rows of 2048 in 16 bits. What comes between takes a dozen times that: 97 MB for 64
+# tiles, 6 for 8 (128 tokens of 32000 x 2048 in q4_k), where a file of 676 MB has to run in little more.
+_AT_ONCE: Final = 8
 
 
 class QuantEmbedding(nn.Module):

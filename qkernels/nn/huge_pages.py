@@ -7,7 +7,9 @@ memory is neither aligned nor advised. Measured: docs/cpu-decode.md.
 
 from __future__ import annotations
 
+import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,16 +30,22 @@ def on_huge_pages(t: Tensor) -> Tensor:
     a huge page stays on small ones, so nothing is resident beyond the tensor's bytes. The kernel may refuse: that changes the
     speed, never the result. Shared memory is left alone, for others see it.
     """
-    size = t.numel() * t.element_size()
-    if t.device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if t.device.type != "cpu" or t.nbytes < HUGE_PAGE or not t.is_contiguous() or t.is_shared() or begins_huge_page(t):
         return t
-    if not t.is_contiguous() or t.is_shared() or begins_huge_page(t):
-        return t
+    placed = empty_on_huge_pages(t.shape, t.dtype)
+    return placed.copy_(t) if begins_huge_page(placed) else t
+
+
+def empty_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor, as `on_huge_pages` has it; torch's own where that gains nothing."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
     try:
         memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE
         memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
-    except OSError:  # a kernel without huge pages, or no room for a second copy: the first one is as right
-        return t
-    placed = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=start)  # keeps `memory` alive
-    return placed.view(t.shape).copy_(t)
+    except OSError:  # a kernel without huge pages, or no room
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)  # keeps `memory` alive

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..kernels.catalogue import OnUnsupported, Problem, arch_of, select
 from ..quantizers import RTN, Options
 from ..scheme import QuantScheme
 from ..tensor import FLOAT_DTYPES, QuantTensor, as_dtype
+from .huge_pages import on_huge_pages
 from .packed import PackedModule
 from .pretrained import mind_save_pretrained
 from .weight import READ_ONLY, PackedWeight
@@ -103,9 +104,7 @@ class QuantLinear(PackedModule):
         layer = cls._unpacked(weight.N, weight.K, weight.scheme, device, dtype, on_unsupported)
         with torch.inference_mode(False):  # tensors made in it could neither be trained through nor loaded into outside
             layer._pack(weight, device)
-            layer.bias = None
-            if bias is not None:
-                layer.bias = nn.Parameter(bias.detach().to(device, dtype).clone(), requires_grad=bias.requires_grad)
+            layer._set_bias(bias, device, dtype)
         return layer
 
     @classmethod
@@ -116,13 +115,14 @@ class QuantLinear(PackedModule):
         device: torch.device | str,
         dtype: torch.dtype | str,
         on_unsupported: OnUnsupported = "raise",
+        bias: Tensor | None = None,
     ) -> QuantLinear:
-        """`from_quant_tensor` of a weight without bias that comes in parts: one at a time lies unpacked in memory.
+        """`from_quant_tensor` of a weight that comes in parts: one at a time lies unpacked in memory.
 
         Args:
             parts: `[n, K]`, rows after rows, of one scheme and without a group index; n a multiple of 64 but for the last.
             out_features: rows of all.
-            device, dtype, on_unsupported: as there.
+            device, dtype, on_unsupported, bias: as there.
 
         Raises:
             ArgumentError: there is no part, one is no whole number of the layout's tiles, or their rows are not `out_features`.
@@ -136,7 +136,38 @@ class QuantLinear(PackedModule):
         layer = cls._unpacked(out_features, first.K, first.scheme, device, dtype, on_unsupported)
         with torch.inference_mode(False):
             layer._pack_parts(chain([first], rest), device)
-            layer.bias = None
+            layer._set_bias(bias, device, dtype)
+        return layer
+
+    def _set_bias(self, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> None:
+        self.bias = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(device, dtype).clone(), requires_grad=bias.requires_grad)
+
+    @classmethod
+    def from_buffers(
+        cls,
+        layout: str,
+        buffers: Mapping[str, Tensor | None],
+        shape: tuple[int, int],
+        scheme: QuantScheme,
+        bias: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_unsupported: OnUnsupported = "raise",
+    ) -> QuantLinear | None:
+        """A layer of buffers that are checked and lie in memory as `layout` packs a weight `(N, K)` of that shape; None where the
+        kernel of `device` reads another layout.
+
+        Raises:
+            UnsupportedProblem: no kernel takes the weight.
+        """
+        layer = cls._unpacked(*shape, scheme, device, dtype, on_unsupported)
+        if layer.layout != layout:
+            return None
+        with torch.inference_mode(False):
+            layer._set_buffers({n: None if t is None else on_huge_pages(t.to(device)) for n, t in buffers.items()})
+            layer._set_bias(bias, device, dtype)
         return layer
 
     @classmethod

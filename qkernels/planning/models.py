@@ -17,7 +17,8 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.arguments import stored_dtype
 from ..checkpoint.directory import DirectoryCheckpoint
 from ..checkpoint.gguf import GgufCheckpoint
-from ..checkpoint.loading import check_fits, kept_in_fp32, model_of
+from ..checkpoint.layers import kept_in_fp32
+from ..checkpoint.loading import check_fits, model_of
 from ..errors import CheckpointError, QKernelsError
 from ..formats import Parsed, summary
 from ..formats.gguf import weight_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -118,15 +118,15 @@ class TensorSource:
     def nbytes(self, name: str) -> int:
         return self.entry(name).nbytes
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own, on the CPU.
+    def read(self, name: str, empty: Callable[[Sequence[int], torch.dtype], Tensor] | None = None) -> Tensor:
+        """The tensor in memory of its own, on the CPU; `empty(shape, dtype)` makes that, if it is not to be torch's own.
 
         Raises:
             CheckpointError: no such tensor, or the file changed or failed since it was opened.
         """
         entry = self.entry(name)
         try:
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+            tensor = torch.empty(entry.shape, dtype=entry.dtype) if empty is None else empty(entry.shape, entry.dtype)
             with entry.path.open("rb") as file:
                 file.seek(entry.offset)
                 got = file.readinto(memory_of(tensor))

@@ -29,6 +29,18 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert envelope.where_of(SEALED) == WHERE
 
 
+def test_a_table_lies_beside_its_rows(tmp_path: Path) -> None:
+    given = envelope.sealed(
+        "models", {"machine": "m", "date": "2026-11-30T00:00:00+00:00", "commit": "0" * 12}, [{"a": 1}]
+    )
+    envelope.write_with_table(given, tmp_path / "r.json", "| a |\n")
+    assert envelope.read(tmp_path / "r.json", "models") == given
+    assert (tmp_path / "r.md").read_text(encoding="utf-8") == "| a |\n"
+    with pytest.raises(ArgumentError):
+        envelope.write_with_table(replace(given, kind=""), tmp_path / "wrong.json", "| a |")
+    assert not list(tmp_path.glob("wrong*"))
+
+
 def test_outside_a_repository_the_commit_is_null_with_its_reason(tmp_path: Path) -> None:
     made = envelope.sealed("models", {**WHERE, "commit": "unknown"}, [])
     envelope.write(made, tmp_path / "run.json")

@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from benchmarks.method import envelope, environment
-from benchmarks.models import gguf_file, llama, llama_cpp, sweep
+from benchmarks.models import gguf_file, gguf_whole, llama, llama_cpp, sweep
 from benchmarks.models.llama import SIZES, Llama, predicted_memory
 from benchmarks.peers import ggml
+from qkernels import load, load_tokenizer
+from qkernels.checkpoint import to_gguf
 from qkernels.errors import ConversionError
 from qkernels.nn import QuantLinear
 from qkernels.scheme import QuantScheme
+from tests.gguf_golden import FILES
+from tests.gguf_written import FIELDS
+from tests.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
 HERE = importlib.util.find_spec("llama_cpp") is not None
@@ -115,6 +120,28 @@ def test_other_logits_are_not_timed() -> None:
 @pytest.mark.skipif(HERE, reason="llama-cpp-python is installed")
 def test_without_llama_cpp_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert llama_cpp.main(["--size", "tiny", "--out", str(tmp_path / "r.json")]) == 0
+    assert "llama.cpp is not here" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_loaded_model_in_the_plain_decoder_is_the_same_model(tmp_path: Path) -> None:
+    """Of a file in a mix: q, k and v in types of their own, an embedding that is packed; prompt and one token more."""
+    torch.manual_seed(0)
+    tiny_model("llama", **FIELDS).save_pretrained(tmp_path / "hf")
+    load_tokenizer(FILES / "llama.gguf").save_pretrained(tmp_path / "hf")
+    to_gguf(tmp_path / "hf", tmp_path / "m.gguf", "Q4_K_M")
+    model = load(tmp_path / "m.gguf", dtype=torch.float32)
+    tokens = torch.arange(1, 9)
+    with torch.inference_mode():
+        bare = gguf_whole.Loaded(model, 16)
+        found = torch.cat([bare(tokens[None, :7], torch.arange(7)), bare(tokens[None, 7:], torch.tensor([7]))])
+        expected = gguf_whole.hand_written(model, tokens[:7], tokens[7:])
+    assert llama_cpp.logit_error(expected, found) < 1e-5
+
+
+@pytest.mark.skipif(HERE, reason="llama-cpp-python is installed")
+def test_whole_files_are_not_measured_without_llama_cpp(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gguf_whole.main(["speed", str(tmp_path / "none.gguf"), "--out", str(tmp_path / "r.json")]) == 0
     assert "llama.cpp is not here" in capsys.readouterr().err
     assert not (tmp_path / "r.json").exists()
 

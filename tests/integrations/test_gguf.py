@@ -53,6 +53,21 @@ def test_models_are_those_of_load(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path)), logits(loaded))
 
 
+@pytest.mark.parametrize("type", ["Q8_0", "F16"])
+def test_embeddings_that_become_floats_are_named(type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log and in the report, where all else of the file is packed; of an embedding in floats there is nothing to say."""
+    to_gguf(FILES / "qwen3.gguf", tmp_path / "m.gguf", "Q8_0", tensor_types=[("token_embd", type)])
+    enable()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
+    said = [line for line in caplog.messages if "embeddings are dequantized while loading" in line]
+    skipped = model.hf_quantizer.report.skipped
+    if type == "F16":
+        assert not said and "model.embed_tokens" not in skipped
+        return
+    assert len(said) == 1 and "of Q8_0 become" in said[0] and "qkernels.load keeps them packed" in said[0]
+    assert "embeddings are dequantized" in skipped["model.embed_tokens"]
+
+
 def test_biases_go_with_their_weights(tmp_path: Path) -> None:
     to_gguf(FILES / "qwen2.gguf", tmp_path / "m.gguf", "Q8_0")
     enable()
