@@ -8,8 +8,10 @@ and take turns. Outputs are compared with fp32 products of the dequantized weigh
 sample differ from those of the next, so that experts come out of memory as they do in a decoder. Experts are random numbers;
 two different ones take turns in the E places, which are memory of their own.
 
-A run is against torch (16-bit experts) or against ggml, so that two runs need not be in memory at once; ours are in both. Rows
-of runs of one commit are gathered in one file.
+A run is against torch (16-bit experts) or against ggml, so that not all are in memory at once; ours are in both. Rows of runs of
+one commit are gathered in one file. Where other work shares the cores, wall time of two threads is the scheduler's: a thread that
+waits for another one waits for whoever has its core. `--clock processor` is for such machines: one thread, and the seconds of the
+processor that it had.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +48,7 @@ from .shapes import GEOMETRIES
 KIND = "experts"
 TOP_K = {"qwen3-30b-a3b": 8, "mixtral-8x7b": 2}
 TOKENS = (1, 4, 16, 64, 256, 2048)
+LOOP_TOKENS = (1, 4, 16)  # beyond, a loop over experts loses nothing
 ROUTES = 16  # different ones, in turn
 A16, A8 = "w4a16_g128", "w4a8_g128"
 TORCH, REPACK, ROWS = "torch grouped_mm bf16", "ggml mul_mat_id, repack", "ggml mul_mat_id, rows"
@@ -65,12 +69,14 @@ class Row:
     routing: str
     against: str
     touched: float
+    clock: str
+    threads: int
     candidate: str
     samples_us: list[float]
 
     @property
     def cell(self) -> tuple[Any, ...]:
-        return self.shape, self.tokens, self.routing, self.against
+        return self.shape, self.tokens, self.routing, self.against, self.clock, self.threads
 
 
 @dataclass(frozen=True)
@@ -246,21 +252,40 @@ def checked(weights: Weights, runs: Mapping[str, tuple[Run, float]], k: int) -> 
             raise SystemExit(f"{name} computes something else: {off:.3g} of the norm off, at most {allowed} allowed")
 
 
+def processor_sampler(calls: Sequence[Callable[[], Tensor]]) -> Callable[[], float]:
+    """The next call in turn, in seconds of the processor."""
+    turns = cycle(calls)
+    next(turns)()  # lazy set-up
+
+    def sample() -> float:
+        call, start = next(turns), time.process_time()
+        call()
+        return time.process_time() - start
+
+    return sample
+
+
 def measure(
-    weights: Weights, runs: Mapping[str, tuple[Run, float]], tokens: int, routing: str, against: str, seconds: float, rounds: int
+    weights: Weights, runs: Mapping[str, tuple[Run, float]], tokens: int, routing: str, against: str, clock: str, seconds: float,
+    rounds: int,
 ) -> list[Row]:  # fmt: skip
     k, generator = TOP_K[weights.shape], torch.Generator().manual_seed(tokens)
-    count = ROUTES if tokens < 256 else 2
+    count = ROUTES if tokens < 64 else 2
     routes = [route(tokens, k, weights.experts, weights.hidden, routing == "skewed", generator) for _ in range(count)]
 
     def calls(run: Run) -> list[Callable[[], Tensor]]:
         return [lambda given=given: run(given) for given in routes]  # type: ignore[misc]
 
-    samplers = {name: WallClock().prepare(calls(run)) for name, (run, _) in runs.items()}
-    samples = interleaved(samplers, rounds, time.monotonic() + seconds, min_rounds=min(rounds, 5))
+    prepare = processor_sampler if clock == "processor" else WallClock().prepare
+    few = tokens in LOOP_TOKENS
+    samplers = {name: prepare(calls(run)) for name, (run, _) in runs.items() if few or name not in LOOPS.values()}
+    samples = interleaved(samplers, rounds, time.monotonic() + seconds, min_rounds=min(rounds, 3))
     touched = sum(len(ids.unique()) for _, ids, _ in routes) / count
     return [
-        Row(weights.shape, weights.experts, k, tokens, routing, against, touched, name, [round(1e6 * s, 1) for s in times])
+        Row(
+            weights.shape, weights.experts, k, tokens, routing, against, touched, clock, torch.get_num_threads(), name,
+            [round(1e6 * s, 1) for s in times],
+        )
         for name, times in samples.items()
     ]  # fmt: skip
 
@@ -271,7 +296,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         cells.setdefault(row.cell, {})[row.candidate] = row
     lines, goals = [], []
-    for (shape, tokens, routing, against), found in cells.items():
+    for (shape, tokens, routing, against, clock, threads), found in cells.items():
+        place = f"{threads}, {clock}"
         for name, row in found.items():
             median = median_interval(row.samples_us)
             spread = f"{median.median / 1e3:.3g} [{median.low / 1e3:.3g}, {median.high / 1e3:.3g}]"
@@ -281,9 +307,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
                     beside.append(f"{_ratio(row, found[ours])[0]:.2f}")
                 else:
                     beside.append("–")
-            lines.append(
-                [shape, str(tokens), routing, against, f"{row.touched:.0f} of {row.experts}", name, spread, *beside]
-            )
+            hit = f"{row.touched:.0f} of {row.experts}"
+            lines.append([shape, place, str(tokens), routing, against, hit, name, spread, *beside])
         for target in TARGETS:
             peers = [found[name] for name in target.peers if name in found]
             if (
@@ -298,9 +323,30 @@ def to_markdown(rows: Sequence[Row]) -> str:
             word += ", within noise" if low < target.factor <= high else ""
             named = peers[0].candidate if len(peers) == 1 else "the faster of ggml's"
             told = f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
-            goals.append([shape, str(tokens), routing, target.ours, named, f"≥ {target.factor}", told, word])
-    head = ["shape", "tokens", "routing", "run", "experts hit", "candidate", "ms", f"over {A16}", f"over {A8}"]
-    goal_head = ["shape", "tokens", "routing", "ours", "against", "goal", "its time / ours", "verdict"]
+            goals.append([shape, place, str(tokens), routing, target.ours, named, f"≥ {target.factor}", told, word])
+    head = [
+        "shape",
+        "threads, clock",
+        "tokens",
+        "routing",
+        "run",
+        "experts hit",
+        "candidate",
+        "ms",
+        f"over {A16}",
+        f"over {A8}",
+    ]
+    goal_head = [
+        "shape",
+        "threads, clock",
+        "tokens",
+        "routing",
+        "ours",
+        "against",
+        "goal",
+        "its time / ours",
+        "verdict",
+    ]
     return "\n\n".join(["# Blocks of experts on the CPU", table(goal_head, goals), "Times:", table(head, lines)])
 
 
@@ -325,12 +371,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", choices=("torch", "ggml"), default="torch")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--routing", nargs="+", choices=("random", "skewed"), default=["random", "skewed"])
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: of one thread")
     parser.add_argument("--seconds", type=float, default=60.0, help="of sampling, all cells together")
     parser.add_argument("--rounds", type=int, default=21, help="at most so many samples of each (default: 21)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/experts.json")
     args = parser.parse_args(argv)
     if args.against == "ggml" and (why := ggml.available(torch.device("cpu"))):
         raise SystemExit(f"ggml: {why}")
+    if args.clock == "processor":
+        torch.set_num_threads(1)
     where = environment.describe(torch.device("cpu"))
     out = args.out or environment.RESULTS / where["machine"] / "experts.json"
     weights = Weights(args.shape)
@@ -345,14 +394,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = rows_of(out, where["commit"])
         cells = [(tokens, routing) for tokens in args.tokens for routing in args.routing]
         for tokens, routing in cells:
-            made = measure(weights, runs, tokens, routing, args.against, args.seconds / len(cells), args.rounds)
+            share = args.seconds / len(cells)
+            made = measure(weights, runs, tokens, routing, args.against, args.clock, share, args.rounds)
             rows = [row for row in rows if row.cell != made[0].cell] + made
             for row in made:
                 print(tokens, routing, f"{median_interval(row.samples_us).median:10.0f} us", row.candidate, flush=True)
             order = [*TOP_K], [*TOKENS]
             rows.sort(key=lambda r: (order[0].index(r.shape), r.against, r.tokens, r.routing))
             envelope.write(envelope.sealed(KIND, where, [asdict(row) for row in rows]), out)
-    place = f"{where['threads']} threads, {where['cpu']}, {where['isa']}, torch {where['torch']}"
+    place = f"{where['cpu']}, {where['isa']}, torch {where['torch']}"
     about = f"{place}, qkernels {where['commit']}, {where['date']}."
     out.with_suffix(".md").write_text(f"{to_markdown(rows)}\n\n{about}\n", encoding="utf-8")
     return 0
