@@ -52,6 +52,7 @@ LOOP_TOKENS = (1, 4, 16)  # beyond, a loop over experts loses nothing
 ROUTES = 16  # different ones, in turn
 A16, A8 = "w4a16_g128", "w4a8_g128"
 TORCH, REPACK, ROWS = "torch grouped_mm bf16", "ggml mul_mat_id, repack", "ggml mul_mat_id, rows"
+READ = "memory read"
 LOOPS = {A16: f"loop of own {A16}", A8: f"loop of own {A8}"}
 Route = tuple[Tensor, Tensor, Tensor]  # x bf16 [T, H], ids int64 [T, k], weights bf16 [T, k]
 Run = Callable[[Route], Tensor]
@@ -175,7 +176,7 @@ def own(weights: Weights, scheme: str) -> Run:
     source = weights.shell()
     form = experts_form(source)
     assert form is not None
-    stacks = dict(zip((form.up, form.down), weights.packed(scheme), strict=True))
+    stacks: dict[str, QuantStack] = dict(zip((form.up, form.down), weights.packed(scheme), strict=True))
     module = QuantExperts(source, form, stacks)
     return lambda given: module(*given)
 
@@ -236,6 +237,21 @@ def candidates(weights: Weights, against: str) -> Iterable[tuple[str, Callable[[
         yield ROWS, lambda: of_ggml(weights, False), 0.03
 
 
+def reading(weights: Weights) -> Run:
+    """A sum over a GiB's next bytes, as many as the scheme of ours has in the experts that are hit."""
+    memory, place = torch.ones(1 << 28), 0
+    nbytes = 3 * weights.hidden * weights.width * (4 + 16 / 128) / 8
+
+    def run(given: Route) -> Tensor:
+        nonlocal place
+        wanted = min(int(len(given[1].unique()) * nbytes / 4), len(memory))
+        place = 0 if place + wanted > len(memory) else place
+        place += wanted
+        return memory[place - wanted : place].sum()
+
+    return run
+
+
 def checked(weights: Weights, runs: Mapping[str, tuple[Run, float]], k: int) -> None:
     """Compare outputs at a few tokens.
 
@@ -278,6 +294,8 @@ def measure(
 
     prepare = processor_sampler if clock == "processor" else WallClock().prepare
     few = tokens in LOOP_TOKENS
+    if few:  # the least that memory allows: a sum of as many bytes as the experts that are hit have in 4 bits
+        runs = {**runs, READ: (reading(weights), 0.0)}
     samplers = {name: prepare(calls(run)) for name, (run, _) in runs.items() if few or name not in LOOPS.values()}
     samples = interleaved(samplers, rounds, time.monotonic() + seconds, min_rounds=min(rounds, 3))
     touched = sum(len(ids.unique()) for _, ids, _ in routes) / count

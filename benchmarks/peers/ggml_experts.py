@@ -106,8 +106,8 @@ class Block:
         row = 4 * self.hidden
         views = [g["ggml_view_2d"](context, each, self.hidden, T, k * row, j * row) for j in range(k)]
         total = views[0]
-        for view in views[1:]:
-            total = g["ggml_add"](context, total, view)
+        for other in views[1:]:
+            total = g["ggml_add"](context, total, other)
         graph = g["ggml_new_graph"](context)
         g["ggml_build_forward_expand"](graph, total)
         buffer = g["ggml_backend_alloc_ctx_tensors_from_buft"](context, ggml._buffer_types()[-1])

@@ -128,7 +128,15 @@ def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str
     if case.tool == OWN:
         method = own_method(case)
         calibration = None if method.needs == "weight" else windows
-        quantize(model, method, calibration, out, exclude=LEFT_OUT[model in (MODEL, MIXTURE)], seq_len=SEQ_LEN, progress=False)
+        quantize(
+            model,
+            method,
+            calibration,
+            out,
+            exclude=LEFT_OUT[model in (MODEL, MIXTURE)],
+            seq_len=SEQ_LEN,
+            progress=False,
+        )
         return time.perf_counter() - start
     if case.tool not in tools:
         raise RuntimeError(f"no environment given (--tool {case.tool}=PYTHON)")
