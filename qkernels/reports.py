@@ -214,7 +214,8 @@ class QuantPreview:
 
     Args:
         host_bytes: activations of the calibration windows (on the host).
-        device_bytes: the largest decoder layer in fp32 and the statistics of its widest input (on the compute device).
+        device_bytes: the largest decoder layer in fp32, the statistics of its widest input, and what is held of all calibration
+            tokens between its steps, up to 2 GiB (on the compute device).
         disk_bytes: the most that is on the disk at a time, besides the source.
         scales: for methods that scale inputs, what is known of where the scales go; None for others.
         moments_bytes: of `device_bytes`, the second moments of inputs (Hessians) and their factors: of one expert at a time, and

@@ -214,6 +214,8 @@ class QuantTensor:
 
     def _of_columns(self, of_groups: Tensor) -> Tensor:
         """fp32 `[..., N, K]`: for each column what its group has."""
+        if self.group_index is None:  # a tenth of the time that indexing takes
+            return of_groups.float().repeat_interleave(self.scheme.group_length(self.K), -1)[..., : self.K]
         groups = self.column_groups()
         if groups.dim() == 1:
             return of_groups.float()[..., groups]

@@ -41,6 +41,7 @@ METHODS = {
     "rtn": RTN(4, 16),
     "gptq": GPTQ(4, 16, act_order="group"),
     "gptq static": GPTQ(3, 16, symmetric=False, act_order="static", clip="mse"),
+    "gptq scaled": GPTQ(4, 16, symmetric=False, scales="awq"),
     "awq": AWQ(4, 16, grid=4),
     "hqq": HQQ(3, 16),
     "nf4": NF4(group_size=16, double_quant=True),
@@ -131,12 +132,19 @@ def test_gptq_needs_no_table() -> None:
 def test_calibrated_methods_beat_rounding() -> None:
     reference = loud_model()
     losses = {}
-    for label, method in {"rtn": RTN(3, 16), "gptq": GPTQ(3, 16), "awq": AWQ(3, 16, symmetric=True)}.items():
+    methods = {
+        "rtn": RTN(3, 16),
+        "gptq": GPTQ(3, 16),
+        "awq": AWQ(3, 16, symmetric=True),
+        "both": GPTQ(3, 16, scales="awq"),
+    }
+    for label, method in methods.items():
         model = copy.deepcopy(reference)
         run(model, method, calibration=token_windows(64))
         losses[label] = divergence(model, reference)
     assert losses["gptq"] < losses["rtn"]
     assert losses["awq"] < losses["rtn"]
+    assert losses["both"] < losses["awq"]  # trained models: docs/decisions/0032
 
 
 def test_layers_are_calibrated_on_what_quantized_ones_put_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qkernels import AWQ, GPTQ, RTN, SmoothQuant, load, quantize
 from qkernels.calibrate import preview
 from qkernels.errors import ArgumentError
+from qkernels.layerwise import walking
 from qkernels.nn import QuantExperts
 from qkernels.quantizers import rounding_of
 from tests.moe_models import FAMILIES, tiny_moe
@@ -191,14 +192,18 @@ def test_all_tokens_through_every_expert() -> None:
         quantize(model, GPTQ(4, 8), routing="some", **options)  # type: ignore[arg-type]
 
 
-def test_a_dry_run_says_what_hessians_take(tmp_path: Path) -> None:
-    """One set at a time, whatever the number of experts; and what goes into the experts, for all of the calibration."""
+def test_a_dry_run_says_what_hessians_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One set at a time, whatever the number of experts; and what goes into the experts, for all of the calibration, or what is
+    held of it before that, if it is more."""
     lively("mixtral").save_pretrained(tmp_path)
+    held = preview(tmp_path, GPTQ(4, 8), samples=8, seq_len=16)
+    monkeypatch.setattr(walking, "HELD_BYTES", 0)
     few, many = (preview(tmp_path, GPTQ(4, 8), samples=samples, seq_len=16) for samples in (8, 16))
     assert few.moments_bytes == 4 * (3 * 40**2 + 32**2)
     assert many.device_bytes - few.device_bytes == 4 * 8 * 16 * 32
     layer = sum(p.numel() for p in lively("mixtral").model.layers[0].parameters())
     assert few.device_bytes == 4 * layer + few.moments_bytes + 4 * 8 * 16 * 32 + 4 * (2 * 80 * 32 + 32 * 40)
+    assert held.device_bytes == 4 * layer + held.moments_bytes + 4 * 8 * 16 * (3 * 32 + 32)
     assert "of them for Hessians" in few.to_markdown()
     assert preview(tmp_path, RTN(4, 8)).moments_bytes == 0
 

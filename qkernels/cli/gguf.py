@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OTHERS: Final = {
     "bits": "--bits", "scheme": "--scheme", "group_size": "--group-size", "asym": "--asym",
     "act_order": "--act-order", "format": "--format", "include": "--include", "exclude": "--exclude", "override": "--override",
-    "eval_text": "--eval-text",
+    "eval_text": "--eval-text", "scales": "--scales",
 }  # fmt: skip
 _OF_RUNS: Final = {"method": "--method", "resume": "--resume", "routing": "--routing"}  # decoder layer by decoder layer
 _OWN: Final = {"pure": "--pure", "tensor_type": "--tensor-type", "imatrix": "--imatrix"}

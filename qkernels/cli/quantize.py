@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
@@ -44,6 +45,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         SUMMARY,
         "  qkernels quantize my-llama/ out/ --method gptq --calibration text.txt --format gptq\n"
         "  qkernels quantize my-llama/ out/ --method awq --asym --calibration text.txt --format awq\n"
+        "  qkernels quantize my-llama/ out/ --method gptq --scales awq --asym --calibration text.txt\n"
         "  qkernels quantize my-llama/ out/ --method rtn --bits 8 --override '*.down_proj=w8a16_channel'\n"
         "  qkernels quantize my-llama/ out/ --method hqq --bits 3\n"
         "  qkernels quantize my-llama/ out/ --method nf4\n"
@@ -90,6 +92,11 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--act-order",
         choices=("none", "group", "static"),
         help="gptq: the order of columns (default: the best measured)",
+    )
+    parser.add_argument(
+        "--scales",
+        choices=("none", "awq"),
+        help="gptq: first scale input channels as awq does, which has the least error, in the time of both (default: none)",
     )
     parser.add_argument(
         "--calibration",
@@ -145,28 +152,30 @@ def method_of(args: argparse.Namespace) -> Options:
     if args.scheme is not None:
         if args.bits is not None or args.group_size is not None or args.asym:
             raise ArgumentError(f"--scheme {args.scheme} says it all: leave out --bits, --group-size and --asym")
-        ordered = {} if args.act_order is None else {"act_order": args.act_order}
-        if ordered and not _orders(method):
-            raise _no_act_order(args)
-        return method(**ordered).with_scheme(args.scheme)
-    given: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "act_order": args.act_order}
-    options = {name: value for name, value in given.items() if value is not None}
+        return method(**_own_options(args, method)).with_scheme(args.scheme)
+    given: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size}
+    options = _own_options(args, method) | {name: value for name, value in given.items() if value is not None}
     if args.asym and not method.integer_zeros:
         raise ArgumentError(
             f"--asym gives {_listed(_names(lambda known: known.integer_zeros))} integer zero points; {name} has "
             f"zero points of its own or none"
         )
-    if args.act_order is not None and not _orders(method):
-        raise _no_act_order(args)
     if method.integer_zeros:
         options["symmetric"] = not args.asym
     return method(**options)
 
 
-def _no_act_order(args: argparse.Namespace) -> ArgumentError:
-    return ArgumentError(
-        f"--act-order is an option of {_listed(_names(_orders))}, got --method {args.method or DEFAULT_METHOD}"
-    )
+def _own_options(args: argparse.Namespace, method: type[Options]) -> dict[str, Any]:
+    """What was given of the options that only some methods have."""
+    given = {option: getattr(args, option) for option in ("act_order", "scales") if getattr(args, option) is not None}
+    for option in given:
+        if not _has(method, option):
+            having = partial(_has, option=option)
+            raise ArgumentError(
+                f"--{option.replace('_', '-')} is an option of {_listed(_names(having))}, got --method "
+                f"{args.method or DEFAULT_METHOD}"
+            )
+    return given
 
 
 def _names(which: Callable[[type[Options]], bool]) -> list[str]:
@@ -176,8 +185,8 @@ def _names(which: Callable[[type[Options]], bool]) -> list[str]:
     return [name for name, method in QUANTIZERS.items() if which(method)]
 
 
-def _orders(method: type[Options]) -> bool:
-    return any(field.name == "act_order" for field in fields(method))
+def _has(method: type[Options], option: str) -> bool:
+    return any(field.name == option for field in fields(method))
 
 
 def _listed(names: list[str]) -> str:

@@ -50,7 +50,7 @@ def check_limits(host: Host, methods: Mapping[str, Options], format: str | None,
             )
         if format is not None:
             try:
-                get_format(format).write(as_quantized(torch.empty(N, K, dtype=dtype, device="meta"), method))
+                get_format(format).write(as_quantized((N, K), dtype, method))
             except ConversionError as error:
                 raise ConversionError(
                     f"{name}: {error}; or leave the layer out with exclude, or change its group size"

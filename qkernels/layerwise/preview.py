@@ -6,11 +6,12 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
@@ -21,6 +22,7 @@ from ..quantizers import RTN, Options
 from ..reports import MIB, ModulePreview, QuantPreview
 from ..storage.files import SHARD_BYTES
 from ..tensor import QuantTensor
+from .walking import held_bytes
 from .work import work_path
 
 FILE_BYTES = 16 * 1024  # allowed for headers, configs and reports, a linear layer
@@ -60,13 +62,17 @@ def preview_of(
         # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
         moments = 4 * 3 * max(module.shape[1] for module in modules) ** 2
         device_bytes = 4 * largest + moments
+        widths = {module.shape[1] for module in modules if stack_at(model, module.name) is None}
+        held = max((held_bytes(samples * seq_len, config.hidden_size, width) for width in widths), default=0)
         forms = [experts_of(layer) for layer in layers]
         if found := [form for of_layer in forms for form in of_layer.values()]:
             moments += 4 * found[0].hidden ** 2  # of all tokens, beside those of an expert
             device_bytes += 4 * found[0].hidden ** 2
-            # what goes into experts, for all of the calibration; codes of both projections, one of them once more while stacked
-            device_bytes += 4 * samples * seq_len * found[0].hidden
-            device_bytes += max(sum(_codes(form) for form in of_layer.values()) for of_layer in forms)
+            # what goes into experts, for all of the calibration, when nothing is held any more; codes of both projections, one of
+            # them once more while stacked
+            of_experts = 4 * samples * seq_len * found[0].hidden
+            held = max(held, of_experts + max(sum(_codes(form) for form in of_layer.values()) for of_layer in forms))
+        device_bytes += held
     # The result, the finished layers beside it, one shard once more while its header is put before it, and the activations of
     # two layers while one replaces the other.
     disk = 2 * after + min(after, SHARD_BYTES) + 2 * activations + FILE_BYTES * len(modules)
@@ -113,9 +119,11 @@ def check_disk(preview: QuantPreview, target: str | os.PathLike[str]) -> None:
         )
 
 
-def as_quantized(weight: Tensor, method: Options) -> QuantTensor:
-    """What a method makes of a weight on meta: shapes without values."""
-    return RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme).quantize(weight)
+@lru_cache(maxsize=256)
+def as_quantized(shape: tuple[int, ...], dtype: torch.dtype, method: Options) -> QuantTensor:
+    """What a method makes of a weight `[..., N, K]`, on meta: shapes without values. 30 ms a shape, and models have few."""
+    rounding = RTN(scale_dtype=method.scale_dtype).with_scheme(method.scheme)
+    return rounding.quantize(torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
@@ -131,7 +139,7 @@ def _previewed(
     checkpoint: Checkpoint, shape: tuple[int, ...], name: str, parameter: str, method: Options
 ) -> ModulePreview:
     """Sizes without weights: quantizing a meta tensor gives the shapes."""
-    weight = torch.empty(shape, dtype=checkpoint.dtype(parameter), device="meta")
-    result = as_quantized(weight, method)
-    nbytes = result.nbytes + (4 * result.K if method.orders_columns and weight.dim() == 2 else 0)
-    return ModulePreview(name, (result.N, result.K), str(method.scheme), weight.numel() * weight.element_size(), nbytes)
+    dtype = checkpoint.dtype(parameter)
+    result = as_quantized(shape, dtype, method)
+    nbytes = result.nbytes + (4 * result.K if method.orders_columns and len(shape) == 2 else 0)
+    return ModulePreview(name, (result.N, result.K), str(method.scheme), math.prod(shape) * dtype.itemsize, nbytes)

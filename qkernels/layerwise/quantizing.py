@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, CalibrationError, QKernelsError
 from ..models.architectures import block_lists, expected_folds, folds_of_layer
-from ..models.experts import experts_of, parameter_of
+from ..models.experts import ExpertsForm, experts_of, parameter_of
 from ..models.linears import linear_of, set_weight
 from ..quantizers import InputStatistics, Options, rounding_of
 from ..reports import ModuleReport
@@ -23,11 +23,14 @@ from .capturing import Chain, Progress, capture, head_of
 from .experts import quantize_experts
 from .folds import Folds
 from .hosts import Host, Run
-from .running import Call, LayerInputs, LayerJob, Place, collect_statistics, input_groups, propagate
+from .running import Call, LayerInputs, LayerJob, Place, adopt, input_groups, propagate
 from .scaling import fold_scales
 from .tracing import find_folds
+from .walking import Walk, walking
 
 log = logging.getLogger(__name__)
+
+BATCH_TOKENS = 1024  # small enough that a search for scales can end early (`awq.search`)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def _calibrate_all(
     with tqdm(total=len(state.blocks), desc=run.method.name, unit="layer", disable=not progress) as bar:
         while True:
             with host.embeddings(outside, place):
-                batches = [batch.to(place.device) for group in windows for batch in batches_of(group)]
+                batches = [batch.to(place.device) for group in windows for batch in batches_of(group, BATCH_TOKENS)]
                 chain = capture(host.model, state, batches, keep_dtype, place, once)
             if not chain.names:
                 break
@@ -153,8 +156,8 @@ def _one_block(
         folds = find_folds(layer, inputs, place, name) if run.method.folds else None
         if folds is not None:
             _check_expected(host.model, layer, folds, name)
-        done = quantize_layer(layer, inputs, LayerJob(name, inside, stored, place, folds, run.routing))
-        outputs = propagate(layer, inputs, place, name, keep)
+        job = LayerJob(name, inside, stored, place, folds, run.routing)
+        done, outputs = quantize_layer(layer, inputs, job, keep)
         weights.update({leaf: result.tensor for leaf, result in done.items()})
     reports = []
     for leaf, result in done.items():
@@ -191,7 +194,7 @@ def _check_takes_scales(host: Host, run: Run, chain: Chain, place: Place) -> Non
         found = "; ".join([*reasons][:3]) or "no norm or linear layer feeds another"
         raise ArgumentError(
             f"{type(run.method).__name__} folds scales into the norms and linear layers before, and no block of "
-            f"{type(host.model).__name__} lets one through ({found}); use GPTQ or RTN"
+            f"{type(host.model).__name__} lets one through ({found}); use GPTQ without scales, or RTN"
         )
 
 
@@ -228,8 +231,11 @@ def _round_all(
     return results
 
 
-def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict[str, Quantized]:
-    """Quantize linear layers of a decoder layer. Afterwards it holds the dequantized weights, ready to `propagate`.
+def quantize_layer(
+    layer: nn.Module, inputs: LayerInputs, job: LayerJob, keep: bool = False
+) -> tuple[dict[str, Quantized], list[object]]:
+    """Quantize linear layers of a decoder layer and run it: it holds the dequantized weights afterwards, and `inputs` what it
+    puts out for them; all of that is returned, too, if it is to be kept.
 
     Methods that fold scales first scale the whole layer. Then the linears are quantized in the order of the forward
     pass: those that read the same input are one step, and each step's statistics come from a layer whose earlier steps
@@ -245,10 +251,23 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
     scaled = methods | {target: method.with_scales_for(job.stored[target]) for target, method in stacked.items()}
     for found in job.folds.proved if job.folds is not None else ():
         fold_scales(layer, found, scaled, inputs, job)
+    with walking(layer, methods, inputs, job.place) as walk:
+        results = _quantize_steps(layer, methods, inputs, job, walk)
+        if forms:
+            walk.release()
+            results |= _quantize_stacks(layer, forms, inputs, job)
+        outputs = adopt(inputs, walk.outcomes(), job.name, keep)
+    return {target: results[target] for target in job.methods}, outputs
+
+
+def _quantize_steps(
+    layer: nn.Module, methods: Mapping[str, Options], inputs: LayerInputs, job: LayerJob, walk: Walk
+) -> dict[str, Quantized]:
+    """Linear layers, step by step; those that no token came to are rounded to nearest."""
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
-        statistics = collect_statistics(layer, step[:1], inputs, job.place)[step[0]]
+        statistics = walk.statistics(step)
         shared = (time.perf_counter() - began) / len(step)
         for target in step:
             result = _quantize(layer, target, methods[target], statistics, job.name, shared)
@@ -259,7 +278,15 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
         weight = linear_of(layer, target).weight.data
         results[target] = round_to_nearest(weight, methods[target], f"{job.name}.{target}", reason)
         set_weight(layer, target, results[target].tensor.dequantize())
-    for leaf, form in forms.items():  # after all others, whose outputs they read
+    return results
+
+
+def _quantize_stacks(
+    layer: nn.Module, forms: Mapping[str, ExpertsForm], inputs: LayerInputs, job: LayerJob
+) -> dict[str, Quantized]:
+    """Stacked experts, after all others, whose outputs they read."""
+    results: dict[str, Quantized] = {}
+    for leaf, form in forms.items():
         both: tuple[str, str] = (form.up, form.down)
         of_experts = {p: job.methods[f"{leaf}.{p}"] for p in both if f"{leaf}.{p}" in job.methods}
         for p, stack in quantize_experts(layer, leaf, form, of_experts, inputs, job).items() if of_experts else ():
@@ -267,7 +294,7 @@ def quantize_layer(layer: nn.Module, inputs: LayerInputs, job: LayerJob) -> dict
             results[f"{leaf}.{p}"] = Quantized(
                 stack.tensor, stack.method, stack.error, True, stack.seconds, stack.fallback, unscaled, stack.few
             )
-    return {target: results[target] for target in job.methods}
+    return results
 
 
 def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str | None = None) -> Quantized:

@@ -7,7 +7,7 @@ Activations live on the host; only the block in hand is on the compute device. W
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from .folds import Folds, input_weight, reader_of
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 Routing = Literal["routed", "all"]
+Written = dict[str, dict[Any, Any]]
+Outcome = tuple[Any, Written]  # see `Call.outcome`
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,15 @@ class Call:
     def run(self, block: nn.Module, hidden: Tensor, place: Place) -> Any:
         """Call a block on the compute device. What it writes into dictionaries that it is given is there for the next."""
         output, written = self.outcome(block, hidden, place)
-        for name, values in written.items():
-            self.kwargs[name].update(values)
+        self.write(written)
         return output
 
-    def outcome(self, block: nn.Module, hidden: Tensor, place: Place) -> tuple[Any, dict[str, dict[Any, Any]]]:
+    def write(self, written: Written) -> None:
+        """What a block has written, for the next to read."""
+        for name, values in written.items():
+            self.kwargs[name].update(values)
+
+    def outcome(self, block: nn.Module, hidden: Tensor, place: Place) -> Outcome:
         """What a block puts out on the compute device, and what it writes into dictionaries that it is given, by keyword; those
         of the call stay as they are."""
         args, kwargs = place.move(unused(self.args)), place.move(unused(dict(self.kwargs)))
@@ -162,14 +168,21 @@ def run_to_stop(layer: nn.Module, inputs: LayerInputs, place: Place) -> None:
 
 
 def propagate(layer: nn.Module, inputs: LayerInputs, place: Place, name: str, keep: bool = False) -> list[Any]:
-    """Replace the hidden states by the layer's outputs, in place; returns all that it put out, if that is to be kept.
+    """Run the layer, and `adopt` what it puts out."""
+    pairs = zip(inputs.hidden, inputs.calls, strict=True)
+    return adopt(inputs, (call.outcome(layer, hidden, place) for hidden, call in pairs), name, keep)
+
+
+def adopt(inputs: LayerInputs, outcomes: Iterable[Outcome], name: str, keep: bool = False) -> list[Any]:
+    """Replace the hidden states by a layer's outputs for each batch, in place; returns all that it put out, if that is to be
+    kept.
 
     Raises:
         CalibrationError: an output is NaN or infinite.
     """
     outputs = []
-    for index, call in enumerate(inputs.calls):
-        output = call.run(layer, inputs.hidden[index], place)
+    for index, (output, written) in enumerate(outcomes):
+        inputs.calls[index].write(written)
         inputs.hidden[index] = kept(first_output(output), inputs.hidden[index].dtype)
         check_finite(inputs.hidden[index], f"the output of {name}", index)
         if keep:
@@ -216,11 +229,11 @@ def input_groups(layer: nn.Module, names: Sequence[str], inputs: LayerInputs, pl
 
 
 def collect_statistics(
-    layer: nn.Module, names: Sequence[str], inputs: LayerInputs, place: Place
+    layer: nn.Module, names: Sequence[str], inputs: LayerInputs, place: Place, moments: bool = True
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of these linear layers, routers or stacked experts (all rows that go into their module) over all
-    batches."""
-    collected = {name: InputStatistics(input_weight(layer, name).shape[-1], place.device) for name in names}
+    batches; `moments` as in `InputStatistics`."""
+    collected = {name: InputStatistics(input_weight(layer, name).shape[-1], place.device, moments) for name in names}
 
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -3,7 +3,7 @@ section 3.2), or computes them, as SmoothQuant does (Xiao et al. 2022, section 4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from .running import (
     run_to_stop,
     unused,
 )
+
+Loss = Callable[[Tensor, range], float]  # of scales [K], over some of the batches
 
 
 def fold_scales(
@@ -57,18 +59,20 @@ def scale_inputs(
     fold = found.fold
     method = next(iter(methods.values()))
     inputs = inputs.first(method.search_tokens)
-    statistics = collect_statistics(layer, [next(iter(methods))], inputs, job.place)[next(iter(methods))]
+    first = next(iter(methods))
+    alone = fold.parent is None and len(methods) == 1
+    statistics = collect_statistics(layer, [first], inputs, job.place, moments=alone)[first]
     weights = {target: _checked(layer, target, job.name).clone() for target in methods}
     magnitude = statistics.mean_magnitude(f"{job.name}.{fold.targets[0]}")
     rows = [weight.flatten(0, -2) for weight in weights.values()]
     of_weights = weight_magnitude(rows, method.scheme.group_length(len(magnitude)))
     sharing = found.sharing
     candidates = method.candidates(sharing.gather(magnitude), sharing.gather(of_weights))
-    if fold.parent is None and len(weights) == 1:
-        loss = _own_loss(weights, methods, statistics.hessian(job.name))
+    if alone:
+        loss, batches = _own_loss(weights, methods, statistics.hessian(job.name)), 1
     else:
-        loss = _parent_loss(layer, fold.parent or "", weights, methods, inputs, job.place)
-    choice = search(candidates, lambda scales: loss(sharing.spread(scales)))
+        loss, batches = _parent_loss(layer, fold.parent or "", weights, methods, inputs, job.place)
+    choice = search(candidates, lambda scales, part: loss(sharing.spread(scales), part), batches)
     apply_fold(layer, found, choice.scales, job.stored[f"{fold.source}.weight"])
     return choice
 
@@ -84,7 +88,7 @@ def smooth_inputs(layer: nn.Module, found: ProvedFold, method: ScaleRule, inputs
     """
     fold = found.fold
     first = fold.targets[0]
-    statistics = collect_statistics(layer, [first], inputs, job.place)[first]
+    statistics = collect_statistics(layer, [first], inputs, job.place, moments=False)[first]
     largest = statistics.largest_magnitude(f"{job.name}.{first}")
     weights = [_checked(layer, target, job.name) for target in fold.targets]
     of_weights = torch.stack([weight.abs().flatten(0, -2).amax(0) for weight in weights]).amax(0)
@@ -106,13 +110,11 @@ def _rounded(method: ScaleSearch, weight: Tensor, scales: Tensor) -> Tensor:
     return torch.stack([method.rounded(expert, scales) for expert in weight])
 
 
-def _own_loss(
-    weights: Mapping[str, Tensor], methods: Mapping[str, ScaleSearch], hessian: Tensor
-) -> Callable[[Tensor], float]:
+def _own_loss(weights: Mapping[str, Tensor], methods: Mapping[str, ScaleSearch], hessian: Tensor) -> Loss:
     """The squared output error of a single linear layer, from the second moments of its input: no forward pass."""
     (name,) = weights
 
-    def loss(scales: Tensor) -> float:
+    def loss(scales: Tensor, part: range) -> float:
         difference = methods[name].rounded(weights[name], scales) - weights[name]
         return float(((difference @ hessian) * difference).sum())
 
@@ -126,8 +128,9 @@ def _parent_loss(
     methods: Mapping[str, ScaleSearch],
     inputs: LayerInputs,
     place: Place,
-) -> Callable[[Tensor], float]:
-    """The squared error of a block's output, by running the block on what the layer calls it with."""
+) -> tuple[Loss, int]:
+    """The squared error of a block's output, by running the block on what the layer calls it with; and how many calls those
+    are."""
     block = layer.get_submodule(parent)
     calls: list[tuple[Any, Any]] = []
 
@@ -141,19 +144,21 @@ def _parent_loss(
     finally:
         handle.remove()
 
-    def outputs() -> Iterator[Tensor]:
-        for args, kwargs in calls:
-            yield first_output(block(*place.move(unused(args)), **place.move(unused(kwargs))))
+    def output(call: int) -> Tensor:
+        args, kwargs = calls[call]
+        return first_output(block(*place.move(unused(args)), **place.move(unused(kwargs))))
 
-    expected = [output.cpu() for output in outputs()]
+    expected = [output(call).cpu() for call in range(len(calls))]
 
-    def loss(scales: Tensor) -> float:
+    def loss(scales: Tensor, part: range) -> float:
         for name, weight in weights.items():
             input_weight(layer, name).copy_(_rounded(methods[name], weight, scales))
-        pairs = zip(outputs(), expected, strict=True)
-        total = sum(float((output - right.to(output.device)).float().square().sum()) for output, right in pairs)
+        total = 0.0
+        for call in part:
+            got = output(call)
+            total += float((got - expected[call].to(got.device)).float().square().sum())
         for name, weight in weights.items():
             input_weight(layer, name).copy_(weight)
         return total
 
-    return loss
+    return loss, len(calls)

@@ -196,13 +196,10 @@ def sizes_as_floats(found: Inventory, file: int | None) -> Sizes:
 def in_scheme(found: Inventory, scheme: QuantScheme) -> dict[str, QuantTensor]:
     """Every matrix as rounding to nearest would make it, on meta."""
     method = RTN(scale_dtype=torch.bfloat16 if found.dtype == torch.bfloat16 else torch.float16).with_scheme(scheme)
-    made: dict[tuple[int, ...], QuantTensor] = {}
     weights = {}
     for name, matrix in found.matrices.items():
         shape = (*((matrix.experts,) if matrix.experts else ()), matrix.N, matrix.K)
-        if shape not in made:
-            made[shape] = as_quantized(torch.empty(shape, dtype=found.dtype, device="meta"), method)
-        weights[name] = made[shape]
+        weights[name] = as_quantized(shape, found.dtype, method)
     return weights
 
 

@@ -38,7 +38,7 @@ class AWQ(Options):
             paper's code).
         grid: how many ratios from 0 to 1 are tried; 1 always is, and so is leaving the weights as they are.
         duo_scaling: scales also shrink where the weights of a channel are large.
-        search_tokens: the parent block is run on about this many calibration tokens per trial.
+        search_tokens: the parent block is run on about this many calibration tokens for the best trials; others end sooner.
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
@@ -127,14 +127,28 @@ class ScaleChoice:
     unscaled_loss: float
 
 
-def search(candidates: Sequence[Tensor], loss: Callable[[Tensor], float]) -> ScaleChoice:
+def search(candidates: Sequence[Tensor], loss: Callable[[Tensor, range], float], batches: int = 1) -> ScaleChoice:
     """The candidate with the least loss (equation 5); the first candidate means "no scale" and wins a tie.
 
+    A race: whoever is clearly worse on the first batch runs no further. After 1, 2, 4, … batches the better third goes on, and
+    "no scale" always. Of 22 candidates and 8 batches that is 48 of 176 runs.
+
     Args:
-        loss: squared error of the parent block's output when its weights are `AWQ.rounded` with these scales.
+        loss: squared error of the parent block's output, over some of the batches, when its weights are `AWQ.rounded` with these
+            scales.
+        batches: how many there are.
     """
-    losses = [loss(scales) for scales in candidates]
-    best = min(range(len(losses)), key=lambda i: losses[i] if losses[i] == losses[i] else float("inf"))
+    losses, running, seen, best = [0.0] * len(candidates), [*range(len(candidates))], 0, 0
+    while seen < batches:
+        stop = min(max(2 * seen, 1), batches)
+        for i in running:
+            losses[i] += loss(candidates[i], range(seen, stop))
+        seen = stop
+        running.sort(
+            key=lambda i: losses[i] if losses[i] == losses[i] else float("inf")
+        )  # stable: the first wins a tie
+        best = running[0]
+        running = sorted({0, *running[: max(len(running) // 3, 2)]})
     return ScaleChoice(candidates[best], losses[best], losses[0])
 
 

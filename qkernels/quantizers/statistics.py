@@ -7,17 +7,21 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 
+# Second moments are symmetric: of so many strips of columns, each is multiplied with itself and those to its right alone. 0.6 of
+# the time of the whole product (K 512 to 4096, one core); with 4 strips 0.65.
+STRIPS = 8
+
 
 class InputStatistics:
     """Sums over the tokens that went into a linear layer, accumulated batch by batch in fp32.
 
     The sums, not a running mean: one rounding per batch, whatever the number of batches. For K in_features this holds
-    K² + 2 K floats.
+    K² + 2 K floats; without `moments` 2 K, and no Hessian can be had.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", moments: bool = True) -> None:
         self.tokens = 0
-        self._outer = torch.zeros(in_features, in_features, device=device)
+        self._outer = torch.zeros(in_features, in_features, device=device) if moments else None  # its upper strips
         self._magnitude = torch.zeros(in_features, device=device)
         self._largest = torch.zeros(in_features, device=device)
 
@@ -25,7 +29,9 @@ class InputStatistics:
         """Add inputs `[..., K]` of any floating dtype."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += rows.shape[0]
-        self._outer.addmm_(rows.T, rows)
+        if self._outer is not None:
+            for strip in _strips(rows.shape[-1]):
+                self._outer[strip, strip.start :].addmm_(rows[:, strip].T, rows[:, strip.start :])
         magnitude = rows.abs()
         self._magnitude += magnitude.sum(0)
         if len(rows):
@@ -38,8 +44,12 @@ class InputStatistics:
         Raises:
             CalibrationError: no token was seen, or a NaN or infinite activation.
         """
+        assert self._outer is not None
         self.check(name)
-        return self._outer * (2 / self.tokens)
+        hessian = self._outer * (2 / self.tokens)
+        for strip in _strips(len(hessian)):
+            hessian[strip.stop :, strip] = hessian[strip, strip.stop :].T
+        return hessian
 
     def mean_magnitude(self, name: str = "the layer") -> Tensor:
         """fp32 `[K]`: the mean of |x| over tokens.
@@ -63,8 +73,14 @@ class InputStatistics:
         """Raises CalibrationError where the sums cannot be used."""
         if self.tokens == 0:
             raise CalibrationError(f"calibration sent no token through {name}; give more calibration text")
-        if not bool(torch.isfinite(self._outer.diagonal()).all()):
+        sums = self._magnitude if self._outer is None else self._outer.diagonal()
+        if not bool(torch.isfinite(sums).all()):
             raise CalibrationError(
                 f"the inputs of {name} are NaN or infinite during calibration; check the model on this text in a wider dtype "
                 f"(float16 activations overflow above 65504), or leave the layer out with exclude"
             )
+
+
+def _strips(columns: int) -> list[slice]:
+    width = -(-columns // STRIPS)
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]

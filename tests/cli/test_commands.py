@@ -165,6 +165,7 @@ def test_methods_write_their_scheme(
             ["quantize", "{tiny}", "{tmp}/out", "--method", "awq", "--act-order", "group"],
             "--act-order is an option of gptq",
         ),
+        (["quantize", "{tiny}", "{tmp}/out", "--method", "rtn", "--scales", "awq"], "--scales is an option of gptq"),
         (["inspect", "{tmp}/nowhere"], "is not a directory"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq"], "needs calibration: .* \\(--calibration FILE\\)"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{tmp}/absent.txt"], "absent.txt"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -41,10 +42,29 @@ def test_channels_that_were_always_zero_keep_a_scale_of_one() -> None:
 def test_search_takes_the_least_loss_and_no_scale_on_a_tie() -> None:
     tries = [torch.full((2,), float(i)) for i in range(4)]
     losses = iter([3.0, 1.0, float("nan"), 1.0])
-    choice = search(tries, lambda scales: next(losses))
+    choice = search(tries, lambda scales, part: next(losses))
     assert choice.scales is tries[1]
     assert (choice.loss, choice.unscaled_loss) == (1.0, 3.0)
-    assert search(tries, lambda scales: 5.0).scales is tries[0]
+    assert search(tries, lambda scales, part: 5.0).scales is tries[0]
+    assert search(tries, lambda scales, part: 5.0, batches=0).scales is tries[0]
+
+
+def test_search_is_a_race_in_which_no_scale_runs_to_the_end() -> None:
+    tries = [torch.tensor([float(i)]) for i in range(22)]
+    ran: Counter[int] = Counter()
+
+    def loss(scales: torch.Tensor, part: range) -> float:
+        i = int(scales)
+        ran[i] += len(part)
+        if i == 8:
+            return sum(0.0 if batch < 2 else 100.0 for batch in part)  # the best at first
+        return len(part) * (9.0 if i == 0 else 1 + abs(i - 10) / 10)
+
+    choice = search(tries, loss, 8)
+    assert choice.scales is tries[10]
+    assert (choice.loss, choice.unscaled_loss) == (8.0, 72.0)
+    assert ran[0] == ran[10] == 8
+    assert sum(ran.values()) == 22 + 8 + 3 * 2 + 2 * 4
 
 
 def test_weight_magnitude_is_relative_to_the_group() -> None:
@@ -61,7 +81,7 @@ def test_scaling_protects_a_salient_channel() -> None:
     x[:, 5] *= 50
     method = AWQ(group_size=128, scale_dtype=torch.float32)
 
-    def loss(scales: torch.Tensor) -> float:
+    def loss(scales: torch.Tensor, part: range) -> float:
         return float(((method.rounded(w, scales) - w) @ x.T).square().sum())
 
     choice = search(method.candidates(x.abs().mean(0), weight_magnitude([w], 128)), loss)
