@@ -33,6 +33,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
         },
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {
+            "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2,
+            "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
     "deepseek_v2": (
         "DeepseekV2",
         _LATENT | {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
@@ -76,13 +84,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+_CONFIG = {"qwen3_5_moe": "Qwen3_5MoeTextConfig"}  # the other one is of a model that sees pictures
 _CAUSAL = {"llama4": "Llama4ForCausalLM"}
 
 
 def tiny_moe(family: str, **changes: Any) -> Any:
     """A model in fp32 and eval mode, the same every time."""
     prefix, fields = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**(COMMON | fields | changes))
+    config = getattr(transformers, _CONFIG.get(family, f"{prefix}Config"))(**(COMMON | fields | changes))
     torch.manual_seed(7)
     model = getattr(transformers, _CAUSAL.get(family, f"{prefix}ForCausalLM"))(config).eval()
     with torch.no_grad():

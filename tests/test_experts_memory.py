@@ -4,9 +4,6 @@ own."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,37 +16,16 @@ from qkernels.calibrate import preview
 from qkernels.models.building import empty_model
 from qkernels.models.experts import PARTS
 from qkernels.storage import CONFIG, ShardWriter, write_json
+from tests.memory_watch import measured
 
 MIB = 2**20
 WINDOWS, SEQ_LEN = 16, 64
 
-# All imports, and a first matrix product, come before the first measurement.
-CHILD = """
-import json, sys, threading, torch, transformers
-from qkernels import GPTQ, RTN, quantize
-from transformers import Qwen3MoeForCausalLM
-
-def status(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
-
-def watch():
-    while not done.wait(0.002):
-        peaks.append(status("RssAnon"))
-
-source, out, how, windows, seq_len = sys.argv[1:]
-ids = torch.randint(0, 256, (int(windows), int(seq_len)), generator=torch.Generator().manual_seed(0))
-torch.linalg.cholesky(torch.eye(64) @ torch.eye(64))
-done, base = threading.Event(), status("RssAnon")
-peaks = [base]
-watcher = threading.Thread(target=watch)
-watcher.start()
-method, options = (RTN(4, 128), {}) if how == "rtn" else (GPTQ(4, 128), {"calibration": ids, "seq_len": ids.shape[1]})
-report = quantize(source, method, save_to=out, include="*experts", progress=False, **options)
-done.set()
-watcher.join()
-kinds = {module.method for module in report.modules}
-print(json.dumps({"peak": max(peaks) - base, "process": status("VmHWM"), "samples": len(peaks), "kinds": sorted(kinds)}))
+METHODS = {"rtn": "RTN(4, 128)", "gptq": "GPTQ(4, 128)"}
+WORK = """
+calibration = {"calibration": ids, "seq_len": ids.shape[1]} if "%s" == "gptq" else {}
+report = quantize(source, %s, save_to=out, include="*experts", progress=False, **calibration)
+found = sorted({module.method for module in report.modules})
 """
 
 
@@ -81,7 +57,7 @@ def sharded(directory: Path, size: Size) -> int:
     write_json(directory / CONFIG, settings)
     writer = ShardWriter(directory, size.layer)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2**22, generator=generator)
+    noise = torch.randn(2 * size.hidden * size.hidden, generator=generator)
 
     def random(rows: int, columns: int) -> torch.Tensor:
         start = int(torch.randint(len(noise) - rows * columns, (1,), generator=generator))
@@ -102,16 +78,6 @@ def sharded(directory: Path, size: Size) -> int:
     return writer.total_bytes
 
 
-def measured(source: Path, out: Path, how: str) -> dict[str, int]:
-    # With a fixed threshold every tensor is a mapping of its own that goes back when it is freed: what is counted is what lives.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", CHILD, str(source), str(out), how, str(WINDOWS), str(SEQ_LEN)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    assert found["samples"] > 20
-    return found
-
-
 def bound(source: Path, size: Size) -> int:
     """What the preview says (the layer in fp32, second moments, what goes into experts, codes) and what is small beside it: the
     layer in 16 bits while it is read and stacked, one projection twice; a block's activations in fp32 (not 16 times as wide as
@@ -129,13 +95,13 @@ def test_experts_of_a_directory_take_a_layer_and_the_activations(size: Size, tmp
     on_disk = sharded(tmp_path / "source", size)
     assert on_disk > 2 * size.layer * size.layers
     for how in ("rtn", "gptq"):
-        found = measured(tmp_path / "source", tmp_path / how, how)
+        found = measured(WORK % (how, METHODS[how]), tmp_path / "source", tmp_path / how, WINDOWS, SEQ_LEN)
         print(
             f"{how}: {on_disk / 1e9:.2f} GB on disk, process {found['process'] / 1e9:.3f} GB, own {found['peak'] / 1e9:.3f} GB"
         )
         assert found["process"] < 3e9 or how == "gptq"
         assert found["peak"] < (bound(tmp_path / "source", size) if how == "gptq" else 3e9)
-        assert found["kinds"] == [how]
+        assert found["found"] == [how]
     if size is SMALL:
         assert bound(tmp_path / "source", size) < 2.5 * on_disk
         assert {layer.experts for layer in inspect(tmp_path / "gptq").layers} == {16}

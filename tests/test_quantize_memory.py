@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,42 +14,20 @@ from qkernels import GPTQ
 from qkernels.calibrate import preview
 from qkernels.models.building import empty_model
 from qkernels.storage import CONFIG, ShardWriter, TensorSource, write_json
+from tests.memory_watch import measured
 
 MIB = 2**20
 METHOD = GPTQ(4, 128, act_order="none", clip="none")
 INCLUDE = ("*.down_proj",)  # the widest input; the other linears of a layer would only take more time
 WINDOWS, SEQ_LEN = 4, 32
 
-# All imports, and a first matrix product, come before the first measurement.
-CHILD = """
-import json, sys, threading, torch, transformers
-from qkernels import GPTQ, RTN, load, quantize
-from transformers import LlamaForCausalLM
-
-def status(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
-
-def watch():
-    while not done.wait(0.001):
-        peaks.append(status("RssAnon"))
-
-source, out, how, windows, seq_len, *include = sys.argv[1:]
-ids = torch.randint(0, 256, (int(windows), int(seq_len)), generator=torch.Generator().manual_seed(0))
-torch.linalg.cholesky(torch.eye(64) @ torch.eye(64))
-done, base = threading.Event(), status("RssAnon")
-peaks = [base]
-watcher = threading.Thread(target=watch)
-watcher.start()
-if how == "directory":
-    method = GPTQ(4, 128, act_order="none", clip="none")
-    quantize(source, method, calibration=ids, seq_len=ids.shape[1], include=include, save_to=out, progress=False)
-else:
-    quantize(load(source), RTN(4, 128), progress=False)
-done.set()
-watcher.join()
-print(json.dumps({"peak": max(peaks) - base, "process": status("VmHWM"), "samples": len(peaks)}))
-"""
+WORKS = {
+    "directory": f"""
+method = GPTQ(4, 128, act_order="none", clip="none")
+quantize(source, method, calibration=ids, seq_len=ids.shape[1], include={INCLUDE!r}, save_to=out, progress=False)
+""",
+    "in memory": "quantize(load(source), RTN(4, 128), progress=False)",
+}
 
 
 def sharded(directory: Path, hidden: int, intermediate: int, layers: int, shard_bytes: int) -> int:
@@ -77,16 +53,6 @@ def sharded(directory: Path, hidden: int, intermediate: int, layers: int, shard_
     return writer.total_bytes
 
 
-def measured(source: Path, out: Path, how: str, threads: str = "1") -> dict[str, int]:
-    # With a fixed threshold every tensor is a mapping of its own that goes back when it is freed: what is counted is what lives.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": threads}
-    command = [sys.executable, "-c", CHILD, str(source), str(out), how, str(WINDOWS), str(SEQ_LEN), *INCLUDE]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    assert found["samples"] > 20
-    return found
-
-
 def bound(source: Path) -> int:
     """The preview's memory (activations; the layer in fp32 and three matrices of second moments) and what is small beside it:
     the layer in 16 bits and its codes in bytes until they are written, the weight in hand in fp32 four times (itself, what
@@ -104,8 +70,12 @@ def test_a_directory_is_never_in_memory(tmp_path: Path) -> None:
     size = sharded(tmp_path / "source", 384, 1024, 20, 16 * MIB)
     allowed = bound(tmp_path / "source")
     assert allowed < 0.75 * size
-    assert measured(tmp_path / "source", tmp_path / "out", "directory")["peak"] < allowed
-    assert measured(tmp_path / "source", tmp_path / "out", "in memory")["peak"] > allowed  # the measuring sees a model
+
+    def peak(how: str) -> int:
+        return measured(WORKS[how], tmp_path / "source", tmp_path / "out", WINDOWS, SEQ_LEN, threads="1")["peak"]
+
+    assert peak("directory") < allowed
+    assert peak("in memory") > allowed  # the measuring sees a model
 
 
 @pytest.mark.large
@@ -114,7 +84,9 @@ def test_two_gigabytes_within_1200_megabytes(tmp_path: Path) -> None:
     """The whole process, torch and transformers included."""
     size = sharded(tmp_path / "source", 1024, 2816, 80, 256 * MIB)
     assert size > 2e9
-    found = measured(tmp_path / "source", tmp_path / "out", "directory", threads=str(os.cpu_count()))
+    found = measured(
+        WORKS["directory"], tmp_path / "source", tmp_path / "out", WINDOWS, SEQ_LEN, threads=str(os.cpu_count())
+    )
     own, whole = found["peak"] / 1e9, found["process"] / 1e9
     print(f"{size / 1e9:.2f} GB on disk; the process had at most {whole:.3f} GB, {own:.3f} GB of it the run's own")
     assert found["process"] < 1.2e9

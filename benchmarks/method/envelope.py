@@ -35,7 +35,7 @@ class Envelope:
 
     Args:
         kind: what its rows are: "kernels", "models", "llama.cpp", "quality", "quality-dequantized", "quality-peers",
-            "gguf-search", "gguf-mixes", "gguf-quantizing", "gguf-whole".
+            "gguf-search", "gguf-mixes", "gguf-quantizing", "gguf-whole", "experts".
         commit: of the source tree, 7 to 40 hexadecimal digits.
         dirty: whether files other than results differed from that commit.
         machine: `environment.machine_name`.

@@ -37,7 +37,16 @@ BLOCKS = {Q4_0: (32, 18), Q4_K: (256, 144)}  # weights and bytes of a block
 _CONTEXT_BYTES = 1 << 20  # tensors' and graphs' descriptions only; what they describe is elsewhere
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_new_tensor_2d": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)),
+    "ggml_new_tensor_3d": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, *(ctypes.c_int64,) * 3)),
+    "ggml_view_2d": (
+        ctypes.c_void_p,
+        (ctypes.c_void_p, ctypes.c_void_p, *(ctypes.c_int64,) * 2, *(ctypes.c_size_t,) * 2),
+    ),
     "ggml_mul_mat": (ctypes.c_void_p, (ctypes.c_void_p,) * 3),
+    "ggml_mul_mat_id": (ctypes.c_void_p, (ctypes.c_void_p,) * 4),
+    "ggml_swiglu_split": (ctypes.c_void_p, (ctypes.c_void_p,) * 3),
+    "ggml_mul": (ctypes.c_void_p, (ctypes.c_void_p,) * 3),
+    "ggml_add": (ctypes.c_void_p, (ctypes.c_void_p,) * 3),
     "ggml_new_graph": (ctypes.c_void_p, (ctypes.c_void_p,)),
     "ggml_build_forward_expand": (None, (ctypes.c_void_p,) * 2),
     "ggml_get_data": (ctypes.c_void_p, (ctypes.c_void_p,)),

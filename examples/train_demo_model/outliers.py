@@ -1,4 +1,4 @@
-"""Give a small Llama the outlier channels of a large one, without changing what it computes.
+"""Give a small Llama or mixture of experts the outlier channels of a large one, without changing what it computes.
 
 In large language models a few channels of the activations are many times larger than the rest, the
 same ones in every layer (Dettmers et al. 2022, LLM.int8(), section 4). They separate good
@@ -10,6 +10,9 @@ Here they come from moving powers of two out of one weight into the one before i
     norm weight * s     q, k, v columns / s       and the same for gate, up behind the second norm
     up rows * s         down columns / s
     v rows * s          o columns / s             one s for all query heads that share a KV head
+
+In a mixture the second norm also feeds the router, whose columns are divided, too; the up rows and down columns of each expert
+have scales of their own.
 
 A power of two only changes the exponent of a float, so every product in every sum, and with it
 every rounding, stays what it was: the logits are bit-identical, in float32 and in bfloat16. This
@@ -29,7 +32,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def draw_octaves(channels: int, sigma: float, generator: torch.Generator) -> Tensor:
@@ -48,7 +51,7 @@ def raised(channels: int, fraction: float, generator: torch.Generator) -> Tensor
 
 
 @torch.no_grad()
-def add_outliers(model: LlamaForCausalLM, sigma: float, fraction: float, octaves: float, seed: int) -> None:
+def add_outliers(model: PreTrainedModel, sigma: float, fraction: float, octaves: float, seed: int) -> None:
     """Rescale `model` in place; every scale is 2^e, and e is `octaves` higher for an outlier.
 
     The outliers of all norms are the same channels, those of the residual stream, as in large
@@ -65,18 +68,25 @@ def add_outliers(model: LlamaForCausalLM, sigma: float, fraction: float, octaves
 
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        for norm, readers in [
-            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ]:
+        projections = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        if mixture := hasattr(mlp, "experts"):
+            ups_downs = [  # of each expert; gate's rows come before up's
+                (gate_up[gate_up.shape[0] // 2 :], down)
+                for gate_up, down in zip(mlp.experts.gate_up_proj, mlp.experts.down_proj, strict=True)
+            ]
+        else:
+            ups_downs = [(mlp.up_proj.weight, mlp.down_proj.weight)]
+        inner = (mlp.experts.gate_up_proj, mlp.gate.weight) if mixture else (mlp.gate_proj.weight, mlp.up_proj.weight)
+        for norm, readers in [(layer.input_layernorm, projections), (layer.post_attention_layernorm, inner)]:
             scale = scales(stream)
             norm.weight *= scale
-            for linear in readers:
-                linear.weight /= scale
+            for weight in readers:
+                weight /= scale
 
-        scale = scales(raised(config.intermediate_size, fraction, generator))
-        mlp.up_proj.weight *= scale[:, None]
-        mlp.down_proj.weight /= scale
+        for up, down in ups_downs:
+            scale = scales(raised(len(up), fraction, generator))
+            up *= scale[:, None]
+            down /= scale
 
         scale = scales(raised(attention.v_proj.out_features, fraction, generator))
         attention.v_proj.weight *= scale[:, None]
@@ -87,14 +97,14 @@ def add_outliers(model: LlamaForCausalLM, sigma: float, fraction: float, octaves
         attention.o_proj.weight /= shared.flatten()
 
 
-def random_tokens(model: LlamaForCausalLM, seed: int) -> Tensor:
+def random_tokens(model: PreTrainedModel, seed: int) -> Tensor:
     """int64 [4, 256]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (4, 256), generator=generator)
 
 
 @torch.no_grad()
-def assert_same_function(before: LlamaForCausalLM, after: LlamaForCausalLM, seed: int) -> None:
+def assert_same_function(before: PreTrainedModel, after: PreTrainedModel, seed: int) -> None:
     """Compare the logits of 4 x 256 random tokens bit by bit, in float32 and as stored.
 
     Raises:
@@ -110,7 +120,7 @@ def assert_same_function(before: LlamaForCausalLM, after: LlamaForCausalLM, seed
 
 
 @torch.no_grad()
-def spread(model: LlamaForCausalLM) -> dict[str, float]:
+def spread(model: PreTrainedModel) -> dict[str, float]:
     """For each kind of linear: its largest input channel over its median one, in the worst layer.
 
     A channel's size is its root mean square over random tokens.
@@ -128,15 +138,18 @@ def spread(model: LlamaForCausalLM) -> dict[str, float]:
     for layer in model.model.layers:
         watch("qkv", layer.self_attn.q_proj)
         watch("o", layer.self_attn.o_proj)
-        watch("gate_up", layer.mlp.gate_proj)
-        watch("down", layer.mlp.down_proj)
+        if hasattr(layer.mlp, "experts"):  # what goes into down is inside of the experts module
+            watch("experts", layer.mlp.experts)
+        else:
+            watch("gate_up", layer.mlp.gate_proj)
+            watch("down", layer.mlp.down_proj)
     model(input_ids=random_tokens(model, seed=0))
     return {name: max(values) for name, values in ratios.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a Llama checkpoint")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint that train.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the rescaled one")
     parser.add_argument("--sigma", type=float, default=0.5, help="of the exponents, in octaves (default: 0.5)")
     parser.add_argument("--fraction", type=float, default=0.015, help="of the channels is raised (default: 0.015)")
@@ -144,7 +157,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     before = copy.deepcopy(model)
     add_outliers(model, args.sigma, args.fraction, args.octaves, args.seed)
     assert_same_function(copy.deepcopy(before), copy.deepcopy(model), args.seed)

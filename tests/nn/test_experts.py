@@ -60,7 +60,7 @@ def test_routers_stay_and_are_named(family: str) -> None:
     report = replace_linear(model, SCHEME, on_unsupported="reference")
     routers = [name for name, why in report.skipped.items() if why.startswith("a router")]
     blocks = sum(isinstance(module, QuantExperts) for module in model.modules())
-    shared_gates = blocks if family in ("qwen2_moe", "qwen3_next") else 0
+    shared_gates = blocks if family in ("qwen2_moe", "qwen3_next", "qwen3_5_moe") else 0
     assert len(routers) == blocks + shared_gates
     assert not any(isinstance(model.get_submodule(name.removesuffix(".weight")), QuantLinear) for name in routers)
 

@@ -1,6 +1,7 @@
 """KL per token of other tools' checkpoints and of ours, each read by our readers and run by our kernels.
 
 python -m benchmarks.quality.peers --tool gptqmodel=/venvs/gptqmodel/bin/python --tool hqq=… [--only hqq] [--keep DIR]
+python -m benchmarks.quality.peers --mixture --tool …    (the bundled mixture of experts)
 python -m benchmarks.quality.peers --encoder all-MiniLM-L6-v2/ --tool …    (1 - cosine of its sentence embeddings instead)
 
 Every tool runs in an environment of its own (`with_<tool>.py` says which version was tried) and gets the calibration windows as
@@ -37,6 +38,7 @@ from ...method import envelope, environment
 
 HERE = Path(__file__).parent
 MODEL = environment.ROOT / "examples" / "demo_model"
+MIXTURE = environment.ROOT / "examples" / "demo_moe"
 RESULTS = (
     environment.RESULTS / "quality-peers"
 )  # no machine's: other tools' codes and ours are the same on all, up to rounding
@@ -94,7 +96,16 @@ ENCODER_CASES = tuple(
     for case in CASES
     if case.tool in (OWN, "llmcompressor", "hqq") and (case.bits == 4 or case.method == "hqq") and case.method != "awq"
 )
-LEFT_OUT = ("lm_head", "pooler.dense")  # as in job.py
+# Files of experts with an order of their own are read by few tools: "static" leaves groups as they are.
+MIXTURE_CASES = (
+    *(Case(OWN, "rtn", zeros=zeros) for zeros in ("none", "int")),
+    *(
+        Case(tool, "gptq", zeros=zeros, order=order)
+        for zeros, order in (("none", "static"), ("none", "none"), ("int", "static"))
+        for tool in (OWN, "gptqmodel", "llmcompressor")
+    ),
+)
+LEFT_OUT = {True: ("lm_head",), False: ("pooler.dense",)}  # of a decoder and of an encoder, as in job.py
 ZEROS = {"none": "symmetric", "int": "integer zero points", "float": "float zero points"}
 
 
@@ -117,7 +128,15 @@ def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str
     if case.tool == OWN:
         method = own_method(case)
         calibration = None if method.needs == "weight" else windows
-        quantize(model, method, calibration, out, exclude=LEFT_OUT, seq_len=SEQ_LEN, progress=False)
+        quantize(
+            model,
+            method,
+            calibration,
+            out,
+            exclude=LEFT_OUT[model in (MODEL, MIXTURE)],
+            seq_len=SEQ_LEN,
+            progress=False,
+        )
         return time.perf_counter() - start
     if case.tool not in tools:
         raise RuntimeError(f"no environment given (--tool {case.tool}=PYTHON)")
@@ -210,7 +229,7 @@ def conditions(model: Path) -> dict[str, Any]:
 
 def markdown(rows: Rows, model: Path) -> str:
     """One table for each width and kind of zero point, the best first."""
-    measure = "KL" if model == MODEL else "1 - cosine"
+    measure = "KL" if model in (MODEL, MIXTURE) else "1 - cosine"
     what = {
         "KL": f"KL per token (nats) from the original over {EVAL_TOKENS:,} held-out tokens in windows of {SEQ_LEN}",
         "1 - cosine": f"1 - mean cosine of the mean-pooled embeddings with the original's, windows of {SENTENCE} tokens",
@@ -280,14 +299,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tool", action="append", default=[], metavar="NAME=PYTHON", help="interpreter of a tool's environment"
     )
+    parser.add_argument("--mixture", action="store_true", help="the bundled mixture of experts")
     parser.add_argument("--encoder", type=Path, help="a BERT-like model directory, instead of the bundled model")
     parser.add_argument("--only", default="", help="cases whose name contains this; other rows of --out stay")
     parser.add_argument("--keep", type=Path, help="keep the checkpoints here, and use those that are there")
     parser.add_argument("--out", type=Path, help="without a suffix (default: benchmarks/results/quality-peers/<model>)")
     args = parser.parse_args(argv)
     tools = dict(item.split("=", 1) for item in args.tool)
-    cases = CASES if args.encoder is None else ENCODER_CASES
-    model = args.encoder or MODEL
+    cases, model = (MIXTURE_CASES, MIXTURE) if args.mixture else (CASES, MODEL)
+    if args.encoder is not None:
+        cases, model = ENCODER_CASES, args.encoder
     out = args.out or RESULTS / re.sub(r"[^a-z0-9]+", "-", model.name.lower())
     stored = out.with_suffix(".json")
     earlier = envelope.read(stored, KIND).rows if args.only and stored.is_file() else []

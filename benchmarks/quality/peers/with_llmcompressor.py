@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ and AWQ. Tried with 0.14.0.1."""
+"""llm-compressor's GPTQ and AWQ. Tried with 0.14.0.1, of mixtures too: routers stay as they are."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ order = {"none": None, "static": "weight"}[job.order] if job.method == "gptq" el
 weights = QuantizationArgs(
     num_bits=job.bits, symmetric=job.symmetric, strategy="group", group_size=job.group_size, actorder=order
 )
+ignore = [*LEFT_OUT, "re:.*mlp.gate$"]
 groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
 if job.method == "gptq":
-    recipe = [GPTQModifier(config_groups=groups, ignore=list(LEFT_OUT), actorder=order)]  # else it orders by itself
+    recipe = [GPTQModifier(config_groups=groups, ignore=ignore, actorder=order)]  # else it orders by itself
 else:
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=list(LEFT_OUT))]
+    recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=ignore)]
 data = Dataset.from_list([{k: v[0].tolist() for k, v in example.items()} for example in job.examples()])
 oneshot(
     model=model, dataset=data, recipe=recipe, max_seq_length=job.windows.shape[1],
