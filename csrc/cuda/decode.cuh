@@ -196,10 +196,13 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
     }
     const int n = (blockIdx.x * p.warps_n + column) * kStripRows + 2 * lane;
     if (n < p.out.N_pad) {  // of all lanes or of none
-      const int row = to.expert * p.out.N_pad + n;
+      const int row = (to.expert * p.weight.strips + blockIdx.x * p.warps_n + column) * kStripRows + 2 * lane;
       if constexpr (is_coded(F::kCoding)) outer_factors_of(p.weight, row).apply(low, high);
-      if (!all_finite(low, high))
-        sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, p.x, to.x_row + token, row, block, low, high);
+      if (!all_finite(low, high)) {
+        uint32_t seldom = row;
+        keep(seldom);  // nothing of what is seldom needed is found beforehand: 32 bytes of it spilled
+        sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, p.x, to.x_row + token, seldom, block, low, high);
+      }
       if (gridDim.y == 1 && !p.rows.given()) {
         store_y<typename F::T>(p.out, columns_of(p.out, n), token, low, high);
       } else {
