@@ -2,8 +2,9 @@
 
     python examples/demo.py --out demo
 
-Makes OUT/report.md (the table), OUT/report.png (the plot), OUT/results.json and one checkpoint a configuration. Every row
-takes the whole way that a user's model would take: quantize into a directory, load it from there, run it.
+Makes OUT/report.md (tables of the Llama and of a mixture of experts, and a plan of a larger model), OUT/report.png (the plot),
+OUT/results.json and one checkpoint a configuration. Every row takes the whole way that a user's model would take: quantize into
+a directory, load it from there, run it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qkernels import AWQ, GPTQ, RTN, QuantLinear, extension, text
 from qkernels.calibrate_gguf import quantize_gguf
 from qkernels.evaluate import compare, perplexity
 from qkernels.nn import model_bytes, packed_bytes
+from qkernels.planning import plan
 from qkernels.quantizers import Options
 
 HERE = Path(__file__).parent
@@ -37,11 +39,18 @@ CONFIGURATIONS: tuple[tuple[str, Options | str], ...] = (
     ("int4 RTN", RTN(bits=4)),
     ("int4 GPTQ", GPTQ(bits=4)),
     ("int4 AWQ", AWQ(bits=4, symmetric=False)),
+    ("int4 AWQ+GPTQ", GPTQ(bits=4, symmetric=False, act_order="static", scales="awq")),
     ("Q4_K_M GPTQ", "Q4_K_M"),
     ("int3 RTN", RTN(bits=3)),
     ("int3 GPTQ", GPTQ(bits=3)),
     ("int3 AWQ", AWQ(bits=3, symmetric=False)),
+    ("int3 AWQ+GPTQ", GPTQ(bits=3, symmetric=False, act_order="static", scales="awq")),
 )
+EXPERTS: tuple[tuple[str, Options], ...] = (("int4 RTN", RTN(bits=4)), ("int4 GPTQ", GPTQ(bits=4, act_order="static")))
+# What `qkernels plan` is asked about: a Llama of 8 billion parameters, of which it needs the config alone.
+PLANNED = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}  # fmt: skip
+PLANNED_FOR = "rtx4070"
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ def main() -> int:
     args = parser.parse_args()
     start = time.perf_counter()
     rows = compare_all(args.model, args.out, args.tokens, args.prompt)
-    report = "\n\n".join([heading(args.model, args.tokens), table(rows), texts(rows, args.prompt)])
+    parts = [heading(args.model, args.tokens), table(rows), experts(args.out, args.tokens), planned(args.out)]
+    report = "\n\n".join([*parts, texts(rows, args.prompt)])
     (args.out / "report.md").write_text(report + "\n", encoding="utf-8")
     (args.out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     plot(rows, args.out / "report.png")
@@ -91,8 +101,7 @@ def compare_all(model_dir: Path, out: Path, tokens: int, prompt: str) -> list[Ro
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    text = (model_dir / "eval.txt").read_text(encoding="utf-8")
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0, :tokens]
+    ids = text_ids(model_dir, model_dir / "eval.txt")[:tokens]
     calibration = [(model_dir / "calibration.txt").read_text(encoding="utf-8")]
     prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     original = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
@@ -207,12 +216,52 @@ def table(rows: list[Row]) -> str:
     return text.table(header, cells)
 
 
+def experts(out: Path, tokens: int) -> str:
+    """The bundled mixture of experts: its linear layers and stacks of experts quantized, and what that loses."""
+    source = HERE / "demo_moe"
+    ids = text_ids(source, HERE / "demo_model" / "eval.txt")[:tokens]
+    calibration = [(HERE / "demo_model" / "calibration.txt").read_text(encoding="utf-8")]
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    lines = []
+    for name, method in tqdm(EXPERTS, desc="experts", unit="model", leave=False):
+        target = out / f"experts-{name.replace(' ', '-').lower()}"
+        text_needed = calibration if method.needs == "moments" else None
+        report = qkernels.quantize(
+            source, method, calibration=text_needed, save_to=target, samples=64, seq_len=SEQ_LEN, progress=False
+        )
+        loss = compare(qkernels.load(target, dtype=torch.bfloat16), original, ids, SEQ_LEN)
+        stacks = sum("experts" in module.name for module in report.modules)
+        sizes = [f"{nbytes / 2**20:.2f}" for nbytes in (report.bytes_before, report.bytes_after)]
+        lines.append([name, str(stacks), *sizes, f"{loss.kl:.1e}", f"{100 * loss.top1_agreement:.2f}"])
+    header = ["method", "stacks of experts", "MiB before", "after", "KL", "top-1 %"]
+    return f"## A mixture of 8 experts\n\n{text.table(header, lines)}"
+
+
+def planned(out: Path) -> str:
+    """What fits on a card, told from a config alone."""
+    config = out / "plan" / "config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **PLANNED}))
+    found = plan(str(config), [PLANNED_FOR], context=8192)
+    rest = found.to_markdown().partition("\n")[2].strip()  # without the heading, which is a path
+    return f"## What of a Llama with 8 billion parameters fits on an {PLANNED_FOR}\n\n{rest}"
+
+
+def text_ids(model_dir: Path, path: Path) -> torch.Tensor:
+    """The token ids of a text, without special ones."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    found: torch.Tensor = tokenizer(
+        path.read_text(encoding="utf-8"), add_special_tokens=False, return_tensors="pt", verbose=False
+    )["input_ids"][0]
+    return found
+
+
 def texts(rows: list[Row], prompt: str) -> str:
     shown = [f"**{row.name}**: {' '.join(row.text.split())}" for row in rows]
     return f"## What they write after “{prompt}”\n\n" + "\n\n".join(shown)
 
 
-COLORS = {"RTN": "#888888", "GPTQ": "#1b6ca8", "AWQ": "#c8553d"}
+COLORS = {"RTN": "#888888", "GPTQ": "#1b6ca8", "AWQ": "#c8553d", "AWQ+GPTQ": "#4f8a3c"}
 
 
 def plot(rows: list[Row], path: Path) -> None:

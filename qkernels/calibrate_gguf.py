@@ -72,7 +72,7 @@ def quantize_gguf(
             importance matrix is at hand.
         calibration, samples, seq_len, device, resume, routing, progress: as of `quantize`.
         method: "gptq": GPTQ on the scales of each block's search. "awq": AWQ's scales folded into what feeds a layer, then the
-            better search by importance.
+            better search by importance. "awq+gptq": those scales, then GPTQ.
 
     Returns:
         The plan by which it was written, and how it went, layer by layer.
@@ -86,7 +86,7 @@ def quantize_gguf(
     >>> # quantize_gguf("my-llama/", "my-llama-Q4_K_M.gguf", "Q4_K_M", [text])
     """
     if method not in get_args(BlockMethod):
-        raise ArgumentError(f'method must be "gptq" or "awq", got {method!r:.40}')
+        raise ArgumentError(f'method must be "gptq", "awq" or "awq+gptq", got {method!r:.40}')
     if routing not in get_args(Routing):
         raise ArgumentError(f'routing must be "routed" or "all", got {routing!r:.40}')
     check_suffix(target)

@@ -93,14 +93,15 @@ def test_the_answers_come_closer(source: Path, written: Path, tmp_path: Path) ->
     model = load(source, dtype="float32")
     to_gguf(source, tmp_path / "plain.gguf", "Q4_K_S", tensor_types=[MIXED])
     quantize_gguf(source, tmp_path / "awq.gguf", "Q4_K_S", IDS, "awq", tensor_types=[MIXED], **FEW)
-    plain, gptq, awq = (
+    quantize_gguf(source, tmp_path / "both.gguf", "Q4_K_S", IDS, "awq+gptq", tensor_types=[MIXED], **FEW)
+    plain, gptq, awq, both = (
         compare(load(path, dtype="float32"), model, IDS.flatten(), 32, progress=False).kl
-        for path in (tmp_path / "plain.gguf", written, tmp_path / "awq.gguf")
+        for path in (tmp_path / "plain.gguf", written, tmp_path / "awq.gguf", tmp_path / "both.gguf")
     )
-    assert gptq < 0.6 * plain and awq < plain
-    norm, folded = (GgufSource.open(path).read("blk.0.ffn_norm.weight") for path in (written, tmp_path / "awq.gguf"))
+    assert gptq < 0.6 * plain and awq < plain and both < 0.6 * plain
     unchanged = model.model.layers[0].post_attention_layernorm.weight.detach()
-    assert torch.equal(norm, unchanged) and not torch.equal(folded, unchanged)
+    for path, folded in ((written, False), (tmp_path / "awq.gguf", True), (tmp_path / "both.gguf", True)):
+        assert torch.equal(GgufSource.open(path).read("blk.0.ffn_norm.weight"), unchanged) != folded
 
 
 def test_an_interrupted_run_goes_on(
@@ -168,6 +169,8 @@ def test_command(source: Path, written: Path, tmp_path: Path, capsys: pytest.Cap
         (["--method", "rtn"], "made by --method gptq, by --method awq, or without --method by a search; got rtn"),
         (["--method", "gptq"], "--method gptq is calibrated: give it a text with --calibration"),
         (["--method", "gptq", "--search", "best", *few], "leave out --search"),
+        (["--method", "awq", "--scales", "awq", *few], "--scales is an option of gptq, got --method awq"),
+        (["--scales", "awq"], "leave out --scales"),
         (["--method", "gptq", "--imatrix", "x"], "leave out --imatrix"),
         (["--method", "gptq", "--bits", "4", *few], "leave out --bits"),
         (["--resume"], "leave out --resume"),
@@ -183,7 +186,7 @@ def test_command(source: Path, written: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_what_cannot_be_calibrated_is_refused_before_the_work(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
-    with pytest.raises(ArgumentError, match='method must be "gptq" or "awq", got \'rtn\''):
+    with pytest.raises(ArgumentError, match='method must be "gptq", "awq" or "awq\\+gptq", got \'rtn\''):
         quantize_gguf(source, out, "Q4_K_M", IDS, "rtn")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="routing must be"):
         quantize_gguf(source, out, "Q4_K_M", IDS, routing="none")  # type: ignore[arg-type]

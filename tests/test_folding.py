@@ -107,7 +107,7 @@ def test_where_nothing_takes_a_scale_it_is_said_before_the_work(where: str, tmp_
     message = (
         r"AWQ folds scales into the norms and linear layers before, and no block of BloomForCausalLM lets one through "
         r"\(input_layernorm: what it puts out reaches mlp.dense_h_to_4h through more than a scale per channel; .*\); "
-        r"use GPTQ or RTN"
+        r"use GPTQ without scales, or RTN"
     )
     with pytest.raises(ArgumentError, match=message):
         run(model if where == "memory" else tmp_path / "source", METHODS["awq"], save_to=tmp_path / "out")

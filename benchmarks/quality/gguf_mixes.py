@@ -84,6 +84,7 @@ def ways(
         "best, importance": lambda path: searched(path, importance=importance, search="best"),
         "AWQ": lambda path: calibrated(path, "awq"),
         "GPTQ": lambda path: calibrated(path, "gptq"),
+        "AWQ, GPTQ": lambda path: calibrated(path, "awq+gptq"),
     }
 
 

@@ -164,14 +164,14 @@ inline double wanted_bytes(const Problem& p, const Card& card, const Blocks& b) 
 
 // 64 rows, along the executed path (tools/sass_paths.py; the guard holds some of them):
 // [4 bit, 8 bit][groups of 64 and more, of 32, of 16][8, 16, 32 tokens][group_kind].
-constexpr double kDecodeRounds[2][3][3][3] = {{{{218, 260, 280}, {262, 318, 350}, {442, 442, 527}},
-                                               {{248, 315, 456}, {501, 501, 501}, {919, 919, 919}},
-                                               {{664, 664, 664}, {690, 690, 690}, {919, 919, 919}}},
+constexpr double kDecodeRounds[2][3][3][3] = {{{{217, 258, 279}, {263, 318, 350}, {443, 442, 527}},
+                                               {{247, 315, 456}, {501, 501, 501}, {919, 919, 919}},
+                                               {{666, 664, 664}, {690, 690, 690}, {919, 919, 919}}},
                                               {{{339, 384, 406}, {478, 478, 510}, {587, 587, 672}},
                                                {{371, 439, 563}, {631, 631, 631}, {1145, 1145, 1145}},
                                                {{787, 787, 787}, {918, 918, 918}, {1145, 1145, 1145}}}};
 // Of codes that are no integers: [kTable, kE2M1, kFloat8][groups of 64 and more, shorter][8, 32 tokens].
-constexpr double kCodedRounds[3][2][2] = {{{531, 654}, {681, 932}}, {{531, 654}, {547, 800}}, {{457, 582}, {607, 859}}};
+constexpr double kCodedRounds[3][2][2] = {{{531, 654}, {681, 932}}, {{531, 654}, {548, 800}}, {{457, 582}, {607, 859}}};
 // card.decode_slots: what a round of the first of them costs, by which a fit changes all.
 inline double decode_instructions(const Problem& p, const Card& card, int tokens) {
   if (is_coded(p.coding)) {

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 _OTHERS: Final = {
     "bits": "--bits", "scheme": "--scheme", "group_size": "--group-size", "asym": "--asym",
     "act_order": "--act-order", "format": "--format", "include": "--include", "exclude": "--exclude", "override": "--override",
-    "eval_text": "--eval-text", "scales": "--scales",
+    "eval_text": "--eval-text",
 }  # fmt: skip
-_OF_RUNS: Final = {"method": "--method", "resume": "--resume", "routing": "--routing"}  # decoder layer by decoder layer
+_OF_RUNS: Final = {
+    "method": "--method",
+    "resume": "--resume",
+    "routing": "--routing",
+    "scales": "--scales",
+}  # decoder layer by decoder layer
 _OWN: Final = {"pure": "--pure", "tensor_type": "--tensor-type", "imatrix": "--imatrix"}
 PLAIN: Final = "plain"
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -128,14 +133,17 @@ def _calibrated(args: argparse.Namespace) -> int:
         raise ArgumentError(
             f"blocks of GGUF files are made by --method gptq, by --method awq, or without --method by a search; got {args.method}"
         )
+    if args.scales is not None and args.method != "gptq":
+        raise ArgumentError(f"--scales is an option of gptq, got --method {args.method}")
     given = [option for option in ("imatrix", "search") if getattr(args, option)]
     if given:
         raise ArgumentError(
             f"--method {args.method} has the moments of inputs and a search of its own: leave out --{given[0]}"
         )
     model = local(args, args.model)
+    method = "awq+gptq" if args.scales == "awq" else args.method
     options: dict[str, Any] = {
-        "method": args.method, "pure": args.pure, "tensor_types": args.tensor_type, "samples": args.samples,
+        "method": method, "pure": args.pure, "tensor_types": args.tensor_type, "samples": args.samples,
         "seq_len": args.seq_len,
     }  # fmt: skip
     if args.dry_run:

@@ -193,6 +193,7 @@ def scheme_of(module: str, config: Config) -> QuantScheme:
 def tensor_name(module: str, suffix: str, weight: QuantTensor) -> str:
     """What a tensor of a weight is called in files.
 
+    >>> import torch
     >>> from qkernels import RTN, QuantTensor
     >>> from qkernels.formats.native import tensor_name
     >>> experts = QuantTensor.stack([RTN(4, 8).quantize(torch.ones(2, 8))] * 3)

@@ -18,7 +18,7 @@ from ..quantizers.options import Needs, ScaleSearch
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
 
-BlockMethod = Literal["gptq", "awq"]
+BlockMethod = Literal["gptq", "awq", "awq+gptq"]
 _TYPE_OF: Final = {EXACT_SCHEMES[type]: type for type in WRITABLE_TYPES}
 
 
@@ -89,6 +89,7 @@ class CalibratedBlocks(Options):
 
     Args:
         way: "gptq": `gguf_gptq`. "awq": AWQ's scales, judged by blocks of the plain search; then the better search by importance.
+            "awq+gptq": those scales, then `gguf_gptq`.
 
     >>> from qkernels.layerwise.gguf_blocks import CalibratedBlocks
     >>> str(CalibratedBlocks.of_type("Q4_K", "gptq").scheme)
@@ -118,7 +119,7 @@ class CalibratedBlocks(Options):
         """See `Options.quantize`."""
         if moments is None:
             raise ArgumentError(f"{name} is to be calibrated and needs the moments of its inputs [K, K], got None")
-        if self.way == "gptq":
+        if self.way != "awq":
             blocks = gguf_gptq(weight, moments, self.type, name=name)
         else:
             blocks = gguf_blocks(weight, self.type, moments.diagonal(), "best")
@@ -129,8 +130,8 @@ class CalibratedBlocks(Options):
         return BlockSearch.of_type(self.type)
 
     def scale_search(self) -> ScaleSearch | None:
-        """AWQ's, for "awq"."""
-        return _Scales(self.scheme, self.type) if self.way == "awq" else None
+        """AWQ's, but for "gptq" alone."""
+        return None if self.way == "gptq" else _Scales(self.scheme, self.type)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ MUTANTS: dict[str, Mutant] = {
     "DECODE_NOT_AGAIN": Mutant(
         "decode_bf16.cu",
         "decode.cuh",
-        "if (!all_finite(low, high))\n        sum_again",
-        "if (false)\n        sum_again",
+        "if (!all_finite(low, high)) {",
+        "if (false) {",
     ),
     "GEMM_NO_BARRIER": Mutant(*GEMM, "__syncthreads();  // everybody's copies of the next slot", "// "),
     # The slot that is read next, instead of the one that is free.

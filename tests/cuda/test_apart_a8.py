@@ -259,6 +259,7 @@ def sanitized(act: str, M: int = 35) -> tuple[Call, Tensor]:
     return multiply_call(weight, x, integers(70), 64, 2), expected(weight, x, integers(70), 2)
 
 
+@in_full
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize("act", ["8o6", "8sz"])
 def test_sanitizers_find_nothing(flavour: emulator.Flavour, act: str) -> None:

@@ -19,6 +19,7 @@ from .calls import DTYPES, Config, decode, gemm, in_room
 from .cards import CARDS, SHARED
 from .instances import rounded
 from .test_heuristics import choose, shared_bytes
+from .units import in_full
 
 pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.why_not()))
 
@@ -150,6 +151,7 @@ def test_only_what_there_is_is_chosen(sm: int) -> None:
     assert reached >= {(0, 8), (0, 32), (2, 0)}
 
 
+@in_full  # the loops are those that test_kernels.py runs under the same sanitizers
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize(
     ("scheme", "scales", "M"),

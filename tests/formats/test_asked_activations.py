@@ -234,5 +234,5 @@ def test_a_key_of_ours_in_a_config_means_nothing(tmp_path: Path) -> None:
 
 
 def test_other_words_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match='activations must be "file", "16bit" or None, got \'int8\''):
-        load(tmp_path, activations="int8")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match='activations must be "file", "16bit", "int8" or None, got \'int4\''):
+        load(tmp_path, activations="int4")  # type: ignore[arg-type]

@@ -27,17 +27,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qkernels import evaluate, inspect, load, quantize
+from qkernels import evaluate, inspect, load
 from qkernels.cli.common import read_text
 from qkernels.errors import QKernelsError
-from qkernels.quantizers import AWQ, GPTQ, HQQ, RTN, Options
 from qkernels.text import table
 from qkernels.texts import calibration_windows, load_tokenizer, token_ids
 
 from ...method import envelope, environment
 
 HERE = Path(__file__).parent
-MODEL = environment.ROOT / "examples" / "demo_model"
+ROOT = environment.ROOT
+MODEL = ROOT / "examples" / "demo_model"
 MIXTURE = environment.ROOT / "examples" / "demo_moe"
 RESULTS = (
     environment.RESULTS / "quality-peers"
@@ -83,61 +83,43 @@ CASES = (
     Case(OWN, "rtn"),
     Case(OWN, "rtn", zeros="int"),
     *gptq_cases(4),
+    *(Case(OWN, "awq+gptq", zeros=zeros, order=order) for zeros in ("none", "int") for order in ("static", "group")),
     *(Case(tool, "awq", zeros="int") for tool in (OWN, "gptqmodel", "llmcompressor")),
     Case("auto_round", "auto-round"),
     Case("auto_round", "auto-round", zeros="int"),
     *(Case(t, "hqq", b, g, "float") for b, g in ((4, 128), (4, 64), (3, 128), (3, 64), (2, 64)) for t in (OWN, "hqq")),
     *(Case(tool, "gptq", 3, 128, "int", "group") for tool in (OWN, "gptqmodel")),
     Case(OWN, "awq", 3, zeros="int"),
+    *(Case(OWN, "awq+gptq", 3, zeros="int", order=order) for order in ("static", "group")),
 )
 # GPTQModel and the AWQ of all tools know decoders only.
 ENCODER_CASES = tuple(
     case
     for case in CASES
-    if case.tool in (OWN, "llmcompressor", "hqq") and (case.bits == 4 or case.method == "hqq") and case.method != "awq"
+    if case.tool in (OWN, "llmcompressor", "hqq")
+    and (case.bits == 4 or case.method == "hqq")
+    and "awq" not in case.method
 )
 # Files of experts with an order of their own are read by few tools: "static" leaves groups as they are.
 MIXTURE_CASES = (
     *(Case(OWN, "rtn", zeros=zeros) for zeros in ("none", "int")),
+    *(Case(OWN, "awq+gptq", zeros=zeros, order="static") for zeros in ("none", "int")),
     *(
         Case(tool, "gptq", zeros=zeros, order=order)
         for zeros, order in (("none", "static"), ("none", "none"), ("int", "static"))
         for tool in (OWN, "gptqmodel", "llmcompressor")
     ),
 )
-LEFT_OUT = {True: ("lm_head",), False: ("pooler.dense",)}  # of a decoder and of an encoder, as in job.py
 ZEROS = {"none": "symmetric", "int": "integer zero points", "float": "float zero points"}
 
 
-def own_method(case: Case) -> Options:
-    if case.method == "hqq":
-        return HQQ(case.bits, case.group_size)
-    options: dict[str, Any] = {"bits": case.bits, "group_size": case.group_size, "symmetric": case.zeros == "none"}
-    if case.method == "gptq":
-        return GPTQ(**options, act_order=case.order)  # type: ignore[arg-type]
-    return RTN(**options) if case.method == "rtn" else AWQ(**options)
-
-
 def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str, str]) -> float:
-    """Quantize; returns the seconds it took, start of the tool included.
+    """Quantize, each tool in a process of its own; returns the seconds it took, its start included.
 
     Raises:
         RuntimeError: the tool is not given, or failed; the last line it printed is the reason.
     """
     start = time.perf_counter()
-    if case.tool == OWN:
-        method = own_method(case)
-        calibration = None if method.needs == "weight" else windows
-        quantize(
-            model,
-            method,
-            calibration,
-            out,
-            exclude=LEFT_OUT[model in (MODEL, MIXTURE)],
-            seq_len=SEQ_LEN,
-            progress=False,
-        )
-        return time.perf_counter() - start
     if case.tool not in tools:
         raise RuntimeError(f"no environment given (--tool {case.tool}=PYTHON)")
     stored = out.parent / "windows.safetensors"
@@ -156,6 +138,8 @@ def make(case: Case, model: Path, windows: Tensor, out: Path, tools: Mapping[str
     options += [] if case.zeros == "none" else ["--asymmetric"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
     environment.pop("PYTHONPATH", None)
+    if case.tool == OWN:
+        environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
         [tools[case.tool], script, model.resolve(), stored, out.resolve(), *options], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TOOL_SECONDS, check=False,
@@ -238,10 +222,11 @@ def markdown(rows: Rows, model: Path) -> str:
         "# Other tools' quantizers beside ours",
         f"{model.name}: {what}, fp32 activations; {SAMPLES} × {SEQ_LEN} calibration tokens, the same for all (HQQ and RTN use "
         "none). Every checkpoint is read by our reader. Made by `python -m benchmarks.quality.peers`; the heads of its "
-        "`with_*.py` name the versions.",
+        "`with_*.py` name the versions. Seconds: a process from its start to its end, on a machine that other work may share; a "
+        "dash was not timed.",
     ]
     parts += [f"## Least {measure}, ours and theirs", _bests(rows, measure)]
-    head = ["tool", "method", "order", "group", "bits/weight", measure, "top-1 %"]
+    head = ["tool", "method", "order", "group", "bits/weight", measure, "top-1 %", "s"]
     for bits, zeros in dict.fromkeys((row["bits"], row["zeros"]) for row in rows):
         chosen = [row for row in rows if (row["bits"], row["zeros"]) == (bits, zeros)]
         chosen.sort(key=lambda row: row.get("distance", float("inf")))
@@ -277,20 +262,21 @@ def _bests(rows: Rows, measure: str) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    order = f" {row['order']}" if row["method"] == "gptq" else ""
+    order = f" {row['order']}" if "gptq" in row["method"] else ""
     return row["method"] + order if row["tool"] in (OWN, row["method"]) else f"{row['tool']} {row['method']}{order}"
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
-    order = row["order"] if row["method"] == "gptq" else ""
+    order = row["order"] if "gptq" in row["method"] else ""
     start = [row["tool"], row["method"], order, str(row["group_size"])]
     if "distance" not in row:
-        return [*start, "", "not measured: " + row["reason"].replace("|", "/"), ""]
+        return [*start, "", "not measured: " + row["reason"].replace("|", "/"), "", ""]
     return [
         *start,
         f"{row['bits_per_weight']:.3f}",
         f"{row['distance']:.2e}",
         f"{100 * row['top1']:.2f}" if "top1" in row else "–",
+        f"{row['seconds']:.0f}" if "seconds" in row else "–",
     ]
 
 
@@ -305,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, help="keep the checkpoints here, and use those that are there")
     parser.add_argument("--out", type=Path, help="without a suffix (default: benchmarks/results/quality-peers/<model>)")
     args = parser.parse_args(argv)
-    tools = dict(item.split("=", 1) for item in args.tool)
+    tools = {OWN: sys.executable} | dict(item.split("=", 1) for item in args.tool)
     cases, model = (MIXTURE_CASES, MIXTURE) if args.mixture else (CASES, MODEL)
     if args.encoder is not None:
         cases, model = ENCODER_CASES, args.encoder

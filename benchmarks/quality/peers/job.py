@@ -1,4 +1,4 @@
-"""What every adapter is told, on its command line. It runs in the tool's own environment, which has no qkernels.
+"""What every adapter is told, on its command line. It runs in the tool's own environment, which has no qkernels but for ours.
 
 An adapter writes the tool's own checkpoint to `out`, in the format that the tool calls its own.
 """
@@ -30,12 +30,19 @@ class Job:
     symmetric: bool
     order: str
 
+    def left_out(self) -> list[str]:
+        """Those of `LEFT_OUT` that the model has: a head, or an encoder's pooler."""
+        causal = self._architecture().endswith("ForCausalLM")
+        return [name for name in LEFT_OUT if (name == "lm_head") == causal]
+
+    def _architecture(self) -> str:
+        return str(json.loads((self.model / "config.json").read_text())["architectures"][0])
+
     def float_model(self) -> Any:
         """The causal language model, or the encoder, in fp32."""
         import transformers
 
-        named = json.loads((self.model / "config.json").read_text())["architectures"][0]
-        return getattr(transformers, named).from_pretrained(self.model, dtype=torch.float32)
+        return getattr(transformers, self._architecture()).from_pretrained(self.model, dtype=torch.float32)
 
     def examples(self) -> list[dict[str, torch.Tensor]]:
         """One sequence each, as transformers models take them."""
