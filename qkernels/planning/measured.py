@@ -95,16 +95,18 @@ LARGEST_KL: Final = 3e-2
 
 # Seconds of quantizing 10^9 weights from files to files, and how many more for each 1000 tokens of calibration, by method; GGUF
 # types by the plain search; processor time: benchmarks/results/amd-epyc-family-25-model-17-2-cores/quantize-speed.json
-# (benchmarks/models/quantize_speed.py). GPTQ's is older, and time that passed on two cores of a machine at work: 162 s for 1.03
-# (4 bits with clipping, 8 x 64 tokens, docs/quantizing-large-models.md).
+# (benchmarks/models/quantize_speed.py).
 SECONDS: Final = Seconds(
     {
-        "rtn": (41.6, 0.00),
-        "nf4": (86.4, 0.00),
-        GGUF: (8.7, 0.00),
-        "gptq": (157.0, 0.0),
+        "rtn": (41.0, 0.00),
+        "gptq": (512.5, 33.43),
+        "awq": (2473.1, 237.72),
+        "smoothquant": (316.8, 70.42),
+        "nf4": (83.9, 0.00),
+        GGUF: (9.1, 0.00),
+        "gguf, best search": (26.1, 0.00),
     },
-    "measured on a Zen 4; GPTQ without the passes of calibration",
+    "measured on one thread of a Zen 4",
 )
 
 # Of the rate at which memory is read, what a token of a whole model reaches (eager; compiled: more): 0.59 and 0.73 in the two
