@@ -277,7 +277,8 @@ def plot(rows: list[Row], path: Path) -> None:
         color = COLORS[row.name.split()[1]]
         loss.scatter(row.bits_per_weight, row.kl, color=color, s=60, zorder=3)
         left = row.name.endswith("AWQ")  # beside GPTQ's, the labels would touch
-        side = {"xytext": (-8, -3), "ha": "right"} if left else {"xytext": (8, -3)}
+        below = -14 if row.name == "int4 AWQ+GPTQ" else -3  # under Q4_K_M's
+        side = {"xytext": (-8, -3), "ha": "right"} if left else {"xytext": (8, below)}
         loss.annotate(row.name, (row.bits_per_weight, row.kl), textcoords="offset points", fontsize=9, **side)
     loss.set(yscale="log", xlabel="bits per weight", ylabel="KL from the original, nats a token (log)")
     loss.set_title("What is lost (original: 16 bits, KL 0)", fontsize=11)
