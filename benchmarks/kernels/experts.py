@@ -373,14 +373,6 @@ def _ratio(peer: Row, ours: Row) -> tuple[float, float, float]:
     return found.median, found.low, found.high
 
 
-def rows_of(path: Path, commit: str) -> list[Row]:
-    """What earlier runs of the same commit left there."""
-    if not path.exists():
-        return []
-    found = envelope.read(path, KIND)
-    return [Row(**row) for row in found.rows] if found.tree == commit else []
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels.experts", description=str(__doc__).split("\n\n")[0]
@@ -409,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}: {error}")
     with torch.inference_mode():
         checked(weights, runs, TOP_K[args.shape])
-        rows = rows_of(out, where["commit"])
+        rows = [Row(**row) for row in envelope.rows_so_far(out, KIND, where["commit"])]
         cells = [(tokens, routing) for tokens in args.tokens for routing in args.routing]
         for tokens, routing in cells:
             share = args.seconds / len(cells)

@@ -140,6 +140,18 @@ def write_with_table(envelope: Envelope, path: Path, text: str) -> None:
     path.with_suffix(".md").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
+def rows_so_far(path: Path, kind: str, commit: str) -> list[dict[str, Any]]:
+    """The rows that earlier runs of the same commit left there: a result that is made in parts goes on with them.
+
+    Raises:
+        ArgumentError: as `read`.
+    """
+    if not path.exists():
+        return []
+    found = read(path, kind)
+    return [dict(row) for row in found.rows] if found.tree == commit else []
+
+
 def read(path: str | Path, kind: str | None = None) -> Envelope:
     """What `write` wrote.
 

@@ -46,7 +46,7 @@ from ..kernels.shapes import Geometry
 from ..method import envelope, environment
 from ..method.statistics import median_interval, ratio_interval
 from .llama import Block, Llama
-from .llama_cpp import LlamaCpp, Timed, logit_error, our_logits, timed
+from .llama_cpp import SPEED_HEAD, LlamaCpp, Timed, logit_error, our_logits, timed
 
 KIND = "gguf-whole"
 # Relative error of logits at two positions, to our 16-bit ones (or int8 ones, where those are asked for). All but the first are
@@ -338,17 +338,8 @@ def told(rows: list[dict[str, Any]]) -> str:
                 for r in rows
             ],
         )  # fmt: skip
-    head = [
-        "",
-        "prompt tok/s",
-        "decode tok/s",
-        "% of memory read",
-        "logits off by",
-        "prompt: llama.cpp time / ours",
-        "decode",
-    ]
     return table(
-        head,
+        SPEED_HEAD,
         [
             [
                 r["candidate"], f"{r['prompt_tokens_per_s']:.1f}", f"{r['decode_tokens_per_s']:.2f}", f"{r['read_percent']:.0f}",

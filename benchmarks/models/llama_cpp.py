@@ -45,6 +45,11 @@ VOCABULARY = 32000  # of the 1B model: its own 128256 would make embedding and h
 SAME = 0.025
 
 
+SPEED_HEAD = (
+    "", "prompt tok/s", "decode tok/s", "% of memory read", "logits off by", "prompt: llama.cpp time / ours", "decode",
+)  # fmt: skip
+
+
 class LlamaCpp:
     """llama.cpp with one GGUF file, through llama-cpp-python's low-level functions."""
 
@@ -237,15 +242,6 @@ def _rows(times: dict[str, list[Timed]], logits: dict[str, Tensor], prompt: int)
 
 
 def to_markdown(found: Comparison) -> str:
-    header = [
-        "",
-        "prompt tok/s",
-        "decode tok/s",
-        "% of memory read",
-        "logits off by",
-        "prompt: llama.cpp time / ours",
-        "decode",
-    ]
     lines = [
         [
             r.candidate, f"{r.prefill_tokens_per_s:.1f}", f"{r.decode_tokens_per_s:.2f}", f"{r.read_percent:.0f}",
@@ -260,7 +256,8 @@ def to_markdown(found: Comparison) -> str:
         "median of what a sum read before and after each run."
     )
     return (
-        "\n\n".join([markdown_table(header, lines), floor, *(f"* unmeasured: {why}" for why in found.reasons)]) + "\n"
+        "\n\n".join([markdown_table(SPEED_HEAD, lines), floor, *(f"* unmeasured: {why}" for why in found.reasons)])
+        + "\n"
     )
 
 

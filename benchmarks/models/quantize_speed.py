@@ -120,14 +120,6 @@ def to_markdown(rows: Sequence[Row]) -> str:
     return markdown_table(header, lines)
 
 
-def rows_of(path: Path, commit: str) -> list[Row]:
-    """What an earlier run of the same commit left there."""
-    if not path.exists():
-        return []
-    found = envelope.read(path, KIND)
-    return [Row(**row) for row in found.rows] if found.tree == commit else []
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.models.quantize_speed", description=str(__doc__).split("\n\n")[0]
@@ -138,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     where = environment.describe(torch.device("cpu"))
     out = args.out or environment.RESULTS / where["machine"] / "quantize-speed.json"
-    rows = rows_of(out, where["commit"])
+    rows = [Row(**row) for row in envelope.rows_so_far(out, KIND, where["commit"])]
     with tempfile.TemporaryDirectory() as directory:
         weights = write_model(Path(directory) / "model")
         quantize(

@@ -183,10 +183,7 @@ def to_markdown(rows: Sequence[ModelRow]) -> str:
 
 def rows_of(path: Path, commit: str) -> list[ModelRow]:
     """Rows that an earlier process wrote there at the same commit."""
-    if not path.exists():
-        return []
-    found = envelope.read(path, KIND)
-    return [ModelRow(**row) for row in found.rows] if found.tree == commit else []
+    return [ModelRow(**row) for row in envelope.rows_so_far(path, KIND, commit)]
 
 
 def write(rows: Sequence[ModelRow], where: Mapping[str, Any], out: Path) -> None:
