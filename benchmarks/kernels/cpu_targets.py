@@ -53,7 +53,7 @@ TARGETS = (
     Target("w4a8_g32", GGML, (1.1, 2.5, 1.8, 1.4)),
     Target("w4a8_g128", GGML, (1.1, 2.5, 1.8, 1.4)),
     Target("w8a8_channel", ("torch dynamic int8",), (1.2, 1.1, 1.0, 1.0)),
-    Target("w4a16_g128", ("zentorch", "ark"), (2.0, 2.0, 2.0, 2.0)),
+    Target("w4a16_g128", ("zentorch", "ark", "openvino"), (2.0, 2.0, 2.0, 2.0)),
     Target("w4a8_g128", ("zentorch",), (2.0, 1.4, 1.5, 1.3)),
     Target("nf4_g64", ("bitsandbytes nf4",), (1.4, 1.4, 1.4, 1.4)),
     *(Target(LLM_INT8, ("bitsandbytes int8",), (1.5, 1.5, 1.5, 1.5), outliers) for outliers in (0, 6)),
