@@ -136,7 +136,7 @@ from . import (  # noqa: E402  (they need Peer)
     gptqmodel_marlin,
     humming,
     openvino,
-    own_w8a8,
+    own,
     torch_dynamic_int8,
     torch_int4pack,
     torch_int8pack,
@@ -164,5 +164,7 @@ PEERS: tuple[Peer, ...] = (
     zentorch.PEER,
     ark.PEER,
     openvino.PEER,
-    own_w8a8.PEER,
+    own.PEER_W8A8,
+    own.PEER_W4,
+    own.PEER_W8,
 )
