@@ -1,11 +1,11 @@
 """Each mode of the CPU kernels against each peer, with the ratio it is meant to reach beside the ratio measured.
 
     python -m benchmarks.kernels.cpu_targets --layer gate_up
-    QKERNELS_GGML_LIB=<ggml built for AVX2> python -m benchmarks.kernels.cpu_targets --isa avx2
+    QKERNELS_GGML_LIB=<ggml built for AVX2, or ik_llama.cpp's> python -m benchmarks.kernels.cpu_targets --isa avx2
 
-A process can load one build of ggml, so the AVX2 rows are a run of their own. A target is reached if the median of the paired
-ratios is at least the target; where the 99 % interval holds the target the row says "within noise" beside. A mode without a
-kernel, or a peer without a number, is "unmeasured" with its reason.
+A process can load one build of ggml, so the AVX2 rows are runs of their own, one a build. A target is reached if the median of
+the paired ratios is at least the target; where the 99 % interval holds the target the row says "within noise" beside. A mode
+without a kernel, or a peer without a number, is "unmeasured" with its reason.
 """
 
 from __future__ import annotations
@@ -68,6 +68,10 @@ TARGETS = (
 TARGETS_AVX2 = (
     Target("w4a8_g32", GGML, (1.1, 1.8, 1.5, 1.5)),
     Target("w4a8_g128", GGML, (1.1, 1.8, 1.5, 1.5)),
+    *(
+        Target(f"{name}_a8", (SAME,), (1.0, 1.0, 1.0, 1.0))
+        for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4nl_g32", "mxfp4_g32")
+    ),
 )
 
 
