@@ -71,6 +71,20 @@ cudaError_t launch_coded(const DecodeLaunch& launch, Coding coding) {
                                  : launch.run<CodedFormat<T, Coding::kTable, true>, kTokenTiles>();
 }
 
+// Groups of 32 of 2, 3, 5 and 6 bits are taken for pairs of groups of 16.
+template <class T>
+cudaError_t launch_planes(const DecodeLaunch& launch, const Weight& w) {
+  if (w.codebook != Codebook::kIntegers) return launch.run<PlanesFormat<T, Planes::kIq4Nl, 2>, 1>();
+  if (w.width == 4) return launch.run<PlanesFormat<T, Planes::k4, 2>, 1>();
+  const bool short_groups = w.groups_per_step > 1 || w.outers != 0;
+  if (w.width < 4) {
+    return short_groups ? launch.run<PlanesFormat<T, Planes::k2And3, 4>, 1>()
+                        : launch.run<PlanesFormat<T, Planes::k2And3, 1>, 1>();
+  }
+  return short_groups ? launch.run<PlanesFormat<T, Planes::k5And6, 4>, 1>()
+                      : launch.run<PlanesFormat<T, Planes::k5And6, 1>, 1>();
+}
+
 template <class T>
 cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t stream) {
   const int warps = config.warps_n * config.warps_k;
@@ -92,7 +106,11 @@ cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t s
   const dim3 grid(divide_up(call.weight.strips, config.warps_n), config.splits,
                   call.rows.given() ? call.rows.blocks : 1);
   const DecodeLaunch launch{p, config.tokens, grid, shared, stream};
-  if (const Coding coding = coding_of(call.weight.codebook); is_coded(coding)) {
+  const Coding coding = coding_of(call.weight);
+  if (coding == Coding::kPlanes) {
+    return config.tokens == kPlanesDecodeTokens ? launch_planes<T>(launch, call.weight) : cudaErrorInvalidValue;
+  }
+  if (is_coded(coding)) {
     return config.tokens == 8    ? launch_coded<T, 1>(launch, coding)
            : config.tokens == 32 ? launch_coded<T, 4>(launch, coding)
                                  : cudaErrorInvalidValue;
