@@ -105,8 +105,8 @@ def test_reasons(scheme: str, reason: str) -> None:
         LAYOUT.pack(random_weight(scheme, 64, 128))
 
 
-# What takes more than 4 % more than the information of a weight of whole tiles: codes of 7 bits take 8, integer zeros beside codes
-# of 2 and 3 bits in short groups lie in bytes, and so do the factors of Q2_K, of 4 bits, and of Q3_K, of 6.
+# What takes more than 4 % more than the information of a weight of whole tiles: codes of 7 bits take 8, integer zeros beside
+# codes of 2 and 3 bits in short groups lie in bytes, and so do the factors of Q2_K, of 4 bits.
 FAT = {f"w7a16_g{group}{zeros}": 8 / 7 for group in (32, 128) for zeros in ("", "_asym")} | {
     "w2a16_g32_asym": 1.08, "w3a16_g32_asym": 1.05, "q2_k": 1.2,
 }  # fmt: skip
