@@ -284,5 +284,9 @@ STABLE_TORCH_LIBRARY(qkernels_forced, m) {
       "int codebook, int factors, int act, int path, int tokens, int warps_n, int warps_k, int splits, bool "
       "half_accumulate, "
       "int stages) -> Tensor");
+  m.def(
+      "grouped_gemm(Tensor x, Tensor rows, Tensor offsets, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? "
+      "k_order, Tensor? outer_scales, Tensor? outer_zeros, Tensor? bias, int out_features, int bits, int group_size, "
+      "bool zeros_are_offsets, int codebook, int factors, ScalarType dtype, int path, int tokens) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(qkernels_forced, CUDA, m) { m.impl("multiply", TORCH_BOX(&qkernels::cuda::multiply_as)); }

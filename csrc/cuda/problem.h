@@ -150,6 +150,18 @@ struct RowBlocks {
   QK_CONSTEXPR bool given() const { return blocks != 0; }
 };
 
+// By the numbers of the ops (qkernels/ops/grouped.py: ACTIVATIONS).
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2Alone, kSiluAlone, kGeluAlone, kCount };
+QK_CONSTEXPR bool is_gated(Activation a) { return a < Activation::kRelu2Alone; }
+
+// Of stacked experts whose rows are gate's and then up's, as many each and a multiple of a strip: what a block that has
+// the same rows of both makes of their sums, biased by Output's bias [E][N], in place of storing them.
+struct GateUp {
+  uint16_t* to;  // [rows, N / 2] in the type of x; null: sums are stored
+  Activation activation;
+  float alpha, limit;
+};
+
 enum class Path : int {
   kDecode,      // few tokens: weights stream past registers, warps on their own
   kGemm,        // blocks with a shared pipeline
@@ -203,9 +215,11 @@ struct Call {
   Type type;                            // of x and y: kHalf or kBFloat16
   Rounding rounding = Rounding::kNone;  // of x, where it is quantized to int8
   const float* x_static = nullptr;      // scale and zero point, where `rounding` is_static
-  // Of stacked experts, on kDecode and kGemm: the weight is the first expert's, x.M the most rows of a block, and fp32
-  // sums of all columns go to out.partial [rows][N_pad].
+  // Of stacked experts, on kDecode, kGemm and kGemmSm90: the weight is the first expert's, x.M the most rows of a block
+  // (kGemmSm90: the rows of x), and fp32 sums of all columns go to out.partial [rows][N_pad]. On kGemmSm90 there is a
+  // table, and as many rows as a block has lie in front of x, which nobody reads.
   RowBlocks rows = {};
+  GateUp gate_up = {};  // with rows, on kGemmSm90 in blocks of two strips
 };
 
 // Bytes of workspace: the staged copy of x, if the path wants one, then the partial sums.

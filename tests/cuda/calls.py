@@ -61,6 +61,13 @@ def gemm_sm90(tokens: int, splits: int = 1) -> Config:
     return Config("gemm_sm90", tokens, 0, 0, splits)
 
 
+def scales_fragments(weight: QuantTensor, config: Config) -> bool:
+    """Whether gemm_sm90 scales each weight before it multiplies it, and so rounds it to x's type."""
+    scheme = weight.scheme
+    short = scheme.num_groups(weight.K) > 1 and scheme.group_length(weight.K) < 64
+    return config.path == "gemm_sm90" and (config.tokens == 256 or short or scheme.zeros in ("float", "offset"))
+
+
 def padded(x: Tensor) -> tuple[Tensor, int]:
     """The storage that x is a view of, flat, and x's offset in it."""
     storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())

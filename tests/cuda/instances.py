@@ -84,10 +84,7 @@ class Forced:
             of_table: Tensor = (x.double() @ rounded(weight, x.dtype).T).to(x.dtype)
             return of_table
         exact: Tensor = exact_product(weight, x)
-        if config.path != "gemm_sm90":
-            return exact
-        short = weight.scheme.num_groups(weight.K) > 1 and weight.scheme.group_length(weight.K) < 64
-        if config.tokens == 256 or short or weight.scheme.zeros in ("float", "offset"):
+        if calls.scales_fragments(weight, config):
             scaled: Tensor = (x.double() @ weight.dequantize().to(x.dtype).double().T).to(x.dtype)
             return scaled
         return exact

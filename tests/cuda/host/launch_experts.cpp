@@ -111,8 +111,8 @@ int run_choose_block(const Named& call) {
   const auto problem = [&](const Stack& s, const char* bits) {
     return problem_of(s.weight, b.x.M, number(bits), 16, b.type == Type::kHalf, true, device, {});
   };
-  const BlockConfig c =
-      choose_block(problem(b.up, "up_bits"), problem(b.down, "down_bits"), b.x.M, int64_t{b.x.M} * b.per, b.up.experts);
+  const BlockConfig c = choose_block(problem(b.up, "up_bits"), problem(b.down, "down_bits"), b.x.M,
+                                     int64_t{b.x.M} * b.per, b.up.experts, pairs_strips(b.activation, b.down.weight.K));
   int32_t* to = call.pointer<int32_t>("configs");
   for (const Config& one : {c.up, c.down}) {
     const int32_t fields[] = {c.sorted, static_cast<int>(one.path), one.tokens, one.warps_n, one.warps_k, one.splits};
