@@ -1,7 +1,8 @@
-// How an instance of decode is found and launched, for one type of activations, each a translation unit of its own: 35
+// How an instance of decode is found and launched, for one type of activations, each a translation unit of its own: 41
 // instances. 14 of 8 tokens, for each width 4 for the usual scales and zeros (GroupKind) in groups of 32 and of 64 or
 // more, and 3 for all others and groups of 16; 7 of 16 tokens, where only symmetric 4 bit in groups of 64 and more has
 // one of its own (the others do not fit 128 registers); 4 of 32. Codes that are no integers: 5 of 8 and 5 of 32 tokens.
+// Codes in planes and under factors of 256 weights: 6 of 8 tokens.
 #pragma once
 #include "blocks.h"
 #include "decode.cuh"

@@ -1,6 +1,6 @@
 // How an instance of gemm is found and launched, for one type of activations: 12 instances, and two with fp16
-// accumulation for fp16; 4 for codes that are no integers, all of 64 tokens. Each type is a translation unit of its
-// own.
+// accumulation for fp16; 4 for codes that are no integers, 6 for those in planes, all of 64 tokens. Each type is a
+// translation unit of its own.
 #pragma once
 #include "blocks.h"
 #include "gemm_sm80.cuh"
