@@ -71,13 +71,15 @@ const uint8_t* bytes(const Buffer* b) { return b == nullptr ? nullptr : static_c
 }  // namespace
 
 Weight weight_of(const Arguments& a, int64_t K) {
-  Weight w = make_weight(a.out_features, K, static_cast<int>(a.bits), a.group_size);
+  Weight w = make_weight(a.out_features, K, static_cast<int>(a.bits), a.group_size, a.act == 0);
   w.codes = bytes(&a.qweight), w.scales = bytes(&a.scales), w.zeros = bytes(a.zeros);
   w.scale_type = a.scales.type, w.zero_type = a.zeros == nullptr ? Type::kNone : a.zeros->type;
   w.zeros_are_offsets = a.zeros_are_offsets;
   set_codebook(w, static_cast<Codebook>(a.codebook));
   w.outer = bytes(a.outer_scales), w.outer_type = a.outer_scales == nullptr ? Type::kNone : a.outer_scales->type;
-  w.outer_divides = static_cast<Factors>(a.factors) == Factors::kNvfp4;
+  w.outer_zeros = bytes(a.outer_zeros),
+  w.outer_zero_type = a.outer_zeros == nullptr ? Type::kNone : a.outer_zeros->type;
+  set_factors(w, static_cast<Factors>(a.factors));
   return w;
 }
 

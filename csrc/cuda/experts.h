@@ -98,7 +98,7 @@ inline Tile fastest_tile(const Problem& of_one, Path path, int tokens, int rows,
     if (!coded && p.K > 0) visit({path, tokens, 0, 0, 1, false});
     return best;
   }
-  if (coded && tokens == 16) return best;
+  if ((coded && tokens == 16) || (p.coding == Coding::kPlanes && tokens != kPlanesDecodeTokens)) return best;
   for (int warps = 4; warps <= most_decode_warps(tokens); warps *= 2) {
     for (int warps_n = 1; warps_n <= std::min(warps, of_one.strips()); warps_n *= 2) {
       visit({path, tokens, warps_n, warps / warps_n, 1, false});

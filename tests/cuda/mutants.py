@@ -64,6 +64,14 @@ MUTANTS: dict[str, Mutant] = {
         "const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),\n"
         "                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);",
     ),
+    # Outer factors of another 256 weights; bits of another run of 16 columns; offsets that are lost.
+    "PLANES_OUTER_TOO_LATE": Mutant(*DECODE, "next_step % kStepsOfOuter == 0", "next_step % kStepsOfOuter == 1"),
+    "PLANES_WRONG_RUN": Mutant(
+        "decode_f16.cu", "multiply_planes.cuh", "q.high[tile][run / 2]", "q.high[tile][run % 2]"
+    ),
+    "PLANES_LOST_REST": Mutant(
+        "decode_f16.cu", "multiply_planes.cuh", "if (kRestsLater && !symmetric) {", "if (kRestsLater && symmetric) {"
+    ),
     # Of stacked experts: another expert's strips; a block that goes on behind its expert's last row; an expert without rows that
     # has no slot, so that those behind it share one; sums that are not yet there.
     "EXPERTS_WRONG_STRIPS": Mutant(*GEMM, "first_strip = rows.expert * p.weight.strips;", "first_strip = rows.expert;"),
