@@ -6,7 +6,6 @@ import ctypes
 import difflib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -53,7 +52,7 @@ def require_directory(path: Path) -> None:
         return
     what = "is a file, but no GGUF file" if path.exists() else "does not exist"
     if path.is_symlink() and not path.exists():
-        what = f"is a link to {os.readlink(path)}, which does not exist"
+        what = f"is a link to {path.readlink()}, which does not exist"
     raise CheckpointError(
         f"{path} {what}; a checkpoint is a local folder with {CONFIG} and *.safetensors, or a GGUF file "
         "(a model on the Hub is named owner/name)"
