@@ -73,8 +73,9 @@ def load(
             where the file has them in 16 bits (GGUF, GPTQ, AWQ): prompts are faster, logits less exact. A warning names weights
             for which no kernel does that.
         device_map: instead of `device`: "auto" fills the GPUs with layers and leaves the rest on the CPU; a number of layers goes
-            to the first GPU, with all that is outside of layers; or a mapping from names of modules to devices ({"": 0,
-            "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays there; activations travel.
+            to the first GPU, with all that is outside of layers (0: everything on the CPU); or a mapping from names of modules
+            to devices ({"": 0, "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays
+            there; activations travel.
         revision: of a model on the Hub: a branch, tag or commit.
         others: none; those of transformers' `from_pretrained` get an error that says what to pass instead.
 
