@@ -108,6 +108,14 @@ def test_other_formats_get_floats_and_say_so(
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_and_back_to_a_file(made: tuple[Path, Path, bool], tmp_path: Path) -> None:
+    """Of rows with one outer factor, too (K = 256)."""
+    file, directory, _ = made
+    to_gguf(directory, tmp_path / "back.gguf")
+    again, first = load(tmp_path / "back.gguf", dtype="float32"), load(file, dtype="float32")
+    torch.testing.assert_close(logits(again), logits(first), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("named", [["model.embed"], "model.embed_tokens", [3], {"model.embed_tokens": 1}])
 def test_names_of_nothing_are_refused(named: Any, made: tuple[Path, Path, bool], tmp_path: Path) -> None:
     def change(config: dict[str, Any]) -> None:
