@@ -10,6 +10,7 @@ wall time is the only clock.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -36,8 +37,7 @@ class Block:
     """
 
     def __init__(self, weights: Sequence[tuple[QuantTensor, QuantTensor]], k: int, threads: int, tokens: int) -> None:
-        from kt_kernel import kt_kernel_ext as kt
-
+        kt: Any = import_module("kt_kernel").kt_kernel_ext
         down = weights[0][1]
         E, hidden, width, self.k = len(weights), down.N, down.K, k
         pool = kt.WorkerPoolConfig()
