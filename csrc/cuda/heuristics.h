@@ -196,11 +196,11 @@ inline double gemm_instructions(const Problem& p) {
          (is_coded(p.coding) ? 220 : 0);  // a table's permutations
 }
 // 16 rows and all tokens of a block, along the executed path at 64 tokens; at a group's end an FMA for each of a lane's
-// sums, and 33 for its scales, zeros and the wait. Scaled fragments: a static count.
+// sums, and 35 for its scales, zeros and the wait. Scaled fragments: a static count.
 inline double wgmma_instructions(const Problem& p, int tokens) {
   const int wide = p.bits > 4 ? 22 : 0;
   if (tokens == 256 || p.short_groups() || p.float_zeros) return 180 + wide + (p.short_groups() ? 4 : 1) * 48;
-  return 84 + wide + (33 + tokens / 2.0) / p.steps_per_group;
+  return 86 + wide + (35 + tokens / 2.0) / p.steps_per_group;
 }
 // Of a lane: each sum of a group is shifted, converted and added.
 inline double fold_instructions(const Problem& p, double sums) {
