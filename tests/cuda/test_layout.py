@@ -153,6 +153,6 @@ def test_what_was_packed_before_there_were_planes_is_read(bits: int) -> None:
     assert int8 is not None
     assert new["qweight"] is not None
     assert torch.equal(LAYOUT.upgraded(1, new | {"qweight": int8}, 37, 130, plain.scheme)["qweight"], new["qweight"])  # type: ignore[arg-type]
-    if width != bits:
+    if bits not in (4, 7, 8):
         with pytest.raises(TensorError, match="qweight must be uint8"):
             LAYOUT.upgraded(1, packed | {"qweight": old[:, :-1]}, 37, 130, weight.scheme)
