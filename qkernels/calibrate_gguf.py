@@ -162,6 +162,9 @@ def _calibrated(plan: GgufPlan) -> tuple[dict[str, str], dict[str, str]]:
     skipped: dict[str, str] = {}
     for name, entry in plan.entries.items():
         kind, type = entry.place.kind, entry.chosen.type
+        if kind == "latent" and type in WRITABLE_TYPES:
+            module = entry.place.name.removesuffix(".weight")
+            skipped[module] = f"{type} by the better search: keys and values lie apart in the file, keys transposed"
         if kind not in ("linear", "experts", "embedding") or len(entry.shape) < 2 or type not in WRITABLE_TYPES:
             continue
         module = entry.place.name if kind == "experts" else entry.place.name.removesuffix(".weight")

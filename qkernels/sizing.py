@@ -140,9 +140,11 @@ def choose_types(
     matrices = {
         name: place
         for name, place in slots.places.items()
-        if len(slots.shapes[name]) > 1 and place.kind not in ("plain", "row")  # routers stay floats
+        if len(slots.shapes[name]) > 1 and place.kind not in ("plain", "row", "parameter", "latent")
+    }  # routers and what is no weight stay floats; of latents no importance is measured
+    fixed = {
+        n: Chosen("F16" if slots.places[n].kind == "latent" else "F32") for n in slots.places.keys() - matrices.keys()
     }
-    fixed = {name: Chosen("F32") for name in slots.places.keys() - matrices.keys()}
     smallest = {name: Chosen(_candidates(slots.shapes[name])[0]) for name in matrices}
     plan = plan_of(slots, "Q2_K", fixed | smallest)
     room = nbytes - plan.file_nbytes + sum(plan.entries[name].nbytes for name in matrices) - _ALIGNED * len(matrices)
@@ -206,7 +208,9 @@ def _importance(model: nn.Module, places: Mapping[str, Place], windows: Windows,
     """By name in the file; of a head that shares its weight with the embedding, under the embedding's name."""
     measured = measure_importance(model, windows, dataset)
     found = measured.entries
-    entries = {name: found[place.name] for name, place in places.items() if place.name in found}
+    entries = {
+        name: found[place.name] for name, place in places.items() if place.name in found and place.kind != "latent"
+    }
     if "output.weight" not in places and "token_embd.weight" in places and "lm_head.weight" in found:
         entries["token_embd.weight"] = found["lm_head.weight"]
     return replace(measured, entries=entries)
@@ -244,18 +248,27 @@ def _options(
     for name, names in tqdm(_groups(matrices).items(), desc="asking", unit="tensor", leave=False, delay=2):
         place = matrices[name]
         parameter = parameters[place.name]
-        weight = place.rows_in_file(parameter.detach().cpu())
+        weight = place.rows_in_file(_turned(place, parameter.detach().cpu()))
         entry = importance.entries.get(name)
         columns = None if entry is None else entry.importance(*weight.shape)
         found = {type: _made(weight, type, columns, search) for type in _candidates(slots.shapes[name])}
         shapes = [slots.shapes[one] for one in names]
         coarse, (_, error) = next(iter(found.items()))
-        divergence = _divergence(model, parameter, place.rows(found[coarse][0]), probe, expected) if error > 0 else 0.0
+        divergence = (
+            _divergence(model, parameter, _turned(place, place.rows(found[coarse][0])), probe, expected)
+            if error > 0
+            else 0.0
+        )
         options[name] = [
             Option(type, sum(_nbytes(shape, type) for shape in shapes), divergence * e / error if error > 0 else 0.0)
             for type, (_, e) in found.items()
         ]
     return options
+
+
+def _turned(place: Place, weight: Tensor) -> Tensor:
+    """Experts that their model has transposed, as a file has them; and back. Which row is whose makes no difference here."""
+    return weight.transpose(-1, -2).contiguous() if place.turned else weight
 
 
 def _made(weight: Tensor, type: str, columns: Tensor | None, search: SearchName) -> tuple[Tensor, float]:

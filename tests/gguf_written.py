@@ -76,7 +76,7 @@ def tensors_digest(path: Path) -> str:
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     """Every parameter in float32, packed ones dequantized."""
-    found = {name: p.detach().float() for name, p in model.named_parameters()}
+    found = {name: p.detach().float() for name, p in model.named_parameters() if not name.endswith("_stack.bias")}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             found[f"{name.removesuffix('.table')}.weight"] = module.dequantize(torch.float32)  # of packed embeddings

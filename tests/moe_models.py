@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 COMMON: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -99,3 +103,35 @@ def tiny_moe(family: str, **changes: Any) -> Any:
             if "expert" in name or "gate" in name or "router" in name:
                 parameter.normal_(0, 0.1)
     return model
+
+
+def edited(directory: Path, edit: Any) -> None:
+    """Change the tensors of a directory of one file."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def shipped(directory: Path) -> dict[str, Tensor]:
+    """A tiny gpt-oss as openai ships it; returns the float parameters that transformers' own reader makes of it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model = tiny_moe("gpt_oss", intermediate_size=64)
+    model.save_pretrained(directory)
+    torch.manual_seed(11)
+    floats: dict[str, Tensor] = {}
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            E, K, N = tensors.pop(name).shape
+            blocks = torch.randint(256, (E, N, K // 32, 16)).byte()
+            scales = torch.randint(118, 126, (E, N, K // 32)).byte()
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+            floats[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+
+    edited(directory, pack)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return floats

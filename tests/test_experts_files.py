@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +23,7 @@ from qkernels.models.naming import FileNames, into_model
 from qkernels.nn import QuantExperts, QuantStack
 from qkernels.planning import plan
 from qkernels.scheme import CODEBOOKS
-from tests.moe_models import FAMILIES, tiny_moe
+from tests.moe_models import FAMILIES, edited, shipped, tiny_moe
 
 TOKENS = torch.tensor([[1, 5, 9, 33, 12, 40, 7, 2]])
 SCHEMES = {"gptq": "w4a16_g8", "awq": "w4a16_g8_asym", "compressed-tensors": "w4a16_g8", "native": "w4a16_g8"}
@@ -96,13 +96,6 @@ def test_quantized_while_loading(family: str, tmp_path: Path) -> None:
     report = replace_linear(model, "w4a16_g8", include="*experts")
     assert while_loading.hf_quantizer.report.stacks == report.stacks
     torch.testing.assert_close(logits(while_loading), logits(model), rtol=1e-5, atol=1e-5)
-
-
-def edited(directory: Path, edit: Any) -> None:
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("scheme", ["w8a8z_channel", "w8a8w_channel"])
@@ -207,30 +200,6 @@ def test_experts_of_two_schemes_are_refused(tmp_path: Path) -> None:
     edited(tmp_path, coarser)
     with pytest.raises(CheckpointError, match=r"experts\.1\.w3"):
         load(tmp_path)
-
-
-def shipped(directory: Path) -> dict[str, Tensor]:
-    """A tiny gpt-oss as openai ships it; returns the float parameters that transformers' own reader makes of it."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    model = tiny_moe("gpt_oss", intermediate_size=64)
-    model.save_pretrained(directory)
-    torch.manual_seed(11)
-    floats: dict[str, Tensor] = {}
-
-    def pack(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-            E, K, N = tensors.pop(name).shape
-            blocks = torch.randint(256, (E, N, K // 32, 16)).byte()
-            scales = torch.randint(118, 126, (E, N, K // 32)).byte()
-            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
-            floats[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-
-    edited(directory, pack)
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (directory / "config.json").write_text(json.dumps(config))
-    return floats
 
 
 def test_mxfp4_as_gpt_oss_ships_it(tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
     expected = torch.tensor(LLAMA_CPP["logprobs"][name], dtype=torch.float64)
     spread = float(expected.max() - expected.min())
     allowed = {
-        "llama-mixed": 5e-3, "llama-k": 1e-2, "qwen3": 2e-3, "gemma3": 2e-3, "mixtral": 2e-2, "qwen2moe": 2e-2, "qwen3moe": 2e-2
+        "llama-mixed": 5e-3, "llama-k": 1e-2, "qwen3": 2e-3, "gemma3": 2e-3, "mixtral": 2e-2, "qwen2moe": 2e-2, "qwen3moe": 2e-2,
+        "deepseek3": 5e-2, "gpt-oss": 2e-2,
     }.get(name, 5e-4)  # fmt: skip
     assert float((found - expected).abs().max()) < allowed * spread
 
@@ -150,13 +151,14 @@ def test_text_is_split_as_llama_cpp_does(pre: str, tmp_path: Path) -> None:
 
 
 def test_every_architecture_has_a_file() -> None:
-    files = [GgufSource.open(FILES / f"{name}.gguf") for name in GOLDEN]
-    mixtures = {
-        file.get("general.architecture") for file in files if file.get("llama.expert_count") or "moe" in str(file.path)
-    }
-    assert {file.get("general.architecture") for file in files} == {*GGUF_ARCHITECTURES, *GGUF_MIXTURES}
+    files = {name: GgufSource.open(FILES / f"{name}.gguf") for name in GOLDEN}
+    named = {name: str(file.get("general.architecture")) for name, file in files.items()}
+    mixtures = {named[name] for name, file in files.items() if file.get(f"{named[name]}.expert_count")}
+    assert {*named.values()} == {*GGUF_ARCHITECTURES, *GGUF_MIXTURES}
     assert mixtures == {*GGUF_MIXTURES}
-    assert LOGITS.keys() == {*GOLDEN} and len(GOLDEN) == 14
+    assert LOGITS.keys() == {*GOLDEN} and len(GOLDEN) == 17
+    assert load(FILES / "deepseek2.gguf").config.model_type == "deepseek_v2"
+    assert load(FILES / "deepseek3.gguf").config.model_type == "deepseek_v3"  # of the same name in files
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -164,7 +166,13 @@ def test_tokenizers_are_those_of_the_original(name: str) -> None:
     tokenizer = load_tokenizer(FILES / f"{name}.gguf")
     assert tokenizer(TEXT)["input_ids"] == TEXT_IDS[name]
     assert tokenizer.decode(TEXT_IDS[name], skip_special_tokens=True) == TEXT
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
+    special = {
+        "deepseek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"),
+        "gpt-oss": ("<|startoftext|>", "<|return|>", "<|endoftext|>"),
+    }.get(name.rstrip("23"), ("<s>", "</s>", "<pad>"))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == special
+    assert tokenizer(special[1], add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
+    assert len(tokenizer) == 300
     chat = [{"role": "user", "content": "the moon"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "the moon"
 

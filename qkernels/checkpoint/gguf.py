@@ -26,6 +26,7 @@ from ..formats.validation import naming
 from ..models.experts import PARTS
 from ..models.gguf_config import config_of
 from ..models.gguf_names import INPUT_SCALE, Place, architecture_of, places_of
+from ..models.gguf_parts import joined, joined_shape
 from ..models.naming import WHOLE, into_model
 from ..reports import readable_size
 from ..storage.gguf import GgufEntry, GgufSource
@@ -88,13 +89,19 @@ class GgufCheckpoint:
         modules: dict[str, tuple[str, ...]] = {}
         spelled: dict[str, tuple[str, ...]] = {}
         stacks: dict[str, dict[int, str]] = {}
+        floats: dict[str, dict[int, str]] = {}
         for name, place in places.items():
             if place.kind == "experts":
                 stacks.setdefault(place.name, {})[place.part] = name
             elif place.kind == "linear" and _is_exact(source.entry(name), place):
                 modules[place.name.removesuffix(".weight")] = (name,)
             else:
-                spelled[place.name] = (name,)
+                floats.setdefault(place.name, {})[place.part] = name
+        for name, parts in floats.items():
+            spelled[name] = tuple(parts[i] for i in sorted(parts))
+            if places[spelled[name][0]].parts > 1:  # raises where they do not fit each other
+                shapes = [source.entry(part).shape for part in spelled[name]]
+                joined_shape(places[spelled[name][0]], shapes, spelled[name][0])
         for experts, projections in _by_experts(source, stacks).items():
             packed = all(_are_exact(source, names) for names in projections.values())
             (modules if packed else spelled).update({f"{experts}.{p}": names for p, names in projections.items()})
@@ -198,6 +205,13 @@ class GgufCheckpoint:
         """
         yield from self._parts(self.spelled[name][0])
 
+    def embedding_ready(self, name: str) -> None:
+        """Of none: blocks are laid out anew."""
+        return None
+
+    def embedding_parts(self, name: str) -> list[str]:
+        return list(self.spelled[name])
+
     def with_activations_of_the_file(self) -> GgufCheckpoint:
         """Itself: these files say nothing of activations."""
         return self
@@ -215,12 +229,14 @@ class GgufCheckpoint:
         return name in self.spelled
 
     def shape(self, name: str) -> tuple[int, ...]:
-        first, *others = self._entries(name)
-        if others:
-            E, N, K = first.shape
-            return E, N + sum(entry.shape[1] for entry in others), K
-        row = name in self.spelled and self.places[self.spelled[name][0]].kind == "row"
-        return (1, *first.shape) if row and len(first.shape) == 1 else first.shape
+        shapes = [entry.shape for entry in self._entries(name)]
+        if name not in self.spelled:
+            return shapes[0]
+        spelled = self.spelled[name][0]
+        place = self.places[spelled]
+        if place.kind == "row" and len(shapes[0]) == 1:
+            return (1, *shapes[0])
+        return joined_shape(place, shapes, spelled) if place.parts > 1 or place.turned else shapes[0]
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype(self.spelled[name][0])
@@ -245,8 +261,9 @@ class GgufCheckpoint:
             CheckpointError: as `GgufSource.blocks`; or blocks hold NaN or infinities.
         """
         parts = [self._read(spelled) for spelled in self.spelled[name]]
-        if len(parts) > 1:
-            return torch.cat([part.to(self.dtype(name)) for part in parts], dim=-2)
+        place = self.places[self.spelled[name][0]]
+        if place.parts > 1 or place.turned:
+            return joined(place, [part.to(self.dtype(name)) for part in parts])
         return parts[0].view(self.shape(name))
 
     def _read(self, spelled: str) -> Tensor:
@@ -378,6 +395,8 @@ def _dequantized(
                 what = "embeddings are"
             elif places[name].kind == "experts":
                 what = "experts of which not all are in one type of blocks that has a kernel are"
+            elif places[name].kind == "latent":
+                what = "keys and values of latent attention, apart in the file and one matrix in the model, are"
             found.setdefault((what, entry.type.name), []).append(name)
     lines = []
     for (what, kind), names in found.items():

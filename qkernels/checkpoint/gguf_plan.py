@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError
-from ..models.experts import PARTS
 from ..models.gguf_config import config_of
 from ..models.gguf_metadata import QUANTIZATION_VERSION, check_config, experts_in, metadata_of
 from ..models.gguf_mixes import FILE_TYPE_OF, Chosen, Facts, file_order, types_of
 from ..models.gguf_names import GgufArchitecture, Place, architecture_for, places_for, places_of
+from ..models.gguf_parts import part_shape
 from ..models.gguf_tokenizer import tokenizer_of
 from ..models.gguf_vocabulary import check_tokenizer, vocabulary_of
 from ..reports import readable_size
@@ -182,12 +182,8 @@ def slots_of(path: str | Path) -> Slots:
 
 
 def _shape_in_file(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
-    """Of stacked experts each part has its rows; a matrix of one row is a vector."""
-    if place.kind == "row":
-        return shape[1:]
-    if place.kind != "experts":
-        return shape
-    return (shape[0], shape[1] // len(PARTS[place.name.rpartition(".")[2]]), shape[2])
+    """Of what lies in parts the part's; a matrix of one row is a vector."""
+    return shape[1:] if place.kind == "row" else part_shape(place, shape)
 
 
 def _holds(checkpoint: Checkpoint, name: str) -> bool:
@@ -218,7 +214,8 @@ def chosen_types(
 ) -> dict[str, Chosen]:
     """The types that a mix gives to them."""
     config = slots.config
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    heads = config["num_attention_heads"]
+    kv_heads = 1 if slots.architecture.latent else config["num_key_value_heads"]
     facts = Facts(slots.architecture.name, config["num_hidden_layers"], heads, kv_heads, experts_in(config))
     return types_of(slots.shapes, mix, facts, pure, overrides, importance)
 

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from ..errors import ArgumentError, CheckpointError, ConversionError
 from ..formats import Oddity, summary
 from ..formats.gguf import WRITABLE_TYPES, ImportanceFile, SearchName, exact_blocks, gguf_blocks
-from ..models.experts import PARTS
+from ..models.experts import ExpertsForm
 from ..models.gguf_mixes import Chosen
 from ..models.gguf_names import Place
+from ..models.gguf_parts import part_of
+from ..nn.experts import rows_in_halves
 from ..storage import read_from
 from ..storage.gguf import SUFFIX
 from ..storage.gguf_header import MetaValue
@@ -204,22 +206,18 @@ def _data(
     module = entry.source.rpartition(".")[0]
     wanted = entry.chosen.type
     if entry.source in checkpoint:
-        tensor = _part(entry.place, checkpoint.read(entry.source))
+        tensor = part_of(entry.place, checkpoint.read(entry.source))
         return _made(name, entry.place, tensor.view(entry.shape), wanted, importance, search)
     if entry.source in checkpoint.stacks:
         return _experts(name, entry, checkpoint, importance, search, oddities)
     weight, found = checkpoint.weight(module)
     oddities += [(module, oddity) for oddity in found]
+    if entry.place.kind == "latent":  # keys are transposed in the file, so that blocks have other weights in them
+        part = part_of(entry.place, weight.dequantize(torch.float32))
+        return _made(name, entry.place, part, wanted, importance, search)
     if tuple(weight.codes.shape) != entry.shape:
         raise CheckpointError(f"{module}: the model needs a weight {list(entry.shape)}, got {list(weight.codes.shape)}")
     return _again(name, entry.place, weight, wanted, importance, search)
-
-
-def _part(place: Place, tensor: Tensor) -> Tensor:
-    """Gate or up of stacked experts whose rows are both; any other tensor as it is."""
-    if place.kind != "experts":
-        return tensor
-    return tensor.chunk(len(PARTS[place.name.rpartition(".")[2]]), dim=1)[place.part].contiguous()
 
 
 def _experts(
@@ -296,11 +294,13 @@ def _parts_of_experts(
     checkpoint: Checkpoint, source: str, place: Place, oddities: list[tuple[str, Oddity]] | None = None
 ) -> Iterator[QuantTensor]:
     """Of each expert the rows that a tensor of the file has; what is strange about it goes to `oddities`."""
-    parts = len(PARTS[place.name.rpartition(".")[2]])
+    turned = place.turned and checkpoint.format is not None and checkpoint.format.rows_as_stored
     for weight, found in checkpoint.expert_weights(source):
         if oddities is not None:
             oddities += [(source, oddity) for oddity in found]
-        yield weight.shard("N", place.part, parts) if parts > 1 else weight
+        if place.parts > 1 and turned:
+            weight = rows_in_halves(ExpertsForm("gate_up_proj", 1, weight.K, weight.N // 2, True, True), weight)
+        yield weight.shard("N", place.part, place.parts) if place.parts > 1 else weight
 
 
 def _lossless_types(slots: Slots) -> dict[str, Chosen]:
@@ -315,7 +315,9 @@ def _lossless_types(slots: Slots) -> dict[str, Chosen]:
         )
     chosen = {}
     for name, source in slots.sources.items():
-        if source not in checkpoint:
+        if slots.places[name].kind == "latent" and source not in checkpoint:
+            chosen[name] = Chosen("F32")  # half of a quantized matrix, transposed: no blocks are the same
+        elif source not in checkpoint:
             module = source if source in checkpoint.stacks else source.rpartition(".")[0]
             try:
                 chosen[name] = Chosen(_exact_type(checkpoint, source, slots.places[name]))
@@ -323,7 +325,7 @@ def _lossless_types(slots: Slots) -> dict[str, Chosen]:
                 raise ConversionError(
                     f"{module}: {error}; with loss: qkernels quantize {checkpoint.path} OUT.gguf --type Q4_K_M"
                 ) from error
-        elif len(slots.shapes[name]) < 2 or slots.places[name].offset:
+        elif len(slots.shapes[name]) < 2 or slots.places[name].offset or not name.endswith("weight"):
             chosen[name] = Chosen("F32")
         else:
             dtype = checkpoint.dtype(source)

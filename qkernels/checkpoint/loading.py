@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
-from math import prod
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -24,14 +23,13 @@ from ..nn import QuantEmbedding, QuantExperts, QuantLinear, QuantStack, set_modu
 from ..nn.embedding import scale_of
 from ..nn.experts import OrdersDiffer, bias_of, rows_in_halves
 from ..nn.packed import PackedModule
-from ..reports import readable_size
 from ..storage import CONFIG
 from ..tensor import QuantTensor
 from ..text import describe, dtype_name
 from .activations import Activations, as_it_runs, with_int8
 from .arguments import named_dtype, refuse_others, stored_dtype
 from .gguf import GGUF, dequantized_experts
-from .layers import dequantize_router, dequantized, float_layer, kept_in_fp32, linear_at, packed_layer
+from .layers import dequantize_router, dequantized, float_layer, floated, kept_in_fp32, linear_at, packed_layer
 from .placing import DeviceMap, Placement, connect, placement_of
 from .source import Checkpoint, open_checkpoint
 
@@ -71,8 +69,9 @@ def load(
             where the file has them in 16 bits (GGUF, GPTQ, AWQ): prompts are faster, logits less exact. A warning names weights
             for which no kernel does that.
         device_map: instead of `device`: "auto" fills the GPUs with layers and leaves the rest on the CPU; a number of layers goes
-            to the first GPU, with all that is outside of layers; or a mapping from names of modules to devices ({"": 0,
-            "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays there; activations travel.
+            to the first GPU, with all that is outside of layers (0: everything on the CPU); or a mapping from names of modules
+            to devices ({"": 0, "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays
+            there; activations travel.
         revision: of a model on the Hub: a branch, tag or commit.
         others: none; those of transformers' `from_pretrained` get an error that says what to pass instead.
 
@@ -157,9 +156,7 @@ def load(
         if hindrance is None:
             used.add(name)
         else:
-            before, after = checkpoint.nbytes(name), prod(checkpoint.shape(name)) * dtype.itemsize
-            grows = f"{readable_size(before)} become {readable_size(after)}: {hindrance}"
-            oddities.append((name, Oddity("embeddings are dequantized while loading", grows)))
+            oddities.append((name, floated(name, checkpoint, dtype, hindrance)))
     missing = _fill(model, slots, checkpoint, used, place, dtype)
     check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, place)
@@ -199,10 +196,16 @@ def _pack_embedding(
         raise CheckpointError(f"{name}: the model needs a weight {wanted}, got {got}")
     try:
         scale = scale_of(source)
-        parts = checkpoint.embedding(name)
-        if others and activations == "int8":
-            parts, _ = with_int8(parts, (got[0], got[1]), place(module), dtype, on_unsupported)
-        table = QuantLinear.from_parts(parts, got[0], place(module), dtype, on_unsupported)
+        int8 = bool(others) and activations == "int8"
+        lying = None if int8 else checkpoint.embedding_ready(name)
+        table = None
+        if lying is not None:
+            table = QuantLinear.from_buffers(*lying, None, place(module), dtype, on_unsupported)
+        if table is None:
+            parts = checkpoint.embedding(name)
+            if int8:
+                parts, _ = with_int8(parts, (got[0], got[1]), place(module), dtype, on_unsupported)
+            table = QuantLinear.from_parts(parts, got[0], place(module), dtype, on_unsupported)
     except (ArgumentError, UnsupportedProblem) as error:
         return slots, str(error)
     set_module(model, module, QuantEmbedding(table, scale))

@@ -86,12 +86,14 @@ def config_of(source: GgufSource, architecture: GgufArchitecture) -> tuple[dict[
         "intermediate_size": keys.integer("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
-        "head_dim": _head_dim(source, keys, heads, hidden),
         "max_position_embeddings": keys.integer("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in source,
         "dtype": _dtype(source, architecture),
     }
+    config |= (
+        _latent(source, keys, heads) if architecture.latent else {"head_dim": _head_dim(source, keys, heads, hidden)}
+    )
     config |= {field: _token_id(source, f"tokenizer.ggml.{name}_token_id") for field, name in _TOKENS.items()}
     turn_end = _token_id(source, "tokenizer.ggml.eot_token_id")
     if turn_end is not None and config["eos_token_id"] not in (None, turn_end):
@@ -112,6 +114,29 @@ def _head_dim(source: GgufSource, keys: _Keys, heads: int, hidden: int) -> int:
             f"{source.path} has keys of {size} and values of {values} channels a head, expected the same"
         )
     return size
+
+
+def _latent(source: GgufSource, keys: _Keys, heads: int) -> dict[str, Any]:
+    """Widths of latent attention. Where keys lie as llama.cpp multiplies them, files say that all heads share one latent; those
+    from before say the widths of heads at once."""
+    shared = "_mla" if keys.raw("attention.key_length_mla") is not None else ""
+    for key in ("attention.key_length", "attention.value_length"):
+        keys.raw(key)
+    width, rotated = keys.integer(f"attention.key_length{shared}"), keys.integer("rope.dimension_count")
+    if width <= rotated:
+        raise CheckpointError(
+            f"{source.path} turns {rotated} of {width} channels a head by rope, which leaves none of keys"
+        )
+    low_rank = "blk.0.attn_q.weight" not in source
+    return {
+        "num_key_value_heads": heads,
+        "kv_lora_rank": keys.integer("attention.kv_lora_rank"),
+        "q_lora_rank": keys.integer("attention.q_lora_rank") if low_rank else None,
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": width - rotated,
+        "v_head_dim": keys.integer(f"attention.value_length{shared}"),
+        "head_dim": rotated,
+    }
 
 
 def _dtype(source: GgufSource, architecture: GgufArchitecture) -> str:
@@ -393,9 +418,72 @@ def _olmoe(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str,
     }  # fmt: skip
 
 
+def _deepseek(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSeek-V2 and V3 have in common."""
+    for key, what in (
+        ("nextn_predict_layers", "layers that predict further tokens"),
+        ("attention.temperature_scale", "a temperature of attention by position"),
+    ):
+        if keys.raw(key):
+            raise CheckpointError(f"{source.path} has {what}, which is not read; load the original checkpoint")
+    keys.raw("expert_gating_func")
+    rope = _rope(source, keys, config)
+    if rope["rope_type"] == "yarn":
+        # a tenth of what configs have; without it llama.cpp scales attention as no model of transformers does
+        grows = _rounded(10 * keys.number("rope.scaling.yarn_log_multiplier"))
+        rope |= {"mscale": grows, "mscale_all_dim": grows}
+    return _experts(keys, "n_routed_experts") | {
+        "rope_parameters": rope,
+        "first_k_dense_replace": keys.integer("leading_dense_block_count", 0, least=0),
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "n_shared_experts": keys.integer("expert_shared_count"),
+        "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),
+    }
+
+
+def _groups(keys: _Keys) -> dict[str, int]:
+    """Of experts, and from how many of them a token takes its own; nothing in older files, where llama.cpp knows of none."""
+    if keys.raw("expert_group_count") is None:
+        return {}
+    return {"n_group": keys.integer("expert_group_count"), "topk_group": keys.integer("expert_group_used_count")}
+
+
+def _deepseek_v2(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """Of groups those with the largest expert are taken, as DeepSeek's own code does; llama.cpp adds the two largest up."""
+    if _normed(keys, False) or source.get(f"{keys.architecture}.expert_gating_func", 1) != 1:
+        raise CheckpointError(
+            f"{source.path} has a router that no model of transformers has for {keys.architecture} (expert_gating_func "
+            f"{source.get(f'{keys.architecture}.expert_gating_func')}, expert_weights_norm "
+            f"{source.get(f'{keys.architecture}.expert_weights_norm')}); load the original checkpoint"
+        )
+    groups = _groups(keys)
+    method = "group_limited_greedy" if groups.get("n_group", 1) > 1 else "greedy"
+    return _deepseek(source, keys, config) | groups | {"topk_method": method, "norm_topk_prob": False}
+
+
+def _deepseek_v3(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    groups = {"n_group": 1, "topk_group": 1} | _groups(keys)
+    normed = {"norm_topk_prob": _normed(keys, False), "num_nextn_predict_layers": 0, "rope_interleave": True}
+    return _deepseek(source, keys, config) | groups | normed
+
+
+def _gpt_oss(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """The range that yarn corrects is not rounded to whole channels, as in the model's own code; llama.cpp rounds it, and no key
+    says so."""
+    rope = _rope(source, keys, config)
+    return _experts(keys, "num_local_experts") | {
+        "rope_parameters": rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
+        "intermediate_size": keys.integer("expert_feed_forward_length"),
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "layer_types": _layer_types(source, keys, config, every=2),
+        "attention_bias": "blk.0.attn_q.bias" in source,
+    }
+
+
 _OF_MODEL_TYPE: Final = {
     "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gemma": _gemma, "gemma2": _gemma2, "gemma3_text": _gemma3,
     "phi3": _phi3, "mixtral": _mixtral, "qwen2_moe": _qwen2_moe, "qwen3_moe": _qwen3_moe, "olmoe": _olmoe,
+    "deepseek_v2": _deepseek_v2, "deepseek_v3": _deepseek_v3, "gpt_oss": _gpt_oss,
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ _NEUTRAL: Final = {
     "tie_word_embeddings", "pretraining_tp", "return_dict", "output_attentions", "output_hidden_states", "problem_type",
     "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "max_window_layers", "use_sliding_window",
     "_sliding_window_pattern", "quantization_config", "router_aux_loss_coef", "output_router_logits", "router_jitter_noise",
+    "num_mtp_layers", "num_nextn_predict_layers",
 }  # fmt: skip
 _SAME: Final = 1e-6  # numbers are float32 in a file
 
@@ -152,8 +153,8 @@ def _experts(config: Mapping[str, Any]) -> dict[str, MetaValue]:
 
 
 def experts_in(config: Mapping[str, Any]) -> int:
-    """Experts a layer, under the two names that configs have for it; 0 where there are none."""
-    return int(config.get("num_experts") or config.get("num_local_experts") or 0)
+    """Experts a layer, under the names that configs have for it; 0 where there are none."""
+    return int(config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts") or 0)
 
 
 def _olmoe(config: Mapping[str, Any]) -> dict[str, MetaValue]:
@@ -161,8 +162,40 @@ def _olmoe(config: Mapping[str, Any]) -> dict[str, MetaValue]:
     return _experts(config) | ({} if clamp is None else {"attention.clamp_kqv": MetaValue("f32", float(clamp))})
 
 
+def _deepseek(config: Mapping[str, Any]) -> dict[str, MetaValue]:
+    """Latents are said to be what all heads share: one head as wide as they are. See `gguf_config`."""
+    rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    sigmoid = config["model_type"] == "deepseek_v3"
+    counts = {
+        "attention.head_count_kv": 1, "attention.key_length": rank + rotated, "attention.value_length": rank,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rotated, "attention.value_length_mla": config["v_head_dim"],
+        "attention.kv_lora_rank": rank, "attention.q_lora_rank": config["q_lora_rank"],
+        "leading_dense_block_count": config["first_k_dense_replace"], "expert_shared_count": config["n_shared_experts"],
+        "expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"],
+        "expert_gating_func": 2 if sigmoid else 1,
+    }  # fmt: skip
+    found = {key: MetaValue("u32", int(value)) for key, value in counts.items() if value is not None}
+    found |= _experts(config) | {"expert_weights_scale": MetaValue("f32", float(config["routed_scaling_factor"]))}
+    if sigmoid and config["norm_topk_prob"]:
+        found["expert_weights_norm"] = MetaValue("bool", True)
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "yarn":
+        if not rope.get("mscale_all_dim"):
+            raise ConversionError(
+                "llama.cpp scales the attention of a deepseek2 file with yarn, which a model without mscale_all_dim does not"
+            )
+        found["rope.scaling.yarn_log_multiplier"] = MetaValue("f32", 0.1 * float(rope["mscale_all_dim"]))
+    return found
+
+
+def _gpt_oss(config: Mapping[str, Any]) -> dict[str, MetaValue]:
+    width = {"expert_feed_forward_length": MetaValue("u32", int(config["intermediate_size"]))}
+    return _experts(config) | width | _windows(config, every=2)
+
+
 _OF_MODEL_TYPE: Final = {
     "gemma2": _gemma2, "gemma3_text": _gemma3, "mixtral": _experts, "qwen2_moe": _experts, "qwen3_moe": _experts, "olmoe": _olmoe,
+    "deepseek_v2": _deepseek, "deepseek_v3": _deepseek, "gpt_oss": _gpt_oss,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ _SPECIAL: Final = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id",
 }  # fmt: skip
 _KINDS: Final = ("gpt2", "llama")
+_CONTROL, _USER_DEFINED = 3, 4  # of token_type
 # Byte-level vocabularies split as GPT-2 did, which is what the converter does where it knows of no other way.
 _AS_GPT2: Final = {"gpt-2", "default", "phi-2"}
 # Those in which llama.cpp takes a word that is a token as that token, without merges, and begins with BOS unless told otherwise.
@@ -31,6 +32,26 @@ _WHOLE_WORDS: Final = {
 
 # Those that take digits one by one and split the rest as GPT-2 did, which the converter does not know.
 _DIGITS_APART: Final = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
+
+# Those that split by several patterns, one after the other, which the converter does not know either; as llama.cpp has them and,
+# but for \\p{N}+ (digits one by one; no token of theirs has two), the tokenizer.json of the models that they are named after.
+_LETTERS: Final = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ"
+    "-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_HAN: Final = "一-龥"
+SPLITS_IN_TURN: Final[Mapping[str, tuple[str, ...]]] = {
+    "deepseek-llm": (
+        r"[\r\n]", rf"\s?[{_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", rf"[{_HAN}ࠀ-一가-퟿]+", r"\p{N}+",
+    ),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", rf"[{_HAN}ࠀ-一가-퟿]+", r"\p{N}"),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        rf"[{_HAN}぀-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|""" r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+}  # fmt: skip
 
 
 def tokenizer_of(source: GgufSource) -> Any:
@@ -46,20 +67,25 @@ def tokenizer_of(source: GgufSource) -> Any:
     given = _given(source)
     kind, tokens, pre = given["tokenizer_type"], given["tokens"], given.get("pre_tokenizer_type")
     convert, splits = converter()
-    if kind == "gpt2" and pre is not None and pre not in {*splits, *_AS_GPT2, *_DIGITS_APART}:
+    known = {*splits, *_AS_GPT2, *_DIGITS_APART, *SPLITS_IN_TURN}
+    if kind == "gpt2" and pre is not None and pre not in known:
         raise CheckpointError(
             f"{source.path} has a tokenizer that splits text as {pre!r:.40}, which transformers' converter does not know (it "
-            f"knows {', '.join(sorted({*splits, *_AS_GPT2, *_DIGITS_APART}))}); load the tokenizer of the original checkpoint"
+            f"knows {', '.join(sorted(known))}); load the tokenizer of the original checkpoint"
         )
     try:
         backend, _ = convert(source.get("general.architecture", ""), given)
     except Exception as error:  # a vocabulary that makes no sense fails in many ways
         raise CheckpointError(f"{source.path} has a tokenizer that transformers cannot rebuild: {error}") from error
     backend = _of_the_file(backend, len(tokens))
+    if kind == "gpt2":
+        backend = _spelled_as_they_are(backend, tokens, given.get("token_type") or ())
     if kind == "llama" and not str(source.get("general.architecture")).startswith("gemma"):
         _as_sentencepiece(backend, _flag(source, "add_space_prefix", True))
     if pre in _DIGITS_APART and pre not in splits:
         _split_digits(backend)
+    if pre is not None and pre in SPLITS_IN_TURN and pre not in splits:
+        _split_in_turn(backend, SPLITS_IN_TURN[pre])
     if pre in _WHOLE_WORDS:
         model = backend.model
         model.ignore_merges = True
@@ -166,6 +192,36 @@ def _of_the_file(backend: Any, count: int) -> Any:
         backend
         if len(kept) == len(state["added_tokens"])
         else Tokenizer.from_str(json.dumps(state | {"added_tokens": kept}))
+    )
+
+
+def _spelled_as_they_are(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> Any:
+    """The same with the special and added tokens that the converter leaves aside or spells byte by byte, because they hold other
+    letters than those that stand for bytes (DeepSeek's <｜User｜>): llama.cpp finds them in text as they are."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(backend.to_str())
+    there = {token["content"] for token in state["added_tokens"]}
+    vocabulary = {number: token for token, number in state["model"]["vocab"].items()}
+    changed = False
+    for number, (token, type) in enumerate(zip(tokens, types)):
+        if type in (_CONTROL, _USER_DEFINED) and token not in there and vocabulary.get(number) != token:
+            vocabulary[number], changed = token, True
+            added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            state["added_tokens"].append({"id": number, "content": token, **added, "special": type == _CONTROL})
+    if not changed:
+        return backend
+    state["model"]["vocab"] = {token: number for number, token in vocabulary.items()}
+    state["added_tokens"].sort(key=lambda token: token["id"])
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _split_in_turn(backend: Any, patterns: Sequence[str]) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ..errors import ConversionError
 from ..storage.gguf_header import MetaValue
-from .gguf_tokenizer import converter
+from .gguf_tokenizer import SPLITS_IN_TURN, converter
 
 log = logging.getLogger(__name__)
 
@@ -133,11 +133,13 @@ def _splits(parsed: Mapping[str, Any], kind: str) -> list[str]:
         return ["default"]
     steps = parsed["pre_tokenizer"]
     patterns = [split["pattern"].get("Regex") for split in _parts(steps, "Split")]
+    alone = any(digits.get("individual_digits") for digits in _parts(steps, "Digits"))
     if not patterns:
-        alone = any(digits.get("individual_digits") for digits in _parts(steps, "Digits"))
         return ["smollm" if alone else "gpt-2"]
     _, splits = converter()
     named = [name for name in _NAMES if patterns == [splits.get(name)]]
+    in_turn = [str(pattern).replace("\r", r"\r").replace("\n", r"\n") for pattern in patterns] + [r"\p{N}+"] * alone
+    named += [name for name, known in SPLITS_IN_TURN.items() if in_turn == [*known]]
     if not named:
         raise ConversionError(
             f"the tokenizer splits text by {patterns!r:.200}, for which GGUF files have no name that is known here"

@@ -30,7 +30,9 @@ TEXTS = [
     "Hello, world! The year is 2026.", "  two  spaces\n\nand\tmore   ", "naïve café — 日本語 😀", "don't I'll we've 123456 3.14",
     " leading", "a<s>b </s> c", "", "HTTPServer's ÉCOLE 12345 x_1 -- \r\n\t  moon\n  moon",
 ]  # fmt: skip
-PRES = ["gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o", "dbrx", "smollm", "starcoder", "deepseek-r1-qwen"]
+PRES = ["gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o", "dbrx", "smollm", "starcoder", "deepseek-r1-qwen", "deepseek-llm",
+    "deepseek-coder", "deepseek-v3",
+]  # fmt: skip
 
 
 class Traits(ctypes.Structure):
