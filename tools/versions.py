@@ -4,8 +4,8 @@
     python -m tools.versions DIRECTORY --only triton --only peft
     python -m tools.versions DIRECTORY --only torch --cuda-builds       # also where torch brings gigabytes of CUDA
 
-A version of a Python package is put in a directory of its own, before this environment's in the path, so that all else stays as
-it is. Of torch an environment is made with nothing but it and the wheel that lies in dist/ (`make wheel`).
+A version of a Python package (of transformers with what it needs) is put in a directory of its own, before this environment's in
+the path; all else stays as it is. Of torch an environment is made with nothing but it and the wheel in dist/ (`make wheel`).
 """
 
 from __future__ import annotations
