@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -77,6 +78,12 @@ class Factors:
             if not fits:
                 expected = f"{' or '.join(map(dtype_name, dtypes))} {shape}" if dtypes else "None"
                 raise TensorError(f"factors.{name} must be {expected} for {scheme}, got {describe(t)}")
+        self.check_values(scheme)
+
+    def check_values(self, scheme: QuantScheme) -> None:
+        """Raise TensorError unless all are numbers that a weight of `scheme` may have, in whatever order they lie."""
+        kind = kind_of(scheme)
+        for name, t in zip(("small", "outer", "small_zeros", "outer_zeros"), self._tensors(), strict=True):
             if t is not None and t.device.type != "meta" and t.numel():
                 _check_values(name, t, kind, scheme)
 
@@ -138,16 +145,16 @@ def as_bytes(t: Tensor) -> Tensor:
 
 
 def _check_values(name: str, t: Tensor, kind: FactorKind, scheme: QuantScheme) -> None:
+    values = t.float() if t.dtype.itemsize == 1 and t.dtype.is_floating_point else t
+    low, high = (float(end) for end in values.aminmax())  # one pass without a copy, where a NaN is both ends
     if not t.dtype.is_floating_point:
-        if int(t.min()) < kind.low or int(t.max()) > kind.high:
+        if low < kind.low or high > kind.high:
             raise TensorError(
-                f"factors.{name} must be {kind.low} … {kind.high} for {scheme}, got {int(t.min())} … {int(t.max())}"
+                f"factors.{name} must be {kind.low} … {kind.high} for {scheme}, got {low:.0f} … {high:.0f}"
             )
         return
-    values = t.float()
-    if not bool(values.isfinite().all()):
-        raise TensorError(
-            f"factors.{name} must be finite, got {int((~values.isfinite()).sum())} NaN or infinite entries"
-        )
+    if not (isfinite(low) and isfinite(high)):
+        bad = int((~values.float().isfinite()).sum())
+        raise TensorError(f"factors.{name} must be finite, got {bad} NaN or infinite entries")
     if name == "outer" and kind.divides and bool((values == 0).any()):
         raise TensorError(f"factors.outer of {scheme} divides and must not be 0")

@@ -48,9 +48,6 @@ _GPTQ: Reasons = {
     "bits must be 2 or 3 or 4 or 8, got ": ["w5a16_g32", "w6a8_g16", "w6a8_g32_offset", "q5_k", "q6_k", "q6_k_a8"],
 }
 _BITS_4 = ("w4", "nf", "fp4", "mxfp4", "iq4", "nvfp4", "q4")
-_NO_FACTORS: Reasons = {
-    ": only those of nvfp4, nvfp4m are supported": [s for s in FACTORED_SCHEMES if not s.startswith("nvfp4")]
-}
 _NO_A8_FACTORS: Reasons = {": none are supported": A8_FACTORED}
 # What compressed-tensors has formats for; their columns are in no other order.
 _WRITTEN_FLOATS = ["fp8_channel", "fp8_block32", "mxfp4_g32", "nvfp4_g16"]
@@ -70,7 +67,7 @@ REFUSED: dict[str, Reasons] = {
     "cpu_tile_a16": {": these kernels take float32, bfloat16 and float16 ones": [*A8_SCHEMES, *A8_ROUNDED]},
     "cpu_tile_a8": {"16-bit activations: these kernels quantize them to int8": A16_SCHEMES},
     "mma_tile": {
-        **_NO_FACTORS, ": these kernels take bfloat16 and float16 ones": [*A8_SCHEMES, *A8_ROUNDED],
+        ": these kernels take bfloat16 and float16 ones": [*A8_SCHEMES, *A8_ROUNDED],
     },
     "mma_tile_a8": {
         "16-bit activations: these kernels quantize them to int8": A16_SCHEMES,

@@ -389,7 +389,7 @@ def test_refusals_before_the_work_begins(tmp_path: Path) -> None:
         run(tmp_path / "source", GPTQ(4, 16), save_to=tmp_path / "out", format="awq")
     with pytest.raises(CalibrationError, match=r"calibration texts need a tokenizer, and .*source has none"):
         run(tmp_path / "source", GPTQ(4, 16), save_to=tmp_path / "out", calibration=["text"])
-    with pytest.raises(CheckpointError, match="is not a directory"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist; a checkpoint is"):
         run(tmp_path / "nowhere", GPTQ(4, 16), save_to=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not any(isinstance(module, QuantLinear) for module in model.modules())

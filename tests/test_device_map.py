@@ -63,6 +63,8 @@ def test_layers_on_a_gpu_are_the_first() -> None:
     assert place("model.embed_tokens") == place("lm_head") == GPU
     with pytest.raises(ArgumentError, match="this model has 4 layers, got 5"):
         layers_on_gpu(load(DEMO), 5, GPU)
+    model = load(DEMO, device_map=0)  # none on a GPU needs none
+    assert {p.device for p in model.parameters()} == {CPU} and brought(model) == {}
 
 
 def test_devices_are_filled_in_order() -> None:

@@ -383,8 +383,14 @@ def test_the_pickle_of_hqq_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_places_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"org/model is not a directory; a checkpoint is a local folder"):
+    with pytest.raises(CheckpointError, match=r"org/model does not exist; a checkpoint is a local folder"):
         TensorSource.open("org/model")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"link is a link to .*gone, which does not exist; a checkpoint is"):
+        TensorSource.open(tmp_path / "link")
+    (tmp_path / "text").write_text("GPUF")
+    with pytest.raises(CheckpointError, match="text is a file, but no GGUF file; a checkpoint is"):
+        TensorSource.open(tmp_path / "text")
     write_json(tmp_path / "config.json", {})
     with pytest.raises(CheckpointError, match=r"has no \*.safetensors file"):
         TensorSource.open(tmp_path)

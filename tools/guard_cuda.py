@@ -35,6 +35,7 @@ CLASSES = {
 
 BIASED = "12BiasedFormatINS0_8BFloat16ELi{bits}ELi{groups}ELNS0_9GroupKindE{kind}EEELi1EEE"
 CODED = "11CodedFormatINS0_8BFloat16ELNS0_6CodingE{coding}ELb{short}EEELi1EEE"
+PLANES = "12PlanesFormatINS0_8BFloat16ELNS0_6PlanesE{planes}ELi{groups}EEELi1EEE"
 WGMMA_64 = "11WgmmaFormatINS0_8BFloat16ELi4ELb0EEELi64EEE"
 A8_128 = "gemm_a8_wgmmaILi4ELb0ELi128EEE"
 
@@ -71,6 +72,11 @@ ROUNDS = {
     "decode nf4 g64": RoundOf("decode_bf16", CODED.format(coding=1, short=0), {"HMMA": 16, "LDGSTS": 5}),
     "decode mxfp4 g32": RoundOf("decode_bf16", CODED.format(coding=2, short=1), {"HMMA": 16, "LDGSTS": 5}),
     "decode fp8 channel": RoundOf("decode_bf16", CODED.format(coding=3, short=0), {"HMMA": 16, "LDGSTS": 9}),
+    "decode w3 g64": RoundOf("decode_bf16", PLANES.format(planes=0, groups=1), {"HMMA": 20, "LDGSTS": 4}),
+    "decode w3 g16": RoundOf("decode_bf16", PLANES.format(planes=0, groups=4), {"HMMA": 20, "LDGSTS": 4}),
+    "decode q4_k": RoundOf("decode_bf16", PLANES.format(planes=1, groups=2), {"HMMA": 20, "LDGSTS": 5, "FFMA": 64}),
+    "decode w6 g64": RoundOf("decode_bf16", PLANES.format(planes=2, groups=1), {"HMMA": 20, "LDGSTS": 7}),
+    "decode w6 g16": RoundOf("decode_bf16", PLANES.format(planes=2, groups=4), {"HMMA": 20, "LDGSTS": 7}),
     "gemm_sm90 producer of x": RoundOf("gemm_sm90", WGMMA_64, {"UTMALDG": 1}),
     "gemm_sm90 producer of a strip": RoundOf("gemm_sm90", WGMMA_64, {"UBLKCP": 1}),
     "gemm_sm90 producer of a strip and its group": RoundOf("gemm_sm90", WGMMA_64, {"UBLKCP": 2}),
@@ -137,6 +143,7 @@ def families(names: list[str]) -> dict[str, str]:
     done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
     return {
         name: re.sub(r"[<(].*", "", plain.removeprefix("void ")).split("::")[-1]
+        + (" of planes" if re.search(r"PlanesFormat", name) else "")
         + (" of codebooks" if re.search(r"CodedFormat|dequantize_tilesILi\dELb1E", name) else "")
         for name, plain in zip(names, done)
     }

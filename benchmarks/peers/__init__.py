@@ -23,7 +23,7 @@ from qkernels.tensor import QuantTensor
 from qkernels.text import dtype_name
 
 PEER_PACKAGES = ("humming-kernels", "gemlite", "gptqmodel", "bitsandbytes", "torchao", "llama-cpp-python", "triton",
-                 "zentorch", "auto-round-lib")  # fmt: skip
+                 "zentorch", "auto-round-lib", "openvino")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ from . import (  # noqa: E402  (they need Peer)
     gptqmodel_cpu,
     gptqmodel_marlin,
     humming,
-    own_w8a8,
+    openvino,
+    own,
     torch_dynamic_int8,
     torch_int4pack,
     torch_int8pack,
@@ -162,5 +163,8 @@ PEERS: tuple[Peer, ...] = (
     ggml.PEER_SAME,
     zentorch.PEER,
     ark.PEER,
-    own_w8a8.PEER,
+    openvino.PEER,
+    own.PEER_W8A8,
+    own.PEER_W4,
+    own.PEER_W8,
 )

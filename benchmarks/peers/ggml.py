@@ -5,9 +5,10 @@ is compared with what its own bytes mean, which are decoded here; of a GGUF type
 The weight lies in the first of the CPU's buffer types that takes it, in ggml's own order of choice (AMX or CPU_REPACK before
 plain rows), as llama.cpp loads it.
 
-The libraries are those of llama-cpp-python, or of the directory QKERNELS_GGML_LIB, say another build of the same sources. A
+The libraries are those of llama-cpp-python, or of the directory QKERNELS_GGML_LIB, say another build of the same sources, or
+ik_llama.cpp's (the one library `libggml.so`; its rows are interleaved by its own `iqk_repack_tensor`, as `-rtr` does). A
 process can hold one build only. The names used are those of ggml 0.25 (`ggml.h`, `ggml-alloc.h`, `ggml-backend.h`,
-`ggml-cpu.h`).
+`ggml-cpu.h`) and of ik-llama-cpp-python 0.1.5.
 """
 
 from __future__ import annotations
@@ -59,14 +60,20 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_buffer_free": (None, (ctypes.c_void_p,)),
     "ggml_backend_buft_name": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "ggml_backend_tensor_set": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)),
+    "ggml_backend_graph_compute": (ctypes.c_int, (ctypes.c_void_p,) * 2),
+    "ggml_backend_cpu_init": (ctypes.c_void_p, ()),
+    "ggml_backend_cpu_set_n_threads": (None, (ctypes.c_void_p, ctypes.c_int)),
+}
+_OF_LLAMA_CPP: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_reg_dev_get": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)),
     "ggml_backend_reg_get_proc_address": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p)),
     "ggml_backend_dev_supports_op": (ctypes.c_bool, (ctypes.c_void_p,) * 2),
     "ggml_backend_dev_buffer_type": (ctypes.c_void_p, (ctypes.c_void_p,)),
-    "ggml_backend_graph_compute": (ctypes.c_int, (ctypes.c_void_p,) * 2),
-    "ggml_backend_cpu_init": (ctypes.c_void_p, ()),
     "ggml_backend_cpu_reg": (ctypes.c_void_p, ()),
-    "ggml_backend_cpu_set_n_threads": (None, (ctypes.c_void_p, ctypes.c_int)),
+}
+_OF_IK_LLAMA_CPP: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_backend_cpu_buffer_type": (ctypes.c_void_p, ()),
+    "iqk_repack_tensor": (None, (ctypes.c_void_p,)),
 }
 
 
@@ -84,7 +91,7 @@ def library_directory() -> Path | None:
 
 @lru_cache(1)
 def library() -> dict[str, Any]:
-    """The functions of `_SIGNATURES` and `ggml_init`, by name.
+    """The functions of `_SIGNATURES`, those of its kind of library, and `ggml_init`, by name.
 
     Raises:
         OSError: there is no such library, or it does not load.
@@ -93,11 +100,13 @@ def library() -> dict[str, Any]:
     directory = library_directory()
     if directory is None:
         raise OSError("llama-cpp-python is not installed and QKERNELS_GGML_LIB is not set")
+    ik = (directory / "libggml.so").is_file() and not (directory / "libggml-base.so").is_file()
     base, cpu = (
-        ctypes.CDLL(str(directory / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL) for name in ("ggml-base", "ggml-cpu")
+        ctypes.CDLL(str(directory / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
+        for name in (("ggml", "ggml") if ik else ("ggml-base", "ggml-cpu"))
     )
     found: dict[str, Any] = {}
-    for name, (result, arguments) in _SIGNATURES.items():
+    for name, (result, arguments) in (_SIGNATURES | (_OF_IK_LLAMA_CPP if ik else _OF_LLAMA_CPP)).items():
         found[name] = getattr(cpu if name.startswith("ggml_backend_cpu") else base, name)
         found[name].restype, found[name].argtypes = result, arguments
     found["ggml_init"] = base.ggml_init
@@ -114,6 +123,8 @@ def _backend() -> int:
 def _buffer_types() -> list[int]:
     """The CPU's buffer types, special ones first."""
     g = library()
+    if "iqk_repack_tensor" in g:
+        return [g["ggml_backend_cpu_buffer_type"]()]
     registry = g["ggml_backend_cpu_reg"]()
     device = g["ggml_backend_reg_dev_get"](registry, 0)
     address = g["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts")
@@ -125,7 +136,9 @@ def _buffer_types() -> list[int]:
 
 
 def _context() -> int:
-    context: int = library()["ggml_init"](_InitParams(_CONTEXT_BYTES, None, True))
+    context: int | None = library()["ggml_init"](_InitParams(_CONTEXT_BYTES, None, True))
+    if context is None:
+        raise UnsupportedProblem("ggml has no context left")
     return context
 
 
@@ -137,15 +150,17 @@ class Weight:
         self.kind, self.rows, self.N, self.K = kind, rows, N, K
         self.graphs: dict[int, tuple[int, Tensor, Tensor]] = {}
         for buffer_type in _buffer_types():
-            context = _context()
+            self.context = context = _context()  # one for all graphs, too: ik_llama.cpp has 64 of them
             self.tensor = g["ggml_new_tensor_2d"](context, kind, K, N)
             buffer = g["ggml_backend_alloc_ctx_tensors_from_buft"](context, buffer_type)
-            probe = g["ggml_mul_mat"](context, self.tensor, g["ggml_new_tensor_2d"](context, F32, K, 1))
-            device = g["ggml_backend_reg_dev_get"](g["ggml_backend_cpu_reg"](), 0)
-            if buffer and g["ggml_backend_dev_supports_op"](device, probe):
-                weakref.finalize(self, _free, context, buffer)
+            if buffer and _takes(context, self.tensor, K):
+                self.buffers = [buffer]
+                weakref.finalize(self, _free_all, context, self.buffers)
                 self.where = g["ggml_backend_buft_name"](buffer_type).decode()
                 g["ggml_backend_tensor_set"](self.tensor, rows.data_ptr(), 0, rows.numel())
+                if "iqk_repack_tensor" in g:
+                    g["iqk_repack_tensor"](self.tensor)
+                    self.where = "ik_llama.cpp, repacked where it has such a form"
                 return
             _free(context, buffer)
         raise UnsupportedProblem(f"no buffer type of ggml's CPU backend takes type {kind} with N={N} K={K}")
@@ -166,18 +181,31 @@ class Weight:
         return outputs
 
     def _graph(self, M: int) -> tuple[int, Tensor, Tensor]:
-        g, context = library(), _context()
+        g, context = library(), self.context
         x = g["ggml_new_tensor_2d"](context, F32, self.K, M)
         y = g["ggml_mul_mat"](context, self.tensor, x)
         graph = g["ggml_new_graph"](context)
         g["ggml_build_forward_expand"](graph, y)
-        buffer = g["ggml_backend_alloc_ctx_tensors_from_buft"](context, _buffer_types()[-1])
-        weakref.finalize(self, _free, context, buffer)
+        self.buffers.append(g["ggml_backend_alloc_ctx_tensors_from_buft"](context, _buffer_types()[-1]))
         return graph, _view(g["ggml_get_data"](x), M, self.K), _view(g["ggml_get_data"](y), M, self.N)
 
 
+def _takes(context: int, weight: int, K: int) -> bool:
+    """Whether the CPU multiplies with a weight that lies where it lies."""
+    g = library()
+    if "iqk_repack_tensor" in g:
+        return True
+    probe = g["ggml_mul_mat"](context, weight, g["ggml_new_tensor_2d"](context, F32, K, 1))
+    device = g["ggml_backend_reg_dev_get"](g["ggml_backend_cpu_reg"](), 0)
+    return bool(g["ggml_backend_dev_supports_op"](device, probe))
+
+
 def _free(context: int, buffer: int | None) -> None:
-    if buffer:
+    _free_all(context, [buffer] if buffer else [])
+
+
+def _free_all(context: int, buffers: list[int]) -> None:
+    for buffer in buffers:
         library()["ggml_backend_buffer_free"](buffer)
     library()["ggml_free"](context)
 

@@ -59,6 +59,10 @@ inline std::string wrong_factors(const Arguments& a, Shape groups, Shape outer, 
   const FactorKind kind = kind_of(factors);
   if (a.zeros_are_offsets != kind.offsets)
     return text("zeros_are_offsets must be ", kind.offsets, " with these factors");
+  // The kernels read a group of planes as the block that it is.
+  if (kind.outer_shift < 8 && a.group_size != 256 >> kind.outer_shift) {
+    return text("group_size must be ", 256 >> kind.outer_shift, " with these factors, got ", a.group_size);
+  }
   const char* small = kind.small == Type::kUInt8 ? "uint8" : kind.small == Type::kInt8 ? "int8" : "float8_e4m3fn";
   const Type type = a.outer_scales == nullptr ? Type::kNone : a.outer_scales->type;
   const auto is = [](const Buffer* b, Type wanted) { return b != nullptr && b->type == wanted; };

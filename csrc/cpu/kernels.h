@@ -100,7 +100,7 @@ struct FactorKind {
   bool offsets;     // whether there are factors of offsets, too
   int outer_shift;  // log2 of the groups under one outer factor; 31: all of a row
 };
-static inline FactorKind kind_of(Factors factors) {
+static constexpr FactorKind kind_of(Factors factors) {
   switch (factors) {
     case Factors::kK2:
       return {Type::kUInt8, true, 4};

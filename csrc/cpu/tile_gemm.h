@@ -14,7 +14,7 @@
 //   Raw           the bytes of one octet of columns of one vector of rows
 //   kOctetBytes   from one octet to the next, on average over a block
 //   kBlockOctets  octets of a block
-//   kProducts     whether scales (and offsets) are products of two factors a group
+//   kFactors      what scales (and offsets) are products of, a group: kNone, or see tile_products.h
 //   load(block, i): of octet i of the block that begins there
 //   kMemoryBytes  of those, how many come from memory and are worth prefetching: all, or none
 //   kPanel        whether more than kMaxDecodeTokens rows of x are worth unpacking a run once, into L1, or every
@@ -39,10 +39,10 @@ struct As {  // a type as a value
   using type = T;
 };
 
-template <class U>
+template <class U, Factors kOf>
 struct Products : U {
   using U::U;
-  static constexpr bool kProducts = true;
+  static constexpr Factors kFactors = kOf;
 };
 
 // Where the planes of octet i of a block lie, and by how many bits to rotate a line to the left so that the octet's
@@ -51,7 +51,7 @@ template <int kBits>
 struct BlockOf {
   static constexpr Planes planes = planes_of(kBits);
   static constexpr int kBlockOctets = block_columns(kBits) / kOctet;
-  static constexpr bool kProducts = false;
+  static constexpr Factors kFactors = Factors::kNone;
   static constexpr int64_t kOctetBytes = kTileRows * kBits, kMemoryBytes = kOctetBytes;
   static constexpr int low_line(int i) { return i * planes.low / 4; }
   static constexpr int high_line(int) { return kBlockOctets * planes.low / 4; }
@@ -105,8 +105,8 @@ QK_INLINE typename U::Raw load_octet(const uint8_t* codes, int64_t octet) {
 }
 
 // acc[r][v] += weights of vector v times row r of x, over `octets` octets of columns, from octet `first` of the tiles
-// on.
-template <class V, class U, int kVectors, int kTokens>
+// on; kWhole: of one block, and nothing is asked for at run time.
+template <class V, class U, int kVectors, int kTokens, bool kWhole = false>
 QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const uint8_t* codes, int64_t tile_bytes,
                           int64_t ahead, const typename V::X* x, int64_t x_stride, int64_t first, int octets,
                           typename V::Sum (&acc)[kTokens][kVectors]) {
@@ -125,13 +125,13 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const
     for (int r = 0; r < kTokens; r += 2)
       for (int v = 0; v < kVectors; ++v) V::pair(acc[r][v], acc[r + 1][v]);
   }
-  for (int o = 0; o < octets; ++o) {
+  const auto add_octet = [&](int64_t octet) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int t = 0; t * kPerTile < kVectors; ++t) prefetch_codes<U>(codes + t * tile_bytes, ahead);
     typename U::Raw raw[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      raw[v] = load_octet<U>(codes + (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes, first + o);
+      raw[v] = load_octet<U>(codes + (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes, octet);
     }
     if constexpr (kPairs) {
       add_pairs<V, U, kSteps>(unpacker, zero, raw, rows, x_stride, acc);
@@ -152,27 +152,17 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const
     codes += U::kOctetBytes;
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; ++i) rows[i] += kOctet;
+  };
+  if constexpr (kWhole) {
+#pragma GCC unroll 4
+    for (int o = 0; o < U::kBlockOctets; ++o) add_octet(o);
+  } else {
+    for (int o = 0; o < octets; ++o) add_octet(first + o);
   }
   if constexpr (kPairs) {
     for (int r = 0; r < kTokens; r += 2)
       for (int v = 0; v < kVectors; ++v) V::part(acc[r][v], acc[r + 1][v]);
   }
-}
-
-// Scales of a vector of rows for group g that are products; the small factors are at `at`.
-template <class V>
-QK_INLINE typename V::Sum products_of(const Call& call, int64_t at, int64_t tile, int64_t g, int64_t row) {
-  const typename V::Sum small = V::widen(call.scale_type, call.scales, at);
-  return V::mul(small, V::widen(call.outer_type, call.outer_scales, outer_at(call, tile, g, row)));
-}
-
-// The same, or scales as they are stored; which, the unpacker's type says: asked a group at run time it costs the loop
-// registers (W4A16 with groups of 32, M = 1 1.15 x slower). One outer factor for a whole row waits (`finished`).
-template <class V, class U>
-QK_INLINE typename V::Sum scales_of(const Call& call, int64_t at, [[maybe_unused]] int64_t tile,
-                                    [[maybe_unused]] int64_t g, [[maybe_unused]] int64_t row) {
-  if constexpr (U::kProducts) return products_of<V>(call, at, tile, g, row);
-  return V::widen(call.scale_type, call.scales, at);
 }
 
 // The total of a vector of rows, with the outer factor that waited.
@@ -190,23 +180,6 @@ QK_INLINE typename V::Sum stored_rest_of(const Call& call, typename V::Sum scale
   const typename V::Sum mid = V::set1(static_cast<float>(1 << (call.bits - 1)));
   const typename V::Sum zero = V::widen(call.zero_type, call.zeros, at);
   return call.zeros_are_offsets ? V::fma(mid, scale, zero) : V::mul(V::sub(mid, zero), scale);
-}
-
-// The same where offsets are products.
-template <class V>
-QK_INLINE typename V::Sum product_rest_of(const Call& call, typename V::Sum scale, int64_t at, int64_t tile, int64_t g,
-                                          int64_t row) {
-  const typename V::Sum mid = V::set1(static_cast<float>(1 << (call.bits - 1)));
-  const typename V::Sum outer = V::widen(call.outer_type, call.outer_zeros, outer_at(call, tile, g, row));
-  const typename V::Sum product = V::mul(V::widen(Type::kUInt8, call.zeros, at), outer);
-  return V::fma(mid, scale, V::sub(V::zero(), product));
-}
-
-template <class V, class U>
-QK_INLINE typename V::Sum rest_of(const Call& call, typename V::Sum scale, int64_t at, [[maybe_unused]] int64_t tile,
-                                  [[maybe_unused]] int64_t g, [[maybe_unused]] int64_t row) {
-  if constexpr (U::kProducts) return product_rest_of<V>(call, scale, at, tile, g, row);
-  return stored_rest_of<V>(call, scale, at);
 }
 
 // Group g is columns first ... first + 8 octets - 1 of the tiles, in runs.
@@ -244,7 +217,7 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
       const int64_t t = tile + v / kPerTile, r = row + (v % kPerTile) * V::kRows;
       at[v] = (t * call.G + g) * kTileRows + r;
       zero[v] = unpacker.zero(at[v]);
-      scale[v] = scales_of<V, U>(call, at[v], t, g, r);
+      scale[v] = V::widen(call.scale_type, call.scales, at[v]);
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
@@ -264,7 +237,7 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
     }
     if (call.sums != nullptr) {
       for (int v = 0; v < kVectors; ++v) {
-        const Sum rest = rest_of<V, U>(call, scale[v], at[v], tile + v / kPerTile, g, row + (v % kPerTile) * V::kRows);
+        const Sum rest = stored_rest_of<V>(call, scale[v], at[v]);
         for (int r = 0; r < kTokens; ++r)
           total[r][v] = V::fma(rest, V::set1(call.sums[(m0 + r) * call.G + g]), total[r][v]);
       }
@@ -283,6 +256,28 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
   }
 }
 
+// tile_products.h
+template <class V, class U, int kVectors, int kTokens>
+void decode_products(const Call& call, const U& unpacker, int64_t tile, int row, int64_t next_tile, int64_t m0);
+template <class V, class U>
+void multiply_products(const Call& call, const U& unpacker, int64_t tile, int64_t m0, int64_t m1);
+
+// Of products two tiles at most: see there.
+template <class V, class U>
+constexpr int vectors_together(int tokens) {
+  const int vectors = V::kDecodeVectors[tokens - 1], two = 2 * kTileRows / V::kRows;
+  return U::kFactors != Factors::kNone && vectors > two ? two : vectors;
+}
+
+template <class V, class U, int kVectors, int kTokens>
+QK_INLINE void decode_any(const Call& call, const U& unpacker, int64_t tile, int row, int64_t next_tile, int64_t m0) {
+  if constexpr (U::kFactors != Factors::kNone) {
+    decode_products<V, U, kVectors, kTokens>(call, unpacker, tile, row, next_tile, m0);
+  } else {
+    decode_rows<V, U, kVectors, kTokens>(call, unpacker, tile, row, next_tile, m0);
+  }
+}
+
 // At most kTokens rows of x; `next_tile` is what comes after these.
 template <class V, class U, int kTokens>
 void decode_tiles(const Call& call, const U& unpacker, int64_t tile, int tiles, int64_t next_tile, int64_t m0,
@@ -290,19 +285,19 @@ void decode_tiles(const Call& call, const U& unpacker, int64_t tile, int tiles, 
   if constexpr (kTokens > 1) {
     if (tokens < kTokens) return decode_tiles<V, U, kTokens - 1>(call, unpacker, tile, tiles, next_tile, m0, tokens);
   }
-  constexpr int kPerTile = kTileRows / V::kRows, kVectors = V::kDecodeVectors[kTokens - 1];
+  constexpr int kPerTile = kTileRows / V::kRows, kVectors = vectors_together<V, U>(kTokens);
   if constexpr (kVectors > kPerTile) {
     constexpr int kTiles = kVectors / kPerTile;
     for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
       const int64_t next = tiles == kTiles ? next_tile : tile + kTiles;
-      decode_rows<V, U, kVectors, kTokens>(call, unpacker, tile, 0, next, m0);
+      decode_any<V, U, kVectors, kTokens>(call, unpacker, tile, 0, next, m0);
     }
   }
   constexpr int kAtOnce = kVectors < kPerTile ? kVectors : kPerTile;
   for (; tiles > 0; --tiles, ++tile) {
     for (int row = 0; row < kTileRows; row += kAtOnce * V::kRows) {
       const int64_t next = row + kAtOnce * V::kRows < kTileRows ? tile : tiles == 1 ? next_tile : tile + 1;
-      decode_rows<V, U, kAtOnce, kTokens>(call, unpacker, tile, row, next, m0);
+      decode_any<V, U, kAtOnce, kTokens>(call, unpacker, tile, row, next, m0);
     }
   }
 }
@@ -326,16 +321,24 @@ QK_INLINE void unpack_run(const U& unpacker, const typename U::Zero* zero, const
   }
 }
 
-// total[r][row ...] += scale * (panel times rows of x), for kTokens rows of x and all rows of the tile
-template <class V, int kTokens>
+// total[r][row ...] += scale * (start[r] + panel times rows of x), for kTokens rows of x and all rows of the tile;
+// kStart: whether sums start at anything but 0
+template <class V, bool kStart, int kTokens>
 void multiply_block(const uint8_t* panel, int octets, const typename V::X* x, int64_t x_stride, const float* scale,
-                    float* total) {
+                    [[maybe_unused]] const float* start, float* total) {
   using Sum = typename V::Sum;
   const typename Panel<V>::Zero none[V::kHalf] = {};
   for (int row = 0; row < kTileRows; row += V::kHalf * V::kRows) {
     Sum acc[kTokens][V::kHalf];
-    for (auto& of_token : acc)
-      for (Sum& sum : of_token) sum = V::zero();
+    for (int r = 0; r < kTokens; ++r) {
+      for (Sum& sum : acc[r]) {
+        if constexpr (kStart) {
+          sum = V::set1(start[r]);
+        } else {
+          sum = V::zero();
+        }
+      }
+    }
     accumulate<V, Panel<V>, V::kHalf, kTokens>(Panel<V>(), none, panel + row * kLaneBytes, 0, 0, x, x_stride, 0, octets,
                                                acc);
 #pragma GCC unroll 16
@@ -350,11 +353,24 @@ void multiply_block(const uint8_t* panel, int octets, const typename V::X* x, in
   }
 }
 
-template <class V, int kTokens>
+template <class V, bool kStart, int kTokens>
 QK_INLINE void multiply_last(int64_t tokens, const uint8_t* panel, int octets, const typename V::X* x, int64_t x_stride,
-                             const float* scale, float* total) {
-  if (tokens == kTokens) return multiply_block<V, kTokens>(panel, octets, x, x_stride, scale, total);
-  if constexpr (kTokens > 1) multiply_last<V, kTokens - 1>(tokens, panel, octets, x, x_stride, scale, total);
+                             const float* scale, const float* start, float* total) {
+  if (tokens == kTokens) return multiply_block<V, kStart, kTokens>(panel, octets, x, x_stride, scale, start, total);
+  if constexpr (kTokens > 1)
+    multiply_last<V, kStart, kTokens - 1>(tokens, panel, octets, x, x_stride, scale, start, total);
+}
+
+// The run of a panel with `tokens` rows of x, which begin at x.
+template <class V, bool kStart>
+void multiply_panel(int64_t tokens, const uint8_t* panel, int octets, const typename V::X* x, int64_t x_stride,
+                    const float* scale, const float* start, float* total) {
+  for (; tokens >= V::kTokens; tokens -= V::kTokens) {
+    multiply_block<V, kStart, V::kTokens>(panel, octets, x, x_stride, scale, start, total);
+    x += V::kTokens * x_stride, total += V::kTokens * kTileRows;
+    if (kStart) start += V::kTokens;
+  }
+  multiply_last<V, kStart, V::kTokens - 1>(tokens, panel, octets, x, x_stride, scale, start, total);
 }
 
 template <class V, class U>
@@ -372,23 +388,17 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
     typename U::Zero zero[kPerTile];
     for (int v = 0; v < kPerTile; ++v) {
       zero[v] = unpacker.zero(at + v * V::kRows);
-      V::store(scale + v * V::kRows, scales_of<V, U>(call, at + v * V::kRows, tile, g, v * V::kRows));
+      V::store(scale + v * V::kRows, V::widen(call.scale_type, call.scales, at + v * V::kRows));
     }
     for (int64_t o = 0; o < group.octets; o += kRunOctets) {
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
       const int64_t octet = group.first / kOctet + o;
       unpack_run<V, U>(unpacker, zero, codes + octet * U::kOctetBytes, octet, octets, panel);
-      const typename V::X* run = x + staged_at(call, m0, octet * kOctet);
-      int64_t m = 0;
-      for (; m + V::kTokens <= m1 - m0; m += V::kTokens) {
-        multiply_block<V, V::kTokens>(panel, octets, run + m * call.staged.row_stride, call.staged.row_stride, scale,
-                                      total + m * kTileRows);
-      }
-      multiply_last<V, V::kTokens - 1>(m1 - m0 - m, panel, octets, run + m * call.staged.row_stride,
-                                       call.staged.row_stride, scale, total + m * kTileRows);
+      multiply_panel<V, false>(m1 - m0, panel, octets, x + staged_at(call, m0, octet * kOctet), call.staged.row_stride,
+                               scale, nullptr, total);
     }
     for (int v = 0; v < kPerTile && call.sums != nullptr; ++v) {
-      const Sum rest = rest_of<V, U>(call, V::load(scale + v * V::kRows), at + v * V::kRows, tile, g, v * V::kRows);
+      const Sum rest = stored_rest_of<V>(call, V::load(scale + v * V::kRows), at + v * V::kRows);
       for (int64_t m = m0; m < m1; ++m) {
         float* sum = total + (m - m0) * kTileRows + v * V::kRows;
         V::store(sum, V::fma(rest, V::set1(call.sums[m * call.G + g]), V::load(sum)));
@@ -423,7 +433,11 @@ void multiply_with(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
     return decode_tiles<V, U, kMaxDecodeTokens>(call, unpacker, tile, tiles, end, m0, m1 - m0);
   for (; tile < end; ++tile) {
     if constexpr (U::kPanel) {
-      multiply_tile<V, U>(call, unpacker, tile, m0, m1);
+      if constexpr (U::kFactors != Factors::kNone) {
+        multiply_products<V, U>(call, unpacker, tile, m0, m1);
+      } else {
+        multiply_tile<V, U>(call, unpacker, tile, m0, m1);
+      }
     } else {
       decode_tile<V, U>(call, unpacker, tile, tile + 1, m0, m1);
     }
@@ -443,16 +457,16 @@ void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1)
   };
   switch (call.factors) {  // one factor a row (NVFP4) is none of a group
     case Factors::kK2:
-      return multiply_with<V, Products<Sym<2>>>(call, tile, tiles, m0, m1);
+      return multiply_with<V, Products<Sym<2>, Factors::kK2>>(call, tile, tiles, m0, m1);
     case Factors::kK3:
-      return multiply_with<V, Products<Symmetric4>>(call, tile, tiles, m0, m1);
+      return multiply_with<V, Products<Symmetric4, Factors::kK3>>(call, tile, tiles, m0, m1);
     case Factors::kK45:
-      if (call.bits == 4) return multiply_with<V, Products<Symmetric4>>(call, tile, tiles, m0, m1);
-      return multiply_with<V, Products<Sym<5>>>(call, tile, tiles, m0, m1);
+      if (call.bits == 4) return multiply_with<V, Products<Symmetric4, Factors::kK45>>(call, tile, tiles, m0, m1);
+      return multiply_with<V, Products<Sym<5>, Factors::kK45>>(call, tile, tiles, m0, m1);
     case Factors::kK6:
-      return multiply_with<V, Products<Sym<6>>>(call, tile, tiles, m0, m1);
+      return multiply_with<V, Products<Sym<6>, Factors::kK6>>(call, tile, tiles, m0, m1);
     case Factors::kIq4Xs:
-      return multiply_with<V, Products<Table4>>(call, tile, tiles, m0, m1);
+      return multiply_with<V, Products<Table4, Factors::kIq4Xs>>(call, tile, tiles, m0, m1);
     default:
       break;
   }
@@ -475,3 +489,5 @@ void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1)
 
 }  // namespace
 }  // namespace qkernels::cpu
+
+#include "tile_products.h"

@@ -103,6 +103,23 @@ QK_INLINE typename V::Integers table_of(const Call& call) {
   return V::lanes_at(bytes);
 }
 
+// Scales of a vector of rows for group g that are products; the small factors are at `at`.
+template <class V>
+QK_INLINE typename V::Sum products_of(const Call& call, int64_t at, int64_t tile, int64_t g, int64_t row) {
+  const typename V::Sum small = V::widen(call.scale_type, call.scales, at);
+  return V::mul(small, V::widen(call.outer_type, call.outer_scales, outer_at(call, tile, g, row)));
+}
+
+// stored_rest_of where offsets are products.
+template <class V>
+QK_INLINE typename V::Sum product_rest_of(const Call& call, typename V::Sum scale, int64_t at, int64_t tile, int64_t g,
+                                          int64_t row) {
+  const typename V::Sum mid = V::set1(static_cast<float>(1 << (call.bits - 1)));
+  const typename V::Sum outer = V::widen(call.outer_type, call.outer_zeros, outer_at(call, tile, g, row));
+  const typename V::Sum product = V::mul(V::widen(Type::kUInt8, call.zeros, at), outer);
+  return V::fma(mid, scale, V::sub(V::zero(), product));
+}
+
 // Sums start at what the products leave out: (kByteBias - zero) * (sum of x over the group). Symmetric weights have one
 // zero, 2^(bits-1), which costs nothing; integer zero points are one a row. Floating zero points and offsets leave the
 // zero at 2^(bits-1), and add sum(x) * rest_of (tile_gemm.h). Integer sums may wrap on the way; the true sum fits

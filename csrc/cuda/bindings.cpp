@@ -71,13 +71,15 @@ const uint8_t* bytes(const Buffer* b) { return b == nullptr ? nullptr : static_c
 }  // namespace
 
 Weight weight_of(const Arguments& a, int64_t K) {
-  Weight w = make_weight(a.out_features, K, static_cast<int>(a.bits), a.group_size);
+  Weight w = make_weight(a.out_features, K, static_cast<int>(a.bits), a.group_size, a.act == 0);
   w.codes = bytes(&a.qweight), w.scales = bytes(&a.scales), w.zeros = bytes(a.zeros);
   w.scale_type = a.scales.type, w.zero_type = a.zeros == nullptr ? Type::kNone : a.zeros->type;
   w.zeros_are_offsets = a.zeros_are_offsets;
   set_codebook(w, static_cast<Codebook>(a.codebook));
   w.outer = bytes(a.outer_scales), w.outer_type = a.outer_scales == nullptr ? Type::kNone : a.outer_scales->type;
-  w.outer_divides = static_cast<Factors>(a.factors) == Factors::kNvfp4;
+  w.outer_zeros = bytes(a.outer_zeros),
+  w.outer_zero_type = a.outer_zeros == nullptr ? Type::kNone : a.outer_zeros->type;
+  set_factors(w, static_cast<Factors>(a.factors));
   return w;
 }
 
@@ -282,5 +284,9 @@ STABLE_TORCH_LIBRARY(qkernels_forced, m) {
       "int codebook, int factors, int act, int path, int tokens, int warps_n, int warps_k, int splits, bool "
       "half_accumulate, "
       "int stages) -> Tensor");
+  m.def(
+      "grouped_gemm(Tensor x, Tensor rows, Tensor offsets, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? "
+      "k_order, Tensor? outer_scales, Tensor? outer_zeros, Tensor? bias, int out_features, int bits, int group_size, "
+      "bool zeros_are_offsets, int codebook, int factors, ScalarType dtype, int path, int tokens) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(qkernels_forced, CUDA, m) { m.impl("multiply", TORCH_BOX(&qkernels::cuda::multiply_as)); }

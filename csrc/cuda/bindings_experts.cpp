@@ -66,11 +66,12 @@ Problem problem_of(const Stack& stack, int64_t bits, Type type, const Device& de
 
 void log(const Problem& p, int64_t pairs, int experts, const BlockConfig& config) {
   if (!logs()) return;
-  log_once(text(experts, " experts, ", pairs, " rows, ", describe(p), ": ", describe(config, p.sm)));
+  log_once(text(experts, " experts, ", pairs, " rows, ", describe(p), ": ", describe(config)));
 }
 
-Tensor grouped_gemm_mma_tile(const Tensor& x, const Tensor& rows_in, const Tensor& offsets_in, const Inputs& in,
-                             ScalarType dtype) {
+// forced: the configuration, or null for the one that is chosen.
+Tensor grouped_product(const Tensor& x, const Tensor& rows_in, const Tensor& offsets_in, const Inputs& in,
+                       ScalarType dtype, const Config* forced) {
   check_x(x);
   const OptionalTensor bias = dense(in.bias);
   const PlainStack plain(buffer_of(x), with_bias(in, bias));
@@ -100,12 +101,40 @@ Tensor grouped_gemm_mma_tile(const Tensor& x, const Tensor& rows_in, const Tenso
                      y.mutable_data_ptr(),
                      y_type};
   const Problem problem = problem_of(stack, in.bits, type, device);
-  const BlockConfig config = remembered_block(problem, problem, 0, R, stack.experts);
-  log(problem, R, stack.experts, config);
+  Config config;
+  if (forced == nullptr) {
+    const BlockConfig chosen = remembered_block(problem, problem, 0, R, stack.experts, false);
+    log(problem, R, stack.experts, chosen);
+    config = chosen.up;
+  } else {
+    config = *forced;
+    refuse(uses_wgmma(config.path) && (!kHasWgmma || device.sm != 90)
+               ? "this device has no wgmma, or this build has no sm_90a"
+               : "");
+  }
   OptionalTensor workspace;
-  void* space = allocate(x, workspace_bytes(call, config.up), workspace);
-  check(grouped_gemm(call, config.up, space, current_stream(index)), "grouped_gemm_mma_tile");
+  void* space = allocate(x, workspace_bytes(call, config), workspace);
+  check(grouped_gemm(call, config, space, current_stream(index)), "grouped_gemm_mma_tile");
   return y;
+}
+
+Tensor grouped_gemm_mma_tile(const Tensor& x, const Tensor& rows, const Tensor& offsets, const Inputs& in,
+                             ScalarType dtype) {
+  return grouped_product(x, rows, offsets, in, dtype, nullptr);
+}
+
+// For tests, as multiply_as in bindings.cpp: a tile of gemm_sm80 or gemm_sm90.
+Tensor grouped_gemm_as(const Tensor& x, const Tensor& rows, const Tensor& offsets, const Tensor& qweight,
+                       const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& k_order,
+                       const OptionalTensor& outer_scales, const OptionalTensor& outer_zeros,
+                       const OptionalTensor& bias, int64_t out_features, int64_t bits, int64_t group_size,
+                       bool zeros_are_offsets, int64_t codebook, int64_t factors, ScalarType dtype, int64_t path,
+                       int64_t tokens) {
+  const Config config{static_cast<Path>(path), static_cast<int>(tokens), 0, 0, 1, false};
+  return grouped_product(x, rows, offsets,
+                         {nullptr, qweight, scales, zeros, k_order, outer_scales, outer_zeros, bias, out_features, bits,
+                          group_size, zeros_are_offsets, codebook, factors},
+                         dtype, &config);
 }
 
 Tensor experts_mma_tile(const Tensor& x, const Tensor& ids_in, const Tensor& weights_in, const Inputs& up_in,
@@ -154,7 +183,8 @@ Tensor experts_mma_tile(const Tensor& x, const Tensor& ids_in, const Tensor& wei
                    static_cast<uint16_t*>(y.mutable_data_ptr())};
   const Problem of_up = problem_of(up, up_in.bits, type, device),
                 of_down = problem_of(down, down_in.bits, type, device);
-  const BlockConfig config = remembered_block(of_up, of_down, static_cast<int>(T), T * k, up.experts);
+  const BlockConfig config = remembered_block(of_up, of_down, static_cast<int>(T), T * k, up.experts,
+                                              pairs_strips(kind, static_cast<int>(width)));
   log(of_up, T * k, up.experts, config);
   OptionalTensor workspace;
   void* space = allocate(x, workspace_bytes(call, config), workspace);
@@ -169,4 +199,7 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
   using namespace qkernels;
   m.impl("grouped_gemm_mma_tile", TORCH_BOX(&grouped_op<cuda::grouped_gemm_mma_tile>));
   m.impl("experts_mma_tile", TORCH_BOX(&experts_op<cuda::experts_mma_tile>));
+}
+STABLE_TORCH_LIBRARY_IMPL(qkernels_forced, CUDA, m) {
+  m.impl("grouped_gemm", TORCH_BOX(&qkernels::cuda::grouped_gemm_as));
 }

@@ -14,6 +14,7 @@ inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1)
 // --- decode ---
 
 constexpr int kMaxDecodeTokens = 32;
+constexpr int kPlanesDecodeTokens = 8;  // the one size for codes in planes, and for k-quants
 
 inline int decode_stages(const Config& c, int width) {
   return c.stages > 0 ? c.stages : decode_stages(c.tokens, width);
@@ -32,7 +33,7 @@ inline int64_t decode_shared_bytes(const Config& c, int M, int strip, int width,
 constexpr int kCodedGemmTokens = 64;  // the one size for codes that are no integers
 inline int gemm_strips(int tokens) { return tokens == 32 ? 4 : 2; }
 inline int gemm_shared_bytes(const Config& c, int strip, int width) {
-  return (width == 4 ? 4 : 3) * static_cast<int>(round_up(gemm_strips(c.tokens) * strip, 128) + c.tokens * 128);
+  return (width <= 4 ? 4 : 3) * static_cast<int>(round_up(gemm_strips(c.tokens) * strip, 128) + c.tokens * 128);
 }
 
 // --- gemm_sm90 ---

@@ -23,22 +23,48 @@ inline std::string wrong_place(const char* name, const Buffer& b, int device) {
               past == 0 ? "" : text(" that starts ", past, " bytes past one"));
 }
 
-// NVFP4's e4m3 scales under a factor a row, the only ones that these kernels multiply by.
+// By the numbers of Factors: which codes and groups go with them, and of which type the small ones are.
+struct FactorsTaken {
+  Codebook codebook;
+  int low_bits, high_bits, group;
+  bool offsets;
+  Type small;
+  const char* name;
+};
+constexpr FactorsTaken kFactorsTaken[] = {
+    {},
+    {Codebook::kIntegers, 2, 2, 16, true, Type::kUInt8, "uint8"},
+    {Codebook::kIntegers, 3, 3, 16, false, Type::kInt8, "int8"},
+    {Codebook::kIntegers, 4, 5, 32, true, Type::kUInt8, "uint8"},
+    {Codebook::kIntegers, 6, 6, 16, false, Type::kInt8, "int8"},
+    {Codebook::kIq4Nl, 4, 4, 32, false, Type::kInt8, "int8"},
+    {Codebook::kE2M1, 4, 4, 16, false, Type::kE4M3, "float8_e4m3fn"},
+    {Codebook::kE2M1, 4, 4, 16, false, Type::kE4M3, "float8_e4m3fn"},
+};
+static_assert(sizeof kFactorsTaken / sizeof kFactorsTaken[0] == static_cast<size_t>(Factors::kCount), "one row each");
+
 inline std::string wrong_factors(const Arguments& a, Shape groups, Shape outer) {
-  const auto factors = static_cast<Factors>(a.factors);
-  if ((factors != Factors::kNvfp4 && factors != Factors::kNvfp4M) ||
-      static_cast<Codebook>(a.codebook) != Codebook::kE2M1) {
-    return text("factors must be 0, or those of NVFP4 with its codebook: the CUDA kernels take no others, got ",
-                a.factors, " with codebook ", a.codebook);
+  constexpr auto kLast = static_cast<int64_t>(Factors::kCount) - 1;
+  if (a.factors < 0 || a.factors > kLast) return text("factors must be 0 to ", kLast, ", got ", a.factors);
+  const FactorsTaken& f = kFactorsTaken[a.factors];
+  if (a.codebook != static_cast<int64_t>(f.codebook) || a.bits < f.low_bits || a.bits > f.high_bits ||
+      a.group_size != f.group || a.zeros_are_offsets != f.offsets) {
+    return text("factors ", a.factors, " take bits ", f.low_bits, " to ", f.high_bits, ", group_size ", f.group,
+                ", codebook ", static_cast<int64_t>(f.codebook), " and ", f.offsets ? "offsets" : "no offsets",
+                ", got bits=", a.bits, ", group_size=", a.group_size, ", codebook=", a.codebook,
+                a.zeros_are_offsets ? " and offsets" : "");
   }
-  const bool floating = a.outer_scales != nullptr && is_floating(a.outer_scales->type);
+  const auto floating = [](const Buffer* b) { return b != nullptr && is_floating(b->type); };
+  const bool zeros = a.zeros != nullptr && a.zeros->type == Type::kUInt8;
   for (const auto& wrong :
-       {wrong_factor("scales", &a.scales, true, "float8_e4m3fn", a.scales.type == Type::kE4M3, groups),
-        wrong_factor("outer_scales", a.outer_scales, true, "floating", floating, outer),
-        wrong_factor("outer_zeros", a.outer_zeros, false, "", false, outer)}) {
+       {wrong_factor("scales", &a.scales, true, f.name, a.scales.type == f.small, groups),
+        wrong_factor("zeros", a.zeros, f.offsets, "uint8", zeros, groups),
+        wrong_factor("outer_scales", a.outer_scales, true, "floating", floating(a.outer_scales), outer),
+        wrong_factor("outer_zeros", a.outer_zeros, f.offsets, "floating", floating(a.outer_zeros), outer)}) {
     if (!wrong.empty()) return wrong;
   }
-  return wrong_place("outer_scales", *a.outer_scales, a.qweight.device);
+  if (const auto wrong = wrong_place("outer_scales", *a.outer_scales, a.qweight.device); !wrong.empty()) return wrong;
+  return f.offsets ? wrong_place("outer_zeros", *a.outer_zeros, a.qweight.device) : "";
 }
 
 // The buffers of one weight [N, K].
@@ -56,7 +82,8 @@ inline std::string wrong_weight(const Arguments& a, int64_t K) {
   if (K > a.group_size && a.group_size != 16 && a.group_size != 32 && a.group_size % kStepColumns != 0) {
     return text("group_size must be 16, 32 or a multiple of 64, got ", a.group_size);
   }
-  const Weight w = make_weight(N, K, static_cast<int>(a.bits), a.group_size);
+  Weight w = make_weight(N, K, static_cast<int>(a.bits), a.group_size, a.act == 0);
+  set_factors(w, static_cast<Factors>(a.factors));
   const int64_t strip_bytes = int64_t{w.steps} * step_bytes(w.width);
   if (a.qweight.type != Type::kUInt8 || !has_shape(a.qweight, {w.strips, strip_bytes})) {
     return text("qweight must be uint8 ", in_words({w.strips, strip_bytes}), " for N=", N, ", K=", K, ", bits=", a.bits,
@@ -66,15 +93,18 @@ inline std::string wrong_weight(const Arguments& a, int64_t K) {
   if (const auto wrong = wrong_place("qweight", a.qweight, device); !wrong.empty()) return wrong;
   const Shape groups = {w.strips, w.groups, kStripRows};
   if (a.factors != 0) {
-    if (const auto wrong = wrong_factors(a, groups, {w.strips, 1, kStripRows}); !wrong.empty()) return wrong;
+    const Shape outer = {w.strips, w.outers != 0 ? w.outers : 1, kStripRows};
+    if (const auto wrong = wrong_factors(a, groups, outer); !wrong.empty()) return wrong;
   } else {
     // Integers have kernels for scales of 16 and 32 bits alone.
     if (const auto wrong = wrong_scales(a, groups, false, a.codebook != 0); !wrong.empty()) return wrong;
     if (a.outer_scales != nullptr || a.outer_zeros != nullptr) return "outer_scales and outer_zeros go with factors";
   }
   if (const auto wrong = wrong_place("scales", a.scales, device); !wrong.empty()) return wrong;
-  if (const auto wrong = wrong_zeros(a, groups, false); !wrong.empty() || a.zeros == nullptr) return wrong;
-  return wrong_place("zeros", *a.zeros, device);
+  if (a.factors == 0) {
+    if (const auto wrong = wrong_zeros(a, groups, false); !wrong.empty()) return wrong;
+  }
+  return a.zeros == nullptr ? "" : wrong_place("zeros", *a.zeros, device);
 }
 
 inline std::string wrong_order(const Arguments& a, int64_t K) {

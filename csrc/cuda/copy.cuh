@@ -47,19 +47,34 @@ QK_DEVICE void copy_groups(const Weight& w, const GroupFormat& f, int strip, int
   }
 }
 
+// The same for outer factors, which follow.
+QK_DEVICE void copy_outer(const Weight& w, const GroupFormat& f, int strip, int step, uint32_t to, int thread,
+                          int threads, bool valid) {
+  const int64_t outer = static_cast<int64_t>(strip) * w.outers + step / kStepsOfOuter;
+  const uint8_t* scales = w.outer + (valid ? outer * f.outer_bytes : 0);
+  const uint8_t* zeros = w.outer_zeros + (valid ? outer * f.outer_zero_bytes : 0);
+  to += f.scale_bytes + f.zero_bytes;
+  for (int i = thread * 16; i < f.outer_bytes; i += threads * 16) cp_async16_or_zero(to + i, scales + i, valid);
+  for (int i = thread * 16; i < f.outer_zero_bytes; i += threads * 16) {
+    cp_async16_or_zero(to + f.outer_bytes + i, zeros + i, valid);
+  }
+}
+
 // Asks for a step of kStrips strips from strip0 on: codes, scales and zeros, `strip_bytes` from strip to strip. From
 // strip `end` on (past N) they become zeros.
-template <int kStrips, int kCodeBytes>
+template <int kStrips, int kCodeBytes, bool kPlanes = false>
 QK_DEVICE void copy_strips(const Weight& w, const GroupFormat& f, int strip0, int end, int step, int group, uint32_t to,
                            int strip_bytes, int thread, int threads) {
 #pragma unroll
   for (int s = 0; s < kStrips; ++s, to += strip_bytes) {
     const bool valid = strip0 + s < end;
     const int64_t place = static_cast<int64_t>(valid ? strip0 + s : 0) * w.steps + step;
-    for (int i = thread * 16; i < kCodeBytes; i += threads * 16) {
-      cp_async16_or_zero(to + i, w.codes + place * kCodeBytes + i, valid);
+    const int code_bytes = kPlanes ? f.code_bytes : kCodeBytes;
+    for (int i = thread * 16; i < code_bytes; i += threads * 16) {
+      cp_async16_or_zero(to + i, w.codes + place * code_bytes + i, valid);
     }
-    copy_groups(w, f, strip0 + s, group, to + kCodeBytes, thread, threads, valid);
+    copy_groups(w, f, strip0 + s, group, to + code_bytes, thread, threads, valid);
+    if constexpr (kPlanes) copy_outer(w, f, strip0 + s, step, to + code_bytes, thread, threads, valid);
   }
 }
 

@@ -18,7 +18,7 @@
 // through the workspace and a second launch (side_kernels.cuh). No atomics, nothing left behind.
 #pragma once
 #include "copy.cuh"
-#include "multiply_biased.cuh"
+#include "multiply_planes.cuh"
 #include "output.cuh"
 #include "sum_again.cuh"
 
@@ -74,6 +74,28 @@ struct GroupChunk {
   }
 };
 
+// The same of short groups where there may be outer factors: 16 bytes of scales, zeros, outer factors of scales, of
+// zeros, one behind the other in a stage, and how far it is to the next step's; to the next but three's, of outer
+// factors.
+struct FactorChunk {
+  const uint8_t* from;
+  int stride;
+  bool outer;
+
+  static QK_DEVICE FactorChunk at(const Weight& w, const GroupFormat& f, int64_t strip, int step, int chunk) {
+    const int64_t value = (strip * w.groups + step * w.groups_per_step) * kStripRows;
+    int byte = chunk * 16;
+    if (byte < f.scale_bytes) return {w.scales + value * f.scale_size + byte, f.scale_bytes, false};
+    byte -= f.scale_bytes;
+    if (byte < f.zero_bytes) return {w.zeros + value * f.zero_size + byte, f.zero_bytes, false};
+    byte -= f.zero_bytes;
+    const int64_t outer = strip * w.outers + step / kStepsOfOuter;
+    if (byte < f.outer_bytes) return {w.outer + outer * f.outer_bytes + byte, f.outer_bytes, true};
+    byte -= f.outer_bytes;
+    return {w.outer_zeros + outer * f.outer_zero_bytes + byte, f.outer_zero_bytes, true};
+  }
+};
+
 // cp_async_wait<stages - 2>: the number stands in the instruction. kUsual is tried first.
 template <int kUsual>
 QK_DEVICE void wait_for_slot(int stages) {
@@ -91,7 +113,7 @@ QK_DEVICE void wait_for_slot(int stages) {
 template <class F, int kTokenTiles>
 __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) decode(const DecodeArguments p) {
   QK_SHARED(shared);
-  constexpr bool kCoded = is_coded(F::kCoding);
+  constexpr bool kCoded = is_coded(F::kCoding), kHasFactors = has_factors<F>();
   constexpr int kUsualStages = decode_stages(8 * kTokenTiles, F::kWidth);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int strip = blockIdx.x * p.warps_n + warp % p.warps_n, part = warp / p.warps_n;
@@ -115,25 +137,47 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
   const uint64_t policy = evict_first_policy();
   const int64_t first_strip = owns ? rows.expert * p.weight.strips + strip : 0;
   GroupWalk walk = GroupWalk::at(p.weight, begin);
-  const int chunks = (p.format.scale_bytes + p.format.zero_bytes) / 16;
+  int chunks = (p.format.scale_bytes + p.format.zero_bytes) / 16;
+  if constexpr (kHasFactors) chunks += (p.format.outer_bytes + p.format.outer_zero_bytes) / 16;
+  const int code_bytes = F::kPlanes ? p.format.code_bytes : F::kStepBytes;
   const bool copies_groups = lane < chunks;
-  const uint8_t* codes = p.weight.codes + (first_strip * p.weight.steps + begin) * F::kStepBytes + lane * 16;
-  GroupChunk groups =
-      GroupChunk::at<kCoded>(p.weight, p.format, (first_strip * p.weight.groups + walk.group) * kStripRows, lane);
+  const uint8_t* codes = p.weight.codes + (first_strip * p.weight.steps + begin) * code_bytes + lane * 16;
+  [[maybe_unused]] GroupChunk groups;
+  [[maybe_unused]] FactorChunk factors;
+  [[maybe_unused]] int next_step = begin;
+  if constexpr (kHasFactors) {
+    factors = FactorChunk::at(p.weight, p.format, first_strip, begin, copies_groups ? lane : 0);
+  } else {
+    groups =
+        GroupChunk::at<kCoded>(p.weight, p.format, (first_strip * p.weight.groups + walk.group) * kStripRows, lane);
+  }
   // Asks for the next step. `to`, as all addresses of slots below: of the lane's first 16 bytes.
   auto copy_step = [&](uint32_t to) {
 #pragma unroll
-    for (int i = 0; i < F::kStepBytes; i += kTileBytes) cp_async16_hint(to + i, codes + i, policy);
-    codes += F::kStepBytes;
-    if (copies_groups) cp_async16(to + F::kStepBytes, groups.from);
-    if constexpr (F::kMostChunks > 32) {
-      const int64_t value = (first_strip * p.weight.groups + walk.group) * kStripRows;
-      for (int more = 32; lane + more < chunks; more += 32) {
-        cp_async16(to + F::kStepBytes + more * 16, GroupChunk::at<kCoded>(p.weight, p.format, value, lane + more).from);
-      }
+    for (int i = 0; i < F::kStepBytes; i += kTileBytes) {
+      if (i < least_step_bytes<F>() || i < code_bytes) cp_async16_hint(to + i, codes + i, policy);
     }
-    walk.advance(p.weight);
-    if (walk.left == p.weight.steps_per_group) groups.from += groups.stride;  // another group has begun
+    codes += code_bytes;
+    if constexpr (kHasFactors) {
+      if (copies_groups) cp_async16(to + code_bytes, factors.from);
+#pragma unroll 1
+      for (int more = 32; lane + more < chunks; more += 32) {
+        cp_async16(to + code_bytes + more * 16,
+                   FactorChunk::at(p.weight, p.format, first_strip, next_step, lane + more).from);
+      }
+      ++next_step;
+      if (!factors.outer || next_step % kStepsOfOuter == 0) factors.from += factors.stride;
+    } else {
+      if (copies_groups) cp_async16(to + code_bytes, groups.from);
+      if constexpr (F::kMostChunks > 32) {
+        const int64_t value = (first_strip * p.weight.groups + walk.group) * kStripRows;
+        for (int more = 32; lane + more < chunks; more += 32) {
+          cp_async16(to + code_bytes + more * 16, GroupChunk::at<kCoded>(p.weight, p.format, value, lane + more).from);
+        }
+      }
+      walk.advance(p.weight);
+      if (walk.left == p.weight.steps_per_group) groups.from += groups.stride;  // another group has begun
+    }
   };
   const uint32_t first_slot = ring + lane * 16, last_slot = first_slot + (p.stages - 1) * p.stage_bytes;
 #pragma unroll 1
@@ -155,7 +199,7 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
     token_offset[i] = swizzled(token < p.x.M ? token : p.x.M - 1, lane >> 3);
     keep(token_offset[i]);
   }
-  uint32_t to_scales = F::kStepBytes - lane * 16;
+  uint32_t to_scales = code_bytes - lane * 16;
   keep(to_scales);
 
   Totals<kTokenTiles> totals = {};
@@ -167,7 +211,9 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
     load_tokens<kTokenTiles>(tokens, step_x, token_offset);
     if (left > p.stages - 1) copy_step(free_slot);
     cp_async_commit();
-    if constexpr (F::kBiased) {
+    if constexpr (F::kPlanes) {
+      multiply_planes<F, kTokenTiles>(totals, p.format, slot, slot + to_scales, tokens, lane);
+    } else if constexpr (F::kBiased) {
       multiply_biased<F, kTokenTiles>(totals, p.format, slot, slot + to_scales, tokens, lane);
     } else {
       CodesRing<F::kWidth> ring_of_codes;
@@ -201,7 +247,8 @@ __global__ void __launch_bounds__(32 * most_decode_warps(8 * kTokenTiles), 1) de
       if (!all_finite(low, high)) {
         uint32_t seldom = row;
         keep(seldom);  // nothing of what is seldom needed is found beforehand: 32 bytes of it spilled
-        sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, p.x, to.x_row + token, seldom, block, low, high);
+        sum_again<typename F::T, is_coded(F::kCoding), F::kPlanes>(p.weight, p.x, to.x_row + token, seldom, block, low,
+                                                                   high);
       }
       if (gridDim.y == 1 && !p.rows.given()) {
         store_y<typename F::T>(p.out, columns_of(p.out, n), token, low, high);

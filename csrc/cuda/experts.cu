@@ -20,6 +20,13 @@ struct Cut {
   uint8_t* start;
   int64_t bytes = 0;
 
+  // Rows of 16-bit values, and the rows in front of them that a product's tensor map spans (gemm_sm90.cuh).
+  uint16_t* take_rows(int64_t rows, int columns, const Config& config) {
+    const int64_t before = config.path == Path::kGemmSm90 ? int64_t{config.tokens} * columns : 0;
+    uint16_t* part = take<uint16_t>(before + rows * columns);
+    return part == nullptr ? nullptr : part + before;
+  }
+
   template <class T>
   T* take(int64_t count) {
     T* part = start == nullptr ? nullptr : reinterpret_cast<T*>(start + bytes);
@@ -39,18 +46,20 @@ BlockTable table_of(const Stack& s, int rows, int size, RowBlock* slots) {
   return {slots, rows / size + s.experts, size, s.experts};
 }
 
-// fp32 sums of the rows that `rows` says.
+// fp32 sums of the rows that `rows` says; or, with `gate_up`, what becomes of them.
 cudaError_t multiply_rows(const Stack& stack, const Activations& x, Type type, const Config& config,
-                          const RowBlocks& rows, float* sums, cudaStream_t stream) {
-  const bool tiles = config.path == Path::kGemm;
-  if (config.splits != 1 || config.half_accumulate || (config.path != Path::kDecode && !tiles)) {
+                          const RowBlocks& rows, float* sums, const GateUp& gate_up, cudaStream_t stream) {
+  const bool tiles = config.path == Path::kGemm, wgmma = config.path == Path::kGemmSm90;
+  if (config.splits != 1 || config.half_accumulate || (config.path != Path::kDecode && !tiles && !wgmma)) {
     return cudaErrorInvalidValue;
   }
   Call call{};
-  call.weight = stack.weight, call.x = x, call.type = type, call.rows = rows;
-  call.x.M = rows.table == nullptr ? 1 : config.tokens;
+  call.weight = stack.weight, call.x = x, call.type = type, call.rows = rows, call.gate_up = gate_up;
+  if (!wgmma) call.x.M = rows.table == nullptr ? 1 : config.tokens;
   call.out = {nullptr, nullptr, Type::kNone, 0, stack.weight.N, padded_rows(stack.weight), sums};
+  if (gate_up.to != nullptr) call.out.bias = stack.bias, call.out.bias_type = stack.bias_type;
   const bool half = type == Type::kHalf;
+  if (wgmma) return launch_gemm_sm90(call, config, stream);
   if (tiles) return half ? launch_gemm_f16(call, config, stream) : launch_gemm_bf16(call, config, stream);
   return half ? launch_decode_f16(call, config, stream) : launch_decode_bf16(call, config, stream);
 }
@@ -70,7 +79,7 @@ GroupedSpace space_of(const Grouped& c, const Config& config, void* workspace) {
   GroupedSpace s{};
   s.ids = cut.take<int32_t>(c.count);
   s.slots = cut.take<RowBlock>(table_of(c.stack, c.count, config.tokens, nullptr).count);
-  s.x = cut.take<uint16_t>(int64_t{c.count} * padded_columns(c.stack.weight));
+  s.x = cut.take_rows(c.count, padded_columns(c.stack.weight), config);
   s.sums = cut.take<float>(int64_t{c.count} * padded_rows(c.stack.weight));
   s.bytes = cut.bytes;
   return s;
@@ -80,29 +89,36 @@ struct BlockSpace {
   int32_t* place;
   RowBlock* slots;
   uint16_t *x, *hidden, *ordered;
-  float* sums;  // of up, and then of down
+  float* sums;  // of up, unless it is activated at once, and then of down
   int64_t bytes;
 };
+// Values of a row of sums.
+int row_of_sums(const Block& c, const BlockConfig& config) {
+  const int down = padded_rows(c.down.weight);
+  return activates_at_once(c, config) ? down : std::max(padded_rows(c.up.weight), down);
+}
+
 // `pairs`: of the tokens that are multiplied at a time.
 BlockSpace space_of(const Block& c, const BlockConfig& config, int pairs, void* workspace) {
   Cut cut{static_cast<uint8_t*>(workspace)};
   BlockSpace s{};
   const int64_t rows = pairs;
+  const int columns = padded_columns(c.down.weight);
   if (config.sorted) {
     s.place = cut.take<int32_t>(rows);
     s.slots = cut.take<RowBlock>(table_of(c.up, pairs, config.up.tokens, nullptr).count);
-    s.x = cut.take<uint16_t>(rows * padded_columns(c.up.weight));
-    if (c.down.k_order != nullptr) s.ordered = cut.take<uint16_t>(rows * padded_columns(c.down.weight));
+    s.x = cut.take_rows(rows, padded_columns(c.up.weight), config.up);
+    if (c.down.k_order != nullptr) s.ordered = cut.take_rows(rows, columns, config.down);
   }
-  s.hidden = cut.take<uint16_t>(rows * padded_columns(c.down.weight));
-  s.sums = cut.take<float>(rows * std::max(padded_rows(c.up.weight), padded_rows(c.down.weight)));
+  s.hidden = cut.take_rows(rows, columns, config.down);
+  s.sums = cut.take<float>(rows * row_of_sums(c, config));
   s.bytes = cut.bytes;
   return s;
 }
 
 // Tokens whose sums are in memory at a time.
 int tokens_at_once(const Block& c, const BlockConfig& config) {
-  const int64_t row = int64_t{4} * std::max(padded_rows(c.up.weight), padded_rows(c.down.weight)) * c.per;
+  const int64_t row = int64_t{4} * row_of_sums(c, config) * c.per;
   return static_cast<int>(std::min<int64_t>(c.x.M, std::max<int64_t>(config.most_bytes / row, 1)));
 }
 
@@ -124,13 +140,17 @@ cudaError_t run_tokens(const Block& c, const BlockConfig& config, const BlockSpa
     x = {space.x, pairs, steps * kStepColumns, steps * kStepColumns, 1, nullptr};
     blocks = of_down = blocks_of_table(table);
   }
-  if (error == cudaSuccess) error = multiply_rows(c.up, x, c.type, config.up, blocks, space.sums, s);
+  const bool at_once = activates_at_once(c, config);
+  const GateUp gate_up{at_once ? space.hidden : nullptr, c.activation, c.alpha, c.limit};
+  if (error == cudaSuccess) error = multiply_rows(c.up, x, c.type, config.up, blocks, space.sums, gate_up, s);
   if (error != cudaSuccess) return error;
   const Sums of_up = sums_of(c.up, space.sums, ids, space.place);
-  error = run(
-      activate,
-      ActivateArguments{of_up, pairs, c.down.weight.K, columns, c.activation, c.alpha, c.limit, c.type, space.hidden},
-      int64_t{pairs} * columns, s);
+  if (!at_once) {
+    error = run(
+        activate,
+        ActivateArguments{of_up, pairs, c.down.weight.K, columns, c.activation, c.alpha, c.limit, c.type, space.hidden},
+        int64_t{pairs} * columns, s);
+  }
   if (error == cudaSuccess && config.sorted && c.down.k_order != nullptr) {
     error =
         run(gather, GatherArguments{hidden, false, nullptr, ids, nullptr, pairs, c.down.weight.steps, space.ordered},
@@ -138,7 +158,7 @@ cudaError_t run_tokens(const Block& c, const BlockConfig& config, const BlockSpa
     hidden.x = space.ordered, hidden.k_order = nullptr;
   }
   if (hidden.k_order == nullptr) hidden.K = columns;  // those past I are 0
-  if (error == cudaSuccess) error = multiply_rows(c.down, hidden, c.type, config.down, of_down, space.sums, s);
+  if (error == cudaSuccess) error = multiply_rows(c.down, hidden, c.type, config.down, of_down, space.sums, {}, s);
   if (error != cudaSuccess) return error;
   const Sums down = sums_of(c.down, space.sums, ids, space.place);
   return run(combine, CombineArguments{down, c.x.M, c.weights, c.weights_type, c.type, c.y},
@@ -163,7 +183,7 @@ int grouped_gemm(const Grouped& c, const Config& config, void* workspace, void* 
               int64_t{c.count} * steps * 8, s);
   if (error != cudaSuccess) return error;
   error = multiply_rows(c.stack, {space.x, c.count, columns, columns, 1, nullptr}, c.type, config,
-                        blocks_of_table(table), space.sums, s);
+                        blocks_of_table(table), space.sums, {}, s);
   if (error != cudaSuccess) return error;
   const RowBlocks ids{nullptr, reinterpret_cast<const uint32_t*>(space.ids), 1, 1, c.stack.experts, c.count};
   return run(finish,

@@ -1,6 +1,7 @@
 // The small kernels around products with stacked experts: which rows and strips each block takes, rows of x in the
 // order of experts, and what becomes of the fp32 sums. Each is bound by the bytes it moves.
 #pragma once
+#include "activate.cuh"
 #include "copy.cuh"
 #include "experts.h"
 #include "output.cuh"
@@ -183,35 +184,6 @@ QK_DEVICE uint16_t rounded(Type type, float v) {
   return static_cast<uint16_t>(type == Type::kHalf ? pack_f16x2(v, 0.0f) : pack_bf16x2(v, 0.0f));
 }
 
-// x / (1 + e^-x), of fp32. e^-x is off by |x| 2^-24 of itself at most, and a few units in the last place.
-QK_DEVICE float logistic_times(float x, float at) { return x / (1.0f + exp2_approximately(-1.4426950408889634f * at)); }
-QK_DEVICE float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.7071067811865476f)); }
-// NaN stays NaN.
-QK_DEVICE float at_most(float v, float most) { return v > most ? most : v; }
-
-// Of gate and up, or of up alone, as ops/grouped.py: activate.
-QK_DEVICE float activated(Activation kind, float alpha, float limit, float gate, float up) {
-  switch (kind) {
-    case Activation::kSilu:
-      return logistic_times(gate, gate) * up;
-    case Activation::kGelu:
-      return gelu(gate) * up;
-    case Activation::kGeluTanh:  // (1 + tanh(u)) / 2 is the logistic function of 2 u
-      return logistic_times(gate, 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate)) * up;
-    case Activation::kSwigluOai:
-      gate = at_most(gate, limit), up = -at_most(-at_most(up, limit), limit);
-      return (up + 1.0f) * logistic_times(gate, alpha * gate);
-    case Activation::kRelu2Alone: {
-      const float positive = up < 0.0f ? 0.0f : up;
-      return positive * positive;
-    }
-    case Activation::kSiluAlone:
-      return logistic_times(up, up);
-    default:
-      return gelu(up);
-  }
-}
-
 struct ActivateArguments {
   Sums up;
   int count;                // of pairs
@@ -224,7 +196,7 @@ struct ActivateArguments {
 
 __global__ void __launch_bounds__(kExpertThreads) activate(const ActivateArguments p) {
   const int64_t all = static_cast<int64_t>(p.count) * p.padded_width;
-  const bool gated = is_gated(p.activation);
+  const bool has_gate = is_gated(p.activation);
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kExpertThreads + threadIdx.x; i < all;
        i += static_cast<int64_t>(gridDim.x) * kExpertThreads) {
     const int n = static_cast<int>(i % p.padded_width);
@@ -232,8 +204,8 @@ __global__ void __launch_bounds__(kExpertThreads) activate(const ActivateArgumen
     if (o.expert < 0) continue;
     float made = 0.0f;
     if (n < p.width) {
-      const float gate = gated ? biased_sum(p.up, o, n) : 0.0f;
-      made = activated(p.activation, p.alpha, p.limit, gate, biased_sum(p.up, o, gated ? p.width + n : n));
+      const float up = biased_sum(p.up, o, has_gate ? p.width + n : n);
+      made = has_gate ? gated(p.activation, p.alpha, p.limit, biased_sum(p.up, o, n), up) : ungated(p.activation, up);
     }
     store_global2(p.to + o.row * p.padded_width + n, rounded(p.type, made));
   }

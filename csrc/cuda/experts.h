@@ -1,7 +1,8 @@
 // Products with stacked experts: rows of x sorted by expert, each with its expert's weight (grouped_gemm), and a whole
-// block made of two of them. The kernels are those of dense products, decode and gemm_sm80: experts lie one behind the
-// other, so strip s of expert e is strip e strips + s, and a block reads on the device which rows and strips are its
-// own (RowBlocks in problem.h). The host reads nothing: grids are upper bounds, so a CUDA graph can hold a call.
+// block made of two of them. The kernels are those of dense products, decode, gemm_sm80 and gemm_sm90: experts lie one
+// behind the other, so strip s of expert e is strip e strips + s, and a block reads on the device which rows and strips
+// are its own (RowBlocks in problem.h). The host reads nothing: grids are upper bounds, so a CUDA graph can hold a
+// call.
 //
 // Sums of products are fp32, over K in one order; a small kernel makes of them what comes next: bias and activation,
 // rounded once, or a token's sum over its experts in their order, rounded once. No atomics, nothing left behind.
@@ -18,10 +19,6 @@ struct Stack {
   const uint8_t* bias;     // [E, N]
   Type bias_type;
 };
-
-// By the numbers of the ops (qkernels/ops/grouped.py: ACTIVATIONS).
-enum class Activation : int { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2Alone, kSiluAlone, kGeluAlone, kCount };
-QK_CONSTEXPR bool is_gated(Activation a) { return a < Activation::kRelu2Alone; }
 
 // y[r] = W_e x[rows[r]] + bias_e for offsets[e] <= r < offsets[e + 1], and 0 for rows of no expert. Rows and offsets
 // come from outside: they are clamped, and offsets made to rise.
@@ -59,6 +56,14 @@ struct BlockConfig {
   int64_t most_bytes = int64_t{512} << 20;
 };
 
+// Whether gate's rows and up's are whole strips, so that one block can have both.
+inline bool pairs_strips(Activation a, int width) { return is_gated(a) && width % kStripRows == 0; }
+// Whether the first product's blocks, of two strips, activate their sums themselves.
+inline bool has_two_strips(const Config& up) { return up.path == Path::kGemmSm90 && wgmma_strips(up.tokens) == 2; }
+inline bool activates_at_once(const Block& c, const BlockConfig& config) {
+  return config.sorted && has_two_strips(config.up) && pairs_strips(c.activation, c.down.weight.K);
+}
+
 // --- the choice ---
 
 // An expert is read once a pair where pairs are multiplied as they come. Experts of one token differ; with as many
@@ -89,7 +94,11 @@ inline Tile fastest_tile(const Problem& of_one, Path path, int tokens, int rows,
     if (!coded || tokens == kCodedGemmTokens) visit({path, tokens, 0, 0, 1, false});
     return best;
   }
-  if (coded && tokens == 16) return best;
+  if (path == Path::kGemmSm90) {
+    if (!coded && p.K > 0) visit({path, tokens, 0, 0, 1, false});
+    return best;
+  }
+  if ((coded && tokens == 16) || (p.coding == Coding::kPlanes && tokens != kPlanesDecodeTokens)) return best;
   for (int warps = 4; warps <= most_decode_warps(tokens); warps *= 2) {
     for (int warps_n = 1; warps_n <= std::min(warps, of_one.strips()); warps_n *= 2) {
       visit({path, tokens, warps_n, warps / warps_n, 1, false});
@@ -98,9 +107,17 @@ inline Tile fastest_tile(const Problem& of_one, Path path, int tokens, int rows,
   return best;
 }
 
-// The way of both products with the least predicted time. `up`, `down`: problems of one expert. K is not split: experts
-// are blocks enough.
-inline BlockConfig choose_block(const Problem& up, const Problem& down, int tokens, int64_t pairs, int experts) {
+// What it costs that the first product's sums go through memory.
+inline double stored_ns(const Problem& up, int64_t pairs) {
+  const Card card = card_of(up.sm);
+  return card.launch_ns + 8.0 * pairs * up.N / (card.reached_bandwidth * card.bytes_per_ns);
+}
+
+// The way of both products with the least predicted time. `up`, `down`: problems of one expert; `paired`: pairs_strips.
+// K is not split: experts are blocks enough. Sums that are not activated at once are written, read and activated by a
+// kernel of their own.
+inline BlockConfig choose_block(const Problem& up, const Problem& down, int tokens, int64_t pairs, int experts,
+                                bool paired) {
   if (unsorted_is_better(tokens, pairs, experts)) {
     const Tile first = fastest_tile(up, Path::kDecode, 8, 1, static_cast<double>(pairs));
     const Tile second = fastest_tile(down, Path::kDecode, 8, 1, static_cast<double>(pairs));
@@ -112,29 +129,34 @@ inline BlockConfig choose_block(const Problem& up, const Problem& down, int toke
   const struct {
     Path path;
     int tokens;
-  } sizes[] = {{Path::kDecode, 8}, {Path::kDecode, 16}, {Path::kDecode, 32},
-               {Path::kGemm, 128}, {Path::kGemm, 64},   {Path::kGemm, 32}};
-  for (const auto& [path, size] : sizes) {
-    if (path == Path::kDecode && mean > kMaxDecodeTokens) continue;  // as for dense products
+  } sizes[] = {{Path::kDecode, 8},     {Path::kDecode, 16},    {Path::kDecode, 32},
+               {Path::kGemm, 128},     {Path::kGemm, 64},      {Path::kGemm, 32},
+               {Path::kGemmSm90, 256}, {Path::kGemmSm90, 128}, {Path::kGemmSm90, 64}};
+  for (const auto& [path, size] : sizes) {  // decode and wgmma as for dense products
+    if (path == (mean > kMaxDecodeTokens ? Path::kDecode : Path::kGemmSm90)) continue;
     const double blocks = touched * blocks_of_expert(mean, size);
     const Tile first = fastest_tile(up, path, size, size, blocks),
                second = fastest_tile(down, path, size, size, blocks);
-    if (first.ns + second.ns < least) least = first.ns + second.ns, best = {true, first.config, second.config};
+    const double later = paired && !has_two_strips(first.config) ? stored_ns(up, pairs) : 0.0;
+    const double ns = first.ns + second.ns + later;
+    if (ns < least) least = ns, best = {true, first.config, second.config};
   }
   return best;
 }
 
 // Of rows that are sorted already: which expert one has is known once they are cut into blocks.
 inline BlockConfig choose_grouped(const Problem& p, int64_t rows, int experts) {
-  return choose_block(p, p, 2, std::max<int64_t>(rows, experts / 2 + 1), experts);
+  return choose_block(p, p, 2, std::max<int64_t>(rows, experts / 2 + 1), experts, false);
 }
 
 // `choose_block` (up to 10 us) from a table of what this thread has asked before. tokens 0: `choose_grouped`.
-inline BlockConfig remembered_block(const Problem& up, const Problem& down, int tokens, int64_t pairs, int experts) {
+inline BlockConfig remembered_block(const Problem& up, const Problem& down, int tokens, int64_t pairs, int experts,
+                                    bool paired) {
   struct Entry {
     Problem up, down;
     int tokens, experts;
     int64_t pairs;
+    bool paired;
     BlockConfig config;
   };
   constexpr unsigned kEntries = 128;
@@ -142,18 +164,17 @@ inline BlockConfig remembered_block(const Problem& up, const Problem& down, int 
   const unsigned hash =
       (static_cast<unsigned>(pairs) * 31 + up.N) * 2654435761u ^ static_cast<unsigned>(down.N) * 40503u;
   Entry& e = entries[(hash >> 16 ^ hash) % kEntries];
-  if (!(e.up == up && e.down == down && e.tokens == tokens && e.experts == experts && e.pairs == pairs)) {
-    e = {up,     down,
-         tokens, experts,
-         pairs,  tokens == 0 ? choose_grouped(up, pairs, experts) : choose_block(up, down, tokens, pairs, experts)};
+  if (!(e.up == up && e.down == down && e.tokens == tokens && e.experts == experts && e.pairs == pairs &&
+        e.paired == paired)) {
+    const BlockConfig config =
+        tokens == 0 ? choose_grouped(up, pairs, experts) : choose_block(up, down, tokens, pairs, experts, paired);
+    e = {up, down, tokens, experts, pairs, paired, config};
   }
   return e.config;
 }
 
-inline std::string describe(const BlockConfig& c, int sm) {
-  const bool has_wgmma = sm == 90 && c.up.path == Path::kGemm;
-  return (c.sorted ? "rows sorted by expert, " : "pairs as they come, ") + describe(c.up) + " and " + describe(c.down) +
-         (has_wgmma ? " (experts have no wgmma kernel yet)" : "");
+inline std::string describe(const BlockConfig& c) {
+  return (c.sorted ? "rows sorted by expert, " : "pairs as they come, ") + describe(c.up) + " and " + describe(c.down);
 }
 
 // --- the launchers: as those of problem.h ---

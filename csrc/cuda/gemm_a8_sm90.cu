@@ -40,7 +40,7 @@ cudaError_t launch_gemm_a8_sm90(const GemmA8Arguments& gemm, const Config& c, cu
   if (p.stages < 2) return cudaErrorInvalidValue;
   if (const int words = gemm.weight.steps * kStepColumns / 2) {
     const uint16_t* x = reinterpret_cast<const uint16_t*>(gemm.x);
-    const cudaError_t error = encode_tensor_map(&p.x, x, gemm.out.M, words, words, c.tokens, kStepColumns / 2);
+    const cudaError_t error = encode_tensor_map(&p.x, x, 1, gemm.out.M, words, words, c.tokens, kStepColumns / 2);
     if (error != cudaSuccess) return error;
   }
   return gemm.weight.width == 4 ? launch_width<4>(p, c, stream) : launch_width<8>(p, c, stream);

@@ -144,14 +144,14 @@ __global__ void __launch_bounds__(kConsumersA8 + 128, 1) gemm_a8_wgmma(const __g
     const int role = warp - kConsumersA8 / 32;  // 0: x, and then the strips
     if (role <= kStripsA8 && elect_one()) {
       if (role == 0) {
-        produce_x(args.x, ring, begin * (kStepColumns / 2), kStepColumns / 2, blockIdx.x * kTokens,
+        produce_x(args.x, ring, begin * (kStepColumns / 2), kStepColumns / 2, blockIdx.x * kTokens, 0,
                   kTokens * kTokenBytesA8, end - begin);
       }
 #pragma unroll
       for (int s = 0; s < kStripsA8; ++s) {
         if (role == 1 + s) {
           produce_strip<step_bytes(kWidth), true>(p.weight, p.format, ring, kTokens * kTokenBytesA8 + s * p.strip_bytes,
-                                                  blockIdx.y * kStripsA8 + s, begin, end);
+                                                  0, blockIdx.y * kStripsA8 + s, begin, end);
         }
       }
     }

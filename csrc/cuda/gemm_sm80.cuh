@@ -17,6 +17,7 @@
 // (act-order, odd K, strides) is copied first (side_kernels.cuh).
 #pragma once
 #include "copy.cuh"
+#include "multiply_planes.cuh"
 #include "output.cuh"
 #include "sum_again.cuh"
 
@@ -26,7 +27,7 @@ constexpr int kWarpTokens = 32;
 constexpr int kWarpTokenTiles = kWarpTokens / 8;
 
 // 4 stages of 21 KB (128 tokens, 4 bit) or 3 of 25 KB (8 bit) stay below the 99 KB that RTX cards allow.
-QK_CONSTEXPR int gemm_stages(int width) { return width == 4 ? 4 : 3; }
+QK_CONSTEXPR int gemm_stages(int width) { return width <= 4 ? 4 : 3; }
 
 struct GemmArguments {
   Weight weight;
@@ -66,8 +67,8 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   GroupWalk walk = GroupWalk::at(p.weight, begin);
   auto copy_step = [&](int step, int slot) {
     const uint32_t to = stages + slot * stage_bytes;
-    copy_strips<kWarpsN, F::kStepBytes>(p.weight, p.format, strip0, first_strip + p.weight.strips, step, walk.group, to,
-                                        p.strip_bytes, thread, kThreads);
+    copy_strips<kWarpsN, F::kStepBytes, F::kPlanes>(p.weight, p.format, strip0, first_strip + p.weight.strips, step,
+                                                    walk.group, to, p.strip_bytes, thread, kThreads);
     walk.advance(p.weight);
 #pragma unroll
     for (int i = thread; i < kTokens * 8; i += kThreads) {
@@ -92,10 +93,10 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
   }
   // What the first tile of a step needs is in registers before the step begins.
   TokenFragments<kWarpTokenTiles> tokens, next_tokens;
-  CodesRing<F::kWidth> codes;
+  [[maybe_unused]] CodesRing<F::kPlanes ? 4 : F::kWidth> codes;
   auto load_first = [&](TokenFragments<kWarpTokenTiles>& to, uint32_t stage) {
     load_tokens<kWarpTokenTiles>(to, stage + x_place, token_offset);
-    load_codes<F::kWidth>(codes[0], stage + warp_n * p.strip_bytes, 0, lane);
+    if constexpr (!F::kPlanes) load_codes<F::kWidth>(codes[0], stage + warp_n * p.strip_bytes, 0, lane);
   };
   cp_async_wait<kStages - 1>();
   __syncthreads();
@@ -111,8 +112,14 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
       if (step + kStages < end) copy_step(step + kStages, slot);
       cp_async_commit();
     };
-    multiply_step<F, kWarpTokenTiles, kHalfAccumulate>(
-        totals, p.format, stages + slot * stage_bytes + warp_n * p.strip_bytes, codes, tokens, lane, prepare_next);
+    const uint32_t strip_codes = stages + slot * stage_bytes + warp_n * p.strip_bytes;
+    if constexpr (F::kPlanes) {
+      multiply_planes<F, kWarpTokenTiles>(totals, p.format, strip_codes + lane * 16, strip_codes + p.format.code_bytes,
+                                          tokens, lane, prepare_next);
+    } else {
+      multiply_step<F, kWarpTokenTiles, kHalfAccumulate>(totals, p.format, strip_codes, codes, tokens, lane,
+                                                         prepare_next);
+    }
 #pragma unroll
     for (int i = 0; i < kWarpTokenTiles; ++i) {
 #pragma unroll
@@ -145,8 +152,8 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsM * 32, 8 / (kWarpsN * kWarpsM
     if (!any_lane(again >> token & 1)) continue;
     float low = bits_to_float(kNaN), high = low;
     const int m = first + token;
-    sum_again<typename F::T, is_coded(F::kCoding)>(p.weight, {p.x, out.M, p.x_columns, p.x_stride, 1, nullptr}, m,
-                                                   first_row + n, share, low, high);
+    sum_again<typename F::T, is_coded(F::kCoding), F::kPlanes>(
+        p.weight, {p.x, out.M, p.x_columns, p.x_stride, 1, nullptr}, m, first_row + n, share, low, high);
     store_part<typename F::T>(out, columns, split, splits, m, low, high);
   }
 }

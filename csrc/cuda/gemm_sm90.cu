@@ -1,4 +1,5 @@
 // The 36 instances of gemm_wgmma (type x width x nine of tile and kind of scaling), and how they are launched.
+#include <limits>
 #include <mutex>
 
 #include "blocks.h"
@@ -11,7 +12,8 @@ namespace {
 
 template <class F, int kTokens>
 cudaError_t launch_tile(const WgmmaArguments& p, const Config& c, cudaStream_t stream) {
-  const dim3 grid(divide_up(p.out.M, kTokens), divide_up(p.weight.strips, wgmma_strips(kTokens)), c.splits);
+  const dim3 grid =
+      p.rows.given() ? dim3(p.rows.blocks * p.along_n) : dim3(divide_up(p.out.M, kTokens), p.along_n, c.splits);
   const dim3 block(wgmma_threads(kTokens));
   const int shared = wgmma_shared_bytes(kTokens, p.strip_bytes, p.stages);
   return p.clusters ? launch_clusters(gemm_wgmma<F, kTokens>, grid, block, shared, stream, p)
@@ -79,15 +81,24 @@ int clusters_of(const Device& device, Clusters* clusters) {
 }
 
 cudaError_t launch_gemm_sm90(const Call& call, const Config& c, cudaStream_t stream) {
-  if (!tma_reads(call.x) || c.splits < 1) return cudaErrorInvalidValue;
+  if (!tma_reads(call.x) || c.splits < 1 || is_coded(coding_of(call.weight))) return cudaErrorInvalidValue;
+  const bool experts = call.rows.given(), gate_up = call.gate_up.to != nullptr;
+  const int strips = wgmma_strips(c.tokens);
+  if (experts && (call.rows.table == nullptr || c.splits != 1)) return cudaErrorInvalidValue;
+  if (gate_up && (!experts || strips != 2 || call.weight.N % (2 * kStripRows) != 0)) return cudaErrorInvalidValue;
   WgmmaArguments p{};
+  p.rows = call.rows, p.gate_up = call.gate_up;
+  p.apart = gate_up ? call.weight.strips / 2 : 1, p.along_n = divide_up(call.weight.strips, strips);
+  if (int64_t{p.along_n} * p.rows.blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
   p.weight = call.weight, p.format = group_format(call.weight, call.type), p.plain_x = call.x, p.out = call.out;
   p.strip_bytes = stage_bytes(call.weight), p.stage_bytes = wgmma_stage_bytes(c.tokens, p.strip_bytes);
   p.stages = wgmma_stages(c.tokens, p.strip_bytes, c.stages), p.clusters = adds_in_cluster(c);
   if (p.stages < 2) return cudaErrorInvalidValue;
   if (call.x.K > 0) {
     const Activations& x = call.x;
-    const cudaError_t error = encode_tensor_map(&p.x, x.x, x.M, x.K, x.row_stride, c.tokens, kStepColumns);
+    const cudaError_t error = experts ? encode_tensor_map(&p.x, x.x - c.tokens * x.row_stride, int64_t{x.M} + 1,
+                                                          c.tokens, x.K, x.row_stride, c.tokens, kStepColumns)
+                                      : encode_tensor_map(&p.x, x.x, 1, x.M, x.K, x.row_stride, c.tokens, kStepColumns);
     if (error != cudaSuccess) return error;
   }
   if (call.type == Type::kHalf) {

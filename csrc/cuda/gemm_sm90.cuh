@@ -19,7 +19,12 @@
 // of conversion a lane; the sibling warpgroup covers the drain at a group's end. With 256 tokens, with groups of 16 and
 // 32 and with floating zeros fragments are scaled: each weight is rounded once to the type of the activations, as
 // dequantize + mm does, and nothing drains before the end of K.
+//
+// Stacked experts are the same instances: a table says which rows of x and which expert's strips are a block's, and the
+// fp32 sums go to memory. Where one product has gate and up, a block of two strips takes one of each and stores what
+// the activation makes of them.
 #pragma once
+#include "activate.cuh"
 #include "copy.cuh"
 #include "output.cuh"
 #include "sum_again.cuh"
@@ -53,7 +58,31 @@ struct WgmmaArguments {
   int stage_bytes;
   int stages;
   bool clusters;  // the parts of K are a cluster, which adds them
+  // Of stacked experts: a table; how many blocks share one's rows; what becomes of gate and up. From one strip of a
+  // block to the next.
+  RowBlocks rows;
+  int along_n, apart;
+  GateUp gate_up;
 };
+
+// Where a block is: its rows of x and y, an expert, and which of its strips is the first.
+struct WgmmaPlace {
+  int row, end, expert, strip;
+
+  QK_DEVICE int first_strip(const Weight& w) const { return expert * w.strips; }
+};
+
+// Asked for again behind the loop over K, so that it holds no registers in there. Of experts, blocks with the same rows
+// lie side by side: x comes from memory once and is in L2 for the others, as are an expert's strips for its next rows.
+template <int kTokens>
+QK_DEVICE WgmmaPlace place_of(const WgmmaArguments& p) {
+  constexpr int kStrips = wgmma_strips(kTokens);
+  const int block = blockIdx.x;
+  if (!p.rows.given()) return {block * kTokens, p.out.M, 0, static_cast<int>(blockIdx.y) * kStrips};
+  const int along_m = block / p.along_n, along_n = block - along_m * p.along_n;
+  const RowBlock rows = row_block(p.rows, along_m);
+  return {rows.x_row, rows.x_row + rows.count, rows.expert, p.apart == 1 ? along_n * kStrips : along_n};
+}
 
 // The stages of a block, a ring; `parity` is that of the phase that the current slot's `full` barrier is in.
 struct Ring {
@@ -80,26 +109,29 @@ QK_DEVICE void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, boo
   }
 }
 
-// By one thread: tiles of x from `column` on, `bytes` each.
-QK_DEVICE void produce_x(const TensorMap& x, Ring ring, int column, int columns, int row, int bytes, int steps) {
+// By one thread: tiles of x from `column` on, `bytes` each. Where experts have rows, matrix i of x is the kTokens rows
+// in front of row i: a block whose rows end there begins so far down in it that it reads its own, and zeros for the
+// others.
+QK_DEVICE void produce_x(const TensorMap& x, Ring ring, int column, int columns, int row, int matrix, int bytes,
+                         int steps) {
   for (; steps > 0; --steps, column += columns) {
     mbarrier_wait(ring.empty(), ring.parity ^ 1);
     mbarrier_arrive_expect(ring.full(), bytes);
-    copy_tile(ring.stage(), &x, column, row, ring.full());
+    copy_tile(ring.stage(), &x, column, row, matrix, ring.full());
     ring.advance();
   }
 }
 
-// By one thread: the codes of a strip to `place` of each stage, and behind them the scales and zeros of a group in the
-// first of its steps here, or (kInLast) in the last.
+// By one thread: the codes of a strip, counted from the expert's `first`, to `place` of each stage, and behind them the
+// scales and zeros of a group in the first of its steps here, or (kInLast) in the last.
 template <int kStepBytes, bool kInLast>
-QK_DEVICE void produce_strip(const Weight& w, const GroupFormat& f, Ring ring, int place, int wanted, int begin,
-                             int end) {
-  const int strip = wanted < w.strips ? wanted : w.strips - 1;  // past N: any strip, whose rows are not stored
+QK_DEVICE void produce_strip(const Weight& w, const GroupFormat& f, Ring ring, int place, int first, int wanted,
+                             int begin, int end) {
+  const int strip = first + (wanted < w.strips ? wanted : w.strips - 1);  // past N: any, whose rows are not stored
   GroupWalk walk = GroupWalk::at(w, begin);
   const uint8_t* codes = w.codes + (static_cast<int64_t>(strip) * w.steps + begin) * kStepBytes;
-  const int64_t first = (static_cast<int64_t>(strip) * w.groups + walk.group) * kStripRows;
-  const uint8_t *scales = w.scales + first * f.scale_size, *zeros = w.zeros + first * f.zero_size;
+  const int64_t value = (static_cast<int64_t>(strip) * w.groups + walk.group) * kStripRows;
+  const uint8_t *scales = w.scales + value * f.scale_size, *zeros = w.zeros + value * f.zero_size;
   const int group_bytes = f.scale_bytes + f.zero_bytes;
   bool opens = true;  // the step is the first of its group here
   for (int step = begin; step < end; ++step) {
@@ -234,6 +266,34 @@ QK_DEVICE void consume(Consumer<F, kTokens> consumer, int begin, int end, float 
     }
   }
 }
+
+// Of stacked experts: the activation of the sums of a block's two strips, gate's rows and up's, which lie at `exchange`
+// and `behind` bytes on; by eight warps. `mend` takes a row, a column of y, a part of K and two sums.
+template <class T, class Mend>
+QK_DEVICE void store_gate_up(const WgmmaArguments& p, const WgmmaPlace& here, int gate, int up, uint32_t exchange,
+                             int behind, int warp, int lane, const Mend& mend) {
+  Output out = p.out;
+  if (out.bias_type != Type::kNone) out.bias += static_cast<int64_t>(here.expert) * out.N * size_of(out.bias_type);
+  const Columns gates = columns_of(out, gate), ups = columns_of(out, up);
+  const GateUp& made = p.gate_up;
+  const Share steps{0, p.weight.steps};
+#pragma unroll 1
+  for (int m = here.row + warp; m < here.end; m += 8) {
+    const uint32_t at = exchange + ((m - here.row) * kExchangeRow + 2 * lane) * 4;
+    const Words2 g = load_shared8(at), u = load_shared8(at + behind);
+    float low = bits_to_float(g.word[0]), high = bits_to_float(g.word[1]);
+    float up_low = bits_to_float(u.word[0]), up_high = bits_to_float(u.word[1]);
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {  // one copy of what mends, for which both pairs change their places twice
+      mend(m, part == 0 ? gate : up, steps, low, high);
+      const float first = low, second = high;
+      low = up_low, high = up_high, up_low = first, up_high = second;
+    }
+    low = gated(made.activation, made.alpha, made.limit, low + gates.low_bias, up_low + ups.low_bias);
+    high = gated(made.activation, made.alpha, made.limit, high + gates.high_bias, up_high + ups.high_bias);
+    store_global4(made.to + static_cast<int64_t>(m) * (out.N / 2) + gate, T::pack(low, high));
+  }
+}
 #endif
 
 template <class F, int kTokens>
@@ -250,6 +310,8 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   const int begin = share.begin, end = static_cast<int>(last);
   const uint32_t slots = (shared_address(shared) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   const Ring ring{slots, slots + p.stages * p.stage_bytes, p.stage_bytes, p.stages};
+  const WgmmaPlace here = place_of<kTokens>(p);
+  if (p.rows.given() && here.row >= here.end) return;  // a slot that is left over
 
   if (threadIdx.x == 0) {
     for (Ring r = ring; r.parity == 0; r.advance()) {
@@ -265,14 +327,15 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
     const int role = warp - kConsumers / 32;  // 0: x, and then the strips
     if (role <= kStrips && elect_one()) {
       if (role == 0) {
-        produce_x(p.x, ring, begin * kStepColumns, kStepColumns, blockIdx.x * kTokens, kTokens * kTokenBytes,
-                  end - begin);
+        const bool dense = !p.rows.given();
+        produce_x(p.x, ring, begin * kStepColumns, kStepColumns, dense ? here.row : kTokens - (here.end - here.row),
+                  dense ? 0 : here.end, kTokens * kTokenBytes, end - begin);
       }
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
         if (role == 1 + s) {
           produce_strip<F::kStepBytes, false>(p.weight, p.format, ring, kTokens * kTokenBytes + s * p.strip_bytes,
-                                              blockIdx.y * kStrips + s, begin, end);
+                                              here.first_strip(p.weight), here.strip + s * p.apart, begin, end);
         }
       }
     }
@@ -296,15 +359,27 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
     const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = tile * kTileRows + lane / 4 + i % 4 / 2 * 8;
     store_shared4(exchange + (token * kExchangeRow + row) * 4, float_to_bits(totals[i]));
   }
-  const int n = (blockIdx.y * kStrips + warpgroup) * kStripRows + 2 * lane;
-  const Columns columns = columns_of(p.out, n);
+  const WgmmaPlace mine = place_of<kTokens>(p);
+  const int expert_row = mine.first_strip(p.weight) * kStripRows;
+  const int n = (mine.strip + warpgroup * p.apart) * kStripRows + 2 * lane;
   auto place = [&](int token) { return exchange + (token * kExchangeRow + 2 * lane) * 4; };
   // Scaled fragments are weights, and their sums those of a float layer.
-  auto mend = [&](int m, Share steps, float& low, float& high) {
+  auto mend = [&](int m, int column, Share steps, float& low, float& high) {
     if constexpr (!F::kScaled) {
-      if (!all_finite(low, high)) sum_again<typename F::T>(p.weight, p.plain_x, m, n, steps, low, high);
+      if (!all_finite(low, high)) {
+        sum_again<typename F::T>(p.weight, p.plain_x, m, expert_row + column, steps, low, high);
+      }
     }
   };
+  if constexpr (kStrips == 2) {
+    if (p.gate_up.to != nullptr) {
+      named_barrier_sync(1, kConsumers);  // gate's rows and up's are there
+      const int gate = mine.strip * kStripRows + 2 * lane, up = gate + p.apart * kStripRows;
+      store_gate_up<typename F::T>(p, mine, gate, up, slots, exchange_bytes(kTokens), warp, lane, mend);
+      return;
+    }
+  }
+  const Columns columns = columns_of(p.out, n);
   if (p.clusters) {
     const int splits = gridDim.z;
     cluster_barrier();  // all blocks' totals are there
@@ -317,20 +392,21 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
         const Words2 v = load_cluster8(place(token), part);
         low += bits_to_float(v.word[0]), high += bits_to_float(v.word[1]);
       }
-      mend(m, {0, p.weight.steps}, low, high);
+      mend(m, n, {0, p.weight.steps}, low, high);
       store_y<typename F::T>(p.out, columns, m, low, high);
     }
     cluster_barrier_relaxed();  // nobody reads this block's totals any more
     return;
   }
-  named_barrier_sync(2 + warpgroup, 128);  // the four warps' rows are there
+  named_barrier_sync(2 + warpgroup, 128);             // the four warps' rows are there
+  const int splits = p.rows.given() ? 2 : gridDim.z;  // of more than one come sums
   for (int token = tile; token < kTokens; token += 4) {
-    const int m = blockIdx.x * kTokens + token;
+    const int m = mine.row + token;
     const Words2 v = load_shared8(place(token));
-    if (m < p.out.M && n < p.out.N_pad) {
+    if (m < mine.end && n < p.out.N_pad) {
       float low = bits_to_float(v.word[0]), high = bits_to_float(v.word[1]);
-      mend(m, share, low, high);
-      store_part<typename F::T>(p.out, columns, split, gridDim.z, m, low, high);
+      mend(m, n, share, low, high);
+      store_part<typename F::T>(p.out, columns, split, splits, m, low, high);
     }
   }
 #else

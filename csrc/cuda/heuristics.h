@@ -29,7 +29,7 @@ struct Problem {
   Coding coding;
   Clusters clusters;  // of the device
 
-  int width() const { return bits <= 4 ? 4 : 8; }
+  int width() const { return stored_width(bits, act_bits != 8); }
   int strips() const { return divide_up(N, kStripRows); }
   int steps() const { return K > 0 ? divide_up(K, kStepColumns) : 1; }
   int strip_bytes() const { return step_bytes(width()) + group_bytes; }
@@ -49,7 +49,7 @@ inline Problem problem_of(const Weight& w, int M, int bits, int act_bits, bool h
           w.K,
           bits,
           act_bits,
-          groups.scales + groups.zeros,
+          groups.all(),
           half,
           aligned,
           device.sm,
@@ -58,7 +58,7 @@ inline Problem problem_of(const Weight& w, int M, int bits, int act_bits, bool h
           w.steps_per_group,
           w.groups,
           is_floating(w.zero_type),
-          coding_of(w.codebook),
+          coding_of(w),
           clusters};
 }
 
@@ -147,7 +147,7 @@ inline double bytes_on_their_way(const Problem& p, const Config& c, const Blocks
                                                  : wgmma_a8_stages(c.tokens, b.strip_bytes, c.stages);
     return static_cast<double>(b.at_once()) * b.strips * std::min(b.steps, stages - 1) * b.strip_bytes;
   }
-  const int ahead = c.path == Path::kGemmA8 || p.width() == 4 ? 3 : 2;
+  const int ahead = c.path == Path::kGemmA8 || p.width() <= 4 ? 3 : 2;
   return static_cast<double>(b.at_once()) * ahead * (b.strips * b.strip_bytes + c.tokens * 8.0 * p.act_bits);
 }
 
@@ -172,8 +172,17 @@ constexpr double kDecodeRounds[2][3][3][3] = {{{{217, 258, 279}, {263, 318, 350}
                                                {{787, 787, 787}, {918, 918, 918}, {1145, 1145, 1145}}}};
 // Of codes that are no integers: [kTable, kE2M1, kFloat8][groups of 64 and more, shorter][8, 32 tokens].
 constexpr double kCodedRounds[3][2][2] = {{{531, 654}, {681, 932}}, {{531, 654}, {548, 800}}, {{457, 582}, {607, 859}}};
+// Of codes in planes, and of 4 bits under factors and with minima, for 8 tokens:
+// [2 and 3 bits, 4 bits, 5 and 6 bits][groups of 64 and more, shorter].
+constexpr double kPlanesRounds[3][2] = {{268, 391}, {494, 494}, {357, 482}};
 // card.decode_slots: what a round of the first of them costs, by which a fit changes all.
 inline double decode_instructions(const Problem& p, const Card& card, int tokens) {
+  if (p.coding == Coding::kPlanes) {
+    return kPlanesRounds[p.bits < 4       ? 0
+                         : p.bits - 3 > 1 ? 2
+                                          : 1][p.short_groups()] *
+           card.decode_slots / kDecodeRounds[0][0][0][0];
+  }
   if (is_coded(p.coding)) {
     return kCodedRounds[static_cast<int>(p.coding) - 1][p.short_groups()][tokens > 8] * card.decode_slots /
            kDecodeRounds[0][0][0][0];
@@ -187,11 +196,11 @@ inline double gemm_instructions(const Problem& p) {
          (is_coded(p.coding) ? 220 : 0);  // a table's permutations
 }
 // 16 rows and all tokens of a block, along the executed path at 64 tokens; at a group's end an FMA for each of a lane's
-// sums, and 33 for its scales, zeros and the wait. Scaled fragments: a static count.
+// sums, and 35 for its scales, zeros and the wait. Scaled fragments: a static count.
 inline double wgmma_instructions(const Problem& p, int tokens) {
   const int wide = p.bits > 4 ? 22 : 0;
   if (tokens == 256 || p.short_groups() || p.float_zeros) return 180 + wide + (p.short_groups() ? 4 : 1) * 48;
-  return 84 + wide + (33 + tokens / 2.0) / p.steps_per_group;
+  return 86 + wide + (35 + tokens / 2.0) / p.steps_per_group;
 }
 // Of a lane: each sum of a group is shifted, converted and added.
 inline double fold_instructions(const Problem& p, double sums) {
@@ -337,7 +346,8 @@ void each_config(const Problem& p, bool half_accumulate, const Visit& visit) {
   const bool coded = is_coded(p.coding);
   if (p.M <= kMaxDecodeTokens) {
     const int tokens = p.M <= 8 ? 8 : p.M <= 16 && !coded ? 16 : 32;
-    for (int warps = 4; warps <= most_decode_warps(tokens); warps *= 2) {
+    const bool runs = p.coding != Coding::kPlanes || tokens == kPlanesDecodeTokens;
+    for (int warps = 4; runs && warps <= most_decode_warps(tokens); warps *= 2) {
       for (int warps_n = 1; warps_n <= warps; warps_n *= 2) {
         for (int splits = 1; splits <= most_splits(p); splits = next_splits(splits)) {
           visit(Config{Path::kDecode, tokens, warps_n, warps / warps_n, splits, false});

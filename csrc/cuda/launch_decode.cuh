@@ -1,7 +1,8 @@
-// How an instance of decode is found and launched, for one type of activations, each a translation unit of its own: 35
+// How an instance of decode is found and launched, for one type of activations, each a translation unit of its own: 41
 // instances. 14 of 8 tokens, for each width 4 for the usual scales and zeros (GroupKind) in groups of 32 and of 64 or
 // more, and 3 for all others and groups of 16; 7 of 16 tokens, where only symmetric 4 bit in groups of 64 and more has
 // one of its own (the others do not fit 128 registers); 4 of 32. Codes that are no integers: 5 of 8 and 5 of 32 tokens.
+// Codes in planes and under factors of 256 weights: 6 of 8 tokens.
 #pragma once
 #include "blocks.h"
 #include "decode.cuh"
@@ -71,6 +72,20 @@ cudaError_t launch_coded(const DecodeLaunch& launch, Coding coding) {
                                  : launch.run<CodedFormat<T, Coding::kTable, true>, kTokenTiles>();
 }
 
+// Groups of 32 of 2, 3, 5 and 6 bits are taken for pairs of groups of 16.
+template <class T>
+cudaError_t launch_planes(const DecodeLaunch& launch, const Weight& w) {
+  if (w.codebook != Codebook::kIntegers) return launch.run<PlanesFormat<T, Planes::kIq4Nl, 2>, 1>();
+  if (w.width == 4) return launch.run<PlanesFormat<T, Planes::k4, 2>, 1>();
+  const bool short_groups = w.groups_per_step > 1 || w.outers != 0;
+  if (w.width < 4) {
+    return short_groups ? launch.run<PlanesFormat<T, Planes::k2And3, 4>, 1>()
+                        : launch.run<PlanesFormat<T, Planes::k2And3, 1>, 1>();
+  }
+  return short_groups ? launch.run<PlanesFormat<T, Planes::k5And6, 4>, 1>()
+                      : launch.run<PlanesFormat<T, Planes::k5And6, 1>, 1>();
+}
+
 template <class T>
 cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t stream) {
   const int warps = config.warps_n * config.warps_k;
@@ -92,7 +107,11 @@ cudaError_t launch_decode(const Call& call, const Config& config, cudaStream_t s
   const dim3 grid(divide_up(call.weight.strips, config.warps_n), config.splits,
                   call.rows.given() ? call.rows.blocks : 1);
   const DecodeLaunch launch{p, config.tokens, grid, shared, stream};
-  if (const Coding coding = coding_of(call.weight.codebook); is_coded(coding)) {
+  const Coding coding = coding_of(call.weight);
+  if (coding == Coding::kPlanes) {
+    return config.tokens == kPlanesDecodeTokens ? launch_planes<T>(launch, call.weight) : cudaErrorInvalidValue;
+  }
+  if (is_coded(coding)) {
     return config.tokens == 8    ? launch_coded<T, 1>(launch, coding)
            : config.tokens == 32 ? launch_coded<T, 4>(launch, coding)
                                  : cudaErrorInvalidValue;

@@ -1,6 +1,6 @@
 // How an instance of gemm is found and launched, for one type of activations: 12 instances, and two with fp16
-// accumulation for fp16; 4 for codes that are no integers, all of 64 tokens. Each type is a translation unit of its
-// own.
+// accumulation for fp16; 4 for codes that are no integers, 6 for those in planes, all of 64 tokens. Each type is a
+// translation unit of its own.
 #pragma once
 #include "blocks.h"
 #include "gemm_sm80.cuh"
@@ -43,6 +43,21 @@ cudaError_t launch_coded_gemm(const GemmArguments& p, const Config& c, cudaStrea
 }
 
 template <class T>
+cudaError_t launch_planes_gemm(const GemmArguments& p, const Config& c, cudaStream_t stream) {
+  if (p.weight.codebook != Codebook::kIntegers) {
+    return launch_coded_gemm<PlanesFormat<T, Planes::kIq4Nl, 2>>(p, c, stream);
+  }
+  if (p.weight.width == 4) return launch_coded_gemm<PlanesFormat<T, Planes::k4, 2>>(p, c, stream);
+  const bool short_groups = p.weight.groups_per_step > 1 || p.weight.outers != 0;
+  if (p.weight.width < 4) {
+    return short_groups ? launch_coded_gemm<PlanesFormat<T, Planes::k2And3, 4>>(p, c, stream)
+                        : launch_coded_gemm<PlanesFormat<T, Planes::k2And3, 1>>(p, c, stream);
+  }
+  return short_groups ? launch_coded_gemm<PlanesFormat<T, Planes::k5And6, 4>>(p, c, stream)
+                      : launch_coded_gemm<PlanesFormat<T, Planes::k5And6, 1>>(p, c, stream);
+}
+
+template <class T>
 cudaError_t launch_gemm(const Call& call, const Config& c, cudaStream_t stream) {
   if (!is_aligned(call.x) || c.splits < 1) return cudaErrorInvalidValue;
   GemmArguments p{};
@@ -50,6 +65,7 @@ cudaError_t launch_gemm(const Call& call, const Config& c, cudaStream_t stream) 
   p.x = call.x.x, p.x_stride = call.x.row_stride, p.x_columns = call.x.K;
   p.strip_bytes = stage_bytes(call.weight), p.rows = call.rows;
   const bool short_groups = p.weight.groups_per_step > 1;
+  if (has_planes(p.weight)) return launch_planes_gemm<T>(p, c, stream);
   if (p.weight.codebook != Codebook::kIntegers) {
     if (p.weight.width == 8) {
       return short_groups ? launch_coded_gemm<CodedFormat<T, Coding::kFloat8, true>>(p, c, stream)

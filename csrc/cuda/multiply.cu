@@ -40,7 +40,7 @@ int stage_x(const Activations& x, int steps, uint16_t* to, void* stream) {
 }
 
 int multiply(const Call& original, const Config& config, void* workspace, void* stream) {
-  const bool coded = original.weight.codebook != Codebook::kIntegers;
+  const bool coded = is_coded(coding_of(original.weight));
   if (coded && config.path != Path::kDecode && config.path != Path::kGemm) return cudaErrorInvalidValue;
   if (has_int8_activations(config.path)) return multiply_a8(original, config, workspace, stream);
   Call call = original;
@@ -90,8 +90,9 @@ int dequantize(const Weight& weight, int first, int count, int columns, const in
     const dim3 grid(divide_up(steps, kSideThreads / 32), strips * kTilesPerStrip), block(kSideThreads);
     const cudaStream_t s = static_cast<cudaStream_t>(stream);
     const bool coded = weight.codebook != Codebook::kIntegers;
-    const auto kernel = weight.width == 4 ? (coded ? dequantize_tiles<4, true> : dequantize_tiles<4, false>)
-                                          : (coded ? dequantize_tiles<8, true> : dequantize_tiles<8, false>);
+    const auto kernel = has_planes(weight)  ? dequantize_planes
+                        : weight.width == 4 ? (coded ? dequantize_tiles<4, true> : dequantize_tiles<4, false>)
+                                            : (coded ? dequantize_tiles<8, true> : dequantize_tiles<8, false>);
     const cudaError_t error = launch(kernel, grid, block, 0, s, p);
     if (error != cudaSuccess) return error;
   }

@@ -29,6 +29,7 @@ struct Format {
   static constexpr int kWidth = kWidth_;
   static constexpr Coding kCoding = Coding::kIntegers;
   static constexpr bool kBiased = false;               // multiply_biased.cuh
+  static constexpr bool kPlanes = false;               // multiply_planes.cuh
   static constexpr bool kShortGroups = kShortGroups_;  // of 16 or 32 columns
   static constexpr int kStepBytes = step_bytes(kWidth);
   static constexpr int kMostChunks = kShortGroups ? 128 : 32;  // of scales and zeros of a step, 16 bytes each
@@ -49,21 +50,22 @@ struct GroupFormat {
   int scale_bytes, zero_bytes;  // of one strip and step
   int scale_size, zero_size;    // bytes of a value
   CodeValues values;            // of codes that are no integers
+  int code_bytes;               // of one strip and step
+  Type outer_type, outer_zero_type;
+  int outer_bytes, outer_zero_bytes;  // of one strip; 0: none that each step brings
 };
 
 // `type`: of x.
 inline GroupFormat group_format(const Weight& w, Type type) {
   const GroupBytes bytes = group_bytes(w);
-  return {w.scale_type,         w.zero_type,         w.zeros_are_offsets, w.mid,
-          w.groups_per_step,    bytes.scales,        bytes.zeros,         size_of(w.scale_type),
-          size_of(w.zero_type), code_values(w, type)};
+  return {w.scale_type,         w.zero_type,          w.zeros_are_offsets, w.mid,
+          w.groups_per_step,    bytes.scales,         bytes.zeros,         size_of(w.scale_type),
+          size_of(w.zero_type), code_values(w, type), step_bytes(w.width), w.outer_type,
+          w.outer_zero_type,    bytes.outer,          bytes.outer_zeros};
 }
 
 // Bytes of a strip's codes, scales and zeros for 64 columns.
-inline int stage_bytes(const Weight& w) {
-  const GroupBytes bytes = group_bytes(w);
-  return step_bytes(w.width) + bytes.scales + bytes.zeros;
-}
+inline int stage_bytes(const Weight& w) { return step_bytes(w.width) + group_bytes(w).all(); }
 
 // x tiles are swizzled: 16 bytes `chunk` of token t are at chunk ^ (t % 8), so that the eight rows of 128 bytes that
 // one ldmatrix reads meet all 32 banks.

@@ -30,6 +30,7 @@ template <class Activation, int kWidth_, int kGroups_, GroupKind kKind_>
 struct BiasedFormat {
   using T = Activation;
   static constexpr bool kBiased = true;
+  static constexpr bool kPlanes = false;
   static constexpr Coding kCoding = Coding::kIntegers;
   static constexpr int kWidth = kWidth_, kGroups = kGroups_;
   static constexpr GroupKind kKind = kKind_;

@@ -19,7 +19,7 @@ struct Weight {
   int groups;           // stored per strip (G_pad)
   int groups_per_step;  // 4 or 2 for groups of 16 or 32, else 1
   int steps_per_group;  // 1 for short groups
-  int width;            // 4 or 8
+  int width;            // of a code where it lies: 2 ... 6 or 8
   int mid;              // 2^(bits - 1): the zero of a symmetric weight, and what floating zeros are counted from
   Type scale_type;
   Type zero_type;          // kUInt8: zero points, subtracted exactly; floating: zero points, or
@@ -30,10 +30,20 @@ struct Weight {
   const uint8_t* outer;  // [strips][64], rows as those of scales; null: none
   Type outer_type;
   bool outer_divides;
+  // Of k-quants and IQ4_XS, where scales (and zeros, which are offsets then: -zero * outer) are small integers: how
+  // many outer factors a row has, one for kStepsOfOuter steps, [strips][outers][64]; else 0.
+  int outers;
+  const uint8_t* outer_zeros;
+  Type outer_zero_type;
 };
 
+constexpr int kStepsOfOuter = 256 / kStepColumns;
+
+QK_CONSTEXPR int stored_width(int bits, bool planes) { return planes && bits <= 6 ? bits : bits <= 4 ? 4 : 8; }
+
 // `group` is QuantScheme.group_length(K): with one group it may be any length, else 16, 32 or a multiple of 64.
-inline Weight make_weight(int64_t N, int64_t K, int bits, int64_t group) {
+// `planes`: codes lie in as many bits as they have, but for int8 activations.
+inline Weight make_weight(int64_t N, int64_t K, int bits, int64_t group, bool planes = true) {
   Weight w{};
   w.N = static_cast<int>(N), w.K = static_cast<int>(K);
   w.strips = static_cast<int>(round_up(N, kStripRows) / kStripRows);
@@ -44,13 +54,13 @@ inline Weight make_weight(int64_t N, int64_t K, int bits, int64_t group) {
   w.steps_per_group = one                    ? (w.steps > 0 ? w.steps : 1)
                       : group < kStepColumns ? 1
                                              : static_cast<int>(group / kStepColumns);
-  w.width = bits <= 4 ? 4 : 8;
+  w.width = stored_width(bits, planes);
   w.mid = 1 << (bits - 1);
   return w;
 }
 
-// How codes become values. All but the first are codebooks.
-enum class Coding { kIntegers, kTable, kE2M1, kFloat8 };
+// How codes become values. All but the first are codebooks, and the last, which multiply_planes.cuh is for.
+enum class Coding { kIntegers, kTable, kE2M1, kFloat8, kPlanes };
 
 // kE2M1 is for short groups, as MXFP4 and NVFP4 have; elsewhere a table serves it.
 inline Coding coding_of(Codebook codebook) {
@@ -67,6 +77,10 @@ inline Coding coding_of(Codebook codebook) {
   }
 }
 
+// Codes in planes, or scales that are products for every 256 weights.
+QK_CONSTEXPR bool has_planes(const Weight& w) { return w.outers != 0 || (w.width != 4 && w.width != 8); }
+inline Coding coding_of(const Weight& w) { return has_planes(w) ? Coding::kPlanes : coding_of(w.codebook); }
+
 QK_CONSTEXPR bool is_coded(Coding coding) { return coding != Coding::kIntegers; }
 
 // What its codes mean (codebooks.h).
@@ -75,13 +89,22 @@ inline void set_codebook(Weight& w, Codebook codebook) {
   for (int code = 0; code < 16; ++code) w.table[code] = codebook_value(codebook, code);
 }
 
-// Bytes of a strip's scales and zeros for 64 columns.
+// Which of its scales are products.
+inline void set_factors(Weight& w, Factors factors) {
+  w.outer_divides = factors == Factors::kNvfp4;
+  const bool spans = factors != Factors::kNone && factors != Factors::kNvfp4 && factors != Factors::kNvfp4M;
+  w.outers = !spans ? 0 : w.steps > kStepsOfOuter ? (w.steps + kStepsOfOuter - 1) / kStepsOfOuter : 1;
+}
+
+// Bytes of a strip's scales and zeros for 64 columns, and of the outer factors of both, which each step brings again.
 struct GroupBytes {
-  int scales, zeros;
+  int scales, zeros, outer, outer_zeros;
+  int all() const { return scales + zeros + outer + outer_zeros; }
 };
 inline GroupBytes group_bytes(const Weight& w) {
-  const int values = w.groups_per_step * kStripRows;
-  return {values * size_of(w.scale_type), values * size_of(w.zero_type)};
+  const int values = w.groups_per_step * kStripRows, outers = w.outers != 0 ? kStripRows : 0;
+  return {values * size_of(w.scale_type), values * size_of(w.zero_type), outers * size_of(w.outer_type),
+          outers * size_of(w.outer_zero_type)};
 }
 
 // x as the caller has it: 16-bit elements, strides in elements, possibly to be read through an order of columns.
@@ -125,6 +148,18 @@ struct RowBlocks {
   int blocks;  // of the grid: an upper bound; 0: a dense product
 
   QK_CONSTEXPR bool given() const { return blocks != 0; }
+};
+
+// By the numbers of the ops (qkernels/ops/grouped.py: ACTIVATIONS).
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2Alone, kSiluAlone, kGeluAlone, kCount };
+QK_CONSTEXPR bool is_gated(Activation a) { return a < Activation::kRelu2Alone; }
+
+// Of stacked experts whose rows are gate's and then up's, as many each and a multiple of a strip: what a block that has
+// the same rows of both makes of their sums, biased by Output's bias [E][N], in place of storing them.
+struct GateUp {
+  uint16_t* to;  // [rows, N / 2] in the type of x; null: sums are stored
+  Activation activation;
+  float alpha, limit;
 };
 
 enum class Path : int {
@@ -180,9 +215,11 @@ struct Call {
   Type type;                            // of x and y: kHalf or kBFloat16
   Rounding rounding = Rounding::kNone;  // of x, where it is quantized to int8
   const float* x_static = nullptr;      // scale and zero point, where `rounding` is_static
-  // Of stacked experts, on kDecode and kGemm: the weight is the first expert's, x.M the most rows of a block, and fp32
-  // sums of all columns go to out.partial [rows][N_pad].
+  // Of stacked experts, on kDecode, kGemm and kGemmSm90: the weight is the first expert's, x.M the most rows of a block
+  // (kGemmSm90: the rows of x), and fp32 sums of all columns go to out.partial [rows][N_pad]. On kGemmSm90 there is a
+  // table, and as many rows as a block has lie in front of x, which nobody reads.
   RowBlocks rows = {};
+  GateUp gate_up = {};  // with rows, on kGemmSm90 in blocks of two strips
 };
 
 // Bytes of workspace: the staged copy of x, if the path wants one, then the partial sums.

@@ -47,12 +47,13 @@ QK_DEVICE void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// The tile at (column, row) of a matrix; zeros where it reaches over the matrix, and the whole tile counts in bytes.
-QK_DEVICE void copy_tile(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier) {
+// The tile at (column, row) of one of several matrices; zeros, for which nothing is read, where it reaches over that
+// matrix, and the whole tile counts in bytes.
+QK_DEVICE void copy_tile(uint32_t to, const TensorMap* map, int column, int row, int matrix, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-          "r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier)
       : "memory");
 }
 

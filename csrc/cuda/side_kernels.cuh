@@ -150,4 +150,48 @@ __global__ void __launch_bounds__(kSideThreads, 2) dequantize_tiles(const Dequan
   }
 }
 
+// The same of codes in planes and of factors. A lane reads of each plane the word that has its codes.
+__global__ void __launch_bounds__(kSideThreads, 2) dequantize_planes(const DequantizeArguments p) {
+  const Weight& w = p.weight;
+  const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
+  const int step = blockIdx.x * (kSideThreads / 32) + (threadIdx.x >> 5);
+  const int tile = blockIdx.y % kTilesPerStrip, strip = blockIdx.y / kTilesPerStrip;
+  if (step >= w.steps || step * kStepColumns >= p.columns) return;
+  const uint8_t* codes = w.codes + (static_cast<int64_t>(p.first_strip + strip) * w.steps + step) * step_bytes(w.width);
+  const int low = low_plane(w.width), high = high_plane(w.width);
+  // Of lane 4 r + lane_c and run of 16 columns: a word whose lowest nibble is that of half c % 2, row r.
+  const auto word_of = [&](const uint8_t* from, int plane, int run, int lane_c) {
+    const int word = tile * plane + run * plane / 4;
+    return load_global4(from + word / 4 * kTileBytes + (4 * r + lane_c) * 16 + word % 4 * 4) >>
+           (8 * (c & 1) + plane_bit(run, plane));
+  };
+  for (int j = 0; j < 2; ++j) {
+    const int run = 2 * j + (c >> 1), k = step * kStepColumns + 32 * j + 8 * c;
+    float value[2][8];  // [row r, row r + 8][column]
+#pragma unroll
+    for (int lane_c = 0; lane_c < 4; ++lane_c) {
+      const uint32_t q = word_of(codes, low, run, lane_c);
+      const uint32_t h = high == 0 ? 0 : word_of(codes + low * kTileBytes, high, run, lane_c);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int shift = 16 * (i / 2) + 4 * (i % 2);
+        const uint32_t code = (q >> shift & ((1u << low) - 1)) | (h >> shift & ((1u << high) - 1)) << low;
+        value[i % 2][2 * lane_c + i / 2] = planes_value(w, code);
+      }
+    }
+    const int in_step = w.groups_per_step == 4 ? run : w.groups_per_step == 2 ? j : 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = strip * kStripRows + tile * kTileRows + r + 8 * half;
+      if (row >= p.rows) continue;
+      const GroupValues group =
+          load_planes_group_values(w, p.first_strip + strip, step, in_step, 8 * r + 2 * tile + half);
+      float values[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] = k + i < w.K ? dequantized(w, value[half][i], group) : 0.0f;
+      store_columns(p, row, k, values);
+    }
+  }
+}
+
 }  // namespace qkernels::cuda

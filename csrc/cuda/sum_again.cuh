@@ -27,7 +27,7 @@ QK_DEVICE float x_at(const Activations& a, int m, int k) {
 
 // Row m of x times rows n and n + 1 of the weight over `steps`, to those of `low` and `high` that are not finite. By
 // whole warps; n is even, and the lanes' own.
-template <class T, bool kCoded = false>
+template <class T, bool kCoded = false, bool kPlanes = false>
 QK_DEVICE void sum_again(const Weight& w, const Activations& x, int m, int n, Share steps, float& low, float& high) {
   const int begin = steps.begin * kStepColumns;
   const int end = steps.end * kStepColumns < x.K ? steps.end * kStepColumns : x.K;
@@ -43,7 +43,11 @@ QK_DEVICE void sum_again(const Weight& w, const Activations& x, int m, int n, Sh
   for (int k = begin; k < end; ++k) {
     const float v = x_at<T>(x, m, k);
     if (has_infinity && is_finite(v)) continue;
-    sum = fmaf(v, weight_at<kCoded>(w, n, k), sum), next = fmaf(v, weight_at<kCoded>(w, n + 1, k), next);
+    if constexpr (kPlanes) {
+      sum = fmaf(v, planes_weight_at(w, n, k), sum), next = fmaf(v, planes_weight_at(w, n + 1, k), next);
+    } else {
+      sum = fmaf(v, weight_at<kCoded>(w, n, k), sum), next = fmaf(v, weight_at<kCoded>(w, n + 1, k), next);
+    }
   }
   if (!is_finite(low)) low = sum;
   if (!is_finite(high)) high = next;

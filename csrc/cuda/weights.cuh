@@ -62,6 +62,52 @@ QK_DEVICE float weight_at(const Weight& w, int n, int k) {
   return dequantized(w, code_value<kCoded>(w, code), load_group_values<kCoded>(w, values + group_place(row)));
 }
 
+// --- codes in planes, and factors that are small integers ---
+
+QK_DEVICE float small_integer(Type type, const uint8_t* base, int64_t i) {
+  const uint32_t byte = load_global1(base + i);
+  return type == Type::kInt8 ? static_cast<float>(static_cast<int8_t>(byte)) : static_cast<float>(byte);
+}
+
+// Of a row in its place of a strip, and a group of its step. Zeros that are products are offsets.
+QK_DEVICE GroupValues load_planes_group_values(const Weight& w, int strip, int step, int in_step, int place) {
+  const int group = w.groups_per_step > 1 ? step * w.groups_per_step + in_step : step / w.steps_per_group;
+  const int64_t i = (static_cast<int64_t>(strip) * w.groups + group) * kStripRows + place;
+  GroupValues g{0.0f, w.codebook == Codebook::kIntegers ? static_cast<float>(w.mid) : 0.0f};
+  if (w.outers == 0) {
+    g.scale = load_group_value<false>(w.scale_type, w.scales, i);
+    if (w.zero_type != Type::kNone) g.zero = load_group_value<false>(w.zero_type, w.zeros, i);
+    return g;
+  }
+  const int64_t o = (static_cast<int64_t>(strip) * w.outers + step / kStepsOfOuter) * kStripRows + place;
+  g.scale =
+      multiply_rounded(small_integer(w.scale_type, w.scales, i), load_group_value<false>(w.outer_type, w.outer, o));
+  if (w.zero_type != Type::kNone) {
+    g.zero = -multiply_rounded(small_integer(w.zero_type, w.zeros, i),
+                               load_group_value<false>(w.outer_zero_type, w.outer_zeros, o));
+  }
+  return g;
+}
+
+QK_DEVICE float planes_value(const Weight& w, uint32_t code) {
+  return w.codebook == Codebook::kIntegers ? static_cast<float>(code) : w.table[code & 15];
+}
+
+// Row n at stored column k.
+QK_DEVICE float planes_weight_at(const Weight& w, int n, int k) {
+  const int strip = n / kStripRows, row = n % kStripRows, step = k / kStepColumns, column = k % kStepColumns;
+  const int low = low_plane(w.width), high = high_plane(w.width);
+  const uint8_t* codes = w.codes + (static_cast<int64_t>(strip) * w.steps + step) * step_bytes(w.width);
+  const auto bits = [&](const uint8_t* from, int plane) {
+    const CodePlace place = plane_place(row, column, plane);
+    return load_global1(from + place.byte) >> place.shift & ((1u << plane) - 1);
+  };
+  uint32_t code = bits(codes, low);
+  if (high != 0) code |= bits(codes + low * kTileBytes, high) << low;
+  const int in_step = column * w.groups_per_step / kStepColumns;
+  return dequantized(w, planes_value(w, code), load_planes_group_values(w, strip, step, in_step, group_place(row)));
+}
+
 // Of rows n and n + 1, n even: what their sums are multiplied by, or divided by.
 struct OuterFactors {
   float low = 1.0f, high = 1.0f;

@@ -23,7 +23,7 @@ from ..nn.huge_pages import empty_on_huge_pages
 from ..storage import QUANTIZATION_FILES, TensorSource, copy_side_files, read_json
 from ..tensor import QuantTensor
 from ..text import dtype_name
-from .packed import PACKED, Ready, ready
+from .packed import PACKED, Ready, embedded, ready
 from .registry import WRITTEN, detect
 
 # Suffixes that only quantized weights have. optimum-quanto leaves config.json as it was: a file beside it names it.
@@ -46,6 +46,7 @@ class DirectoryCheckpoint:
         made: conversions of tensors in the files, by the names of what they make, with its shape as a tensor on meta.
         members: the modules in the files that each stack of quantized experts is made of.
         inside: their tensors: module in the files -> suffix -> name.
+        packed: embeddings that lie packed, among `others`: name in the files -> suffix -> name of the tensor.
     """
 
     source: TensorSource
@@ -58,6 +59,7 @@ class DirectoryCheckpoint:
     made: Mapping[str, tuple[Conversion, Tensor]] = field(default_factory=dict)
     members: Mapping[str, Members] = field(default_factory=dict)
     inside: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    packed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> DirectoryCheckpoint:
@@ -90,7 +92,9 @@ class DirectoryCheckpoint:
         others = tuple(name for name in source.names() if name not in owned)
         check_below(modules, others)
         _check_scaled(source, others, found)
-        return cls(source, found, config, modules, others, beyond.oddities)
+        packed = {f"{module}.weight": modules.pop(module) for module in embedded(config, found, modules)}
+        others = tuple(sorted([*others, *packed]))
+        return cls(source, found, config, modules, others, beyond.oddities, packed=packed)
 
     @property
     def path(self) -> Path:
@@ -164,10 +168,13 @@ class DirectoryCheckpoint:
         Raises:
             CheckpointError: as `weight`.
         """
+        return self._ready(self.spelled.get(module, module), self.modules[module])
+
+    def _ready(self, spelled: str, tensors: Mapping[str, str]) -> Ready | None:
         if self.format is None or self.format.name not in PACKED:
             return None
-        tensors = {suffix: self.source.read(name, empty_on_huge_pages) for suffix, name in self.modules[module].items()}
-        return ready(self.format, self.spelled.get(module, module), tensors, self.quantization)
+        read = {suffix: self.source.read(name, empty_on_huge_pages) for suffix, name in tensors.items()}
+        return ready(self.format, spelled, read, self.quantization)
 
     def weight_in_parts(self, module: str) -> None:
         """Of none: these formats keep a layer's tensors apart, and some turn their rows around."""
@@ -178,13 +185,35 @@ class DirectoryCheckpoint:
         raise CheckpointError(f"{module} of {self.path} is not read in parts")
 
     @property
-    def embeddings(self) -> tuple[str, ...]:
-        """None: files of these formats keep embeddings in floats."""
-        return ()
+    def embeddings(self) -> list[str]:
+        """Those of files that `qkernels pack` wrote for a kernel; the other formats keep them in floats."""
+        return [name for name in self.others if self._packed(name) is not None]
+
+    def _packed(self, name: str) -> Mapping[str, str] | None:
+        return self.packed.get(self.spelled.get(name, name))
 
     def embedding(self, name: str) -> Iterator[QuantTensor]:
-        """Of none."""
-        raise CheckpointError(f"{name} is no quantized embedding of {self.path}")
+        """In one part.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        assert self.format is not None
+        spelled = self.spelled.get(name, name)
+        read = {suffix: self.source.read(tensor) for suffix, tensor in self.packed[spelled].items()}
+        yield self.format.parse(spelled.removesuffix(".weight"), read, self.quantization).weight
+
+    def embedding_ready(self, name: str) -> Ready | None:
+        """As `ready`, of an embedding.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        spelled = self.spelled.get(name, name)
+        return self._ready(spelled.removesuffix(".weight"), self.packed[spelled])
+
+    def embedding_parts(self, name: str) -> list[str]:
+        return list(self.packed[self.spelled.get(name, name)].values())
 
     def with_activations_of_the_file(self) -> DirectoryCheckpoint:
         """The same checkpoint, whose weights run with the activations that it asks for."""
@@ -210,15 +239,23 @@ class DirectoryCheckpoint:
         return frozenset(self.others)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if (packed := self._packed(name)) is not None:
+            return tuple(native.weight_shape(self.source.read(packed["weight_shape"])))
         return tuple(self.made[name][1].shape) if name in self.made else self.source.shape(self.spelled.get(name, name))
 
     def dtype(self, name: str) -> torch.dtype:
+        if self._packed(name) is not None:
+            return torch.float32
         return self.made[name][1].dtype if name in self.made else self.source.dtype(self.spelled.get(name, name))
 
     def nbytes(self, name: str) -> int:
+        if (packed := self._packed(name)) is not None:
+            return sum(map(self.source.nbytes, packed.values()))
         return self.made[name][1].nbytes if name in self.made else self.source.nbytes(self.spelled.get(name, name))
 
     def stored_as(self, name: str) -> str:
+        if self._packed(name) is not None:
+            return str(native.scheme_of(self.spelled.get(name, name).removesuffix(".weight"), self.quantization))
         return dtype_name(self.dtype(name))
 
     def read(self, name: str) -> Tensor:
@@ -228,6 +265,8 @@ class DirectoryCheckpoint:
         Raises:
             CheckpointError: as `TensorSource.read`.
         """
+        if self._packed(name) is not None:
+            return next(self.embedding(name)).dequantize(torch.float32)
         if name not in self.made:
             return self.source.read(self.spelled.get(name, name))
         conversion, _ = self.made[name]
@@ -238,11 +277,13 @@ class DirectoryCheckpoint:
         made of several stands where the first of them lies."""
         owner = {name: module for module, tensors in self.modules.items() for name in tensors.values()}
         here = {spelled: name for name, spelled in self.spelled.items()}
-        kept = {self.spelled.get(name, name) for name in self.others if name not in self.made}
+        kept = {self.spelled.get(name, name) for name in self.others if name not in self.made} - self.packed.keys()
         position = {name: i for i, name in enumerate(self.source.entries)}
         made: dict[str, list[str]] = {}
         for name, (conversion, _) in self.made.items():
             made.setdefault(min(conversion.sources, key=position.__getitem__), []).append(name)
+        for name in self.embeddings:
+            made.setdefault(min(self.embedding_parts(name), key=position.__getitem__), []).append(name)
         seen: set[str] = set()
         for name in self.source.entries:
             module = owner.get(name)
@@ -303,7 +344,7 @@ class DirectoryCheckpoint:
         return next(iter(self.made[name][0].sources)) if name in self.made else self.spelled.get(name, name)
 
     def _on_meta(self, name: str) -> Tensor:
-        return torch.empty(self.source.shape(name), dtype=self.source.dtype(name), device="meta")
+        return torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")
 
     def files(self) -> list[Path]:
         return sorted({entry.path for entry in self.source.entries.values()})

@@ -205,6 +205,13 @@ class GgufCheckpoint:
         """
         yield from self._parts(self.spelled[name][0])
 
+    def embedding_ready(self, name: str) -> None:
+        """Of none: blocks are laid out anew."""
+        return None
+
+    def embedding_parts(self, name: str) -> list[str]:
+        return list(self.spelled[name])
+
     def with_activations_of_the_file(self) -> GgufCheckpoint:
         """Itself: these files say nothing of activations."""
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,6 +146,27 @@ def dequantize_router(
     assign(model, {f"{module}.{leaf}": t.to(device, kept[leaf]) for leaf, t in parts.items()})
     oddity = Oddity("a router that the file quantized is dequantized", f"{weight.scheme} {list(weight.codes.shape)}")
     return [(module, oddity), *((module, other) for other in found)]
+
+
+def dequantize_embedding(
+    model: nn.Module, name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> list[tuple[str, Oddity]]:
+    """Put a packed embedding into its place as floats, and into those of what is tied to it."""
+    place = model.get_parameter(name)
+    weight = checkpoint.read(name)
+    if weight.shape != place.shape:
+        raise CheckpointError(f"{name}: the model needs a weight {list(place.shape)}, got {list(weight.shape)}")
+    floats = nn.Parameter(weight.to(device, dtype), requires_grad=place.requires_grad)
+    tied = [other for other, t in model.named_parameters(remove_duplicate=False) if t is place]
+    assign(model, dict.fromkeys(tied, floats))
+    return [(name, floated(name, checkpoint, dtype, "transformers resizes and ties them as floats"))]
+
+
+def floated(name: str, checkpoint: Checkpoint, dtype: torch.dtype, why: str) -> Oddity:
+    """What is said of an embedding that is packed in the files and floats in the model."""
+    before, after = checkpoint.nbytes(name), prod(checkpoint.shape(name)) * dtype.itemsize
+    grows = f"{readable_size(before)} of {checkpoint.stored_as(name)} become {readable_size(after)}: {why}"
+    return Oddity("embeddings are dequantized while loading", grows)
 
 
 def kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:

@@ -6,14 +6,15 @@
 | weight_shape | int64 [..., N, K]                                                             |
 | weight       | uint8 [0], as in the native format and for its reason                         |
 
-`quantization_config`: that of the native format, with `layout` and `layout_version`. Every layout is a format of its own,
+`quantization_config`: that of the native format, with `layout` and `layout_version`, and `embeddings`: the modules that are
+embeddings, if some lie packed. Every layout is a format of its own,
 named after it, so that whatever reads, writes, converts and inspects formats does the same for packed checkpoints. A machine
 whose kernels read another layout re-lays the weights out while it loads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -29,6 +30,8 @@ from ..layouts import LAYOUTS, Layout, check_buffers, every_code_means_a_number,
 from ..layouts.tiles import GROUPED, rows_of
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
+
+EMBEDDINGS: Final = "embeddings"
 
 
 def packed_format(layout: Layout) -> Format:
@@ -76,6 +79,20 @@ def packed_format(layout: Layout) -> Format:
     )
 
 
+def embedded(config: Config, format: Format, modules: Collection[str]) -> list[str]:
+    """The modules that are embeddings, which only packed checkpoints have quantized.
+
+    Raises:
+        CheckpointError: the config names what is none of the quantized modules.
+    """
+    found = config.get(EMBEDDINGS, [])
+    if format.name not in PACKED or found == []:
+        return []
+    if not isinstance(found, list) or not all(isinstance(name, str) and name in modules for name in found):
+        raise CheckpointError(f"quantization_config.{EMBEDDINGS} must be names of quantized modules, got {found!r:.80}")
+    return list(dict.fromkeys(found))
+
+
 class Ready(NamedTuple):
     """The buffers of a weight `(N, K)` as the kernels of a layout read them, all their values checked."""
 
@@ -114,12 +131,14 @@ def ready(format: Format, module: str, tensors: Mapping[str, Tensor], config: Co
 
 def _check_groups(buffers: Mapping[str, Tensor | None], N: int, K: int, scheme: QuantScheme) -> None:
     """Raise TensorError unless some codes and these scales and zeros are a weight."""
+    if scheme.factors is not None:
+        small, outer = buffers["scales"], buffers["outer_scales"]
+        assert small is not None
+        assert outer is not None
+        Factors(small, outer, buffers.get("zeros"), buffers.get("outer_zeros")).check_values(scheme)
+        return
     groups = {name: rows_of(t) for name in GROUPED if (t := buffers.get(name)) is not None}
     G = scheme.num_groups(K)
-    if scheme.factors is not None:
-        small, outer = groups["scales"], groups["outer_scales"]
-        Factors(small, outer, groups.get("zeros"), groups.get("outer_zeros")).check((N,), G, scheme)
-        return
     of_one = replace(scheme, group_size=1)  # a weight of one code for each group
     codes = torch.zeros(N, G, dtype=torch.uint8)
     QuantTensor(codes, groups["scales"], groups.get("zeros"), None, of_one)

@@ -63,6 +63,8 @@ def placement_of(
     if device_map == "auto":
         return _automatic(model, checkpoint)
     if type(device_map) is int:
+        if device_map == 0:
+            return Placement({"": torch.device("cpu")})
         if not torch.cuda.is_available():
             raise ArgumentError(
                 f"{device_map} layers are to be on a GPU (device_map, --gpu-layers), and this torch sees none (qkernels doctor)"
@@ -81,13 +83,13 @@ def placement_of(
 
 
 def layers_on_gpu(model: nn.Module, count: int, gpu: torch.device) -> Placement:
-    """The first `count` decoder layers, and all that is outside of the layers, on a GPU; the others on the CPU.
+    """The first `count` decoder layers (one at least), and all that is outside of the layers, on a GPU; the others on the CPU.
 
     Raises:
         ArgumentError: there are fewer layers, or no list of them.
     """
     name, layers = decoder_layers(model)
-    if not 0 <= count <= len(layers):
+    if not 1 <= count <= len(layers):
         raise ArgumentError(f"this model has {len(layers)} layers, got {count} for the GPU")
     cpu = torch.device("cpu")
     return Placement({"": gpu} | {f"{name}.{index}": cpu for index in range(count, len(layers))})

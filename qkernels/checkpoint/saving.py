@@ -145,13 +145,14 @@ def convert(
         raise ConversionError(f"{source_dir} holds no quantized weights; quantize it first (qkernels quantize)")
     model, source = _with_experts_in_place(source, chosen)
     oddities: list[tuple[str, Oddity]] = [*source.oddities]
-    oddities += [
-        (name, Oddity("embeddings are written as floats", source.stored_as(name))) for name in source.embeddings
-    ]
     with atomic_directory(target_dir, overwrite, read_from(source.path)) as temporary:
         writer = CheckpointWriter(temporary, source.config, chosen, named_for=model)
         parts = list(source.in_file_order())
         for name, module in tqdm(parts, desc="packing", unit="tensor", leave=False, delay=2):
+            if module is None and name in source.embeddings:
+                if writer.add_embedding(name, QuantTensor.concat([*source.embedding(name)])):
+                    continue
+                oddities.append((name, Oddity("embeddings are written as floats", source.stored_as(name))))
             if module is None:
                 writer.add_tensor(name, source.read(name))
                 continue

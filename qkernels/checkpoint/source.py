@@ -78,6 +78,12 @@ class Checkpoint(Protocol):
     def embedding(self, name: str) -> Iterator[QuantTensor]:
         """The weight `[vocabulary, K]` of an embedding, quantized, some rows after others."""
 
+    def embedding_ready(self, name: str) -> Ready | None:
+        """The buffers of an embedding as a kernel reads them, if the files have them so."""
+
+    def embedding_parts(self, name: str) -> Collection[str]:
+        """The names in the files of the tensors that make up an embedding."""
+
     def with_activations_of_the_file(self) -> Checkpoint:
         """The same checkpoint, whose weights run with the activations that it asks for; `weight` raises where no kernel has
         them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..scheme import QuantScheme
 from ..storage import CONFIG, ShardWriter, write_json
 from ..storage.files import SHARD_BYTES, without_quantization
 from ..tensor import QuantTensor
+from .packed import EMBEDDINGS, PACKED
 from .registry import get_format
 
 
@@ -49,6 +50,7 @@ class CheckpointWriter:
         self._shards = ShardWriter(self.directory, max_shard_bytes)
         self._schemes: dict[str, QuantScheme] = {}
         self._matrices: list[str] = []
+        self._embeddings: list[str] = []
         self._act_order = False
         self._file_names = None if named_for is None else FileNames(named_for)
 
@@ -61,7 +63,7 @@ class CheckpointWriter:
         """
         self._write(module, None, weight)
 
-    def _write(self, module: str, written: str | None, weight: QuantTensor) -> None:
+    def _write(self, module: str, written: str | None, weight: QuantTensor, leave: Collection[str] = ()) -> None:
         if weight.codes.dim() != 2 and not self.format.stacks:
             raise ConversionError(
                 f"{module}: {self.format.name} holds one [N, K] weight a module, got {list(weight.codes.shape)}; stacked experts "
@@ -73,9 +75,27 @@ class CheckpointWriter:
             raise ConversionError(f"{module}: {error}") from error
         name = written or (module if self._file_names is None else self._file_names.module(module))
         for suffix, tensor in tensors.items():
+            if suffix in leave:
+                continue
             self._shards.add(native.tensor_name(name, suffix, weight), tensor)
         self._schemes[name] = weight.scheme
         self._act_order |= weight.group_index is not None
+
+    def add_embedding(self, name: str, weight: QuantTensor) -> bool:
+        """Write "<module>.weight", an embedding, packed; False, and nothing written, where the format has none or cannot hold it.
+
+        Raises:
+            CheckpointError: as `add_quantized`.
+        """
+        if self.format.name not in PACKED:
+            return False
+        module = name.removesuffix(".weight")
+        try:
+            self._write(module, None, weight, leave=(native.GUARD,))  # transformers would take that for the embedding
+        except ConversionError:
+            return False
+        self._embeddings.append(module if self._file_names is None else self._file_names.module(module))
+        return True
 
     def add_experts(self, stack: str, weight: QuantTensor) -> None:
         """Write a stack of experts ("….experts.gate_up_proj", `[E, N, K]`): whole where the format has stacks, else expert by
@@ -135,6 +155,7 @@ class CheckpointWriter:
         # Readers of some formats take every linear layer for quantized that is not named, wherever it is: a classifier's head, a
         # projector between towers. Embeddings are matrices, too, and named in vain.
         quantization = self.format.config_of(Written.of(self._schemes, self._act_order, self._matrices))
+        quantization |= {EMBEDDINGS: self._embeddings} if self._embeddings else {}
         self._shards.close()
         try:
             write_json(self.directory / CONFIG, self._config | {"quantization_config": quantization})

@@ -49,6 +49,13 @@ def unsigned(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
+def some_text(text: str) -> str:
+    """An argparse type: a text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a text, got ''")
+    return text
+
+
 def seed(text: str) -> int:
     """An argparse type: what torch's generators take, -2^63 … 2^64 - 1."""
     digits = text.removeprefix("-")

@@ -21,6 +21,7 @@ from .common import (
     read_text,
     seed,
     share,
+    some_text,
     temperature,
     unsigned,
     warn_of_threads,
@@ -55,7 +56,12 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--system", metavar="TEXT", help="what the system says first, in a chat")
     parser.add_argument("--tokens", type=positive, default=60, help="how many tokens to add, at most (default: 60)")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+        "--stop",
+        action="append",
+        type=some_text,
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be repeated",
     )
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--top-p", type=share, help="sample from the likeliest tokens that make up this share")
@@ -75,7 +81,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="cpu, cuda:0, or auto: GPUs are filled with layers, the rest stays on the CPU (default: cpu)",
     )
     parser.add_argument(
-        "--gpu-layers", type=unsigned, metavar="N", help="so many layers on the first GPU, the others on the CPU"
+        "--gpu-layers",
+        type=unsigned,
+        metavar="N",
+        help="so many layers on the first GPU, the others on the CPU; 0: all of the model on the CPU",
     )
     add_dtype(parser)
     add_activations(parser)
@@ -129,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..checkpoint import load
-    from ..generating import answer, prompt_ids
+    from ..generating import answer, prompt_ids, with_room
     from ..texts import load_tokenizer
 
     prompts, sampling = prompts_of(args), sampling_of(args)
@@ -145,12 +154,13 @@ def run(args: argparse.Namespace) -> int:
     ids = prompt_ids(tokenizer, prompts, args.chat, args.system)
     where = torch.device("cpu") if split is not None else args.device
     model = load(path, where, dtype_of(args), args.on_unsupported, args.activations, device_map=split)
+    tokens = with_room(model, ids, args.tokens)
     warn_of_threads(model.device)
     if args.compile:
         model.forward = torch.compile(model.forward, dynamic=True)
     torch.manual_seed(args.seed)
     if len(prompts) > 1:
-        answers = answer(model, tokenizer, ids, args.tokens, args.stop, **sampling)
+        answers = answer(model, tokenizer, ids, tokens, args.stop, **sampling)
         for number, (prompt, text) in enumerate(zip(prompts, answers.texts, strict=True), 1):
             print(f"--- {number} of {len(prompts)}")
             print(text if args.chat else prompt + text)
@@ -158,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.chat:
             print(prompts[0], end="", flush=True)
         answers = answer(
-            model, tokenizer, ids, args.tokens, args.stop, emit=lambda text: print(text, end="", flush=True), **sampling
+            model, tokenizer, ids, tokens, args.stop, emit=lambda text: print(text, end="", flush=True), **sampling
         )
         print()
     print(answers.rates(), file=sys.stderr)

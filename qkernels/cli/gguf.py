@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OTHERS: Final = {
     "bits": "--bits", "scheme": "--scheme", "group_size": "--group-size", "asym": "--asym",
     "act_order": "--act-order", "format": "--format", "include": "--include", "exclude": "--exclude", "override": "--override",
-    "eval_text": "--eval-text",
+    "eval_text": "--eval-text", "aim": "--aim",
 }  # fmt: skip
 _OF_RUNS: Final = {
     "method": "--method",

@@ -31,8 +31,8 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--device",
         action="append",
         metavar="DEVICE",
-        help="cpu (what is free here), cuda:0, a card (rtx4090, h200, …) or an amount of GPU memory (24GiB); twice: the second "
-        "takes the layers that the first has no room for (default: cpu)",
+        help="cpu (what is free here), cuda:0, a card (rtx4090, h200, …) or an amount of GPU memory (24GiB); twice: a GPU, "
+        "and what takes the layers that it has no room for (default: cpu)",
     )
     parser.add_argument(
         "--context", type=unsigned, help="tokens of prompt and answer (default: 4096, at most the model's)"

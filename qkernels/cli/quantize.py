@@ -99,6 +99,12 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="gptq: first scale input channels as awq does, which has the least error, in the time of both (default: none)",
     )
     parser.add_argument(
+        "--aim",
+        choices=("layer", "model"),
+        help="gptq: what a layer's output shall be: what its float weight makes of its inputs, or that of the model as it came, "
+        "errors of the layers before made up for (default: layer)",
+    )
+    parser.add_argument(
         "--calibration",
         metavar="FILE",
         help=f"UTF-8 text like what the model will see ({', '.join(_names(lambda method: method.needs == 'moments'))})",
@@ -167,7 +173,9 @@ def method_of(args: argparse.Namespace) -> Options:
 
 def _own_options(args: argparse.Namespace, method: type[Options]) -> dict[str, Any]:
     """What was given of the options that only some methods have."""
-    given = {option: getattr(args, option) for option in ("act_order", "scales") if getattr(args, option) is not None}
+    given = {
+        option: getattr(args, option) for option in ("act_order", "scales", "aim") if getattr(args, option) is not None
+    }
     for option in given:
         if not _has(method, option):
             having = partial(_has, option=option)

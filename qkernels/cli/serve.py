@@ -59,9 +59,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..integrations.serving import check, need_server, serve
+    from ..integrations.serving import check, need_address, need_server, serve
 
     need_server()
+    need_address(args.host, args.port)
     name = args.name or args.checkpoint
     path = local(args, args.checkpoint)
     served = check(path, name, args.continuous_batching)

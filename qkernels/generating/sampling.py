@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
+from ..texts import capped
+
+log = logging.getLogger(__name__)
 
 Emit = Callable[[str], None]
 
@@ -99,18 +103,19 @@ def answer(
 
     Args:
         prompts: token ids.
-        tokens: new ones for each prompt, at most.
+        tokens: new ones for each prompt, at most; fewer, with a warning, where the model has no positions for them.
         stop: an answer ends before the first of these texts.
         emit: is given pieces of the answer as they come; for one prompt alone.
         sampling: of `model.generate`.
 
     Raises:
-        ArgumentError: a stream of several prompts, or an empty text to stop at.
+        ArgumentError: a stream of several prompts, an empty text to stop at, or a prompt that fills the model's context.
     """
     if emit is not None and len(prompts) != 1:
         raise ArgumentError(f"one prompt is streamed, got {len(prompts)}")
     if any(not text for text in stop):
         raise ArgumentError("--stop must not be empty")
+    tokens = with_room(model, prompts, tokens)
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(t, int)), 0)
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in prompts])
@@ -135,6 +140,26 @@ def answer(
     texts = [before(tokenizer.decode(row, skip_special_tokens=True), stop) for row in rows]
     first = (stream.first or start + seconds) - start
     return Answers(tuple(texts), tuple(map(tuple, rows)), sum(map(len, prompts)), first, seconds)
+
+
+def with_room(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+    """`tokens`, at most those that the model has positions for after the longest prompt; says so where these are fewer.
+
+    Raises:
+        ArgumentError: there is no room for one. (Learned positions would end in an index error, others in words without sense.)
+    """
+    longest = max(map(len, prompts))
+    room = capped(model, longest + tokens) - longest
+    if room < 1:
+        raise ArgumentError(
+            f"a prompt of {longest} tokens leaves no room in the {longest + room} that this model was made for: shorten it"
+        )
+    if room < tokens:
+        log.warning(
+            "%d new tokens at most, not %d: with the prompt they make up the %d that this model was made for",
+            room, tokens, longest + room,
+        )  # fmt: skip
+    return room
 
 
 def before(text: str, stop: Sequence[str]) -> str:

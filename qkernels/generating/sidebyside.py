@@ -16,7 +16,7 @@ from ..layouts import canonical
 from ..nn import QuantExperts, QuantLinear, model_bytes
 from ..reports import readable_size
 from ..text import dtype_name
-from .sampling import Answers, answer
+from .sampling import Answers, answer, with_room
 
 # KL from the original on its own answers, in nats a token, from which on a model is called garbled: 3-bit round-to-nearest of the
 # bundled model has 0.2, 2-bit 1.5 (docs/quality.md).
@@ -94,10 +94,11 @@ def side_by_side(
         tokens: new ones for each, at most.
 
     Raises:
-        ArgumentError: there is no prompt; or the models have different vocabularies.
+        ArgumentError: there is no prompt, or one that fills the original's context; or the models have different vocabularies.
     """
     if not prompts:
         raise ArgumentError("there is no prompt to answer")
+    tokens = with_room(original, list(prompts.values()), tokens)
     pairs, ours, theirs = [], [], []
     for prompt, ids in prompts.items():
         mine, its = (answer(one, tokenizer, [ids], tokens, do_sample=False) for one in (model, original))

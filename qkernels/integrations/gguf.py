@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import wraps
-from math import prod
 from typing import Any, Final
 
 import torch
@@ -21,11 +20,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.gguf import GgufCheckpoint
-from ..checkpoint.layers import float_layer
+from ..checkpoint.layers import float_layer, floated
 from ..errors import ArgumentError, UnsupportedProblem
 from ..formats import Oddity, summary
 from ..models.gguf_names import GGUF_ARCHITECTURES
-from ..reports import readable_size
 from .transformers import QKernelsQuantizer
 
 log = logging.getLogger(__name__)
@@ -78,15 +76,17 @@ class GgufQuantizer(QKernelsQuantizer):
         assert self._file is not None
         named = self._checkpoint or self._file.named_as_in(model)
         why = "transformers resizes and ties them as floats; qkernels.load keeps them packed"
-        kind = "embeddings are dequantized while loading"
         oddities = []
         for name in named.embeddings:
-            before, after = named.nbytes(name), prod(named.shape(name)) * model.dtype.itemsize
-            detail = f"{readable_size(before)} of {named.stored_as(name)} become {readable_size(after)}: {why}"
-            oddities.append((name, Oddity(kind, detail)))
-            self.report.skipped[name.removesuffix(".weight")] = f"{kind}: {detail}"
+            oddity = floated(name, named, model.dtype, why)
+            oddities.append((name, oddity))
+            self.report.skipped[name.removesuffix(".weight")] = f"{oddity.kind}: {oddity.detail}"
         for line in summary(oddities):
             log.warning("%s: %s", self._file.path, line)
+
+    def _embeddings(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """None: `get_state_dict` has them."""
+        return ()
 
     def _layer(
         self, linear: nn.Linear, module: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype

@@ -46,8 +46,8 @@ class PendingExperts(nn.Module):
 
 
 class Packed(WeightRenaming):
-    """Keeps the tensors of quantized modules, which we read, away from the patterns that come after it: gives them names that
-    none of those matches, and that are ignored."""
+    """Keeps the tensors of quantized modules and packed embeddings, which we read, away from the patterns that come after it:
+    gives them names that none of those matches, and that are ignored."""
 
     __slots__ = ("_keys",)
     KEY = r"qkernels:\d+$"
@@ -58,6 +58,7 @@ class Packed(WeightRenaming):
         packed = [checkpoint.spelling(name) for name in biases if name in checkpoint]
         packed += [f"{stack}_bias" for stack in checkpoint.stacks if f"{stack}_bias" in checkpoint]
         packed += [name for module in (*checkpoint.modules, *checkpoint.stacks) for name in checkpoint.parts(module)]
+        packed += [name for embedding in checkpoint.embeddings for name in checkpoint.embedding_parts(embedding)]
         self._keys = {name: f"qkernels:{index}" for index, name in enumerate(packed)}
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:

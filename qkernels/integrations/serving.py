@@ -7,6 +7,7 @@ while the server is built, and everything else stays as it is. Written for trans
 from __future__ import annotations
 
 import importlib.util
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from ..checkpoint import load, open_checkpoint
-from ..errors import CheckpointError, MissingPackage
+from ..errors import ArgumentError, CheckpointError, MissingPackage
 from ..optional import need_transformers
 from ..texts import load_tokenizer
 
@@ -55,6 +56,23 @@ def need_server() -> None:
         missing.append("transformers 5.20 or newer (transformers.cli.serving)")
     if missing:
         raise MissingPackage(f"serving needs {', '.join(missing)}, not installed: {INSTALL}")
+
+
+def need_address(host: str, port: int) -> None:
+    """Raise unless one can listen there; the server itself would say so after the weights are read.
+
+    Raises:
+        ArgumentError: names the reason: somebody listens there, or it is no address of this machine.
+    """
+    if not 0 < port < 2**16:
+        raise ArgumentError(f"--port must be 1 to 65535, got {port}")  # resolvers take the rest of a division by 65536
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            tried.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise ArgumentError(f"cannot listen at {host}:{port}: {error}; give another --host or --port") from None
 
 
 def check(path: str | Path, name: str, continuous_batching: bool) -> Served:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +35,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.layers import dequantize_router, linear_at, packed_layer
+from ..checkpoint.layers import dequantize_embedding, dequantize_router, linear_at, packed_layer
 from ..checkpoint.loading import check_strays, experts_at
 from ..checkpoint.saving import expert_biases, inside_of, plain_tensors, stacks_of
 from ..errors import ArgumentError, CheckpointError, ConversionError
@@ -76,7 +76,7 @@ class QKernelsConfig(QuantizationConfigMixin):
     Args:
         scheme: a `QuantScheme` or its short form, for every layer that no override matches.
         include, exclude, overrides: as for `replace_linear`.
-        version, modules, layout, layout_version: of a checkpoint that is quantized already.
+        version, modules, layout, layout_version, embeddings: of a checkpoint that is quantized already.
 
     Raises:
         SchemeError: a scheme cannot be parsed.
@@ -95,6 +95,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         quant_method: str = native.METHOD,
         layout: str | None = None,
         layout_version: int | None = None,
+        embeddings: Iterable[str] = (),
     ) -> None:
         self.quant_method = quant_method
         self.scheme = str(QuantScheme.parse(scheme))
@@ -187,8 +188,9 @@ class QKernelsQuantizer(HfQuantizer):
             put(model, module, Pending(linear_at(model, module, checkpoint.spelling(module))), self._also)
         for name in self._forms:
             put(model, name, PendingExperts(model.get_submodule(name)), self._also)
-        if self._routers:  # they get their values afterwards
-            lacking = [re.escape(f"{module}.{leaf}") for module in self._routers for leaf in ("weight", "bias")]
+        lacking = [re.escape(f"{module}.{leaf}") for module in self._routers for leaf in ("weight", "bias")]
+        lacking += [re.escape(name) for name in self._embeddings(checkpoint)]
+        if lacking:  # they get their values afterwards
             model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *lacking]
         ignored = model._keys_to_ignore_on_load_unexpected  # a list until transformers 5.8, then a set
         model._keys_to_ignore_on_load_unexpected = (set if isinstance(ignored, set) else list)(
@@ -311,6 +313,10 @@ class QKernelsQuantizer(HfQuantizer):
             for projection, stack in experts.stacks.items():
                 count = form.experts * stack.out_features * stack.in_features
                 self.report.add(f"{name}.{projection}", stack, count * dtype.itemsize)
+        for name in self._embeddings(checkpoint):
+            oddities += dequantize_embedding(
+                model, name, checkpoint, device_near(model, name.rpartition(".")[0]), dtype
+            )
         for module in self._routers:
             oddities += dequantize_router(model, module, checkpoint, device_near(model, module), dtype)
         selection = select_linears(model, "w4a16_g128")  # whatever the scheme
@@ -323,6 +329,10 @@ class QKernelsQuantizer(HfQuantizer):
         self.report.skipped |= {n: why for n, why in left.items() if n not in self.report.replaced}
         for line in summary(oddities):
             log.warning("%s: %s", checkpoint.path, line)
+
+    def _embeddings(self, checkpoint: Checkpoint) -> Collection[str]:
+        """Those that are read here, after all else."""
+        return checkpoint.embeddings
 
     def _layer(
         self, linear: nn.Linear, module: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
@@ -35,12 +36,12 @@ from ..errors import ArgumentError, CheckpointError
 from ..formats import Format
 from ..memory import give_back
 from ..nn import QuantLinear
+from ..storage.files import DTYPES
 from ..tensor import QuantTensor
 from .vllm_experts import Asked, VllmExpertsMethod
 from .vllm_weights import grouped, joined, parameter_name, rows_of
 
 NAME: Final = "qkernels"
-FOREIGN: Final = ("gptq", "awq", "compressed-tensors", "auto-round", "hqq", "bitsandbytes", "torchao")
 NO_GGUF: Final = (
     "vLLM streams safetensors, so a GGUF file is not served as it is: `qkernels pack model.gguf dir/` writes the same weights "
     "for it, then serve dir/"
@@ -59,9 +60,9 @@ class VllmConfig(QuantizationConfig):
         super().__init__()
         self.config = config
         self.tensors: dict[str, tuple[str, ...]] = {}
-        self.spelled: dict[
-            str, str
-        ] = {}  # names in the files, by which a config gives schemes, of what vLLM calls otherwise
+        # Names in the files, by which a config gives schemes, of what vLLM calls otherwise.
+        self.spelled: dict[str, str] = {}
+        self.dtypes: dict[str, str] = {}  # of tensors by their names in the files, as safetensors call them
 
     @property
     def format(self) -> Format:
@@ -95,9 +96,14 @@ class VllmConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """`--quantization qkernels` takes files that vLLM would read by itself; without it they stay vLLM's."""
-        method = hf_quant_cfg.get("quant_method")
-        return NAME if method == NAME or (user_quant == NAME and method in FOREIGN) else None
+        """`--quantization qkernels` takes every file that is read here; without it what vLLM reads by itself stays vLLM's.
+
+        Raises:
+            CheckpointError: we are asked for files that are not read here.
+        """
+        if hf_quant_cfg.get("quant_method") == NAME:
+            return NAME
+        return NAME if user_quant == NAME and detect(hf_quant_cfg) else None
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """vLLM's own mapper drops `.g_idx`, and with it act-order, in silence; ours keeps every tensor. Parameters cannot have
@@ -122,8 +128,9 @@ class VllmConfig(QuantizationConfig):
                 )
             self.config = dict(checkpoint.quantization)
             names = [part for module in checkpoint.modules for part in checkpoint.parts(module)]
-        else:
-            names = list(get_safetensors_params_metadata(model_name, revision=revision))
+        headers = get_safetensors_params_metadata(model_name, revision=revision)
+        names = names if Path(model_name).is_dir() else list(headers)
+        self.dtypes = {name: str(headers[name]["dtype"]) for name in names if name in headers}
         self.tensors = grouped(names, self.format)
         if not self.tensors:
             raise CheckpointError(
@@ -199,8 +206,11 @@ class VllmLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Empty parameters that collect the file's tensors."""
-        holes = {suffix: nn.Parameter(torch.empty(0), requires_grad=False) for suffix in self.config.format.suffixes}
+        """Empty parameters that collect the file's tensors. They have the dtypes of these: vLLM warns of each that differs."""
+        holes = {
+            suffix: nn.Parameter(torch.empty(0, dtype=self._dtype_of(suffix)), requires_grad=False)
+            for suffix in self.config.format.suffixes
+        }
         device = next(iter(holes.values())).device  # vLLM builds models inside of `torch.device(...)`
         layer.qkernels_loading = Loading(output_partition_sizes, params_dtype, device)  # type: ignore[assignment]
         for suffix, hole in holes.items():
@@ -210,6 +220,11 @@ class VllmLinearMethod(LinearMethodBase):
 
             hole.weight_loader = collect  # type: ignore[attr-defined]
             layer.register_parameter(parameter_name(suffix), hole)
+
+    def _dtype_of(self, suffix: str) -> torch.dtype | None:
+        """What the files have a tensor of the first part in; None, torch's default, where they have none."""
+        name = self.config.spelled.get(self.parts[0], self.parts[0])
+        return DTYPES.get(self.config.dtypes.get(f"{name}.{suffix}", ""))
 
     def _collect(self, layer: Any, suffix: str, tensor: Tensor, shard: Any) -> None:
         part = _SHARDS.get(shard, shard) if isinstance(shard, str | None) else shard
@@ -308,3 +323,19 @@ def replicas(layer: Any, index: int) -> int:
 def register() -> None:
     """The entry point: called in every process of vLLM, perhaps more than once."""
     register_quantization_config(NAME)(VllmConfig)
+    refuse_gguf_files()
+
+
+def refuse_gguf_files() -> None:
+    """vLLM asks a plug-in only after it has read config.json, for which it takes the file itself ("not a valid JSON file"). So a
+    GGUF file is refused where an engine is about to be made, unless another plug-in reads such files and we are not asked."""
+    made = EngineArgs.create_engine_config
+
+    @wraps(made)
+    def create(self: Any, *args: Any, **settings: Any) -> Any:
+        named = str(self.model).lower().endswith(".gguf")
+        if named and (self.quantization == NAME or "gguf" not in QUANTIZATION_METHODS):
+            raise ArgumentError(f"{self.model}: {NO_GGUF}")
+        return made(self, *args, **settings)
+
+    EngineArgs.create_engine_config = create

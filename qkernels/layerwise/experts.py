@@ -34,6 +34,10 @@ ENOUGH: Final = 16
 ROWS_AT_ONCE: Final = 8192  # of activations in float32
 
 
+Pair = tuple[Tensor, Tensor | None]  # rows x̂, and x of the same tokens in the model as it came
+Moments = tuple[InputStatistics, Tensor | None]  # see `walking.Walk.statistics`
+
+
 @dataclass(frozen=True)
 class QuantizedStack:
     """One projection of all experts: see `quantizing.Quantized`."""
@@ -58,34 +62,52 @@ class _Sums:
 
 
 def quantize_experts(
-    layer: nn.Module, leaf: str, form: ExpertsForm, methods: Mapping[str, Options], inputs: LayerInputs, job: LayerJob
+    layer: nn.Module,
+    leaf: str,
+    form: ExpertsForm,
+    methods: Mapping[str, Options],
+    inputs: LayerInputs,
+    job: LayerJob,
+    twin: nn.Module | None = None,
 ) -> dict[str, QuantizedStack]:
     """Quantize an experts module of a decoder layer, which then holds the dequantized weights.
 
     Args:
         leaf: its name in the layer.
         methods: of each projection.
+        twin: the layer as it came, where `inputs` has what goes into that, too.
 
     Returns:
         by projection.
     """
     source: Any = layer.get_submodule(leaf)
     x, ids = _seen(layer, leaf, form, inputs, job)
+    exact = x
+    if twin is not None and form.routed:  # else rows are of the tokens that each model's own router sends
+        exact, _ = _seen(twin, leaf, form, inputs.of_the_model(), job)
     between = activation_of(shell_of(source), form)
     methods = {p: m.with_one_order().with_scales_for(job.stored[f"{leaf}.{p}"]) for p, m in methods.items()}
     sums = {p: _Sums([], {}) for p in methods}
     few = {expert: int((ids == expert).any(1).sum()) for expert in range(form.experts)}
-    every = x
+    every = slice(None)
     if job.routing == "routed":
         few = {expert: count for expert, count in few.items() if count < FEW * form.hidden}
-        every = x[:: -(-len(x) // (ENOUGH * form.hidden)) or 1]
-    everywhere = _moments(every.split(ROWS_AT_ONCE), form.hidden) if few else None
+        every = slice(None, None, -(-len(x) // (ENOUGH * form.hidden)) or 1)
+
+    def pairs(rows: Any) -> list[Pair]:
+        """Rows of x̂ and, where it is known, of x."""
+        own = x[rows].split(ROWS_AT_ONCE)
+        return (
+            [(part, None) for part in own] if exact is x else [*zip(own, exact[rows].split(ROWS_AT_ONCE), strict=True)]
+        )
+
+    everywhere = _moments(pairs(every), form.hidden) if few else None
     bias = source._parameters.get(f"{form.up}_bias")
     halves = None if bias is None else form.in_halves(bias.data, -1).float()
     projections: tuple[str, str] = (form.up, form.down)
     for expert in range(form.experts):
-        sent = x[(ids == expert).any(1)]
-        rows, given = sent.float(), (every if expert in few else sent).split(ROWS_AT_ONCE)
+        sent = (ids == expert).any(1)
+        rows, given = x[sent].float(), pairs(every if expert in few else sent)
         moments = everywhere if expert in few and everywhere is not None else _moments(given, form.hidden)
         for projection in projections:
             name = f"{job.name}.{leaf}.{projection}[{expert}]"
@@ -100,13 +122,16 @@ def quantize_experts(
                     product = part.float() @ up.T
                     return between(product if bias is None else product + bias).float()
 
-                moments = _moments((inner(part) for part in given), form.width)
+                def inner_pair(pair: Pair, up: Tensor = weight) -> Pair:
+                    return inner(pair[0]), None if pair[1] is None else inner(pair[1], up)
+
+                moments = _moments(map(inner_pair, given), form.width)
                 rows = inner(rows)
     said = None
     if few and job.routing == "routed":
         said = (
             f"{len(few)} of {form.experts} experts saw fewer than {FEW * form.hidden} of {len(x)} tokens, and are calibrated "
-            f"with {len(every)} of all: {_listed(few)}"
+            f"with {len(x[every])} of all: {_listed(few)}"
         )
         log.warning("%s.%s: %s", job.name, leaf, said)
     return {p: _result(sums[p], methods[p], f"{job.name}.{leaf}.{p}", said) for p in sums}
@@ -144,18 +169,24 @@ def routed_rows(form: ExpertsForm, args: Sequence[Any], kwargs: Mapping[str, Any
     return x[chosen], owner[chosen, None]
 
 
-def _moments(parts: Iterable[Tensor], width: int) -> InputStatistics:
-    statistics = None
-    for part in parts:
+def _moments(pairs: Iterable[Pair], width: int) -> Moments:
+    """Of rows x̂; and `2/n Σ (x - x̂) x̂ᵀ` where all have their x."""
+    statistics, cross = None, None
+    for part, other in pairs:
         statistics = InputStatistics(width, part.device) if statistics is None else statistics
         statistics.update(part)
-    return InputStatistics(width) if statistics is None else statistics
+        if other is not None:
+            cross = torch.zeros(width, width, device=part.device) if cross is None else cross
+            cross.addmm_((other.float() - part.float()).T, part.float())
+    if statistics is None:
+        return InputStatistics(width), None
+    return statistics, None if cross is None or not statistics.tokens else cross * (2 / statistics.tokens)
 
 
 def _one(
     weight: Tensor,
     rows: Tensor,
-    statistics: InputStatistics,
+    moments: Moments,
     method: Options,
     name: str,
     sums: _Sums,
@@ -163,8 +194,11 @@ def _one(
 ) -> Tensor:
     """Quantize one expert's weight; returns it dequantized."""
     began = time.perf_counter()
+    statistics, cross = moments
     try:
-        tensor = method.quantize(weight, statistics.hessian(name), name)
+        hessian = statistics.hessian(name)
+        aimed = weight if cross is None or not method.aims else method.aimed(weight, hessian, cross, name)
+        tensor = method.quantize(aimed, hessian, name)
     except CalibrationError as hopeless:
         log.debug("%s is rounded to nearest: %s", name, hopeless)
         sums.rare[expert] = statistics.tokens

@@ -58,12 +58,16 @@ def preview_of(
         activations = (
             samples * seq_len * checkpoint.dtype(parameter_of(model, modules[0].name)).itemsize * config.hidden_size
         )
-        largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+        lanes = (
+            2 if any(chosen.aims for chosen in methods.values()) else 1
+        )  # the layer and the model as they came, beside
+        activations *= lanes
+        largest = lanes * max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
         # in fp32: the layer, the second moments of its widest input, and two matrices of that size while they are factored
         moments = 4 * 3 * max(module.shape[1] for module in modules) ** 2
         device_bytes = 4 * largest + moments
         widths = {module.shape[1] for module in modules if stack_at(model, module.name) is None}
-        held = max((held_bytes(samples * seq_len, config.hidden_size, width) for width in widths), default=0)
+        held = lanes * max((held_bytes(samples * seq_len, config.hidden_size, width) for width in widths), default=0)
         forms = [experts_of(layer) for layer in layers]
         if found := [form for of_layer in forms for form in of_layer.values()]:
             moments += 4 * found[0].hidden ** 2  # of all tokens, beside those of an expert

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,6 +94,7 @@ def _calibrate_all(
     stored_as = host.dtype(parameter_of(host.model, next(iter(run.methods))))
     keep_dtype = stored_as if stored_as in FLOAT_DTYPES else torch.float32
     results: dict[str, ModuleReport] = {}
+    aims = any(method.aims for method in run.methods.values())
 
     def once(name: str, block: nn.Module, hidden: Tensor, call: Call) -> object:
         with host.layer(name, place) as (layer, _):
@@ -108,15 +111,25 @@ def _calibrate_all(
                 _check_takes_scales(host, run, chain, place)
             alone = not state.done and not chain.carries  # hidden states are all that goes from block to block
             hidden = (host.activations() if alone else None) or chain.hidden
+            exact = None
+            if aims and alone:  # an earlier run kept both, one after the other
+                exact = hidden[len(batches) :] or [*hidden]
+                hidden = hidden[: len(batches)]
+            elif aims:
+                log.warning(
+                    "%s and what comes after it pass on more than hidden states, or read what quantized layers put out: each of "
+                    "their linear layers aims at its own output",
+                    chain.names[0],
+                )
             outputs: list[object] = []
             for name in chain.names:
                 reports = host.finished(name)
                 if reports is None or not alone:
-                    inputs = LayerInputs(hidden, chain.calls.pop(name))
+                    inputs = LayerInputs(hidden, chain.calls.pop(name), exact)
                     keep = chain.follows and name == chain.names[-1]
                     reports, outputs = _one_block(host, run, name, inputs, place, keep, reports)
                     if host.finished(name) is None:
-                        host.commit(name, reports, hidden if alone else None)
+                        host.commit(name, reports, [*hidden, *(exact or [])] if alone else None)
                 results |= {report.name: report for report in reports}
                 if reports:
                     bar.set_postfix(error=f"{max(report.error for report in reports):.2%}")
@@ -251,26 +264,36 @@ def quantize_layer(
     scaled = methods | {target: method.with_scales_for(job.stored[target]) for target, method in stacked.items()}
     for found in job.folds.proved if job.folds is not None else ():
         fold_scales(layer, found, scaled, inputs, job)
-    with walking(layer, methods, inputs, job.place) as walk:
-        results = _quantize_steps(layer, methods, inputs, job, walk)
+    with ExitStack() as stack:
+        twin = exact = None
+        if inputs.exact is not None:
+            twin = copy.deepcopy(layer)
+            exact = stack.enter_context(walking(twin, methods, inputs.of_the_model(), job.place))
+        walk = stack.enter_context(walking(layer, methods, inputs, job.place))
+        results = _quantize_steps(layer, methods, inputs, job, walk, exact)
         if forms:
             walk.release()
-            results |= _quantize_stacks(layer, forms, inputs, job)
+            if exact is not None:
+                exact.release()
+            results |= _quantize_stacks(layer, forms, inputs, job, twin)
+        if exact is not None:
+            adopt(inputs.of_the_model(), exact.outcomes(), f"{job.name} as it came")
         outputs = adopt(inputs, walk.outcomes(), job.name, keep)
     return {target: results[target] for target in job.methods}, outputs
 
 
 def _quantize_steps(
-    layer: nn.Module, methods: Mapping[str, Options], inputs: LayerInputs, job: LayerJob, walk: Walk
+    layer: nn.Module, methods: Mapping[str, Options], inputs: LayerInputs, job: LayerJob, walk: Walk, exact: Walk | None
 ) -> dict[str, Quantized]:
-    """Linear layers, step by step; those that no token came to are rounded to nearest."""
+    """Linear layers, step by step; those that no token came to are rounded to nearest. `exact`: a walk through the layer as it
+    came, in the model as it came."""
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
-        statistics = walk.statistics(step)
+        statistics, cross = walk.statistics(step, exact)
         shared = (time.perf_counter() - began) / len(step)
         for target in step:
-            result = _quantize(layer, target, methods[target], statistics, job.name, shared)
+            result = _quantize(layer, target, methods[target], statistics, cross, job.name, shared)
             unscaled = job.folds.why_unscaled(target) if job.folds is not None else None
             results[target] = replace(result, unscaled=unscaled)
     for target in methods.keys() - results.keys():
@@ -282,14 +305,20 @@ def _quantize_steps(
 
 
 def _quantize_stacks(
-    layer: nn.Module, forms: Mapping[str, ExpertsForm], inputs: LayerInputs, job: LayerJob
+    layer: nn.Module,
+    forms: Mapping[str, ExpertsForm],
+    inputs: LayerInputs,
+    job: LayerJob,
+    twin: nn.Module | None,
 ) -> dict[str, Quantized]:
     """Stacked experts, after all others, whose outputs they read."""
     results: dict[str, Quantized] = {}
     for leaf, form in forms.items():
         both: tuple[str, str] = (form.up, form.down)
         of_experts = {p: job.methods[f"{leaf}.{p}"] for p in both if f"{leaf}.{p}" in job.methods}
-        for p, stack in quantize_experts(layer, leaf, form, of_experts, inputs, job).items() if of_experts else ():
+        for p, stack in (
+            quantize_experts(layer, leaf, form, of_experts, inputs, job, twin).items() if of_experts else ()
+        ):
             unscaled = job.folds.why_unscaled(f"{leaf}.{p}") if job.folds is not None else None
             results[f"{leaf}.{p}"] = Quantized(
                 stack.tensor, stack.method, stack.error, True, stack.seconds, stack.fallback, unscaled, stack.few
@@ -316,16 +345,24 @@ def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str |
 
 
 def _quantize(
-    layer: nn.Module, target: str, method: Options, statistics: InputStatistics, layer_name: str, shared: float
+    layer: nn.Module,
+    target: str,
+    method: Options,
+    statistics: InputStatistics,
+    cross: Tensor | None,
+    layer_name: str,
+    shared: float,
 ) -> Quantized:
-    """Quantize one linear layer and leave the dequantized weight in it; `shared`: seconds its statistics took."""
+    """Quantize one linear layer and leave the dequantized weight in it; `shared`: seconds its statistics took; `cross` as
+    `Walk.statistics` has it."""
     began = time.perf_counter()
     name = f"{layer_name}.{target}"
     weight = linear_of(layer, target).weight.data.float()
     hessian = statistics.hessian(name)
     used, fallback = method.name, None
     try:
-        tensor = method.quantize(weight, hessian, f"{name}.weight")
+        aimed = weight if cross is None or not method.aims else method.aimed(weight, hessian, cross, f"{name}.weight")
+        tensor = method.quantize(aimed, hessian, f"{name}.weight")
     except CalibrationError as hopeless:
         fallback = str(hopeless)
         rounded = round_to_nearest(weight, method, name, fallback)

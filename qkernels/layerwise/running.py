@@ -108,10 +108,20 @@ def unused(arguments: Any) -> Any:
 @dataclass
 class LayerInputs:
     """What goes into a block: for every batch the hidden states `[windows, seq_len, hidden]` on the host, and the rest of its
-    call."""
+    call.
+
+    Args:
+        exact: the hidden states of the same batches in the model as it came, for methods that aim at that (`Options.aims`).
+    """
 
     hidden: list[Tensor]
     calls: Sequence[Call]
+    exact: list[Tensor] | None = None
+
+    def of_the_model(self) -> LayerInputs:
+        """The same batches in the model as it came."""
+        assert self.exact is not None
+        return LayerInputs(self.exact, self.calls)
 
     def batches(self) -> Iterator[LayerInputs]:
         """Each batch by itself."""
@@ -246,6 +256,21 @@ def collect_statistics(
     with pre_hooks(layer, {reader_of(layer, name): watch(name) for name in names}):
         run_to_stop(layer, inputs, place)
     return collected
+
+
+def inputs_to(layer: nn.Module, name: str, inputs: LayerInputs, place: Place) -> Iterator[Tensor | None]:
+    """What goes into a linear layer, batch by batch; None where a batch does not come to it."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise Stop
+
+    for batch in inputs.batches():
+        seen.clear()
+        with pre_hooks(layer, {reader_of(layer, name): note}):
+            run_to_stop(layer, batch, place)
+        yield seen[0] if seen else None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ that is too much, or batches do not come by the same way, the block is run again
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..quantizers import InputStatistics
 from .folds import input_weight
-from .running import LayerInputs, Outcome, Place, Stop, collect_statistics, pre_hooks
+from .running import LayerInputs, Outcome, Place, Stop, inputs_to, pre_hooks
 
 HELD_BYTES: Final = 2 << 30
 HELD_BATCHES: Final = 32  # threads, each with as many of OpenMP's as there are cores
@@ -58,18 +59,36 @@ class Walk:
 
         return hook
 
-    def statistics(self, step: Sequence[str]) -> InputStatistics:
-        """Of the input that the linear layers of a step share, over all batches. The steps before it are quantized, in place."""
-        first = step[0]
+    def inputs_of(self, step: Sequence[str]) -> Iterator[Tensor | None]:
+        """The input that the linear layers of a step share, batch by batch; None where they do not run. The steps before it are
+        quantized, in place. To be taken to its end."""
         batches = self._batches.copy()
-        if not batches or not all(self._comes_to(batch, first) for batch in batches):
-            return collect_statistics(self.layer, [first], self.inputs, self.place)[first]
-        collected = InputStatistics(input_weight(self.layer, first).shape[-1], self.place.device)
+        if not batches or not all(self._comes_to(batch, step[0]) for batch in batches):
+            yield from inputs_to(self.layer, step[0], self.inputs, self.place)
+            return
         for batch in batches:
-            if batch.x is not None:
-                collected.update(batch.x)
+            yield batch.x
         self._passed.update(step)
-        return collected
+
+    def statistics(self, step: Sequence[str], exact: Walk | None = None) -> tuple[InputStatistics, Tensor | None]:
+        """Of the input x̂ that the linear layers of a step share, over all batches; and `2/n Σ (x - x̂) x̂ᵀ`, `[K, K]`, with the
+        input x of the same tokens in another walk, which has the weights as they came. None where there is no such walk, or
+        where it is not known that rows are of the same tokens: an expert's are those that its router sends."""
+        K = input_weight(self.layer, step[0]).shape[-1]
+        collected = InputStatistics(K, self.place.device)
+        cross = None if exact is None else torch.zeros(K, K, device=self.place.device)
+        others = itertools.repeat(None, len(self.inputs.hidden)) if exact is None else exact.inputs_of(step)
+        for hidden, x, other in zip(self.inputs.hidden, self.inputs_of(step), others, strict=True):
+            if x is not None:
+                collected.update(x)
+            if cross is not None and (x is not None or other is not None):
+                tokens = hidden.numel() // hidden.shape[-1]
+                if x is None or other is None or not tokens == x.numel() // K == other.numel() // K:
+                    cross = None
+                    continue
+                rows = x.detach().reshape(-1, K).float()
+                cross.addmm_((other.detach().reshape(-1, K).float() - rows).T, rows)
+        return collected, None if cross is None or collected.tokens == 0 else cross * (2 / collected.tokens)
 
     def outcomes(self) -> Iterator[Outcome]:
         """What every batch puts out, with all steps quantized."""

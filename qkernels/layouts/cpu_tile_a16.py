@@ -24,12 +24,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import TensorError
 from ..scheme import CODEBOOKS, FACTORS, QuantScheme
 from ..tensor import SCALE_DTYPES
-from ..text import describe
-from . import Buffers, Layout
-from .tiles import PLANES, Tiles, join_planes, split_planes, stored_bits, true_bits
+from . import Layout
+from .tiles import PLANES, Tiles, join_planes, place, places, split_planes, stored_bits, true_bits, upgrade_of
 
 ROWS_PER_TILE = 32
 OCTET = 8  # groups begin at multiples of this
@@ -57,19 +55,6 @@ def _lift_plane(lanes: Tensor, width: int) -> Tensor:
     """The inverse."""
     words = lanes.unflatten(-1, (2, 2)).transpose(-1, -2)  # byte of the word, word
     return places(words, width).movedim(-1, -2).flatten(-3)
-
-
-def place(fields: Tensor, width: int) -> Tensor:
-    """[..., 8 / width fields of so many bits] -> bytes [...], the first lowest."""
-    bytes_ = fields[..., 0]
-    for i in range(1, 8 // width):
-        bytes_ = bytes_ | (fields[..., i] << (width * i))
-    return bytes_
-
-
-def places(bytes_: Tensor, width: int) -> Tensor:
-    """The inverse of `place`."""
-    return torch.stack([(bytes_ >> (width * i)) & ((1 << width) - 1) for i in range(8 // width)], dim=-1)
 
 
 def lay_with(
@@ -118,25 +103,6 @@ def tiles_with(
         ROWS_PER_TILE, lambda bits: columns(planes(bits)), lay_with(lay_plane, planes), lift_with(lift_plane, planes),
         stored_bits=stored_bits if old else true_bits,
     )  # fmt: skip
-
-
-def upgrade_of(old: Tiles, new: Tiles) -> Callable[[Buffers, int, int, QuantScheme], Buffers]:
-    """See `Layout.upgrades`: of version 1, where codes of 4 and 8 bits lay as they do."""
-
-    def upgrade(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffers:
-        if stored_bits(scheme.bits) == true_bits(scheme.bits):
-            return buffers
-        check_shape(buffers.get("qweight"), old.shapes(N, K, scheme.bits, scheme.group_length(K))["qweight"])
-        given = {"outer_scales": None, "outer_zeros": None, "zeros": None, "k_order": None, **buffers}
-        return new.pack(old.unpack(given, N, K, scheme))
-
-    return upgrade
-
-
-def check_shape(qweight: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise TensorError unless codes from outside have their shape: what follows indexes them."""
-    if qweight is None or qweight.dtype != torch.uint8 or qweight.shape[-len(shape) :] != shape:
-        raise TensorError(f"qweight must be uint8 {list(shape)}, got {describe(qweight, 'absent')}")
 
 
 def rows_inside(lanes: Tensor) -> Tensor:

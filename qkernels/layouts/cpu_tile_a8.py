@@ -15,8 +15,8 @@ from ..scheme import ACTIVATIONS, FACTORS, QuantScheme
 from ..tensor import SCALE_DTYPES
 from . import BUFFERS_A8, NUMBERS_A8, Layout, cpu_tile_a16
 from .canonical import INTEGERS
-from .cpu_tile_a16 import ROWS_PER_TILE, place, places, tiles_with, upgrade_of
-from .tiles import true_bits
+from .cpu_tile_a16 import ROWS_PER_TILE, tiles_with
+from .tiles import place, places, true_bits, upgrade_of
 
 # So many products fit an int32 sum: of |x| <= 127 with |code - 2^(bits-1)| <= 128, or with |code - zero| <= 255, whatever the
 # byte that a file has for a zero point: 2^17 * 127 * 128 = 0.992 * 2^31, 2^16 * 127 * 255 = 0.988 * 2^31. Floating zeros and

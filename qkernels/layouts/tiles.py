@@ -14,17 +14,19 @@ rows and groups have scale 0 (of e8m0, which has none, 2^-127), and padded colum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..errors import TensorError
 from ..factors import as_bytes
 from ..group_index import group_index_of
 from ..scheme import QuantScheme
 from ..tensor import QuantTensor
+from ..text import describe
 from . import Buffers, Shapes
 from .canonical import groups_of, weight_of
 
@@ -40,7 +42,9 @@ def stored_bits(bits: int) -> int:
 # How many of a code's bits lie together, lowest first: 5 = 4 + 1, 6 = 4 + 2. 7 bits take a byte, and 3 bits a nibble: as
 # 2 + 1 they took three quarters of the bytes and 1.9 x the time at M = 1, 1.2 x at 16 (8192 x 4096, AVX512-BF16, 2 threads,
 # 2026-11-30): putting a code together costs more than the bytes that it saves.
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (4,), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (8,), 8: (8,)}
+Widths = Mapping[int, tuple[int, ...]]
+PLANES: Widths = {2: (2,), 3: (4,), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (8,), 8: (8,)}
+GPU_PLANES: Widths = {**PLANES, 3: (2, 1)}  # a GPU has more arithmetic for each byte
 
 
 def true_bits(bits: int) -> int:
@@ -48,22 +52,35 @@ def true_bits(bits: int) -> int:
     return sum(PLANES[bits])
 
 
-def split_planes(codes: Tensor, bits: int) -> list[tuple[int, Tensor]]:
+def split_planes(codes: Tensor, bits: int, planes: Widths = PLANES) -> list[tuple[int, Tensor]]:
     """Codes as (width, bits of that plane), lowest first."""
     low, found = 0, []
-    for width in PLANES[bits]:
+    for width in planes[bits]:
         found.append((width, (codes >> low) & ((1 << width) - 1)))
         low += width
     return found
 
 
-def join_planes(planes: Sequence[Tensor], bits: int) -> Tensor:
+def join_planes(parts: Sequence[Tensor], bits: int, planes: Widths = PLANES) -> Tensor:
     """The inverse of `split_planes`."""
-    low, codes = 0, torch.zeros_like(planes[0])
-    for width, plane in zip(PLANES[bits], planes, strict=True):
+    low, codes = 0, torch.zeros_like(parts[0])
+    for width, plane in zip(planes[bits], parts, strict=True):
         codes = codes | (plane << low)
         low += width
     return codes
+
+
+def place(fields: Tensor, width: int) -> Tensor:
+    """[..., 8 / width fields of so many bits] -> bytes [...], the first lowest."""
+    bytes_ = fields[..., 0]
+    for i in range(1, 8 // width):
+        bytes_ = bytes_ | (fields[..., i] << (width * i))
+    return bytes_
+
+
+def places(bytes_: Tensor, width: int) -> Tensor:
+    """The inverse of `place`."""
+    return torch.stack([(bytes_ >> (width * i)) & ((1 << width) - 1) for i in range(8 // width)], dim=-1)
 
 
 def rows_of(groups: Tensor) -> Tensor:
@@ -165,4 +182,24 @@ class Tiles:
         split = as_bytes(values).transpose(-1, -2)
         if self.row_order is not None:
             split = split[..., sorted(range(rows), key=self.row_order.__getitem__), :]
-        return split.reshape(*lead, tiles * rows, groups)[..., :N, :count].contiguous().view(values.dtype)
+        found = split.reshape(*lead, tiles * rows, groups)[..., :N, :count]
+        return found.clone(memory_format=torch.contiguous_format).view(values.dtype)  # see above
+
+
+def upgrade_of(old: Tiles, new: Tiles) -> Callable[[Buffers, int, int, QuantScheme], Buffers]:
+    """See `Layout.upgrades`: of codes that took more bits; those that take as many lie where they lay."""
+
+    def upgrade(buffers: Buffers, N: int, K: int, scheme: QuantScheme) -> Buffers:
+        if old.stored_bits(scheme.bits) == new.stored_bits(scheme.bits):
+            return buffers
+        check_shape(buffers.get("qweight"), old.shapes(N, K, scheme.bits, scheme.group_length(K))["qweight"])
+        given = {"outer_scales": None, "outer_zeros": None, "zeros": None, "k_order": None, **buffers}
+        return {**buffers, **new.pack(old.unpack(given, N, K, scheme))}
+
+    return upgrade
+
+
+def check_shape(qweight: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise TensorError unless codes from outside have their shape: what follows indexes them."""
+    if qweight is None or qweight.dtype != torch.uint8 or qweight.shape[-len(shape) :] != shape:
+        raise TensorError(f"qweight must be uint8 {list(shape)}, got {describe(qweight, 'absent')}")

@@ -160,8 +160,15 @@ def _stored(checkpoint: Checkpoint, at_hand: bool) -> tuple[dict[str, QuantTenso
         weights[module] = weight
         ordered.update([module] if has_order else [])
     for name in checkpoint.embeddings:
-        assert isinstance(checkpoint, GgufCheckpoint)
-        weights[name.removesuffix(".weight")] = _of_blocks(checkpoint, checkpoint.spelled[name])
+        module = name.removesuffix(".weight")
+        if isinstance(checkpoint, GgufCheckpoint):
+            weights[module] = _of_blocks(checkpoint, checkpoint.spelled[name])
+            continue
+        assert isinstance(checkpoint, DirectoryCheckpoint)
+        spelled = checkpoint.spelling(name)
+        weights[module], _ = _once(
+            known, checkpoint, spelled.removesuffix(".weight"), checkpoint.packed[spelled], at_hand
+        )
     for stack in checkpoint.stacks:
         if isinstance(checkpoint, GgufCheckpoint):
             weights[stack] = _of_blocks(checkpoint, checkpoint.members[stack])

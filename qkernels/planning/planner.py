@@ -100,7 +100,7 @@ def plan(
 
     Args:
         model: a checkpoint directory, a GGUF file, a config.json alone, or a Hub id, of which headers alone are fetched.
-        devices: one, or two of which the second takes the layers that the first has no room for; see `planning.devices`.
+        devices: one, or two: a GPU, and what takes the layers that it has no room for; see `planning.devices`.
         context: tokens of each sequence, prompt and answer together; 0 counts no cache; None: 4096, at most the model's longest.
         batch: sequences at a time.
         kv_dtype: of the cache, a key of `KV_DTYPES`; None: the model's.
@@ -137,6 +137,12 @@ def plan(
         raise ArgumentError(f"one result of qkernels bench at most, got {', '.join(rates)}")
     first = with_bandwidth(device_of(devices[0]), rates[0] if rates else None)
     places = (first, *(with_bandwidth(device_of(name), None) for name in devices[1:]))
+    if len(places) == 2 and first.is_cpu:
+        raise ArgumentError(
+            f"of two devices the first is a GPU, and the second takes what that has no room for, got {' and '.join(devices)}"
+        )
+    if len(places) == 2 and first.here and first.name == places[1].name:
+        raise ArgumentError(f"{first.name} is one device, and its memory is there once: name it once")
     with planned_model(model, dtype, revision) as planned:
         return _plan(planned, places, context, batch, kv_dtype, (schemes, types), prefer, seconds)
 
@@ -379,9 +385,10 @@ def _command(planned: Planned, candidate: Candidate, devices: tuple[Device, ...]
     """What makes the form, or runs a model that is to stay as it is."""
     name = shlex.quote(planned.name) if planned.file is not None else "MODEL"
     if candidate.scheme is None:
-        device = devices[0].name if devices[0].here else "cpu" if devices[0].is_cpu else "cuda"
-        split = "" if layers_on is None else f" --gpu-layers {layers_on}"
-        return f"qkernels generate {name} --prompt 'It was' --device {device}{split}"
+        where = f"--device {devices[0].name if devices[0].here else 'cuda'}"
+        if layers_on is not None:
+            where = f"--gpu-layers {layers_on}" if devices[1].is_cpu else "--device auto"
+        return f"qkernels generate {name} --prompt 'It was' {where}"
     if candidate.format == GGUF:
         return f"qkernels quantize {name} OUT.gguf --type {candidate.scheme}"
     words = ["qkernels quantize", name, "OUT", "--method", candidate.method, "--scheme", candidate.scheme]

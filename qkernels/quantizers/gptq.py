@@ -24,6 +24,7 @@ from .options import Needs, Options, ScaleSearch
 
 ActOrder = Literal["none", "group", "static"]
 Scales = Literal["none", "awq"]
+Aim = Literal["layer", "model"]
 
 # Columns whose updates of everything to their right are applied in one matrix product (section 4, step 2: B = 128).
 BLOCK_COLUMNS = 128
@@ -49,6 +50,11 @@ class GPTQ(Options):
         clip: "mse" (the default) weights each column's error by what it costs after the later columns have made up for it.
         scales: "awq" first scales the input channels that matter up, as `AWQ` does, and folds the scales into the norm or linear
             layer before: the least error of all methods here (docs/decisions/0032), in the time of both.
+        aim: "layer": each linear layer shall put out what its float weight makes of its inputs as the quantized layers before
+            it leave them. "model": what the model as it came puts out there, so that later layers make up for earlier ones
+            (Li, Zhang, Cao et al.: "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025,
+            section 4; here in closed form, see `aimed`). Linear layers that see some tokens only, and blocks that pass on more
+            than hidden states, aim at the layer either way. Twice the activations, one more pass through the model.
 
     Raises:
         SchemeError, ArgumentError: an option is out of range.
@@ -67,6 +73,7 @@ class GPTQ(Options):
     act_order: ActOrder = "group"
     damping: float = 0.01
     scales: Scales = "none"
+    aim: Aim = "layer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +81,8 @@ class GPTQ(Options):
             raise ArgumentError(f'act_order must be "none", "group" or "static", got {self.act_order!r}')
         if self.scales not in get_args(Scales):
             raise ArgumentError(f'scales must be "none" or "awq", got {self.scales!r}')
+        if self.aim not in get_args(Aim):
+            raise ArgumentError(f'aim must be "layer" or "model", got {self.aim!r}')
         if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
             raise ArgumentError(
                 f"damping is a share of the Hessian's mean diagonal and must be in (0, 1], got {self.damping!r}"
@@ -82,6 +91,22 @@ class GPTQ(Options):
     def scale_search(self) -> ScaleSearch | None:
         """AWQ's, for scales="awq"."""
         return AWQ(scale_dtype=self.scale_dtype).with_scheme(self.scheme) if self.scales == "awq" else None
+
+    @property
+    def aims(self) -> bool:
+        """With aim="model"."""
+        return self.aim == "model"
+
+    def aimed(self, weight: Tensor, moments: Tensor, cross: Tensor, name: str = "weight") -> Tensor:
+        """`W + W C (H + λI)⁻¹`, with C `cross` and H `moments`: of all real W' the one with the least `‖W' x̂ - W x‖²` over the
+        tokens. What GPTQ then minimizes for it, `‖(Ŵ - W') x̂‖²`, differs from `‖Ŵ x̂ - W x‖²` by a constant (but for the
+        damping λ).
+
+        Raises:
+            CalibrationError: as for `quantize`.
+        """
+        factor = inverse_factor(without_dead_columns(moments), self.damping, name)
+        return weight + weight.to(cross.dtype) @ cross @ factor.T @ factor
 
     def with_one_order(self) -> GPTQ:
         """See `Options.with_one_order`: groups that are static need no order of columns in what is stored."""

@@ -62,7 +62,7 @@ class Options(ActBitsIsAct):
     needs: "moments" where `quantize` or the scales to fold take calibration.
     integer_zeros: whether zero points may be integers (`symmetric=False`); False where a method has zeros of its own or
         none.
-    orders_columns, scale_search, scale_rule, with_scales_for, without_moments: see there.
+    orders_columns, aims, scale_search, scale_rule, with_scales_for, without_moments: see there.
 
     Args:
         bits, group_size, symmetric, act, codebook, rows, factors: see `QuantScheme`; `symmetric=False` means integer zero points.
@@ -162,6 +162,21 @@ class Options(ActBitsIsAct):
     def orders_columns(self) -> bool:
         """Whether groups are formed in another order than the columns', so that the result may have a `group_index`."""
         return False
+
+    @property
+    def aims(self) -> bool:
+        """Whether a linear layer's output shall be that of the model as it came, errors of the layers before it made up for:
+        `aimed` is called before `quantize`, wherever what goes in there is known."""
+        return False
+
+    def aimed(self, weight: Tensor, moments: Tensor, cross: Tensor, name: str = "weight") -> Tensor:
+        """The weight `[N, K]` to quantize in place of another, for a method that aims.
+
+        Args:
+            moments: `2/n Σ x̂ x̂ᵀ` of its inputs as they come, `[K, K]`.
+            cross: `2/n Σ (x - x̂) x̂ᵀ` with those of the model as it came, `[K, K]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} aims at nothing")
 
     def scale_search(self) -> ScaleSearch | None:
         """The search for scales to fold into what feeds a layer, for a method that searches them."""

@@ -46,13 +46,17 @@ def require_directory(path: Path) -> None:
     """Say what a checkpoint is where there is none.
 
     Raises:
-        CheckpointError: the path is no directory.
+        CheckpointError: there is nothing at the path, or something else than a directory.
     """
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a directory; a checkpoint is a local folder with {CONFIG} and *.safetensors, or a GGUF file "
-            "(a model on the Hub is named owner/name)"
-        )
+    if path.is_dir():
+        return
+    what = "is a file, but no GGUF file" if path.exists() else "does not exist"
+    if path.is_symlink() and not path.exists():
+        what = f"is a link to {path.readlink()}, which does not exist"
+    raise CheckpointError(
+        f"{path} {what}; a checkpoint is a local folder with {CONFIG} and *.safetensors, or a GGUF file "
+        "(a model on the Hub is named owner/name)"
+    )
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_methods_write_their_scheme(
             "--act-order is an option of gptq",
         ),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "rtn", "--scales", "awq"], "--scales is an option of gptq"),
-        (["inspect", "{tmp}/nowhere"], "is not a directory"),
+        (["inspect", "{tmp}/nowhere"], "nowhere does not exist; a checkpoint is"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq"], "needs calibration: .* \\(--calibration FILE\\)"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{tmp}/absent.txt"], "absent.txt"),
         (["quantize", "{tiny}", "{tmp}/out", "--method", "gptq", "--calibration", "{empty}"], "is empty"),
@@ -191,7 +191,7 @@ def test_methods_write_their_scheme(
         (["pack", "{tiny}", "{tmp}/out", "--layout", "nope"], "--layout must be auto, (?!.*reference).* got 'nope'"),
         (["eval", "{tiny}", "--text", "{short}", "--seq-len", "32"], "less than one window"),
         (["pack", "{tiny}", "{tmp}/out"], "quantized"),
-        (["generate", "{tmp}/nowhere", "--prompt", "x"], "is not a directory"),
+        (["generate", "{tmp}/nowhere", "--prompt", "x"], "nowhere does not exist; a checkpoint is"),
         (["generate", "{tiny}", "--prompt", ""], "--prompt must have at least one token, got ''"),
     ],
 )

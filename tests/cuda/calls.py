@@ -15,7 +15,7 @@ from torch import Tensor
 from qkernels import QuantTensor
 from qkernels.codebooks import CODEBOOK_NUMBERS
 from qkernels.layouts import Layout, get_layout
-from qkernels.scheme import ACTIVATION_NUMBERS
+from qkernels.scheme import ACTIVATION_NUMBERS, FACTOR_NUMBERS
 from tests.cuda import emulator
 from tests.cuda.emulator import Call
 
@@ -23,7 +23,7 @@ UNIT = "mma_tile"
 LAYOUT = get_layout("mma_tile")
 DTYPES = (torch.float16, torch.bfloat16)
 TYPES = {
-    None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4, torch.float8_e8m0fnu: 6,
+    None: 0, torch.uint8: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4, torch.int8: 5, torch.float8_e8m0fnu: 6,
     torch.float8_e4m3fn: 7,
 }  # enum Type of csrc/types.h  # fmt: skip
 # What lies around x. Large, and finite: a kernel that reads NaN there, where it should read nothing, would find that its sum is
@@ -61,6 +61,13 @@ def gemm_sm90(tokens: int, splits: int = 1) -> Config:
     return Config("gemm_sm90", tokens, 0, 0, splits)
 
 
+def scales_fragments(weight: QuantTensor, config: Config) -> bool:
+    """Whether gemm_sm90 scales each weight before it multiplies it, and so rounds it to x's type."""
+    scheme = weight.scheme
+    short = scheme.num_groups(weight.K) > 1 and scheme.group_length(weight.K) < 64
+    return config.path == "gemm_sm90" and (config.tokens == 256 or short or scheme.zeros in ("float", "offset"))
+
+
 def padded(x: Tensor) -> tuple[Tensor, int]:
     """The storage that x is a view of, flat, and x's offset in it."""
     storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
@@ -77,7 +84,8 @@ def in_room(x: Tensor) -> Tensor:
 
 def weight_arguments(weight: QuantTensor, layout: Layout = LAYOUT) -> tuple[dict[str, Tensor | None], dict[str, int]]:
     packed = layout.pack(weight)
-    scales, zeros, outer = packed["scales"], packed["zeros"], packed["outer_scales"]
+    scales, zeros = packed["scales"], packed["zeros"]
+    outer, outer_zeros = packed["outer_scales"], packed["outer_zeros"]
     assert scales is not None
     buffers = {
         "codes": packed["qweight"],
@@ -85,14 +93,16 @@ def weight_arguments(weight: QuantTensor, layout: Layout = LAYOUT) -> tuple[dict
         "zeros": zeros,
         "k_order": packed["k_order"],
         "outer": outer,
+        "outer_zeros": outer_zeros,
         "x_static": packed.get("x_static"),
     }
     integers = {
         "N": weight.N, "K": weight.K, "bits": weight.scheme.bits, "group": weight.scheme.group_length(weight.K),
         "scale_type": TYPES[scales.dtype], "zero_type": TYPES[None if zeros is None else zeros.dtype],
         "zeros_are_offsets": int(weight.scheme.zeros == "offset"), "act": ACTIVATION_NUMBERS[weight.scheme.act],
-        "codebook": CODEBOOK_NUMBERS[weight.scheme.codebook], "outer_divides": int(weight.scheme.factors == "nvfp4"),
+        "codebook": CODEBOOK_NUMBERS[weight.scheme.codebook], "factors": FACTOR_NUMBERS[weight.scheme.factors],
         "outer_type": TYPES[None if outer is None else outer.dtype],
+        "outer_zero_type": TYPES[None if outer_zeros is None else outer_zeros.dtype],
     }  # fmt: skip
     return buffers, integers
 

@@ -3,6 +3,7 @@ workspaces start as NaN, and x lies in a larger tensor of STRAY."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from tests.strategies import random_weight
 from tests.triton.problems import ALPHA, LIMIT
 
 from . import emulator
-from .calls import TYPES, UNIT, Config, padded, weight_arguments
+from .calls import TYPES, UNIT, Config, padded, scales_fragments, weight_arguments
 from .emulator import Call
 
 PAIRS = Config("decode", 8, 2, 4)  # as they come
@@ -39,6 +40,11 @@ class Experts:
         """float64 [E, N, K] and [E, N]."""
         weight = self.weight.dequantize().double()
         return weight, torch.zeros(weight.shape[:2]).double() if self.bias is None else self.bias.double()
+
+    def seen(self, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same as the kernel of a configuration multiplies them with x of `dtype`."""
+        weight, bias = self.values()
+        return weight.to(dtype).double() if scales_fragments(self.weight, config) else weight, bias
 
     def arguments(self, config: Config, prefix: str = "") -> tuple[dict[str, Tensor | None], dict[str, int]]:
         buffers, numbers = weight_arguments(self.weight)
@@ -99,3 +105,16 @@ def result(call: Call, schedule: str = "ascending") -> Tensor:
     y = call.buffers["y"]
     assert y is not None
     return y
+
+
+def check(got: Tensor, expected: Tensor, what: object) -> None:
+    """Bit for bit."""
+    wrong = (got != expected).nonzero()
+    assert len(wrong) == 0, f"{what}: {len(wrong)} of {got.numel()} differ, the first at {wrong[0].tolist()}"
+
+
+def kernels_of(call: Call) -> list[str]:
+    """The names of the templates that a call launches."""
+    kernels = [one.kernel.removeprefix("_ZN8qkernels4cuda") for one in emulator.record(UNIT, call)]
+    found = [re.match(r"(\d+)(\w+)", kernel) for kernel in kernels]
+    return [match[2][: int(match[1])] for match in found if match]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qkernels import QuantScheme, QuantTensor
 from tests.ops.helpers import exact_product, integers
+from tests.strategies import random_weight
 
 from .calls import Config, decode, gemm, in_room, multiply_call
 from .emulator import Call
@@ -17,6 +18,8 @@ from .emulator import Call
 def exact_weight(scheme_name: str, N: int, K: int, ordered: bool = False, seed: int = 1) -> QuantTensor:
     """Random codes; scales 1/4, 1/2, 1 and -1/2; zero points and offsets that are multiples of 1/8 of a scale's unit."""
     scheme = QuantScheme.parse(scheme_name)
+    if scheme.factors is not None:
+        return random_weight(scheme, N, K, seed, ordered, exact=True)
     generator = torch.Generator().manual_seed(seed)
     G, length = scheme.num_groups(K), scheme.group_length(K)
     codes = torch.randint(0, 2**scheme.bits, (N, K), generator=generator).to(torch.uint8)
@@ -67,4 +70,6 @@ CASES = (
     Case("w4a16_g128_offset", 130, 64, 640, gemm(128, splits=2), bias=True),
     Case("w8a16_g64_fzero", 20, 64, 448, gemm(128), BF16),
     Case("w4a16_g64", 40, 64, 256, gemm(64, half_accumulate=True)),
+    Case("q4_k", 5, 70, 320, Config("decode", 8, 2, 4), BF16),
+    Case("q6_k", 40, 65, 320, gemm(64), ordered=True),
 )

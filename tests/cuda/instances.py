@@ -30,7 +30,7 @@ ZEROS = ("", "_asym", "_fzero", "_offset")
 WGMMA_TOKENS = (16, 32, 64, 128, 256)
 FAMILIES = (
     "decode", "gemm", "gemm_wgmma", "gemm_a8", "gemm_a8_wgmma", "quantize_tokens", "quantize_as", "mark_columns", "list_marked",
-    "finish_a8", "stage", "reduce", "dequantize_tiles",
+    "finish_a8", "stage", "reduce", "dequantize_tiles", "dequantize_planes",
 )  # fmt: skip
 
 
@@ -84,10 +84,7 @@ class Forced:
             of_table: Tensor = (x.double() @ rounded(weight, x.dtype).T).to(x.dtype)
             return of_table
         exact: Tensor = exact_product(weight, x)
-        if config.path != "gemm_sm90":
-            return exact
-        short = weight.scheme.num_groups(weight.K) > 1 and weight.scheme.group_length(weight.K) < 64
-        if config.tokens == 256 or short or weight.scheme.zeros in ("float", "offset"):
+        if calls.scales_fragments(weight, config):
             scaled: Tensor = (x.double() @ weight.dequantize().to(x.dtype).double().T).to(x.dtype)
             return scaled
         return exact
@@ -117,6 +114,9 @@ def forced() -> Iterator[Forced]:
     for scheme, dtype in product(("nf4_g64", "iq4nl_g32", "mxfp4_g32", "fp8_g64", "fp8_g32"), DTYPES):
         for tokens in (8, 32):
             yield Forced(scheme, Config("decode", tokens, 1, 2), dtype)
+        yield Forced(scheme, Config("gemm", 64), dtype)
+    for scheme, dtype in product(("q2_k", "w3a16_g64", "q4_k", "q6_k", "w5a16_g64", "iq4_xs"), DTYPES):
+        yield Forced(scheme, Config("decode", 8, 1, 2), dtype)
         yield Forced(scheme, Config("gemm", 64), dtype)
     for tokens in (64, 128):
         yield Forced("w4a16_g64", Config("gemm", tokens, half_accumulate=True), torch.float16)

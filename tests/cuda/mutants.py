@@ -64,6 +64,14 @@ MUTANTS: dict[str, Mutant] = {
         "const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),\n"
         "                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);",
     ),
+    # Outer factors of another 256 weights; bits of another run of 16 columns; offsets that are lost.
+    "PLANES_OUTER_TOO_LATE": Mutant(*DECODE, "next_step % kStepsOfOuter == 0", "next_step % kStepsOfOuter == 1"),
+    "PLANES_WRONG_RUN": Mutant(
+        "decode_f16.cu", "multiply_planes.cuh", "q.high[tile][run / 2]", "q.high[tile][run % 2]"
+    ),
+    "PLANES_LOST_REST": Mutant(
+        "decode_f16.cu", "multiply_planes.cuh", "if (kRestsLater && !symmetric) {", "if (kRestsLater && symmetric) {"
+    ),
     # Of stacked experts: another expert's strips; a block that goes on behind its expert's last row; an expert without rows that
     # has no slot, so that those behind it share one; sums that are not yet there.
     "EXPERTS_WRONG_STRIPS": Mutant(*GEMM, "first_strip = rows.expert * p.weight.strips;", "first_strip = rows.expert;"),
@@ -72,6 +80,18 @@ MUTANTS: dict[str, Mutant] = {
         *EXPERTS, "const int base = first / t.size + expert;", "const int base = first / t.size;"
     ),
     "EXPERTS_NO_BARRIER": Mutant(*EXPERTS, "thread - step))) : 0;\n    __syncthreads();\n", "thread - step))) : 0;\n"),
+    "WGMMA_EXPERTS_WRONG_STRIPS": Mutant(*WGMMA, "return expert * w.strips;", "return expert + 0 * w.strips;"),
+    "WGMMA_EXPERTS_WRONG_ROWS": Mutant(*WGMMA, "dense ? 0 : here.end,", "dense ? 0 : here.end - 1,"),
+    "WGMMA_EXPERTS_READ_ON": Mutant(
+        *WGMMA,
+        "dense ? here.row : kTokens - (here.end - here.row),\n                  dense ? 0 : here.end,",
+        "dense ? here.row : 0, dense ? 0 : here.row + kTokens,",
+    ),
+    "WGMMA_EXPERTS_PAST_THE_END": Mutant(
+        *WGMMA, "if (m < mine.end && n < p.out.N_pad) {", "if (m < mine.row + kTokens && n < p.out.N_pad) {"
+    ),
+    "WGMMA_GATE_BESIDE_GATE": Mutant(*WGMMA, "here.strip + s * p.apart, begin", "here.strip + s, begin"),
+    "WGMMA_GATE_UP_NO_BARRIER": Mutant(*WGMMA, "named_barrier_sync(1, kConsumers);  // gate's", "// "),
     "A8_NO_BARRIER": Mutant(*A8, "__syncthreads();  // everybody's copies of this slot", "// "),
     "A8_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*A8, "__syncthreads();  // the exchange lies over stages", "// "),
     "A8_SHORT_WAIT": Mutant(*A8, "cp_async_wait<kStagesA8 - 2>();", "cp_async_wait<kStagesA8 - 1>();"),
@@ -115,8 +135,8 @@ MUTANTS: dict[str, Mutant] = {
         "__syncwarp();  // all lanes have read the stage\n    if (lane == 0 && before",
         "if (lane == 0 && before",
     ),
-    "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kConsumers);", ""),
-    "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < p.out.M && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
+    "WGMMA_NO_BARRIER_BEFORE_EXCHANGE": Mutant(*WGMMA, "named_barrier_sync(1, kConsumers);  // the warpgroups", "// "),
+    "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < mine.end && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
     "WGMMA_NO_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // all blocks' totals", "// "),
     "WGMMA_NO_LAST_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier_relaxed();  // nobody", "// "),
     "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(*WGMMA, "if (m >= p.out.M || n >= (F::kScaled", "if (n >= (F::kScaled"),

@@ -81,6 +81,13 @@ def good(scheme: str = "w4a16_g64", M: int = 5, layout: str = "mma_tile") -> dic
         "fp8_channel",
         "nvfp4_g16",
         "nvfp4m_g16",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "iq4_xs",
+        "w6a16_g64",
     ],
 )
 def test_what_the_packer_makes_is_taken(scheme: str) -> None:
@@ -175,6 +182,7 @@ def test_a_static_scale_goes_with_static_activations() -> None:
 def test_codebooks_and_factors_are_checked() -> None:
     """Against the number of the codebook or the factors, the buffers that they ask for, and those that go with others."""
     floats, factored = {**good("nf4_g64"), "bias": None}, {**good("nvfp4_g16"), "bias": None}
+    k_quant = {**good("q4_k"), "bias": None}
     scales, outer = factored["scales"], factored["outer_scales"]
     assert scales is not None
     assert outer is not None
@@ -186,8 +194,16 @@ def test_codebooks_and_factors_are_checked() -> None:
         ({**floats, "zeros": floats["scales"]}, "nf4_g64", {}, "takes 4 bits and no zeros, got bits=4 and zeros"),
         ({**floats, "outer_scales": outer}, "nf4_g64", {}, "outer_scales and outer_zeros go with factors"),
         ({**good("w4a16_g16"), "scales": e8m0}, "w4a16_g16", {}, "scales must be floating"),
-        (factored, "nvfp4_g16", {"factors": 5}, "factors must be 0, or those of NVFP4 with its codebook"),
-        (factored, "nvfp4_g16", {"codebook": 0}, "factors must be 0, or those of NVFP4 with its codebook"),
+        (factored, "nvfp4_g16", {"factors": 8}, "factors must be 0 to 7, got 8"),
+        (factored, "nvfp4_g16", {"factors": 5}, "factors 5 take bits 4 to 4, group_size 32, codebook 4 and no offsets, got"),
+        (factored, "nvfp4_g16", {"codebook": 0}, "factors 6 take bits 4 to 4, group_size 16, codebook 3 and no offsets, got"),
+        (k_quant, "q4_k", {"bits": 6}, "qweight must be uint8 [2, 12288] for N=70, K=200, bits=6"),
+        (k_quant, "q4_k", {"zeros_are_offsets": 0}, "factors 3 take bits 4 to 5, group_size 32, codebook 0 and offsets, got"),
+        ({**k_quant, "scales": e8m0}, "q4_k", {}, "scales must be contiguous uint8 [2, 8, 64] with these factors"),
+        ({**k_quant, "zeros": None}, "q4_k", {}, "zeros must be given with these factors"),
+        ({**k_quant, "zeros": e8m0}, "q4_k", {}, "zeros must be contiguous uint8 [2, 8, 64] with these factors"),
+        ({**k_quant, "outer_zeros": None}, "q4_k", {}, "outer_zeros must be given with these factors"),
+        ({**k_quant, "outer_zeros": replace(outer, device=1)}, "q4_k", {}, "outer_zeros must be on cuda:0"),
         ({**factored, "scales": e8m0}, "nvfp4_g16", {}, "scales must be contiguous float8_e4m3fn"),
         ({**factored, "outer_scales": None}, "nvfp4_g16", {}, "outer_scales must be given with these factors"),
         ({**factored, "outer_scales": replace(outer, shape=(2, 2, 64))}, "nvfp4_g16", {}, "floating [2, 1, 64]"),

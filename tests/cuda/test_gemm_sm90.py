@@ -14,7 +14,7 @@ from torch import Tensor
 from qkernels import QuantTensor
 from tests.cuda import calls, emulator
 from tests.cuda.bounds import ZEROS, bound
-from tests.cuda.calls import DTYPES, Config, gemm_sm90, in_room, multiply
+from tests.cuda.calls import DTYPES, Config, gemm_sm90, in_room, multiply, scales_fragments
 from tests.cuda.emulator import SCHEDULES
 from tests.cuda.units import in_full
 from tests.ops.helpers import exact_product, integers
@@ -28,18 +28,12 @@ DATA_RACE = "WARNING: ThreadSanitizer: data race"
 TOKENS = (16, 32, 64, 128, 256)  # of a tile; the first two with 64 rows, the others with 128
 
 
-def scales_fragments(weight: QuantTensor, tokens: int) -> bool:
-    scheme = weight.scheme
-    short = scheme.num_groups(weight.K) > 1 and scheme.group_length(weight.K) < 64
-    return tokens == 256 or short or scheme.zeros in ("float", "offset")
-
-
 def check(
     weight: QuantTensor, x: Tensor, config: Config, bias: Tensor | None = None, schedule: str = "ascending"
 ) -> None:
     """Bit for bit: the exact product, of weights that are rounded once to x's type where fragments are scaled."""
     seen = weight.dequantize()
-    seen = seen.to(x.dtype).double() if scales_fragments(weight, config.tokens) else seen.double()
+    seen = seen.to(x.dtype).double() if scales_fragments(weight, config) else seen.double()
     exact_product(weight, x)  # no sum is too large to be exact
     expected = (x.double() @ seen.T + (0 if bias is None else bias.double())).to(x.dtype)
     y = multiply(weight, x, config, bias, schedule)
@@ -127,8 +121,9 @@ def test_random_inputs_stay_within_the_bound(scheme: str, tokens: int, dtype: to
     x = torch.randn(20, 328, generator=torch.Generator().manual_seed(0)).to(dtype)
     W = weight.dequantize().double()
     exact = x.double() @ W.T
-    error = (multiply(weight, in_room(x), gemm_sm90(tokens, 3)).double() - exact).abs()
-    scaled = scales_fragments(weight, tokens)
+    config = gemm_sm90(tokens, 3)
+    error = (multiply(weight, in_room(x), config).double() - exact).abs()
+    scaled = scales_fragments(weight, config)
     more = 2 * (128 if scaled else 64) * 2.0**-24 * (x.double().abs() @ W.abs().T)  # a third of 6 steps: 128 columns
     info = torch.finfo(dtype)
     rounding = torch.maximum(W.abs() * info.eps / 2, torch.tensor(info.smallest_normal * info.eps / 2).double())

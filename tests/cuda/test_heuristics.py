@@ -228,13 +228,20 @@ def test_the_model_has_the_counts_of_the_guard() -> None:
         "decode w4 g16": (0, 2, 0, 0), "decode w8 g128": (1, 0, 0, 0),
     }  # fmt: skip
     coded = {"decode nf4 g64": (0, 0), "decode mxfp4 g32": (1, 1), "decode fp8 channel": (2, 0)}
-    assert {*places, *coded} == {name for name in counted if name.startswith("decode")}
+    planes = {
+        "decode w3 g64": (0, 0), "decode w3 g16": (0, 1), "decode q4_k": (1, 1), "decode w6 g64": (2, 0), "decode w6 g16": (2, 1),
+    }  # fmt: skip
+    assert {*places, *coded, *planes} == {name for name in counted if name.startswith("decode")}
     text = (emulator.CUDA / "heuristics.h").read_text().split("kCodedRounds[3][2][2] =")[1].split(";")[0]
     of_codebooks = [
         int(number) for number in re.findall(r"\d+", text)
     ]  # [coding][groups of 64 and more, shorter][8, 32 tokens]
     for name, (coding, short) in coded.items():
         assert of_codebooks[(coding * 2 + short) * 2] == counted[name], name
+    text = (emulator.CUDA / "heuristics.h").read_text().split("kPlanesRounds[3][2] =")[1].split(";")[0]
+    of_planes = [int(number) for number in re.findall(r"\d+", text)]
+    for name, (width, short) in planes.items():
+        assert of_planes[width * 2 + short] == counted[name], name
     for name, (bits, groups, tokens, kind) in places.items():
         assert rounds[((bits * 3 + groups) * 3 + tokens) * 3 + kind] == counted[name], name
 

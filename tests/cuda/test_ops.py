@@ -59,7 +59,7 @@ def test_the_catalogue_prefers_it_on_cuda() -> None:
         ({"dtype": torch.float32}, "activations must be bfloat16 or float16"),
         ({"scheme": "w4a16_g24"}, "neither 16 nor 32 nor a multiple of 64"),
         ({"scheme": "w4a8_g128"}, "8-bit activations: these kernels take bfloat16"),
-        ({"scheme": "q4_k"}, "factors 'k45'"),
+        ({"scheme": "q4_k_a8"}, "8-bit activations: these kernels take bfloat16"),
     ],
 )
 def test_the_catalogue_says_why_not(problem: dict[str, object], reason: str) -> None:
@@ -226,6 +226,7 @@ def on_this_machine() -> Iterator[None]:
         ("gemm_mma_tile", "w4a16_g32_asym"),
         ("gemm_mma_tile", "w8a16_g16_offset"),
         ("gemv_mma_tile", "w3a16_channel_fzero"),
+        ("gemm_mma_tile", "q4_k"),
         ("gemm_mma_tile_a8", "w4a8_g32"),
         ("gemm_mma_tile_a8", "w8a8sz_channel"),
     ],

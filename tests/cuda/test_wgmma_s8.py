@@ -65,6 +65,26 @@ def test_the_twin_is_the_integer_product(tokens: int, rows: str) -> None:
     assert torch.equal(of_accumulators(d).long(), a.long() @ padded.long().T)
 
 
+def test_a_tile_of_one_of_many_matrices_has_the_rows_that_end_there() -> None:
+    """Each matrix begins a row behind the one before: of the 64 rows in front of row r a block sees its last, and zeros behind
+    them, which are read from nowhere. So experts' blocks are read (gemm_sm90.cuh)."""
+    b = torch.randint(-128, 128, (64 + 90, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    for count, end in ((1, 1), (64, 64), (17, 40), (64, 90), (1, 90)):
+        early, d = (torch.zeros(128, 32, dtype=torch.int32) for _ in range(2))
+        tile, a = torch.full((64 * 64,), 77, dtype=torch.int8), torch.ones(64, 64, dtype=torch.int8)
+        buffers: dict[str, Tensor | None] = {
+            "a": fragments(a).contiguous(),
+            "b": b,
+            "tile": tile,
+            "early": early,
+            "d": d,
+        }
+        numbers = {"tokens": 64, "rows": 64, "matrices": 91, "row": 64 - count, "matrix": end}
+        emulator.run("wgmma", Call("wgmma_s8", buffers, numbers))
+        rows = b[64:][end - count : end]
+        assert torch.equal(tile, swizzled(torch.nn.functional.pad(rows, (0, 0, 0, 64 - count)))), (count, end)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_lane_of_the_layout_holds_a_fragment(bits: int) -> None:
     """Four tiles of 16 rows are the four warps' rows, and the columns of 16 lie as quantize_a8.cuh puts those of x."""

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from qkernels import load, load_tokenizer
 from qkernels.cli.main import main
 from qkernels.errors import ArgumentError
-from qkernels.generating import answer, prompt_ids
+from qkernels.generating import answer, prompt_ids, with_room
 from qkernels.generating.sampling import Stream, held_back
 
 DEMO = Path(__file__).parent.parent.parent / "examples" / "demo_model"
@@ -164,6 +165,31 @@ def test_sampling_is_what_was_asked(capsys: pytest.CaptureFixture[str], monkeypa
         assert code == 1 and why in error
     with pytest.raises(SystemExit):
         run(capsys, "--prompt", "It was", "--top-p", "1.5")
+    with pytest.raises(SystemExit):  # before any weight is read
+        run(capsys, "--prompt", "It was", "--stop", "")
+
+
+def test_no_more_than_there_are_positions(
+    demo: tuple[Any, Any], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beyond them some models end in an index error, and others in words without sense."""
+    model, tokenizer = demo
+    ids = prompt_ids(tokenizer, ["the " * 1020])
+    long, room = len(ids[0]), 1024 - len(ids[0])
+    assert 0 < room < 8
+    found = answer(model, tokenizer, ids, 60, do_sample=False)
+    assert found.tokens == room
+    assert f"{room} new tokens at most, not 60: with the prompt they make up the 1024" in caplog.text
+    caplog.clear()
+    assert with_room(model, ids, room) == room and not caplog.text
+    with pytest.raises(ArgumentError, match=f"a prompt of {long + room} tokens leaves no room in the 1024"):
+        with_room(model, [[1], ids[0] + ids[0][:room]], 1)
+    code, said, error = run(capsys, "--prompt", "the " * 1030)
+    assert code == 1 and not said and "leaves no room" in error
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=1, n_head=2)).eval()
+    with pytest.raises(ArgumentError, match="a prompt of 16 tokens leaves no room"):
+        answer(short, tokenizer, [[1] * 16], 1)
+    assert answer(short, tokenizer, [[1] * 12], 60, min_new_tokens=4, do_sample=False).tokens == 4
 
 
 def test_device_auto_is_the_cpu_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,10 +194,31 @@ def test_codebooks_with_scales_of_every_type(scheme: str, dtype: torch.dtype) ->
         assert bool(((run("gemm_mma_tile", weight, x).double() - expected).abs() <= bound).all()), M
 
 
+@dtypes
 @pytest.mark.parametrize(
     "scheme",
-    ["w4a16_g16_fzero", "w4a16_g128", "w8a16_g64_asym", "w3a16_channel_offset", "nf4_g64", "fp8_g32", "nvfp4_g16"],
+    ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "w2a16_g64", "w3a16_g128_asym", "w5a16_g32_offset", "w6a16_channel"],
 )
+def test_k_quants_and_codes_in_planes(scheme: str, dtype: torch.dtype) -> None:
+    """Exact on the fused kernels; past the crossover (dequantize + mm) every weight is rounded to x's type."""
+    weight = random_weight(scheme, 131, 520, act_order=True, exact=True)
+    w = weight.dequantize().double()
+    for M in TOKENS:
+        x = integers(M, 520, dtype=dtype, most=1)
+        y, expected = run("gemm_mma_tile", weight, x), exact_product(weight, x)
+        eps = torch.finfo(dtype).eps if M > 32 else 0
+        assert bool(
+            ((y - expected).double().abs() <= eps * (x.double().abs() @ w.abs().T + expected.double().abs())).all()
+        ), M
+        if M <= 32:
+            assert torch.equal(run("gemv_mma_tile", weight, x), expected), M
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["w4a16_g16_fzero", "w4a16_g128", "w8a16_g64_asym", "w3a16_channel_offset", "nf4_g64", "fp8_g32", "nvfp4_g16", "q4_k",
+     "q6_k", "iq4_xs"],
+)  # fmt: skip
 def test_dequantize_is_the_definition_bit_for_bit(scheme: str) -> None:
     weight = random_weight(scheme, 150, 200, act_order=True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -207,7 +228,7 @@ def test_dequantize_is_the_definition_bit_for_bit(scheme: str) -> None:
 
 def test_packing_on_the_gpu_is_packing_on_the_cpu() -> None:
     layout = get_layout("mma_tile")
-    for scheme in ("w4a16_g128_asym", "w8a16_channel", "w2a16_g16_fzero"):
+    for scheme in ("w4a16_g128_asym", "w8a16_channel", "w2a16_g16_fzero", "w3a16_g128", "q5_k", "q6_k"):
         weight = random_weight(scheme, 150, 264, act_order=True)
         there = layout.pack(weight.to("cuda"))
         for name, buffer in layout.pack(weight).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,25 @@ class FusedMoEMethodBase:
         self.moe = moe
 
 
+class EngineArgs:
+    """What a command line says of an engine."""
+
+    def __init__(self, model: str, quantization: str | None = None) -> None:
+        self.model, self.quantization = model, quantization
+
+    def create_engine_config(self, usage_context: Any = None) -> str:
+        return f"an engine of {self.model} for {usage_context}"
+
+
+def headers(model: str, revision: str | None = None) -> dict[str, dict[str, Any]]:
+    """Tensors of a local directory as the headers of its files have them."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in Path(model).glob("*.safetensors"):
+        content = path.read_bytes()
+        found |= json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return {name: values for name, values in found.items() if name != "__metadata__"}
+
+
 def plugin_beside(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> Any:
     """The plug-in, imported beside a vLLM that is not there."""
     registered: dict[str, type] = {}
@@ -88,6 +108,8 @@ def plugin_beside(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> An
             "get_tensor_model_parallel_rank": lambda: ranks.rank,
             "get_tensor_model_parallel_world_size": lambda: ranks.world,
         },
+        "engine": {},
+        "engine.arg_utils": {"EngineArgs": type("EngineArgs", (EngineArgs,), {})},
         "model_executor": {},
         "model_executor.layers": {},
         "model_executor.layers.fused_moe": {"FusedMoEMethodBase": FusedMoEMethodBase, "RoutedExperts": RoutedExperts},
@@ -97,13 +119,16 @@ def plugin_beside(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> An
             "RowParallelLinear": RowParallelLinear,
             "UnquantizedLinearMethod": UnquantizedLinearMethod,
         },
-        "model_executor.layers.quantization": {"register_quantization_config": register_quantization_config},
+        "model_executor.layers.quantization": {
+            "QUANTIZATION_METHODS": ["gptq", "fp8"],
+            "register_quantization_config": register_quantization_config,
+        },
         "model_executor.layers.quantization.base_config": {"QuantizationConfig": Config},
         "model_executor.layers.vocab_parallel_embedding": {"ParallelLMHead": ParallelLMHead},
         "model_executor.models": {},
         "model_executor.models.utils": {"WeightsMapper": Mapper},
         "transformers_utils": {},
-        "transformers_utils.config": {"get_safetensors_params_metadata": lambda model, revision=None: {}},
+        "transformers_utils.config": {"get_safetensors_params_metadata": headers},
     }
     for name, values in {"": {}, **contents}.items():
         module = ModuleType(f"vllm.{name}".rstrip("."))

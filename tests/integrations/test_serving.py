@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -162,6 +164,27 @@ def test_a_model_without_text_is_refused(quantized: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(serving, "open_checkpoint", lambda path: encoder)
     with pytest.raises(CheckpointError, match="is a BertForMaskedLM; served are"):
         serving.check(quantized / "native", "tiny", False)
+
+
+@needs_server
+def test_an_address_is_tried_before_the_weights_are_read(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serving, "serve", lambda *_, **others: pytest.fail("it served"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for words, why in (
+            (["--port", port], f"cannot listen at 127.0.0.1:{port}: .*in use"),
+            (["--port", "99999"], "--port must be 1 to 65535, got 99999"),
+            (["--host", "300.1.2.3"], "cannot listen at 300.1.2.3:8000: "),
+            (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1:8000: "),  # RFC 5737: nobody's
+        ):
+            assert main(["serve", str(quantized / "native"), *words]) == 1
+            assert re.search(why, capsys.readouterr().err)
+    serving.need_address("127.0.0.1", free_port())
+    serving.need_address("localhost", free_port())
 
 
 def test_a_missing_extra_is_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pickle
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import qkernels
 from qkernels import GPTQ, RTN, QuantLinear, load, quantize, replace_linear, save
 from qkernels.checkpoint import open_checkpoint
 from qkernels.errors import ArgumentError, CheckpointError
+from qkernels.storage.files import DTYPES
 from tests.checkpoints import plain_checkpoint, small_llama
 from tests.integrations.fake_vllm import (
     LinearBase,
@@ -25,6 +27,7 @@ from tests.integrations.fake_vllm import (
     RowParallelLinear,
     UnquantizedLinearMethod,
     config_of,
+    headers,
 )  # fmt: skip
 from tests.tiny_models import token_windows
 
@@ -206,7 +209,7 @@ def test_head(plugin: Any, tmp_path: Path, ranks: SimpleNamespace) -> None:
 
 def test_config_survives_a_process(plugin: Any, tmp_path: Path) -> None:
     config = config_of(plugin, checkpoint(tmp_path))
-    assert set(vars(config)) == {"config", "tensors", "spelled", "packed_modules_mapping"}
+    assert set(vars(config)) == {"config", "tensors", "spelled", "dtypes", "packed_modules_mapping"}
     again = pickle.loads(pickle.dumps({k: v for k, v in vars(config).items()}))
     assert again == vars(config)
 
@@ -256,12 +259,48 @@ def test_gguf_is_refused_with_the_way_out(plugin: Any, tmp_path: Path) -> None:
         config.maybe_update_config(str(plain_checkpoint(tmp_path / "float")))
 
 
+def test_a_gguf_file_is_refused_before_vllm_reads_it(plugin: Any, tmp_path: Path) -> None:
+    """It takes the file for a config.json and says that it is no valid JSON."""
+    args = sys.modules["vllm.engine.arg_utils"].EngineArgs
+    plugin.register()
+    for quantization in (None, "qkernels"):
+        with pytest.raises(ArgumentError, match=r"^a/Model-Q4_K_M\.GGUF: .* `qkernels pack model\.gguf dir/` writes"):
+            args("a/Model-Q4_K_M.GGUF", quantization).create_engine_config()
+    assert args("a/model", "qkernels").create_engine_config("us") == "an engine of a/model for us"
+    plugin.QUANTIZATION_METHODS.append("gguf")  # another plug-in reads them
+    assert args("a/m.gguf").create_engine_config() == "an engine of a/m.gguf for None"
+    with pytest.raises(ArgumentError, match="pack"):
+        args("a/m.gguf", "qkernels").create_engine_config()
+
+
+def test_parameters_have_the_dtypes_of_the_files(plugin: Any, tmp_path: Path) -> None:
+    """Else vLLM warns of every tensor of an unmerged layer. Of a merged one the first part's count."""
+    directory = checkpoint(tmp_path)
+    config, stored = config_of(plugin, directory), headers(str(directory))
+    for prefix, sizes, first in (
+        ("model.layers.0.mlp.down_proj", [64], "down_proj"),
+        (ATTENTION, [64, 32, 32], "q_proj"),
+    ):
+        layer = LinearBase()
+        config.get_quant_method(layer, prefix).create_weights(layer, 0, sizes, 0, 0, torch.bfloat16)
+        for suffix in config.format.required:
+            name = f"{prefix.rpartition('.')[0]}.{first}.{suffix}"
+            assert layer.get_parameter(suffix).dtype == DTYPES[stored[name]["dtype"]], name
+    assert torch.uint8 in {p.dtype for p in layer.parameters()}
+
+
 def test_who_is_taken(plugin: Any) -> None:
     ask = plugin.VllmConfig.override_quantization_method
     assert ask({"quant_method": "qkernels"}, None) == "qkernels"
     assert ask({"quant_method": "gptq"}, "qkernels") == "qkernels"
     assert ask({"quant_method": "gptq"}, None) is None
-    assert ask({"quant_method": "fp8"}, "qkernels") is None
+    for config in (
+        {"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "mxfp4"}, {"quant_method": "hqq"}, {"quant_method": "torchao"},
+    ):  # fmt: skip
+        assert ask(config, "qkernels") == "qkernels" and ask(config, None) is None
+    with pytest.raises(CheckpointError, match="declares {'quant_method': 'bitblas'}, a kind that is not read yet"):
+        ask({"quant_method": "bitblas"}, "qkernels")
     with pytest.raises(CheckpointError, match="quantization_config declares"):
         plugin.VllmConfig.from_config({"quant_method": "nobody"})
     plugin.register()

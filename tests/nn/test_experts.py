@@ -157,7 +157,8 @@ def test_experts_on_a_gpu_run_on_cuda_or_triton_or_are_refused_before_the_work(m
     with monkeypatch.context() as built:
         built.setattr(extension, "status", lambda: status)
         assert select(problem).name == "cuda.mma_tile"
-        assert select(replace(problem, scheme=QuantScheme.parse("q4_k"))).name == "triton.kpack"
+        assert select(replace(problem, scheme=QuantScheme.parse("q4_k"))).name == "cuda.mma_tile"
+        assert select(replace(problem, scheme=QuantScheme.parse("w4a16_g24"))).name == "triton.kpack"
     status = replace(status, cuda=False)
     monkeypatch.setattr(extension, "status", lambda: status)
     assert select(problem).name == "triton.kpack"

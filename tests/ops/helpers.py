@@ -55,14 +55,17 @@ def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1, mos
 
 def magnitudes(weight: QuantTensor) -> Tensor:
     """float64 [N, K]: the sum of the magnitudes of the terms that make up each weight in the kernels: |w|, or where zeros are
-    floating |code - mid| |scale| + |rest|, with rest = (mid - zero) scale or mid scale + offset."""
+    floating |code - mid| |scale| + |rest|, with rest = (mid - zero) scale or mid scale + offset, whose two terms meet x one by
+    one where scales are products."""
     if weight.zeros is None or weight.scheme.zeros == "int":
         return weight.dequantize().double().abs()
     groups = weight.column_groups()
     mid = weight.scheme.mid_code
     scale, zero = weight.scales.double()[:, groups], weight.zeros.double()[:, groups]
-    rest = mid * scale + zero if weight.scheme.zeros == "offset" else (mid - zero) * scale
-    return ((weight.codes.double() - mid) * scale).abs() + rest.abs()
+    rest = (mid * scale + zero if weight.scheme.zeros == "offset" else (mid - zero) * scale).abs()
+    if weight.factors is not None:
+        rest = (mid * scale).abs() + zero.abs()
+    return ((weight.codes.double() - mid) * scale).abs() + rest
 
 
 def exact_product(weight: QuantTensor, x: Tensor, bias: Tensor | None = None, unit: float = 1 / 8) -> Tensor:

@@ -19,7 +19,7 @@ from qkernels.codebooks import CODEBOOK_NUMBERS, CODEBOOKS, INTEGER_STEPS, width
 from qkernels.ops import reference
 from qkernels.scheme import FACTOR_NUMBERS, FACTORS
 from tests.ops.conftest import BF16_ISAS
-from tests.ops.helpers import DTYPES, arguments, integers, multiply
+from tests.ops.helpers import DTYPES, arguments, exact_product, integers, multiply
 from tests.ops.numerics import bound, errors, random
 from tests.strategies import random_weight
 
@@ -151,17 +151,31 @@ def flattened(weight: QuantTensor) -> QuantTensor:
 
 @dtypes
 @pytest.mark.parametrize("scheme", FACTORED)
-def test_products_are_what_plain_scales_would_be(isa: str, scheme: str, dtype: torch.dtype) -> None:
-    """Bit for bit, but where one factor serves a whole row and waits for its end (NVFP4): the bound of `numerics`."""
+def test_products_stay_within_the_bound(isa: str, scheme: str, dtype: torch.dtype) -> None:
+    """That of `numerics`; and a row of y does not depend on M, bit for bit."""
     for (N, K), outer in itertools.product([(70, 600), (33, 256), (1, 24)], [torch.float16, torch.float32]):
         weight = random_weight(scheme, N, K, seed=K, dtype=outer, act_order=K == 600)
         bias = random(N, dtype=torch.float32, seed=4)
-        for M in (1, 4, 9, 19, 70):
-            x = random(M, K, dtype=dtype, seed=M)
-            if scheme.startswith("nv"):
-                assert (errors(weight, x, bias) <= bound(weight, x, bias)).all(), (N, K, M)
-            else:
-                assert torch.equal(multiply(weight, x, bias), multiply(flattened(weight), x, bias)), (N, K, M)
+        x = random(70, K, dtype=dtype, seed=N)
+        whole = multiply(weight, x, bias)
+        assert (errors(weight, x, bias) <= bound(weight, x, bias)).all(), (N, K)
+        for M in (1, 4, 9, 19):
+            assert torch.equal(multiply(weight, x[-M:], bias), whole[-M:]), (N, K, M)
+
+
+@pytest.mark.parametrize("scheme", [text for text in FACTORED if not text.startswith("nv")])
+def test_products_of_integers_are_exact(isa: str, scheme: str) -> None:
+    """Spans that are not whole, groups that are not, every number of tokens that has loops of its own."""
+    for N, K, dtype in (
+        (70, 600, torch.bfloat16),
+        (130, 512, torch.bfloat16),
+        (130, 512, torch.float32),
+        (1, 24, torch.float16),
+    ):
+        weight = random_weight(scheme, N, K, seed=K, exact=True, act_order=K == 600)
+        x = integers(70, K, dtype=dtype, most=1)
+        for M in (1, 2, 3, 4, 5, 8, 9, 70):
+            assert torch.equal(multiply(weight, x[:M]), exact_product(weight, x[:M])), (N, K, M)
 
 
 @pytest.mark.parametrize("scheme", [text for text in FACTORED if not text.startswith("nv")])

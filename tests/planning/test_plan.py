@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 
 from qkernels import GPTQ, load, quantize, replace_linear, save
 from qkernels.calibrate import preview
-from qkernels.cli.main import main
+from qkernels.cli.main import main, parser
 from qkernels.errors import ArgumentError, CheckpointError
 from qkernels.planning import Plan, plan
 from qkernels.planning.deciding import decision
@@ -270,9 +271,29 @@ def test_two_devices_share_layers(described: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("qkernels.planning.planner.device_of", places.__getitem__)
     found = plan(described, ["card", "cpu"], context=4096).rows[0]
     assert found.fits and 1 < found.layers_on < LAYERS
-    assert found.command.endswith(f"--device cuda --gpu-layers {found.layers_on}")
+    assert found.command.endswith(f"--prompt 'It was' --gpu-layers {found.layers_on}")
+    other = dataclasses.replace(small, name="other")
+    monkeypatch.setitem(places, "other", other)
+    assert plan(described, ["card", "other"], context=4096).rows[0].command.endswith("--prompt 'It was' --device auto")
     alone = plan(described, ["cpu"], context=4096).rows[0]
     assert alone.tokens_per_s[0] < found.tokens_per_s[0]
+
+
+def test_commands_of_rows_are_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a plan says to run, the command line takes; without a GPU all that can be wrong is that there is none."""
+    monkeypatch.setattr("qkernels.planning.planner.with_bandwidth", lambda device, bench: device)
+    demo, own = str(DEMO), str(GOLDEN / "own" / "native")
+    for model, devices in ((demo, ["cpu"]), (demo, ["620MiB", "cpu"]), (demo, ["620MiB"] * 2), (own, ["cpu"])):
+        for made in plan(model, devices, context=16).rows:
+            words = shlex.split(made.command)[1:]
+            parser(words).parse_args(words)
+            if words[0] == "generate":
+                code = main([*words, "--tokens", "1"])
+                error = capsys.readouterr().err
+                assert code == 0 or "this torch sees none" in error or "has no readable tokenizer" in error, (
+                    words,
+                    error,
+                )
 
 
 def test_active_experts_set_the_speed(mixture: Path) -> None:
@@ -317,6 +338,8 @@ def test_refusals(described: str, tmp_path: Path) -> None:
     for arguments, why in (
         ({"kv_dtype": "fp4"}, "kv_dtype must be one of"),
         ({"devices": ["24GiB"] * 3}, "one device, or two"),
+        ({"devices": ["cpu", "24GiB"]}, "of two devices the first is a GPU.* got cpu and 24GiB"),
+        ({"devices": ["cpu", "cpu"]}, "of two devices the first is a GPU"),
         ({"schemes": ["int4"]}, "a scheme looks like"),
         ({"devices": ["24GiB"], "bench": str(tmp_path / "x.json")}, "says nothing about 24GiB"),
     ):

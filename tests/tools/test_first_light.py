@@ -14,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from qkernels.ops.grouped import sorted_by_expert
 from tests.cuda import emulator
 from tools import nvcc
 from tools.first_light import __main__ as command_line
-from tools.first_light import fit, stages
+from tools.first_light import experts, fit, stages
 from tools.first_light.runner import LOG, MOST_BYTES, MOST_FILES, Runner, Sink, run_stage
 from tools.first_light.stages import PATHS, Stage
 
@@ -281,3 +283,15 @@ def test_the_fit_writes_its_report_and_a_table(tmp_path: Path) -> None:
     table = json.loads((tmp_path / "fit" / "table.json").read_text())
     assert {(row["N"], row["K"]) for row in table} == keep
     assert all(row["regret"] >= 1 and row["us"] > 0 for row in table)
+
+
+def test_a_wrong_row_of_a_tiles_product_is_named() -> None:
+    """Rows by expert as `grouped_gemm` has them: another expert's row, and zeros."""
+    of = experts.mixture(64, 32, 4, 2, "w4a16_g32", torch.device("cpu"))
+    batch = experts.batch(of, 5, "even", 0, torch.device("cpu"))
+    _, rows, offsets = sorted_by_expert(batch.ids, 4)
+    owner = torch.searchsorted(offsets, torch.arange(len(rows)), right=True) - 1
+    product = torch.stack([of.plain[0][e].float() @ batch.x[r].float() for e, r in zip(owner, rows)]).bfloat16()
+    assert experts.wrong_product(of, batch, product) is None
+    for wrong in (product.roll(1, 0), product * 0):
+        assert "off by" in str(experts.wrong_product(of, batch, wrong))

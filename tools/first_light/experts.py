@@ -1,4 +1,5 @@
-"""A block of experts: our ops, bf16 `grouped_mm` of torch, and humming-kernels' indexed product, one JSON line a row.
+"""A block of experts: our ops, bf16 `grouped_mm` of torch, and humming-kernels' indexed product, one JSON line a row. And
+its first product, sorted, in every tile of `gemm_sm80` and `gemm_sm90` that the card has: what the choice among them is worth.
 
     python -m tools.first_light.experts --device cuda:0 [--shapes HxIxExk,…] [--tokens 1,4,…] [--seconds S]
 
@@ -21,8 +22,13 @@ from typing import Any
 
 # hidden, width, experts, experts of a token: Qwen3-30B-A3B and Mixtral 8x7B.
 SHAPES = "2048x768x128x8,4096x14336x8x2"
-TOKENS = "1,4,16,64,256,2048"
+TOKENS = "1,4,16,64,256,2048,8192"
 BATCHES = 8
+TILES = (
+    ("gemm_sm80", 1, (32, 64, 128)),
+    ("gemm_sm90", 3, (64, 128, 256)),
+)  # Path of csrc/cuda/problem.h, and tokens of a block
+MOST_ROWS_OF_DECODE = 32  # of an expert: kMaxDecodeTokens of csrc/cuda/blocks.h
 MOST_ERROR = 4 * 2**-8  # of the norm: four roundings to bf16; another expert is off by 1.4
 
 
@@ -202,6 +208,41 @@ def mismatch(of: Mixture, b: Batch, got: Any) -> str | None:
     return None
 
 
+def tile(of: Mixture, path: int, size: int) -> Run:
+    """The first product of a block in blocks of `size` rows, with its sorting of rows that are known."""
+    import torch
+
+    from qkernels.layouts import get_layout
+    from qkernels.ops.grouped import sorted_by_expert
+
+    arguments = of.stacks[0].arguments(get_layout(of.layout))
+    known: dict[int, Any] = {}
+
+    def run(b: Batch) -> Any:
+        if id(b) not in known:
+            known[id(b)] = sorted_by_expert(b.ids, of.count)[1:]
+        op = torch.ops.qkernels_forced.grouped_gemm
+        return op(b.x, *known[id(b)], *arguments, torch.bfloat16, path, size)
+
+    return run
+
+
+def wrong_product(of: Mixture, b: Batch, got: Any) -> str | None:
+    """The same of `tile`, on up to eight rows."""
+    import torch
+
+    from qkernels.ops.grouped import sorted_by_expert
+
+    _, rows, offsets = sorted_by_expert(b.ids, of.count)
+    for r in torch.linspace(0, len(rows) - 1, min(8, len(rows))).long().tolist():
+        e = int(torch.searchsorted(offsets, r, right=True)) - 1
+        truth = of.plain[0][e].double() @ b.x[rows[r]].double()
+        error = float((got[r].double() - truth).norm() / truth.norm())
+        if not error <= MOST_ERROR:
+            return f"its row {r} is off by {error:.2g} of its norm"
+    return None
+
+
 def measure(of: Mixture, tokens: int, routing: str, device: Any, seconds: float) -> list[dict[str, Any]]:
     """A row for each candidate, with a reason where it has no number."""
     import torch
@@ -212,11 +253,18 @@ def measure(of: Mixture, tokens: int, routing: str, device: Any, seconds: float)
     blank = {"mode": "experts", "H": of.hidden, "I": of.width, "E": of.count, "k": of.per_token, "tokens": tokens,
              "routing": routing, "layout": of.layout}  # fmt: skip
     rows, samplers = [], {}
-    for name, prepare in WHO.items():
+    who = {name: (prepare, mismatch) for name, prepare in WHO.items()}
+    if of.layout == "mma_tile" and tokens * of.per_token > MOST_ROWS_OF_DECODE * of.count:
+        for path, number, sizes in TILES:
+            who |= {
+                f"gate and up, {path}, {size} tokens": (partial(tile, path=number, size=size), wrong_product)
+                for size in sizes
+            }
+    for name, (prepare, is_wrong) in who.items():
         reason = None
         try:
             run = prepare(of)
-            reason = mismatch(of, batches[-1], run(batches[-1]))
+            reason = is_wrong(of, batches[-1], run(batches[-1]))
             if reason is None:
                 samplers[name] = clock_for(device).prepare([partial(run, b) for b in batches])
         except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, StopIteration, KeyError) as error:

@@ -15,7 +15,7 @@ namespace {
 constexpr int kProblem = 10, kConfig = 7;
 
 Problem problem_at(const int* v, const int* clusters) {
-  Weight w = make_weight(v[0], v[1], v[3], v[4]);
+  Weight w = make_weight(v[0], v[1], v[3], v[4], v[7] != 8);
   w.scale_type = Type::kBFloat16;
   w.zero_type = v[5] == 0 ? Type::kNone : v[5] == 1 ? Type::kUInt8 : Type::kBFloat16;
   const Device device{0, v[8], v[9], 0};

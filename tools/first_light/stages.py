@@ -147,7 +147,7 @@ def baselines(limit: float = 25) -> list[Stage]:
 
 
 def experts(limit: float = 40) -> Stage:
-    """Blocks of experts: our op beside bf16 grouped_mm and humming, where it is installed."""
+    """Blocks of experts: our op beside bf16 grouped_mm and humming, where it is installed, and the tiles of its first product."""
     return Stage("experts", ("{python}", "-m", "tools.first_light.experts", "--device", "cuda:0"), limit, "base.jsonl")
 
 
@@ -157,6 +157,7 @@ def op_tests(limit: float = 40) -> list[Stage]:
         "-m",
         "pytest",
         "tests/gpu/test_cuda.py",
+        "tests/gpu/test_cuda_experts.py",
         "-m",
         "gpu",
         "-q",

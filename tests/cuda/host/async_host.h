@@ -125,6 +125,7 @@ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
 
 struct TensorMap {
   const uint16_t* from = nullptr;
+  int64_t matrices = 0;  // each begins a row behind the one before
   int rows = 0, columns = 0;
   int64_t stride = 0;
   int tile_rows = 0, tile_columns = 0;
@@ -135,14 +136,15 @@ inline uint32_t swizzled_address(uint32_t address, uint32_t row_bytes) {
   return address ^ (address >> 3 & (row_bytes / 16 - 1) << 4);
 }
 
-inline void copy_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
+inline void copy_tile(uint32_t to, const TensorMap& map, int column, int row, int matrix, uint32_t barrier) {
   if (to % 128 != 0) fail("misaligned destination of cp.async.bulk.tensor");
   TransactionBarrier& b = barrier_of_copy(barrier);
   for (int r = 0; r < map.tile_rows; ++r) {
     for (int c = 0; c < map.tile_columns; c += 8) {
-      const int left = row + r < map.rows ? map.columns - (column + c) : 0;
+      const bool in_matrix = row + r >= 0 && row + r < map.rows && matrix >= 0 && matrix < map.matrices;
+      const int left = in_matrix ? map.columns - (column + c) : 0;
       const int valid = left < 0 ? 0 : left > 8 ? 8 : left;
-      const uint16_t* from = valid == 0 ? map.from : map.from + (row + r) * map.stride + column + c;
+      const uint16_t* from = valid == 0 ? map.from : map.from + (int64_t{matrix} + row + r) * map.stride + column + c;
       const auto row_bytes = static_cast<uint32_t>(map.tile_columns) * 2;
       const auto place = to + static_cast<uint32_t>(r) * row_bytes + static_cast<uint32_t>(c) * 2;
       request_chunk(swizzled_address(place, row_bytes), from, valid * 2, b);
@@ -303,8 +305,8 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) { host::mbarrier_wa
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   host::copy_bulk(to, from, bytes, barrier);
 }
-inline void copy_tile(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier) {
-  host::copy_tile(to, *map, column, row, barrier);
+inline void copy_tile(uint32_t to, const TensorMap* map, int column, int row, int matrix, uint32_t barrier) {
+  host::copy_tile(to, *map, column, row, matrix, barrier);
 }
 
 inline void wgmma_fence() {

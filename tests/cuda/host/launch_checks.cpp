@@ -20,8 +20,14 @@ using Named = qkernels::host::Call;
 constexpr int kFields = 10;
 
 Buffer buffer_of(const int64_t* row) {
-  const char* names[] = {row[2] != 0 ? "int32" : "float64", "uint8", "float32", "float16", "bfloat16",
-                         "int8", "float8_e8m0fnu", "float8_e4m3fn"};
+  const char* names[] = {row[2] != 0 ? "int32" : "float64",
+                         "uint8",
+                         "float32",
+                         "float16",
+                         "bfloat16",
+                         "int8",
+                         "float8_e8m0fnu",
+                         "float8_e4m3fn"};
   return {reinterpret_cast<const void*>(row[9]),
           static_cast<Type>(row[1]),
           row[2] != 0,
@@ -101,7 +107,8 @@ int run_remember(const Named& call) {
       for (int64_t i = 0; i < 2 * call.integer("count"); ++i) {
         const int M = static_cast<int>(i % call.integer("count")) + 1;
         for (const bool half : {false, true}) {
-          const Problem p{M, 4096, 4096, 4, 16, 128, true, true, 89, 128, half ? 2 : 1, 2, 32, false, Coding::kIntegers, {}};
+          const Problem p{M, 4096, 4096, 4, 16, 128, true, true, 89, 128, half ? 2 : 1, 2, 32, false, Coding::kIntegers,
+                          {}};
           differ[t] += describe(remembered_choice(p, half)) != describe(choose(p, half));
         }
       }

@@ -31,8 +31,9 @@ Stack stack_of(const Part& p) {
   w.scale_type = p.type("scale_type"), w.zero_type = p.type("zero_type");
   w.zeros_are_offsets = p.number("zeros_are_offsets") != 0;
   set_codebook(w, static_cast<qkernels::Codebook>(p.number("codebook")));
-  w.outer = p.pointer<uint8_t>("outer"), w.outer_divides = p.number("outer_divides") != 0;
-  w.outer_type = p.type("outer_type");
+  set_factors(w, static_cast<qkernels::Factors>(p.number("factors")));
+  w.outer = p.pointer<uint8_t>("outer"), w.outer_type = p.type("outer_type");
+  w.outer_zeros = p.pointer<uint8_t>("outer_zeros"), w.outer_zero_type = p.type("outer_zero_type");
   return {w, p.number("experts"), p.pointer<int32_t>("k_order"), p.pointer<uint8_t>("bias"), p.type("bias_type")};
 }
 
@@ -110,8 +111,8 @@ int run_choose_block(const Named& call) {
   const auto problem = [&](const Stack& s, const char* bits) {
     return problem_of(s.weight, b.x.M, number(bits), 16, b.type == Type::kHalf, true, device, {});
   };
-  const BlockConfig c =
-      choose_block(problem(b.up, "up_bits"), problem(b.down, "down_bits"), b.x.M, int64_t{b.x.M} * b.per, b.up.experts);
+  const BlockConfig c = choose_block(problem(b.up, "up_bits"), problem(b.down, "down_bits"), b.x.M,
+                                     int64_t{b.x.M} * b.per, b.up.experts, pairs_strips(b.activation, b.down.weight.K));
   int32_t* to = call.pointer<int32_t>("configs");
   for (const Config& one : {c.up, c.down}) {
     const int32_t fields[] = {c.sorted, static_cast<int>(one.path), one.tokens, one.warps_n, one.warps_k, one.splits};

@@ -15,16 +15,18 @@ using Named = qkernels::host::Call;
 Type type_named(const Named& call, const char* name) { return static_cast<Type>(call.integer(name)); }
 
 Weight weight_of(const Named& call) {
-  Weight w =
-      make_weight(call.integer("N"), call.integer("K"), static_cast<int>(call.integer("bits")), call.integer("group"));
+  Weight w = make_weight(call.integer("N"), call.integer("K"), static_cast<int>(call.integer("bits")),
+                         call.integer("group"), call.integer("act", 0) == 0);
   w.codes = call.pointer<uint8_t>("codes");
   w.scales = call.pointer<uint8_t>("scales");
   w.zeros = call.pointer<uint8_t>("zeros");
   w.scale_type = type_named(call, "scale_type"), w.zero_type = type_named(call, "zero_type");
   w.zeros_are_offsets = call.integer("zeros_are_offsets") != 0;
   set_codebook(w, static_cast<qkernels::Codebook>(call.integer("codebook", 0)));
-  w.outer = call.pointer<uint8_t>("outer"), w.outer_divides = call.integer("outer_divides", 0) != 0;
-  w.outer_type = static_cast<Type>(call.integer("outer_type", 0));
+  set_factors(w, static_cast<qkernels::Factors>(call.integer("factors", 0)));
+  w.outer = call.pointer<uint8_t>("outer"), w.outer_type = static_cast<Type>(call.integer("outer_type", 0));
+  w.outer_zeros = call.pointer<uint8_t>("outer_zeros");
+  w.outer_zero_type = static_cast<Type>(call.integer("outer_zero_type", 0));
   return w;
 }
 
@@ -101,6 +103,7 @@ Problem problem_of(const Named& call) {
   p.groups_per_step = number("groups_per_step"), p.steps_per_group = number("steps_per_group");
   p.groups = number("groups"), p.float_zeros = number("float_zeros") != 0;
   p.coding = coding_of(static_cast<qkernels::Codebook>(other("codebook", 0)));
+  if (other("planes", 0) != 0) p.coding = Coding::kPlanes;
   for (int blocks = 1; blocks <= 2; ++blocks) {
     for (const int size : {2, 3, 4, 8}) {
       const std::string name = "active_" + std::to_string(blocks) + "_" + std::to_string(size);

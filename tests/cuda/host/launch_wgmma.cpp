@@ -10,6 +10,7 @@ using Named = qkernels::host::Call;
 
 struct Arguments {
   TensorMap map;       // of b
+  int row, matrix;     // of its tile
   const uint32_t* a;   // [128 threads][2 instructions][4]
   uint8_t* tile;       // what TMA left in shared memory
   int32_t *early, *d;  // [128 threads][kTokens / 2]: before the wait, and after it
@@ -24,7 +25,7 @@ void multiply_tile(const Arguments p) {
     mbarrier_init(kBarrier, 1);
     fence_async_proxy();
     mbarrier_arrive_expect(kBarrier, kTokens * 64);
-    copy_tile(0, &p.map, 0, 0, kBarrier);
+    copy_tile(0, &p.map, 0, p.row, p.matrix, kBarrier);
   }
   __syncthreads();
   mbarrier_wait(kBarrier, 0);
@@ -45,12 +46,15 @@ void multiply_tile(const Arguments p) {
 
 int run(const Named& call) {
   Arguments p{{},
+              static_cast<int>(call.integer("row", 0)),
+              static_cast<int>(call.integer("matrix", 0)),
               call.pointer<uint32_t>("a"),
               call.pointer<uint8_t>("tile"),
               call.pointer<int32_t>("early"),
               call.pointer<int32_t>("d")};
   const int tokens = static_cast<int>(call.integer("tokens")), rows = static_cast<int>(call.integer("rows"));
-  const cudaError_t error = encode_tensor_map(&p.map, call.pointer<uint16_t>("b"), rows, 32, 32, tokens, 32);
+  const cudaError_t error =
+      encode_tensor_map(&p.map, call.pointer<uint16_t>("b"), call.integer("matrices", 1), rows, 32, 32, tokens, 32);
   if (error != cudaSuccess) return error;
   const auto kernel = tokens == 64 ? multiply_tile<64> : tokens == 128 ? multiply_tile<128> : multiply_tile<256>;
   return launch(kernel, dim3(1), dim3(128), tokens * 64 + 16, nullptr, p);

@@ -105,7 +105,7 @@ inline Setup setup_of(const Options& o, int M) {
           given_of(static_cast<Rounding>(known - std::begin(kActs)))};
   if (s.group <= 0 || s.group > K) s.group = K;
   s.type = o.text("type", "bf16") == "fp16" ? Type::kHalf : Type::kBFloat16;
-  s.weight = make_weight(N, K, s.bits, s.group);
+  s.weight = make_weight(N, K, s.bits, s.group, s.act_bits != 8);
   s.weight.scale_type = s.type;
   s.weight.zero_type = s.zeros == "none" ? Type::kNone : s.zeros == "int" ? Type::kUInt8 : s.type;
   s.weight.zeros_are_offsets = s.zeros == "offset";
@@ -133,7 +133,11 @@ inline Weight random_weight(const Setup& s, uint32_t seed) {
   Weight w = s.weight;
   uint8_t *codes = device_memory(s.code_bytes), *scales = device_memory(s.scale_bytes);
   const uint32_t code = (1u << s.bits) - 1;
-  fill_with(codes, s.code_bytes, seed, Type::kUInt8, w.width == 4 ? code << 4 | code : code, 0, 0);
+  fill_with(codes, s.code_bytes, seed, Type::kUInt8,
+            has_planes(w)  ? 0xffu
+            : w.width == 4 ? code << 4 | code
+                           : code,
+            0, 0);
   fill_with(scales, s.scale_bytes / 2, seed + 1, w.scale_type, 0, 0.01f, 0.02f);
   w.codes = codes, w.scales = scales;
   if (s.zero_bytes != 0) {
