@@ -462,9 +462,8 @@ def _deepseek_v2(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dic
 
 
 def _deepseek_v3(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
-    groups = {"n_group": 1, "topk_group": 1} | _groups(keys)
-    normed = {"norm_topk_prob": _normed(keys, False), "num_nextn_predict_layers": 0, "rope_interleave": True}
-    return _deepseek(source, keys, config) | groups | normed
+    routed = {"n_group": 1, "topk_group": 1, "norm_topk_prob": _normed(keys, False)} | _groups(keys)
+    return _deepseek(source, keys, config) | routed | {"num_nextn_predict_layers": 0, "rope_interleave": True}
 
 
 def _gpt_oss(source: GgufSource, keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
