@@ -20,13 +20,16 @@ GIVE_BACK_EVERY: Final = 256 * 2**20
 class GivingBack:
     """Gives back free memory when enough has been freed, and at the end of a `with`.
 
+    Args:
+        every: bytes that are enough.
+
     >>> from qkernels.memory import GivingBack
     >>> with GivingBack() as memory:
     ...     memory.freed(2**20)  # bytes of a tensor that nobody needs any more
     """
 
-    def __init__(self) -> None:
-        self._pending = 0
+    def __init__(self, every: int = GIVE_BACK_EVERY) -> None:
+        self._every, self._pending = every, 0
 
     def __enter__(self) -> GivingBack:
         return self
@@ -37,7 +40,7 @@ class GivingBack:
     def freed(self, nbytes: int) -> None:
         """So many bytes were given up, or are with the next tensor that takes the last one's name."""
         self._pending += nbytes
-        if self._pending >= GIVE_BACK_EVERY:
+        if self._pending >= self._every:
             self._pending = 0
             give_back()
 

@@ -15,6 +15,7 @@ from qkernels import inspect, load, load_tokenizer
 from qkernels.checkpoint import convert, open_checkpoint, packed, to_gguf
 from qkernels.errors import CheckpointError
 from qkernels.nn import QuantEmbedding
+from qkernels.storage.gguf import GgufSource
 from tests.gguf_golden import FILES
 from tests.gguf_written import FIELDS
 from tests.tiny_models import tiny_model
@@ -106,6 +107,18 @@ def test_other_formats_get_floats_and_say_so(
     convert(directory, tmp_path / "again", LAYOUT)
     first, second = (load_file(path / "model.safetensors") for path in (directory, tmp_path / "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_and_back_to_a_file(made: tuple[Path, Path, bool], tmp_path: Path) -> None:
+    """Of rows with one outer factor, too (K = 256)."""
+    file, directory, _ = made
+    to_gguf(directory, tmp_path / "back.gguf")
+    again, first = load(tmp_path / "back.gguf", dtype="float32"), load(file, dtype="float32")
+    torch.testing.assert_close(logits(again), logits(first), rtol=1e-4, atol=1e-4)
+    types = [GgufSource.open(path).entry("token_embd.weight").type.name for path in (file, tmp_path / "back.gguf")]
+    assert types[0] == types[1]
+    blocks = [GgufSource.open(path).blocks("token_embd.weight") for path in (file, tmp_path / "back.gguf")]
+    assert torch.equal(*blocks)
 
 
 @pytest.mark.parametrize("named", [["model.embed"], "model.embed_tokens", [3], {"model.embed_tokens": 1}])

@@ -75,7 +75,9 @@ def measure() -> tuple[Figures, dict[str, Any]]:
                 32 * config.num_warps,
             )
             programs = resident_programs(machine.registers, threads, machine.shared, triton_aot.SHARED_MEMORY[card])
-            ahead = (config.num_stages - 1) * config.block_n * config.block_bytes if copies_ahead(machine.ptx) else 0
+            ahead = (
+                (config.num_stages - 1) * config.block_n * config.block_bytes((4,)) if copies_ahead(machine.ptx) else 0
+            )
             for kind, value in {
                 "triton registers": machine.registers,
                 "triton spill bytes": machine.stack + machine.local,

@@ -30,7 +30,7 @@ SHARED_MEMORY = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448,
 # Arguments that the launcher passes with a value or an address divisible by 16, in shapes that models have.
 DIVISIBLE = (
     "x", "qweight", "scales", "zeros", "outer_scales", "outer_zeros", "k_order", "bias", "out", "parts", "N", "K", "x_stride",
-    "row_bytes", "bytes_per_split", "ids", "blocks", "sources", "targets", "y", "weights", "offsets",
+    "line_bytes", "bytes_per_split", "ids", "blocks", "sources", "targets", "y", "weights", "offsets",
 )  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Floats of one byte are passed as bytes.
@@ -55,7 +55,7 @@ def variant(scheme: QuantScheme, K: int, dtype: str, config: Config, *, ordered:
     kernel = getattr(jit, config.kernel)
     types = pointers(scheme, dtype, ordered=ordered)
     types |= {"bias": f"*{dtype}" if bias else None, "out": "*fp32" if split else f"*{dtype}"}
-    constants = constants_of(scheme, K, scale_dtype(scheme, dtype), ordered, config.block_bytes) | {
+    constants = constants_of(scheme, K, scale_dtype(scheme, dtype), ordered, config) | {
         "BIAS": bias,
         "SPLIT": split,
         "BLOCK_N": config.block_n,
@@ -81,7 +81,7 @@ def grouped_variant(
         "targets": None if first else "*i64",
         "out": f"*{dtype}" if first else "*fp32",
     }
-    constants = constants_of(scheme, K, scale_dtype(scheme, dtype), False, config.block_bytes) | {
+    constants = constants_of(scheme, K, scale_dtype(scheme, dtype), False, config) | {
         "BIAS": bias,
         "SOURCES": first,
         "TARGETS": not first,

@@ -8,10 +8,10 @@ and take turns. Outputs are compared with fp32 products of the dequantized weigh
 sample differ from those of the next, so that experts come out of memory as they do in a decoder. Experts are random numbers;
 two different ones take turns in the E places, which are memory of their own.
 
-A run is against torch (16-bit experts) or against ggml, so that not all are in memory at once; ours are in both. Rows of runs of
-one commit are gathered in one file. Where other work shares the cores, wall time of two threads is the scheduler's: a thread that
-waits for another one waits for whoever has its core. `--clock processor` is for such machines: one thread, and the seconds of the
-processor that it had.
+A run is against torch (16-bit experts), ggml or kt-kernel, so that not all are in memory at once; ours are in each. Rows of
+runs of one commit are gathered in one file. Where other work shares the cores, wall time of two threads is the scheduler's: a
+thread that waits for another one waits for whoever has its core. `--clock processor` is for such machines: one thread, and the
+seconds of the processor that it had.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from qkernels.text import table
 from ..method import envelope, environment
 from ..method.statistics import median_interval, ratio_interval
 from ..method.timing import WallClock, interleaved
-from ..peers import ggml, ggml_experts
+from ..peers import ggml, ggml_experts, kt
 from .shapes import GEOMETRIES
 
 KIND = "experts"
@@ -52,6 +52,7 @@ LOOP_TOKENS = (1, 4, 16)  # beyond, a loop over experts loses nothing
 ROUTES = 16  # different ones, in turn
 A16, A8 = "w4a16_g128", "w4a8_g128"
 TORCH, REPACK, ROWS = "torch grouped_mm bf16", "ggml mul_mat_id, repack", "ggml mul_mat_id, rows"
+KT = "kt-kernel RAWINT4"
 READ = "memory read"
 LOOPS = {A16: f"loop of own {A16}", A8: f"loop of own {A8}"}
 Route = tuple[Tensor, Tensor, Tensor]  # x bf16 [T, H], ids int64 [T, k], weights bf16 [T, k]
@@ -224,7 +225,12 @@ def of_ggml(weights: Weights, repack: bool) -> Run:
     return lambda given: block(*given)
 
 
-def candidates(weights: Weights, against: str) -> Iterable[tuple[str, Callable[[], Run], float]]:
+def of_kt(weights: Weights, tokens: int) -> Run:
+    block = kt.Block(weights.each(), TOP_K[weights.shape], torch.get_num_threads(), tokens)
+    return lambda given: block(*given)
+
+
+def candidates(weights: Weights, against: str, tokens: int) -> Iterable[tuple[str, Callable[[], Run], float]]:
     """Name, maker, and how far its output may be from the exact one: 16-bit or 8-bit activations."""
     if against == "torch":
         yield A16, lambda: own(weights, A16), 0.01
@@ -235,6 +241,8 @@ def candidates(weights: Weights, against: str) -> Iterable[tuple[str, Callable[[
         yield LOOPS[A8], lambda: own_loop(weights, A8), 0.03
         yield REPACK, lambda: of_ggml(weights, True), 0.03
         yield ROWS, lambda: of_ggml(weights, False), 0.03
+    if against == "kt":
+        yield KT, lambda: of_kt(weights, tokens), 0.03
 
 
 def reading(weights: Weights) -> Run:
@@ -378,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.kernels.experts", description=str(__doc__).split("\n\n")[0]
     )
     parser.add_argument("--shape", choices=TOP_K, default="qwen3-30b-a3b")
-    parser.add_argument("--against", choices=("torch", "ggml"), default="torch")
+    parser.add_argument("--against", choices=("torch", "ggml", "kt"), default="torch")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--routing", nargs="+", choices=("random", "skewed"), default=["random", "skewed"])
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: of one thread")
@@ -388,13 +396,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.against == "ggml" and (why := ggml.available(torch.device("cpu"))):
         raise SystemExit(f"ggml: {why}")
+    if args.against == "kt" and (
+        why := kt.available() or ("its threads spin: --clock wall" if args.clock != "wall" else None)
+    ):
+        raise SystemExit(f"kt-kernel: {why}")
     if args.clock == "processor":
         torch.set_num_threads(1)
     where = environment.describe(torch.device("cpu"))
     out = args.out or environment.RESULTS / where["machine"] / "experts.json"
     weights = Weights(args.shape)
     runs: dict[str, tuple[Run, float]] = {}
-    for name, make, allowed in candidates(weights, args.against):
+    for name, make, allowed in candidates(weights, args.against, max(args.tokens)):
         try:
             runs[name] = make(), allowed
         except UnsupportedProblem as error:

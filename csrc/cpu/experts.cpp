@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "rows.h"
@@ -154,10 +155,33 @@ struct Between {
   int64_t width;
 };
 
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+// e^x in operations that a compiler makes vectors of: x = n ln 2 + r with |r| <= ln 2 / 2, 2^n from its bits, e^r by a
+// polynomial (relative error below 2^-22). +inf and NaN as they are, e^-87 for what is less.
+inline float exponential(float x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 2^23: its last bits are whole numbers
+  const float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float shifted = bounded * 1.44269504f + kShift, n = shifted - kShift;
+  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &shifted, 4);
+  bits = (bits + 127) << 23;
+  float power;
+  __builtin_memcpy(&power, &bits, 4);
+  return x > 88.0f ? std::numeric_limits<float>::infinity() : p * power;
+}
 
-float activated(const Block& b, float gate, float up) {
-  switch (b.activation) {
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+template <Activation kKind>
+inline float activated(float alpha, float limit, float gate, float up) {
+  switch (kKind) {
     case Activation::kSilu:
       return gate * sigmoid(gate) * up;
     case Activation::kGelu:
@@ -165,9 +189,9 @@ float activated(const Block& b, float gate, float up) {
     case Activation::kGeluTanh:
       return 0.5f * gate * (1.0f + std::tanh(0.79788456f * (gate + 0.044715f * gate * gate * gate))) * up;
     case Activation::kSwigluOai: {
-      const float g = gate > b.limit ? b.limit : gate;
-      const float u = up > b.limit ? b.limit : up < -b.limit ? -b.limit : up;
-      return (u + 1.0f) * (g * sigmoid(g * b.alpha));
+      const float g = gate > limit ? limit : gate;
+      const float u = up > limit ? limit : up < -limit ? -limit : up;
+      return (u + 1.0f) * (g * sigmoid(g * alpha));
     }
     case Activation::kRelu2Alone:
       return up > 0.0f || up != up ? up * up : 0.0f;
@@ -178,23 +202,52 @@ float activated(const Block& b, float gate, float up) {
   }
 }
 
-void store(Type type, void* to, int64_t i, float value) {
+void store(Type type, void* to, int64_t at, const float* values, int64_t n) {
   if (type == Type::kFloat) {
-    static_cast<float*>(to)[i] = value;
+    std::memcpy(static_cast<float*>(to) + at, values, static_cast<size_t>(n) * 4);
+    return;
+  }
+  uint16_t* half = static_cast<uint16_t*>(to) + at;
+  if (type == Type::kBFloat16) {
+    for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(values[i]);
   } else {
-    static_cast<uint16_t*>(to)[i] = type == Type::kBFloat16 ? to_bf16(value) : to_half(value);
+    for (int64_t i = 0; i < n; ++i) half[i] = to_half(values[i]);
+  }
+}
+
+template <Activation kKind>
+void activate_rows_by(const Between& a, int64_t m0, int64_t m1) {
+  constexpr int64_t kPiece = 256;
+  float values[kPiece];
+  const float alpha = a.block.alpha, limit = a.block.limit;
+  for (int64_t m = m0; m < m1; ++m) {
+    const float* gate = a.up + m * a.width * (is_gated(kKind) ? 2 : 1);
+    const float* up = is_gated(kKind) ? gate + a.width : gate;
+    for (int64_t i = 0; i < a.width; i += kPiece) {
+      const int64_t n = std::min(kPiece, a.width - i);
+      for (int64_t c = 0; c < n; ++c) values[c] = activated<kKind>(alpha, limit, gate[i + c], up[i + c]);
+      store(a.block.x_type, a.inner, m * a.width + i, values, n);
+    }
   }
 }
 
 void activate_rows(void* context, int64_t m0, int64_t m1) {
   const Between& a = *static_cast<Between*>(context);
-  const bool gated = is_gated(a.block.activation);
-  for (int64_t m = m0; m < m1; ++m) {
-    const float* first = a.up + m * a.width * (gated ? 2 : 1);
-    const float* up = gated ? first + a.width : first;
-    for (int64_t i = 0; i < a.width; ++i) {
-      store(a.block.x_type, a.inner, m * a.width + i, activated(a.block, first[i], up[i]));
-    }
+  switch (a.block.activation) {
+    case Activation::kSilu:
+      return activate_rows_by<Activation::kSilu>(a, m0, m1);
+    case Activation::kGelu:
+      return activate_rows_by<Activation::kGelu>(a, m0, m1);
+    case Activation::kGeluTanh:
+      return activate_rows_by<Activation::kGeluTanh>(a, m0, m1);
+    case Activation::kSwigluOai:
+      return activate_rows_by<Activation::kSwigluOai>(a, m0, m1);
+    case Activation::kRelu2Alone:
+      return activate_rows_by<Activation::kRelu2Alone>(a, m0, m1);
+    case Activation::kSiluAlone:
+      return activate_rows_by<Activation::kSiluAlone>(a, m0, m1);
+    default:
+      return activate_rows_by<Activation::kGeluAlone>(a, m0, m1);
   }
 }
 
@@ -217,7 +270,7 @@ void sum_rows(void* context, int64_t t0, int64_t t1) {
       const float* row = s.down + place * H;
       for (int64_t h = 0; h < H; ++h) sums[h] += weight * row[h];
     }
-    for (int64_t h = 0; h < H; ++h) store(s.block.x_type, s.block.y, t * H + h, sums[h]);
+    store(s.block.x_type, s.block.y, t * H, sums.data(), H);
   }
 }
 
@@ -277,9 +330,9 @@ void experts(const Block& b, const Kernels& kernels, Allocate allocate, void* co
   for (int64_t r = 0; r < R; ++r) here[r] = r;
 
   const int64_t halves = b.up.call.N, width = b.down.call.K, H = b.down.call.N;
-  float* up = static_cast<float*>(allocate(context, R * halves * 4));
+  float* up = static_cast<float*>(allocate(context, R * std::max(halves, H) * 4));
   void* inner = allocate(context, R * width * size_of(b.x_type));
-  float* down = static_cast<float*>(allocate(context, R * H * 4));
+  float* down = up;  // whose last reader was the activation: fewer pages, and those are in the cache
   const Grouped first{b.up, b.x, b.x_type, b.T, R, rows.data(), offsets.data(), up, Type::kFloat};
   const Grouped second{b.down, inner, b.x_type, R, R, here.data(), offsets.data(), down, Type::kFloat};
   void* workspace = allocate(context, std::max(workspace_bytes(first, kernels), workspace_bytes(second, kernels)));

@@ -230,8 +230,13 @@ void stage(const Call& call, int64_t m0, int64_t m1) {
 
 // --- y ---
 
-// bias of `count` rows from row n0 on; 0 where there is none and past N
+// bias of `count` rows from row n0 on; 0 where there is none and past N. Asked first, as it is for every tile: the loop
+// is not one that vectors do.
 inline void load_bias(const Call& call, int64_t n0, int count, float* bias) {
+  if (call.bias_type == Type::kNone) {
+    std::memset(bias, 0, static_cast<size_t>(count) * 4);
+    return;
+  }
   for (int i = 0; i < count; ++i) bias[i] = n0 + i < call.N ? load(call.bias_type, call.bias, n0 + i) : 0.0f;
 }
 

@@ -81,7 +81,7 @@ int clusters_of(const Device& device, Clusters* clusters) {
 }
 
 cudaError_t launch_gemm_sm90(const Call& call, const Config& c, cudaStream_t stream) {
-  if (!tma_reads(call.x) || c.splits < 1) return cudaErrorInvalidValue;
+  if (!tma_reads(call.x) || c.splits < 1 || is_coded(coding_of(call.weight))) return cudaErrorInvalidValue;
   const bool experts = call.rows.given(), gate_up = call.gate_up.to != nullptr;
   const int strips = wgmma_strips(c.tokens);
   if (experts && (call.rows.table == nullptr || c.splits != 1)) return cudaErrorInvalidValue;

@@ -205,6 +205,8 @@ def _data(
     """What the writer takes: blocks, or numbers of the planned dtype, in the file's order of rows."""
     module = entry.source.rpartition(".")[0]
     wanted = entry.chosen.type
+    if entry.source in checkpoint.embeddings and not isinstance(checkpoint, GgufCheckpoint):
+        return _again(name, entry.place, _embedding(checkpoint, entry.source), wanted, importance, search)
     if entry.source in checkpoint:
         tensor = part_of(entry.place, checkpoint.read(entry.source))
         return _made(name, entry.place, tensor.view(entry.shape), wanted, importance, search)
@@ -274,12 +276,18 @@ def _made(name: str, place: Place, tensor: Tensor, type: str, importance: Tensor
     return made
 
 
+def _embedding(checkpoint: Checkpoint, name: str) -> QuantTensor:
+    return QuantTensor.concat([*checkpoint.embedding(name)])
+
+
 def _exact_type(checkpoint: Checkpoint, source: str, place: Place) -> str:
     """The smallest type that holds a quantized weight; of experts all of them, since they are one tensor.
 
     Raises:
         ConversionError: there is none.
     """
+    if source in checkpoint.embeddings:
+        return exact_blocks(_embedding(checkpoint, source))[0]
     if source not in checkpoint.stacks:
         return exact_blocks(checkpoint.weight(source.rpartition(".")[0]).weight)[0]
     found = {exact_blocks(one)[0] for one in _parts_of_experts(checkpoint, source, place)}
@@ -317,7 +325,7 @@ def _lossless_types(slots: Slots) -> dict[str, Chosen]:
     for name, source in slots.sources.items():
         if slots.places[name].kind == "latent" and source not in checkpoint:
             chosen[name] = Chosen("F32")  # half of a quantized matrix, transposed: no blocks are the same
-        elif source not in checkpoint:
+        elif source not in checkpoint or source in checkpoint.embeddings:
             module = source if source in checkpoint.stacks else source.rpartition(".")[0]
             try:
                 chosen[name] = Chosen(_exact_type(checkpoint, source, slots.places[name]))

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..errors import ArgumentError, CheckpointError, UnsupportedProblem
 from ..formats import Oddity, summary
 from ..hub import local_copy
-from ..memory import give_back
+from ..memory import GivingBack, give_back
 from ..models.building import assign, computed, empty_model
 from ..models.experts import ExpertsForm, experts_of, routers
 from ..models.naming import float_state
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from ..kernels.catalogue import OnUnsupported
 
 log = logging.getLogger(__name__)
+
+# Bytes of modules in the files after which what their packing left free goes back: a GGUF file of 676 MB left 175 MB free in the
+# heap until its end.
+_GIVE_BACK_EVERY: Final = 32 * 2**20
 
 
 def load(
@@ -112,6 +116,7 @@ def load(
     used = {f"{module}.bias" for module in checkpoint.modules}
     forms = experts_of(model)
     choosing = routers(model, forms)
+    memory = GivingBack(_GIVE_BACK_EVERY)
     for name, form in forms.items():
         if f"{name}.{form.up}" in checkpoint.stacks:
             taken = [n for p in (form.up, form.down) for n in (f"{name}.{p}", f"{name}.{p}_bias")]
@@ -135,6 +140,7 @@ def load(
                 continue
             set_module(model, name, loaded)
             oddities += strange
+            memory.freed(sum(checkpoint.module_nbytes(f"{name}.{p}") for p in (form.up, form.down)))
     for module in tqdm(checkpoint.modules, desc="loading", unit="layer", leave=False, delay=2):
         if module in choosing:
             oddities += dequantize_router(model, module, checkpoint, place(module), dtype)
@@ -151,6 +157,7 @@ def load(
             found = [oddity]
         oddities += [(module, oddity) for oddity in found]
         set_module(model, module, layer)
+        memory.freed(checkpoint.module_nbytes(module))
     for name in checkpoint.embeddings:
         slots, hindrance = _pack_embedding(model, name, slots, checkpoint, place, dtype, on_unsupported, activations)
         if hindrance is None:

@@ -182,7 +182,8 @@ class Tiles:
         split = as_bytes(values).transpose(-1, -2)
         if self.row_order is not None:
             split = split[..., sorted(range(rows), key=self.row_order.__getitem__), :]
-        return split.reshape(*lead, tiles * rows, groups)[..., :N, :count].contiguous().view(values.dtype)
+        found = split.reshape(*lead, tiles * rows, groups)[..., :N, :count]
+        return found.clone(memory_format=torch.contiguous_format).view(values.dtype)  # see above
 
 
 def upgrade_of(old: Tiles, new: Tiles) -> Callable[[Buffers, int, int, QuantScheme], Buffers]:

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from qkernels import QuantLinear, QuantTensor
 from qkernels.layouts import LAYOUTS
-from tests.ops.helpers import arguments, exact_product, integers
+from tests.ops.helpers import arguments, dequantize_arguments, exact_product, integers
 from tests.strategies import random_weight
 from tests.triton.problems import a_block_of_experts, exact_stack
 
@@ -26,7 +26,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 schemes = pytest.mark.parametrize(
     "scheme",
     ["w2a16_g32", "w3a16_g24_asym", "w4a16_g16_asym", "w4a16_g128", "w4a16_g64_fzero", "w4a16_g128_offset",
-     "w4a16_channel", "w5a16_g32", "w8a16_g64_asym", "w8a16_channel"],
+     "w4a16_channel", "w5a16_g32", "w6a16_g64_asym", "w7a16_g16", "w8a16_g64_asym", "w8a16_channel"],
 )  # fmt: skip
 # Around every tile of tokens of the shipped tables.
 TOKENS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300]
@@ -48,6 +48,16 @@ def test_products_are_exact_for_every_number_of_tokens(scheme: str, dtype: torch
     for M in TOKENS:
         x, bias = integers(M, 520, dtype=dtype, most=1), integers(131, dtype=dtype)
         assert torch.equal(run(weight, x, bias), exact_product(weight, x, bias)), M
+
+
+@dtypes
+@pytest.mark.parametrize("scheme", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_super_blocks(scheme: str, dtype: torch.dtype) -> None:
+    """Scales that are products, over codes in planes."""
+    weight = random_weight(scheme, 131, 520, exact=True)
+    for M in TOKENS:
+        x = integers(M, 520, dtype=dtype, most=1)
+        assert torch.equal(run(weight, x), exact_product(weight, x)), M
 
 
 @dtypes
@@ -84,9 +94,9 @@ def test_large_layers_split_over_the_whole_card_the_same_way_each_time() -> None
 @schemes
 def test_dequantize_is_the_definition_bit_for_bit(scheme: str) -> None:
     weight = random_weight(scheme, 150, 200, act_order=True)
-    _, *buffers, _, N, bits, group, offsets = on_gpu(weight, torch.zeros(1, 200))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        got = torch.ops.qkernels.dequantize_kpack(*buffers, N, 200, bits, group, offsets, dtype)
+        given = dequantize_arguments(weight, dtype, "kpack")
+        got = torch.ops.qkernels.dequantize_kpack(*(a.to(DEVICE) if isinstance(a, Tensor) else a for a in given))
         assert torch.equal(got.cpu(), weight.dequantize(dtype))
 
 

@@ -129,12 +129,44 @@ def test_the_bytes_are_those_of_the_contract(bits: int, layout: str) -> None:
             assert code_by_contract(qweight, bits, row, k, int8) == expected, (row, k)
 
 
-# What takes more than 4 % more than the information of a weight of whole tiles: codes of 3 and 7 bits take 4 and 8, integer zeros
-# beside codes of 2 and 3 bits in short groups lie in bytes, and so do the factors of Q2_K, of 4 bits.
-FAT = {f"w7a16_g{group}{zeros}": 8 / 7 for group in (32, 128) for zeros in ("", "_asym")} | {
-    "w2a16_g32_asym": 1.08, "w3a16_g32": 1.29, "w3a16_g32_asym": 1.33, "w3a16_g128": 1.33, "w3a16_g128_asym": 1.34,
-    "q2_k": 1.2, "q3_k": 1.33,
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_bytes_of_kpack_are_those_of_the_contract(bits: int) -> None:
+    """By its table: lines of bytes of each block, lowest plane first; field f of the narrowest plane is run f of columns."""
+    block, run, lines = {
+        2: (64, 16, [2]), 3: (128, 16, [2, 2, 1]), 4: (64, 32, [4]), 5: (128, 16, [4, 4, 4, 4, 1]), 6: (64, 16, [4, 4, 2]),
+        7: (64, 64, [8]), 8: (64, 64, [8]),
+    }[bits]  # fmt: skip
+    weight = random_weight(f"w{bits}a16_g8", 67, 300, act_order=True)
+    order, qweight = weight.k_order(), get_layout("kpack").pack(weight)["qweight"]
+    assert order is not None
+    assert qweight is not None
+    K_pad = -(-300 // block) * block
+    assert list(qweight.shape) == [2, 64, K_pad * (8 if bits == 7 else bits) // 8]
+    for row, k in itertools.product((0, 1, 63, 64, 66, 67), range(K_pad)):
+        first = k // block * run * len(lines)
+        code = low = 0
+        for width in sorted(set(lines), reverse=True):
+            line, field = divmod(k % block // run, 8 // width)
+            line += lines.index(width)
+            byte = int(qweight[row // 64, row % 64, first + line * run + k % run])
+            code |= (byte >> field * width & ((1 << width) - 1)) << low
+            low += width
+        assert code == (int(weight.codes[row, order[k]]) if row < 67 and k < 300 else 0), (row, k)
+
+
+# What takes more than 4 % more than the information of a weight of whole tiles: codes of 7 bits take 8 (on CPUs those of 3 bits
+# 4), integer zeros beside codes of 2 and 3 bits in short groups lie in bytes, and so do the factors of Q2_K, of 4 bits.
+_FAT = {f"w7a16_g{group}{zeros}": 8 / 7 for group in (32, 128) for zeros in ("", "_asym")} | {
+    "w2a16_g32_asym": 1.08, "q2_k": 1.2,
 }  # fmt: skip
+_FAT_ON_CPUS = _FAT | {
+    "w3a16_g32": 1.29,
+    "w3a16_g32_asym": 1.33,
+    "w3a16_g128": 1.33,
+    "w3a16_g128_asym": 1.34,
+    "q3_k": 1.33,
+}
+FAT = {"cpu_tile_a16": _FAT_ON_CPUS, "cpu_tile_a8": _FAT_ON_CPUS, "kpack": _FAT | {"w3a16_g32_asym": 1.06}}
 
 
 @pytest.mark.parametrize("scheme", [
@@ -142,16 +174,18 @@ FAT = {f"w7a16_g{group}{zeros}": 8 / 7 for group in (32, 128) for zeros in ("", 
     "nf4_g64", "mxfp4_g32", "fp8_channel", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "nvfp4_g16",
 ])  # fmt: skip
 def test_packed_weights_take_the_bytes_of_their_codes(scheme: str) -> None:
-    for layout, text in (("cpu_tile_a16", scheme), ("cpu_tile_a8", scheme.replace("a16", "a8"))):
+    for layout, fat in FAT.items():
+        text = scheme.replace("a16", "a8") if layout == "cpu_tile_a8" else scheme
         parsed = QuantScheme.parse(text)
         if get_layout(layout).reasons(256, 1024, parsed):
             continue
         weight = random_weight(
             parsed, 256, 1024, dtype=torch.float8_e8m0fnu if scheme == "mxfp4_g32" else torch.float16
         )
-        packed = sum(t.numel() * t.element_size() for t in get_layout(layout).pack(weight).values() if t is not None)
-        assert weight.nbytes <= packed <= weight.nbytes * FAT.get(scheme, 1.04), packed / weight.nbytes
-        if scheme in FAT:
+        buffers = get_layout(layout).pack(weight)
+        packed = sum(t.numel() * t.element_size() for name, t in buffers.items() if t is not None and name != "table")
+        assert weight.nbytes <= packed <= weight.nbytes * fat.get(scheme, 1.04), (layout, packed / weight.nbytes)
+        if scheme in fat:
             assert packed > weight.nbytes * 1.04, "no longer so fat"
 
 
@@ -175,6 +209,28 @@ def test_what_was_packed_before_there_were_planes_is_read(layout: str, bits: int
     short = packed | {"qweight": old[:, :-1]}
     with pytest.raises(TensorError, match="qweight must be uint8"):
         unpack_checked(value, value.upgraded(1, short, 37, 44, weight.scheme), 37, 44, weight.scheme)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("scheme", [*(f"w{bits}a16_g8_asym" for bits in range(2, 9)), "nf4_g8", "q3_k", "q6_k"])
+def test_what_kpack_was_before_it_had_planes_is_read(scheme: str, version: int) -> None:
+    """By the words of versions 1 and 2: a nibble (column j and, above it, j + 32 of 64) or a byte a code; 1 had the table of a
+    codebook in the place of zeros."""
+    weight, value = random_weight(scheme, 37, 300), get_layout("kpack")
+    wide = torch.zeros(64, 320, dtype=torch.uint8)
+    wide[:37, :300] = weight.codes
+    halves = wide.view(64, 5, 2, 32)
+    old = wide if weight.scheme.bits > 4 else (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(64, 160)
+    packed = value.pack(weight)
+    given = packed | {"qweight": old[None].clone()}
+    if version == 1 and weight.scheme.codebook is not None:
+        given |= {"zeros": given.pop("table")}
+    upgraded = value.upgraded(version, given, 37, 300, weight.scheme)
+    assert all(t is None or torch.equal(upgraded[name], t) for name, t in packed.items())  # type: ignore[arg-type]
+    assert same_weight(unpack_checked(value, upgraded, 37, 300, weight.scheme), weight)
+    short = given | {"qweight": old[None, :, :-1]}
+    with pytest.raises(TensorError, match="qweight must be uint8"):
+        unpack_checked(value, value.upgraded(version, short, 37, 300, weight.scheme), 37, 300, weight.scheme)
 
 
 def test_columns_are_sorted_by_group_and_padding_is_zero() -> None:

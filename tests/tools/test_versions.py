@@ -43,6 +43,13 @@ def test_a_version_that_is_not_imported_is_no_result(tmp_path: Path) -> None:
     assert found.passed == 0 and found.first.startswith("not imported: got ") and "0.0.1" not in found.first
 
 
+def test_what_was_not_run_is_said() -> None:
+    one = versions.Found("peft", versions.PACKAGES["peft"].versions[0], "x", 3, 1, 0, "a.py::test_b", 2.0, "abc")
+    page = versions.page([one])
+    assert "| 3 passed, 1 failed, first a.py::test_b | abc " in page
+    assert page.count("| not run ") == sum(len(tried.versions) for tried in versions.PACKAGES.values()) - 1
+
+
 def test_places_in_the_repository_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         versions.main([str(ROOT / "build" / "versions")])
@@ -57,4 +64,6 @@ def test_the_page_has_every_version_and_both_ends() -> None:
         (least,) = set(re.findall(rf'"{name}>=([\d.]+)', declared))
         assert versions.PACKAGES[name].versions[0].startswith(least)
         for path in tried.tests:
-            assert (ROOT / path).exists()
+            file, _, name = path.partition("::")
+            assert (ROOT / file).exists(), path
+            assert not name or f"def {name}(" in (ROOT / file).read_text(), path

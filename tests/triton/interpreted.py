@@ -20,7 +20,8 @@ from qkernels import QuantScheme, QuantTensor
 from qkernels.kernels.triton import launch
 from qkernels.kernels.triton.table import Config
 from qkernels.layouts import LAYOUTS
-from qkernels.scheme import FACTORS
+from qkernels.layouts.tiles import GPU_PLANES
+from qkernels.scheme import CODEBOOKS, FACTORS
 from tests.ops.helpers import integers
 from tests.strategies import random_weight
 
@@ -31,11 +32,11 @@ repair()
 
 SCHEMES = [
     "w2a16_g32", "w3a16_g24_asym", "w4a16_g32", "w4a16_g16_asym", "w4a16_g64", "w4a16_g64_fzero", "w4a16_g128_offset",
-    "w4a16_channel", "w5a16_g32", "w8a16_g32_asym", "w8a16_g64", "w8a16_tensor", "nf4_g64", "fp4_g32",
+    "w4a16_channel", "w5a16_g32", "w6a16_g24_asym", "w8a16_g32_asym", "w8a16_g64", "w8a16_tensor", "nf4_g64", "fp4_g32",
 ]  # fmt: skip
 FLOATING = [
-    "mxfp4_g32", "iq4nl_g32", "fp8_channel", "fp8_block128", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "nvfp4_g16",
-    "nvfp4m_g16",
+    "mxfp4_g32", "iq4nl_g32", "fp8_channel", "fp8_block128", "e5m2_g64", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs",
+    "nvfp4_g16", "nvfp4m_g16",
 ]  # fmt: skip
 DTYPES = [torch.float16, torch.bfloat16]
 GEMV = Config("gemv", 1, 16, 64, 2, 4, 2)
@@ -285,8 +286,9 @@ def test_a_read_past_the_end_kills_the_process() -> None:
     assert os.WTERMSIG(status) == signal.SIGSEGV
 
 
-def test_scheme_names_cover_every_kind_of_zero_and_codebook() -> None:
+def test_scheme_names_cover_every_kind_of_zero_codebook_and_plane() -> None:
     parsed = [QuantScheme.parse(scheme) for scheme in (*SCHEMES, *FLOATING)]
     assert {scheme.zeros for scheme in parsed} == {"none", "int", "float", "offset"}
-    assert {scheme.codebook for scheme in parsed} == {None, "nf4", "fp4", "e2m1", "iq4nl", "e4m3"}
+    assert {scheme.codebook for scheme in parsed} == {None, *CODEBOOKS}
     assert {scheme.factors for scheme in parsed} == {None, *FACTORS}
+    assert {GPU_PLANES[scheme.bits] for scheme in parsed} == set(GPU_PLANES.values())

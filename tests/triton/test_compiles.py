@@ -48,9 +48,12 @@ SCHEMES = [
     "w8a16_g32_asym",
     "nf4_g64",
     "q4_k",
+    "q6_k",
     "nvfp4_g16",
 ]
-SCHEMES += ["mxfp4_g32", "fp8_channel", "q2_k", "q6_k", "iq4_xs"] if FULL else []
+SCHEMES += ["mxfp4_g32", "fp8_channel", "q2_k", "q3_k", "q5_k", "iq4_xs"] if FULL else []
+# Of the widths that lie in planes, without an order of columns, where x is copied ahead and takes the most shared memory.
+PLANES = ["w5a16_g128", *(["w2a16_g32_asym", "w3a16_g128", "w6a16_g64"] if FULL else [])]
 K = 4096
 
 
@@ -86,6 +89,15 @@ def test_shipped_configuration(sm: str, config: Config) -> None:
 @pytest.mark.parametrize(("sm", "config"), FORMAT_RUNS)
 def test_every_format(sm: str, config: Config, scheme: str) -> None:
     check(compiled(sm, config, scheme, "bf16", ordered=True), sm)
+
+
+@pytest.mark.parametrize("scheme", PLANES)
+@pytest.mark.parametrize(("sm", "config"), FORMAT_RUNS)
+def test_every_width(sm: str, config: Config, scheme: str) -> None:
+    machine = compiled(sm, config, scheme, "bf16")
+    check(machine, sm)
+    if config.kernel == "gemv":
+        assert copies_ahead(machine.ptx) >= 3 * (config.num_stages - 1)
 
 
 @pytest.mark.parametrize("sm", SHARED_MEMORY)

@@ -32,9 +32,9 @@ SCHEMES = ["w4a16_g64_asym", "w4a16_g16_fzero", "w3a16_g24_offset", "w8a16_chann
 # With shifts, bytes and products of their own; one dtype of x is enough for these, since a weight is fp32 before it meets x.
 FLOATING = [
     "mxfp4_g32",
-    "q4_k",
+    "q6_k",
     "nvfp4_g16",
-    *(["fp8_channel", "iq4_xs", "q6_k"] if os.environ.get("QKERNELS_TEST_FULL") else []),
+    *(["fp8_channel", "iq4_xs", "q2_k", "q4_k", "q5_k"] if os.environ.get("QKERNELS_TEST_FULL") else []),
 ]
 DTYPES = [torch.float16, torch.bfloat16]
 formats = pytest.mark.parametrize(

@@ -18,11 +18,14 @@ from qkernels.kernels.triton.table import (
     choose_tile,
     read,
     run_bytes,
+    shared_fields,
     tiles_in,
     user_table,
     with_entries,
     write,
 )
+from qkernels.layouts import kpack
+from qkernels.layouts.tiles import GPU_PLANES
 
 OWN = Config("gemm", 32, 32, 128, 2, 4, 3)
 
@@ -169,20 +172,21 @@ def test_the_shipped_table_is_sound_and_not_written_to() -> None:
     assert user_table() != table.TABLE
 
 
-def columns(at: int, half: int, halves: int) -> int:
-    """Layout kpack: of every 64 columns, byte j holds column j and, at width 4, column j + 32."""
-    return at if halves == 1 else at // 32 * 64 + at % 32 + 32 * half
+def columns(at: int, field: int, fields: int) -> int:
+    """Layout kpack: a block is as many runs of columns as a byte has fields."""
+    run = kpack.run_of(fields)
+    return at // run * run * fields + field * run + at % run
 
 
-@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("fields", [1, 2, 4, 8])
 @pytest.mark.parametrize("group", [1, 8, 16, 20, 24, 32, 48, 64, 96, 128, 160, 256])
-def test_runs_are_the_longest_powers_of_two_inside_one_group(halves: int, group: int) -> None:
-    run = run_bytes(group, halves, 128)
+def test_runs_are_the_longest_powers_of_two_inside_one_group(fields: int, group: int) -> None:
+    run = run_bytes(group, fields, kpack.run_of(fields), 128)
 
     def inside(length: int) -> bool:
         return all(
-            len({columns(at, half, halves) // group for at in range(first, first + length)}) == 1
-            for half in range(halves)
+            len({columns(at, field, fields) // group for at in range(first, first + length)}) == 1
+            for field in range(fields)
             for first in range(0, 960, length)
         )
 
@@ -192,14 +196,38 @@ def test_runs_are_the_longest_powers_of_two_inside_one_group(halves: int, group:
 
 
 def test_one_group_is_one_run() -> None:
-    assert run_bytes(0, 2, 128) == 128
+    assert run_bytes(0, 2, 32, 128) == 128
+    assert shared_fields(0, 8, 16) == 8
 
 
-@pytest.mark.parametrize("group", [24, 32, 64, 96, 128, 192])
-def test_both_halves_of_a_byte_lie_in_one_group_where_it_holds_whole_blocks(group: int) -> None:
-    """What the kernels rest on when they load a group's scale once a step."""
-    same = all(columns(at, 0, 2) // group == columns(at, 1, 2) // group for at in range(960))
-    assert same == (group % 64 == 0)
+@pytest.mark.parametrize("fields", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [1, 16, 24, 32, 48, 64, 96, 128, 192])
+def test_columns_of_a_byte_lie_in_one_group_where_the_kernels_share_its_scale(fields: int, group: int) -> None:
+    """What they rest on when they load a scale at every so many fields alone."""
+    shared = shared_fields(group, fields, kpack.run_of(fields))
+
+    def inside(length: int) -> bool:
+        return all(
+            len({columns(at, field, fields) // group for field in range(first, first + length)}) == 1
+            for at in range(960)
+            for first in range(0, fields, length)
+        )
+
+    assert fields % shared == 0
+    assert inside(shared)
+    assert shared == fields or not inside(2 * shared)
+
+
+@pytest.mark.parametrize(("kernel", "tokens"), [("gemv", 1), ("gemm", 16), ("gemm", 128), ("dequantize", 1)])
+def test_steps_of_every_width_are_whole_lines_of_a_power_of_two(kernel: str, tokens: int) -> None:
+    for block_k in (64, 128, 256, 512, 1024):
+        config = Config(kernel, tokens, 16, block_k, 0, 4, 2)
+        for widths in GPU_PLANES.values():
+            size, fields = config.block_bytes(widths), 8 // widths[-1]
+            assert size >= 16
+            assert size & (size - 1) == 0
+            assert size * fields <= max(512, 16 * fields, 2 * block_k if kernel == "gemm" else block_k)
+    assert Config(kernel, tokens, 16, 256, 0, 4, 2).block_bytes((4,)) == 128
 
 
 def test_slices_hold_whole_tiles() -> None:
@@ -209,8 +237,8 @@ def test_slices_hold_whole_tiles() -> None:
 
 def test_parts_of_k_are_whole_steps() -> None:
     config = Config("gemm", 16, 32, 256, 4, 4, 2)
-    assert config.bytes_per_split(1, 4096, 2048, 132) % config.block_bytes == 0
-    assert config.bytes_per_split(4096, 4096, 2048, 132) == 2048
+    assert config.bytes_per_split(1, 4096, 2048, 128, 132) % 128 == 0
+    assert config.bytes_per_split(4096, 4096, 2048, 128, 132) == 2048
 
 
 @pytest.mark.parametrize("card", sorted(read()))

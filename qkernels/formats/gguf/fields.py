@@ -15,7 +15,8 @@ def half(blocks: Tensor, at: int) -> Tensor:
 
 def raw(numbers: Tensor) -> Tensor:
     """uint8: the bytes of what `half` reads."""
-    return numbers.contiguous().view(torch.uint8)
+    # Not contiguous(): where there is one number a row it would leave the strides of a transpose.
+    return numbers.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def words(data: Tensor, width: int) -> Tensor:

@@ -114,9 +114,9 @@ def align(offsets, blocks, experts, total, count, SIZE: tl.constexpr, SEGMENTS: 
 
 @triton.jit
 def gemv_pairs(
-    x, qweight, scales, zeros, outer_scales, outer_zeros, k_order, bias, ids, out, experts, N, K, G, x_stride, row_bytes, per,
+    x, qweight, scales, zeros, outer_scales, outer_zeros, k_order, bias, ids, out, experts, N, K, G, x_stride, line_bytes, per,
     MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
-    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    GROUP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SHARED: tl.constexpr, ORDERED: tl.constexpr,
     BIAS: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -132,8 +132,8 @@ def gemv_pairs(
     rows, row_mask = _rows(tile, N, ACT, BLOCK_N)
     total = row_sums(
         x + (pair // per).to(tl.int64) * x_stride, qweight, scales, zeros, outer_scales, outer_zeros, k_order,
-        rows + expert * (tl.cdiv(N, 64) * 64), row_mask, 0, tl.where(known, row_bytes, 0), K, G, row_bytes,
-        MID, CODES, SCALES, OUTER, DIVIDES, GROUP, HALVES, ORDERED, BLOCK_BYTES, RUN, STAGES,
+        rows + expert * (tl.cdiv(N, 64) * 64), row_mask, 0, tl.where(known, line_bytes, 0), K, G, line_bytes,
+        MID, CODES, SCALES, OUTER, DIVIDES, GROUP, LOW, HIGH, SHARED, ORDERED, BLOCK_BYTES, RUN, STAGES,
     )  # fmt: skip
     if BIAS:
         total += tl.load(bias + expert.to(tl.int64) * N + rows, mask=row_mask & known, other=0.0).to(tl.float32)
@@ -147,9 +147,9 @@ def gemv_pairs(
 @triton.jit(do_not_specialize=["tokens", "count"])
 def gemm_blocks(
     x, qweight, scales, zeros, outer_scales, outer_zeros, k_order, bias, sources, targets, blocks, out, tokens, count, experts,
-    N, K, G, x_stride, row_bytes, per,
+    N, K, G, x_stride, line_bytes, per,
     MID: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, DIVIDES: tl.constexpr,
-    GROUP: tl.constexpr, HALVES: tl.constexpr, ORDERED: tl.constexpr,
+    GROUP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SHARED: tl.constexpr, ORDERED: tl.constexpr,
     BIAS: tl.constexpr, SOURCES: tl.constexpr, TARGETS: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -173,8 +173,8 @@ def gemm_blocks(
     rows, row_mask = _rows(tile, N, ACT, BLOCK_N)
     sums = tile_sums(
         x + source[:, None] * x_stride, qweight, scales, zeros, outer_scales, outer_zeros, k_order,
-        rows + expert * (tl.cdiv(N, 64) * 64), row_mask, token_mask, 0, tl.where(known, row_bytes, 0), K, G, row_bytes,
-        MID, CODES, SCALES, OUTER, DIVIDES, GROUP, HALVES, ORDERED, BLOCK_BYTES, RUN, STAGES,
+        rows + expert * (tl.cdiv(N, 64) * 64), row_mask, token_mask, 0, tl.where(known, line_bytes, 0), K, G, line_bytes,
+        MID, CODES, SCALES, OUTER, DIVIDES, GROUP, LOW, HIGH, SHARED, ORDERED, BLOCK_BYTES, RUN, STAGES,
     )  # fmt: skip
     if BIAS:
         sums += tl.load(bias + expert.to(tl.int64) * N + rows, mask=row_mask & known, other=0.0).to(tl.float32)[:, None]

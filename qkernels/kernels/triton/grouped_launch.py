@@ -15,7 +15,7 @@ from ...layouts import kpack
 from ...ops.grouped import ACTIVATIONS, Stack, read_experts, read_gemm, sorted_by_expert
 from ...ops.weight import Weight, weight_from_buffers
 from . import grouped_jit as jit
-from .launch import buffers_of, card_of, constants_of_weight, on
+from .launch import buffers_of, card_of, constants_of_weight, line_bytes_of, on
 from .table import Config, choose, choose_tile
 
 _COMBINE_BLOCK = 1024
@@ -134,14 +134,14 @@ def _common(
 ) -> tuple[dict[str, Any], tuple[int, ...], dict[str, Any], int]:
     """Constants, numbers and options of a launch, and how many tiles of columns the result has: half as wide with a gate, whose
     rows a tile holds too."""
-    N, row_bytes = weight.out_features, weight.qweight.shape[-1]
+    N = weight.out_features
     act = act or {"ACT": _NONE, "ALPHA": 0.0, "LIMIT": 0.0}
-    constants = constants_of_weight(weight, config.block_bytes) | act
+    constants = constants_of_weight(weight, config) | act
     constants |= {"BIAS": bias is not None, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     columns = config.block_n // (2 if _NONE < act["ACT"] < int(jit.RELU2_UNGATED.value) else 1)
     numbers = (
-        weight.qweight.shape[0], N, weight.in_features, weight.scales.shape[-2], x.stride(0), row_bytes,
+        weight.qweight.shape[0], N, weight.in_features, weight.scales.shape[-2], x.stride(0), line_bytes_of(weight),
     )  # fmt: skip
     return constants, numbers, options, -(-out.shape[1] // columns)
 

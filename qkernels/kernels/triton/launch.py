@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ...layouts import BUFFERS, kpack
+from ...layouts.tiles import GPU_PLANES
 from ...ops.reference import scheme_of
 from ...ops.weight import Weight, read_dequantize, read_product
 from ...scheme import FACTORS, QuantScheme, ZeroKind
 from . import jit
-from .table import ANY_CARD, Config, choose, run_bytes, tiles_in
+from .table import ANY_CARD, Config, choose, run_bytes, shared_fields, tiles_in
 
 _DEQUANTIZE = Config("dequantize", 1, 16, 128, 0, 4, 1)  # the tile of the op `dequantize_kpack`
 _REDUCE_BLOCK = 1024
@@ -38,19 +39,18 @@ def gemm(*arguments: Any, config: Config | None = None) -> Tensor:
     if config.kernel == "dequantize":
         _multiply_dequantized(x, weight, bias, out, config)
         return out
-    groups, row_bytes = weight.scales.shape[-2], weight.qweight.shape[-1]
-    block_bytes = config.block_bytes
-    part = config.bytes_per_split(M, N, row_bytes, multiprocessors)
-    splits = max(1, -(-row_bytes // part))
+    groups, line_bytes = weight.scales.shape[-2], line_bytes_of(weight)
+    part = config.bytes_per_split(M, N, line_bytes, config.block_bytes(GPU_PLANES[weight.bits]), multiprocessors)
+    splits = max(1, -(-line_bytes // part))
     parts = out if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
-    constants = constants_of_weight(weight, block_bytes) | {
+    constants = constants_of_weight(weight, config) | {
         "BIAS": bias is not None,
         "SPLIT": splits > 1,
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
     }
     operands = (x, *buffers_of(weight), bias, parts)
-    numbers = (N, K, groups, x.stride(0), row_bytes, part)
+    numbers = (N, K, groups, x.stride(0), line_bytes, part)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     tiles_n = -(-N // config.block_n)
     with on(x.device):
@@ -86,12 +86,12 @@ def _dequantize(weight: Weight, out: Tensor, config: Config) -> None:
     if out.numel() == 0:
         return
     N, K = weight.out_features, weight.in_features
-    row_bytes, block_bytes = weight.qweight.shape[-1], config.block_bytes
-    grid = (-(-N // config.block_n), -(-row_bytes // block_bytes))
+    line_bytes = line_bytes_of(weight)
+    grid = (-(-N // config.block_n), -(-line_bytes // config.block_bytes(GPU_PLANES[weight.bits])))
     with on(out.device):
         jit.dequantize[grid](
-            *buffers_of(weight), out, N, K, weight.scales.shape[-2], row_bytes,
-            **constants_of_weight(weight, block_bytes), BLOCK_N=config.block_n, num_warps=config.num_warps,
+            *buffers_of(weight), out, N, K, weight.scales.shape[-2], line_bytes,
+            **constants_of_weight(weight, config), BLOCK_N=config.block_n, num_warps=config.num_warps,
             enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -134,13 +134,23 @@ def meaning_of_codes(zeros: ZeroKind, codebook: str | None) -> int:
     return int(kinds[zeros].value)
 
 
-def constants_of(scheme: QuantScheme, K: int, scales: torch.dtype, ordered: bool, block_bytes: int) -> dict[str, Any]:
+def line_bytes_of(weight: Weight) -> int:
+    """Bytes of a row's line over all blocks: as many as the row's bytes where a code has one plane."""
+    low, high = (*GPU_PLANES[weight.bits], 0)[:2]
+    row_bytes: int = weight.qweight.shape[-1]
+    return row_bytes // (low // high + 1) if high else row_bytes
+
+
+def constants_of(scheme: QuantScheme, K: int, scales: torch.dtype, ordered: bool, config: Config) -> dict[str, Any]:
     """What every kernel is compiled for; the length of groups too: a division by a constant is a multiplication.
 
     Args:
         scales: their dtype (that of the small factors where they are products).
     """
-    halves = 8 // kpack.LAYOUT.stored_bits(scheme.bits)
+    widths = GPU_PLANES[scheme.bits]
+    low, high = (*widths, 0)[:2]
+    fields, block_bytes = kpack.fields_of(widths), config.block_bytes(widths)
+    run = kpack.run_of(fields)
     group = scheme.group_length(K) if scheme.num_groups(K) > 1 else 0
     kind = None if scheme.factors is None else FACTORS[scheme.factors]
     return {
@@ -150,17 +160,19 @@ def constants_of(scheme: QuantScheme, K: int, scales: torch.dtype, ordered: bool
         "OUTER": 0 if kind is None else kind.groups_per_outer or int(jit.ONE_A_ROW.value),
         "DIVIDES": kind is not None and kind.divides,
         "GROUP": group,
-        "HALVES": halves,
+        "LOW": low,
+        "HIGH": high,
+        "SHARED": shared_fields(group, fields, run),
         "ORDERED": ordered,
         "BLOCK_BYTES": block_bytes,
-        "RUN": run_bytes(group, halves, block_bytes),
+        "RUN": run_bytes(group, fields, run, block_bytes),
     }
 
 
-def constants_of_weight(weight: Weight, block_bytes: int) -> dict[str, Any]:
+def constants_of_weight(weight: Weight, config: Config) -> dict[str, Any]:
     """`constants_of` the scheme that an op's arguments spell out."""
     ordered = weight.k_order is not None
-    return constants_of(scheme_of(weight), weight.in_features, weight.scales.dtype, ordered, block_bytes)
+    return constants_of(scheme_of(weight), weight.in_features, weight.scales.dtype, ordered, config)
 
 
 @lru_cache(maxsize=64)

@@ -34,8 +34,8 @@ class Config:
 
     Args:
         kernel: "gemv" (one row of x a program), "gemm" (tensor cores) or "dequantize" (then the card's own product).
-        block_m, block_n, block_k: rows of x, rows of the weight and columns of a step at 4 bits; at 8 bits it is half as many
-            columns, of the same bytes. block_m is 1 for "gemv" and "dequantize".
+        block_m, block_n, block_k: rows of x, rows of the weight and columns of a step at 4 bits (`block_bytes` says how many of
+            which widths). block_m is 1 for "gemv" and "dequantize".
         programs_per_sm: K is split until there are about so many programs per multiprocessor; 0: K is never split.
         num_warps, num_stages: Triton's; a loop has num_stages - 1 steps under way. "dequantize" has no loop.
     """
@@ -48,30 +48,43 @@ class Config:
     num_warps: int
     num_stages: int
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a row that a step reads."""
-        return self.block_k // 2
+    def block_bytes(self, widths: tuple[int, ...]) -> int:
+        """Bytes of each line (layout `kpack`) that a step reads, of codes in planes of these widths.
 
-    def bytes_per_split(self, M: int, N: int, row_bytes: int, multiprocessors: int) -> int:
-        """How many bytes of each row a program multiplies, a multiple of block_bytes."""
+        At 8 bits as many as at 4, so half the columns; at other widths half as many, and 16 at least: a thread's load, and the
+        depth of a tensor core's product. One row of x takes more of 2 bits, since what it converts of x serves few rows, but no
+        more than 512 columns. (3 bits need 8.5 instructions a weight with 512 columns, 10.8 with 256; with 1024 some codes spill:
+        16 rows, sm_80.) 128 rows take as many columns as at 4 bits, or x outgrows the shared memory of sm_90 at 3 and 5.
+        """
+        fields = 8 // widths[-1]
+        if fields <= 2:
+            return self.block_k // 2
+        part = fields if self.block_m > 64 else 4 if len(widths) > 1 or self.kernel != "gemv" else 2
+        return max(min(self.block_k // part, 512 // fields), 16)
+
+    def bytes_per_split(self, M: int, N: int, line_bytes: int, block_bytes: int, multiprocessors: int) -> int:
+        """How many bytes of each line a program multiplies, a multiple of block_bytes."""
         tiles = -(-M // self.block_m) * -(-N // self.block_n)
-        steps = max(1, -(-row_bytes // self.block_bytes))
+        steps = max(1, -(-line_bytes // block_bytes))
         splits = min(steps, max(1, multiprocessors * self.programs_per_sm // tiles))
-        return -(-steps // splits) * self.block_bytes
+        return -(-steps // splits) * block_bytes
 
 
-def run_bytes(group: int, columns_per_byte: int, block_bytes: int) -> int:
+def run_bytes(group: int, fields: int, run: int, block_bytes: int) -> int:
     """So many bytes in a row share their group's scale, from every multiple of it on: a power of two, block_bytes at most.
 
-    Two columns of a byte lie 32 apart, in one group or in two (layout `kpack`). A group of 0 holds all columns.
+    Columns of a byte lie `run` apart, in one group or in several (layout `kpack`). A group of 0 holds all columns.
     """
     if group == 0:
         return block_bytes
     power = group & -group
-    if columns_per_byte == 2:
-        power = power // 2 if power >= 64 else min(power, 32)
-    return min(power, block_bytes)
+    return min(power // fields if power >= fields * run else min(power, run), block_bytes)
+
+
+def shared_fields(group: int, fields: int, run: int) -> int:
+    """So many columns of a byte in a row lie in one group, from every multiple of it on."""
+    power = group & -group
+    return fields if group == 0 or power >= fields * run else max(power // run, 1)
 
 
 def tiles_in(slice_bytes: int, K: int) -> int:
