@@ -19,10 +19,11 @@ SAMPLES = 128  # windows of calibration, as `qkernels quantize` takes them
 
 
 def taken(rows: Sequence[PlanRow], prefer: Prefer) -> PlanRow | None:
-    """The row to take; None where none fits. Rows that are tight, or lose more than `LARGEST_KL`, come after all others."""
+    """The row to take; None where none fits. Rows that are tight come after those that are not, and after all of them rows that
+    lose more than `LARGEST_KL`."""
     fitting = [row for row in rows if row.fits]
-    clear = [row for row in fitting if row.verdict == "fits"] or fitting
-    good = [row for row in clear if row.kl is None or row.kl <= LARGEST_KL] or clear
+    near = [row for row in fitting if row.kl is None or row.kl <= LARGEST_KL] or fitting
+    good = [row for row in near if row.verdict == "fits"] or near
     if not good:
         return None
     if prefer == "size":
