@@ -257,6 +257,7 @@ QK_DEVICE void multiply_planes(Totals<kTokenTiles>& totals, const GroupFormat& f
     }
 #pragma unroll
     for (int tile = 0; tile < kTilesPerStrip; ++tile) {
+      if (F::kTable && kTokenTiles > 1 && ends_here(f)) break;  // spills else on sm_120
       if constexpr (kByTile) q.load_low(codes, tile);
       if (g == F::kGroups - 1 && tile == kTilesPerStrip - 1) before_last_tile();
       float part[kTokenTiles][4];
