@@ -135,3 +135,13 @@ def shipped(directory: Path) -> dict[str, Tensor]:
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     (directory / "config.json").write_text(json.dumps(config))
     return floats
+
+
+def lively(family: str) -> Any:
+    """Experts loud enough to be heard."""
+    model = tiny_moe(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(0, 0.4)
+    return model

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from qkernels import GPTQ, RTN, load
@@ -17,9 +18,8 @@ from qkernels.errors import ArgumentError
 from qkernels.layerwise import quantizing, walking
 from qkernels.layerwise.quantizing import quantize_layer
 from qkernels.layerwise.running import Call, LayerInputs, LayerJob, Place
-from tests.test_blocks import MODELS, made
-from tests.test_experts_calibration import WINDOWS, lively, logits
-from tests.tiny_models import divergence, loud_model, run, token_windows
+from tests.moe_models import lively
+from tests.tiny_models import VOCABULARY, divergence, loud_model, run, token_windows
 
 AIMED = GPTQ(3, 16, aim="model")
 CPU = Place(torch.device("cpu"))
@@ -150,13 +150,13 @@ def test_a_run_that_goes_on_gives_the_same_bits(tmp_path: Path, monkeypatch: pyt
 
 def test_experts_aim_too() -> None:
     """A layer whose attention is coarse: experts make up for it, and their down projection for their up."""
-    model = lively("mixtral")
+    model, windows = lively("mixtral"), torch.randint(2, 60, (24, 16), generator=torch.Generator().manual_seed(0))
     errors, quantized = {}, {}
     for aim in ("layer", "model"):
         quantized[aim] = copy.deepcopy(model)
         method: Any = GPTQ(3, 8, aim=aim)
-        quantize(quantized[aim], method, calibration=WINDOWS, seq_len=16, progress=False)
-        errors[aim] = float((logits(quantized[aim]) - logits(model)).square().mean())
+        quantize(quantized[aim], method, calibration=windows, seq_len=16, progress=False)
+        errors[aim] = divergence(quantized[aim], model)
     assert errors["model"] < errors["layer"]
     stacks = [
         {name: value for name, value in one.state_dict().items() if "experts" in name and name.endswith("qweight")}
@@ -167,8 +167,8 @@ def test_experts_aim_too() -> None:
 
 def test_blocks_that_pass_on_more_than_hidden_states_say_so(caplog: pytest.LogCaptureFixture) -> None:
     """T5's second chain starts with what the first, quantized, put out."""
-    kind, config, fields, _ = MODELS["a bias from the first block"]
-    model = made(kind, config, fields)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCABULARY, **sizes)).eval()
     with caplog.at_level(logging.WARNING):
         run(model, AIMED)
     assert "aims at its own output" in caplog.text

@@ -16,7 +16,7 @@ from qkernels.errors import ArgumentError
 from qkernels.layerwise import walking
 from qkernels.nn import QuantExperts
 from qkernels.quantizers import rounding_of
-from tests.moe_models import FAMILIES, tiny_moe
+from tests.moe_models import FAMILIES, lively
 
 torch.manual_seed(0)
 WINDOWS = torch.randint(2, 60, (24, 16))
@@ -26,16 +26,6 @@ def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(WINDOWS[:4]).logits
     return found
-
-
-def lively(family: str) -> Any:
-    """Experts loud enough to be heard."""
-    model = tiny_moe(family)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "experts" in name:
-                parameter.normal_(0, 0.4)
-    return model
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "nemotron_h"])

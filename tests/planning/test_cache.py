@@ -31,8 +31,10 @@ def held(model: Any, tokens: int, batch: int) -> int:
     ids = torch.zeros(batch, tokens - 1, dtype=torch.long)
     with torch.no_grad():
         output = model(input_ids=ids, use_cache=True)
-        cache = output.get("cache", output.get("cache_params"))
-        name = "cache" if "cache" in output else "cache_params"
+        name = next(
+            name for name in ("cache", "cache_params", "past_key_values") if name in output
+        )  # the last: before 5.20
+        cache = output[name]
         model(input_ids=ids[:, :1], use_cache=True, **{name: cache})
     found = [value for layer in cache.layers for value in vars(layer).values()]
     flat = [part for v in found for part in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else [v])]
