@@ -23,7 +23,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from benchmarks.method.environment import commit
 from qkernels.text import table
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -57,6 +56,15 @@ PACKAGES: Final[Mapping[str, Tried]] = {
     "triton": Tried(("3.6.0", "3.9.0"), _TRITON),
     "torch": Tried(("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1"), ("tests/test_wheel.py",)),
 }
+
+
+def commit() -> str:
+    """Of this tree, and whether it was changed."""
+    said = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return said.stdout.strip() or "unknown"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def test_integer_wgmma_and_tma() -> None:
     for name, body in kernels.items():
         text = "\n".join(body)
         assert re.search(rf"^IGMMA\.64x{tokens_of(name)}x32\.S8\.S8 R\d+, R\d+, gdesc", text, re.MULTILINE), name
-        for instruction in (r"UTMALDG\.2D", "UBLKCP", r"SYNCS\.PHASECHK", r"USETMAXREG\.DEALLOC", "USETMAXREG"):
+        for instruction in (r"UTMALDG\.3D", "UBLKCP", r"SYNCS\.PHASECHK", r"USETMAXREG\.DEALLOC", "USETMAXREG"):
             assert re.search(rf"^{instruction}", text, re.MULTILINE), (name, instruction)
         assert not re.search(r"^(LDL|STL)", text, re.MULTILINE), name
 

@@ -202,7 +202,7 @@ def sanitized(tokens: int = 64, splits: int = 1) -> tuple[Call, Tensor]:
     return multiply_call(weight, x, None, tokens, splits), expected(weight, x, None, splits)
 
 
-@pytest.mark.parametrize("flavour", ["asan", "tsan"])
+@pytest.mark.parametrize("flavour", [pytest.param("asan", marks=in_full), "tsan"])
 @pytest.mark.parametrize(("tokens", "splits"), [(32, 2), (64, 1), (128, 1)])
 def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int, splits: int) -> None:
     """The first of its sanitizer waits for all kernels to be compiled under it: half a minute on two cores."""
