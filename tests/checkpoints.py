@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qkernels import inspect
+from qkernels.checkpoint import packed
 from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError
 from qkernels.formats import Format
@@ -75,6 +76,19 @@ def rewritten(source: Path, target: Path, change: Callable[[dict[str, Tensor]], 
         writer.add(name, tensor)
     writer.close()
     return target
+
+
+def shapes_taken_apart(monkeypatch: Any) -> list[tuple[int, int]]:
+    """`[N, K]` of every packed weight that is unpacked from now on, instead of being read as it lies."""
+    taken_apart: list[tuple[int, int]] = []
+    plain = packed.unpack_checked
+
+    def counted(layout: Any, buffers: Any, N: int, K: int, *rest: Any) -> Any:
+        taken_apart.append((N, K))
+        return plain(layout, buffers, N, K, *rest)
+
+    monkeypatch.setattr(packed, "unpack_checked", counted)
+    return taken_apart
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

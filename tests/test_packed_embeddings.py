@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qkernels import inspect, load, load_tokenizer
-from qkernels.checkpoint import convert, open_checkpoint, packed, to_gguf
+from qkernels.checkpoint import convert, open_checkpoint, to_gguf
 from qkernels.errors import CheckpointError
 from qkernels.nn import QuantEmbedding
 from qkernels.storage.gguf import GgufSource
+from tests.checkpoints import shapes_taken_apart
 from tests.gguf_golden import FILES
 from tests.gguf_written import FIELDS
 from tests.tiny_models import tiny_model
@@ -49,14 +50,7 @@ def logits(model: Any) -> Tensor:
 
 def test_they_load_as_they_do_from_the_file(made: tuple[Path, Path, bool], monkeypatch: Any) -> None:
     file, directory, whole = made
-    taken_apart: list[tuple[int, int]] = []
-    plain = packed.unpack_checked
-
-    def counted(layout: Any, buffers: Any, N: int, K: int, *rest: Any) -> Any:
-        taken_apart.append((N, K))
-        return plain(layout, buffers, N, K, *rest)
-
-    monkeypatch.setattr(packed, "unpack_checked", counted)
+    taken_apart = shapes_taken_apart(monkeypatch)
     model, expected = load(directory), load(file)
     table = expected.model.embed_tokens.table
     shape = (table.out_features, table.in_features)

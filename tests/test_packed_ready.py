@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qkernels import load, load_tokenizer, quantize
-from qkernels.checkpoint import convert, open_checkpoint, packed, to_gguf
+from qkernels.checkpoint import convert, open_checkpoint, to_gguf
 from qkernels.errors import CheckpointError
 from qkernels.quantizers import RTN
+from tests.checkpoints import shapes_taken_apart
 from tests.gguf_golden import FILES
 from tests.gguf_written import FIELDS
 from tests.tiny_models import tiny_model
@@ -41,14 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["gguf", "gptq"])
 def test_they_are_the_layers_of_their_source(files: dict[str, Path], name: str, monkeypatch: Any) -> None:
-    taken_apart: list[tuple[int, int]] = []
-    plain = packed.unpack_checked
-
-    def counted(layout: Any, buffers: Any, N: int, K: int, *rest: Any) -> Any:
-        taken_apart.append((N, K))
-        return plain(layout, buffers, N, K, *rest)
-
-    monkeypatch.setattr(packed, "unpack_checked", counted)
+    taken_apart = shapes_taken_apart(monkeypatch)
     ready, source = load(files[name]).state_dict(), load(files[f"{name}, source"]).state_dict()
     assert set(taken_apart) <= {(300, 256)}, "a head whose rows are no whole tiles"
     assert ready.keys() == source.keys()

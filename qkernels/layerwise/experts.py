@@ -35,7 +35,6 @@ ROWS_AT_ONCE: Final = 8192  # of activations in float32
 
 
 Pair = tuple[Tensor, Tensor | None]  # rows x̂, and x of the same tokens in the model as it came
-Moments = tuple[InputStatistics, Tensor | None]  # see `walking.Walk.statistics`
 
 
 @dataclass(frozen=True)
@@ -169,24 +168,18 @@ def routed_rows(form: ExpertsForm, args: Sequence[Any], kwargs: Mapping[str, Any
     return x[chosen], owner[chosen, None]
 
 
-def _moments(pairs: Iterable[Pair], width: int) -> Moments:
-    """Of rows x̂; and `2/n Σ (x - x̂) x̂ᵀ` where all have their x."""
-    statistics, cross = None, None
-    for part, other in pairs:
+def _moments(pairs: Iterable[Pair], width: int) -> InputStatistics:
+    statistics = None
+    for part, exact in pairs:
         statistics = InputStatistics(width, part.device) if statistics is None else statistics
-        statistics.update(part)
-        if other is not None:
-            cross = torch.zeros(width, width, device=part.device) if cross is None else cross
-            cross.addmm_((other.float() - part.float()).T, part.float())
-    if statistics is None:
-        return InputStatistics(width), None
-    return statistics, None if cross is None or not statistics.tokens else cross * (2 / statistics.tokens)
+        statistics.update(part, exact)
+    return InputStatistics(width) if statistics is None else statistics
 
 
 def _one(
     weight: Tensor,
     rows: Tensor,
-    moments: Moments,
+    statistics: InputStatistics,
     method: Options,
     name: str,
     sums: _Sums,
@@ -194,9 +187,8 @@ def _one(
 ) -> Tensor:
     """Quantize one expert's weight; returns it dequantized."""
     began = time.perf_counter()
-    statistics, cross = moments
     try:
-        hessian = statistics.hessian(name)
+        hessian, cross = statistics.hessian(name), statistics.cross()
         aimed = weight if cross is None or not method.aims else method.aimed(weight, hessian, cross, name)
         tensor = method.quantize(aimed, hessian, name)
     except CalibrationError as hopeless:

@@ -290,10 +290,10 @@ def _quantize_steps(
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
-        statistics, cross = walk.statistics(step, exact)
+        statistics = walk.statistics(step, exact)
         shared = (time.perf_counter() - began) / len(step)
         for target in step:
-            result = _quantize(layer, target, methods[target], statistics, cross, job.name, shared)
+            result = _quantize(layer, target, methods[target], statistics, job.name, shared)
             unscaled = job.folds.why_unscaled(target) if job.folds is not None else None
             results[target] = replace(result, unscaled=unscaled)
     for target in methods.keys() - results.keys():
@@ -345,20 +345,13 @@ def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str |
 
 
 def _quantize(
-    layer: nn.Module,
-    target: str,
-    method: Options,
-    statistics: InputStatistics,
-    cross: Tensor | None,
-    layer_name: str,
-    shared: float,
+    layer: nn.Module, target: str, method: Options, statistics: InputStatistics, layer_name: str, shared: float
 ) -> Quantized:
-    """Quantize one linear layer and leave the dequantized weight in it; `shared`: seconds its statistics took; `cross` as
-    `Walk.statistics` has it."""
+    """Quantize one linear layer and leave the dequantized weight in it; `shared`: seconds its statistics took."""
     began = time.perf_counter()
     name = f"{layer_name}.{target}"
     weight = linear_of(layer, target).weight.data.float()
-    hessian = statistics.hessian(name)
+    hessian, cross = statistics.hessian(name), statistics.cross()
     used, fallback = method.name, None
     try:
         aimed = weight if cross is None or not method.aims else method.aimed(weight, hessian, cross, f"{name}.weight")

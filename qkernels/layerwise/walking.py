@@ -70,25 +70,21 @@ class Walk:
             yield batch.x
         self._passed.update(step)
 
-    def statistics(self, step: Sequence[str], exact: Walk | None = None) -> tuple[InputStatistics, Tensor | None]:
-        """Of the input x̂ that the linear layers of a step share, over all batches; and `2/n Σ (x - x̂) x̂ᵀ`, `[K, K]`, with the
-        input x of the same tokens in another walk, which has the weights as they came. None where there is no such walk, or
-        where it is not known that rows are of the same tokens: an expert's are those that its router sends."""
+    def statistics(self, step: Sequence[str], exact: Walk | None = None) -> InputStatistics:
+        """Of the input that the linear layers of a step share, over all batches, together with that of the same tokens in another
+        walk, which has the weights as they came. Without, where it is not known that rows are of the same tokens: an expert's are
+        those that its router sends."""
         K = input_weight(self.layer, step[0]).shape[-1]
         collected = InputStatistics(K, self.place.device)
-        cross = None if exact is None else torch.zeros(K, K, device=self.place.device)
         others = itertools.repeat(None, len(self.inputs.hidden)) if exact is None else exact.inputs_of(step)
+        paired = True
         for hidden, x, other in zip(self.inputs.hidden, self.inputs_of(step), others, strict=True):
+            tokens = hidden.numel() // hidden.shape[-1]
+            counts = {0 if rows is None else rows.numel() // K for rows in (x, other)}
+            paired = paired and counts in ({0}, {tokens})
             if x is not None:
-                collected.update(x)
-            if cross is not None and (x is not None or other is not None):
-                tokens = hidden.numel() // hidden.shape[-1]
-                if x is None or other is None or not tokens == x.numel() // K == other.numel() // K:
-                    cross = None
-                    continue
-                rows = x.detach().reshape(-1, K).float()
-                cross.addmm_((other.detach().reshape(-1, K).float() - rows).T, rows)
-        return collected, None if cross is None or collected.tokens == 0 else cross * (2 / collected.tokens)
+                collected.update(x, other if paired else None)
+        return collected
 
     def outcomes(self) -> Iterator[Outcome]:
         """What every batch puts out, with all steps quantized."""

@@ -24,11 +24,18 @@ class InputStatistics:
         self._outer = torch.zeros(in_features, in_features, device=device) if moments else None  # its upper strips
         self._magnitude = torch.zeros(in_features, device=device)
         self._largest = torch.zeros(in_features, device=device)
+        self._cross: Tensor | None = None  # K² floats more, where inputs come in pairs
+        self._paired = True
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs `[..., K]` of any floating dtype."""
+    def update(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Add inputs `[..., K]` of any floating dtype; `exact`: of the same tokens in the model as it came, for `cross`."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += rows.shape[0]
+        if exact is None:
+            self._paired = False
+        else:
+            self._cross = torch.zeros(2 * rows.shape[1:], device=x.device) if self._cross is None else self._cross
+            self._cross.addmm_((exact.detach().reshape(rows.shape).float() - rows).T, rows)
         if self._outer is not None:
             for strip in _strips(rows.shape[-1]):
                 self._outer[strip, strip.start :].addmm_(rows[:, strip].T, rows[:, strip.start :])
@@ -50,6 +57,10 @@ class InputStatistics:
         for strip in _strips(len(hessian)):
             hessian[strip.stop :, strip] = hessian[strip, strip.stop :].T
         return hessian
+
+    def cross(self) -> Tensor | None:
+        """fp32 `[K, K]`: `2/n Σ (x - x̂) x̂ᵀ` over n tokens, with the inputs x̂ and `exact` x; None where some came without."""
+        return self._cross * (2 / self.tokens) if self._cross is not None and self._paired and self.tokens else None
 
     def mean_magnitude(self, name: str = "the layer") -> Tensor:
         """fp32 `[K]`: the mean of |x| over tokens.
