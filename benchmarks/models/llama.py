@@ -71,8 +71,8 @@ class Block(nn.Module):
         for name in ("keys", "values"):
             self.register_buffer(name, torch.zeros(1, g.kv_heads, positions, g.head_dim, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor, at: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """x `[1, T, hidden]`, at `[T]` positions, turn (cos, sin) `[T, head_dim]`, mask `[T, positions]` of 0 and -inf."""
+    def forward(self, x: Tensor, at: Tensor, turn: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+        """x `[1, T, hidden]`, at `[T]` positions, turn (cos, sin, plain) `[T, head_dim]`, mask `[T, positions]` of 0 and -inf."""
         g, T = self.g, x.shape[1]
         qkv = self.qkv(_norm(x, self.norm1, self.epsilon)).view(1, T, -1, g.head_dim).transpose(1, 2)
         qk, v = qkv.split([g.heads + g.kv_heads, g.kv_heads], dim=1)
@@ -122,10 +122,11 @@ def _written_out(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     return y.to(q.dtype)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Both halves of a head as the coordinates of head_dim / 2 points; `sin` comes with a minus in its first half."""
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, plain: Tensor) -> Tensor:
+    """Both halves of a head as the coordinates of head_dim / 2 points; `sin` comes with a minus in its first half, `plain` has
+    none."""
     if _by_ops(x):
-        return between.rotated(x, cos[None], sin[None])
+        return between.rotated(x, cos[None], plain[None])
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
 
@@ -166,9 +167,8 @@ class Llama(nn.Module):
         # As numbers: attention would make them of a bool in every layer.
         mask = torch.where(self.positions[None, :] <= at[:, None], 0.0, -torch.inf).to(x.dtype)
         sin = self.sin[at]
-        if _by_ops(x):  # as others have it, without the minus
-            sin = torch.cat([-sin[:, : self.g.head_dim // 2], sin[:, self.g.head_dim // 2 :]], -1)
-        turn = (self.cos[at], sin)
+        half = self.g.head_dim // 2
+        turn = (self.cos[at], sin, torch.cat([-sin[:, :half], sin[:, half:]], -1))
         for block in self.blocks:
             x = block(x, at, turn, mask)
         y: Tensor = self.head(_norm(x[:, -1], self.norm, self.epsilon))

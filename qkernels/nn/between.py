@@ -121,6 +121,12 @@ def _takes(x: Tensor) -> bool:
     )
 
 
+def _takes_rows(x: Tensor) -> bool:
+    """The same of norms and gates. Prompts in float32, which is for exact comparisons, keep the bits of PyTorch's operators; 16 bits
+    swallow the order of a sum but for a value in a thousand."""
+    return _takes(x) and (x.dtype != torch.float32 or x.numel() == x.shape[-1])
+
+
 def _copy_of(module: Any, **children: Any) -> Any:
     """A module that shares nothing which is set on it, with other children or parameters."""
     probe = copy.copy(module)
@@ -152,7 +158,7 @@ class _Norm(_Fused):
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         weight = self._parameters.get("weight")
-        if others or named or weight is None or not _takes(x) or weight.dtype != x.dtype:
+        if others or named or weight is None or not _takes_rows(x) or weight.dtype != x.dtype:
             return cast(Tensor, super().forward(x, *others, **named))
         return rms_norm(x, weight, self._epsilon, self._one_added)
 
@@ -187,7 +193,7 @@ class _Gated(_Fused):
     _gelu: bool
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Any:
-        if others or named or not _takes(x):
+        if others or named or not _takes_rows(x):
             return super().forward(x, *others, **named)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if type(gate) is type(up) is Tensor and gate.dtype == up.dtype and gate.shape[-1] % LANES == 0:
