@@ -122,8 +122,8 @@ def _takes(x: Tensor) -> bool:
 
 
 def _takes_rows(x: Tensor) -> bool:
-    """The same of norms and gates. Prompts in float32, which is for exact comparisons, keep the bits of PyTorch's operators; 16 bits
-    swallow the order of a sum but for a value in a thousand."""
+    """The same of norms and gates. Prompts in float32, which is for exact comparisons, keep the bits of PyTorch's operators; 16
+    bits swallow the order of a sum but for a value in a thousand."""
     return _takes(x) and (x.dtype != torch.float32 or x.numel() == x.shape[-1])
 
 
