@@ -215,8 +215,8 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   // Codes are fetched 3 KB ahead, and at the end of a tile from `next_tile`: see prefetch_codes in tile_gemm.h. Where
   // memory gives 90 GB/s, M = 4 reads 75 with 2 KB, 80 with 3 or 4; where it gives 55, 53, 52 and 51. Where a weight is
   // one stream, few rows of x have it fetched into L2 as well, 8 KB ahead (one core of a Zen 4, M = 4: 24 GB/s, with 3
-  // KB alone 23); planes do not.
-  constexpr bool kFetchesTwice = kFetches && V::kOneStream && !kPlanes && kTokens <= V::kDecodeTokens;
+  // KB alone 23); planes and bytes do not.
+  constexpr bool kFetchesTwice = kFetches && V::kOneStream && kWidth == 4 && kTokens <= V::kDecodeTokens;
   constexpr int64_t kAhead = kFetchesTwice ? 1024 : 3072, kFurther = 7168;
   [[maybe_unused]] const uint8_t* ahead = codes + kAhead;
   [[maybe_unused]] const int64_t to_next = (next_tile - tile - 1) * call.tile_bytes;
@@ -266,7 +266,6 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
           __builtin_prefetch(ahead + vector_at[v]);
           if (kBytes) __builtin_prefetch(ahead + vector_at[v] + kQuadBytes);
           if (kFetchesTwice) __builtin_prefetch(ahead + vector_at[v] + kFurther, 0, 2);
-          if (kFetchesTwice && kBytes) __builtin_prefetch(ahead + vector_at[v] + kQuadBytes + kFurther, 0, 2);
         }
         if constexpr (kCodes == Codes::kNibbles && !kApart && !kPairs) {
           const Integers lanes = V::lanes_at(at);
