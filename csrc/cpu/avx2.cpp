@@ -8,7 +8,7 @@ QK_TARGET_BEGIN("avx2,fma,f16c")
 #include <immintrin.h>
 
 #include "avx2_vectors.h"
-#include "between.h"
+#include "experts_loops.h"
 #include "kernels.h"
 #include "tile_gemm.h"
 

@@ -7,7 +7,7 @@
 QK_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 #include "avx512_vectors.h"
-#include "between.h"
+#include "experts_loops.h"
 #include "kernels.h"
 
 namespace qkernels::cpu {

@@ -1,131 +1,78 @@
-// What a block of experts computes between and after its two products: plain loops that the compiler vectorizes for the
-// file that includes this, as rows.h. Products and sums are rounded one by one: the same bits on every instruction set
-// (what erf and tanh are is the C library's). Builtins of the compiler, for an inline function of <cmath> would be
-// compiled for the instruction set and could be kept for all (target.h).
+// What a decoder layer does between its products: norms, gates, rotary positions, attention of single tokens. Small
+// things, whose cost in PyTorch is the number of their operators. No torch header in here.
+//
+// Sums are in fp32, sixteen partial ones and then a tree: the same bits on every instruction set and with any number of
+// threads. Results are rounded where transformers rounds them.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
 #include "kernels.h"
-#include "rows.h"
-#include "target.h"
-
-QK_UNCONTRACTED_BEGIN
 
 namespace qkernels::cpu {
-namespace {
 
-// e^x in operations that a compiler makes vectors of: x = n ln 2 + r with |r| <= ln 2 / 2, 2^n from its bits, e^r by a
-// polynomial (relative error below 2^-22). +inf and NaN as they are, e^-87 for what is less.
-inline float exponential(float x) {
-  constexpr float kShift = 12582912.0f;  // 1.5 2^23: its last bits are whole numbers
-  const float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-  const float shifted = bounded * 1.44269504f + kShift, n = shifted - kShift;
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const float value = p * as_float((as_bits(shifted) + 127) << 23);
-  return x > 88.0f ? __builtin_inff() : value;
-}
+// y[r] = weight * round(x[r] / rms(x[r])), or of Gemma: round(x[r] / rms(x[r]) * (1 + weight)).
+struct Norm {
+  const void* x;              // [rows, n]
+  const void* weight;         // [n]
+  void* y;                    // [rows, n]
+  Type type;                  // of all three
+  int64_t rows, n, x_stride;  // from a row of x to the next
+  float epsilon;
+  bool one_added;
+};
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+// y = round(silu(gate)) * up, or gelu by tanh.
+struct Gate {
+  const void *gate, *up;
+  void* y;
+  Type type;
+  int64_t n;
+  bool gelu;
+};
 
-template <Activation kKind>
-inline float activated(float alpha, float limit, float gate, float up) {
-  switch (kKind) {
-    case Activation::kSilu:
-      return gate * sigmoid(gate) * up;
-    case Activation::kGelu:
-      return 0.5f * gate * (1.0f + __builtin_erff(gate * 0.70710678f)) * up;
-    case Activation::kGeluTanh:
-      return 0.5f * gate * (1.0f + __builtin_tanhf(0.79788456f * (gate + 0.044715f * gate * gate * gate))) * up;
-    case Activation::kSwigluOai: {
-      const float g = gate > limit ? limit : gate;
-      const float u = up > limit ? limit : up < -limit ? -limit : up;
-      return (u + 1.0f) * (g * sigmoid(g * alpha));
-    }
-    case Activation::kRelu2Alone:
-      return up > 0.0f || up != up ? up * up : 0.0f;
-    case Activation::kSiluAlone:
-      return up * sigmoid(up);
-    default:
-      return 0.5f * up * (1.0f + __builtin_erff(up * 0.70710678f));
-  }
-}
+// Both halves of a head as the coordinates of D / 2 points, turned by the angles of its position.
+struct Rotation {
+  const void* x;          // [B, H, T, D], D dense
+  const void *cos, *sin;  // [B or 1, T, D]
+  void* y;                // [B, H, T, D] contiguous
+  Type type;              // of all four
+  int64_t B, H, T, D;
+  int64_t strides[3];     // of x
+  int64_t angles_stride;  // from a sequence's angles to the next one's
+};
 
-inline void store_values(Type type, void* to, int64_t at, const float* values, int64_t n) {
-  if (type == Type::kFloat) {
-    std::memcpy(static_cast<float*>(to) + at, values, static_cast<size_t>(n) * 4);
-    return;
-  }
-  uint16_t* half = static_cast<uint16_t*>(to) + at;
-  if (type == Type::kBFloat16) {
-    for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(values[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) half[i] = to_half(values[i]);
-  }
-}
+// One token a sequence over its keys and values; heads that share keys lie together.
+struct Attention {
+  const void* q;              // [B, H, D]
+  const void *keys, *values;  // [B, G, P, D]
+  void* y;                    // [B, H, D] contiguous
+  Type type;                  // of all four
+  int64_t B, H, G, P, D;
+  int64_t q_strides[2], key_strides[3], value_strides[3];
+  const void* mask;  // [B or 1, P] of floats that are added, or of bytes; null: all are seen
+  Type mask_type;    // kUInt8: 0 is not seen
+  int64_t mask_stride;
+  float scale;
+  float* scores;  // [B, H, P]
+};
+constexpr int64_t kLaneWidth = 16;  // n and D are multiples of it
+constexpr int64_t kMostHead = 256;  // D
 
-constexpr int64_t kPiece = 256;  // values at a time, in memory of the stack
+// The loops of one instruction set, over rows, elements, heads [b, h], and groups of heads [b, g].
+struct BetweenLoops {
+  void (*norm)(const Norm& norm, int64_t begin, int64_t end);
+  void (*gate)(const Gate& gate, int64_t begin, int64_t end);
+  void (*rotate)(const Rotation& rotation, int64_t begin, int64_t end);
+  void (*attend)(const Attention& attention, int64_t begin, int64_t end);
+};
+extern const BetweenLoops kBetweenScalar;
+#if defined(__x86_64__)
+extern const BetweenLoops kBetweenAvx2, kBetweenAvx512;
+#endif
 
-template <Activation kKind>
-void activate_by(const Between& b, int64_t m0, int64_t m1) {
-  float values[kPiece];
-  const float alpha = b.alpha, limit = b.limit;
-  for (int64_t m = m0; m < m1; ++m) {
-    const float* gate = b.up + m * b.width * (is_gated(kKind) ? 2 : 1);
-    const float* up = is_gated(kKind) ? gate + b.width : gate;
-    for (int64_t i = 0; i < b.width; i += kPiece) {
-      const int64_t n = b.width - i < kPiece ? b.width - i : kPiece;
-      for (int64_t c = 0; c < n; ++c) values[c] = activated<kKind>(alpha, limit, gate[i + c], up[i + c]);
-      store_values(b.type, b.inner, m * b.width + i, values, n);
-    }
-  }
-}
+void norm(const Norm& norm, const Kernels& kernels, ParallelFor parallel_for);
+void gate(const Gate& gate, const Kernels& kernels, ParallelFor parallel_for);
+void rotate(const Rotation& rotation, const Kernels& kernels, ParallelFor parallel_for);
+void attend(const Attention& attention, const Kernels& kernels, ParallelFor parallel_for);
 
-void activate(const Between& b, int64_t m0, int64_t m1) {
-  switch (b.activation) {
-    case Activation::kSilu:
-      return activate_by<Activation::kSilu>(b, m0, m1);
-    case Activation::kGelu:
-      return activate_by<Activation::kGelu>(b, m0, m1);
-    case Activation::kGeluTanh:
-      return activate_by<Activation::kGeluTanh>(b, m0, m1);
-    case Activation::kSwigluOai:
-      return activate_by<Activation::kSwigluOai>(b, m0, m1);
-    case Activation::kRelu2Alone:
-      return activate_by<Activation::kRelu2Alone>(b, m0, m1);
-    case Activation::kSiluAlone:
-      return activate_by<Activation::kSiluAlone>(b, m0, m1);
-    default:
-      return activate_by<Activation::kGeluAlone>(b, m0, m1);
-  }
-}
-
-void weigh(const Weighing& w, int64_t t0, int64_t t1) {
-  float sums[kPiece];
-  for (int64_t t = t0; t < t1; ++t) {
-    for (int64_t h = 0; h < w.hidden; h += kPiece) {
-      const int64_t n = w.hidden - h < kPiece ? w.hidden - h : kPiece;
-      std::memset(sums, 0, sizeof(sums));
-      for (int64_t j = 0; j < w.k; ++j) {
-        const int64_t place = w.place[t * w.k + j];
-        if (place < 0) continue;
-        const float weight = w.weights[t * w.k + j];
-        const float* row = w.down + place * w.hidden + h;
-        for (int64_t c = 0; c < n; ++c) sums[c] += weight * row[c];
-      }
-      store_values(w.type, w.y, t * w.hidden + h, sums, n);
-    }
-  }
-}
-
-}  // namespace
 }  // namespace qkernels::cpu
-
-QK_UNCONTRACTED_END

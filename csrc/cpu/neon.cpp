@@ -2,7 +2,7 @@
 // bf16 ones on CPUs without FEAT_BF16. No speed was ever measured: written by count of instructions, tested under qemu.
 #include <cstdint>
 
-#include "between.h"
+#include "experts_loops.h"
 #include "kernels.h"
 #include "neon_vectors.h"
 

@@ -1,6 +1,6 @@
 // Plain C++: for CPUs without AVX2, and the oracle that the other instruction sets are tested against. It shares
 // neither the unpacking nor the loops with them.
-#include "between.h"
+#include "experts_loops.h"
 #include "kernels.h"
 #include "rows.h"
 
