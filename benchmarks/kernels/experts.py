@@ -34,6 +34,7 @@ from qkernels.errors import UnsupportedProblem
 from qkernels.layouts import get_layout
 from qkernels.models.experts import experts_form
 from qkernels.nn.experts import QuantExperts, QuantStack
+from qkernels.nn.huge_pages import empty_on_huge_pages
 from qkernels.ops.grouped import activate
 from qkernels.scheme import QuantScheme
 from qkernels.tensor import QuantTensor
@@ -246,8 +247,8 @@ def candidates(weights: Weights, against: str, tokens: int) -> Iterable[tuple[st
 
 
 def reading(weights: Weights) -> Run:
-    """A sum over a GiB's next bytes, as many as the scheme of ours has in the experts that are hit."""
-    memory, place = torch.ones(1 << 28), 0
+    """A sum over a GiB's next bytes, as many as the scheme of ours has in the experts that are hit, on huge pages as they are."""
+    memory, place = empty_on_huge_pages([1 << 28], torch.float32).fill_(1), 0
     nbytes = 3 * weights.hidden * weights.width * (4 + 16 / 128) / 8
 
     def run(given: Route) -> Tensor:

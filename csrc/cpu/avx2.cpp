@@ -1,8 +1,6 @@
 // AVX2 with FMA and F16C: 8 rows a vector, fp32 products. A tile is four vectors.
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "target.h"
 QK_TARGET_BEGIN("avx2,fma,f16c")

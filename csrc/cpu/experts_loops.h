@@ -1,7 +1,8 @@
 // What a block of experts computes between and after its two products: plain loops that the compiler vectorizes for the
-// file that includes this, as rows.h. Products and sums are rounded one by one: the same bits on every instruction set.
+// file that includes this, as rows.h. Products and sums are rounded one by one: the same bits on every instruction set
+// (what erf and tanh are is the C library's). Builtins of the compiler, for an inline function of <cmath> would be
+// compiled for the instruction set and could be kept for all (target.h).
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -22,9 +23,9 @@ inline float activated(float alpha, float limit, float gate, float up) {
     case Activation::kSilu:
       return gate * sigmoid(gate) * up;
     case Activation::kGelu:
-      return 0.5f * gate * (1.0f + std::erf(gate * 0.70710678f)) * up;
+      return 0.5f * gate * (1.0f + __builtin_erff(gate * 0.70710678f)) * up;
     case Activation::kGeluTanh:
-      return 0.5f * gate * (1.0f + std::tanh(0.79788456f * (gate + 0.044715f * gate * gate * gate))) * up;
+      return 0.5f * gate * (1.0f + __builtin_tanhf(0.79788456f * (gate + 0.044715f * gate * gate * gate))) * up;
     case Activation::kSwigluOai: {
       const float g = gate > limit ? limit : gate;
       const float u = up > limit ? limit : up < -limit ? -limit : up;
@@ -35,7 +36,7 @@ inline float activated(float alpha, float limit, float gate, float up) {
     case Activation::kSiluAlone:
       return up * sigmoid(up);
     default:
-      return 0.5f * up * (1.0f + std::erf(up * 0.70710678f));
+      return 0.5f * up * (1.0f + __builtin_erff(up * 0.70710678f));
   }
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels import HQQ, NF4, RTN, QuantTensor, ops
+from qkernels import HQQ, NF4, RTN, QuantTensor, extension, ops
 from qkernels.errors import ArgumentError
 from qkernels.layouts import get_layout
 from qkernels.ops import grouped
@@ -97,6 +97,27 @@ def test_a_block_is_what_its_products_are(activation: str, layout: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     nobody = torch.full_like(ids, E)
     assert not grouped.experts(layout, x, nobody, weights * torch.nan, up, down, activation, 1.702, 7.0).any()
+
+
+@pytest.mark.parametrize("activation", grouped.ACTIVATIONS)
+def test_a_block_of_int8_has_the_bits_of_the_scalar_code(isa: str, activation: str) -> None:
+    """What lies between and after the products is rounded operation by operation, whatever the vectors: widths beside whole
+    ones and beyond a piece, numbers that overflow exp, NaN, places that no expert has."""
+    width = 293
+    up, _ = stack("w4a8_g8", "cpu_tile_a8", width * (1 if activation.endswith("_ungated") else 2), 48, bias=True)
+    down, _ = stack("w4a8_g8", "cpu_tile_a8", 265, width, bias=True)
+    x, ids, weights = torch.randn(9, 48), torch.randint(-1, E + 1, (9, 3)), torch.rand(9, 3)
+    x[:, 0] *= torch.tensor([1e-3, 1.0, 9.0, 90.0, 900.0, 1e30, 1.0, 1.0, 1.0])
+    x[7, 3] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        arguments = ("cpu_tile_a8", x.to(dtype), ids, weights, up, down, activation, 1.702, 7.0)
+        got = grouped.experts(*arguments)
+        extension.use_isa("scalar")
+        try:
+            expected = grouped.experts(*arguments)
+        finally:
+            extension.use_isa(isa)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("scheme", ["w4a16_g8", "w4a8_g8", "w4a8z_g8", "w8a8o6_channel"])
