@@ -47,14 +47,14 @@ def when_layers_are_finished(layers: int) -> Kill:
     """At the first matrix that is quantized after so many decoder layers."""
 
     def arm(method: Options, out: Path) -> None:
-        original = type(method).quantize
+        original = type(method).for_inputs
 
-        def quantize(*args: Any, **kwargs: Any) -> Any:
+        def for_inputs(*args: Any, **kwargs: Any) -> Any:
             if finished_layers(out) == layers:
                 die()
             return original(*args, **kwargs)
 
-        type(method).quantize = quantize
+        type(method).for_inputs = for_inputs
 
     return arm
 

@@ -18,6 +18,7 @@ from qkernels.errors import ArgumentError
 from qkernels.layerwise import quantizing, walking
 from qkernels.layerwise.quantizing import quantize_layer
 from qkernels.layerwise.running import Call, LayerInputs, LayerJob, Place
+from qkernels.quantizers.gptq import aimed
 from tests.moe_models import lively
 from tests.tiny_models import VOCABULARY, divergence, loud_model, run, token_windows
 
@@ -32,11 +33,11 @@ def test_the_aimed_weight_is_the_best_real_one() -> None:
     changed = x + 0.3 * torch.randn_like(x) @ torch.randn(24, 24, dtype=torch.float64) / 24**0.5
     weight = torch.randn(8, 24, dtype=torch.float64)
     moments, cross = (2 / 200 * left.T @ changed for left in (changed, x - changed))
-    aimed = GPTQ(aim="model", damping=1e-12).aimed(weight, moments, cross)
+    best = aimed(weight, GPTQ(aim="model", damping=1e-12).prepared(moments), cross)
     expected = torch.linalg.lstsq(changed, x @ weight.T).solution.T
-    torch.testing.assert_close(aimed, expected, rtol=0, atol=1e-9)
-    assert not torch.allclose(aimed, weight, atol=1e-2)
-    assert torch.equal(GPTQ(aim="model").aimed(weight, moments, torch.zeros_like(cross)), weight)
+    torch.testing.assert_close(best, expected, rtol=0, atol=1e-9)
+    assert not torch.allclose(best, weight, atol=1e-2)
+    assert torch.equal(aimed(weight, GPTQ(aim="model").prepared(moments), torch.zeros_like(cross)), weight)
 
 
 def test_a_column_that_was_always_0_stays() -> None:
@@ -44,9 +45,9 @@ def test_a_column_that_was_always_0_stays() -> None:
     x = torch.randn(64, 8)
     x[:, 3] = 0
     weight = torch.randn(4, 8)
-    aimed = AIMED.aimed(weight, x.T @ x, (0.1 * x).T @ x)
-    assert torch.equal(aimed[:, 3], weight[:, 3])
-    assert not torch.equal(aimed, weight)
+    best = aimed(weight, AIMED.prepared(x.T @ x), (0.1 * x).T @ x)
+    assert torch.equal(best[:, 3], weight[:, 3])
+    assert not torch.equal(best, weight)
 
 
 class Two(nn.Module):
@@ -83,17 +84,17 @@ def test_the_second_layer_makes_up_for_the_first(held: bool, monkeypatch: pytest
     if not held:
         monkeypatch.setattr(walking, "HELD_BYTES", 0)
     plain, without = of_two("layer")
-    aimed, inputs = of_two("model")
-    assert torch.equal(aimed.first.weight, plain.first.weight)
+    better, inputs = of_two("model")
+    assert torch.equal(better.first.weight, plain.first.weight)
     x = torch.randn(3, 2, 40, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = Two()(x)
-        errors = [float((layer(x) - expected).square().mean()) for layer in (plain, aimed)]
+        errors = [float((layer(x) - expected).square().mean()) for layer in (plain, better)]
     assert errors[1] < 0.8 * errors[0]
     assert inputs.exact is not None and without.exact is None
     assert torch.equal(torch.stack(inputs.exact), expected)
     with torch.no_grad():
-        assert torch.equal(torch.stack(inputs.hidden), aimed(x))
+        assert torch.equal(torch.stack(inputs.hidden), better(x))
 
 
 def test_rows_of_some_tokens_only_are_not_taken_for_those_of_others() -> None:
@@ -176,10 +177,10 @@ def test_blocks_that_pass_on_more_than_hidden_states_say_so(caplog: pytest.LogCa
 
 def test_memory_and_disk_are_told(tmp_path: Path) -> None:
     loud_model().save_pretrained(tmp_path / "source")
-    plain, aimed = (preview(tmp_path / "source", GPTQ(3, 16, aim=aim), seq_len=16) for aim in ("layer", "model"))
-    assert aimed.host_bytes == 2 * plain.host_bytes
-    assert aimed.disk_bytes - plain.disk_bytes == 2 * plain.host_bytes
-    assert aimed.device_bytes > plain.device_bytes
+    plain, both = (preview(tmp_path / "source", GPTQ(3, 16, aim=aim), seq_len=16) for aim in ("layer", "model"))
+    assert both.host_bytes == 2 * plain.host_bytes
+    assert both.disk_bytes - plain.disk_bytes == 2 * plain.host_bytes
+    assert both.device_bytes > plain.device_bytes
 
 
 def test_what_it_is_not() -> None:

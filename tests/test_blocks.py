@@ -324,7 +324,7 @@ def test_an_interrupted_encoder_decoder_goes_on_to_the_same_bits(
 ) -> None:
     """In the encoder, and in the decoder, which needs what the finished encoder puts out."""
     made("BartForConditionalGeneration", "BartConfig", BART).save_pretrained(tmp_path / "source")
-    original = GPTQ.quantize
+    original = GPTQ.for_inputs
     units = tmp_path / ".out.qkernels-work"
 
     def interrupting(*args: Any, **kwargs: Any) -> Any:
@@ -333,7 +333,7 @@ def test_an_interrupted_encoder_decoder_goes_on_to_the_same_bits(
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GPTQ, "quantize", interrupting)
+        patch.setattr(GPTQ, "for_inputs", interrupting)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "source", GPTQ(4, 16), save_to=tmp_path / "out")
     assert len(list(units.glob("unit-*"))) == stop

@@ -188,9 +188,7 @@ def _one(
     """Quantize one expert's weight; returns it dequantized."""
     began = time.perf_counter()
     try:
-        hessian, cross = statistics.hessian(name), statistics.cross()
-        aimed = weight if cross is None or not method.aims else method.aimed(weight, hessian, cross, name)
-        tensor = method.quantize(aimed, hessian, name)
+        tensor = method.for_inputs(statistics.hessian(name), statistics.cross(), name)(weight, name)
     except CalibrationError as hopeless:
         log.debug("%s is rounded to nearest: %s", name, hopeless)
         sums.rare[expert] = statistics.tokens

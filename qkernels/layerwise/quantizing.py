@@ -17,7 +17,8 @@ from ..errors import ArgumentError, CalibrationError, QKernelsError
 from ..models.architectures import block_lists, expected_folds, folds_of_layer
 from ..models.experts import ExpertsForm, experts_of, parameter_of
 from ..models.linears import linear_of, set_weight
-from ..quantizers import InputStatistics, Options, rounding_of
+from ..quantizers import InputStatistics, Options, output_energy, rounding_of
+from ..quantizers.options import Rounding
 from ..reports import ModuleReport
 from ..tensor import FLOAT_DTYPES, QuantTensor
 from ..texts import Windows, batches_of
@@ -290,10 +291,10 @@ def _quantize_steps(
     results: dict[str, Quantized] = {}
     for step in input_groups(layer, list(methods), inputs, job.place):
         began = time.perf_counter()
-        statistics = walk.statistics(step, exact)
+        seen = _Seen.of(walk.statistics(step, exact), f"{job.name}.{step[0]}")
         shared = (time.perf_counter() - began) / len(step)
         for target in step:
-            result = _quantize(layer, target, methods[target], statistics, job.name, shared)
+            result = _quantize(layer, target, methods[target], seen, job.name, shared)
             unscaled = job.folds.why_unscaled(target) if job.folds is not None else None
             results[target] = replace(result, unscaled=unscaled)
     for target in methods.keys() - results.keys():
@@ -344,25 +345,42 @@ def round_to_nearest(weight: Tensor, method: Options, name: str, fallback: str |
     return Quantized(tensor, rounding.name, error, False, time.perf_counter() - began, fallback)
 
 
-def _quantize(
-    layer: nn.Module, target: str, method: Options, statistics: InputStatistics, layer_name: str, shared: float
-) -> Quantized:
+@dataclass(frozen=True)
+class _Seen:
+    """What went into the linear layers of a step.
+
+    Args:
+        roundings: what methods made of it, for those of them that have the same.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None
+    roundings: dict[Options, Rounding]
+
+    @classmethod
+    def of(cls, statistics: InputStatistics, name: str) -> _Seen:
+        return cls(statistics.hessian(name), statistics.cross(), {})
+
+    def rounding(self, method: Options, name: str) -> Rounding:
+        if method not in self.roundings:
+            self.roundings[method] = method.for_inputs(self.hessian, self.cross, name)
+        return self.roundings[method]
+
+
+def _quantize(layer: nn.Module, target: str, method: Options, seen: _Seen, layer_name: str, shared: float) -> Quantized:
     """Quantize one linear layer and leave the dequantized weight in it; `shared`: seconds its statistics took."""
     began = time.perf_counter()
     name = f"{layer_name}.{target}"
     weight = linear_of(layer, target).weight.data.float()
-    hessian, cross = statistics.hessian(name), statistics.cross()
     used, fallback = method.name, None
     try:
-        aimed = weight if cross is None or not method.aims else method.aimed(weight, hessian, cross, f"{name}.weight")
-        tensor = method.quantize(aimed, hessian, f"{name}.weight")
+        tensor = seen.rounding(method, f"{name}.weight")(weight, f"{name}.weight")
     except CalibrationError as hopeless:
         fallback = str(hopeless)
         rounded = round_to_nearest(weight, method, name, fallback)
         tensor, used = rounded.tensor, rounded.method
     restored = tensor.dequantize()
-    difference = restored - weight
-    error = _ratio(float(((difference @ hessian) * difference).sum()), float(((weight @ hessian) * weight).sum()))
+    error = _ratio(output_energy(restored - weight, seen.hessian), output_energy(weight, seen.hessian))
     set_weight(layer, target, restored)
     return Quantized(tensor, used, error, True, shared + time.perf_counter() - began, fallback)
 

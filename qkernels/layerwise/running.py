@@ -224,8 +224,16 @@ def input_groups(layer: nn.Module, names: Sequence[str], inputs: LayerInputs, pl
     on the first batch (an expert that gets no token) is in no group."""
     calls: list[tuple[str, Tensor]] = []
 
+    left = set(names)
+
     def note(name: str) -> Hook:
-        return lambda module, args: calls.append((name, args[0]))
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            calls.append((name, args[0]))
+            left.discard(name)
+            if not left:
+                raise Stop
+
+        return hook
 
     with pre_hooks(layer, {name: note(name) for name in names}):
         run_to_stop(layer, inputs.first(1), place)

@@ -71,11 +71,11 @@ class Walk:
         self._passed.update(step)
 
     def statistics(self, step: Sequence[str], exact: Walk | None = None) -> InputStatistics:
-        """Of the input that the linear layers of a step share, over all batches, together with that of the same tokens in another
-        walk, which has the weights as they came. Without, where it is not known that rows are of the same tokens: an expert's are
-        those that its router sends."""
+        """Second moments of the input that the linear layers of a step share, over all batches, together with that of the same
+        tokens in another walk, which has the weights as they came. Without, where it is not known that rows are of the same
+        tokens: an expert's are those that its router sends."""
         K = input_weight(self.layer, step[0]).shape[-1]
-        collected = InputStatistics(K, self.place.device)
+        collected = InputStatistics(K, self.place.device, magnitudes=False)
         others = itertools.repeat(None, len(self.inputs.hidden)) if exact is None else exact.inputs_of(step)
         paired = True
         for hidden, x, other in zip(self.inputs.hidden, self.inputs_of(step), others, strict=True):

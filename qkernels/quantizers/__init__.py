@@ -12,7 +12,7 @@ from .nf4 import NF4
 from .options import Options
 from .rtn import RTN, rounding_of
 from .smoothquant import SmoothQuant
-from .statistics import InputStatistics
+from .statistics import InputStatistics, output_energy
 
 # By its name on the command line and in reports, which is `Options.name`.
 QUANTIZERS: dict[str, type[Options]] = {
@@ -25,5 +25,5 @@ QUANTIZERS: dict[str, type[Options]] = {
 }
 
 __all__ = [
-    "QUANTIZERS", "RTN", "GPTQ", "AWQ", "HQQ", "NF4", "SmoothQuant", "InputStatistics", "Options", "rounding_of",
+    "QUANTIZERS", "RTN", "GPTQ", "AWQ", "HQQ", "NF4", "SmoothQuant", "InputStatistics", "Options", "output_energy", "rounding_of",
 ]  # fmt: skip

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .gptq import check_hessian, column_importance, column_order, column_slices, inverse_factor, without_dead_columns
+from .gptq import (
+    check_finite,
+    check_hessian,
+    column_importance,
+    column_order,
+    column_slices,
+    inverse_factor,
+    without_dead_columns,
+)
 from .grid import checked_weight
 
 BlockOrder = Literal["natural", "energy"]
@@ -89,6 +97,7 @@ def gptq_blocks(
         raise ArgumentError(f"rounds must be 0 or more, got {rounds}")
     values = checked_weight(weight, name).to(hessian.dtype)
     check_hessian(values, hessian, name)
+    check_finite(hessian, name)
     count = values.shape[1]
     if elements < 1 or count % elements:
         raise ArgumentError(f"{name} must have a multiple of {elements} columns, got {count}")

@@ -32,6 +32,7 @@ from ..scheme import CODEBOOKS, QuantScheme
 from ..tensor import SCALE_DTYPES, QuantTensor
 from ..text import dtype_name, dtype_named
 from .factored import nearest_factors
+from .native import clipped_grids, fits
 
 Clip = Literal["none", "mse"]
 
@@ -247,6 +248,10 @@ def _fit_groups(
     groups: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, clip: Clip, importance: Tensor | None
 ) -> Grid:
     """The grid of weights `[..., G, size]`, reduced over the last dimension; importance `[G, size]` or `[G, size, size]`."""
+    if clip != "none" and fits(groups, scheme, scale_dtype, importance):
+        found = clipped_grids(groups, scheme, scale_dtype, clip_shares(scheme.bits), importance)
+        if found is not None:
+            return Grid(*found)
     low, high = groups.amin(-1), groups.amax(-1)
     if scheme.zeros in ("none", "int") or scheme.factors is not None:  # factors of offsets are not negative
         low, high = low.clamp(max=0), high.clamp(min=0)

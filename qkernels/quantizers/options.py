@@ -6,7 +6,7 @@ asks no method for its class. So a new method is one file, and one line in the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
@@ -22,6 +22,9 @@ Self = TypeVar("Self", bound="Options")
 
 # What a method looks at: weights alone, or also the second moments of what goes into them, which takes calibration.
 Needs = Literal["weight", "moments"]
+
+# A weight `[N, K]` and its name to what is stored.
+Rounding = Callable[[Tensor, str], QuantTensor]
 
 
 class ScaleSearch(Protocol):
@@ -62,7 +65,7 @@ class Options(ActBitsIsAct):
     needs: "moments" where `quantize` or the scales to fold take calibration.
     integer_zeros: whether zero points may be integers (`symmetric=False`); False where a method has zeros of its own or
         none.
-    orders_columns, aims, scale_search, scale_rule, with_scales_for, without_moments: see there.
+    orders_columns, aims, for_inputs, scale_search, scale_rule, with_scales_for, without_moments: see there.
 
     Args:
         bits, group_size, symmetric, act, codebook, rows, factors: see `QuantScheme`; `symmetric=False` means integer zero points.
@@ -166,17 +169,21 @@ class Options(ActBitsIsAct):
     @property
     def aims(self) -> bool:
         """Whether a linear layer's output shall be that of the model as it came, errors of the layers before it made up for:
-        `aimed` is called before `quantize`, wherever what goes in there is known."""
+        `for_inputs` is then given `cross` wherever what goes in there is known."""
         return False
 
-    def aimed(self, weight: Tensor, moments: Tensor, cross: Tensor, name: str = "weight") -> Tensor:
-        """The weight `[N, K]` to quantize in place of another, for a method that aims.
+    def for_inputs(self, moments: Tensor, cross: Tensor | None = None, name: str = "weight") -> Rounding:
+        """`quantize` for weights that read the same input; what hangs on the input alone is done once.
 
         Args:
             moments: `2/n Σ x̂ x̂ᵀ` of its inputs as they come, `[K, K]`.
-            cross: `2/n Σ (x - x̂) x̂ᵀ` with those of the model as it came, `[K, K]`.
+            cross: `2/n Σ (x - x̂) x̂ᵀ` with those of the model as it came, `[K, K]`, for a method that `aims`.
+            name: of one of the weights, for error messages.
+
+        Raises:
+            CalibrationError: as `quantize`.
         """
-        raise NotImplementedError(f"{type(self).__name__} aims at nothing")
+        return lambda weight, name: self.quantize(weight, moments, name)
 
     def scale_search(self) -> ScaleSearch | None:
         """The search for scales to fold into what feeds a layer, for a method that searches them."""

@@ -16,13 +16,16 @@ class InputStatistics:
     """Sums over the tokens that went into a linear layer, accumulated batch by batch in fp32.
 
     The sums, not a running mean: one rounding per batch, whatever the number of batches. For K in_features this holds
-    K² + 2 K floats; without `moments` 2 K, and no Hessian can be had.
+    K² + 2 K floats; without `moments` 2 K, and no Hessian can be had; without
+    `magnitudes` there are second moments alone.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu", moments: bool = True) -> None:
+    def __init__(
+        self, in_features: int, device: torch.device | str = "cpu", moments: bool = True, magnitudes: bool = True
+    ) -> None:
         self.tokens = 0
         self._outer = torch.zeros(in_features, in_features, device=device) if moments else None  # its upper strips
-        self._magnitude = torch.zeros(in_features, device=device)
+        self._magnitude = torch.zeros(in_features, device=device) if magnitudes or not moments else None
         self._largest = torch.zeros(in_features, device=device)
         self._cross: Tensor | None = None  # K² floats more, where inputs come in pairs
         self._paired = True
@@ -39,6 +42,8 @@ class InputStatistics:
         if self._outer is not None:
             for strip in _strips(rows.shape[-1]):
                 self._outer[strip, strip.start :].addmm_(rows[:, strip].T, rows[:, strip.start :])
+        if self._magnitude is None:
+            return
         magnitude = rows.abs()
         self._magnitude += magnitude.sum(0)
         if len(rows):
@@ -69,6 +74,7 @@ class InputStatistics:
             CalibrationError: as for `hessian`.
         """
         self.check(name)
+        assert self._magnitude is not None
         return self._magnitude / self.tokens
 
     def largest_magnitude(self, name: str = "the layer") -> Tensor:
@@ -78,6 +84,7 @@ class InputStatistics:
             CalibrationError: as for `hessian`.
         """
         self.check(name)
+        assert self._magnitude is not None
         return self._largest
 
     def check(self, name: str) -> None:
@@ -85,11 +92,23 @@ class InputStatistics:
         if self.tokens == 0:
             raise CalibrationError(f"calibration sent no token through {name}; give more calibration text")
         sums = self._magnitude if self._outer is None else self._outer.diagonal()
+        assert sums is not None
         if not bool(torch.isfinite(sums).all()):
             raise CalibrationError(
                 f"the inputs of {name} are NaN or infinite during calibration; check the model on this text in a wider dtype "
                 f"(float16 activations overflow above 65504), or leave the layer out with exclude"
             )
+
+
+def output_energy(weight: Tensor, moments: Tensor) -> float:
+    """`tr W H Wᵀ`: what a weight `[N, K]` puts out, squared and summed, for symmetric second moments `[K, K]`. Half of the
+    product says it all."""
+    total = 0.0
+    for strip in _strips(len(moments)):
+        own, rest = weight[:, strip], weight[:, strip.stop :]
+        total += float(((own @ moments[strip, strip]) * own).sum())
+        total += 2 * float(((own @ moments[strip, strip.stop :]) * rest).sum())
+    return total
 
 
 def _strips(columns: int) -> list[slice]:

@@ -266,15 +266,14 @@ def test_products(tmp_path: Path) -> None:
 
 
 def test_what_runs_on_torch_compiles(tmp_path: Path) -> None:
-    """The rest of what setup.py compiles there: bindings, as far as a compiler checks them, and GGUF's searches, which are plain
-    code."""
+    """The rest of what setup.py compiles there: bindings, as far as a compiler checks them, and GGUF's searches and GPTQ's
+    loops, which are plain code."""
 
     includes = [f"-I{path}" for path in (CSRC, *cpp_extension.include_paths())]
     bindings = [CSRC / "exports.cpp", *sorted((CSRC / "cpu").glob("bindings*.cpp"))]
     build(tmp_path, bindings, "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes)
-    objects = build(
-        tmp_path, [CSRC / "cpu" / f"{name}.cpp" for name in ("experts", "gguf", "gguf_scalar")], "-O0", "-Werror"
-    )
+    plain = ("experts", "gguf", "gguf_scalar", "rounding", "rounding_scalar")
+    objects = build(tmp_path, [CSRC / "cpu" / f"{name}.cpp" for name in plain], "-O0", "-Werror")
     assert all(out.exists() for out in objects)
 
 

@@ -44,6 +44,7 @@ RESULTS = (
 )  # no machine's: other tools' codes and ours are the same on all, up to rounding
 KIND = "quality-peers"
 OWN = "qkernels"
+AIMED = "awq+gptq+model"  # GPTQ(scales="awq", aim="model")
 SEQ_LEN, SAMPLES, EVAL_TOKENS = 256, 64, 24576
 SENTENCE = 64
 TOOL_SECONDS = 1800
@@ -84,13 +85,18 @@ CASES = (
     Case(OWN, "rtn", zeros="int"),
     *gptq_cases(4),
     *(Case(OWN, "awq+gptq", zeros=zeros, order=order) for zeros in ("none", "int") for order in ("static", "group")),
+    *(Case(OWN, AIMED, zeros=zeros, order=order) for zeros in ("none", "int") for order in ("static", "group")),
     *(Case(tool, "awq", zeros="int") for tool in (OWN, "gptqmodel", "llmcompressor")),
     Case("auto_round", "auto-round"),
     Case("auto_round", "auto-round", zeros="int"),
     *(Case(t, "hqq", b, g, "float") for b, g in ((4, 128), (4, 64), (3, 128), (3, 64), (2, 64)) for t in (OWN, "hqq")),
     *(Case(tool, "gptq", 3, 128, "int", "group") for tool in (OWN, "gptqmodel")),
     Case(OWN, "awq", 3, zeros="int"),
-    *(Case(OWN, "awq+gptq", 3, zeros="int", order=order) for order in ("static", "group")),
+    *(
+        Case(OWN, method, 3, zeros="int", order=order)
+        for method in ("awq+gptq", AIMED)
+        for order in ("static", "group")
+    ),
 )
 # GPTQModel and the AWQ of all tools know decoders only.
 ENCODER_CASES = tuple(
@@ -103,7 +109,7 @@ ENCODER_CASES = tuple(
 # Files of experts with an order of their own are read by few tools: "static" leaves groups as they are.
 MIXTURE_CASES = (
     *(Case(OWN, "rtn", zeros=zeros) for zeros in ("none", "int")),
-    *(Case(OWN, "awq+gptq", zeros=zeros, order="static") for zeros in ("none", "int")),
+    *(Case(OWN, m, zeros=zeros, order="static") for m in ("awq+gptq", AIMED) for zeros in ("none", "int")),
     *(
         Case(tool, "gptq", zeros=zeros, order=order)
         for zeros, order in (("none", "static"), ("none", "none"), ("int", "static"))

@@ -16,7 +16,9 @@ def method_of(job: Job) -> Options:
     options: dict[str, Any] = {"bits": job.bits, "group_size": job.group_size, "symmetric": job.symmetric}
     if job.method in ("rtn", "awq"):
         return RTN(**options) if job.method == "rtn" else AWQ(**options)
-    return GPTQ(**options, act_order=job.order, scales="awq" if job.method == "awq+gptq" else "none")  # type: ignore[arg-type]
+    options |= {"scales": "awq"} if job.method.startswith("awq") else {}
+    options |= {"aim": "model"} if job.method.endswith("+model") else {}
+    return GPTQ(**options, act_order=job.order)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
