@@ -54,7 +54,9 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         "--chat", action="store_true", help="put each prompt into the model's chat template, as the user's"
     )
     parser.add_argument("--system", metavar="TEXT", help="what the system says first, in a chat")
-    parser.add_argument("--tokens", type=positive, default=60, help="how many tokens to add, at most (default: 60)")
+    parser.add_argument(
+        "--tokens", "--max-new-tokens", type=positive, default=60, help="how many tokens to add, at most (default: 60)"
+    )
     parser.add_argument(
         "--stop",
         action="append",
