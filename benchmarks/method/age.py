@@ -3,8 +3,8 @@
 python -m benchmarks.method.age [RESULTS.json …]      (make results-check; default: all below benchmarks/results/)
 
 A result that is many commits behind is not wrong, but nobody should stand behind it: measure again, or remove it. A file that has
-no envelope (`envelope.py`) is named, and the exit code is 1. What was measured on another machine than this one says so: it cannot
-be measured again here.
+no envelope (`envelope.py`) is named, and the exit code is 1. What was measured on another machine than this one says so: that
+cannot be measured again here.
 """
 
 from __future__ import annotations
