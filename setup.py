@@ -50,19 +50,29 @@ def cpu_sources() -> list[str]:
     """Instruction sets choose their own targets (csrc/cpu/target.h); elsewhere than on x86 and aarch64 there is the scalar code
     alone."""
     names = [
+        "between",
+        "between_scalar",
         "bindings",
+        "bindings_between",
         "bindings_experts",
         "bindings_gguf",
         "bindings_rounding",
+    ]
+    names += [
+        "bindings_rows",
         "dispatch",
         "experts",
         "gemm",
         "gguf",
+        "gguf_scalar",
+        "rounding",
+        "rounding_scalar",
+        "scalar",
     ]
-    names += ["gguf_scalar", "rounding", "rounding_scalar", "scalar", "scalar_int8"]
+    names += ["scalar_int8"]
     if MACHINE in ("x86_64", "AMD64"):
-        names += ["avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni", "gguf_avx2", "gguf_avx512"]
-        names += ["rounding_avx2", "rounding_avx512"]
+        names += ["avx2", "avx2_int8", "avx512", "avx512_bf16", "avx512_vnni", "between_avx2", "between_avx512"]
+        names += ["gguf_avx2", "gguf_avx512", "rounding_avx2", "rounding_avx512"]
     if MACHINE == "aarch64":
         names += ["neon", "neon_bf16", "neon_dotprod", "neon_i8mm", "neon_int8"]
     return ["csrc/exports.cpp", *(f"csrc/cpu/{name}.cpp" for name in names)]

@@ -50,8 +50,7 @@ def test_read_to_the_weights_of_the_tool(directory: Path) -> None:
     stored = load_file(directory / "model.safetensors")
     router = next(t for name, t in stored.items() if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")))
     enable()
-    # `enable` does not stand in for transformers' own reader of auto-round's files.
-    for loader in (load,) if directory.name.startswith("auto_round") else (load, AutoModelForCausalLM.from_pretrained):
+    for loader in (load, AutoModelForCausalLM.from_pretrained):
         model = loader(directory)
         for name, weight in expected.items():
             assert torch.equal(weight_of(model, name, weight.dtype), weight), name

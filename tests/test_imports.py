@@ -98,7 +98,8 @@ def test_a_wrong_arrow_is_found(source: str, module: tuple[str, ...]) -> None:
 
 
 TEST_FILE = re.compile(
-    r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+|^\s*from tests(?:\.\w+)* import .*\btest_\w+", re.MULTILINE
+    r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+|^\s*from tests(?:\.\w+)* import (?:\([^)]*|.*)\btest_\w+",
+    re.MULTILINE,
 )
 
 
@@ -112,6 +113,7 @@ def test_test_files_are_no_libraries() -> None:
         "from tests.cuda.test_kernels import bound",
         "import tests.test_calibrate",
         "from tests import test_calibrate",
+        "from tests.formats import (\n    packers,\n    test_hqq,\n)",
     ):
         assert TEST_FILE.search(source), source
 

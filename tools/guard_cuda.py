@@ -151,8 +151,7 @@ def families(names: list[str]) -> dict[str, str]:
 
 def kernel_texts(source: Path, arch: str) -> dict[str, list[str]]:
     """nvdisasm's lines of each kernel of a file, by mangled name."""
-    command = [str(nvcc.find_nvdisasm()), "-c", str(nvcc.compile_source(source, arch, "cubin")[0])]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = nvcc.disassembled(nvcc.compile_source(source, arch, "cubin")[0])
     sections = re.split(r"\.section\s+\.text\.([\w$]+)", text)
     return {name: body.splitlines() for name, body in zip(sections[1::2], sections[2::2])}
 

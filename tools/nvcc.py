@@ -99,6 +99,16 @@ def compile_source(source: Path, arch: str, kind: str, bug: str | None = None) -
     return cubin.with_suffix(f".{kind}"), report.read_text()
 
 
+def disassembled(cubin: Path, *options: str) -> str:
+    """What `nvdisasm -c` prints, kept beside the cubin: 20 s of processor time for all of them, which several tests read."""
+    kept = cubin.with_suffix(f".c{''.join(options)}.sass")
+    with locked(cubin.parent):
+        if not kept.exists() or kept.stat().st_mtime_ns < cubin.stat().st_mtime_ns:
+            command = [str(find_nvdisasm()), "-c", *options, str(cubin)]
+            kept.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return kept.read_text()
+
+
 @dataclass(frozen=True)
 class Usage:
     """What ptxas says of one kernel. Bytes; registers of a thread."""
@@ -138,10 +148,7 @@ def compiled_usages(sources: tuple[Path, ...], arch: str) -> dict[str, Usage]:
 @functools.cache
 def sass(source: Path, arch: str, bug: str | None = None) -> dict[str, list[str]]:
     """The instructions of each kernel, by mangled name, such as `LDGSTS.E.BYPASS.128 [R7], desc[UR4][R2.64]`."""
-    nvdisasm = find_nvdisasm()
-    assert nvdisasm is not None
-    command = [str(nvdisasm), "-c", str(compile_source(source, arch, "cubin", bug)[0])]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = disassembled(compile_source(source, arch, "cubin", bug)[0])
     sections = re.split(r"\.section\s+\.text\.([\w$]+)", text)
     lines = {
         name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]+?)\s*;", body)

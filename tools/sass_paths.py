@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import re
-import subprocess
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,9 +112,7 @@ def parse(text: str) -> Code:
 
 def kernels(cubin: Path, wanted: Sequence[str] = ("",)) -> dict[str, Code]:
     """By mangled name, of those kernels whose names have one of `wanted` in them."""
-    command = [str(nvcc.find_nvdisasm()), "-c", "-hex", str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sections = re.split(r"\.section\s+\.text\.([\w$]+)", text)
+    sections = re.split(r"\.section\s+\.text\.([\w$]+)", nvcc.disassembled(cubin, "-hex"))
     bodies = zip(sections[1::2], sections[2::2])
     return {name: parse(body) for name, body in bodies if any(part in name for part in wanted)}
 
@@ -123,13 +120,15 @@ def kernels(cubin: Path, wanted: Sequence[str] = ("",)) -> dict[str, Code]:
 def round_of(code: Code, head: int, needs: Mapping[str, int]) -> Round | None:
     """The shortest path from `head` back to it with at least so many instructions of each name; None where there is none."""
     names = list(needs)
+    index = {name: i for i, name in enumerate(names)}
     queue: list[tuple[int, int, tuple[int, ...], int]] = [(0, head, (0,) * len(names), -1)]
     seen: set[tuple[int, tuple[int, ...]]] = set()
     steps: list[tuple[int, int]] = []  # instruction, and the step before
     while queue:
         length, place, counts, before = heapq.heappop(queue)
-        name = code.instructions[place].name
-        counts = tuple(min(needs[n], count + (n == name)) for n, count in zip(names, counts))
+        at = index.get(code.instructions[place].name)
+        if at is not None and counts[at] < needs[names[at]]:
+            counts = (*counts[:at], counts[at] + 1, *counts[at + 1 :])
         if (place, counts) in seen:
             continue
         seen.add((place, counts))

@@ -15,6 +15,7 @@ from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attentio
 
 from qkernels.layouts.tiles import true_bits
 from qkernels.nn import QuantLinear
+from qkernels.ops import between
 from qkernels.scheme import QuantScheme
 
 from ..kernels.shapes import GEOMETRIES, Geometry
@@ -70,23 +71,32 @@ class Block(nn.Module):
         for name in ("keys", "values"):
             self.register_buffer(name, torch.zeros(1, g.kv_heads, positions, g.head_dim, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor, at: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """x `[1, T, hidden]`, at `[T]` positions, turn (cos, sin) `[T, head_dim]`, mask `[T, positions]` of 0 and -inf."""
+    def forward(self, x: Tensor, at: Tensor, turn: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+        """x `[1, T, hidden]`, at `[T]` positions, turn (cos, sin, plain) `[T, head_dim]`, mask `[T, positions]` of 0 and -inf."""
         g, T = self.g, x.shape[1]
-        qkv = self.qkv(rms_norm(x, (g.hidden,), self.norm1, self.epsilon)).view(1, T, -1, g.head_dim).transpose(1, 2)
+        qkv = self.qkv(_norm(x, self.norm1, self.epsilon)).view(1, T, -1, g.head_dim).transpose(1, 2)
         qk, v = qkv.split([g.heads + g.kv_heads, g.kv_heads], dim=1)
         q, k = _turned(qk, *turn).split([g.heads, g.kv_heads], dim=1)
         self.keys.index_copy_(2, at, k)
         self.values.index_copy_(2, at, v)
         y = _attention(q, self.keys, self.values, mask)
         x = x + self.o(y.transpose(1, 2).reshape(1, T, -1))
-        gate, up = self.gated(rms_norm(x, (g.hidden,), self.norm2, self.epsilon))
-        down: Tensor = self.down(silu(gate) * up)
+        gate, up = self.gated(_norm(x, self.norm2, self.epsilon))
+        down: Tensor = self.down(between.gated(gate, up, False) if _by_ops(x) else silu(gate) * up)
         return x + down
 
     def gated(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = self.gate_up(x).chunk(2, -1)
         return gate, up
+
+
+def _by_ops(x: Tensor) -> bool:
+    """Whether this package's ops stand for PyTorch's, compiled or not: loops that the compiler fused took longer."""
+    return x.device.type == "cpu"
+
+
+def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return between.rms_norm(x, weight, epsilon, False) if _by_ops(x) else rms_norm(x, weight.shape, weight, epsilon)
 
 
 def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -95,23 +105,17 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """
     if q.shape[2] > 1:
         return scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+    if _by_ops(q):
+        return between.attended(q, keys, values, mask, q.shape[3] ** -0.5)
     together = q.view(1, keys.shape[1], -1, q.shape[3])
-    if torch.compiler.is_compiling() and q.device.type == "cpu":
-        return _written_out(together, keys, values, mask).view_as(q)
     return scaled_dot_product_attention(together, keys, values, attn_mask=mask).view_as(q)
 
 
-def _written_out(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """The same in fp32, as loops that torch.compile fuses: 37 us with keys from memory, where PyTorch's kernel, which calls two
-    matrix products a head, takes 72 in a compiled graph."""
-    scores = (q.float()[..., None, :] * keys.float()[:, :, None]).sum(-1) * q.shape[-1] ** -0.5 + mask
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    y: Tensor = (weights[..., None] * values.float()[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)
-    return y.to(q.dtype)
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Both halves of a head as the coordinates of head_dim / 2 points; `sin` comes with a minus in its first half."""
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, plain: Tensor) -> Tensor:
+    """Both halves of a head as the coordinates of head_dim / 2 points; `sin` comes with a minus in its first half, `plain` has
+    none."""
+    if _by_ops(x):
+        return between.rotated(x, cos[None], plain[None])
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
 
@@ -151,10 +155,12 @@ class Llama(nn.Module):
         x = self.rows(tokens)
         # As numbers: attention would make them of a bool in every layer.
         mask = torch.where(self.positions[None, :] <= at[:, None], 0.0, -torch.inf).to(x.dtype)
-        turn = (self.cos[at], self.sin[at])
+        sin = self.sin[at]
+        half = self.g.head_dim // 2
+        turn = (self.cos[at], sin, torch.cat([-sin[:, :half], sin[:, half:]], -1))
         for block in self.blocks:
             x = block(x, at, turn, mask)
-        y: Tensor = self.head(rms_norm(x[:, -1], (self.g.hidden,), self.norm, self.epsilon))
+        y: Tensor = self.head(_norm(x[:, -1], self.norm, self.epsilon))
         return y
 
     def rows(self, tokens: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 // AVX2 with FMA and F16C: 8 rows a vector, fp32 products. A tile is four vectors.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "target.h"
 QK_TARGET_BEGIN("avx2,fma,f16c")
@@ -8,6 +10,7 @@ QK_TARGET_BEGIN("avx2,fma,f16c")
 #include <immintrin.h>
 
 #include "avx2_vectors.h"
+#include "experts_loops.h"
 #include "kernels.h"
 #include "tile_gemm.h"
 
@@ -138,8 +141,13 @@ struct Floats : Bytes {
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", Type::kFloat, stage<float>,
-                       multiply<Avx2, Nibbles, Nibbles, Bytes, Table, Floats, FromPlanes, FromPlanes>, kLittleWork / 4};
+const Kernels kAvx2 = {"avx2",
+                       Type::kFloat,
+                       stage<float>,
+                       multiply<Avx2, Nibbles, Nibbles, Bytes, Table, Floats, FromPlanes, FromPlanes>,
+                       kLittleWork / 4,
+                       activate,
+                       weigh};
 
 }  // namespace qkernels::cpu
 

@@ -24,7 +24,7 @@ struct Avx2Int8 : Avx2Sums {
   using Integers = int32_t __attribute__((vector_size(32)));
   // 16 registers: 2 rows x 4 vectors of sums, and operands
   static constexpr int kTokens = 2, kDecodeTokens = 1, kByteBias = 128;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kOneStream = false, kApart = false;
   static constexpr int kDecodeVectors[kDecodeTokens] = {8};
 
   static QK_INLINE Integers integers(int32_t i) { return (Integers)_mm256_set1_epi32(i); }

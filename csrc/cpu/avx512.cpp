@@ -1,12 +1,15 @@
 // AVX-512 F, BW, VL, DQ: 16 rows a vector, fp32 products. Serves fp32 and fp16 activations on every AVX-512 CPU, and
 // bf16 ones on those without AVX512_BF16.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "target.h"
 QK_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 #include "avx512_vectors.h"
+#include "experts_loops.h"
 #include "kernels.h"
 
 namespace qkernels::cpu {
@@ -84,10 +87,14 @@ struct Floats : RawBytes, NoZeros {
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", Type::kFloat, stage<float>,
+const Kernels kAvx512 = {"avx512",
+                         Type::kFloat,
+                         stage<float>,
                          multiply<Avx512, SymmetricNibbles, NibblesWithZeros, FloatBytes, SymmetricNibbles, Floats,
                                   FloatPlanes, FloatPlanes>,
-                         kLittleWork};
+                         kLittleWork,
+                         activate,
+                         weigh};
 
 }  // namespace qkernels::cpu
 

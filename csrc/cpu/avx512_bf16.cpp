@@ -144,9 +144,13 @@ void multiply_by_type(const Call& call, int64_t tile, int tiles, int64_t m0, int
            PlanesWithZeros>(call, tile, tiles, m0, m1);
 }
 
+void activate(const Between& between, int64_t m0, int64_t m1) { kAvx512.activate(between, m0, m1); }
+void weigh(const Weighing& weighing, int64_t t0, int64_t t1) { kAvx512.weigh(weighing, t0, t1); }
+
 }  // namespace
 
-const Kernels kAvx512Bf16 = {"avx512_bf16", Type::kBFloat16, stage<uint16_t>, multiply_by_type, kLittleWork};
+const Kernels kAvx512Bf16 = {"avx512_bf16", Type::kBFloat16, stage<uint16_t>, multiply_by_type, kLittleWork, activate,
+                             weigh};
 
 }  // namespace qkernels::cpu
 

@@ -118,7 +118,7 @@ Tensor block(const Tensor& x_in, const Tensor& ids_in, const Tensor& weights_in,
                    static_cast<float>(alpha),
                    static_cast<float>(limit),
                    y.mutable_data_ptr()};
-  experts(call, kernels, allocate, &held, torch::stable::get_num_threads(), parallel_for);
+  experts(call, kernels, kernels_now(false), allocate, &held, torch::stable::get_num_threads(), parallel_for);
   return y;
 }
 

@@ -2,9 +2,7 @@
 #include "experts.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "rows.h"
@@ -13,6 +11,15 @@
 
 namespace qkernels::cpu {
 namespace {
+
+// A region wakes and joins every thread: a few us while each has a core. Up to so many values one thread is as fast
+// (gemm.cpp: 64 K are copied in 6 to 8 us).
+constexpr int64_t kAlone = 65536;
+
+void for_rows(int64_t rows, int64_t values, void* context, Body body, ParallelFor parallel_for) {
+  if (rows * values <= kAlone) return body(context, 0, rows);
+  parallel_for(rows, context, body);
+}
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -100,6 +107,11 @@ void gather_codes(void* context, int64_t m0, int64_t m1) {
   }
 }
 
+void stage_rows(void* context, int64_t m0, int64_t m1) {
+  const Work& work = *static_cast<Work*>(context);
+  work.kernels.stage(work.call, m0, m1);
+}
+
 void gather_rows(void* context, int64_t m0, int64_t m1) {
   const Work& work = *static_cast<Work*>(context);
   const int64_t bytes = work.call.K * size_of(work.call.x_type);
@@ -119,6 +131,8 @@ void multiply_units(void* context, int64_t begin, int64_t end) {
 // Products with something to be added (apart.h) go expert by expert: columns are marked by the rows of one expert
 // alone, as they are in a layer of its own, and the sums of a weight are its own.
 
+int64_t row_of(const Grouped& g, int64_t r) { return g.rows == nullptr ? r : g.rows[r]; }
+
 int64_t most_rows(const Grouped& g) {
   int64_t most = 0;
   for (int64_t e = 0; e < g.stack.experts; ++e) most = std::max(most, g.offsets[e + 1] - g.offsets[e]);
@@ -132,7 +146,7 @@ void one_by_one(const Grouped& g, const Kernels& kernels, void* workspace, int64
     const int64_t begin = g.offsets[e], count = g.offsets[e + 1] - begin;
     if (count <= 0) continue;
     for (int64_t m = 0; m < count; ++m) {
-      std::memcpy(rows + m * x_bytes, static_cast<const char*>(g.x) + g.rows[begin + m] * x_bytes,
+      std::memcpy(rows + m * x_bytes, static_cast<const char*>(g.x) + row_of(g, begin + m) * x_bytes,
                   static_cast<size_t>(x_bytes));
     }
     Call one = of_expert(call_of(g, count), g.stack.strides, e);
@@ -148,130 +162,24 @@ void zero_rows(const Grouped& g, int64_t begin, int64_t end) {
 
 // --- the block ---
 
-struct Between {
-  const Block& block;
-  const float* up;  // [R, 2 I] or [R, I]
-  void* inner;      // [R, I] in x's type
-  int64_t width;
+struct Halfway {
+  const Kernels& floating;
+  Between between;
 };
 
-// e^x in operations that a compiler makes vectors of: x = n ln 2 + r with |r| <= ln 2 / 2, 2^n from its bits, e^r by a
-// polynomial (relative error below 2^-22). +inf and NaN as they are, e^-87 for what is less.
-inline float exponential(float x) {
-  constexpr float kShift = 12582912.0f;  // 1.5 2^23: its last bits are whole numbers
-  const float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-  const float shifted = bounded * 1.44269504f + kShift, n = shifted - kShift;
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &shifted, 4);
-  bits = (bits + 127) << 23;
-  float power;
-  __builtin_memcpy(&power, &bits, 4);
-  return x > 88.0f ? std::numeric_limits<float>::infinity() : p * power;
-}
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-template <Activation kKind>
-inline float activated(float alpha, float limit, float gate, float up) {
-  switch (kKind) {
-    case Activation::kSilu:
-      return gate * sigmoid(gate) * up;
-    case Activation::kGelu:
-      return 0.5f * gate * (1.0f + std::erf(gate * 0.70710678f)) * up;
-    case Activation::kGeluTanh:
-      return 0.5f * gate * (1.0f + std::tanh(0.79788456f * (gate + 0.044715f * gate * gate * gate))) * up;
-    case Activation::kSwigluOai: {
-      const float g = gate > limit ? limit : gate;
-      const float u = up > limit ? limit : up < -limit ? -limit : up;
-      return (u + 1.0f) * (g * sigmoid(g * alpha));
-    }
-    case Activation::kRelu2Alone:
-      return up > 0.0f || up != up ? up * up : 0.0f;
-    case Activation::kSiluAlone:
-      return up * sigmoid(up);
-    default:
-      return 0.5f * up * (1.0f + std::erf(up * 0.70710678f));
-  }
-}
-
-void store(Type type, void* to, int64_t at, const float* values, int64_t n) {
-  if (type == Type::kFloat) {
-    std::memcpy(static_cast<float*>(to) + at, values, static_cast<size_t>(n) * 4);
-    return;
-  }
-  uint16_t* half = static_cast<uint16_t*>(to) + at;
-  if (type == Type::kBFloat16) {
-    for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(values[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) half[i] = to_half(values[i]);
-  }
-}
-
-template <Activation kKind>
-void activate_rows_by(const Between& a, int64_t m0, int64_t m1) {
-  constexpr int64_t kPiece = 256;
-  float values[kPiece];
-  const float alpha = a.block.alpha, limit = a.block.limit;
-  for (int64_t m = m0; m < m1; ++m) {
-    const float* gate = a.up + m * a.width * (is_gated(kKind) ? 2 : 1);
-    const float* up = is_gated(kKind) ? gate + a.width : gate;
-    for (int64_t i = 0; i < a.width; i += kPiece) {
-      const int64_t n = std::min(kPiece, a.width - i);
-      for (int64_t c = 0; c < n; ++c) values[c] = activated<kKind>(alpha, limit, gate[i + c], up[i + c]);
-      store(a.block.x_type, a.inner, m * a.width + i, values, n);
-    }
-  }
-}
+struct Ending {
+  const Kernels& floating;
+  Weighing weighing;
+};
 
 void activate_rows(void* context, int64_t m0, int64_t m1) {
-  const Between& a = *static_cast<Between*>(context);
-  switch (a.block.activation) {
-    case Activation::kSilu:
-      return activate_rows_by<Activation::kSilu>(a, m0, m1);
-    case Activation::kGelu:
-      return activate_rows_by<Activation::kGelu>(a, m0, m1);
-    case Activation::kGeluTanh:
-      return activate_rows_by<Activation::kGeluTanh>(a, m0, m1);
-    case Activation::kSwigluOai:
-      return activate_rows_by<Activation::kSwigluOai>(a, m0, m1);
-    case Activation::kRelu2Alone:
-      return activate_rows_by<Activation::kRelu2Alone>(a, m0, m1);
-    case Activation::kSiluAlone:
-      return activate_rows_by<Activation::kSiluAlone>(a, m0, m1);
-    default:
-      return activate_rows_by<Activation::kGeluAlone>(a, m0, m1);
-  }
+  const Halfway& h = *static_cast<Halfway*>(context);
+  h.floating.activate(h.between, m0, m1);
 }
 
-struct Summing {
-  const Block& block;
-  const float* down;     // [R, H]
-  const int64_t* place;  // [T, k]: its row of `down`, or -1
-};
-
-void sum_rows(void* context, int64_t t0, int64_t t1) {
-  const Summing& s = *static_cast<Summing*>(context);
-  const int64_t H = s.block.down.call.N, k = s.block.k;
-  std::vector<float> sums(static_cast<size_t>(H));
-  for (int64_t t = t0; t < t1; ++t) {
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    for (int64_t j = 0; j < k; ++j) {
-      const int64_t place = s.place[t * k + j];
-      if (place < 0) continue;
-      const float weight = s.block.weights[t * k + j];
-      const float* row = s.down + place * H;
-      for (int64_t h = 0; h < H; ++h) sums[h] += weight * row[h];
-    }
-    store(s.block.x_type, s.block.y, t * H, sums.data(), H);
-  }
+void weigh_rows(void* context, int64_t t0, int64_t t1) {
+  const Ending& e = *static_cast<Ending*>(context);
+  e.floating.weigh(e.weighing, t0, t1);
 }
 
 }  // namespace
@@ -286,6 +194,7 @@ int64_t workspace_bytes(const Grouped& g, const Kernels& kernels) {
     return aligned(most * g.stack.call.K * size_of(g.x_type)) + workspace_bytes(call_of(g, most), kernels);
   }
   const Call sorted = call_of(g, g.R), tokens = call_of(g, g.T);
+  if (g.rows == nullptr) return aligned(staging_bytes(sorted, kernels, true));
   const int64_t first =
       sorted.int8_activations ? staging_bytes(tokens, kernels, true) : g.R * sorted.K * size_of(g.x_type);
   return aligned(staging_bytes(sorted, kernels, true)) + aligned(first);
@@ -300,20 +209,23 @@ void grouped_gemm(const Grouped& g, const Kernels& kernels, void* workspace, int
   Work work(g, kernels);
   char* behind = static_cast<char*>(workspace) + aligned(staging_bytes(work.call, kernels, true));
   lay_staging(work.call, kernels, true, workspace);
-  if (work.call.int8_activations) {
+  const int64_t K = work.call.K;
+  if (g.rows == nullptr) {
+    for_rows(g.R, K, &work, stage_rows, parallel_for);
+  } else if (work.call.int8_activations) {
     lay_staging(work.tokens, kernels, true, behind);
-    parallel_for(g.T, &work, stage_tokens);
-    parallel_for(g.R, &work, gather_codes);
+    for_rows(g.T, K, &work, stage_tokens, parallel_for);
+    for_rows(g.R, K, &work, gather_codes, parallel_for);
   } else {
     work.call.x = behind;
-    parallel_for(g.R, &work, gather_rows);
+    for_rows(g.R, K, &work, gather_rows, parallel_for);
   }
   work.divide(threads);
   if (work.units > 0) parallel_for(static_cast<int64_t>(work.shares.size()), &work, multiply_units);
 }
 
-void experts(const Block& b, const Kernels& kernels, Allocate allocate, void* context, int64_t threads,
-             ParallelFor parallel_for) {
+void experts(const Block& b, const Kernels& kernels, const Kernels& floating, Allocate allocate, void* context,
+             int64_t threads, ParallelFor parallel_for) {
   const int64_t E = b.up.experts, pairs = b.T * b.k;
   std::vector<int64_t> offsets(static_cast<size_t>(E + 1)), place(static_cast<size_t>(pairs), -1);
   for (int64_t p = 0; p < pairs; ++p) {
@@ -321,27 +233,26 @@ void experts(const Block& b, const Kernels& kernels, Allocate allocate, void* co
   }
   for (int64_t e = 0; e < E; ++e) offsets[e + 1] += offsets[e];
   const int64_t R = offsets[E];
-  std::vector<int64_t> rows(static_cast<size_t>(R)), here(static_cast<size_t>(R)), next = offsets;
+  std::vector<int64_t> rows(static_cast<size_t>(R)), next = offsets;
   for (int64_t p = 0; p < pairs; ++p) {
     if (b.ids[p] < 0 || b.ids[p] >= E) continue;
     place[p] = next[b.ids[p]]++;
     rows[place[p]] = p / b.k;
   }
-  for (int64_t r = 0; r < R; ++r) here[r] = r;
 
   const int64_t halves = b.up.call.N, width = b.down.call.K, H = b.down.call.N;
   float* up = static_cast<float*>(allocate(context, R * std::max(halves, H) * 4));
   void* inner = allocate(context, R * width * size_of(b.x_type));
   float* down = up;  // whose last reader was the activation: fewer pages, and those are in the cache
   const Grouped first{b.up, b.x, b.x_type, b.T, R, rows.data(), offsets.data(), up, Type::kFloat};
-  const Grouped second{b.down, inner, b.x_type, R, R, here.data(), offsets.data(), down, Type::kFloat};
+  const Grouped second{b.down, inner, b.x_type, R, R, nullptr, offsets.data(), down, Type::kFloat};
   void* workspace = allocate(context, std::max(workspace_bytes(first, kernels), workspace_bytes(second, kernels)));
   grouped_gemm(first, kernels, workspace, threads, parallel_for);
-  Between between{b, up, inner, width};
-  if (R > 0) parallel_for(R, &between, activate_rows);
+  Halfway halfway{floating, {b.activation, b.alpha, b.limit, width, up, inner, b.x_type}};
+  if (R > 0) for_rows(R, 2 * width, &halfway, activate_rows, parallel_for);
   grouped_gemm(second, kernels, workspace, threads, parallel_for);
-  Summing summing{b, down, place.data()};
-  if (b.T > 0) parallel_for(b.T, &summing, sum_rows);
+  Ending ending{floating, {down, place.data(), b.weights, b.k, H, b.y, b.x_type}};
+  if (b.T > 0) for_rows(b.T, b.k * H, &ending, weigh_rows, parallel_for);
 }
 
 }  // namespace qkernels::cpu

@@ -24,12 +24,8 @@ struct Stack {
   int64_t experts;
 };
 
-// By the numbers of the ops (qkernels/ops/grouped.py: ACTIVATIONS).
-enum class Activation : int { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2Alone, kSiluAlone, kGeluAlone, kCount };
-static inline bool is_gated(Activation a) { return a < Activation::kRelu2Alone; }
-
 // Rows r of y, offsets[e] <= r < offsets[e + 1]: expert e times row rows[r] of x. `offsets` rise from 0 to at most R,
-// `rows` are in 0 ... T - 1; rows of y that no expert has are set to 0.
+// `rows` are in 0 ... T - 1, or null: row r is row r of x. Rows of y that no expert has are set to 0.
 struct Grouped {
   const Stack& stack;
   const void* x;  // [T, K] contiguous
@@ -59,9 +55,10 @@ struct Block {
 // n values of a floating type in fp32.
 void widen(Type type, const void* from, int64_t n, float* to);
 
+// `floating`: the kernels of the same choice with floating activations, which has what lies between the products.
 // Memory of so many bytes, gone after the call: the bindings take it from torch's allocator.
 using Allocate = void* (*)(void* context, int64_t bytes);
-void experts(const Block& block, const Kernels& kernels, Allocate allocate, void* context, int64_t threads,
-             ParallelFor parallel_for);
+void experts(const Block& block, const Kernels& kernels, const Kernels& floating, Allocate allocate, void* context,
+             int64_t threads, ParallelFor parallel_for);
 
 }  // namespace qkernels::cpu

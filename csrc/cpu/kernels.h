@@ -185,6 +185,32 @@ static inline float plain_value(const Problem& p, int code) {
                                            : codebook_value(p.codebook, code);
 }
 
+// By the numbers of the ops (qkernels/ops/grouped.py: ACTIVATIONS).
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2Alone, kSiluAlone, kGeluAlone, kCount };
+static inline bool is_gated(Activation a) { return a < Activation::kRelu2Alone; }
+
+// Between the products of a block of experts (experts.h): `inner` [R, width] of `up` [R, 2 width], or [R, width] for
+// activations without a gate.
+struct Between {
+  Activation activation;
+  float alpha, limit;
+  int64_t width;
+  const float* up;
+  void* inner;
+  Type type;  // of inner
+};
+
+// After them: y [T, hidden] = for each token the sum over j = 0 ... k - 1 of weights[t, j] * down[place[t, j]]; places
+// below 0 add nothing.
+struct Weighing {
+  const float* down;     // [R, hidden]
+  const int64_t* place;  // [T, k]
+  const float* weights;  // [T, k]
+  int64_t k, hidden;
+  void* y;
+  Type type;  // of y
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -198,6 +224,10 @@ struct Kernels {
   // (M + 1) N K, in multiplications (twice that with more than 4 bits), that one core does in 30 to 90 us: up to there
   // it is not slower than four threads on two cores.
   int64_t little_work;
+  // Rows m0 ... m1 - 1 of `inner`, and tokens t0 ... t1 - 1 of y. Null with int8 activations: those of floating ones
+  // serve both.
+  void (*activate)(const Between& between, int64_t m0, int64_t m1) = nullptr;
+  void (*weigh)(const Weighing& weighing, int64_t t0, int64_t t1) = nullptr;
 };
 constexpr int64_t kLittleWork = int64_t{10} << 20;
 

@@ -2,6 +2,7 @@
 // bf16 ones on CPUs without FEAT_BF16. No speed was ever measured: written by count of instructions, tested under qemu.
 #include <cstdint>
 
+#include "experts_loops.h"
 #include "kernels.h"
 #include "neon_vectors.h"
 
@@ -83,8 +84,8 @@ constexpr auto kMultiply = multiply<Neon, Nibbles, Nibbles, Bytes, Table, Floats
 }  // namespace
 
 // Three names for one: what they differ in are the kernels for int8 activations (int8_kernels).
-const Kernels kNeon = {"neon", Type::kFloat, stage<float>, kMultiply, kLittleWork / 4};
-const Kernels kNeonDotprod = {"neon_dotprod", Type::kFloat, stage<float>, kMultiply, kLittleWork / 4};
-const Kernels kNeonI8mm = {"neon_i8mm", Type::kFloat, stage<float>, kMultiply, kLittleWork / 4};
+const Kernels kNeon = {"neon", Type::kFloat, stage<float>, kMultiply, kLittleWork / 4, activate, weigh};
+const Kernels kNeonDotprod = {"neon_dotprod", Type::kFloat, stage<float>, kMultiply, kLittleWork / 4, activate, weigh};
+const Kernels kNeonI8mm = {"neon_i8mm", Type::kFloat, stage<float>, kMultiply, kLittleWork / 4, activate, weigh};
 
 }  // namespace qkernels::cpu

@@ -1,5 +1,6 @@
 // Plain C++: for CPUs without AVX2, and the oracle that the other instruction sets are tested against. It shares
 // neither the unpacking nor the loops with them.
+#include "experts_loops.h"
 #include "kernels.h"
 #include "rows.h"
 
@@ -52,6 +53,6 @@ void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1)
 
 }  // namespace
 
-const Kernels kScalar = {"scalar", Type::kFloat, stage<float>, multiply, 1 << 18};
+const Kernels kScalar = {"scalar", Type::kFloat, stage<float>, multiply, 1 << 18, activate, weigh};
 
 }  // namespace qkernels::cpu

@@ -20,6 +20,7 @@ from ..models.building import assign, computed, empty_model
 from ..models.experts import ExpertsForm, experts_of, routers
 from ..models.naming import float_state
 from ..nn import QuantEmbedding, QuantExperts, QuantLinear, QuantStack, set_module
+from ..nn import between as between_products
 from ..nn.embedding import scale_of
 from ..nn.experts import OrdersDiffer, bias_of, rows_in_halves
 from ..nn.packed import PackedModule
@@ -51,6 +52,7 @@ def load(
     activations: Activations | None = None,
     device_map: DeviceMap | None = None,
     revision: str | None = None,
+    fused: bool = True,
     **others: Any,
 ) -> Any:
     """Any known checkpoint, quantized or not, as a `transformers` model in which quantized modules are `QuantLinear`.
@@ -77,6 +79,8 @@ def load(
             to devices ({"": 0, "model.layers.20": "cpu", …}). Each part is packed for the kernels of its device and stays
             there; activations travel.
         revision: of a model on the Hub: a branch, tag or commit.
+        fused: norms, gated MLPs and attention of single tokens do on the CPU in one op what they do in many, up to the last bit
+            of a rounding; False leaves them as transformers has them. See `nn.between`.
         others: none; those of transformers' `from_pretrained` get an error that says what to pass instead.
 
     Returns:
@@ -167,6 +171,8 @@ def load(
     missing = _fill(model, slots, checkpoint, used, place, dtype)
     check_names(model, missing, [name for name in checkpoint.names() if name not in used], checkpoint)
     _move_buffers(model, place)
+    if fused:
+        between_products.fuse(model)
     if place.spread:
         connect(model, place)
     give_back()

@@ -36,11 +36,6 @@ class GgufQuantizer(QKernelsQuantizer):
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        if getattr(quantization_config, "dequantize", False):
-            raise ArgumentError(
-                "GgufConfig(dequantize=True) asks for floats, and enable() for packed weights: leave one of them out, or call "
-                "model.dequantize() afterwards"
-            )
         self.pre_quantized = True
         self._file: GgufCheckpoint | None = None
 

@@ -5,7 +5,7 @@ from qkernels.integrations.transformers import QKernelsConfig, enable
 model = AutoModelForCausalLM.from_pretrained("my-llama/", quantization_config=QKernelsConfig("w4a16_g128"))
 model.save_pretrained("out/")                               # our native format
 model = AutoModelForCausalLM.from_pretrained("out/")        # importing this module is enough for it
-enable()                                                    # from here on also GPTQ, AWQ and compressed-tensors files
+enable()                                                    # from here on also GPTQ, AWQ, FP8, bitsandbytes, … (METHODS)
 model = AutoModelForCausalLM.from_pretrained("some-gptq-model/")
 model = AutoModelForCausalLM.from_pretrained("dir/", gguf_file="model-Q4_K_M.gguf")    # packed, too (gguf.py)
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -61,65 +61,13 @@ from ..nn.selection import as_patterns
 from ..quantizers import RTN
 from ..quantizers.grid import checked_weight
 from ..scheme import QuantScheme
+from .configs import METHODS, CheckpointConfig, QKernelsConfig, as_it_is
 from .modules import asked_in_place_of, belongs_to_a_head, device_near, experts_in, layers_of, put, untie
 from .placeholders import Packed, Pending, PendingExperts
 
 log = logging.getLogger(__name__)
 
-FOREIGN: Final = ("gptq", "awq", "compressed-tensors")
 GGUF: Final = "gguf"
-
-
-class QKernelsConfig(QuantizationConfigMixin):
-    """How to quantize while loading, and what a native checkpoint says of itself.
-
-    Args:
-        scheme: a `QuantScheme` or its short form, for every layer that no override matches.
-        include, exclude, overrides: as for `replace_linear`.
-        version, modules, layout, layout_version, embeddings: of a checkpoint that is quantized already.
-
-    Raises:
-        SchemeError: a scheme cannot be parsed.
-        TypeError: an unknown keyword.
-    """
-
-    def __init__(
-        self,
-        scheme: QuantScheme | str = "w4a16_g128",
-        *,
-        include: Iterable[str] | str | None = None,
-        exclude: Iterable[str] | str | None = None,
-        overrides: Mapping[str, QuantScheme | str] | None = None,
-        modules: Mapping[str, str] | None = None,
-        version: int = native.VERSION,
-        quant_method: str = native.METHOD,
-        layout: str | None = None,
-        layout_version: int | None = None,
-        embeddings: Iterable[str] = (),
-    ) -> None:
-        self.quant_method = quant_method
-        self.scheme = str(QuantScheme.parse(scheme))
-        self.include, self.exclude = as_patterns(include), as_patterns(exclude)
-        self.overrides = {pattern: str(QuantScheme.parse(s)) for pattern, s in (overrides or {}).items()}
-        self.version, self.modules = version, dict(modules or {})
-        self.layout, self.layout_version = layout, layout_version
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `quantization_config` of a native checkpoint."""
-        return {
-            "quant_method": self.quant_method,
-            "version": self.version,
-            "scheme": self.scheme,
-            "modules": self.modules,
-        }
-
-
-class CheckpointConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint in a format of somebody else, kept as it is."""
-
-    def __init__(self, **fields: Any) -> None:
-        self.__dict__.update(fields)
-        self.quant_method = fields.get("quant_method", "")
 
 
 class QKernelsQuantizer(HfQuantizer):
@@ -130,6 +78,11 @@ class QKernelsQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        if getattr(quantization_config, "dequantize", False):
+            raise ArgumentError(
+                f"{type(quantization_config).__name__}(dequantize=True) asks for floats, and enable() for packed weights: leave "
+                f"one of them out, or call model.dequantize() afterwards"
+            )
         self.report = ReplaceReport()
         self._schemes: dict[str, QuantScheme] = {}
         self._checkpoint: Checkpoint | None = None
@@ -467,23 +420,24 @@ class _QuantizeWeight(ConversionOps):
         return left
 
 
-def enable(methods: Iterable[str] | None = None) -> None:
+def enable(methods: Iterable[str] | str | None = None) -> None:
     """From here on, `from_pretrained` gives checkpoints of these methods to qkernels instead of the quantizers that come
-    with transformers (which need optimum, gptqmodel or compressed-tensors), and GGUF files (`gguf_file=`) instead of readers that
-    dequantize them. Calling it again changes nothing.
+    with transformers (which need a package of each origin, or a GPU), and GGUF files (`gguf_file=`) instead of readers that
+    dequantize them. A `quantization_config` that asks to quantize floats while they load (GPTQConfig, BitsAndBytesConfig) stays
+    transformers' own; `QKernelsConfig` is ours. Calling it again changes nothing.
 
     Args:
-        methods: of "gptq", "awq", "compressed-tensors" and "gguf"; None for all that this transformers asks about (GGUF files
-            since 5.23).
+        methods: of METHODS, such as "gptq" or "fp8", and "gguf"; None for all of them ("gguf" where this transformers asks about
+            it: since 5.23).
 
     Raises:
         ArgumentError: another method, or "gguf" with a transformers that asks nobody about it.
     """
     asks = GGUF in AUTO_QUANTIZER_MAPPING
-    chosen = as_patterns(methods) or (*FOREIGN, *[GGUF] * asks)
+    chosen = as_patterns(methods) or (*METHODS, *[GGUF] * asks)
     for method in chosen:
-        if method not in (*FOREIGN, GGUF):
-            raise ArgumentError(f"methods must be of {', '.join((*FOREIGN, GGUF))}, got {method!r}")
+        if method not in (*METHODS, GGUF):
+            raise ArgumentError(f"methods must be of {', '.join((*METHODS, GGUF))}, got {method!r}")
     if GGUF in chosen:
         if not asks:
             raise ArgumentError(
@@ -492,12 +446,24 @@ def enable(methods: Iterable[str] | None = None) -> None:
         from . import gguf
 
         gguf.answer()
-    for method in (method for method in chosen if method != GGUF):
-        # Scripts pass `quantization_config=GPTQConfig(…)` for a checkpoint of GPTQ, too; transformers takes it, and goes by the
-        # checkpoint, where the two classes have one name.
-        name = AUTO_QUANTIZATION_CONFIG_MAPPING[method].__name__
-        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = type(name, (CheckpointConfig,), {"__module__": __name__})
-        AUTO_QUANTIZER_MAPPING[method] = QKernelsQuantizer
+    for key in (key for method in chosen if method != GGUF for key in METHODS[method]):
+        theirs = AUTO_QUANTIZATION_CONFIG_MAPPING.get(key, CheckpointConfig)
+        if not issubclass(theirs, CheckpointConfig):
+            theirs = as_it_is(theirs)
+        AUTO_QUANTIZATION_CONFIG_MAPPING[key] = theirs
+        AUTO_QUANTIZER_MAPPING[key] = _Chosen(AUTO_QUANTIZER_MAPPING.get(key))
+
+
+class _Chosen:
+    """What transformers calls for the quantizer of a method: ours for a checkpoint, its own to quantize floats."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = getattr(theirs, "theirs", theirs)  # of an earlier call of `enable`
+
+    def __call__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> HfQuantizer:
+        floats = kwargs.get("pre_quantized") is False and self.theirs is not None
+        chosen: HfQuantizer = (self.theirs if floats else QKernelsQuantizer)(quantization_config, **kwargs)
+        return chosen
 
 
 def register() -> None:
@@ -511,7 +477,7 @@ def register() -> None:
         (AUTO_QUANTIZER_MAPPING, QKernelsQuantizer),
     ):
         taken = mapping.get(native.METHOD)
-        if taken is not None and taken.__module__ != __name__:
+        if taken is not None and taken.__module__ != own.__module__:
             raise ArgumentError(f'quant_method "{native.METHOD}" is taken by {taken.__module__}.{taken.__name__}')
         mapping[native.METHOD] = own  # a second import of this module replaces its own classes
 

@@ -87,7 +87,9 @@ def _parameters_on_meta() -> Iterator[None]:
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        on_meta: Any = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        on_meta._is_hf_initialized = True  # what transformers would write to it takes 1.6 ms each on meta
+        return on_meta  # type: ignore[no-any-return]
 
     handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # what it returns replaces
     try:

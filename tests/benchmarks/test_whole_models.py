@@ -103,13 +103,14 @@ def test_the_file_has_its_tensors_where_the_header_says(tmp_path: Path) -> None:
     )
 
 
-def test_attention_written_out_is_attention() -> None:
-    """fp32, so that nothing is rounded to 16 bits; positions after the token's are masked."""
-    q, keys, values = (torch.randn(1, 2, n, 16) for n in (4, 32, 32))
-    mask = torch.where(torch.arange(32) <= 20, 0.0, -torch.inf)[None]
-    expected = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    torch.testing.assert_close(llama._written_out(q, keys, values, mask), expected)
-    assert not torch.allclose(llama._written_out(q, keys, values, torch.zeros_like(mask)), expected)
+def test_the_cpus_ops_are_the_operators_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt and of single tokens, in fp32."""
+    model = Llama(SIZES["tiny"], None, 16, torch.float32, CPU)
+    run = llama_cpp.our_logits(model, model)
+    with torch.inference_mode():
+        by_ops = llama_cpp.timed(run, list(range(1, 9)), [5, 6, 7])[2]
+        monkeypatch.setattr(llama, "_by_ops", lambda x: False)
+        torch.testing.assert_close(by_ops, llama_cpp.timed(run, list(range(1, 9)), [5, 6, 7])[2], rtol=1e-3, atol=1e-3)
 
 
 def test_other_logits_are_not_timed() -> None:

@@ -203,7 +203,9 @@ def sanitized(tokens: int = 64, splits: int = 1) -> tuple[Call, Tensor]:
 
 
 @pytest.mark.parametrize("flavour", [pytest.param("asan", marks=in_full), "tsan"])
-@pytest.mark.parametrize(("tokens", "splits"), [(32, 2), (64, 1), (128, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "splits"), [(32, 2), pytest.param(64, 1, marks=in_full), pytest.param(128, 1, marks=in_full)]
+)
 def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int, splits: int) -> None:
     """The first of its sanitizer waits for all kernels to be compiled under it: half a minute on two cores."""
     for schedule in ("random", "warp_ahead"):

@@ -141,7 +141,10 @@ def call_of(M: int = 20, tokens: int = 64, splits: int = 1) -> tuple[emulator.Ca
 
 
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
-@pytest.mark.parametrize(("tokens", "splits"), [(16, 1), (64, 1), (64, 2), (256, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "splits"),
+    [pytest.param(16, 1, marks=in_full), pytest.param(64, 1, marks=in_full), (64, 2), (256, 1)],
+)
 def test_sanitizers_find_nothing(flavour: emulator.Flavour, tokens: int, splits: int) -> None:
     """The first of its sanitizer waits for all kernels to be compiled under it: half a minute on two cores."""
     for schedule in ("random", "warp_ahead"):

@@ -11,49 +11,8 @@ from torch import Tensor
 from qkernels import QuantTensor
 from qkernels.errors import CheckpointError
 from qkernels.formats.awq_gemv import GEMV, GEMV_FAST
+from tests.formats.packers import gemv, gemv_config, gemv_fast
 from tests.strategies import random_weight, same_weight
-
-
-def config(group_size: int, version: str = "gemv") -> dict[str, Any]:
-    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": version}
-
-
-def zero_words(weight: QuantTensor) -> int:
-    size = weight.scheme.group_length(weight.K)
-    words, multiple = -(-weight.G // 8), {64: 2, 32: 4}.get(size, 1)
-    return -(-words // multiple) * multiple
-
-
-def gemv(weight: QuantTensor) -> dict[str, Tensor]:
-    assert weight.zeros is not None
-    words = zero_words(weight)
-    qweight = torch.zeros(weight.N, weight.K // 8, dtype=torch.int64)
-    qzeros = torch.zeros(weight.N, words, dtype=torch.int64)
-    scales = torch.zeros(weight.N, 8 * words, dtype=torch.float16)
-    for k in range(weight.K):
-        qweight[:, k // 8] |= weight.codes[:, k].long() << 4 * (k % 8)
-    for g in range(weight.G):
-        qzeros[:, g // 8] |= weight.zeros[:, g].long() << 4 * (g % 8)
-    scales[:, : weight.G] = weight.scales
-    return {"qweight": qweight.int(), "qzeros": qzeros.int(), "scales": scales}
-
-
-def gemv_fast(weight: QuantTensor) -> dict[str, Tensor]:
-    assert weight.zeros is not None
-    qweight = torch.zeros(weight.N // 4, weight.K, dtype=torch.int64)
-    for n in range(weight.N):
-        for k in range(weight.K):
-            r = k % 32
-            moved = 32 * (k // 32) + 8 * (r % 8 // 2) + 4 * (r % 2) + r // 8
-            qweight[n // 4, 64 * (moved // 64) + 16 * (n % 4) + moved % 64 // 4] |= int(weight.codes[n, k]) << 4 * (
-                moved % 4
-            )
-    padded = (8 * zero_words(weight), weight.N)
-    scales, qzeros = torch.zeros(padded, dtype=torch.float16), torch.zeros(padded, dtype=torch.float16)
-    scales[: weight.G] = weight.scales.T
-    qzeros[: weight.G] = -(weight.scales * weight.zeros).T
-    return {"qweight": qweight.short(), "qzeros": qzeros, "scales": scales}
-
 
 KINDS = pytest.mark.parametrize(("kind", "packer"), [(GEMV, gemv), (GEMV_FAST, gemv_fast)], ids=["gemv", "gemv_fast"])
 
@@ -63,7 +22,7 @@ KINDS = pytest.mark.parametrize(("kind", "packer"), [(GEMV, gemv), (GEMV_FAST, g
 def test_every_bit_is_where_it_belongs(kind: Any, packer: Any, scheme: str, K: int) -> None:
     weight = random_weight(scheme, 12, K)
     group_size = weight.scheme.group_length(K)
-    assert same_weight(kind.parse("m", packer(weight), config(group_size)).weight, weight)
+    assert same_weight(kind.parse("m", packer(weight), gemv_config(group_size)).weight, weight)
 
 
 def test_every_zero_point_is_recovered() -> None:
@@ -72,7 +31,7 @@ def test_every_zero_point_is_recovered() -> None:
     zeros = torch.arange(16, dtype=torch.uint8).repeat(6)[:, None]
     weight = random_weight("w4a16_channel_asym", 96, 64)
     weight = QuantTensor(weight.codes, scales, zeros, None, weight.scheme)
-    read = GEMV_FAST.parse("m", gemv_fast(weight), config(-1)).weight
+    read = GEMV_FAST.parse("m", gemv_fast(weight), gemv_config(-1)).weight
     assert same_weight(read, weight)
 
 
@@ -90,7 +49,7 @@ def test_every_zero_point_is_recovered() -> None:
 def test_broken_files(kind: Any, packer: Any, changes: dict[str, Tensor], group_size: int, message: str) -> None:
     tensors = packer(random_weight("w4a16_g64_asym", 8, 128)) | changes
     with pytest.raises(CheckpointError, match=f"^m: .*({message})"):
-        kind.parse("m", tensors, config(group_size))
+        kind.parse("m", tensors, gemv_config(group_size))
 
 
 @pytest.mark.parametrize(
@@ -107,14 +66,14 @@ def test_broken_files(kind: Any, packer: Any, changes: dict[str, Tensor], group_
 )
 def test_another_group_size_than_the_config_says(kind: Any, packer: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=f"^m: {message}"):
-        kind.parse("m", packer(random_weight("w4a16_g64_asym", 8, 128)), config(32))
+        kind.parse("m", packer(random_weight("w4a16_g64_asym", 8, 128)), gemv_config(32))
 
 
 def test_zero_points_that_are_no_integers_are_refused() -> None:
     tensors = gemv_fast(random_weight("w4a16_g64_asym", 8, 128))
     tensors["qzeros"][0, 5] *= 1.02
     with pytest.raises(CheckpointError, match="qzeros must be -scale .* 1 of 16 are not, first row 5, group 0"):
-        GEMV_FAST.parse("m", tensors, config(64))
+        GEMV_FAST.parse("m", tensors, gemv_config(64))
     tensors["qzeros"][0, 5] = float("nan")
     with pytest.raises(CheckpointError, match="qzeros must be finite"):
-        GEMV_FAST.parse("m", tensors, config(64))
+        GEMV_FAST.parse("m", tensors, gemv_config(64))

@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qkernels import QuantTensor
 from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError, ConversionError
 from qkernels.formats import ACTIVATIONS, Written
 from qkernels.formats.bitsandbytes import FOUR_BIT, INT8
 from qkernels.scheme import CODEBOOKS
+from tests.formats.packers import BITSANDBYTES_STATE, bitsandbytes, json_bytes
 from tests.strategies import random_weight, same_weight
-
-STATE = "weight.quant_state.bitsandbytes__"
-
-
-def json_bytes(fields: Any) -> Tensor:
-    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
-
-
-def packed(weight: QuantTensor, kind: str = "nf4", **fields: Any) -> dict[str, Tensor]:
-    flat = weight.codes.flatten().tolist()
-    data = [flat[i] << 4 | flat[i + 1] for i in range(0, len(flat), 2)]
-    state = {
-        "quant_type": kind,
-        "blocksize": weight.scheme.group_size,
-        "dtype": "float16",
-        "shape": [weight.N, weight.K],
-    }
-    return {
-        "weight": torch.tensor(data, dtype=torch.uint8)[:, None],
-        "weight.absmax": weight.scales.flatten(),
-        "weight.quant_map": torch.tensor(CODEBOOKS[kind], dtype=torch.float32),
-        f"{STATE}{kind}": json_bytes(state | fields),
-    }
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("block", [32, 64])
 def test_every_bit_is_where_it_belongs(kind: str, block: int) -> None:
     weight = random_weight(f"{kind}_g{block}", 12, 128, dtype=torch.float32)
-    tensors = packed(weight, kind)
+    tensors = bitsandbytes(weight, kind)
     assert same_weight(FOUR_BIT.parse("m", tensors, {}).weight, weight)
     viewed = tensors | {"weight": tensors["weight"].flatten().view(torch.bfloat16)[:, None]}
     assert same_weight(FOUR_BIT.parse("m", viewed, {}).weight, weight)
@@ -64,7 +40,7 @@ def test_double_quantization() -> None:
     weight = random_weight("nf4_g64", 300, 256, dtype=torch.float32)
     index = torch.randint(0, 256, (1200,), generator=g).to(torch.uint8)
     table, nested = torch.linspace(-1, 1, 256), torch.rand(5, generator=g)
-    tensors = packed(weight, nested_blocksize=256, nested_dtype="float32", nested_offset=0.37)
+    tensors = bitsandbytes(weight, nested_blocksize=256, nested_dtype="float32", nested_offset=0.37)
     tensors |= {"weight.absmax": index, "weight.nested_quant_map": table, "weight.nested_absmax": nested}
     scales = [float(table[int(c)] * nested[i // 256] + 0.37) for i, c in enumerate(index)]
     read = FOUR_BIT.parse("m", tensors, {}).weight
@@ -75,7 +51,7 @@ def test_double_quantization() -> None:
 
 
 def test_a_codebook_goes_into_the_native_format_only() -> None:
-    weight = FOUR_BIT.parse("m", packed(random_weight("fp4_g64", 8, 128, dtype=torch.float32), "fp4"), {}).weight
+    weight = FOUR_BIT.parse("m", bitsandbytes(random_weight("fp4_g64", 8, 128, dtype=torch.float32), "fp4"), {}).weight
     native = WRITTEN["native"]
     assert same_weight(
         native.parse("m", native.write(weight), native.config_of(Written(weight.scheme, {}))).weight, weight
@@ -99,14 +75,14 @@ def test_a_codebook_goes_into_the_native_format_only() -> None:
         ({"weight.absmax": torch.full((16,), float("nan"))}, {}, "scales must be finite"),
         ({"weight.quant_map": torch.linspace(-1, 1, 16)}, {}, "quant_map must be the table of nf4"),
         ({"weight": torch.zeros(512, 1).int()}, {}, "weight must be uint8 or a float dtype"),
-        ({f"{STATE}nf4": torch.zeros(5000, dtype=torch.uint8)}, {}, "at most 4096 bytes"),
-        ({f"{STATE}nf4": torch.tensor([200], dtype=torch.uint8)}, {}, "must be JSON"),
-        ({f"{STATE}nf4": json_bytes([1])}, {}, r"must be a JSON object, got \[1\]"),
-        ({f"{STATE}fp4": json_bytes({})}, {}, "exactly one .* got 2"),
+        ({f"{BITSANDBYTES_STATE}nf4": torch.zeros(5000, dtype=torch.uint8)}, {}, "at most 4096 bytes"),
+        ({f"{BITSANDBYTES_STATE}nf4": torch.tensor([200], dtype=torch.uint8)}, {}, "must be JSON"),
+        ({f"{BITSANDBYTES_STATE}nf4": json_bytes([1])}, {}, r"must be a JSON object, got \[1\]"),
+        ({f"{BITSANDBYTES_STATE}fp4": json_bytes({})}, {}, "exactly one .* got 2"),
     ],
 )
 def test_broken_files(changes: dict[str, Tensor], fields: dict[str, Any], message: str | None) -> None:
-    tensors = packed(random_weight("nf4_g64", 8, 128, dtype=torch.float32), **fields) | changes
+    tensors = bitsandbytes(random_weight("nf4_g64", 8, 128, dtype=torch.float32), **fields) | changes
     if message is None:  # the same bytes as another shape are sound
         assert FOUR_BIT.parse("m", tensors, {}).weight.N == 16
         return

@@ -18,15 +18,10 @@ from qkernels.errors import CheckpointError
 from qkernels.formats import Written
 from qkernels.formats.compressed_tensors import INTEGERS
 from qkernels.formats.compressed_writing import PACKED
+from tests.formats.packers import compressed_config
 from tests.strategies import random_weight, same_weight
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "compressed_tensors"
-
-
-def config(scheme: str = "w4a16_g32_asym", **fields: Any) -> dict[str, Any]:
-    made = PACKED.config_of(Written(QuantScheme.parse(scheme), {}))
-    made["config_groups"]["group_0"]["weights"] |= fields
-    return made
 
 
 def padded_words(codes: Tensor, bits: int) -> Tensor:
@@ -75,7 +70,7 @@ def test_files_of_compressed_tensors_itself() -> None:
 def test_both_packings(bits: int, symmetric: bool) -> None:
     scheme = QuantScheme(bits, 32, "none" if symmetric else "int")
     weight = random_weight(scheme, 20, 96, dtype=torch.bfloat16)
-    fields = config(str(scheme))
+    fields = compressed_config(str(scheme))
     tensors = PACKED.write(weight)
     assert torch.equal(tensors["weight_packed"], dense_words(weight.codes, bits))
     older = tensors | {"weight_packed": padded_words(weight.codes, bits)}
@@ -94,9 +89,9 @@ def test_rows_too_short_to_tell_go_by_the_version() -> None:
     older = tensors | {"weight_packed": padded_words(weight.codes, 3)}
     assert older["weight_packed"].shape == tensors["weight_packed"].shape
     for version, stored in (("0.17.1", older), ("0.18.0", tensors), ("1.0.0a2", tensors)):
-        assert same_weight(PACKED.parse("m", stored, config("w3a16_channel") | {"version": version}).weight, weight), (
-            version
-        )
+        assert same_weight(
+            PACKED.parse("m", stored, compressed_config("w3a16_channel") | {"version": version}).weight, weight
+        ), version
 
 
 def test_act_order() -> None:
@@ -105,7 +100,7 @@ def test_act_order() -> None:
     assert fields["config_groups"]["group_0"]["weights"]["actorder"] == "group"
     tensors = PACKED.write(weight)
     assert same_weight(PACKED.parse("m", tensors, fields).weight, weight)
-    (oddity,) = PACKED.parse("m", tensors, config()).oddities
+    (oddity,) = PACKED.parse("m", tensors, compressed_config()).oddities
     assert oddity.kind == "weight_g_idx is there although actorder is not group"
     unset = PACKED.parse("m", tensors | {"weight_g_idx": torch.full((96,), -1, dtype=torch.int32)}, fields).weight
     assert unset.group_index is None
@@ -119,17 +114,17 @@ def test_zero_points_that_are_not_packed() -> None:
     assert weight.zeros is not None
     plain = (weight.zeros.short() - 8).to(torch.int8)
     tensors = PACKED.write(weight) | {"weight_zero_point": plain}
-    assert same_weight(PACKED.parse("m", tensors, config()).weight, weight)
+    assert same_weight(PACKED.parse("m", tensors, compressed_config()).weight, weight)
     symmetric = random_weight("w4a16_g32", 16, 96)
     tensors = PACKED.write(symmetric) | {"weight_zero_point": torch.zeros(16, 3, dtype=torch.int8)}
-    assert same_weight(PACKED.parse("m", tensors, config("w4a16_g32")).weight, symmetric)
+    assert same_weight(PACKED.parse("m", tensors, compressed_config("w4a16_g32")).weight, symmetric)
 
 
 def test_one_scale_for_the_whole_weight() -> None:
     weight = random_weight("w8a16_tensor", 16, 96)
     tensors = PACKED.write(weight)
     assert list(tensors["weight_scale"].shape) == [1]
-    assert same_weight(PACKED.parse("m", tensors, config("w8a16_tensor")).weight, weight)
+    assert same_weight(PACKED.parse("m", tensors, compressed_config("w8a16_tensor")).weight, weight)
 
 
 def test_a_name_comes_before_a_pattern_and_a_pattern_before_a_class() -> None:
@@ -138,7 +133,7 @@ def test_a_name_comes_before_a_pattern_and_a_pattern_before_a_class() -> None:
         f"group_{i}": {"targets": targets, "weights": {"num_bits": bits, "group_size": 32}}
         for i, (targets, bits) in enumerate([(["Linear"], 3), (["re:a\\."], 8), (["a.x"], 4)])
     }
-    fields = config() | {"config_groups": groups}
+    fields = compressed_config() | {"config_groups": groups}
     for name, weight in weights.items():
         assert same_weight(PACKED.parse(name, PACKED.write(weight), fields).weight, weight), name
     del groups["group_0"]
@@ -203,7 +198,7 @@ def test_static_scales_of_any_shape_and_dtype() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_int_quantized(symmetric: bool) -> None:
     weight = random_weight(QuantScheme(8, "channel", "none" if symmetric else "int"), 16, 96, dtype=torch.bfloat16)
-    fields = config(str(weight.scheme)) | {"format": "int-quantized"}
+    fields = compressed_config(str(weight.scheme)) | {"format": "int-quantized"}
     fields["config_groups"]["group_0"] |= {"format": "int-quantized", "input_activations": W8A8}
     tensors = {"weight": (weight.codes.short() - 128).to(torch.int8), "weight_scale": weight.scales}
     if weight.zeros is not None:
@@ -220,7 +215,7 @@ def test_int_quantized(symmetric: bool) -> None:
     static = replace(weight, scheme=replace(weight.scheme, act="int8_static"), x_static=torch.tensor([0.5, 0.0]))
     assert same_weight(parsed.weight, static)
     assert parsed.oddities == ()
-    narrow = config("w4a16_channel", symmetric=symmetric) | {"format": "int-quantized"}
+    narrow = compressed_config("w4a16_channel", symmetric=symmetric) | {"format": "int-quantized"}
     narrow["config_groups"]["group_0"]["format"] = None
     with pytest.raises(CheckpointError, match=r"^m: weight must be -8 … 7 for 4 bits"):
         INTEGERS.parse("m", tensors, narrow)
@@ -240,8 +235,16 @@ def test_int_quantized(symmetric: bool) -> None:
             r"weight_scale must be .* \[16, 2\] \(N=16, K=96, groups of 64\), got float16 \[16, 3\]",
         ),
         ({}, {"num_bits": 8}, r"weight_packed must be int32 \[16, 24\] \(8 bits, weight_shape \[16, 96\]\)"),
-        ({}, {"symmetric": True}, "weight_zero_point must be absent or zero, because the config says symmetric"),
-        ({"weight_zero_point": None}, {}, "weight_zero_point is missing, although the config says symmetric: false"),
+        (
+            {},
+            {"symmetric": True},
+            "weight_zero_point must be absent or zero, because the config says symmetric",
+        ),
+        (
+            {"weight_zero_point": None},
+            {},
+            "weight_zero_point is missing, although the config says symmetric: false",
+        ),
         ({"weight_zero_point": torch.zeros(3, 3).int()}, {}, r"weight_zero_point must be int32 \[2, 3\]"),
         ({"weight_zero_point": torch.full((16, 3), 9, dtype=torch.int8)}, {}, "weight_zero_point must be -8 … 7"),
         ({"weight_zero_point": torch.zeros(16, 3)}, {}, r"weight_zero_point must be int8 \[16, 3\] \(not packed\)"),
@@ -260,7 +263,7 @@ def test_broken_files(changes: dict[str, Tensor | None], fields: dict[str, Any],
     changed = PACKED.write(random_weight("w4a16_g32_asym", 16, 96)) | changes
     tensors = {name: t for name, t in changed.items() if t is not None}
     with pytest.raises(CheckpointError, match=f"^m: .*{message}"):
-        PACKED.parse("m", tensors, config(**fields))
+        PACKED.parse("m", tensors, compressed_config(**fields))
 
 
 @pytest.mark.parametrize(
@@ -280,4 +283,4 @@ def test_broken_files(changes: dict[str, Tensor | None], fields: dict[str, Any],
 )
 def test_broken_configs(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=f"^m: .*{message}"):
-        PACKED.parse("m", PACKED.write(random_weight("w4a16_g32_asym", 16, 96)), config() | fields)
+        PACKED.parse("m", PACKED.write(random_weight("w4a16_g32_asym", 16, 96)), compressed_config() | fields)

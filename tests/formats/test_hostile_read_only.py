@@ -15,15 +15,20 @@ from qkernels.checkpoint.registry import WRITTEN
 from qkernels.errors import CheckpointError, ConversionError
 from qkernels.formats import METADATA, READ_ONLY
 from qkernels.storage import write_json
-from tests.formats import (
-    test_auto_round,
-    test_awq_gemv,
-    test_bitsandbytes,
-    test_compressed_tensors,
-    test_floating,
-    test_hqq,
-    test_planar,
-    test_torchao,
+from tests.formats import floating_files
+from tests.formats.packers import (
+    auto_round,
+    auto_round_config,
+    bitsandbytes,
+    compressed_config,
+    gemv,
+    gemv_config,
+    gemv_fast,
+    hqq,
+    planar_config,
+    planar_tensors,
+    torchao,
+    torchao_config,
 )
 from tests.strategies import random_weight
 
@@ -39,7 +44,7 @@ STATIC = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, 
 def cases() -> dict[str, Case]:
     asym, channel = random_weight("w4a16_g64_asym", 64, 128), random_weight("w8a16_channel", 16, 96)
     int8 = {"weight": (channel.codes.short() - 128).to(torch.int8)}
-    integers = test_compressed_tensors.config("w8a16_channel") | {"format": "int-quantized"}
+    integers = compressed_config("w8a16_channel") | {"format": "int-quantized"}
     integers["config_groups"]["group_0"] |= {"format": "int-quantized", "input_activations": STATIC}
     of_x = {"input_scale": torch.tensor([0.5]), "input_zero_point": torch.tensor([3], dtype=torch.int8)}
     nf4, fzero = random_weight("nf4_g64", 16, 128, dtype=torch.float32), random_weight("w4a16_g64_fzero", 12, 128)
@@ -47,30 +52,28 @@ def cases() -> dict[str, Case]:
     bnb = {"quant_method": "bitsandbytes"}
     return {
         "compressed-tensors int-quantized": Case(int8 | {"weight_scale": channel.scales} | of_x, integers),
-        "compressed-tensors float-quantized": Case(*test_floating.FILES["ct block"][1:]),
-        "compressed-tensors fp4-pack-quantized": Case(*test_floating.FILES["ct nvfp4"][1:]),
-        "compressed-tensors mixed-precision": Case(*test_floating.MIXED),
-        "fp8": Case(*test_floating.FILES["deepseek"][1:]),
-        "modelopt": Case(*test_floating.FILES["modelopt nvfp4"][1:]),
-        "awq gemv": Case(test_awq_gemv.gemv(asym), test_awq_gemv.config(64)),
-        "awq gemv_fast": Case(test_awq_gemv.gemv_fast(asym), test_awq_gemv.config(64, "gemv_fast")),
-        "bitsandbytes 4-bit": Case(test_bitsandbytes.packed(nf4), bnb | {"load_in_4bit": True}),
+        "compressed-tensors float-quantized": Case(*floating_files.FILES["ct block"][1:]),
+        "compressed-tensors fp4-pack-quantized": Case(*floating_files.FILES["ct nvfp4"][1:]),
+        "compressed-tensors mixed-precision": Case(*floating_files.MIXED),
+        "fp8": Case(*floating_files.FILES["deepseek"][1:]),
+        "modelopt": Case(*floating_files.FILES["modelopt nvfp4"][1:]),
+        "awq gemv": Case(gemv(asym), gemv_config(64)),
+        "awq gemv_fast": Case(gemv_fast(asym), gemv_config(64, "gemv_fast")),
+        "bitsandbytes 4-bit": Case(bitsandbytes(nf4), bnb | {"load_in_4bit": True}),
         "bitsandbytes int8": Case(int8 | {"SCB": channel.scales[:, 0].float()}, bnb | {"load_in_8bit": True}),
-        "hqq": Case(test_hqq.packed(fzero), {"quant_method": "hqq"}),
-        "auto-round": Case(
-            test_auto_round.stored(asym, "auto_round"), test_auto_round.config("auto_round", group_size=64)
-        ),
+        "hqq": Case(hqq(fzero), {"quant_method": "hqq"}),
+        "auto-round": Case(auto_round(asym, "auto_round"), auto_round_config("auto_round", group_size=64)),
         "mxfp4": Case(
             {"blocks": torch.randint(256, (2, 8, 3, 16)).byte(), "scales": torch.randint(100, 140, (2, 8, 3)).byte()},
             {"quant_method": "mxfp4"},
         ),
-        "planar gptq_p": Case(test_planar.stored(five), test_planar.config(five)),
+        "planar gptq_p": Case(planar_tensors(five), planar_config(five)),
         "quanto": Case(
             {"weight._data": int8["weight"], "weight._scale": channel.scales},
             {"quant_method": "quanto", "modules": {key: {"weights": "qint8"} for key in ("m", "layers.0.a")}},
         ),
-        "fp8 of DeepSeek-V4": Case(*test_floating.FILES["deepseek v4"][1:]),
-        "torchao": Case(test_torchao.signed(channel), test_torchao.config("Int8Tensor", [1, 96])),
+        "fp8 of DeepSeek-V4": Case(*floating_files.FILES["deepseek v4"][1:]),
+        "torchao": Case(torchao(channel), torchao_config("Int8Tensor", [1, 96])),
     }
 
 

