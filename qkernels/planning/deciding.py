@@ -67,7 +67,7 @@ def costs(
     """
     if candidate.scheme is None or planned.checkpoint is None:
         return None
-    tokens, method = 0, candidate.method or candidate.format
+    tokens, methods = 0, candidate.parts or (candidate.format,)
     if candidate.options is None:  # a GGUF file, made tensor by tensor
         largest = max((math.prod(planned.checkpoint.shape(name)) for name in planned.checkpoint.names()), default=0)
         text = f"making {candidate.scheme}: one tensor in memory at a time, the largest {readable_size(4 * largest)} in float32, "
@@ -82,8 +82,8 @@ def costs(
             tokens = SAMPLES * seq_len
             text += f"{readable_size(found.host_bytes)} for activations of {SAMPLES} x {seq_len} tokens, "
         text += f"{readable_size(found.disk_bytes)} of disk"
-    if method not in seconds.by_method:
+    if not all(method in seconds.by_method for method in methods):
         return text
-    fixed, a_thousand = seconds.by_method[method]
+    fixed, a_thousand = (sum(seconds.by_method[method][i] for method in methods) for i in range(2))
     minutes = weights / 1e9 * (fixed + a_thousand * tokens / 1000) / 60
     return f"{text}; about {minutes:.2g} min ({seconds.source})"

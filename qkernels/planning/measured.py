@@ -27,17 +27,25 @@ class Candidate:
         method: of `qkernels quantize`; "": none, of a model as it is and of GGUF files.
         kl: nats a token on the bundled model; None: not measured (its place in the order is that of its width).
         format: of the file, the one that most engines read.
+        choices: options of the method that are not its defaults.
     """
 
     scheme: str | None
     method: str
     kl: float | None
     format: str = "native"
+    choices: tuple[tuple[str, str], ...] = ()
 
     @property
     def options(self) -> Options | None:
-        """The method as it is by default; None for a model as it is."""
-        return QUANTIZERS[self.method]() if self.method else None
+        """The method; None for a model as it is."""
+        return QUANTIZERS[self.method](**dict(self.choices)) if self.method else None  # type: ignore[arg-type]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The methods that it is made of, whose times add up: AWQ's scales come first where they are asked for."""
+        scales = dict(self.choices).get("scales")
+        return tuple(filter(None, (scales, self.method)))
 
     @property
     def calibrated(self) -> bool:
@@ -69,6 +77,8 @@ class Seconds:
 
 GGUF: Final = "gguf"
 QUANTIZING: Final = "quantizing"  # the kind of a result of benchmarks.models.quantize_speed
+# The least error that needs no index of columns and no second model in memory (docs/decisions/0032, 0036).
+SCALED: Final = (("scales", "awq"), ("act_order", "static"))
 # Best first.
 CANDIDATES: Final = (
     Candidate(None, "", 0.0),
@@ -78,13 +88,13 @@ CANDIDATES: Final = (
     Candidate("w6a16_g128", "gptq", None),
     Candidate("Q6_K", "", 2.9e-3, GGUF),
     Candidate("w5a16_g128", "gptq", None),
-    Candidate("w4a16_g128_asym", "awq", 5.9e-3, "awq"),
+    Candidate("w4a16_g128_asym", "gptq", 3.2e-3, "awq", SCALED),
     Candidate("Q5_K_M", "", 9.7e-3, GGUF),
     Candidate("w4a16_g128", "gptq", 1.0e-2, "gptq"),
     Candidate("w4a8_g128", "gptq", None),
+    Candidate("w3a16_g128_asym", "gptq", 1.5e-2, choices=SCALED),
     Candidate("nf4_g64", "nf4", 2.9e-2),
     Candidate("mxfp4_g32", "rtn", None, "compressed-tensors"),
-    Candidate("w3a16_g128_asym", "awq", 2.4e-2),
     Candidate("Q4_K_M", "", 4.2e-2, GGUF),
     Candidate("Q3_K_M", "", 5.7e-2, GGUF),
     Candidate("w2a16_g128", "gptq", 1.3e-1),

@@ -361,7 +361,7 @@ def _row(planned: Planned, candidate: Candidate, sizes: Sizes, engines: tuple[st
     scheme = "as it is" if as_it_is else str(candidate.scheme)
     return PlanRow(
         scheme,
-        candidate.method or (GGUF if candidate.format == GGUF else ""),
+        "+".join(candidate.parts) or (GGUF if candidate.format == GGUF else ""),
         sizes.bits if sizes.weights[0] else None,
         sizes.file,
         sizes.total,
@@ -392,6 +392,7 @@ def _command(planned: Planned, candidate: Candidate, devices: tuple[Device, ...]
     if candidate.format == GGUF:
         return f"qkernels quantize {name} OUT.gguf --type {candidate.scheme}"
     words = ["qkernels quantize", name, "OUT", "--method", candidate.method, "--scheme", candidate.scheme]
+    words += [f"--{name.replace('_', '-')} {choice}" for name, choice in candidate.choices]
     words += ["--calibration text.txt"] if candidate.calibrated else []
     words += [f"--format {candidate.format}"] if candidate.format != "native" else []
     return " ".join(words)

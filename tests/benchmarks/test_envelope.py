@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.method import age, envelope, environment
 from benchmarks.method.envelope import Envelope
@@ -143,15 +144,17 @@ def test_commits_between_a_result_and_now_are_counted_by_folder(
         git(tmp_path, "commit", "-q", "-m", name)
         commits.append(git(tmp_path, "rev-parse", "--short=12", "HEAD"))
     written = [replace(SEALED, commit=commit, dirty=False) for commit in (commits[0], commits[2], "0123456789ab")]
-    written.append(replace(SEALED, commit=None, dirty=None, unknown=dict.fromkeys(("commit", "dirty"), "lost")))
+    lost = dict.fromkeys(("commit", "dirty", "machine"), "lost")
+    written.append(replace(SEALED, commit=None, dirty=None, machine=None, unknown=lost))
+    written[1] = replace(written[1], machine=environment.machine_name(torch.device("cpu")))
     paths = [tmp_path / f"{i}.json" for i in range(len(written))]
     for sealed, path in zip(written, paths, strict=True):
         envelope.write(sealed, path)
     (tmp_path / "plain.json").write_text('[{"kl": 0.1}]')
     lines, wrong = age.check([*paths, tmp_path / "plain.json"], tmp_path)
     assert [line[3:] for line in lines] == [
-        [commits[0], "2", "1", ""], [commits[2], "1", "0", ""], ["0123456789ab", "?", "?", ""],
-        ["–", "?", "?", "commit, dirty"],
+        [commits[0], "2", "1", "another", ""], [commits[2], "1", "0", "this", ""],
+        ["0123456789ab", "?", "?", "another", ""], ["–", "?", "?", "–", "commit, dirty, machine"],
     ]  # fmt: skip
     assert len(wrong) == 1 and "plain.json must be a result file" in wrong[0]
     assert age.main([str(path) for path in paths]) == 0
