@@ -14,7 +14,7 @@ from torch import Tensor
 from qkernels import QuantTensor
 from tests.cuda import calls, emulator
 from tests.cuda.bounds import ZEROS, bound
-from tests.cuda.calls import DTYPES, Config, gemm_sm90, in_room, multiply, scales_fragments
+from tests.cuda.calls import DTYPES, Config, gemm_sm90, in_room, multiply, rounding_of_fragments, scales_fragments
 from tests.cuda.emulator import SCHEDULES
 from tests.cuda.units import in_full
 from tests.ops.helpers import exact_product, integers
@@ -125,9 +125,7 @@ def test_random_inputs_stay_within_the_bound(scheme: str, tokens: int, dtype: to
     error = (multiply(weight, in_room(x), config).double() - exact).abs()
     scaled = scales_fragments(weight, config)
     more = 2 * (128 if scaled else 64) * 2.0**-24 * (x.double().abs() @ W.abs().T)  # a third of 6 steps: 128 columns
-    info = torch.finfo(dtype)
-    rounding = torch.maximum(W.abs() * info.eps / 2, torch.tensor(info.smallest_normal * info.eps / 2).double())
-    assert (error <= bound(weight, x, 3, 1) + more + (x.double().abs() @ rounding.T if scaled else 0)).all()
+    assert (error <= bound(weight, x, 3, 1) + more + rounding_of_fragments(weight, x, config)).all()
 
 
 # ---- sanitizers and negative controls ----
