@@ -145,7 +145,8 @@ def test_infinities_and_overflow_are_those_of_a_float_layer(scheme: str) -> None
 
 @pytest.mark.parametrize("sm", CARDS)
 def test_only_what_there_is_is_chosen(sm: int) -> None:
-    """Decode of 8 or 32 tokens, gemm_sm80 of 64, dequantize + mm; on no card wgmma. Each has shared memory enough."""
+    """Decode of 8 or 32 tokens, gemm_sm80 of 64, dequantize + mm; from 33 tokens on Hopper gemm_sm90. Each has shared memory
+    enough."""
     reached = set()
     for codebook, bits in (("nf4", 4), ("e2m1", 4), ("e4m3", 8)):
         for groups, group_bytes in ((1, 128), (2, 128), (4, 256)):
@@ -155,7 +156,8 @@ def test_only_what_there_is_is_chosen(sm: int) -> None:
                     steps_per_group=1, groups=K // 64 * groups, group_bytes=group_bytes,
                 )  # fmt: skip
                 path, tokens = config[:2]
-                assert (path, tokens) in {(0, 8), (0, 32), (1, 64), (2, 0)}, config
+                assert (path, tokens) in {(0, 8), (0, 32), (1, 64), (2, 0)} or (path == 3 and sm == 90 and M > 32), config
+                assert path == 3 or sm != 90 or M not in (64, 300) or N == 256, config
                 assert path != 0 or tokens >= M
                 assert shared_bytes(M, K, config, bits, group_bytes) <= SHARED[sm] * 1024 or path == 2
                 assert 0 < ns < 1e12
