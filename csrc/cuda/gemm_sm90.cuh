@@ -126,8 +126,8 @@ QK_DEVICE void produce_x(const TensorMap& x, Ring ring, int column, int columns,
 }
 
 // By one thread: the codes of a strip, counted from the expert's `first`, to `place` of each stage, and behind them the
-// scales and zeros of a group in the first of its steps here, or (kInLast) in the last; and outer factors in every step.
-// kStepBytes 0: as many as the weight has.
+// scales and zeros of a group in the first of its steps here, or (kInLast) in the last; and outer factors in every
+// step. kStepBytes 0: as many as the weight has.
 template <int kStepBytes, bool kInLast>
 QK_DEVICE void produce_strip(const Weight& w, const GroupFormat& f, Ring ring, int place, int first, int wanted,
                              int begin, int end) {
@@ -377,8 +377,8 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   if (F::kNarrow) to_high = strip_place + low * kTileBytes + plane_offset(high_plane(p.weight.width), tile, lane);
   uint32_t first_row = 8 * (lane >> 2) + 2 * tile;
   keep(to_codes), keep(to_high), keep(to_scales), keep(first_row);
-  consume<F, kTokens>({p, ring, end, lane, to_codes, to_high, to_scales, first_row, wgmma_descriptor<kTokenBytes>(slots),
-                       GroupWalk::at(p.weight, begin).left},
+  consume<F, kTokens>({p, ring, end, lane, to_codes, to_high, to_scales, first_row,
+                       wgmma_descriptor<kTokenBytes>(slots), GroupWalk::at(p.weight, begin).left},
                       begin, end, totals);
 
   // Totals are turned around over the stages, once nobody reads those: [token][64 rows] of each warpgroup.
@@ -412,12 +412,12 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   }
   const Columns columns = columns_of(p.out, n);
   if (p.clusters) {
-    const int splits = gridDim.z;
+    const int splits = gridDim.z, used = F::kScaled && !row_factors ? p.out.N : p.out.N_pad;
     cluster_barrier();  // all blocks' totals are there
     for (int token = split + splits * tile; token < kTokens; token += splits * 4) {
       const int m = blockIdx.x * kTokens + token;
       // What is read is used: it has come when this block says so below. And `mend` is for whole warps.
-      if (m >= p.out.M || n >= p.out.N_pad) continue;
+      if (m >= p.out.M || n >= used) continue;
       float low = 0, high = 0;
       for (int part = 0; part < splits; ++part) {  // in their order
         const Words2 v = load_cluster8(place(token), part);

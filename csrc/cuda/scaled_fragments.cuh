@@ -3,16 +3,17 @@
 //   narrow   codes of 2 to 6 bits, integers and entries of tables, under scales, zeros and factors of every type
 //   wide     codes of 8 bits, integers and floats, likewise but for factors
 //
-// A step's codes become one form when they are loaded: a nibble each, as codes of 4 bits lie, and the two bits above it.
-// What differs from weight to weight is the same for all lanes: a branch for a step, one for the codes of 16 columns,
-// one for a group. They take the place of five times as many instances, and of none of the instructions around wgmma.
+// A step's codes become one form when they are loaded: a nibble each, as codes of 4 bits lie, and the two bits above
+// it. What differs from weight to weight is the same for all lanes: a branch for a step, one for the codes of 16
+// columns, one for a group. They take the place of five times as many instances, and of none of the instructions around
+// wgmma.
 //
 // A weight is rounded once to the type of x, as dequantize + mm does: (code - zero) scale + rest in fp32, where scale,
 // and the minimum that is the rest, are products of their two factors. Factors of rows (NVFP4) go on sums: e2m1 times
 // e4m3 has six bits, so that such fragments are exact.
 //
 //   instructions per 8 codes of a lane, from its words to the scaled A operand, bf16
-//   2 to 4 bits   31 (4 bits in an instance of their own: 28)     5 and 6 bits   39     tables   41     8-bit floats   40
+//   2 to 4 bits   31 (4 bits in an instance of their own: 28)     5 and 6 bits   39     tables   41     8-bit floats 40
 #pragma once
 #include "multiply.cuh"
 

@@ -40,6 +40,8 @@ def test_rows_of_each_expert_are_exact(tokens: int) -> None:
     config = gemm_sm90(tokens)
     for number, scheme in enumerate(SCHEMES):
         dtype, counts = DTYPES[number % 2], COUNTS[(number + tokens) % 5]
+        if tokens == 16 and scheme not in ("w4a16_g64", "w8a16_tensor", "w4a16_channel_asym"):
+            continue  # no tile of 16 tokens scales fragments
         experts = Experts.exact(scheme, E, 70, 200, dtype, ordered=number == 3)
         if number % 3 == 2:
             experts = replace(experts, bias=None)
