@@ -17,8 +17,9 @@
 // stay in the tensor core's accumulators, and scale and total meet in fp32 once a group (multiply.cuh has the numbers).
 // Predicted, at 128 tokens and g128: 8 wgmma of 64 cycles a group and warpgroup, against 64 FMA and 2 x 36 instructions
 // of conversion a lane; the sibling warpgroup covers the drain at a group's end. With 256 tokens, with groups of 16 and
-// 32 and with floating zeros fragments are scaled: each weight is rounded once to the type of the activations, as
-// dequantize + mm does, and nothing drains before the end of K.
+// 32, with floating zeros, and where codes are in planes or no integers, fragments are scaled (scaled_fragments.cuh):
+// each weight is rounded once to the type of the activations, as dequantize + mm does, and nothing drains before the
+// end of K.
 //
 // Stacked experts are the same instances: a table says which rows of x and which expert's strips are a block's, and the
 // fp32 sums go to memory. Where one product has gate and up, a block of two strips takes one of each and stores what

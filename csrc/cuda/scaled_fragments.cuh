@@ -13,7 +13,7 @@
 // e4m3 has six bits, so that such fragments are exact.
 //
 //   instructions per 8 codes of a lane, from its words to the scaled A operand, bf16
-//   2 to 4 bits   31 (4 bits in an instance of their own: 28)     5 and 6 bits   39     tables   41     8-bit floats 40
+//   2 to 4 bits 31    5 and 6 bits 39    tables 45    8 bits 34    8-bit floats 44
 #pragma once
 #include "multiply.cuh"
 
