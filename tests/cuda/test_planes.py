@@ -50,7 +50,8 @@ def product_of(weight: QuantTensor, x: Tensor, bias: Tensor | None, config: Conf
     if not calls.scales_fragments(weight, config):
         return exact
     seen = weight.dequantize(torch.float32).to(x.dtype).double()
-    return (x.double() @ seen.T + (0 if bias is None else bias.double())).to(x.dtype)
+    rounded: Tensor = x.double() @ seen.T + (0 if bias is None else bias.double())
+    return rounded.to(x.dtype)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])
