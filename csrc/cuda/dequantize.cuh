@@ -25,6 +25,8 @@ namespace qkernels::cuda {
 constexpr int kAndOr = 0xea;
 constexpr int kAndXor = 0x6a;
 
+QK_DEVICE uint32_t shifted_right(uint32_t v, int bits) { return bits >= 0 ? v >> bits : v << -bits; }
+
 // The two types of activations: their arithmetic in pairs, and what the tricks above need.
 struct Half {
   static constexpr Type kType = Type::kHalf;

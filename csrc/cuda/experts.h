@@ -95,7 +95,7 @@ inline Tile fastest_tile(const Problem& of_one, Path path, int tokens, int rows,
     return best;
   }
   if (path == Path::kGemmSm90) {
-    if (!coded && p.K > 0) visit({path, tokens, 0, 0, 1, false});
+    if (p.K > 0) visit({path, tokens, 0, 0, 1, false});
     return best;
   }
   if ((coded && tokens == 16) || (p.coding == Coding::kPlanes && tokens != kPlanesDecodeTokens)) return best;

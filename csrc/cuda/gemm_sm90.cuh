@@ -17,8 +17,9 @@
 // stay in the tensor core's accumulators, and scale and total meet in fp32 once a group (multiply.cuh has the numbers).
 // Predicted, at 128 tokens and g128: 8 wgmma of 64 cycles a group and warpgroup, against 64 FMA and 2 x 36 instructions
 // of conversion a lane; the sibling warpgroup covers the drain at a group's end. With 256 tokens, with groups of 16 and
-// 32 and with floating zeros fragments are scaled: each weight is rounded once to the type of the activations, as
-// dequantize + mm does, and nothing drains before the end of K.
+// 32, with floating zeros, and where codes are in planes or no integers, fragments are scaled (scaled_fragments.cuh):
+// each weight is rounded once to the type of the activations, as dequantize + mm does, and nothing drains before the
+// end of K.
 //
 // Stacked experts are the same instances: a table says which rows of x and which expert's strips are a block's, and the
 // fp32 sums go to memory. Where one product has gate and up, a block of two strips takes one of each and stores what
@@ -27,6 +28,7 @@
 #include "activate.cuh"
 #include "copy.cuh"
 #include "output.cuh"
+#include "scaled_fragments.cuh"
 #include "sum_again.cuh"
 #include "tensor_map.h"
 
@@ -39,13 +41,14 @@ namespace qkernels::cuda {
 
 constexpr int kSwizzleBytes = 1024;  // a swizzled tile is aligned to the period of its swizzle
 
-// A family of weights and activations that one kernel instance handles.
+// A family of weights and activations that one kernel instance handles. kScaled: fragments are, of integers of 2 to 6
+// bits and tables (kWidth 4, kNarrow) or of 8 bits of any kind; else sums of a group are, of integers of kWidth bits.
 template <class Activation, int kWidth_, bool kScaled_>
 struct WgmmaFormat {
   using T = Activation;
   static constexpr int kWidth = kWidth_;
-  static constexpr bool kScaled = kScaled_;  // fragments are; else sums of a group
-  static constexpr int kStepBytes = step_bytes(kWidth);
+  static constexpr bool kScaled = kScaled_, kNarrow = kScaled && kWidth == 4;
+  static constexpr int kStepBytes = kNarrow ? 0 : step_bytes(kWidth);  // 0: as the weight says
 };
 
 struct WgmmaArguments {
@@ -54,6 +57,7 @@ struct WgmmaArguments {
   GroupFormat format;
   Activations plain_x;  // what `x` maps
   Output out;
+  bool coded;       // codes are no integers
   int strip_bytes;  // of a stage: codes, scales, zeros of one strip
   int stage_bytes;
   int stages;
@@ -123,28 +127,40 @@ QK_DEVICE void produce_x(const TensorMap& x, Ring ring, int column, int columns,
 }
 
 // By one thread: the codes of a strip, counted from the expert's `first`, to `place` of each stage, and behind them the
-// scales and zeros of a group in the first of its steps here, or (kInLast) in the last.
+// scales and zeros of a group in the first of its steps here, or (kInLast) in the last; and outer factors in every
+// step. kStepBytes 0: as many as the weight has.
 template <int kStepBytes, bool kInLast>
 QK_DEVICE void produce_strip(const Weight& w, const GroupFormat& f, Ring ring, int place, int first, int wanted,
                              int begin, int end) {
   const int strip = first + (wanted < w.strips ? wanted : w.strips - 1);  // past N: any, whose rows are not stored
   GroupWalk walk = GroupWalk::at(w, begin);
-  const uint8_t* codes = w.codes + (static_cast<int64_t>(strip) * w.steps + begin) * kStepBytes;
+  const int code_bytes = kStepBytes == 0 ? f.code_bytes : kStepBytes;
+  const uint8_t* codes = w.codes + (static_cast<int64_t>(strip) * w.steps + begin) * code_bytes;
   const int64_t value = (static_cast<int64_t>(strip) * w.groups + walk.group) * kStripRows;
   const uint8_t *scales = w.scales + value * f.scale_size, *zeros = w.zeros + value * f.zero_size;
   const int group_bytes = f.scale_bytes + f.zero_bytes;
+  const bool has_outer = kStepBytes == 0 && f.outer_bytes != 0;
+  const int outer_bytes = has_outer ? f.outer_bytes + f.outer_zero_bytes : 0;
   bool opens = true;  // the step is the first of its group here
   for (int step = begin; step < end; ++step) {
     const bool brings_group = kInLast ? walk.left == 1 || step + 1 == end : opens;
     mbarrier_wait(ring.empty(), ring.parity ^ 1);  // its codes have been read
     const uint32_t full = ring.full(), to = ring.stage() + place;
-    mbarrier_arrive_expect(full, kStepBytes + (brings_group ? group_bytes : 0));
-    copy_bulk(to, codes, kStepBytes, full);
-    codes += kStepBytes;
+    mbarrier_arrive_expect(full, code_bytes + (brings_group ? group_bytes : 0) + outer_bytes);
+    copy_bulk(to, codes, code_bytes, full);
+    codes += code_bytes;
     if (brings_group) {
-      copy_bulk(to + kStepBytes, scales, f.scale_bytes, full);
-      if (f.zero_bytes != 0) copy_bulk(to + kStepBytes + f.scale_bytes, zeros, f.zero_bytes, full);
+      copy_bulk(to + code_bytes, scales, f.scale_bytes, full);
+      if (f.zero_bytes != 0) copy_bulk(to + code_bytes + f.scale_bytes, zeros, f.zero_bytes, full);
       scales += f.scale_bytes, zeros += f.zero_bytes;
+    }
+    if (has_outer) {
+      const int64_t outer = static_cast<int64_t>(strip) * w.outers + step / kStepsOfOuter;
+      const uint32_t behind = to + code_bytes + group_bytes;
+      copy_bulk(behind, w.outer + outer * f.outer_bytes, f.outer_bytes, full);
+      if (f.outer_zero_bytes != 0) {
+        copy_bulk(behind + f.outer_bytes, w.outer_zeros + outer * f.outer_zero_bytes, f.outer_zero_bytes, full);
+      }
     }
     opens = walk.left == 1;
     walk.advance(w);
@@ -158,16 +174,6 @@ QK_DEVICE void add_scaled(float (&totals)[kCount], const float (&sums)[kCount], 
   for (int i = 0; i < kCount; ++i) totals[i] = fmaf(sums[i], i % 4 < 2 ? scale : scale8, totals[i]);
 }
 
-// A fragment of code - zero becomes one of weights: scaled in fp32, and rounded once to the type of the activations.
-template <class T>
-QK_DEVICE void scale_fragment(uint32_t (&a)[4], const RowGroup& g) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row r, 1 and 3 row r + 8
-    const float scale = i % 2 == 0 ? g.scale : g.scale8, rest = i % 2 == 0 ? g.rest : g.rest8;
-    a[i] = T::pack(fmaf(T::low(a[i]), scale, rest), fmaf(T::high(a[i]), scale, rest));
-  }
-}
-
 // What a warp of a consumer warpgroup keeps from step to step. Fragment s of a step is converted while the wgmma of the
 // two before it are in flight, into the registers of the one that the wait has just seen finished.
 template <class F, int kTokens>
@@ -176,26 +182,42 @@ struct Consumer {
   const WgmmaArguments& p;
   Ring ring;  // at the step that is multiplied next
   int end, lane;
-  // From a stage's start: the lane's codes, and the strip's scales; and of its first row among the scales of a group.
-  uint32_t to_codes, to_scales, first_row;
+  // From a stage's start: the lane's codes (kNarrow: and those in the second plane), and the strip's scales; and of its
+  // first row among the scales of a group.
+  uint32_t to_codes, to_high, to_scales, first_row;
   uint64_t first_x;     // descriptor of the first stage's x
   int length;           // of the group that begins next, in steps
   int fresh_in = 0;     // steps until then: the step that begins it brings its scales and zeros
   uint32_t before = 0;  // `empty` of the step before, whose last wgmma may be in flight; or 0
   uint32_t scales = 0;  // of the step that is being converted: where they are, its codes, and the group
-  LaneCodes<F::kWidth> q{};
+  std::conditional_t<F::kNarrow, NarrowCodes, LaneCodes<F::kWidth>> q{};
+  [[maybe_unused]] OuterPairs outer{};
   RowGroup group{};
   Zeros zeros{};
   uint32_t a[kStepsOf16][4]{};
 
   QK_DEVICE void load(int of) {
-    group = load_group(p.format, scales, of * kStripRows + static_cast<int>(first_row));
-    zeros = Codes<T, F::kWidth>::zeros(group.zero, group.zero8);
+    const int index = of * kStripRows + static_cast<int>(first_row);
+    if constexpr (F::kScaled) {
+      group = load_any_group<F::kNarrow>(p.format, scales, index, outer);
+    } else {
+      group = load_group(p.format, scales, index);
+    }
+    if constexpr (F::kNarrow) {
+      zeros = narrow_zeros<T>(group.zero, group.zero8);
+    } else {
+      zeros = Codes<T, F::kWidth>::zeros(group.zero, group.zero8);
+    }
   }
   QK_DEVICE void open() {
     mbarrier_wait(ring.full(), ring.parity);
     scales = ring.stage() + to_scales;
-    load_codes<F::kWidth>(q, ring.stage() + to_codes, 0, 0);
+    if constexpr (F::kNarrow) {
+      q.load(p.weight.width, ring.stage() + to_codes, ring.stage() + to_high);
+      if (p.format.outer_bytes != 0) outer.load(p.format, scales, static_cast<int>(first_row));
+    } else {
+      load_codes<F::kWidth>(q, ring.stage() + to_codes, 0, 0);
+    }
     if (fresh_in == 0) {
       load(0);
       fresh_in = length, length = p.weight.steps_per_group;
@@ -207,7 +229,13 @@ struct Consumer {
       const int groups = p.format.groups_per_step;  // 1, 2 or 4
       if (groups > 1 && s > 0 && s * groups % kStepsOf16 == 0) load(s * groups / kStepsOf16);
     }
-    Codes<T, F::kWidth>::unpack(q[s], zeros, a[s]);
+    if constexpr (F::kNarrow) {
+      unpack_narrow<T>(p.format, p.weight.width, p.coded, q, s, zeros, a[s]);
+    } else if constexpr (F::kScaled) {
+      unpack_wide<T>(p.format, p.coded, q[s], zeros, a[s]);
+    } else {
+      Codes<T, F::kWidth>::unpack(q[s], zeros, a[s]);
+    }
     if constexpr (F::kScaled) scale_fragment<T>(a[s], group);
   }
   QK_DEVICE void release() {
@@ -344,11 +372,14 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   take_registers<kStrips == 1 ? 208 : 240>();
   float totals[kTokens / 2] = {};
   const uint32_t strip_place = kTokens * kTokenBytes + warpgroup * p.strip_bytes;
-  uint32_t to_codes = strip_place + tile * kTileBytes + lane * 16, to_scales = strip_place + F::kStepBytes;
+  const int low = F::kNarrow ? low_plane(p.weight.width) : 4;
+  uint32_t to_codes = strip_place + plane_offset(low, tile, lane), to_high = 0;
+  uint32_t to_scales = strip_place + (F::kNarrow ? p.format.code_bytes : F::kStepBytes);
+  if (F::kNarrow) to_high = strip_place + low * kTileBytes + plane_offset(high_plane(p.weight.width), tile, lane);
   uint32_t first_row = 8 * (lane >> 2) + 2 * tile;
-  keep(to_codes), keep(to_scales), keep(first_row);
-  consume<F, kTokens>({p, ring, end, lane, to_codes, to_scales, first_row, wgmma_descriptor<kTokenBytes>(slots),
-                       GroupWalk::at(p.weight, begin).left},
+  keep(to_codes), keep(to_high), keep(to_scales), keep(first_row);
+  consume<F, kTokens>({p, ring, end, lane, to_codes, to_high, to_scales, first_row,
+                       wgmma_descriptor<kTokenBytes>(slots), GroupWalk::at(p.weight, begin).left},
                       begin, end, totals);
 
   // Totals are turned around over the stages, once nobody reads those: [token][64 rows] of each warpgroup.
@@ -363,12 +394,13 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   const int expert_row = mine.first_strip(p.weight) * kStripRows;
   const int n = (mine.strip + warpgroup * p.apart) * kStripRows + 2 * lane;
   auto place = [&](int token) { return exchange + (token * kExchangeRow + 2 * lane) * 4; };
-  // Scaled fragments are weights, and their sums those of a float layer.
+  // Scaled fragments are weights, and their sums those of a float layer, but where rows have factors of their own.
+  const bool row_factors = F::kScaled && p.weight.outer != nullptr && p.weight.outers == 0;
   auto mend = [&](int m, int column, Share steps, float& low, float& high) {
-    if constexpr (!F::kScaled) {
-      if (!all_finite(low, high)) {
-        sum_again<typename F::T>(p.weight, p.plain_x, m, expert_row + column, steps, low, high);
-      }
+    if (F::kScaled && !row_factors) return;
+    if constexpr (F::kScaled) outer_factors_of(p.weight, expert_row + column).apply(low, high);
+    if (!all_finite(low, high)) {
+      sum_again<typename F::T, F::kScaled>(p.weight, p.plain_x, m, expert_row + column, steps, low, high);
     }
   };
   if constexpr (kStrips == 2) {
@@ -381,12 +413,12 @@ __global__ void __launch_bounds__(wgmma_threads(kTokens), wgmma_blocks(kTokens))
   }
   const Columns columns = columns_of(p.out, n);
   if (p.clusters) {
-    const int splits = gridDim.z;
+    const int splits = gridDim.z, used = F::kScaled && !row_factors ? p.out.N : p.out.N_pad;
     cluster_barrier();  // all blocks' totals are there
     for (int token = split + splits * tile; token < kTokens; token += splits * 4) {
       const int m = blockIdx.x * kTokens + token;
       // What is read is used: it has come when this block says so below. And `mend` is for whole warps.
-      if (m >= p.out.M || n >= (F::kScaled ? p.out.N : p.out.N_pad)) continue;
+      if (m >= p.out.M || n >= used) continue;
       float low = 0, high = 0;
       for (int part = 0; part < splits; ++part) {  // in their order
         const Words2 v = load_cluster8(place(token), part);

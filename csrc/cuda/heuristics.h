@@ -34,6 +34,8 @@ struct Problem {
   int steps() const { return K > 0 ? divide_up(K, kStepColumns) : 1; }
   int strip_bytes() const { return step_bytes(width()) + group_bytes; }
   bool short_groups() const { return groups_per_step > 1; }
+  // Whether gemm_sm90 must scale fragments, which no tile of 16 tokens does (gemm_sm90.cu).
+  bool scales_fragments() const { return short_groups() || float_zeros || coding != Coding::kIntegers; }
   // Of scales and zeros: 0 for 16-bit scales alone, 1 with zeros of a byte, 2 for all others.
   int group_kind() const {
     const int value = group_bytes / (groups_per_step * kStripRows);
@@ -196,10 +198,15 @@ inline double gemm_instructions(const Problem& p) {
          (is_coded(p.coding) ? 220 : 0);  // a table's permutations
 }
 // 16 rows and all tokens of a block, along the executed path at 64 tokens; at a group's end an FMA for each of a lane's
-// sums, and 35 for its scales, zeros and the wait. Scaled fragments: a static count.
+// sums, and 35 for its scales, zeros and the wait. Scaled fragments: 210 with the 16-bit scales of a long group, 226 in
+// 8 bit, 270 of a table; 31 for each other pair of values; Q4_K about 290.
 inline double wgmma_instructions(const Problem& p, int tokens) {
-  const int wide = p.bits > 4 ? 22 : 0;
-  if (tokens == 256 || p.short_groups() || p.float_zeros) return 180 + wide + (p.short_groups() ? 4 : 1) * 48;
+  const int wide = p.width() == 8 ? 22 : 0;
+  const bool table = p.coding == Coding::kTable || p.coding == Coding::kE2M1;
+  if (tokens == 256 || p.scales_fragments()) {
+    const int planes = p.coding != Coding::kPlanes ? 0 : p.bits > 4 ? 36 : p.bits < 4 ? 18 : 30;
+    return 180 + wide + (table ? 60 : planes) + (p.short_groups() ? p.groups_per_step : 1) * 48;
+  }
   return 86 + wide + (35 + tokens / 2.0) / p.steps_per_group;
 }
 // Of a lane: each sum of a group is shifted, converted and added.
@@ -306,8 +313,7 @@ inline double dequantize_ns(const Problem& p, const Card& card) {
   const double weights = static_cast<double>(p.N) * p.K;
   const double cublas = card.reached_cublas * card.cublas_macs_per_ns * p.multiprocessors / card.multiprocessors;
   return 2 * card.launch_ns + stage_ns(p, card) +
-         weights * ((p.bits <= 4 ? 0.5 : 1.0) + 2) / (card.reached_bandwidth * card.bytes_per_ns) +
-         weights * p.M / cublas;
+         weights * (p.width() / 8.0 + 2) / (card.reached_bandwidth * card.bytes_per_ns) + weights * p.M / cublas;
 }
 
 inline double predicted_ns(const Problem& p, const Card& card, const Config& c) {
@@ -356,7 +362,7 @@ void each_config(const Problem& p, bool half_accumulate, const Visit& visit) {
     }
   }
   coded ? tiles(Path::kGemm, kCodedGemmTokens, kCodedGemmTokens) : tiles(Path::kGemm, 128, 32);
-  if (p.K > 0 && !coded) tiles(Path::kGemmSm90, 256, 16);
+  if (p.K > 0) tiles(Path::kGemmSm90, 256, p.scales_fragments() ? 32 : 16);
   visit(Config{Path::kDequantize, 0, 0, 0, 1, false});
 }
 

@@ -40,9 +40,10 @@ int stage_x(const Activations& x, int steps, uint16_t* to, void* stream) {
 }
 
 int multiply(const Call& original, const Config& config, void* workspace, void* stream) {
-  const bool coded = is_coded(coding_of(original.weight));
-  if (coded && config.path != Path::kDecode && config.path != Path::kGemm) return cudaErrorInvalidValue;
-  if (has_int8_activations(config.path)) return multiply_a8(original, config, workspace, stream);
+  if (has_int8_activations(config.path)) {
+    return is_coded(coding_of(original.weight)) ? cudaErrorInvalidValue
+                                                : multiply_a8(original, config, workspace, stream);
+  }
   Call call = original;
   uint8_t* free = static_cast<uint8_t*>(workspace);
   if (const int64_t bytes = staged_bytes(call, config)) {

@@ -114,8 +114,6 @@ struct PlaneCodes {
   }
 };
 
-QK_DEVICE uint32_t shifted_right(uint32_t v, int bits) { return bits >= 0 ? v >> bits : v << -bits; }
-
 // The A operand of 16 rows and the 16 columns `run`, with kBias in it.
 template <class F>
 QK_DEVICE void unpack_planes(const GroupFormat& f, const PlaneCodes<F>& q, int tile, int run, uint32_t (&a)[4]) {

@@ -65,7 +65,20 @@ def scales_fragments(weight: QuantTensor, config: Config) -> bool:
     """Whether gemm_sm90 scales each weight before it multiplies it, and so rounds it to x's type."""
     scheme = weight.scheme
     short = scheme.num_groups(weight.K) > 1 and scheme.group_length(weight.K) < 64
-    return config.path == "gemm_sm90" and (config.tokens == 256 or short or scheme.zeros in ("float", "offset"))
+    plain = scheme.bits in (4, 7, 8) and scheme.codebook is None and scheme.factors is None
+    return config.path == "gemm_sm90" and (
+        config.tokens == 256 or short or scheme.zeros in ("float", "offset") or not plain
+    )
+
+
+def rounding_of_fragments(weight: QuantTensor, x: Tensor, config: Config) -> Tensor | float:
+    """float64 [M, N]: what it may change that weights are rounded to x's type: half a unit of the last bit, or of the smallest
+    number."""
+    if not scales_fragments(weight, config):
+        return 0.0
+    info, W = torch.finfo(x.dtype), weight.dequantize(torch.float32).double()
+    rounding = torch.maximum(W.abs() * info.eps / 2, torch.tensor(info.smallest_normal * info.eps / 2).double())
+    return x.double().abs() @ rounding.T
 
 
 def padded(x: Tensor) -> tuple[Tensor, int]:

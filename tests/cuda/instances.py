@@ -81,7 +81,10 @@ class Forced:
         if "a8" in config.path:
             return calls_a8.expected(weight, x, splits=config.splits)
         if weight.scheme.codebook is not None:
-            of_table: Tensor = (x.double() @ rounded(weight, x.dtype).T).to(x.dtype)
+            values = rounded(weight, x.dtype)
+            if calls.scales_fragments(weight, config):
+                values = values.to(x.dtype).double()
+            of_table: Tensor = (x.double() @ values.T).to(x.dtype)
             return of_table
         exact: Tensor = exact_product(weight, x)
         if calls.scales_fragments(weight, config):
@@ -109,15 +112,17 @@ def forced() -> Iterator[Forced]:
             continue
         for tokens in (32, 64, 128):
             yield Forced(scheme, Config("gemm", tokens), dtype, scales)
-        for tokens in WGMMA_TOKENS:
+        for tokens in WGMMA_TOKENS[group == "g32" or zeros in ("_fzero", "_offset") :]:  # 16 do not scale fragments
             yield Forced(scheme, Config("gemm_sm90", tokens), dtype, scales)
     for scheme, dtype in product(("nf4_g64", "iq4nl_g32", "mxfp4_g32", "fp8_g64", "fp8_g32"), DTYPES):
         for tokens in (8, 32):
             yield Forced(scheme, Config("decode", tokens, 1, 2), dtype)
         yield Forced(scheme, Config("gemm", 64), dtype)
+        yield Forced(scheme, Config("gemm_sm90", 64), dtype)
     for scheme, dtype in product(("q2_k", "w3a16_g64", "q4_k", "q6_k", "w5a16_g64", "iq4_xs"), DTYPES):
         yield Forced(scheme, Config("decode", 8, 1, 2), dtype)
         yield Forced(scheme, Config("gemm", 64), dtype)
+        yield Forced(scheme, Config("gemm_sm90", 64), dtype)
     for tokens in (64, 128):
         yield Forced("w4a16_g64", Config("gemm", tokens, half_accumulate=True), torch.float16)
     for bits, group, tokens in product((4, 8), ("g64", "g32"), (32, 64, 128)):

@@ -139,8 +139,15 @@ MUTANTS: dict[str, Mutant] = {
     "WGMMA_NO_ROW_MASK": Mutant(*WGMMA, "if (m < mine.end && n < p.out.N_pad) {", "if (n < p.out.N_pad) {"),
     "WGMMA_NO_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier();  // all blocks' totals", "// "),
     "WGMMA_NO_LAST_CLUSTER_BARRIER": Mutant(*WGMMA, "cluster_barrier_relaxed();  // nobody", "// "),
-    "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(*WGMMA, "if (m >= p.out.M || n >= (F::kScaled", "if (n >= (F::kScaled"),
-    "WGMMA_NOT_AGAIN": Mutant(*WGMMA, "if (!all_finite(low, high)) sum_again", "if (false) sum_again"),
+    "WGMMA_CLUSTER_NO_ROW_MASK": Mutant(*WGMMA, "if (m >= p.out.M || n >= used) continue", "if (n >= used) continue"),
+    "WGMMA_NOT_AGAIN": Mutant(*WGMMA, "    if (!all_finite(low, high)) {\n", "    if (false) {\n"),
+    # Of fragments that are scaled: factors of another 256 weights, another run's bits, minima and factors of rows that are lost.
+    "WGMMA_OUTER_TOO_LATE": Mutant(*WGMMA, "+ step / kStepsOfOuter;", "+ (step - begin) / (kStepsOfOuter + 1);"),
+    "WGMMA_WRONG_RUN": Mutant("gemm_sm90.cu", "scaled_fragments.cuh", "q.above[run / 2]", "q.above[run % 2]"),
+    "WGMMA_LOST_MINIMA": Mutant(
+        "gemm_sm90.cu", "scaled_fragments.cuh", "    if (f.zero_type != Type::kNone) {", "    if (false) {"
+    ),
+    "WGMMA_LOST_ROW_FACTORS": Mutant(*WGMMA, "p.weight.outer != nullptr && p.weight.outers == 0;", "false;"),
     "IGMMA_NO_WAIT": Mutant(*IGMMA, "    wgmma_wait<0>();\n    wgmma_results(sums);\n    release", "    release"),
     "IGMMA_SHORT_WAIT": Mutant(*IGMMA, "wgmma_wait<1>();  // the first fragment", "wgmma_wait<2>();  // "),
     "IGMMA_NO_FENCE": Mutant(*IGMMA, "    wgmma_fence();\n", ""),

@@ -42,6 +42,8 @@ def problems() -> Iterator[tuple[Config, QuantTensor, Tensor]]:
     ]  # fmt: skip
     for number, (bits, group, zeros) in enumerate(kinds):
         for config in configs:
+            if config == Config("gemm_sm90", 16) and (group == "g32" or zeros in ("_fzero", "_offset")):
+                continue  # no such tile scales fragments
             ordered = number % 3 == 0 and config.path == "decode"
             weight: QuantTensor = random_weight(f"w{bits}a16_{group}{zeros}", N, K, act_order=ordered, seed=number)
             yield config, weight, rows(8, DTYPES[number % 2 if config.tokens < 32 else 1])

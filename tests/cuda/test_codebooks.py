@@ -15,7 +15,7 @@ from tests.ops.helpers import assert_like_a_float_layer
 from tests.strategies import random_weight
 
 from . import calls, emulator
-from .calls import DTYPES, Config, decode, gemm, in_room
+from .calls import DTYPES, Config, decode, gemm, gemm_sm90, in_room, rounding_of_fragments
 from .cards import CARDS, SHARED
 from .instances import rounded
 from .test_heuristics import choose, shared_bytes
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(calls.why_not() is not None, reason=str(calls.wh
 SCHEMES = ("nf4_g64", "fp4_g32", "nf4_g16", "e2m1_g64", "mxfp4_g32", "iq4nl_g32", "fp8_channel", "fp8_g32", "e5m2_g64",
            "fp8_block128", "nvfp4_g16", "nvfp4m_g16")  # fmt: skip
 E8M0, E4M3 = torch.float8_e8m0fnu, torch.float8_e4m3fn
+NO_WGMMA = gemm(64)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -34,12 +35,20 @@ def coded(M: int, splits: int = 1, warps_n: int = 4) -> Config:
     return Config("decode", 8 if M <= 8 else 32, warps_n, 8 // warps_n, splits) if M <= 32 else gemm(64, splits)
 
 
-def check(weight: QuantTensor, x: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
-    """Within fp32's rounding of K sums and of the products with scales, and y's own rounding."""
+def configs(M: int, splits: int = 1) -> tuple[Config, Config]:
+    """That, and a tile of gemm_sm90, whose instances differ in nothing else."""
+    return coded(M, splits), gemm_sm90(64, splits)
+
+
+def check(weight: QuantTensor, x: Tensor, y: Tensor, bias: Tensor | None = None, config: Config = NO_WGMMA) -> None:
+    """Within fp32's rounding of K sums and of the products with scales, and y's own rounding; where fragments are scaled, theirs.
+    Those of NVFP4 are exact: its factors of rows come later."""
     w = rounded(weight, x.dtype)
     expected = x.double() @ w.T + (0 if bias is None else bias.double())
     size = x.double().abs() @ w.abs().T + (0 if bias is None else bias.double().abs())
     bound = (weight.K + 8) * 2.0**-24 * size + torch.finfo(x.dtype).eps / 2 * expected.abs() + 1e-30
+    if "nvfp4" not in (weight.scheme.factors or ""):
+        bound = bound + rounding_of_fragments(weight, x, config)
     assert bool(((y.double() - expected).abs() <= bound).all())
 
 
@@ -54,8 +63,8 @@ def test_every_value_in_every_place(codebook: str, dtype: torch.dtype) -> None:
         weight = QuantTensor(codes, torch.ones(len(codes), 128 // group), None, None, scheme)
         expected = torch.tensor([CODEBOOKS[codebook][code] for code in numbers]).to(dtype)
         x = torch.eye(128, dtype=dtype)
-        for first, config in ((0, coded(64)), (64, coded(64)), (40, coded(8)), (96, coded(32))):
-            M = 64 if config.path == "gemm" else config.tokens
+        for first, config in ((0, coded(64)), (64, coded(64)), (40, coded(8)), (96, coded(32)), (32, gemm_sm90(64))):
+            M = config.tokens
             y = calls.multiply(weight, in_room(x[first : first + M]), config)
             assert torch.equal(y, expected.expand(M, -1)), (group, config)
 
@@ -75,8 +84,9 @@ def test_every_shape(scheme: str) -> None:
         weight = random_weight(scheme, N, K, seed=number, act_order=ordered, dtype=torch.bfloat16)
         x = torch.randn(M, K, generator=torch.Generator().manual_seed(number)).to(dtype)
         bias = torch.randn(N, generator=torch.Generator().manual_seed(9)).to(dtype) if number % 2 else None
-        y = calls.multiply(weight, in_room(x), coded(M, splits), bias, schedule=("random", "warp_ahead")[number % 2])
-        check(weight, x, y, bias)
+        for config in configs(M, splits):
+            y = calls.multiply(weight, in_room(x), config, bias, schedule=("random", "warp_ahead")[number % 2])
+            check(weight, x, y, bias, config)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +103,8 @@ def test_scales_of_every_type(scheme: str, scales: torch.dtype) -> None:
     for M in (3, 40):
         weight = random_weight(scheme, 100, 200, dtype=scales)
         x = torch.randn(M, 200, generator=torch.Generator().manual_seed(M)).half()
-        check(weight, x, calls.multiply(weight, in_room(x), coded(M)))
+        for config in configs(M):
+            check(weight, x, calls.multiply(weight, in_room(x), config), config=config)
 
 
 @pytest.mark.parametrize("scales", [E8M0, E4M3], ids=str)
@@ -107,8 +118,9 @@ def test_every_scale_of_eight_bits(scales: torch.dtype) -> None:
         weight = QuantTensor(codes, each, None, None, QuantScheme(4, group, codebook="e2m1"))
         x = torch.zeros(2, 64, dtype=torch.bfloat16)
         x[:, 5] = 1
-        y = calls.multiply(weight, in_room(x), coded(2))
-        assert torch.equal(y, values.float().to(torch.bfloat16).expand(2, -1)), group
+        for config in configs(2):
+            y = calls.multiply(weight, in_room(x), config)
+            assert torch.equal(y, values.float().to(torch.bfloat16).expand(2, -1)), (group, config)
         assert torch.equal(calls.dequantize(weight, torch.float32, 64), weight.dequantize(torch.float32)), group
 
 
@@ -127,13 +139,14 @@ def test_infinities_and_overflow_are_those_of_a_float_layer(scheme: str) -> None
     for M in (4, 40):
         x = torch.randn(M, 128, generator=torch.Generator().manual_seed(M)).bfloat16()
         x[0, 3], x[1, 5], x[2, 7] = math.inf, math.nan, 1e38
-        y = calls.multiply(weight, in_room(x), coded(M))
-        assert_like_a_float_layer(y, weight, x)
+        for config in configs(M):
+            assert_like_a_float_layer(calls.multiply(weight, in_room(x), config), weight, x)
 
 
 @pytest.mark.parametrize("sm", CARDS)
 def test_only_what_there_is_is_chosen(sm: int) -> None:
-    """Decode of 8 or 32 tokens, gemm_sm80 of 64, dequantize + mm; on no card wgmma. Each has shared memory enough."""
+    """Decode of 8 or 32 tokens, gemm_sm80 of 64, dequantize + mm; from 33 tokens on Hopper gemm_sm90. Each has shared memory
+    enough."""
     reached = set()
     for codebook, bits in (("nf4", 4), ("e2m1", 4), ("e4m3", 8)):
         for groups, group_bytes in ((1, 128), (2, 128), (4, 256)):
@@ -143,7 +156,10 @@ def test_only_what_there_is_is_chosen(sm: int) -> None:
                     steps_per_group=1, groups=K // 64 * groups, group_bytes=group_bytes,
                 )  # fmt: skip
                 path, tokens = config[:2]
-                assert (path, tokens) in {(0, 8), (0, 32), (1, 64), (2, 0)}, config
+                assert (path, tokens) in {(0, 8), (0, 32), (1, 64), (2, 0)} or (path == 3 and sm == 90 and M > 32), (
+                    config
+                )
+                assert path == 3 or sm != 90 or M != 64 or N == 256, config
                 assert path != 0 or tokens >= M
                 assert shared_bytes(M, K, config, bits, group_bytes) <= SHARED[sm] * 1024 or path == 2
                 assert 0 < ns < 1e12
@@ -168,6 +184,6 @@ def test_sanitizers_find_nothing(flavour: emulator.Flavour, scheme: str, scales:
 def test_what_has_no_kernel_is_refused() -> None:
     weight = random_weight("mxfp4_g32", 64, 128)
     x = in_room(torch.ones(4, 128).half())
-    for config in (decode(12), gemm(128), gemm(32), gemm(64, half_accumulate=True), calls.gemm_sm90(64)):
+    for config in (decode(12), gemm(128), gemm(32), gemm(64, half_accumulate=True), gemm_sm90(24)):
         with pytest.raises(RuntimeError, match="returned error 1"):
             calls.multiply(weight, x, config)

@@ -38,7 +38,7 @@ MULTIPROCESSORS = {"80": 108, "86": 82, "89": 128, "90a": 132, "120": 170}  # A1
 def test_no_kernel_spills(arch: str) -> None:
     """Of all instances, as the extension has them; without such a build nvcc runs here, a minute and a half of processor time."""
     kernels = compiled_usages(KERNELS, arch)
-    assert 40 < len(kernels) <= 206  # 46 of which are more than traps on sm_90a alone
+    assert 40 < len(kernels) <= 202  # 42 of which are more than traps on sm_90a alone
     assert f"**{len(kernels)} kernel instances**" in LOG.read_text()
     for kernel in kernels.values():
         assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel
@@ -207,7 +207,7 @@ def test_loads_at_the_start_of_a_step_would_be_seen() -> None:
 def test_hopper_has_wgmma_and_tma() -> None:
     """A from registers and B through a descriptor; x by tiles, the weight by bulk copies (overlap: test_compiled_sm90.py)."""
     kernels = sass(HOPPER, "90a")
-    assert len(kernels) == 36
+    assert len(kernels) == 32
     for name, body in kernels.items():
         text = "\n".join(body)
         assert re.search(

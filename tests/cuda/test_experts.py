@@ -214,7 +214,7 @@ def test_the_choice_goes_by_rows_of_an_expert(
 
 
 def test_wgmma_is_for_more_rows_of_an_expert_than_decode_takes() -> None:
-    """And for codes that are integers; sums that gate and up's blocks activate at once are not stored, which counts."""
+    """For every kind of codes; sums that gate and up's blocks activate at once are not stored, which counts."""
     for shape in (QWEN, MIXTRAL):
         count, per = shape[2:]
         paths = []
@@ -224,7 +224,7 @@ def test_wgmma_is_for_more_rows_of_an_expert_than_decode_takes() -> None:
             paths.append(up[0])
             assert mean > 32 or up[0] != 3
         assert paths[3:] == [3, 3, 3]
-        assert chosen(shape, 512 * count // per, codebook=1)[1][0][0] == 1
+        assert chosen(shape, 512 * count // per, codebook=1)[1][0][0] == 3
         assert chosen(shape, 512 * count // per, sm=100)[1][0][0] == 1
     assert chosen(QWEN, 1024, activation="gelu_ungated")[1][0][0] == 1
 
@@ -233,7 +233,7 @@ def test_codebooks_are_given_tiles_that_they_have() -> None:
     for T in (1, 16, 64, 256, 2048):
         _, configs = chosen(QWEN, T, codebook=1)
         for path, tokens, *_ in configs:
-            assert (path, tokens) in {(0, 8), (0, 32), (1, 64)}
+            assert (path, tokens) in {(0, 8), (0, 32), (1, 64)} or (path == 3 and T == 2048)
 
 
 # --- as compiled, and what is planted -----------------------------------------------------------------------------------------

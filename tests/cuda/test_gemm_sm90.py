@@ -14,7 +14,7 @@ from torch import Tensor
 from qkernels import QuantTensor
 from tests.cuda import calls, emulator
 from tests.cuda.bounds import ZEROS, bound
-from tests.cuda.calls import DTYPES, Config, gemm_sm90, in_room, multiply, scales_fragments
+from tests.cuda.calls import DTYPES, Config, gemm_sm90, in_room, multiply, rounding_of_fragments, scales_fragments
 from tests.cuda.emulator import SCHEDULES
 from tests.cuda.units import in_full
 from tests.ops.helpers import exact_product, integers
@@ -46,6 +46,8 @@ def check(
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_every_edge_of_the_tiles(tokens: int, scheme: str, dtype: torch.dtype) -> None:
     """Odd N, a second strip of 7 rows, of one or none, K that is no multiple of a step, one token more than a tile."""
+    if tokens == 16 and "fzero" in scheme:
+        pytest.skip("no tile of 16 tokens scales fragments")
     for M, N in [(1, 71), (tokens // 2 + 1, 129), (tokens - 1, 1), (tokens, 64), (tokens + 1, 40)]:
         weight = random_weight(scheme, N, 136, exact=True)
         check(weight, in_room(integers(M, 136, dtype=dtype)), gemm_sm90(tokens), integers(N, dtype=dtype))
@@ -55,7 +57,7 @@ def test_every_edge_of_the_tiles(tokens: int, scheme: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("group", ["g16", "g32", "g64", "g128", "g192", "channel", "tensor"])
 def test_every_group_and_kind_of_zero(group: str, zeros: str) -> None:
     """With random act-order and odd K (x is copied), in both types and both widths, over splits of K."""
-    for (bits, dtype), (M, tokens) in zip(itertools.product((4, 8), DTYPES), ((5, 16), (20, 64), (3, 32), (12, 256))):
+    for (bits, dtype), (M, tokens) in zip(itertools.product((4, 8), DTYPES), ((5, 32), (20, 64), (3, 32), (12, 256))):
         weight = random_weight(f"w{bits}a16_{group}{zeros}", 67, 333, seed=bits, act_order=M != 12, exact=True)
         x = integers(M, 333, dtype=dtype, most=2)
         check(weight, x, gemm_sm90(tokens, splits=2 if M != 20 else 1))
@@ -125,9 +127,7 @@ def test_random_inputs_stay_within_the_bound(scheme: str, tokens: int, dtype: to
     error = (multiply(weight, in_room(x), config).double() - exact).abs()
     scaled = scales_fragments(weight, config)
     more = 2 * (128 if scaled else 64) * 2.0**-24 * (x.double().abs() @ W.abs().T)  # a third of 6 steps: 128 columns
-    info = torch.finfo(dtype)
-    rounding = torch.maximum(W.abs() * info.eps / 2, torch.tensor(info.smallest_normal * info.eps / 2).double())
-    assert (error <= bound(weight, x, 3, 1) + more + (x.double().abs() @ rounding.T if scaled else 0)).all()
+    assert (error <= bound(weight, x, 3, 1) + more + rounding_of_fragments(weight, x, config)).all()
 
 
 # ---- sanitizers and negative controls ----

@@ -46,6 +46,8 @@ def test_rows_on_wgmma_are_exact(scheme: str, tokens: int) -> None:
     """Every tile, whatever would be chosen: blocks that are full and that are not, more columns than a ring."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("wgmma is sm_90a's alone")
+    if tokens == 16 and scheme == "w4a16_g32":
+        pytest.skip("no tile of 16 tokens scales fragments")
     for dtype, K in ((BRAIN, 520), (HALF, 2056)):
         stack, x, weights, bias = exact_stack(scheme, 5, 200, K, 90, dtype, name=LAYOUT)
         rows, offsets = rows_by_expert([40, tokens, 0, 2 * tokens + 1, 3], 90)
