@@ -145,6 +145,13 @@ def _near(found: Tensor, expected: Tensor) -> bool:
     return same and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def _holds_all(past: Any) -> bool:
+    """Whether a cache answers with keys and values of the sequences before it: that of continuous batching has pages of many."""
+    from transformers.cache_utils import Cache
+
+    return isinstance(past, Cache)
+
+
 def _small(N: int, K: int) -> nn.Linear:
     return nn.Linear(K, N, bias=False, dtype=torch.float32)
 
@@ -237,7 +244,7 @@ class _Attention(_Fused):
         if past is None:
             past = named.get("past_key_values")
         x, turn, mask = hidden_states, position_embeddings, attention_mask
-        if past is None or x.dim() != 3 or x.shape[1] != 1 or not _takes(x) or self._differs(x, turn, mask):
+        if x.dim() != 3 or x.shape[1] != 1 or not _takes(x) or not _holds_all(past) or self._differs(x, turn, mask):
             return super().forward(hidden_states, position_embeddings, attention_mask, **named)
         return self._one_token(x, turn, mask, past), None
 

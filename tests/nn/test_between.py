@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -176,3 +177,28 @@ def test_eager_attention_and_prompts_go_the_old_way() -> None:
     )
     found = model(torch.arange(3, 9)[None], output_attentions=True)
     assert len(found.attentions) == 2 and found.attentions[0].shape[-1] == 6
+
+
+def test_caches_of_another_kind_go_the_old_way() -> None:
+    """As that of continuous batching, whose pages belong to many sequences."""
+    from transformers import DynamicCache
+
+    class Pages:
+        def __init__(self) -> None:
+            self.inner, self.given = DynamicCache(), list[dict[str, Any]]()
+
+        def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, **named: Any) -> Any:
+            self.given.append(named)
+            return self.inner.update(keys, values, layer)
+
+    model = model_of("llama")
+    between.fuse(model)
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 1, 64)
+    turn = (torch.ones(1, 1, 32), torch.zeros(1, 1, 32))
+    name = "cache" if "cache" in inspect.signature(type(attention)._source.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        pages = Pages()
+        found, _ = attention(x, turn, None, **{name: pages})
+        assert pages.given and pages.given[0], "transformers tells a cache more than the ops do"
+        expected, _ = attention(x, turn, None, **{name: DynamicCache()})
+    assert torch.allclose(found, expected, atol=1e-5)
