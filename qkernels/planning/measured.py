@@ -108,13 +108,13 @@ LARGEST_KL: Final = 3e-2
 # (benchmarks/models/quantize_speed.py).
 SECONDS: Final = Seconds(
     {
-        "rtn": (41.0, 0.00),
-        "gptq": (512.5, 33.43),
-        "awq": (2473.1, 237.72),
-        "smoothquant": (316.8, 70.42),
-        "nf4": (83.9, 0.00),
-        GGUF: (9.1, 0.00),
-        "gguf, best search": (26.1, 0.00),
+        "rtn": (36.1, 0.00),
+        "gptq": (341.6, 32.78),
+        "awq": (3088.8, 152.87),
+        "smoothquant": (284.8, 65.69),
+        "nf4": (81.3, 0.00),
+        GGUF: (9.3, 0.00),
+        "gguf, best search": (26.4, 0.00),
     },
     "measured on one thread of a Zen 4",
 )
