@@ -50,7 +50,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a source, and what a run for `out` left that was interrupted in its second layer."""
     loud_model().save_pretrained(tmp_path / "source")
-    original, first = GPTQ.quantize, tmp_path / ".out.qkernels-work" / "unit-00000"
+    original, first = GPTQ.for_inputs, tmp_path / ".out.qkernels-work" / "unit-00000"
 
     def interrupting(*args: Any, **kwargs: Any) -> Any:
         if first.is_dir():
@@ -58,7 +58,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GPTQ, "quantize", interrupting)
+        patch.setattr(GPTQ, "for_inputs", interrupting)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "source", METHOD, save_to=tmp_path / "out")
     assert first.is_dir()
