@@ -52,10 +52,13 @@ help:
 demo: $(DEMO_EXTENSION)
 	$(PY) examples/demo.py --out demo
 
-test: lint $(TEST_EXTENSION)
+# mypy takes one core for half a minute, beside the compiler.
+test:
+	$(MAKE) -j2 lint $(TEST_EXTENSION)
 	$(PY) -m pytest -n $(JOBS) --maxschedchunk 4 -q
 
-test-full: lint $(EXTENSION)
+test-full:
+	$(MAKE) -j2 lint $(EXTENSION)
 	QKERNELS_TEST_FULL=1 $(PY) -m pytest -n $(JOBS) --maxschedchunk 4 -q
 
 bench: $(EXTENSION)
