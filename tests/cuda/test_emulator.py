@@ -7,6 +7,7 @@ import torch
 
 from .emulator import SCHEDULES, WHY_NOT, Flavour, record, replay, run
 from .sample.calls import sample_call
+from .units import in_full
 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
@@ -59,21 +60,25 @@ def sanitizer_report(flavour: Flavour, bug: str, M: int = 16) -> str:
     return done.report if done.status else ""
 
 
+@in_full  # the kernels' own such bugs are found in every run
 def test_a_missing_barrier_is_wrong_in_every_schedule_and_a_race() -> None:
     assert wrong_in("NO_BARRIER") == set(SCHEDULES)
     assert DATA_RACE in sanitizer_report("tsan", "NO_BARRIER")
 
 
+@in_full  # the kernels' own such bugs are found in every run
 def test_a_prefetch_before_the_barrier_is_wrong_only_when_a_warp_runs_ahead() -> None:
     """Why there are several schedules, and why TSan: the first three give the right numbers."""
     assert wrong_in("EARLY_PREFETCH") == {"warp_ahead"}
     assert DATA_RACE in sanitizer_report("tsan", "EARLY_PREFETCH")
 
 
+@in_full  # the kernels' own such bugs are found in every run
 def test_a_wait_that_is_off_by_one_reads_poison() -> None:
     assert wrong_in("SHORT_WAIT") == set(SCHEDULES)
 
 
+@in_full  # the kernels' own such bugs are found in every run
 def test_a_missing_mask_is_an_overflow() -> None:
     assert "heap-buffer-overflow" in sanitizer_report("asan", "NO_ROW_MASK", M=21)
     assert sanitizer_report("asan", "NO_ROW_MASK", M=32) == ""

@@ -28,19 +28,20 @@ KERNELS = ("gemv", "gemm", "reduce_parts", "dequantize")
 GEMV = Config("gemv", 1, 16, 64, 0, 4, 2)
 GEMM = Config("gemm", 16, 32, 64, 0, 2, 2)
 DEQUANTIZE = Config("dequantize", 1, 16, 64, 0, 4, 1)
-SCHEMES = ["w4a16_g64_asym", "w4a16_g16_fzero", "w8a16_channel", "nf4_g64"]
-# With shifts, bytes and products of their own; one dtype of x is enough for these, since a weight is fp32 before it meets x.
-OTHERS = [
-    "w3a16_g24_offset",
-    "mxfp4_g32",
-    "q6_k",
-    "nvfp4_g16",
-    *(["fp8_channel", "iq4_xs", "q2_k", "q4_k", "q5_k"] if os.environ.get("QKERNELS_TEST_FULL") else []),
-]
+FULL = bool(os.environ.get("QKERNELS_TEST_FULL"))
 DTYPES = [torch.float16, torch.bfloat16]
+# In a full run each of these in both dtypes; else one, since a weight is fp32 before it meets x.
+SCHEMES = ["w4a16_g16_fzero", "w8a16_channel", "nf4_g64"]
+# With shifts, bytes and products of their own.
+OTHERS = ["w3a16_g24_offset", "mxfp4_g32", "q6_k", "nvfp4_g16"]
+OTHERS += ["fp8_channel", "iq4_xs", "q2_k", "q4_k", "q5_k"] if FULL else []
 formats = pytest.mark.parametrize(
     ("scheme", "dtype"),
-    [*((scheme, dtype) for scheme in SCHEMES for dtype in DTYPES), *((scheme, torch.bfloat16) for scheme in OTHERS)],
+    [
+        *(("w4a16_g64_asym", dtype) for dtype in DTYPES),
+        *((scheme, dtype) for scheme in SCHEMES for dtype in DTYPES if FULL or dtype == torch.float16),
+        *((scheme, torch.bfloat16) for scheme in OTHERS),
+    ],
     ids=lambda value: {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(value, value),
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
