@@ -54,7 +54,7 @@ PACKAGES: Final[Mapping[str, Tried]] = {
     "transformers": Tried(("5.8.1", "5.16.0", "5.24.0"), _HF, alone=False),
     "peft": Tried(("0.19.0", "0.21.2"), ("tests/integrations/test_peft.py",)),
     "triton": Tried(("3.6.0", "3.9.0"), _TRITON),
-    "torch": Tried(("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1"), ("tests/test_wheel.py",)),
+    "torch": Tried(("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0"), ("tests/test_wheel.py",)),
 }
 
 
