@@ -178,9 +178,9 @@ each of them most, on a CPU, all else as in the environment of the tests (torch 
 wheel of `make wheel` in an environment with nothing else: import, a layer beside its own product, `doctor`, `quantize` and
 `generate`. Ranges: [pyproject.toml](../pyproject.toml).
 
-What fails in planning/test_cache.py: with transformers 5.8.1 and 5.16.0 Gemma 3n's cache has no entries for layers that read
-those of others, so that `plan` does not count them as "none" (the bytes are the same); with 5.8.1 `plan` refuses the cache of
-GraniteMoeHybrid, which asks weights for their values there, and names a context of 0 as the way out.
+What fails in planning/test_cache.py with transformers 5.8.1: `plan` refuses the cache of GraniteMoeHybrid, which asks weights for
+their values there, and names a context of 0 as the way out. (There and in 5.16.0 Gemma 3n's cache has no entries for layers that
+read those of others, so that `plan` does not count them as "none"; the bytes are the same.)
 
 """
 
