@@ -54,9 +54,11 @@ def test_it_runs_where_nothing_else_is(wheel: Path, tmp_path: Path, torch_versio
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         return done.stdout
 
-    pip = ("-m", "pip", "install", "--quiet", "--progress-bar", "off")
-    subprocess.run([str(python), *pip, f"torch=={torch_version}"], check=True)
-    subprocess.run([str(python), *pip, f"{wheel}[hf]"], check=True)
+    # pip's own settings stay; a checkout in PYTHONPATH would be "already installed" to it.
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pip = (str(python), "-m", "pip", "install", "--quiet", "--progress-bar", "off")
+    subprocess.run([*pip, f"torch=={torch_version}"], env=settings, check=True)
+    subprocess.run([*pip, f"{wheel}[hf]"], env=settings, check=True)
     found = json.loads(run("-c", USE).splitlines()[-1])
     assert found["torch"].split("+")[0] == torch_version and found["path"].startswith(str(tmp_path))
     assert found["isa"] and found["error"] < 1e-6, found

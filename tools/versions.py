@@ -1,7 +1,7 @@
 """Runs tests with other versions of what this library is used with, each at both ends of its range, and writes docs/versions.md.
 
     python -m tools.versions DIRECTORY                                  # everything; what was installed there is kept
-    python -m tools.versions DIRECTORY --only triton --only peft
+    python -m tools.versions DIRECTORY --only triton --only peft==0.19.0
     python -m tools.versions DIRECTORY --only torch --cuda-builds       # also where torch brings gigabytes of CUDA
 
 A version of a Python package (of transformers with what it needs) is put in a directory of its own, before this environment's in
@@ -54,17 +54,20 @@ PACKAGES: Final[Mapping[str, Tried]] = {
     "transformers": Tried(("5.8.1", "5.16.0", "5.24.0"), _HF, alone=False),
     "peft": Tried(("0.19.0", "0.21.2"), ("tests/integrations/test_peft.py",)),
     "triton": Tried(("3.6.0", "3.9.0"), _TRITON),
-    "torch": Tried(("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1"), ("tests/test_wheel.py",)),
+    "torch": Tried(("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0"), ("tests/test_wheel.py",)),
 }
 
 
 def commit() -> str:
-    """Of this tree, and whether it was changed."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return said.stdout.strip() or "unknown"
+    """Of this tree, and whether it was changed: the page that this writes does not count."""
+    said, changed = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        for words in (
+            ("rev-parse", "--short=12", "HEAD"),
+            ("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{PAGE.relative_to(ROOT)}"),
+        )
+    )
+    return f"{said}+changes" if changed else said or "unknown"
 
 
 @dataclass(frozen=True)
@@ -175,9 +178,9 @@ each of them most, on a CPU, all else as in the environment of the tests (torch 
 wheel of `make wheel` in an environment with nothing else: import, a layer beside its own product, `doctor`, `quantize` and
 `generate`. Ranges: [pyproject.toml](../pyproject.toml).
 
-What fails in planning/test_cache.py: with transformers 5.8.1 and 5.16.0 Gemma 3n's cache has no entries for layers that read
-those of others, so that `plan` does not count them as "none" (the bytes are the same); with 5.8.1 `plan` refuses the cache of
-GraniteMoeHybrid, which asks weights for their values there, and names a context of 0 as the way out.
+What fails in planning/test_cache.py with transformers 5.8.1: `plan` refuses the cache of GraniteMoeHybrid, which asks weights for
+their values there, and names a context of 0 as the way out. (There and in 5.16.0 Gemma 3n's cache has no entries for layers that
+read those of others, so that `plan` does not count them as "none"; the bytes are the same.)
 
 """
 
@@ -192,12 +195,36 @@ def page(found: Sequence[Found]) -> str:
     return head + table(["package", "version", "tests", "result", "commit"], rows) + "\n"
 
 
+def chosen(only: Sequence[str]) -> list[tuple[str, str]]:
+    """(package, version) of what `--only` names, all where it names nothing.
+
+    Raises:
+        ValueError: no such package, or a version that is none of its row in `PACKAGES`.
+
+    >>> from tools.versions import chosen
+    >>> chosen(["peft==0.19.0", "triton"])
+    [('peft', '0.19.0'), ('triton', '3.6.0'), ('triton', '3.9.0')]
+    """
+    every = [(name, version) for name, tried in PACKAGES.items() for version in tried.versions]
+    found = []
+    for wanted in only:
+        matching = [pair for pair in every if wanted in (pair[0], "==".join(pair))]
+        if not matching:
+            raise ValueError(f"expected one of {', '.join(map('=='.join, every))}, got {wanted!r}")
+        found += matching
+    return found or every
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.versions", description=__doc__.split("\n\n")[0])
     parser.add_argument("directory", type=Path, help="outside of the repository, for what is installed")
-    parser.add_argument("--only", action="append", choices=list(PACKAGES), help="these packages; may be repeated")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME[==VERSION]", help="these; may be repeated")
     parser.add_argument("--cuda-builds", action="store_true", help="also torches that need CUDA's packages")
     args = parser.parse_args(argv)
+    try:
+        wanted = chosen(args.only)
+    except ValueError as error:
+        parser.error(f"--only: {error}")
     directory = args.directory.resolve()
     if directory.is_relative_to(ROOT):
         parser.error(f"{directory} lies in the repository: name a directory outside of it")
@@ -205,13 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = directory / KEPT
     earlier = [Found(**values) for values in json.loads(kept.read_text())] if kept.exists() else []
     held = {(one.package, one.version): one for one in earlier}
-    for name in args.only or PACKAGES:
-        for version in PACKAGES[name].versions:
-            found = try_torch(version, args.cuda_builds) if name == "torch" else try_package(name, version, directory)
-            print(*found.cells(), sep=" | ", flush=True)
-            held[name, version] = found
-            kept.write_text(json.dumps([asdict(one) for one in held.values()], indent=1))
-            PAGE.write_text(page(list(held.values())), encoding="utf-8")
+    for name, version in wanted:
+        found = try_torch(version, args.cuda_builds) if name == "torch" else try_package(name, version, directory)
+        print(*found.cells(), sep=" | ", flush=True)
+        held[name, version] = found
+        kept.write_text(json.dumps([asdict(one) for one in held.values()], indent=1))
+        PAGE.write_text(page(list(held.values())), encoding="utf-8")
     return 1 if any(one.failed for one in held.values()) else 0
 
 

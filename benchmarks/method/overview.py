@@ -21,12 +21,12 @@ QUALITY: Final = RESULTS / "quality-peers" / "demo-model.json"
 SPEED: Final = RESULTS / "amd-epyc-family-25-model-17-2-cores" / "cpu-targets-o-peers.json"
 GGUF: Final = SPEED.with_name("cpu-targets-o-gguf.json")
 OURS: Final = "#0b6e4f"
-TOOLS: Final = {  # colour and marker, also told apart in grey
-    "qkernels": (OURS, "o"),
-    "gptqmodel": ("#c8553d", "s"),
-    "llmcompressor": ("#3d5a98", "^"),
-    "auto_round": ("#8a6fb0", "D"),
-    "hqq": ("#b08a2e", "v"),
+TOOLS: Final = {  # as the rows of QUALITY name it: how it names itself, colour and marker, also told apart in grey
+    "qkernels": ("qkernels", OURS, "o"),
+    "gptqmodel": ("GPTQModel", "#c8553d", "s"),
+    "llmcompressor": ("llm-compressor", "#3d5a98", "^"),
+    "auto_round": ("auto-round", "#8a6fb0", "D"),
+    "hqq": ("HQQ", "#b08a2e", "v"),
 }
 PEERS: Final = {  # as the rows of SPEED name it: how it is called here
     "torch linear": ("torch, bf16 weights", "#7a7a7a", "P"),
@@ -72,7 +72,7 @@ def draw(out: Path) -> Path:
     from matplotlib.ticker import NullLocator
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), dpi=110, layout="constrained")
-    for tool, (colour, marker) in TOOLS.items():
+    for tool, (label, colour, marker) in TOOLS.items():
         mine = [row for row in _rows(QUALITY) if row["tool"] == tool]
         first = tool == "qkernels"
         left.scatter(
@@ -83,7 +83,7 @@ def draw(out: Path) -> Path:
             marker=marker,
             zorder=3 if first else 2,
             alpha=0.9,
-            label=tool,
+            label=label,
         )
     left.set_yscale("log")
     left.set_xlabel("bits a weight in the file")
@@ -96,7 +96,7 @@ def draw(out: Path) -> Path:
         points = sorted(speeds[name].items())
         right.plot([M for M, _ in points], [ratio for _, ratio in points], color=colour, marker=marker, label=label)
     right.axhline(1, color=OURS, linewidth=1.6)
-    right.annotate("qkernels", (1, 1), color=OURS, fontsize=9, xytext=(0, -12), textcoords="offset points")
+    right.annotate("qkernels", (16, 1), color=OURS, fontsize=9, xytext=(0, -12), textcoords="offset points")
     right.set_xscale("log", base=2)
     tokens = sorted({M for points in speeds.values() for M in points})
     right.set_xticks(tokens, [str(M) for M in tokens])

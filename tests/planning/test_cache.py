@@ -56,7 +56,8 @@ def test_kinds_of_layers_are_told() -> None:
 
     assert kinds("LlamaForCausalLM") == {"full": 2}
     assert kinds("GptOssForCausalLM") == {"window of 8": 1, "full": 1}
-    assert kinds("Gemma3nForCausalLM") == {"window of 8": 1, "full": 1, "none": 2}
+    # Layers that read the cache of others: entries without bytes, or (transformers 5.16) no entries.
+    assert {"none": 2} | kinds("Gemma3nForCausalLM") == {"window of 8": 1, "full": 1, "none": 2}
     assert kinds("Qwen3_5ForCausalLM") == {"state": 1, "full": 1}
     assert kinds("FalconH1ForCausalLM") == {"full + state": 2}
 

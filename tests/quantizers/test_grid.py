@@ -191,3 +191,18 @@ def test_blocks_of_second_moments_are_cut_for_short_last_groups() -> None:
     scheme = QuantScheme(3, 8)
     by_weight, by_gram = fit(w, scheme, torch.float16, "mse"), fit(w, scheme, torch.float16, "mse", gram)
     assert torch.equal(by_weight.scales, by_gram.scales)
+
+
+@pytest.mark.parametrize("name", ["w4a16_g32", "w4a16_g32_asym", "w3a16_g32", "w8a16_g32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # in C++, and in PyTorch
+def test_a_column_that_costs_little_may_be_clipped_to_a_quarter(name: str, dtype: torch.dtype) -> None:
+    """Weights within ±0.25 beside -1 and 1 whose errors are free: a quarter of the range holds all that count."""
+    scheme = QuantScheme.parse(name)
+    weight = torch.linspace(-0.25, 0.25, 32, dtype=dtype).repeat(4, 1)
+    weight[:, 5], weight[:, 6] = 1, -1
+    free = torch.ones(32, dtype=dtype)
+    free[5:7] = 0
+    grid = fit(weight, scheme, torch.float32, "mse", free)
+    whole = fit(weight, scheme, torch.float32)
+    assert (grid.scales < 0.35 * whole.scales).all(), grid.scales / whole.scales
+    assert (fit(weight, scheme, torch.float32, "mse").scales > 0.35 * whole.scales).all()  # where it counts, it stays

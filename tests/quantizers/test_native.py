@@ -47,7 +47,7 @@ def twin(groups: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, importan
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     best = grids._grid_of_range(low, high, scheme, scale_dtype)
     least = error(best)
-    for share in grids.clip_shares(scheme.bits):
+    for share in grids.clip_shares(scheme.bits, weighted=importance is not None):
         trial = grids._grid_of_range(low * share, high * share, scheme, scale_dtype)
         loss = error(trial)
         better = loss < least
@@ -74,7 +74,8 @@ def test_grids(name: str, dtype: torch.dtype, isa: str) -> None:
     importance = torch.rand(5, 24, generator=torch.Generator().manual_seed(1)) ** 4
     for weighed in (None, importance, importance[:1]):
         expected = twin(groups, scheme, dtype, weighed)
-        found = native.clipped_grids(groups, scheme, dtype, grids.clip_shares(scheme.bits), weighed)
+        shares = grids.clip_shares(scheme.bits, weighted=weighed is not None)
+        found = native.clipped_grids(groups, scheme, dtype, shares, weighed)
         assert found is not None
         assert torch.equal(found[0], expected.scales)
         assert (found[1] is None) == (expected.zeros is None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,28 @@ def test_the_page_has_every_version_and_both_ends() -> None:
             file, _, name = path.partition("::")
             assert (ROOT / file).exists(), path
             assert not name or f"def {name}(" in (ROOT / file).read_text(), path
+
+
+def test_what_is_not_in_the_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing named is everything; a version of nobody's would else run nothing and say that all is well."""
+    assert len(versions.chosen([])) == sum(len(tried.versions) for tried in versions.PACKAGES.values())
+    for wrong in ("peft==0.0.1", "torc"):
+        with pytest.raises(SystemExit):
+            versions.main([str(tmp_path), "--only", wrong])
+        assert f"got {wrong!r}" in capsys.readouterr().err
+
+
+def test_the_page_that_is_written_is_no_change_of_the_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "versions.md"
+    page.parent.mkdir()
+    page.write_text("a")
+    (tmp_path / "code.py").write_text("a")
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), ("commit", "-qm", "a")):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    monkeypatch.setattr(versions, "PAGE", page)
+    page.write_text("b")
+    clean = versions.commit()
+    (tmp_path / "code.py").write_text("b")
+    assert re.fullmatch(r"[0-9a-f]{12}", clean) and versions.commit() == f"{clean}+changes"
