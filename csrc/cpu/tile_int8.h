@@ -233,8 +233,8 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   const int32_t* x_sums = call.x_sums + first_group * M + m0;
   for (int64_t g = first_group; g < end_group; ++g, x_sums += M) {
     for (int t = 0; t * kPerTile < kVectors; ++t) {
-      prefetch_group(call, call.scales, call.scale_bytes, tile + t, g);
-      if (kZeros != Zeros::kNone) prefetch_group(call, call.zeros, call.zero_bytes, tile + t, g);
+      prefetch_group(call, call.scales, call.scale_bytes, tile + t, next_tile + t, g);
+      if (kZeros != Zeros::kNone) prefetch_group(call, call.zeros, call.zero_bytes, tile + t, next_tile + t, g);
     }
     const auto scale_at = [&](int v) {  // the first row's scale and zero
       return ((tile + v / kPerTile) * G + g) * kTileRows + v % kPerTile * V::kRows;

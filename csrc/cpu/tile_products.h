@@ -57,8 +57,8 @@ QK_INLINE void add_groups(const Call& call, const U& unpacker, int64_t tile, int
 #pragma GCC unroll 2
   for (int n = 0; n < kRuns; ++n) {
     for (int t = 0; t * kPerTile < kVectors; ++t) {
-      prefetch_group(call, call.scales, kTileRows, tile + t, g + n);
-      if (kKind.offsets) prefetch_group(call, call.zeros, kTileRows, tile + t, g + n);
+      prefetch_group(call, call.scales, kTileRows, tile + t, tile + t + 1, g + n);
+      if (kKind.offsets) prefetch_group(call, call.zeros, kTileRows, tile + t, tile + t + 1, g + n);
     }
     for (auto& of_vector : zero[n]) of_vector = unpacker.zero(0);  // the same for all: there are no zero points
     x[n] = static_cast<const typename V::X*>(call.staged.data) + staged_at(call, m0, group.first + n * call.group);
