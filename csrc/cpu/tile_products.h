@@ -6,8 +6,8 @@
 // are multiplied as they are stored and offsets are the small factors times sum(x) alone, summed over a span. At M = 1
 // with the weight in L2 that is 11 % of the time of Q4_K and 20 % of Q6_K's (Zen 4).
 //
-// Two tiles at a time, not four: four streams of memory 32 KB apart are read at 14 GB/s by a core that sums at 35, two
-// at 22 (Q4_K, Zen 4; one 20 to 22, with too few sums in flight where the weight is in L2).
+// Where a vector set works on several tiles, two at a time, not four: four streams of memory 32 KB apart are read at 14
+// GB/s by a core that sums at 35, two at 22 (Q4_K, Zen 4), one, with two groups at a time, at 28 (kRunsTogether).
 #pragma once
 #include <cstdint>
 
