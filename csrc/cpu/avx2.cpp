@@ -25,7 +25,7 @@ struct Avx2 : Avx2Sums {
   static constexpr bool kPairs = false;
   // 16 registers: 6 rows x 2 vectors of sums, 2 of weights, 1 of x.
   static constexpr int kTokens = 6, kHalf = 2;
-  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 2, 2, 2, 2, 1, 1};
+  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 2, 2, 2, 2, 1, 1}, kRunsTogether = 1;
 
   static QK_INLINE Input broadcast(const X* x) { return _mm256_broadcast_ss(x); }
   static QK_INLINE Sum multiply_add(Sum sum, Weight w, Input x) { return _mm256_fmadd_ps(w, x, sum); }

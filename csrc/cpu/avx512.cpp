@@ -17,7 +17,8 @@ struct Avx512 : Avx512Sums {
   using X = float;
   using Weight = __m512;
   using Input = __m512;
-  static constexpr int kStep = 1;
+  static constexpr int kStep = 1, kRunsTogether = 1;
+  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 4, 4, 2, 2, 2, 2};
   static constexpr bool kPairs = false;
   static QK_INLINE Input broadcast(const X* x) { return _mm512_set1_ps(*x); }
   static QK_INLINE Sum multiply_add(Sum sum, Weight w, Input x) { return _mm512_fmadd_ps(w, x, sum); }
@@ -55,17 +56,17 @@ struct NibblesWithZeros : RawNibbles, FloatZeros {
   QK_INLINE __m512 value(Raw raw, int s, Zero zero) const { return _mm512_sub_ps(nibble_value(raw, s, table), zero); }
 };
 
-struct FloatBytes : RawBytes, FloatZeros {
+struct FloatBytes : RawBytes, ByteZeros {
   static constexpr bool kPanel = false;
-  using FloatZeros::FloatZeros;
-  QK_INLINE __m512 value(const Raw& raw, int s, Zero zero) const {
-    return byte_value(raw.quad[s >> 2], 16 * (s & 1) + 8 * (s >> 1 & 1), zero);
+  using ByteZeros::ByteZeros;
+  QK_INLINE __m512 value(const Raw& raw, int s, const Zero& zero) const {
+    return byte_value(raw.quad[s >> 2], 2 * (s & 1) + (s >> 1 & 1), zero);
   }
 };
 
 template <int kBits>
-struct FloatPlanes : RawPlanes<kBits>, FloatZeros {
-  using FloatZeros::FloatZeros;
+struct FloatPlanes : RawPlanes<kBits>, MantissaZeros {
+  using MantissaZeros::MantissaZeros;
   QK_INLINE __m512 value(const typename RawPlanes<kBits>::Raw& raw, int s, Zero zero) const {
     return code_value<kBits>(RawPlanes<kBits>::code(raw, s >> 1, s & 1), zero);
   }

@@ -19,7 +19,10 @@ struct Avx512Bf16 : Avx512Sums {
   using X = uint16_t;
   using Weight = __m512i;  // per row a pair of bf16, the lower column in the low word
   using Input = __m512i;
-  static constexpr int kStep = 2;
+  // One tile at a time, for one stream of memory is read faster than two or four: Zen 4, one core, a row of x,
+  // w4a16_g128 31 GB/s where four tiles are read at 24, Q4_K 29 where two are at 23.
+  static constexpr int kStep = 2, kRunsTogether = 2;
+  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {2, 2, 2, 2, 2, 2, 2, 2};
   static constexpr bool kPairs = false;
   static QK_INLINE Input broadcast(const X* x) {
     int pair;
@@ -80,16 +83,19 @@ struct PairsWithZeros : RawNibbles, SmallZeros {
   QK_INLINE __m512i value(Raw raw, int s, Zero zero) const { return less_zero(shifted(raw, 4 * s), 4, zero); }
 };
 
-// An integer of at most 255 fills the top half of an fp32: two such halves are the pair.
-struct BytePairs : RawBytes, FloatZeros {
-  static constexpr bool kPanel = true;  // nine instructions a pair: 64 rows 20 % faster
-  using FloatZeros::FloatZeros;
-  QK_INLINE __m512i value(const Raw& raw, int s, Zero zero) const {
+// Of two fp32 whose low halves are 0, the high halves: the pair
+QK_INLINE __m512i pair_of(__m512 low, __m512 high) {
+  const __m512i lower = _mm512_castps_si512(low);
+  return _mm512_mask_alignr_epi8(_mm512_castps_si512(high), 0x3333333333333333, lower, lower, 2);
+}
+
+// An integer of at most 255 fills the top half of an fp32.
+struct BytePairs : RawBytes, ByteZeros {
+  static constexpr bool kPanel = false;  // 64 rows 1 % slower, 16 rows 13 % faster
+  using ByteZeros::ByteZeros;
+  QK_INLINE __m512i value(const Raw& raw, int s, const Zero& zero) const {
     const __m512i quad = raw.quad[s >> 1];
-    const int shift = 8 * (s & 1);
-    const __m512i low = _mm512_castps_si512(byte_value(quad, shift, zero));
-    const __m512i high = _mm512_castps_si512(byte_value(quad, 16 + shift, zero));
-    return _mm512_or_si512(shifted(low, 16), high);
+    return pair_of(byte_value(quad, s & 1, zero), byte_value(quad, 2 + (s & 1), zero));
   }
 };
 
@@ -112,13 +118,11 @@ struct SymmetricPlanes : RawPlanes<kBits>, NoZeros {
 
 // Two fp32 whose top halves are the pair, as in BytePairs
 template <int kBits>
-struct PlanesWithZeros : RawPlanes<kBits>, FloatZeros {
-  using FloatZeros::FloatZeros;
+struct PlanesWithZeros : RawPlanes<kBits>, MantissaZeros {
+  using MantissaZeros::MantissaZeros;
   QK_INLINE __m512i value(const typename RawPlanes<kBits>::Raw& raw, int s, Zero zero) const {
     const __m512i code = RawPlanes<kBits>::code(raw, s, 0);
-    const __m512i low = _mm512_castps_si512(code_value<kBits>(code, zero));
-    const __m512i high = _mm512_castps_si512(code_value<kBits>(shifted(code, 16), zero));
-    return _mm512_or_si512(shifted(low, 16), high);
+    return pair_of(code_value<kBits>(code, zero), code_value<kBits>(shifted(code, 16), zero));
   }
 };
 

@@ -14,7 +14,6 @@ struct Avx512Sums {
   static constexpr int kRows = 16;
   // 32 registers: 12 rows x 2 vectors of sums, 2 of weights, and room to load the next ones.
   static constexpr int kTokens = 12, kHalf = 2;
-  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 4, 4, 2, 2, 2, 2};
 
   static QK_INLINE Sum zero() { return _mm512_setzero_ps(); }
   static QK_INLINE Sum set1(float f) { return _mm512_set1_ps(f); }
@@ -133,16 +132,38 @@ struct FloatZeros {
   }
 };
 
-// The code of a lane's low bits as an fp32, less its zero.
+// An integer below 2^23 in the mantissa of 2^23 is that much more: code - zero is one subtraction of 2^23 + zero.
+struct MantissaZeros : FloatZeros {
+  using FloatZeros::FloatZeros;
+  QK_INLINE Zero zero(int64_t at) const { return _mm512_add_ps(FloatZeros::zero(at), _mm512_set1_ps(0x1p23f)); }
+};
+QK_INLINE __m512i exponent_of_2_23() { return _mm512_set1_epi32(0x4b000000); }
+
+// code - zero of the code in a lane's low bits, in fp32, exact; zero: as MantissaZeros has it.
 template <int kBits>
 QK_INLINE __m512 code_value(__m512i code, __m512 zero) {
-  return _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32((1 << kBits) - 1))), zero);
+  const __m512i bits = _mm512_set1_epi32((1 << kBits) - 1);
+  const __m512i value = _mm512_ternarylogic_epi32(code, bits, exponent_of_2_23(), 0xea);  // code & bits | exponent
+  return _mm512_sub_ps(_mm512_castsi512_ps(value), zero);
 }
 
-// code - zero of the byte at bits shift ... shift + 7 of each lane, in fp32
-QK_INLINE __m512 byte_value(__m512i lanes, int shift, __m512 zero) {
-  const __m512i code = _mm512_and_si512(shifted(lanes, shift), _mm512_set1_epi32(255));
-  return _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero);
+// The same of byte i of each lane. Bits 8 ... 15 are units of the mantissa of 2^15, so that only bytes 2 and 3 are
+// moved, both by one shift: what shuffles and shifts ports of the multipliers are wanted by.
+struct ByteZeros : FloatZeros {
+  struct Zero {
+    __m512 even, odd;
+  };
+  using FloatZeros::FloatZeros;
+  QK_INLINE Zero zero(int64_t at) const {
+    const __m512 plain = FloatZeros::zero(at);
+    return {_mm512_add_ps(plain, _mm512_set1_ps(0x1p23f)), _mm512_add_ps(plain, _mm512_set1_ps(0x1p15f))};
+  }
+};
+QK_INLINE __m512 byte_value(__m512i lanes, int i, const ByteZeros::Zero& zero) {
+  const __m512i half = i < 2 ? lanes : shifted(lanes, 16);
+  if (i % 2 == 0) return code_value<8>(half, zero.even);
+  const __m512i value = _mm512_ternarylogic_epi32(half, _mm512_set1_epi32(0xff00), _mm512_set1_epi32(0x47000000), 0xea);
+  return _mm512_sub_ps(_mm512_castsi512_ps(value), zero.odd);
 }
 
 }  // namespace

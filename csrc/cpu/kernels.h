@@ -165,6 +165,7 @@ static inline bool has_apart(const Problem& p) {
 }
 
 static inline int64_t staged_at(const Call& call, int64_t m, int64_t k) {
+  if (call.staged.block_stride == 0) return m * call.staged.row_stride + k;  // one block: no division
   return k / call.staged.width * call.staged.block_stride + m * call.staged.row_stride + k % call.staged.width;
 }
 

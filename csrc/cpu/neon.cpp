@@ -17,7 +17,7 @@ struct Neon : NeonSums {
   static constexpr bool kPairs = false;
   // 32 registers: 6 rows x 4 vectors of sums, 4 of weights, 1 of x.
   static constexpr int kTokens = 6, kHalf = 4;
-  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 8, 4, 4, 4, 2, 2, 2};
+  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 8, 4, 4, 4, 2, 2, 2}, kRunsTogether = 1;
 
   static QK_INLINE Input broadcast(const X* x) { return vld1q_dup_f32(x); }
   static QK_INLINE Sum multiply_add(Sum sum, Weight w, Input x) { return vfmaq_f32(sum, w, x); }

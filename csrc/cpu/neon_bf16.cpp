@@ -24,7 +24,7 @@ struct NeonBf16 : NeonSums {
   static constexpr bool kPairs = true;
   // 32 registers: 8 rows x 2 vectors of sums, 4 operands of weights, 4 of x
   static constexpr int kTokens = 8, kHalf = 2;
-  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 4, 4, 4, 2, 2, 2};
+  static constexpr int kDecodeVectors[kMaxDecodeTokens] = {8, 4, 4, 4, 4, 2, 2, 2}, kRunsTogether = 1;
 
   static QK_INLINE Input broadcast(const X* x) { return four_bytes(x); }
   static QK_INLINE Sum multiply_add(Sum sum, Weight w, Input x) {

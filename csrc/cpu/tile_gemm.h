@@ -8,6 +8,9 @@
 //   kDecodeVectors[m - 1]: vectors of rows that the decode path works on for m rows of x, at most those of
 //                 tiles_together(m) tiles. A multiplication must wait for the previous one into the same sum (4 to 6
 //                 cycles), so 8 or more sums are kept in flight where there are registers.
+//   kRunsTogether 2: one row of x is summed over two runs of a tile at the same time, so that as many sums are in
+//   flight
+//                 as two tiles have, and few rows have codes fetched into L2 as well; 1: over one
 //   kPairs        whether two rows of x are multiplied by two rows of the weight at once: see tile_pairs.h
 // U, an unpacker for V, made of a Call:
 //   Zero          what is subtracted from the codes of one vector of rows, per group
@@ -59,16 +62,23 @@ struct BlockOf {
   static constexpr int high_left(int i) { return 32 + planes.low - i * planes.high * 4; }
 };
 
-// Fetches an octet's codes, in a run `ahead` bytes further on: normally the next one (2 KB of 4-bit codes; 1 and 4 KB
-// were slower). While a run meets many rows of x nothing else would fetch it: worth 1.5 x at M = 16, and 1.2 x at M = 1
-// and 8. In a tile's last run, what comes next is `next_tile` (3 % at M = 1). Its address may lie past the
-// weights: a prefetch of nothing does nothing.
+// Fetches the codes at `codes`, of some octets: normally those of the next run (2 KB of 4-bit codes; 1 and 4 KB were
+// slower). While a run meets many rows of x nothing else would fetch it: worth 1.5 x at M = 16, and 1.2 x at M = 1
+// and 8. After a tile's last run another tile comes (3 % at M = 1). Its address may lie past the weights: a
+// prefetch of nothing does nothing.
+//
+// kFurther: also those 14 KB behind, into L2, for two runs at a time are no stream that the hardware sees (Zen 4, one
+// core, M = 1: Q4_K 28 GB/s, 6 KB behind 27, without 15). Octets that are no whole lines are then fetched into L2 alone
+// (Q5_K 23 GB/s, into both 18).
 template <class U>
 constexpr int64_t kRunBytes = kRun / kOctet * U::kOctetBytes;
-template <class U>
-QK_INLINE void prefetch_codes(const uint8_t* codes, int64_t ahead) {
-#pragma GCC unroll 4
-  for (int64_t line = 0; line < U::kMemoryBytes; line += 64) __builtin_prefetch(codes + ahead + line);
+template <class U, int kOctets, bool kFurther>
+QK_INLINE void prefetch_codes(const uint8_t* codes) {
+#pragma GCC unroll 8
+  for (int64_t line = 0; line < U::kMemoryBytes * kOctets; line += 64) {
+    if (!kFurther || U::kMemoryBytes % 64 == 0) __builtin_prefetch(codes + line);
+    if (kFurther) __builtin_prefetch(codes + 14336 + line, 0, 2);
+  }
 }
 
 // Fetches a tile's scales or zeros (`base`) four groups before they are wanted, at its end those of `next_tile`: worth
@@ -104,54 +114,74 @@ QK_INLINE typename U::Raw load_octet(const uint8_t* codes, int64_t octet) {
   return U::load(codes - i * U::kOctetBytes, i);
 }
 
-// acc[r][v] += weights of vector v times row r of x, over `octets` octets of columns, from octet `first` of the tiles
-// on; kWhole: of one block, and nothing is asked for at run time.
-template <class V, class U, int kVectors, int kTokens, bool kWhole = false>
-QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const uint8_t* codes, int64_t tile_bytes,
-                          int64_t ahead, const typename V::X* x, int64_t x_stride, int64_t first, int octets,
-                          typename V::Sum (&acc)[kTokens][kVectors]) {
+// acc[n][r][v] += weights of vector v in run n times row r of x, over `octets` octets of columns each. Runs lie one
+// after another; the first begins at `codes`, with octet `first` of the tiles, and x[n] is where row 0 has the columns
+// of run n. kWhole: a run is one block, and nothing is asked for at run time.
+template <class V, class U, int kVectors, int kTokens, int kRuns, bool kWhole = false>
+QK_INLINE void accumulate(const U& unpacker, const typename U::Zero (&zero)[kRuns][kVectors], const uint8_t* codes,
+                          int64_t tile_bytes, int64_t ahead, const typename V::X* const (&x)[kRuns], int64_t x_stride,
+                          int64_t first, int octets, typename V::Sum (&acc)[kRuns][kTokens][kVectors]) {
   constexpr int kPerTile = kTileRows / V::kRows, kSteps = kOctet / V::kStep;
-  constexpr bool kPairs = V::kPairs && kTokens % 2 == 0;
+  constexpr bool kPairs = V::kPairs && kTokens % 2 == 0, kFurther = V::kRunsTogether > 1 && kTokens <= kFewTokens;
   // Four rows of x a pointer, addressed as p, p + s, p + 2 s, p + 3 s: gcc would compute an address for each row and
   // step, run out of registers, and reload them all from the stack. The empty asm hides how the pointers are related.
   constexpr int kPointers = (kTokens + 3) / 4;
-  const typename V::X* rows[kPointers];
+  const typename V::X* rows[kRuns][kPointers];
+#pragma GCC unroll 2
+  for (int n = 0; n < kRuns; ++n) {
 #pragma GCC unroll 4
-  for (int i = 0; i < kPointers; ++i) {
-    rows[i] = x + 4 * i * x_stride;
-    asm("" : "+r"(rows[i]));
+    for (int i = 0; i < kPointers; ++i) {
+      rows[n][i] = x[n] + 4 * i * x_stride;
+      asm("" : "+r"(rows[n][i]));
+    }
   }
   if constexpr (kPairs) {
     for (int r = 0; r < kTokens; r += 2)
-      for (int v = 0; v < kVectors; ++v) V::pair(acc[r][v], acc[r + 1][v]);
+      for (int v = 0; v < kVectors; ++v) V::pair(acc[0][r][v], acc[0][r + 1][v]);
   }
+  const int64_t run_bytes = octets * U::kOctetBytes;
+  const uint8_t* fetched = codes + ahead;
   const auto add_octet = [&](int64_t octet) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int t = 0; t * kPerTile < kVectors; ++t) prefetch_codes<U>(codes + t * tile_bytes, ahead);
-    typename U::Raw raw[kVectors];
+    for (int t = 0; t * kPerTile < kVectors; ++t) prefetch_codes<U, kRuns, kFurther>(fetched + t * tile_bytes);
+    typename U::Raw raw[kRuns][kVectors];
+#pragma GCC unroll 2
+    for (int n = 0; n < kRuns; ++n) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      raw[v] = load_octet<U>(codes + (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes, octet);
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes;
+        raw[n][v] = load_octet<U>(codes + n * run_bytes + at, octet + n * octets);
+      }
     }
     if constexpr (kPairs) {
-      add_pairs<V, U, kSteps>(unpacker, zero, raw, rows, x_stride, acc);
+      add_pairs<V, U, kSteps>(unpacker, zero[0], raw[0], rows[0], x_stride, acc[0]);
     } else {
 #pragma GCC unroll 8
       for (int s = 0; s < kSteps; ++s) {
-        typename V::Weight weight[kVectors];
+        typename V::Weight weight[kRuns][kVectors];
+#pragma GCC unroll 2
+        for (int n = 0; n < kRuns; ++n) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) weight[v] = unpacker.value(raw[v], s, zero[v]);
+          for (int v = 0; v < kVectors; ++v) weight[n][v] = unpacker.value(raw[n][v], s, zero[n][v]);
+        }
+#pragma GCC unroll 2
+        for (int n = 0; n < kRuns; ++n) {
 #pragma GCC unroll 16
-        for (int r = 0; r < kTokens; ++r) {
-          const typename V::Input input = V::broadcast(rows[r / 4] + (r % 4) * x_stride + s * V::kStep);
+          for (int r = 0; r < kTokens; ++r) {
+            const typename V::Input input = V::broadcast(rows[n][r / 4] + (r % 4) * x_stride + s * V::kStep);
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) acc[r][v] = V::multiply_add(acc[r][v], weight[v], input);
+            for (int v = 0; v < kVectors; ++v) acc[n][r][v] = V::multiply_add(acc[n][r][v], weight[n][v], input);
+          }
         }
       }
     }
     codes += U::kOctetBytes;
+    fetched += kRuns * U::kOctetBytes;
+#pragma GCC unroll 2
+    for (int n = 0; n < kRuns; ++n) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kPointers; ++i) rows[i] += kOctet;
+      for (int i = 0; i < kPointers; ++i) rows[n][i] += kOctet;
+    }
   };
   if constexpr (kWhole) {
 #pragma GCC unroll 4
@@ -161,7 +191,7 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero* zero, const
   }
   if constexpr (kPairs) {
     for (int r = 0; r < kTokens; r += 2)
-      for (int v = 0; v < kVectors; ++v) V::part(acc[r][v], acc[r + 1][v]);
+      for (int v = 0; v < kVectors; ++v) V::part(acc[0][r][v], acc[0][r + 1][v]);
   }
 }
 
@@ -191,57 +221,106 @@ QK_INLINE Group group_of(const Call& call, int64_t g) {
   return {first, ((left < call.group ? left : call.group) + kOctet - 1) / kOctet};
 }
 
+// `octets` octets from octet `first` of the tiles on: a group, or at most kRun columns of a longer one.
+struct Run {
+  int64_t g, first, octets;
+  bool ends_group;
+};
+QK_INLINE Run run_from(const Call& call, int64_t g, int64_t octet) {  // of group g, which octet `octet` is in
+  constexpr int64_t kMost = kRun / kOctet;
+  const Group group = group_of(call, g);
+  const int64_t left = group.first / kOctet + group.octets - octet;
+  return {g, octet, left < kMost ? left : kMost, left <= kMost};
+}
+QK_INLINE Run run_after(const Call& call, const Run& run) {
+  return run_from(call, run.g + run.ends_group, run.first + run.octets);
+}
+
 // --- up to kMaxDecodeTokens rows of x: unpacked weights go from a register straight into the products ---
 
-template <class V, class U, int kVectors, int kTokens>
-void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int64_t next_tile, int64_t m0) {
+template <class V>
+constexpr int runs_together(int tokens) {
+  return tokens <= 3 ? V::kRunsTogether : 1;
+}
+
+// From the run that kVectors vectors of rows are at to the next one, in a tile's last run that of the tiles that
+// follow.
+template <class V, class U, int kVectors>
+QK_INLINE int64_t to_next_run(const Call& call, bool last) {
+  constexpr int kTiles = kVectors * V::kRows / kTileRows;
+  if constexpr (kTiles > 1) return kRunBytes<U> + (last ? (kTiles - 1) * call.tile_bytes : 0);
+  return kRunBytes<U>;
+}
+
+// What runs add to the totals, one after another, as if they had been summed in turns.
+template <class V, class U, int kVectors, int kTokens, int kRuns>
+QK_INLINE void add_runs(const Call& call, const U& unpacker, int64_t tile, int row, int64_t m0,
+                        const Run (&runs)[kRuns], typename V::Sum (&total)[kTokens][kVectors]) {
   using Sum = typename V::Sum;
-  constexpr int kPerTile = kTileRows / V::kRows, kRunOctets = kRun / kOctet;
+  constexpr int kPerTile = kTileRows / V::kRows;
+  const auto at = [&](int n, int v) {
+    const int64_t t = tile + v / kPerTile, r = row + (v % kPerTile) * V::kRows;
+    return (t * call.G + runs[n].g) * kTileRows + r;
+  };
+  typename U::Zero zero[kRuns][kVectors];
+  const typename V::X* x[kRuns];
+  Sum scale[kRuns][kVectors], acc[kRuns][kTokens][kVectors];
+#pragma GCC unroll 2
+  for (int n = 0; n < kRuns; ++n) {
+    for (int t = 0; t * kPerTile < kVectors; ++t) {
+      prefetch_group(call, call.scales, call.scale_bytes, tile + t, tile + t + 1, runs[n].g);
+      prefetch_group(call, call.zeros, call.zero_bytes, tile + t, tile + t + 1, runs[n].g);
+    }
+    x[n] = static_cast<const typename V::X*>(call.staged.data) + staged_at(call, m0, runs[n].first * kOctet);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      zero[n][v] = unpacker.zero(at(n, v));
+      scale[n][v] = V::widen(call.scale_type, call.scales, at(n, v));
+    }
+    for (auto& of_token : acc[n])
+      for (Sum& sum : of_token) sum = V::zero();
+  }
+  const Run& last = runs[kRuns - 1];
+  const int64_t ahead = to_next_run<V, U, kVectors>(call, last.ends_group && last.g + 1 == call.G);
+  const uint8_t* codes = call.qweight + tile * call.tile_bytes + row * kLaneBytes + runs[0].first * U::kOctetBytes;
+  accumulate<V, U, kVectors, kTokens, kRuns>(unpacker, zero, codes, call.tile_bytes, ahead, x, call.staged.row_stride,
+                                             runs[0].first, static_cast<int>(runs[0].octets), acc);
+#pragma GCC unroll 2
+  for (int n = 0; n < kRuns; ++n) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kTokens; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) total[r][v] = V::fma(acc[n][r][v], scale[n][v], total[r][v]);
+    }
+    if (call.sums != nullptr && runs[n].ends_group) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Sum rest = stored_rest_of<V>(call, scale[n][v], at(n, v));
+        for (int r = 0; r < kTokens; ++r) {
+          total[r][v] = V::fma(rest, V::set1(call.sums[(m0 + r) * call.G + runs[n].g]), total[r][v]);
+        }
+      }
+    }
+  }
+}
+
+template <class V, class U, int kVectors, int kTokens>
+void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int64_t m0) {
+  using Sum = typename V::Sum;
+  constexpr int kPerTile = kTileRows / V::kRows;
   Sum total[kTokens][kVectors];
   for (auto& of_token : total)
     for (Sum& sum : of_token) sum = V::zero();
-  const uint8_t* codes = call.qweight + tile * call.tile_bytes + row * kLaneBytes;
-  const int64_t to_next = (next_tile - tile - 1) * call.tile_bytes + kRunBytes<U>;
-  const typename V::X* x = static_cast<const typename V::X*>(call.staged.data);
-  for (int64_t g = 0; g < call.G; ++g) {
-    const Group group = group_of(call, g);
-    for (int t = 0; t * kPerTile < kVectors; ++t) {
-      prefetch_group(call, call.scales, call.scale_bytes, tile + t, next_tile + t, g);
-      prefetch_group(call, call.zeros, call.zero_bytes, tile + t, next_tile + t, g);
-    }
-    typename U::Zero zero[kVectors];
-    Sum scale[kVectors];
-    int64_t at[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t t = tile + v / kPerTile, r = row + (v % kPerTile) * V::kRows;
-      at[v] = (t * call.G + g) * kTileRows + r;
-      zero[v] = unpacker.zero(at[v]);
-      scale[v] = V::widen(call.scale_type, call.scales, at[v]);
-    }
-    for (int64_t o = 0; o < group.octets; o += kRunOctets) {
-      const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
-      Sum acc[kTokens][kVectors];
-      for (auto& of_token : acc)
-        for (Sum& sum : of_token) sum = V::zero();
-      const int64_t octet = group.first / kOctet + o;
-      const bool last = g + 1 == call.G && o + kRunOctets >= group.octets;
-      accumulate<V, U, kVectors, kTokens>(unpacker, zero, codes + octet * U::kOctetBytes, call.tile_bytes,
-                                          last ? to_next : kRunBytes<U>, x + staged_at(call, m0, octet * kOctet),
-                                          call.staged.row_stride, octet, octets, acc);
-#pragma GCC unroll 8
-      for (int r = 0; r < kTokens; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) total[r][v] = V::fma(acc[r][v], scale[v], total[r][v]);
+  for (Run run = run_from(call, 0, 0); run.g < call.G;) {
+    const Run second = run_after(call, run);
+    if constexpr (runs_together<V>(kTokens) > 1) {
+      if (second.g < call.G && second.octets == run.octets) {
+        add_runs<V, U, kVectors, kTokens, 2>(call, unpacker, tile, row, m0, {run, second}, total);
+        run = run_after(call, second);
+        continue;
       }
     }
-    if (call.sums != nullptr) {
-      for (int v = 0; v < kVectors; ++v) {
-        const Sum rest = stored_rest_of<V>(call, scale[v], at[v]);
-        for (int r = 0; r < kTokens; ++r)
-          total[r][v] = V::fma(rest, V::set1(call.sums[(m0 + r) * call.G + g]), total[r][v]);
-      }
-    }
+    add_runs<V, U, kVectors, kTokens, 1>(call, unpacker, tile, row, m0, {run}, total);
+    run = second;
   }
   constexpr int kCount = kVectors * V::kRows;
   const int64_t n0 = tile * kTileRows + row;
@@ -249,8 +328,8 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
   load_bias(call, n0, kCount, bias);
   for (int r = 0; r < kTokens; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      const Sum whole = finished<V>(call, tile + v / kPerTile, row + (v % kPerTile) * V::kRows, total[r][v]);
-      V::store(sum + v * V::kRows, whole);
+      const int first = row + (v % kPerTile) * V::kRows;
+      V::store(sum + v * V::kRows, finished<V>(call, tile + v / kPerTile, first, total[r][v]));
     }
     store_row(call, m0 + r, n0, kCount, sum, bias);
   }
@@ -258,7 +337,7 @@ void decode_rows(const Call& call, const U& unpacker, int64_t tile, int row, int
 
 // tile_products.h
 template <class V, class U, int kVectors, int kTokens>
-void decode_products(const Call& call, const U& unpacker, int64_t tile, int row, int64_t next_tile, int64_t m0);
+void decode_products(const Call& call, const U& unpacker, int64_t tile, int row, int64_t m0);
 template <class V, class U>
 void multiply_products(const Call& call, const U& unpacker, int64_t tile, int64_t m0, int64_t m1);
 
@@ -270,34 +349,31 @@ constexpr int vectors_together(int tokens) {
 }
 
 template <class V, class U, int kVectors, int kTokens>
-QK_INLINE void decode_any(const Call& call, const U& unpacker, int64_t tile, int row, int64_t next_tile, int64_t m0) {
+QK_INLINE void decode_any(const Call& call, const U& unpacker, int64_t tile, int row, int64_t m0) {
   if constexpr (U::kFactors != Factors::kNone) {
-    decode_products<V, U, kVectors, kTokens>(call, unpacker, tile, row, next_tile, m0);
+    decode_products<V, U, kVectors, kTokens>(call, unpacker, tile, row, m0);
   } else {
-    decode_rows<V, U, kVectors, kTokens>(call, unpacker, tile, row, next_tile, m0);
+    decode_rows<V, U, kVectors, kTokens>(call, unpacker, tile, row, m0);
   }
 }
 
-// At most kTokens rows of x; `next_tile` is what comes after these.
+// At most kTokens rows of x.
 template <class V, class U, int kTokens>
-void decode_tiles(const Call& call, const U& unpacker, int64_t tile, int tiles, int64_t next_tile, int64_t m0,
-                  int64_t tokens) {
+void decode_tiles(const Call& call, const U& unpacker, int64_t tile, int tiles, int64_t m0, int64_t tokens) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return decode_tiles<V, U, kTokens - 1>(call, unpacker, tile, tiles, next_tile, m0, tokens);
+    if (tokens < kTokens) return decode_tiles<V, U, kTokens - 1>(call, unpacker, tile, tiles, m0, tokens);
   }
   constexpr int kPerTile = kTileRows / V::kRows, kVectors = vectors_together<V, U>(kTokens);
   if constexpr (kVectors > kPerTile) {
     constexpr int kTiles = kVectors / kPerTile;
     for (; tiles >= kTiles; tiles -= kTiles, tile += kTiles) {
-      const int64_t next = tiles == kTiles ? next_tile : tile + kTiles;
-      decode_any<V, U, kVectors, kTokens>(call, unpacker, tile, 0, next, m0);
+      decode_any<V, U, kVectors, kTokens>(call, unpacker, tile, 0, m0);
     }
   }
   constexpr int kAtOnce = kVectors < kPerTile ? kVectors : kPerTile;
   for (; tiles > 0; --tiles, ++tile) {
     for (int row = 0; row < kTileRows; row += kAtOnce * V::kRows) {
-      const int64_t next = row + kAtOnce * V::kRows < kTileRows ? tile : tiles == 1 ? next_tile : tile + 1;
-      decode_any<V, U, kAtOnce, kTokens>(call, unpacker, tile, row, next, m0);
+      decode_any<V, U, kAtOnce, kTokens>(call, unpacker, tile, row, m0);
     }
   }
 }
@@ -309,7 +385,7 @@ QK_INLINE void unpack_run(const U& unpacker, const typename U::Zero* zero, const
                           int octets, uint8_t* panel) {
   constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
   for (int o = 0; o < octets; ++o, codes += U::kOctetBytes, panel += Panel<V>::kOctetBytes) {
-    prefetch_codes<U>(codes, kRunBytes<U>);
+    prefetch_codes<U, 1, false>(codes + kRunBytes<U>);
 #pragma GCC unroll 4
     for (int v = 0; v < kPerTile; ++v) {
       const typename U::Raw raw = load_octet<U>(codes + v * kVectorBytes, first + o);
@@ -327,11 +403,12 @@ template <class V, bool kStart, int kTokens>
 void multiply_block(const uint8_t* panel, int octets, const typename V::X* x, int64_t x_stride, const float* scale,
                     [[maybe_unused]] const float* start, float* total) {
   using Sum = typename V::Sum;
-  const typename Panel<V>::Zero none[V::kHalf] = {};
+  const typename Panel<V>::Zero none[1][V::kHalf] = {};
+  const typename V::X* const rows[] = {x};
   for (int row = 0; row < kTileRows; row += V::kHalf * V::kRows) {
-    Sum acc[kTokens][V::kHalf];
+    Sum acc[1][kTokens][V::kHalf];
     for (int r = 0; r < kTokens; ++r) {
-      for (Sum& sum : acc[r]) {
+      for (Sum& sum : acc[0][r]) {
         if constexpr (kStart) {
           sum = V::set1(start[r]);
         } else {
@@ -339,15 +416,15 @@ void multiply_block(const uint8_t* panel, int octets, const typename V::X* x, in
         }
       }
     }
-    accumulate<V, Panel<V>, V::kHalf, kTokens>(Panel<V>(), none, panel + row * kLaneBytes, 0, 0, x, x_stride, 0, octets,
-                                               acc);
+    accumulate<V, Panel<V>, V::kHalf, kTokens, 1>(Panel<V>(), none, panel + row * kLaneBytes, 0, 0, rows, x_stride, 0,
+                                                  octets, acc);
 #pragma GCC unroll 16
     for (int r = 0; r < kTokens; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < V::kHalf; ++v) {
         const int at = row + v * V::kRows;
         V::store(total + r * kTileRows + at,
-                 V::fma(acc[r][v], V::load(scale + at), V::load(total + r * kTileRows + at)));
+                 V::fma(acc[0][r][v], V::load(scale + at), V::load(total + r * kTileRows + at)));
       }
     }
   }
@@ -418,10 +495,10 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
 
 // Every kMaxDecodeTokens rows of x with one tile, which stays in L2.
 template <class V, class U>
-void decode_tile(const Call& call, const U& unpacker, int64_t tile, int64_t next_tile, int64_t m0, int64_t m1) {
+void decode_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0, int64_t m1) {
   for (int64_t m = m0, end; m < m1; m = end) {
     end = m + kMaxDecodeTokens < m1 ? m + kMaxDecodeTokens : m1;
-    decode_tiles<V, U, kMaxDecodeTokens>(call, unpacker, tile, 1, end < m1 ? tile : next_tile, m, end - m);
+    decode_tiles<V, U, kMaxDecodeTokens>(call, unpacker, tile, 1, m, end - m);
   }
 }
 
@@ -430,7 +507,7 @@ void multiply_with(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
   const U unpacker(call);
   const int64_t end = tile + tiles;
   if (m1 - m0 <= kMaxDecodeTokens)
-    return decode_tiles<V, U, kMaxDecodeTokens>(call, unpacker, tile, tiles, end, m0, m1 - m0);
+    return decode_tiles<V, U, kMaxDecodeTokens>(call, unpacker, tile, tiles, m0, m1 - m0);
   for (; tile < end; ++tile) {
     if constexpr (U::kPanel) {
       if constexpr (U::kFactors != Factors::kNone) {
@@ -439,7 +516,7 @@ void multiply_with(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
         multiply_tile<V, U>(call, unpacker, tile, m0, m1);
       }
     } else {
-      decode_tile<V, U>(call, unpacker, tile, tile + 1, m0, m1);
+      decode_tile<V, U>(call, unpacker, tile, m0, m1);
     }
   }
 }

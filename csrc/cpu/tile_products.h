@@ -6,8 +6,8 @@
 // are multiplied as they are stored and offsets are the small factors times sum(x) alone, summed over a span. At M = 1
 // with the weight in L2 that is 11 % of the time of Q4_K and 20 % of Q6_K's (Zen 4).
 //
-// Two tiles at a time, not four: four streams of memory 32 KB apart are read at 14 GB/s by a core that sums at 35, two
-// at 22 (Q4_K, Zen 4; one 20 to 22, with too few sums in flight where the weight is in L2).
+// Where a vector set works on several tiles, two at a time, not four: four streams of memory 32 KB apart are read at 14
+// GB/s by a core that sums at 35, two at 22 (Q4_K, Zen 4), one, with two groups at a time, at 28 (kRunsTogether).
 #pragma once
 #include <cstdint>
 
@@ -41,55 +41,74 @@ QK_INLINE void subtract_offsets(const Call& call, int64_t tile, Span span, int64
   for (int r = 0; r < kTokens; ++r) total[r] = V::fma(offset[r], negative, total[r]);
 }
 
-template <class V, class U, int kVectors, int kTokens>
-void decode_products(const Call& call, const U& unpacker, int64_t tile, int row, int64_t next_tile, int64_t m0) {
+// What groups g ... g + kRuns - 1 add to the sums of their span, one after another.
+template <class V, class U, int kVectors, int kTokens, int kRuns>
+QK_INLINE void add_groups(const Call& call, const U& unpacker, int64_t tile, int row, int64_t m0, int64_t g,
+                          typename V::Sum (&sum)[kTokens][kVectors]) {
   using Sum = typename V::Sum;
   constexpr int kPerTile = kTileRows / V::kRows;
   constexpr FactorKind kKind = kind_of(U::kFactors);
   constexpr bool kWhole = U::kBlockOctets > 1;  // a group is a block of planes: wrong_factors in checks.h
+  const float mid = static_cast<float>(1 << (call.bits - 1));
+  const Group group = group_of(call, g);
+  typename U::Zero zero[kRuns][kVectors];
+  const typename V::X* x[kRuns];
+  Sum acc[kRuns][kTokens][kVectors];
+#pragma GCC unroll 2
+  for (int n = 0; n < kRuns; ++n) {
+    for (int t = 0; t * kPerTile < kVectors; ++t) {
+      prefetch_group(call, call.scales, kTileRows, tile + t, tile + t + 1, g + n);
+      if (kKind.offsets) prefetch_group(call, call.zeros, kTileRows, tile + t, tile + t + 1, g + n);
+    }
+    for (auto& of_vector : zero[n]) of_vector = unpacker.zero(0);  // the same for all: there are no zero points
+    x[n] = static_cast<const typename V::X*>(call.staged.data) + staged_at(call, m0, group.first + n * call.group);
+    for (int r = 0; r < kTokens; ++r) {
+      const Sum start = kKind.offsets ? V::set1(mid * call.sums[(m0 + r) * call.G + g + n]) : V::zero();
+      for (Sum& one : acc[n][r]) one = start;
+    }
+  }
+  const uint8_t* codes = call.qweight + tile * call.tile_bytes + row * kLaneBytes;
+  const int64_t ahead = to_next_run<V, U, kVectors>(call, group.first + kRun >= call.K_pad);
+  accumulate<V, U, kVectors, kTokens, kRuns, kWhole>(unpacker, zero, codes + group.first / kOctet * U::kOctetBytes,
+                                                     call.tile_bytes, ahead, x, call.staged.row_stride, 0,
+                                                     static_cast<int>(group.octets), acc);
+#pragma GCC unroll 2
+  for (int n = 0; n < kRuns; ++n) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = ((tile + v / kPerTile) * call.G + g + n) * kTileRows + row + v % kPerTile * V::kRows;
+      const Sum small = V::widen(kKind.small, call.scales, at);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTokens; ++r) sum[r][v] = V::fma(acc[n][r][v], small, sum[r][v]);
+    }
+  }
+}
+
+template <class V, class U, int kVectors, int kTokens>
+void decode_products(const Call& call, const U& unpacker, int64_t tile, int row, int64_t m0) {
+  using Sum = typename V::Sum;
+  constexpr int kPerTile = kTileRows / V::kRows;
   Sum total[kVectors][kTokens];
   for (auto& of_vector : total)
     for (Sum& sum : of_vector) sum = V::zero();
-  const uint8_t* codes = call.qweight + tile * call.tile_bytes + row * kLaneBytes;
-  const int64_t to_next = (next_tile - tile - 1) * call.tile_bytes + kRunBytes<U>;
-  const typename V::X* x = static_cast<const typename V::X*>(call.staged.data);
-  const float mid = static_cast<float>(1 << (call.bits - 1));
-  typename U::Zero zero[kVectors];
-  for (auto& of_vector : zero) of_vector = unpacker.zero(0);  // the same for all: there are no zero points
   for (int64_t s = 0; s < call.S; ++s) {
     const Span span = span_of(call, s);
+    const int64_t end = span.first + span.groups;
     Sum sum[kTokens][kVectors];
     for (auto& of_token : sum)
       for (Sum& one : of_token) one = V::zero();
-    for (int64_t g = span.first; g < span.first + span.groups; ++g) {
-      const Group group = group_of(call, g);
-      for (int t = 0; t * kPerTile < kVectors; ++t) {
-        prefetch_group(call, call.scales, kTileRows, tile + t, next_tile + t, g);
-        if (kKind.offsets) prefetch_group(call, call.zeros, kTileRows, tile + t, next_tile + t, g);
-      }
-      Sum acc[kTokens][kVectors];
-      for (int r = 0; r < kTokens; ++r) {
-        const Sum start = kKind.offsets ? V::set1(mid * call.sums[(m0 + r) * call.G + g]) : V::zero();
-        for (Sum& one : acc[r]) one = start;
-      }
-      const int64_t octet = group.first / kOctet;
-      const bool last = group.first + kRun >= call.K_pad;
-      accumulate<V, U, kVectors, kTokens, kWhole>(unpacker, zero, codes + octet * U::kOctetBytes, call.tile_bytes,
-                                                  last ? to_next : kRunBytes<U>, x + staged_at(call, m0, group.first),
-                                                  call.staged.row_stride, 0, static_cast<int>(group.octets), acc);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t at = ((tile + v / kPerTile) * call.G + g) * kTileRows + row + v % kPerTile * V::kRows;
-        const Sum small = V::widen(kKind.small, call.scales, at);
-#pragma GCC unroll 8
-        for (int r = 0; r < kTokens; ++r) sum[r][v] = V::fma(acc[r][v], small, sum[r][v]);
+    int64_t g = span.first;
+    if constexpr (runs_together<V>(kTokens) > 1) {
+      for (; g + 2 <= end && (g + 2) * call.group <= call.K; g += 2) {
+        add_groups<V, U, kVectors, kTokens, 2>(call, unpacker, tile, row, m0, g, sum);
       }
     }
+    for (; g < end; ++g) add_groups<V, U, kVectors, kTokens, 1>(call, unpacker, tile, row, m0, g, sum);
     for (int v = 0; v < kVectors; ++v) {
       const int64_t t = tile + v / kPerTile, first = row + v % kPerTile * V::kRows;
       const Sum outer = V::widen(call.outer_type, call.outer_scales, outer_at(call, t, span.first, first));
       for (int r = 0; r < kTokens; ++r) total[v][r] = V::fma(sum[r][v], outer, total[v][r]);
-      if (kKind.offsets) {
+      if (kind_of(U::kFactors).offsets) {
         subtract_offsets<V, kTokens>(call, t, span, first, call.sums + m0 * call.G, total[v]);
       }
     }
