@@ -46,7 +46,8 @@ void decode_products(const Call& call, const U& unpacker, int64_t tile, int row,
   using Sum = typename V::Sum;
   constexpr int kPerTile = kTileRows / V::kRows;
   constexpr FactorKind kKind = kind_of(U::kFactors);
-  constexpr bool kWhole = U::kBlockOctets > 1;  // a group is a block of planes: wrong_factors in checks.h
+  // A group is a block of planes, or half a one: wrong_factors in checks.h.
+  constexpr int kGroupOctets = (256 >> kKind.outer_shift) / kOctet, kKnown = U::kBlockOctets > 1 ? kGroupOctets : 0;
   Sum total[kVectors][kTokens];
   for (auto& of_vector : total)
     for (Sum& sum : of_vector) sum = V::zero();
@@ -74,9 +75,16 @@ void decode_products(const Call& call, const U& unpacker, int64_t tile, int row,
       }
       const int64_t octet = group.first / kOctet;
       const bool last = group.first + kRun >= call.K_pad;
-      accumulate<V, U, kVectors, kTokens, kWhole>(unpacker, zero, codes + octet * U::kOctetBytes, call.tile_bytes,
-                                                  last ? to_next : kRunBytes<U>, x + staged_at(call, m0, group.first),
-                                                  call.staged.row_stride, 0, static_cast<int>(group.octets), acc);
+      const auto add = [&](auto begin) __attribute__((always_inline)) {
+        accumulate<V, U, kVectors, kTokens, kKnown, decltype(begin)::value>(
+            unpacker, zero, codes + octet * U::kOctetBytes, call.tile_bytes, last ? to_next : kRunBytes<U>,
+            x + staged_at(call, m0, group.first), call.staged.row_stride, 0, static_cast<int>(group.octets), acc);
+      };
+      if (kKnown > 0 && kKnown < U::kBlockOctets && g % 2 != 0) {
+        add(Number<kKnown % U::kBlockOctets>());
+      } else {
+        add(Number<0>());
+      }
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = ((tile + v / kPerTile) * call.G + g) * kTileRows + row + v % kPerTile * V::kRows;
