@@ -54,10 +54,10 @@ def test_what_was_packed_comes_back(models: dict[str, tuple[object, Path]], sche
 def test_another_version_is_refused(models: dict[str, tuple[object, Path]], tmp_path: Path) -> None:
     _, directory = models["w4a8_g32"]
     convert(directory, tmp_path / "out", LAYOUT)
-    assert read_json(tmp_path / "out" / "config.json")["quantization_config"]["layout_version"] == 2
-    edit_json(tmp_path / "out" / "config.json", lambda c: c["quantization_config"].update(layout_version=3))
+    assert read_json(tmp_path / "out" / "config.json")["quantization_config"]["layout_version"] == 3
+    edit_json(tmp_path / "out" / "config.json", lambda c: c["quantization_config"].update(layout_version=4))
     with pytest.raises(
-        CheckpointError, match=r"version 3 of layout cpu_tile_a8, this qkernels reads version\s+2; pack"
+        CheckpointError, match=r"version 4 of layout cpu_tile_a8, this qkernels reads version\s+3; pack"
     ):
         load(tmp_path / "out")
 

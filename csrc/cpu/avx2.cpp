@@ -101,6 +101,32 @@ struct FromPlanes : Unpacker, BlockOf<kBits> {
   }
 };
 
+// Of 3 bits: an octet has its line, but for the last one, whose bits the lines had left over.
+template <>
+struct FromPlanes<3> : Unpacker, BlockOf<3> {
+  using Unpacker::Unpacker;
+  struct Raw {
+    __m256i line[3];
+    int octet;
+  };
+  static QK_INLINE Raw load(const uint8_t* at, int i) {
+    if (i == 3) return {{lanes(at), lanes(at + kLineBytes), lanes(at + 2 * kLineBytes)}, i};
+    const __m256i line = lanes(at + i * kLineBytes);
+    return {{line, line, line}, i};
+  }
+  static QK_INLINE __m256i bit(__m256i lanes, int right, int mask) {
+    return _mm256_and_si256((__m256i)((Lanes)lanes >> right), _mm256_set1_epi32(mask));
+  }
+  QK_INLINE __m256 value(const Raw& raw, int s, Zero zero) const {
+    const int word = 16 * (s & 1), p = s >> 1;
+    if (raw.octet < 3) return value_of(raw.line[0], word + 3 * p, 7, zero);
+    if (p < 3) return value_of(raw.line[p], word + 12, 7, zero);
+    const __m256i low = _mm256_or_si256(bit(raw.line[0], word + 15, 1), bit(raw.line[1], word + 14, 2));
+    const __m256i code = _mm256_or_si256(low, bit(raw.line[2], word + 13, 4));
+    return _mm256_sub_ps(_mm256_cvtepi32_ps(code), zero);
+  }
+};
+
 // Of a codebook with 16 values: two look-ups of eight, by the low three bits, and the fourth chooses
 struct Table : BlockOf<4> {
   static constexpr bool kPanel = true;

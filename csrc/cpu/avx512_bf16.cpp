@@ -132,6 +132,12 @@ struct PlanesWithZeros<2> : RawPlanes<2>, SmallZeros {
   QK_INLINE __m512i value(const Raw& raw, int s, Zero zero) const { return less_zero(code(raw, s, 0), 2, zero); }
 };
 
+template <>
+struct PlanesWithZeros<3> : RawPlanes<3>, SmallZeros {
+  using SmallZeros::SmallZeros;
+  QK_INLINE __m512i value(const Raw& raw, int s, Zero zero) const { return less_zero(code(raw, s, 0), 3, zero); }
+};
+
 // An 8-bit float: bytes 0 and 2 of a lane are the pair 0, bytes 1 and 3 the pair 1.
 struct FloatPairs : RawBytes, NoZeros {
   static constexpr bool kPanel = true;

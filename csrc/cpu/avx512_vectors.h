@@ -98,6 +98,29 @@ struct RawPlanes : BlockOf<kBits> {
   }
 };
 
+// Of 3 bits: an octet has its line, but for the last one, whose bits the lines had left over.
+template <>
+struct RawPlanes<3> : BlockOf<3> {
+  static constexpr bool kPanel = false;
+  struct Raw {
+    __m512i line[3];
+    int octet;
+  };
+  static QK_INLINE Raw load(const uint8_t* at, int i) {
+    if (i == 3) return {{lanes(at), lanes(at + kLineBytes), lanes(at + 2 * kLineBytes)}, i};
+    const __m512i line = lanes(at + i * kLineBytes);
+    return {{line, line, line}, i};
+  }
+  static QK_INLINE __m512i code(const Raw& raw, int p, int word) {
+    if (raw.octet < 3) return shifted(raw.line[0], 16 * word + 3 * p);
+    if (p < 3) return shifted(raw.line[p], 16 * word + 12);
+    const auto mask = [](int bits) { return _mm512_set1_epi32(bits << 16 | bits); };
+    const __m512i first = shifted(raw.line[0], 16 * word + 15), second = shifted(raw.line[1], 16 * word + 14);
+    const __m512i low = _mm512_ternarylogic_epi32(mask(1), first, second, 0xca);  // mask ? first : second
+    return _mm512_ternarylogic_epi32(mask(3), low, shifted(raw.line[2], 16 * word + 13), 0xca);
+  }
+};
+
 // The values of an 8-bit codebook, which bf16 holds exactly: magnitudes in four registers, the sign beside them.
 struct WordTable {
   __m512i part[4];

@@ -11,11 +11,15 @@
 //     of 128 bytes: one 32-bit little-endian lane a row, with 32 / w columns of the block. Column k of a lane has its w
 //     bits from 16 * (k & 1) + w * (k >> 1) on, so that lane >> w i has the pair (2 i, 2 i + 1) at the bottom of its
 //     two words. Of 4 and 8 bits a block is an octet, in one lane or two.
+//     Of 3 bits a block is 32 columns in three lanes. Octet o = 0, 1, 2 is in lane o, its pair p at bit 3 p of the
+//     words; of octet 3, pair p = 0, 1, 2 is at bit 12 of lane p's words, and bit b of pair 3 is bit 15 of lane b's.
 //   scales, zeros [tiles][G][32]             group g holds stored columns g * group ... min(K, (g + 1) * group) - 1
 //   outer_scales, outer_zeros [tiles][S][32] where scales (and offsets) are products: then `scales` and `zeros` are the
 //     small factors, and outer factor s serves groups s * per ... (s + 1) * per - 1, or all of a row
 // Layout cpu_tile_a8 (qkernels/layouts/cpu_tile_a8.py), for x quantized to int8: the same, but for the lanes, whose
 //   column k has its bits from 8 * (k & 3) + w * (k >> 2) on: byte j has columns j, 4 + j, ...
+//   Of 3 bits octet o = 0, 1, 2 is in lane o, its quad q at bit 3 q of the bytes; of octet 3, quad q has its low two
+//   bits at bit 6 of lane q's bytes and the third at bit 6 + q of lane 2's.
 // Rows past N have code 0 and scale 0; columns past K have code 0 and meet x = 0. With more than one group, `group` is
 // a multiple of 8, so that every octet lies in one group.
 #pragma once
@@ -34,16 +38,17 @@ constexpr int kTileRows = 32;
 constexpr int kLaneBytes = 4;
 constexpr int kLineBytes = kTileRows * kLaneBytes;  // one lane of each row
 
-// Widths of the planes of a code; `high` is 0 where there is one. 3 bits take 4 (qkernels/layouts/tiles.py says why).
+// Widths of the planes of a code; `high` is 0 where there is one. Those of 3 bits are no planes: see above.
 struct Planes {
   int low, high;
 };
 static constexpr Planes planes_of(int bits) {
   if (bits > 6) return {8, 0};
-  return bits > 4 ? Planes{4, bits - 4} : bits > 2 ? Planes{4, 0} : Planes{2, 0};
+  return bits > 4 ? Planes{4, bits - 4} : Planes{bits, 0};
 }
 static constexpr int stored_bits(int bits) { return planes_of(bits).low + planes_of(bits).high; }
 static constexpr int block_columns(int bits) {
+  if (bits == 3) return 32;
   const Planes planes = planes_of(bits);
   const int lane = 32 / (planes.high != 0 ? planes.high : planes.low);
   return lane > 8 ? lane : 8;

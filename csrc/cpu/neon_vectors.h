@@ -157,5 +157,23 @@ struct RawPlanes : BlockOf<kBits> {
   }
 };
 
+// Of 3 bits: an octet has its line, but for the last one, whose bits the lines had left over.
+template <>
+struct RawPlanes<3> : BlockOf<3> {
+  struct Raw {
+    uint32x4_t pairs[4];
+  };
+  static QK_INLINE Raw load(const uint8_t* at, int i) {
+    if (i < 3) {
+      const uint32x4_t line = lanes(at + i * kLineBytes);
+      return {{line, line >> 3, line >> 6, line >> 9}};
+    }
+    const uint32x4_t line[3] = {lanes(at), lanes(at + kLineBytes), lanes(at + 2 * kLineBytes)};
+    const auto bit = [&](int n) { return vandq_u32(line[n] >> (15 - n), vdupq_n_u32(0x00010001u << n)); };
+    return {{line[0] >> 12, line[1] >> 12, line[2] >> 12, bit(0) | bit(1) | bit(2)}};
+  }
+  static QK_INLINE uint32x4_t pair(const Raw& raw, int p) { return vandq_u32(raw.pairs[p], vdupq_n_u32(0x00070007)); }
+};
+
 }  // namespace
 }  // namespace qkernels::cpu

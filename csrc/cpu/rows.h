@@ -99,13 +99,15 @@ inline float rest_of(const Problem& p, float scale, float zero) {
   return p.zeros_are_offsets ? mid * scale + zero : (mid - zero) * scale;
 }
 
-// The code of stored column k of a row of a tile; `bit`: where column i of a lane has its `width` bits.
-template <class Bit>
-inline int code_with(const Call& call, int64_t tile, int row, int64_t k, Bit bit) {
+// The code of stored column k of a row of a tile; `bit`: where column i of a lane has its `width` bits; `three`: the
+// code of a column of the block at `at`, of 3 bits.
+template <class Bit, class Three>
+inline int code_with(const Call& call, int64_t tile, int row, int64_t k, Bit bit, Three three) {
   const int columns = block_columns(call.bits), column = static_cast<int>(k % columns);
   const Planes planes = planes_of(call.bits);
   const uint8_t* at =
       call.qweight + tile * call.tile_bytes + k / columns * columns * stored_bits(call.bits) * 4 + row * kLaneBytes;
+  if (call.bits == 3) return three(at, column);
   const auto in_plane = [&](int width) {
     const int from = bit(column % (32 / width), width);
     const int code = at[column / (32 / width) * kLineBytes + from / 8] >> (from % 8) & ((1 << width) - 1);
@@ -116,9 +118,21 @@ inline int code_with(const Call& call, int64_t tile, int row, int64_t k, Bit bit
   return planes.high == 0 ? low : low | in_plane(planes.high) << planes.low;
 }
 
+// `width` bits of a row's lane in line `n` of a block, from bit `from` on.
+inline int field_of(const uint8_t* at, int n, int from, int width) {
+  uint32_t lane;
+  std::memcpy(&lane, at + n * kLineBytes, 4);
+  return static_cast<int>(lane >> from & ((1u << width) - 1));
+}
+
 // In layout cpu_tile_a8.
+inline int int8_three_at(const uint8_t* at, int column) {
+  const int octet = column / 8, quad = column / 4 % 2, byte = 8 * (column % 4);
+  if (octet < 3) return field_of(at, octet, byte + 3 * quad, 3);
+  return field_of(at, quad, byte + 6, 2) | field_of(at, 2, byte + 6 + quad, 1) << 2;
+}
 inline int int8_code_at(const Call& call, int64_t tile, int row, int64_t k) {
-  return code_with(call, tile, row, k, [](int i, int width) { return 8 * (i & 3) + width * (i >> 2); });
+  return code_with(call, tile, row, k, [](int i, int width) { return 8 * (i & 3) + width * (i >> 2); }, int8_three_at);
 }
 
 // A weight, of its code and its group's scale and zero point or offset.
@@ -128,8 +142,15 @@ inline float weight_of(const Problem& p, int code, float scale, float zero) {
 }
 
 // In layout cpu_tile_a16.
+inline int three_at(const uint8_t* at, int column) {
+  const int octet = column / 8, pair = column / 2 % 4, word = 16 * (column % 2);
+  if (octet < 3) return field_of(at, octet, word + 3 * pair, 3);
+  if (pair < 3) return field_of(at, pair, word + 12, 3);
+  const int bit = word + 15;
+  return field_of(at, 0, bit, 1) | field_of(at, 1, bit, 1) << 1 | field_of(at, 2, bit, 1) << 2;
+}
 inline int code_at(const Call& call, int64_t tile, int row, int64_t k) {
-  return code_with(call, tile, row, k, [](int i, int width) { return 16 * (i & 1) + width * (i >> 1); });
+  return code_with(call, tile, row, k, [](int i, int width) { return 16 * (i & 1) + width * (i >> 1); }, three_at);
 }
 
 // The column of x that stored column k meets. k_order comes from a file: a wrong entry must not become a wild read.

@@ -9,14 +9,14 @@
 //                 tiles_together(m) tiles. A multiplication must wait for the previous one into the same sum (4 to 6
 //                 cycles), so 8 or more sums are kept in flight where there are registers.
 //   kRunsTogether 2: one row of x is summed over two runs of a tile at the same time, so that as many sums are in
-//   flight
-//                 as two tiles have, and few rows have codes fetched into L2 as well; 1: over one
+//                 flight as two tiles have, and few rows have codes fetched into L2 as well; 1: over one
 //   kPairs        whether two rows of x are multiplied by two rows of the weight at once: see tile_pairs.h
 // U, an unpacker for V, made of a Call:
 //   Zero          what is subtracted from the codes of one vector of rows, per group
 //   Raw           the bytes of one octet of columns of one vector of rows
 //   kOctetBytes   from one octet to the next, on average over a block
 //   kBlockOctets  octets of a block
+//   kByBlocks     whether loops over whole blocks are worth their code, in which each octet's number is known
 //   kFactors      what scales (and offsets) are products of, a group: kNone, or see tile_products.h
 //   load(block, i): of octet i of the block that begins there
 //   kMemoryBytes  of those, how many come from memory and are worth prefetching: all, or none
@@ -42,6 +42,11 @@ struct As {  // a type as a value
   using type = T;
 };
 
+template <int kValue>
+struct Number {  // the same
+  static constexpr int value = kValue;
+};
+
 template <class U, Factors kOf>
 struct Products : U {
   using U::U;
@@ -56,6 +61,7 @@ struct BlockOf {
   static constexpr int kBlockOctets = block_columns(kBits) / kOctet;
   static constexpr Factors kFactors = Factors::kNone;
   static constexpr int64_t kOctetBytes = kTileRows * kBits, kMemoryBytes = kOctetBytes;
+  static constexpr bool kByBlocks = kBits == 3;  // an octet's number decides in which lines its codes are
   static constexpr int low_line(int i) { return i * planes.low / 4; }
   static constexpr int high_line(int) { return kBlockOctets * planes.low / 4; }
   static constexpr int low_left(int i) { return 32 - i * planes.low % 4 * 4; }
@@ -101,6 +107,7 @@ struct Panel {
   static constexpr int kSteps = kOctet / V::kStep;
   static constexpr int64_t kOctetBytes = kSteps * kTileRows * kLaneBytes, kMemoryBytes = 0;
   static constexpr int kBlockOctets = 1;
+  static constexpr bool kByBlocks = false;
   static QK_INLINE Raw load(const uint8_t* at, int) { return at; }
   QK_INLINE typename V::Weight value(Raw raw, int s, Zero) const {
     return V::load_weight(raw + s * kTileRows * kLaneBytes);
@@ -116,8 +123,8 @@ QK_INLINE typename U::Raw load_octet(const uint8_t* codes, int64_t octet) {
 
 // acc[n][r][v] += weights of vector v in run n times row r of x, over `octets` octets of columns each. Runs lie one
 // after another; the first begins at `codes`, with octet `first` of the tiles, and x[n] is where row 0 has the columns
-// of run n. kWhole: a run is one block, and nothing is asked for at run time.
-template <class V, class U, int kVectors, int kTokens, int kRuns, bool kWhole = false>
+// of run n. kKnown: so many octets instead, from octet kFirst of a block on, and nothing is asked for at run time.
+template <class V, class U, int kVectors, int kTokens, int kRuns, int kKnown = 0, int kFirst = 0>
 QK_INLINE void accumulate(const U& unpacker, const typename U::Zero (&zero)[kRuns][kVectors], const uint8_t* codes,
                           int64_t tile_bytes, int64_t ahead, const typename V::X* const (&x)[kRuns], int64_t x_stride,
                           int64_t first, int octets, typename V::Sum (&acc)[kRuns][kTokens][kVectors]) {
@@ -141,7 +148,8 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero (&zero)[kRun
   }
   const int64_t run_bytes = octets * U::kOctetBytes;
   const uint8_t* fetched = codes + ahead;
-  const auto add_octet = [&](int64_t octet) __attribute__((always_inline)) {
+  // `apart`: octets from one run to the next, modulo a block
+  const auto add_octet = [&](int64_t octet, int apart) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int t = 0; t * kPerTile < kVectors; ++t) prefetch_codes<U, kRuns, kFurther>(fetched + t * tile_bytes);
     typename U::Raw raw[kRuns][kVectors];
@@ -150,7 +158,7 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero (&zero)[kRun
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = (v / kPerTile) * tile_bytes + (v % kPerTile) * V::kRows * kLaneBytes;
-        raw[n][v] = load_octet<U>(codes + n * run_bytes + at, octet + n * octets);
+        raw[n][v] = load_octet<U>(codes + n * run_bytes + at, octet + n * apart);
       }
     }
     if constexpr (kPairs) {
@@ -183,11 +191,19 @@ QK_INLINE void accumulate(const U& unpacker, const typename U::Zero (&zero)[kRun
       for (int i = 0; i < kPointers; ++i) rows[n][i] += kOctet;
     }
   };
-  if constexpr (kWhole) {
+  if constexpr (kKnown > 0) {
 #pragma GCC unroll 4
-    for (int o = 0; o < U::kBlockOctets; ++o) add_octet(o);
+    for (int o = 0; o < kKnown; ++o) add_octet(kFirst + o, kKnown);
   } else {
-    for (int o = 0; o < octets; ++o) add_octet(first + o);
+    int o = 0;
+    if constexpr (U::kByBlocks) {
+      const bool begin = first % U::kBlockOctets == 0 && (kRuns == 1 || octets % U::kBlockOctets == 0);
+      for (; begin && o + U::kBlockOctets <= octets; o += U::kBlockOctets) {
+#pragma GCC unroll 4
+        for (int i = 0; i < U::kBlockOctets; ++i) add_octet(i, 0);
+      }
+    }
+    for (; o < octets; ++o) add_octet(first + o, octets);
   }
   if constexpr (kPairs) {
     for (int r = 0; r < kTokens; r += 2)
@@ -521,7 +537,7 @@ void multiply_with(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
   }
 }
 
-// For each width the unpackers of an instruction set. Codes of up to 4 bits have a faster one where no integer zero
+// For each width the unpackers of an instruction set. Codes of 4 bits have a faster one where no integer zero
 // points are subtracted: it looks them up in a table, which may as well be a codebook's (Table4). Float8 is that of
 // 8-bit codebooks; Sym and Any take bits: they are those in planes, without integer zero points and with any.
 template <class V, class Symmetric4, class Zeros4, class Any8, class Table4, class Float8, template <int> class Sym,
@@ -536,7 +552,7 @@ void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1)
     case Factors::kK2:
       return multiply_with<V, Products<Sym<2>, Factors::kK2>>(call, tile, tiles, m0, m1);
     case Factors::kK3:
-      return multiply_with<V, Products<Symmetric4, Factors::kK3>>(call, tile, tiles, m0, m1);
+      return multiply_with<V, Products<Sym<3>, Factors::kK3>>(call, tile, tiles, m0, m1);
     case Factors::kK45:
       if (call.bits == 4) return multiply_with<V, Products<Symmetric4, Factors::kK45>>(call, tile, tiles, m0, m1);
       return multiply_with<V, Products<Sym<5>, Factors::kK45>>(call, tile, tiles, m0, m1);
@@ -553,6 +569,7 @@ void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1)
     case 2:
       return with(As<Sym<2>>(), As<Any<2>>());
     case 3:
+      return with(As<Sym<3>>(), As<Any<3>>());
     case 4:
       return with(As<Symmetric4>(), As<Zeros4>());
     case 5:

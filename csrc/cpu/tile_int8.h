@@ -35,8 +35,8 @@ enum class Zeros { kNone, kIntegers, kRest };
 // kProducts: of two factors a group. What a group asks at run time costs its loop registers: W4A8 with groups of 32, M
 // = 16 was 1.4 x slower, 128 1.5 x.
 enum class Scales { kStored, kProducts };
-// kTable: nibbles that are indices into a codebook of integers; the last three: in planes
-enum class Codes { kNibbles, kBytes, kTable, kTwo, kFive, kSix };
+// kTable: nibbles that are indices into a codebook of integers; the last four: in planes, or of 3 bits
+enum class Codes { kNibbles, kBytes, kTable, kTwo, kThree, kFive, kSix };
 
 // Bits of a code, as it is stored.
 constexpr int width_of(Codes codes) {
@@ -45,6 +45,8 @@ constexpr int width_of(Codes codes) {
       return 8;
     case Codes::kTwo:
       return 2;
+    case Codes::kThree:
+      return 3;
     case Codes::kFive:
       return 5;
     case Codes::kSix:
@@ -72,6 +74,14 @@ QK_INLINE typename V::Integers quad_of(const uint8_t* block, int i, int q) {
   return codes;
 }
 
+// The same of 3 bits: an octet has its line, but for the last one, whose bits the lines had left over.
+template <class V>
+QK_INLINE typename V::Integers three_of(const uint8_t* block, int i, int q) {
+  if (i < 3) return V::lanes_at(block + i * kLineBytes) >> (3 * q) & 0x07070707;
+  const auto low = V::lanes_at(block + q * kLineBytes) >> 6 & 0x03030303;
+  return low | (V::lanes_at(block + 2 * kLineBytes) >> (4 + q) & 0x04040404);
+}
+
 constexpr int32_t kLow = 0x0f0f0f0f, kHigh = static_cast<int32_t>(0xf0f0f0f0);  // nibbles
 
 // The first and second four codes of an octet, a byte each: as stored, or as `table` has them.
@@ -84,6 +94,10 @@ QK_INLINE void quads_at(const uint8_t* at, [[maybe_unused]] int64_t octet, [[may
   } else if constexpr (kWidth != 4) {
     const int i = static_cast<int>(octet % BlockOf<kWidth>::kBlockOctets);
     const uint8_t* block = at - i * kTileRows * kWidth;
+    if constexpr (kCodes == Codes::kThree) {
+      first = three_of<V>(block, i, 0), second = three_of<V>(block, i, 1);
+      return;
+    }
     first = quad_of<V, kWidth>(block, i, 0), second = quad_of<V, kWidth>(block, i, 1);
   } else {
     const auto lanes = V::lanes_at(at);
@@ -195,7 +209,7 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   constexpr int kPerTile = kTileRows / V::kRows, kVectorBytes = V::kRows * kLaneBytes;
   constexpr bool kBytes = kCodes == Codes::kBytes, kTable = kCodes == Codes::kTable;
   constexpr int kWidth = width_of(kCodes);
-  constexpr bool kPlanes = planes_of(kWidth).high != 0 || kWidth == 2;
+  constexpr bool kPlanes = planes_of(kWidth).high != 0 || kWidth < 4;
   constexpr bool kPairs = V::kPairs && kTokens % 2 == 0;
   constexpr bool kFetches = !kPanel && (kTokens > 1 || kPlanes || (kTable && !V::kApart) || !V::kOneStream);
   constexpr bool kApart = !kPanel && kTokens == 1 && V::kApart;
@@ -306,8 +320,16 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
     if constexpr (kPlanes && !kPanel) {
       constexpr int kBlock = BlockOf<kWidth>::kBlockOctets;
       const int64_t first = group.first / kOctet;
-      if (kScales == Scales::kProducts || G == 1 || call.group % (kBlock * kOctet) == 0) {  // whole blocks, from their
-        for (int64_t o = 0; o < group.octets; o += kBlock) {                                // beginning on
+      if constexpr (kCodes == Codes::kThree && kScales == Scales::kProducts) {  // half a block
+        static_assert(kBlock == 4 && kind_of(Factors::kK3).outer_shift == 4);
+        if (g % 2 == 0) {
+          add_octet(0), add_octet(1);
+        } else {
+          add_octet(2), add_octet(3);
+        }
+      } else if (kScales == Scales::kProducts || G == 1 ||
+                 call.group % (kBlock * kOctet) == 0) {       // whole blocks, from their
+        for (int64_t o = 0; o < group.octets; o += kBlock) {  // beginning on
 #pragma GCC unroll 4
           for (int i = 0; i < kBlock; ++i) add_octet(i);
         }
@@ -457,7 +479,7 @@ void multiply_int8_products(const Call& call, int64_t tile, int tiles, int64_t m
     case Factors::kK2:
       return multiply_int8_tiles<V, Codes::kTwo, Zeros::kRest, kProducts>(call, tile, tiles, m0, m1);
     case Factors::kK3:
-      return multiply_int8_tiles<V, Codes::kNibbles, Zeros::kNone, kProducts>(call, tile, tiles, m0, m1);
+      return multiply_int8_tiles<V, Codes::kThree, Zeros::kNone, kProducts>(call, tile, tiles, m0, m1);
     case Factors::kK45:
       if (call.bits == 4) {
         return multiply_int8_tiles<V, Codes::kNibbles, Zeros::kRest, kProducts>(call, tile, tiles, m0, m1);
@@ -482,6 +504,7 @@ void multiply_int8(const Call& call, int64_t tile, int tiles, int64_t m0, int64_
     case 2:
       return multiply_int8_width<V, Codes::kTwo>(call, tile, tiles, m0, m1);
     case 3:
+      return multiply_int8_width<V, Codes::kThree>(call, tile, tiles, m0, m1);
     case 4:
       return multiply_int8_width<V, Codes::kNibbles>(call, tile, tiles, m0, m1);
     case 5:

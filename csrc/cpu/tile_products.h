@@ -48,7 +48,8 @@ QK_INLINE void add_groups(const Call& call, const U& unpacker, int64_t tile, int
   using Sum = typename V::Sum;
   constexpr int kPerTile = kTileRows / V::kRows;
   constexpr FactorKind kKind = kind_of(U::kFactors);
-  constexpr bool kWhole = U::kBlockOctets > 1;  // a group is a block of planes: wrong_factors in checks.h
+  // A group is a block of planes, or half a one: wrong_factors in checks.h.
+  constexpr int kGroupOctets = (256 >> kKind.outer_shift) / kOctet, kKnown = U::kBlockOctets > 1 ? kGroupOctets : 0;
   const float mid = static_cast<float>(1 << (call.bits - 1));
   const Group group = group_of(call, g);
   typename U::Zero zero[kRuns][kVectors];
@@ -69,9 +70,16 @@ QK_INLINE void add_groups(const Call& call, const U& unpacker, int64_t tile, int
   }
   const uint8_t* codes = call.qweight + tile * call.tile_bytes + row * kLaneBytes;
   const int64_t ahead = to_next_run<V, U, kVectors>(call, group.first + kRun >= call.K_pad);
-  accumulate<V, U, kVectors, kTokens, kRuns, kWhole>(unpacker, zero, codes + group.first / kOctet * U::kOctetBytes,
-                                                     call.tile_bytes, ahead, x, call.staged.row_stride, 0,
-                                                     static_cast<int>(group.octets), acc);
+  const auto add = [&](auto begin) __attribute__((always_inline)) {
+    accumulate<V, U, kVectors, kTokens, kRuns, kKnown, decltype(begin)::value>(
+        unpacker, zero, codes + group.first / kOctet * U::kOctetBytes, call.tile_bytes, ahead, x,
+        call.staged.row_stride, 0, kKnown > 0 ? kKnown : static_cast<int>(group.octets), acc);
+  };
+  if (kRuns == 1 && kKnown > 0 && kKnown < U::kBlockOctets && g % 2 != 0) {
+    add(Number<kKnown % U::kBlockOctets>());
+  } else {  // two groups begin with an even one: spans have an even number
+    add(Number<0>());
+  }
 #pragma GCC unroll 2
   for (int n = 0; n < kRuns; ++n) {
 #pragma GCC unroll 8

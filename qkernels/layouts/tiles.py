@@ -39,11 +39,10 @@ def stored_bits(bits: int) -> int:
     return 4 if bits <= 4 else 8
 
 
-# How many of a code's bits lie together, lowest first: 5 = 4 + 1, 6 = 4 + 2. 7 bits take a byte, and 3 bits a nibble: as
-# 2 + 1 they took three quarters of the bytes and 1.9 x the time at M = 1, 1.2 x at 16 (8192 x 4096, AVX512-BF16, 2 threads,
-# 2026-11-30): putting a code together costs more than the bytes that it saves.
+# How many of a code's bits lie together, lowest first: 5 = 4 + 1, 6 = 4 + 2. 7 bits take a byte. 3 bits lie together on a CPU,
+# in an order of their own: as 2 + 1, putting a code together costs more than the bytes that it saves (decision 0040).
 Widths = Mapping[int, tuple[int, ...]]
-PLANES: Widths = {2: (2,), 3: (4,), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (8,), 8: (8,)}
+PLANES: Widths = {2: (2,), 3: (3,), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (8,), 8: (8,)}
 GPU_PLANES: Widths = {**PLANES, 3: (2, 1)}  # a GPU has more arithmetic for each byte
 
 
