@@ -1,4 +1,4 @@
-"""A whole block of experts (gate and up, SwiGLU, down, routing weights, sum) on the CPU: ours, torch's and llama.cpp's.
+"""A whole block of experts (gate and up, SwiGLU, down, routing weights, sum) on the CPU: ours, torch's and the llama.cpps'.
 
     QKERNELS_GGML_LIB=… python -m benchmarks.kernels.experts --shape qwen3-30b-a3b --against torch --tokens 1 4 16 64
     QKERNELS_GGML_LIB=… python -m benchmarks.kernels.experts --shape mixtral-8x7b --against ggml --tokens 2048 --seconds 60
@@ -8,7 +8,8 @@ and take turns. Outputs are compared with fp32 products of the dequantized weigh
 sample differ from those of the next, so that experts come out of memory as they do in a decoder. Experts are random numbers;
 two different ones take turns in the E places, which are memory of their own.
 
-A run is against torch (16-bit experts), ggml or kt-kernel, so that not all are in memory at once; ours are in each. Rows of
+A run is against torch (16-bit experts), ggml, ik (ik_llama.cpp's ggml; QKERNELS_GGML_LIB names it, and a process holds one
+ggml) or kt-kernel, so that not all are in memory at once; ours are in each. Rows of
 runs of one commit are gathered in one file. Where other work shares the cores, wall time of two threads is the scheduler's: a
 thread that waits for another one waits for whoever has its core. `--clock processor` is for such machines: one thread, and the
 seconds of the processor that it had.
@@ -51,8 +52,10 @@ TOP_K = {"qwen3-30b-a3b": 8, "mixtral-8x7b": 2}
 TOKENS = (1, 4, 16, 64, 256, 2048)
 LOOP_TOKENS = (1, 4, 16)  # beyond, a loop over experts loses nothing
 ROUTES = 16  # different ones, in turn
+CHECKED = 5  # tokens whose outputs are compared
 A16, A8 = "w4a16_g128", "w4a8_g128"
 TORCH, REPACK, ROWS = "torch grouped_mm bf16", "ggml mul_mat_id, repack", "ggml mul_mat_id, rows"
+IK_REPACK, IK_ROWS = "ik_llama.cpp moe_up_gate, repack", "ik_llama.cpp moe_up_gate, rows"
 KT = "kt-kernel RAWINT4"
 READ = "memory read"
 LOOPS = {A16: f"loop of own {A16}", A8: f"loop of own {A8}"}
@@ -226,6 +229,16 @@ def of_ggml(weights: Weights, repack: bool) -> Run:
     return lambda given: block(*given)
 
 
+def not_held(against: str) -> str | None:
+    """Why "ggml" (llama.cpp's) or "ik" (ik_llama.cpp's) cannot be asked here; None where it can."""
+    if why := ggml.available(torch.device("cpu")):
+        return why
+    if ggml.is_ik() != (against == "ik"):
+        held = "ik_llama.cpp's" if ggml.is_ik() else "llama.cpp's"
+        return f"the library in {ggml.library_directory()} is {held}; set QKERNELS_GGML_LIB to the other's directory"
+    return None
+
+
 def of_kt(weights: Weights, tokens: int) -> Run:
     block = kt.Block(weights.each(), TOP_K[weights.shape], torch.get_num_threads(), tokens)
     return lambda given: block(*given)
@@ -242,6 +255,9 @@ def candidates(weights: Weights, against: str, tokens: int) -> Iterable[tuple[st
         yield LOOPS[A8], lambda: own_loop(weights, A8), 0.03
         yield REPACK, lambda: of_ggml(weights, True), 0.03
         yield ROWS, lambda: of_ggml(weights, False), 0.03
+    if against == "ik":
+        yield IK_REPACK, lambda: of_ggml(weights, True), 0.03
+        yield IK_ROWS, lambda: of_ggml(weights, False), 0.03
     if against == "kt":
         yield KT, lambda: of_kt(weights, tokens), 0.03
 
@@ -268,7 +284,7 @@ def checked(weights: Weights, runs: Mapping[str, tuple[Run, float]], k: int) -> 
         SystemExit: one is not the product of these weights.
     """
     generator = torch.Generator().manual_seed(5)
-    given = route(5, k, weights.experts, weights.hidden, False, generator)
+    given = route(CHECKED, k, weights.experts, weights.hidden, False, generator)
     exact = weights.reference(given)
     for name, (run, allowed) in runs.items():
         off = float((run(given).float() - exact).norm() / exact.norm())
@@ -387,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.kernels.experts", description=str(__doc__).split("\n\n")[0]
     )
     parser.add_argument("--shape", choices=TOP_K, default="qwen3-30b-a3b")
-    parser.add_argument("--against", choices=("torch", "ggml", "kt"), default="torch")
+    parser.add_argument("--against", choices=("torch", "ggml", "ik", "kt"), default="torch")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--routing", nargs="+", choices=("random", "skewed"), default=["random", "skewed"])
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: of one thread")
@@ -395,8 +411,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21, help="at most so many samples of each (default: 21)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/experts.json")
     args = parser.parse_args(argv)
-    if args.against == "ggml" and (why := ggml.available(torch.device("cpu"))):
-        raise SystemExit(f"ggml: {why}")
+    if args.against in ("ggml", "ik") and (why := not_held(args.against)):
+        raise SystemExit(f"{args.against}: {why}")
     if args.against == "kt" and (
         why := kt.available() or ("its threads spin: --clock wall" if args.clock != "wall" else None)
     ):
@@ -407,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or environment.RESULTS / where["machine"] / "experts.json"
     weights = Weights(args.shape)
     runs: dict[str, tuple[Run, float]] = {}
-    for name, make, allowed in candidates(weights, args.against, max(args.tokens)):
+    for name, make, allowed in candidates(weights, args.against, max(CHECKED, *args.tokens)):
         try:
             runs[name] = make(), allowed
         except UnsupportedProblem as error:

@@ -74,6 +74,8 @@ _OF_LLAMA_CPP: dict[str, tuple[Any, tuple[Any, ...]]] = {
 _OF_IK_LLAMA_CPP: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_cpu_buffer_type": (ctypes.c_void_p, ()),
     "iqk_repack_tensor": (None, (ctypes.c_void_p,)),
+    "ggml_moe_up_gate": (ctypes.c_void_p, (*(ctypes.c_void_p,) * 5, ctypes.c_int)),
+    "ggml_mul_multi_add": (ctypes.c_void_p, (ctypes.c_void_p,) * 3),
 }
 
 
@@ -114,6 +116,11 @@ def library() -> dict[str, Any]:
     return found
 
 
+def is_ik() -> bool:
+    """Whether the library is ik_llama.cpp's."""
+    return "iqk_repack_tensor" in library()
+
+
 @lru_cache(1)
 def _backend() -> int:
     backend: int = library()["ggml_backend_cpu_init"]()
@@ -123,7 +130,7 @@ def _backend() -> int:
 def _buffer_types() -> list[int]:
     """The CPU's buffer types, special ones first."""
     g = library()
-    if "iqk_repack_tensor" in g:
+    if is_ik():
         return [g["ggml_backend_cpu_buffer_type"]()]
     registry = g["ggml_backend_cpu_reg"]()
     device = g["ggml_backend_reg_dev_get"](registry, 0)
@@ -158,7 +165,7 @@ class Weight:
                 weakref.finalize(self, _free_all, context, self.buffers)
                 self.where = g["ggml_backend_buft_name"](buffer_type).decode()
                 g["ggml_backend_tensor_set"](self.tensor, rows.data_ptr(), 0, rows.numel())
-                if "iqk_repack_tensor" in g:
+                if is_ik():
                     g["iqk_repack_tensor"](self.tensor)
                     self.where = "ik_llama.cpp, repacked where it has such a form"
                 return
@@ -193,7 +200,7 @@ class Weight:
 def _takes(context: int, weight: int, K: int) -> bool:
     """Whether the CPU multiplies with a weight that lies where it lies."""
     g = library()
-    if "iqk_repack_tensor" in g:
+    if is_ik():
         return True
     probe = g["ggml_mul_mat"](context, weight, g["ggml_new_tensor_2d"](context, F32, K, 1))
     device = g["ggml_backend_reg_dev_get"](g["ggml_backend_cpu_reg"](), 0)

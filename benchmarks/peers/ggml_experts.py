@@ -1,7 +1,10 @@
-"""llama.cpp's experts on the CPU: the graph that it builds of `ggml_mul_mat_id` for a block of experts with SwiGLU.
+"""llama.cpp's and ik_llama.cpp's experts on the CPU: the graph that each builds for a block of experts with SwiGLU.
 
 Our 4-bit codes as Q4_0, which holds them exactly: a group of 128 is four blocks with one scale. Activations are quantized to 8
-bits. With repacked weights (`CPU_REPACK`) or plain rows, as llama.cpp loads them with and without `--no-repack`.
+bits. llama.cpp multiplies by `ggml_mul_mat_id`, with repacked weights (`CPU_REPACK`) or plain rows, as it loads them with and
+without `--no-repack`; ik_llama.cpp makes gate, up and activation in one op (`ggml_moe_up_gate`, its `-fmoe`) and weighs and
+adds in another (`ggml_mul_multi_add`), with rows that its `iqk_repack_tensor` interleaved or plain ones, as with and without
+`-rtr`. Which of the two it is, the library in `ggml.library` says.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from qkernels.tensor import QuantTensor
 
 from . import ggml
 
-I32 = 26  # enum ggml_type
+I32, SILU = 26, 10  # enum ggml_type, and ggml_unary_op as ik-llama-cpp-python 0.1.5 has it
 
 
 def q4_0(weight: QuantTensor) -> Tensor:
@@ -35,7 +38,7 @@ class Block:
 
     Args:
         weights: (gate and up `[2 I, H]`, down `[H, I]`) of each expert.
-        repack: whether in the buffer type of repacked weights, or as plain rows.
+        repack: whether in the form of repacked weights that the library has, or as plain rows.
 
     Raises:
         UnsupportedProblem: it does not take such a product.
@@ -44,24 +47,14 @@ class Block:
     def __init__(self, weights: Sequence[tuple[QuantTensor, QuantTensor]], repack: bool) -> None:
         g = ggml.library()
         (self.width, self.hidden), experts = (weights[0][1].K, weights[0][1].N), len(weights)
-        types = ggml._buffer_types()
-        names = [g["ggml_backend_buft_name"](kind).decode() for kind in types]
-        wanted = [kind for kind, name in zip(types, names, strict=True) if name == ("CPU_REPACK" if repack else "CPU")]
-        if not wanted:
-            raise UnsupportedProblem(f"this ggml has the buffer types {', '.join(names)}")
+        wanted = _buffer_type("CPU_REPACK" if repack and not ggml.is_ik() else "CPU")
         context = ggml._context()
         shapes = [(self.hidden, self.width), (self.hidden, self.width), (self.width, self.hidden)]
         self.stacks = [g["ggml_new_tensor_3d"](context, ggml.Q4_0, k, n, experts) for k, n in shapes]
-        buffer = g["ggml_backend_alloc_ctx_tensors_from_buft"](context, wanted[0])
+        buffer = g["ggml_backend_alloc_ctx_tensors_from_buft"](context, wanted)
         weakref.finalize(self, ggml._free, context, buffer)
-        probes = ggml._context()
-        x = g["ggml_new_tensor_3d"](probes, ggml.F32, self.hidden, 1, 1)
-        probe = g["ggml_mul_mat_id"](probes, self.stacks[0], x, g["ggml_new_tensor_2d"](probes, I32, 1, 1))
-        device = g["ggml_backend_reg_dev_get"](g["ggml_backend_cpu_reg"](), 0)
-        taken = g["ggml_backend_dev_supports_op"](device, probe)
-        ggml._free(probes, None)
-        if not taken:
-            raise UnsupportedProblem(f"{names[types.index(wanted[0])]} takes no ggml_mul_mat_id of Q4_0")
+        if not ggml.is_ik():
+            _take(self.stacks[0], self.hidden, g["ggml_backend_buft_name"](wanted).decode())
         made: dict[int, Tensor] = {}  # experts may be the same object: its bytes are made once
 
         def rows_of(weight: QuantTensor) -> Tensor:
@@ -77,6 +70,8 @@ class Block:
         for stack, each in zip(self.stacks, parts, strict=True):
             rows = torch.stack(each)
             g["ggml_backend_tensor_set"](stack, rows.data_ptr(), 0, rows.numel())
+            if repack and ggml.is_ik():
+                g["iqk_repack_tensor"](stack)
         self.graphs: dict[tuple[int, int], tuple[int, Tensor, Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -95,19 +90,13 @@ class Block:
         return y
 
     def _graph(self, T: int, k: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
-        """As llama.cpp's `build_moe_ffn` has it: weights times outputs, then the outputs of one token added one by one."""
         g, context = ggml.library(), ggml._context()
         x = g["ggml_new_tensor_3d"](context, ggml.F32, self.hidden, 1, T)
         ids = g["ggml_new_tensor_2d"](context, I32, k, T)
         weights = g["ggml_new_tensor_3d"](context, ggml.F32, 1, k, T)
-        gate, up = (g["ggml_mul_mat_id"](context, stack, x, ids) for stack in self.stacks[:2])
-        inner = g["ggml_swiglu_split"](context, gate, up)
-        each = g["ggml_mul"](context, g["ggml_mul_mat_id"](context, self.stacks[2], inner, ids), weights)
-        row = 4 * self.hidden
-        views = [g["ggml_view_2d"](context, each, self.hidden, T, k * row, j * row) for j in range(k)]
-        total = views[0]
-        for other in views[1:]:
-            total = g["ggml_add"](context, total, other)
+        total = (_of_ik_llama_cpp if ggml.is_ik() else _of_llama_cpp)(
+            context, self.stacks, x, ids, weights, (self.hidden, k, T)
+        )
         graph = g["ggml_new_graph"](context)
         g["ggml_build_forward_expand"](graph, total)
         buffer = g["ggml_backend_alloc_ctx_tensors_from_buft"](context, ggml._buffer_types()[-1])
@@ -123,3 +112,47 @@ class Block:
             view(weights, T, k),
             view(total, T, self.hidden),
         )
+
+
+def _of_llama_cpp(
+    context: int, stacks: Sequence[int], x: int, ids: int, weights: int, sizes: tuple[int, int, int]
+) -> int:
+    """As llama.cpp's `build_moe_ffn` has it: weights times outputs, then the outputs of one token added one by one."""
+    g, (hidden, k, T) = ggml.library(), sizes
+    gate, up = (g["ggml_mul_mat_id"](context, stack, x, ids) for stack in stacks[:2])
+    inner = g["ggml_swiglu_split"](context, gate, up)
+    each = g["ggml_mul"](context, g["ggml_mul_mat_id"](context, stacks[2], inner, ids), weights)
+    row = 4 * hidden
+    views = [g["ggml_view_2d"](context, each, hidden, T, k * row, j * row) for j in range(k)]
+    total: int = views[0]
+    for other in views[1:]:
+        total = g["ggml_add"](context, total, other)
+    return total
+
+
+def _of_ik_llama_cpp(
+    context: int, stacks: Sequence[int], x: int, ids: int, weights: int, sizes: tuple[int, int, int]
+) -> int:
+    """As ik_llama.cpp's `llm_build_moe_ffn` has it with its fused ops."""
+    g = ggml.library()
+    inner = g["ggml_moe_up_gate"](context, stacks[1], stacks[0], x, ids, SILU)
+    total: int = g["ggml_mul_multi_add"](context, g["ggml_mul_mat_id"](context, stacks[2], inner, ids), weights)
+    return total
+
+
+def _buffer_type(name: str) -> int:
+    types = {ggml.library()["ggml_backend_buft_name"](kind).decode(): kind for kind in ggml._buffer_types()}
+    if name not in types:
+        raise UnsupportedProblem(f"this ggml has the buffer types {', '.join(types)}, not {name}")
+    return types[name]
+
+
+def _take(stack: int, hidden: int, where: str) -> None:
+    """Raise where llama.cpp multiplies with no experts that lie where these lie."""
+    g, context = ggml.library(), ggml._context()
+    x = g["ggml_new_tensor_3d"](context, ggml.F32, hidden, 1, 1)
+    probe = g["ggml_mul_mat_id"](context, stack, x, g["ggml_new_tensor_2d"](context, I32, 1, 1))
+    taken = g["ggml_backend_dev_supports_op"](g["ggml_backend_reg_dev_get"](g["ggml_backend_cpu_reg"](), 0), probe)
+    ggml._free(context, None)
+    if not taken:
+        raise UnsupportedProblem(f"{where} takes no ggml_mul_mat_id of Q4_0")
