@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import torch
@@ -36,7 +37,7 @@ def fuse(model: nn.Module) -> dict[str, int]:
     if not status().loaded:
         return found
     known: dict[Any, dict[str, Any] | None] = {}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(0)
         for module in [*model.modules()]:
             if isinstance(module, _Fused):
@@ -52,6 +53,18 @@ def fuse(model: nn.Module) -> dict[str, int]:
                     found[type(module).__name__] += 1
                     break
     return dict(found)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small copies are no work for two: where the system has both threads of a first parallel region on one core, each of their
+    products takes 16 ms until it moves one (0.35 s of loading a model)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def unfuse(model: nn.Module) -> None:

@@ -98,6 +98,32 @@ def test_fused_models_compute_the_same(kind: str) -> None:
             assert error < 2e-2, "a value in a thousand is rounded to its neighbour, 2^-8 away"
 
 
+def test_small_copies_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the threads that were there are there again, whatever happened."""
+    seen, product = [], nn.functional.linear
+
+    def watched(*tensors: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return product(*tensors)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        made = model_of("llama")
+        monkeypatch.setattr(nn.functional, "linear", watched)
+        between.fuse(made)
+        assert seen
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(between, "_tried", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        between.unfuse(made)
+        with pytest.raises(KeyboardInterrupt):
+            between.fuse(made)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_copies_pickles_and_state_dicts_are_as_before() -> None:
     model = model_of("llama")
     keys, mlp = list(model.state_dict()), type(model.model.layers[0].mlp)
