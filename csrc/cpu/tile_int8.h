@@ -327,9 +327,9 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
         } else {
           add_octet(2), add_octet(3);
         }
-      } else if (kScales == Scales::kProducts || G == 1 ||
-                 call.group % (kBlock * kOctet) == 0) {       // whole blocks, from their
-        for (int64_t o = 0; o < group.octets; o += kBlock) {  // beginning on
+      } else if (kScales == Scales::kProducts || G == 1 || call.group % (kBlock * kOctet) == 0) {
+        // Whole blocks, from their beginning on.
+        for (int64_t o = 0; o < group.octets; o += kBlock) {
 #pragma GCC unroll 4
           for (int i = 0; i < kBlock; ++i) add_octet(i);
         }

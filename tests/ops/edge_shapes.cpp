@@ -161,12 +161,23 @@ int run_grouped(const cpu::Call& call, const cpu::Strides& bytes, const cpu::Ker
   return wrong;
 }
 
+// Where bit i of a code of 3 bits is, of column k of a block: the lane, and the bit of it.
+struct Place {
+  int lane, bit;
+};
+Place place_of_three(bool int8, int k, int i) {
+  const int octet = k / 8, unit = int8 ? k / 4 % 2 : k / 2 % 4, begin = int8 ? 8 * (k % 4) : 16 * (k % 2);
+  if (octet < 3) return {octet, begin + 3 * unit + i};
+  if (int8) return i < 2 ? Place{unit, begin + 6 + i} : Place{2, begin + 6 + unit};
+  return unit < 3 ? Place{unit, begin + 12 + i} : Place{i, begin + 15};
+}
+
 // The number of wrong entries of y.
 int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
   cpu::Call call{cpu::make_problem(s.M, s.N, s.K, s.bits, s.group)};
   // The sizes of buffers by themselves, not from the call.
-  static const int low_bits[] = {0, 0, 2, 4, 4, 4, 4, 8, 8}, high_bits[] = {0, 0, 0, 0, 0, 1, 2, 0, 0};
-  static const int block_columns[] = {0, 0, 16, 8, 8, 32, 16, 8, 8};
+  static const int low_bits[] = {0, 0, 2, 3, 4, 4, 4, 8, 8}, high_bits[] = {0, 0, 0, 0, 0, 1, 2, 0, 0};
+  static const int block_columns[] = {0, 0, 16, 32, 8, 32, 16, 8, 8};
   const int low = low_bits[s.bits], high = high_bits[s.bits], block = block_columns[s.bits];
   const int64_t tiles = (s.N + 31) / 32, block_bytes = block * 32 * (low + high) / 8;
   const int64_t tile_bytes = (s.K + block - 1) / block * block_bytes;
@@ -180,12 +191,18 @@ int run(const Shape& s, const cpu::Kernels& kernels, bool short_of_a_byte) {
       int code = random_below(1 << s.bits);
       if (s.bits == 8 && s.codebook != qkernels::Codebook::kIntegers) code &= 0xb7;  // of middling size
       codes[n * s.K + k] = code;
+      const int64_t row_at = n % cpu::kTileRows * cpu::kLaneBytes;
+      for (int i = 0; s.bits == 3 && !short_of_a_byte && i < 3; ++i) {
+        const auto [lane, bit] = place_of_three(s.int8, static_cast<int>(k % block), i);
+        const int64_t at = n / cpu::kTileRows * tile_bytes + k / block * block_bytes + lane * cpu::kLineBytes + row_at;
+        qweight[at + bit / 8] |= static_cast<uint8_t>((code >> i & 1) << bit % 8);
+      }
       int64_t plane = n / cpu::kTileRows * tile_bytes + k / block * block_bytes;
       for (const int width : {low, high}) {
-        if (width == 0 || short_of_a_byte) continue;
+        if (width == 0 || s.bits == 3 || short_of_a_byte) continue;
         const int64_t lane = k % block / (32 / width), i = k % block % (32 / width);
         const int64_t bit = s.int8 ? 8 * (i & 3) + width * (i >> 2) : 16 * (i & 1) + width * (i >> 1);
-        const int64_t at = (lane * cpu::kTileRows + n % cpu::kTileRows) * cpu::kLaneBytes + bit / 8;
+        const int64_t at = lane * cpu::kLineBytes + row_at + bit / 8;
         const int field = (width == low ? code : code >> low) & ((1 << width) - 1);
         qweight[plane + at] |= static_cast<uint8_t>(field << bit % 8);
         plane += block * width * 32 / 8;
