@@ -60,7 +60,7 @@ static constexpr int block_columns(int bits) {
 constexpr int64_t kRun = 128;
 
 // The most tokens (rows of x, M) of the decode path, where weights are unpacked in registers and used at once. Where
-// there are more, they take turns, or a run is unpacked into L1 for all tokens of a block (kPanel in tile_gemm.h).
+// there are more, they take turns, or a run is unpacked into L1 for all tokens of a block (kPanel in tile_sums.h).
 constexpr int64_t kMaxDecodeTokens = 8;
 constexpr int64_t kBlockTokens = 64;
 // Up to this M, x is used as it lies, and several tiles are worked on together: a row of x alone leaves the multipliers

@@ -1,4 +1,4 @@
-// The loops of tile_gemm.h, which includes this, where scales (and offsets) are products of a small factor a group and
+// The loops of tile_decode.h and tile_panel.h where scales (and offsets) are products of a small factor a group and
 // an outer one of several groups, a span: GGUF's super-blocks.
 //
 // Sums of groups meet the small factors, which are integers, in fp32, and what a span comes to meets the outer factor:
@@ -11,7 +11,8 @@
 #pragma once
 #include <cstdint>
 
-#include "tile_gemm.h"
+#include "tile_decode.h"
+#include "tile_panel.h"
 
 namespace qkernels::cpu {
 namespace {
