@@ -33,7 +33,7 @@ struct Avx2 : Avx2Sums {
   static QK_INLINE void store_weight(uint8_t* p, Weight w) { _mm256_storeu_ps(reinterpret_cast<float*>(p), w); }
 };
 
-// code - zero for any scheme; the zero is 2^(bits-1) where no integer zero points are given
+// code - zero for any scheme; the zero is mid_of where no integer zero points are given
 struct Unpacker {
   static constexpr bool kPanel = true;  // 64 rows 25 % faster: each unpacked vector meets few rows in 16 registers
   using Zero = __m256;
@@ -41,7 +41,7 @@ struct Unpacker {
   explicit Unpacker(const Call& c) : call(c) {}
   QK_INLINE Zero zero(int64_t at) const {
     return call.zero_type == Type::kUInt8 ? Avx2::widen(Type::kUInt8, call.zeros, at)
-                                          : Avx2::set1(static_cast<float>(1 << (call.bits - 1)));
+                                          : Avx2::set1(static_cast<float>(mid_of(call)));
   }
   static QK_INLINE __m256i lanes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
   static QK_INLINE __m256 value_of(__m256i lanes, int shift, int mask, Zero zero) {

@@ -144,14 +144,14 @@ struct NoZeros {
   QK_INLINE Zero zero(int64_t) const { return {}; }
 };
 
-// Zeros in fp32: integer zero points, or 2^(bits-1)
+// Zeros in fp32: integer zero points, or mid_of
 struct FloatZeros {
   using Zero = __m512;
   const Call& call;
   explicit FloatZeros(const Call& c) : call(c) {}
   QK_INLINE Zero zero(int64_t at) const {
     return call.zero_type == Type::kUInt8 ? Avx512Sums::widen(Type::kUInt8, call.zeros, at)
-                                          : Avx512Sums::set1(static_cast<float>(1 << (call.bits - 1)));
+                                          : Avx512Sums::set1(static_cast<float>(mid_of(call)));
   }
 };
 

@@ -174,8 +174,8 @@ static inline int64_t staged_at(const Call& call, int64_t m, int64_t k) {
   return k / call.staged.width * call.staged.block_stride + m * call.staged.row_stride + k % call.staged.width;
 }
 
-// Floating zero points and offsets: products are with code - 2^(bits-1), which is exact, and the rest of the weight,
-// the same over a group, meets the sum of x.
+// Floating zero points and offsets: products are with code - mid_of, which is exact, and the rest of the weight, the
+// same over a group, meets the sum of x.
 static inline bool has_rest(const Problem& p) {
   return is_floating(p.zero_type) || (p.zeros_are_offsets && p.factors != Factors::kNone);
 }
@@ -185,10 +185,16 @@ static inline int64_t outer_at(const Problem& p, int64_t tile, int64_t g, int64_
   return (tile * p.S + (g >> p.outer_shift)) * kTileRows + row;
 }
 
-// What a code means where no zero point is stored beside it, in integers exactly.
+// What is subtracted from a code where no zero point is stored beside it: 2^(bits-1); nothing where offsets are
+// products and x is floating, since sums of x are multiplied by small factors alone there (tile_products.h).
+static inline int mid_of(const Problem& p) {
+  const bool as_stored = p.zeros_are_offsets && p.factors != Factors::kNone && !p.int8_activations;
+  return as_stored ? 0 : 1 << (p.bits - 1);
+}
+
+// What a code means then, in integers exactly.
 static inline float plain_value(const Problem& p, int code) {
-  return p.codebook == Codebook::kIntegers ? static_cast<float>(code - (1 << (p.bits - 1)))
-                                           : codebook_value(p.codebook, code);
+  return p.codebook == Codebook::kIntegers ? static_cast<float>(code - mid_of(p)) : codebook_value(p.codebook, code);
 }
 
 // By the numbers of the ops (qkernels/ops/grouped.py: ACTIVATIONS).

@@ -99,14 +99,14 @@ struct NoZeros {
   QK_INLINE Zero zero(int64_t) const { return {}; }
 };
 
-// Zeros in fp32: integer zero points, or 2^(bits-1)
+// Zeros in fp32: integer zero points, or mid_of
 struct FloatZeros {
   using Zero = float32x4_t;
   const Call& call;
   explicit FloatZeros(const Call& c) : call(c) {}
   QK_INLINE Zero zero(int64_t at) const {
     return call.zero_type == Type::kUInt8 ? NeonSums::widen(Type::kUInt8, call.zeros, at)
-                                          : NeonSums::set1(static_cast<float>(1 << (call.bits - 1)));
+                                          : NeonSums::set1(static_cast<float>(mid_of(call)));
   }
 };
 

@@ -95,7 +95,7 @@ inline float zero_of(const Call& call, int64_t tile, int64_t g, int64_t row) {
 
 // What a group with a rest (has_rest) adds for each unit of sum(x); `zero` is its zero point or offset.
 inline float rest_of(const Problem& p, float scale, float zero) {
-  const float mid = static_cast<float>(1 << (p.bits - 1));
+  const float mid = static_cast<float>(mid_of(p));
   return p.zeros_are_offsets ? mid * scale + zero : (mid - zero) * scale;
 }
 

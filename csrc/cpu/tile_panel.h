@@ -41,25 +41,17 @@ QK_INLINE void unpack_run(const U& unpacker, const typename U::Zero* zero, const
   }
 }
 
-// total[r][row ...] += scale * (start[r] + panel times rows of x), for kTokens rows of x and all rows of the tile;
-// kStart: whether sums start at anything but 0
-template <class V, bool kStart, int kTokens>
+// total[r][row ...] += scale * (panel times rows of x), for kTokens rows of x and all rows of the tile
+template <class V, int kTokens>
 void multiply_block(const uint8_t* panel, int octets, const typename V::X* x, int64_t x_stride, const float* scale,
-                    [[maybe_unused]] const float* start, float* total) {
+                    float* total) {
   using Sum = typename V::Sum;
   const typename Panel<V>::Zero none[1][V::kHalf] = {};
   const typename V::X* const rows[] = {x};
   for (int row = 0; row < kTileRows; row += V::kHalf * V::kRows) {
     Sum acc[1][kTokens][V::kHalf];
-    for (int r = 0; r < kTokens; ++r) {
-      for (Sum& sum : acc[0][r]) {
-        if constexpr (kStart) {
-          sum = V::set1(start[r]);
-        } else {
-          sum = V::zero();
-        }
-      }
-    }
+    for (auto& of_token : acc[0])
+      for (Sum& sum : of_token) sum = V::zero();
     accumulate<V, Panel<V>, V::kHalf, kTokens, 1>(Panel<V>(), none, panel + row * kLaneBytes, 0, 0, rows, x_stride, 0,
                                                   octets, acc);
 #pragma GCC unroll 16
@@ -74,24 +66,22 @@ void multiply_block(const uint8_t* panel, int octets, const typename V::X* x, in
   }
 }
 
-template <class V, bool kStart, int kTokens>
+template <class V, int kTokens>
 QK_INLINE void multiply_last(int64_t tokens, const uint8_t* panel, int octets, const typename V::X* x, int64_t x_stride,
-                             const float* scale, const float* start, float* total) {
-  if (tokens == kTokens) return multiply_block<V, kStart, kTokens>(panel, octets, x, x_stride, scale, start, total);
-  if constexpr (kTokens > 1)
-    multiply_last<V, kStart, kTokens - 1>(tokens, panel, octets, x, x_stride, scale, start, total);
+                             const float* scale, float* total) {
+  if (tokens == kTokens) return multiply_block<V, kTokens>(panel, octets, x, x_stride, scale, total);
+  if constexpr (kTokens > 1) multiply_last<V, kTokens - 1>(tokens, panel, octets, x, x_stride, scale, total);
 }
 
 // The run of a panel with `tokens` rows of x, which begin at x.
-template <class V, bool kStart>
+template <class V>
 void multiply_panel(int64_t tokens, const uint8_t* panel, int octets, const typename V::X* x, int64_t x_stride,
-                    const float* scale, const float* start, float* total) {
+                    const float* scale, float* total) {
   for (; tokens >= V::kTokens; tokens -= V::kTokens) {
-    multiply_block<V, kStart, V::kTokens>(panel, octets, x, x_stride, scale, start, total);
+    multiply_block<V, V::kTokens>(panel, octets, x, x_stride, scale, total);
     x += V::kTokens * x_stride, total += V::kTokens * kTileRows;
-    if (kStart) start += V::kTokens;
   }
-  multiply_last<V, kStart, V::kTokens - 1>(tokens, panel, octets, x, x_stride, scale, start, total);
+  multiply_last<V, V::kTokens - 1>(tokens, panel, octets, x, x_stride, scale, total);
 }
 
 template <class V, class U>
@@ -115,8 +105,8 @@ void multiply_tile(const Call& call, const U& unpacker, int64_t tile, int64_t m0
       const int octets = static_cast<int>(group.octets - o < kRunOctets ? group.octets - o : kRunOctets);
       const int64_t octet = group.first / kOctet + o;
       unpack_run<V, U>(unpacker, zero, codes + octet * U::kOctetBytes, octet, octets, panel);
-      multiply_panel<V, false>(m1 - m0, panel, octets, x + staged_at(call, m0, octet * kOctet), call.staged.row_stride,
-                               scale, nullptr, total);
+      multiply_panel<V>(m1 - m0, panel, octets, x + staged_at(call, m0, octet * kOctet), call.staged.row_stride, scale,
+                        total);
     }
     for (int v = 0; v < kPerTile && call.sums != nullptr; ++v) {
       const Sum rest = stored_rest_of<V>(call, V::load(scale + v * V::kRows), at + v * V::kRows);

@@ -2,9 +2,9 @@
 // an outer one of several groups, a span: GGUF's super-blocks.
 //
 // Sums of groups meet the small factors, which are integers, in fp32, and what a span comes to meets the outer factor:
-// neither is asked for, converted and multiplied for every group. A group's sum begins at mid * sum(x), so that codes
-// are multiplied as they are stored and offsets are the small factors times sum(x) alone, summed over a span. At M = 1
-// with the weight in L2 that is 11 % of the time of Q4_K and 20 % of Q6_K's (Zen 4).
+// neither is asked for, converted and multiplied for every group. Where there are offsets, codes are multiplied as
+// they are stored, from 0 (mid_of), so that offsets are the small factors times sum(x) alone, summed over a span. At
+// M = 1 with the weight in L2 that is 11 % of the time of Q4_K and 20 % of Q6_K's (Zen 4).
 //
 // Where a vector set works on several tiles, two at a time, not four: four streams of memory 32 KB apart are read at 14
 // GB/s by a core that sums at 35, two at 22 (Q4_K, Zen 4), one, with two groups at a time, at 28 (kRunsTogether).
@@ -51,7 +51,6 @@ QK_INLINE void add_groups(const Call& call, const U& unpacker, int64_t tile, int
   constexpr FactorKind kKind = kind_of(U::kFactors);
   // A group is a block of planes, or half a one: wrong_factors in checks.h.
   constexpr int kGroupOctets = (256 >> kKind.outer_shift) / kOctet, kKnown = U::kBlockOctets > 1 ? kGroupOctets : 0;
-  const float mid = static_cast<float>(1 << (call.bits - 1));
   const Group group = group_of(call, g);
   typename U::Zero zero[kRuns][kVectors];
   const typename V::X* x[kRuns];
@@ -64,10 +63,8 @@ QK_INLINE void add_groups(const Call& call, const U& unpacker, int64_t tile, int
     }
     for (auto& of_vector : zero[n]) of_vector = unpacker.zero(0);  // the same for all: there are no zero points
     x[n] = static_cast<const typename V::X*>(call.staged.data) + staged_at(call, m0, group.first + n * call.group);
-    for (int r = 0; r < kTokens; ++r) {
-      const Sum start = kKind.offsets ? V::set1(mid * call.sums[(m0 + r) * call.G + g + n]) : V::zero();
-      for (Sum& one : acc[n][r]) one = start;
-    }
+    for (auto& of_token : acc[n])
+      for (Sum& one : of_token) one = V::zero();
   }
   const uint8_t* codes = call.qweight + tile * call.tile_bytes + row * kLaneBytes;
   const int64_t ahead = to_next_run<V, U, kVectors>(call, group.first + kRun >= call.K_pad);
@@ -161,7 +158,6 @@ void multiply_products(const Call& call, const U& unpacker, int64_t tile, int64_
   std::memset(total, 0, used);
   const uint8_t* codes = call.qweight + tile * call.tile_bytes;
   const typename V::X* x = static_cast<const typename V::X*>(call.staged.data);
-  const float mid = static_cast<float>(1 << (call.bits - 1));
   typename U::Zero zero[kPerTile];
   for (auto& of_vector : zero) of_vector = unpacker.zero(0);
   for (int64_t s = 0; s < call.S; ++s) {
@@ -175,10 +171,8 @@ void multiply_products(const Call& call, const U& unpacker, int64_t tile, int64_
         V::store(small + row, V::widen(kKind.small, call.scales, (tile * call.G + g) * kTileRows + row));
       }
       unpack_run<V, U>(unpacker, zero, codes + octet * U::kOctetBytes, octet, octets, panel);
-      float start[kBlockTokens];
-      for (int64_t m = 0; kKind.offsets && m < m1 - m0; ++m) start[m] = mid * call.sums[(m0 + m) * call.G + g];
-      multiply_panel<V, kKind.offsets>(m1 - m0, panel, octets, x + staged_at(call, m0, group.first),
-                                       call.staged.row_stride, small, start, sum);
+      multiply_panel<V>(m1 - m0, panel, octets, x + staged_at(call, m0, group.first), call.staged.row_stride, small,
+                        sum);
     }
     int64_t m = 0;
     for (; m + kAtOnce <= m1 - m0; m += kAtOnce) {

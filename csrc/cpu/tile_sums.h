@@ -212,7 +212,7 @@ QK_INLINE typename V::Sum finished(const Call& call, int64_t tile, int64_t row, 
 // or mid * scale + offset. The products with code - mid stay exact.
 template <class V>
 QK_INLINE typename V::Sum stored_rest_of(const Call& call, typename V::Sum scale, int64_t at) {
-  const typename V::Sum mid = V::set1(static_cast<float>(1 << (call.bits - 1)));
+  const typename V::Sum mid = V::set1(static_cast<float>(mid_of(call)));
   const typename V::Sum zero = V::widen(call.zero_type, call.zeros, at);
   return call.zeros_are_offsets ? V::fma(mid, scale, zero) : V::mul(V::sub(mid, zero), scale);
 }

@@ -13,7 +13,8 @@ scaled and added to the total; floating zeros add rest * sum(x) per group, then 
     2          in `dequantize`, which is the reference and rounds code - zero and the product
 
 Where scales are products, sums of the groups of a span meet the small factors and the outer one when the span ends: G is then at
-least groups of a span + spans - 1, and a group's sum begins at mid * sum(x), one rounding more.
+least groups of a span + spans - 1. With offsets, codes are multiplied as they are stored, which are no larger than the two terms
+|code - mid| + mid that T has for them.
 
 so that |y32 - y| <= c u T with c the sum of these and T the sum of the magnitudes of all terms (`helpers.magnitudes`). The
 output is then rounded once to its dtype: u_out |y32|, or half a subnormal step.
@@ -39,7 +40,7 @@ def bound(weight: QuantTensor, x: Tensor, bias: Tensor) -> Tensor:
     if weight.scheme.zeros in ("float", "offset"):
         c += weight.G + 2 + -(-length // 16) + 5
     if weight.factors is not None:
-        c += 4  # of the sums of spans, and of those of offsets, one more than groups; the product of offsets; the start
+        c += 3  # of the sums of spans, and of those of offsets, one more than groups; the product of offsets
     terms = x.double().abs() @ magnitudes(weight).T + bias.double().abs()
     error = c * 2.0**-24 * terms
     y = (x.double() @ weight.dequantize().double().T + bias.double()).abs() + error
