@@ -23,7 +23,7 @@ from ..checkpoint.gguf import GgufCheckpoint
 from ..checkpoint.layers import float_layer, floated
 from ..errors import ArgumentError, UnsupportedProblem
 from ..formats import Oddity, summary
-from ..models.gguf_names import GGUF_ARCHITECTURES
+from ..models.gguf_names import GGUF_ARCHITECTURES, GGUF_MIXTURES
 from .transformers import QKernelsQuantizer
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def answer() -> None:
     AUTO_QUANTIZER_MAPPING[METHOD] = GgufQuantizer
     if not hasattr(theirs.read_gguf_metadata, "of_qkernels"):
         theirs.read_gguf_metadata = _naming_the_file(theirs.read_gguf_metadata)
-    theirs.GGUF_CONFIG_ARCHS.update(dict.fromkeys(GGUF_ARCHITECTURES, _config))
+    theirs.GGUF_CONFIG_ARCHS.update(dict.fromkeys((*GGUF_ARCHITECTURES, *GGUF_MIXTURES), _config))
 
 
 def _naming_the_file(read: Callable[..., Any]) -> Callable[..., Any]:

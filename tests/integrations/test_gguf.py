@@ -14,7 +14,7 @@ from qkernels import QuantLinear, load
 from qkernels.checkpoint import to_gguf
 from qkernels.errors import ArgumentError
 from qkernels.integrations.transformers import enable
-from qkernels.nn import QuantEmbedding
+from qkernels.nn import QuantEmbedding, QuantExperts
 from tests.checkpoints import logits
 from tests.gguf_golden import FILES
 
@@ -51,6 +51,29 @@ def test_models_are_those_of_load(name: str, tmp_path: Path) -> None:
     assert len(model.hf_quantizer.report.replaced) == packed[0] if packed[0] else not hasattr(model, "hf_quantizer")
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(loaded))
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [
+        ("mixtral", 2),
+        ("qwen2moe", 1),
+        ("qwen3moe", 0),
+        ("olmoe", 0),
+        ("deepseek2", 0),
+        ("deepseek3", 1),
+        ("gpt-oss", 2),
+    ],
+)
+def test_mixtures_are_those_of_load(name: str, packed: int) -> None:
+    enable()
+    model, loaded = AutoModelForCausalLM.from_pretrained(FILES, gguf_file=f"{name}.gguf"), load(FILES / f"{name}.gguf")
+    assert type(model) is type(loaded)
+    torch.testing.assert_close(logits(model), logits(loaded), rtol=1e-5, atol=1e-5)
+    assert [sum(isinstance(module, QuantExperts) for module in m.modules()) for m in (model, loaded)] == [
+        packed,
+        packed,
+    ]
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "F16"])
