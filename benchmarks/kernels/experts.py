@@ -9,7 +9,8 @@ sample differ from those of the next, so that experts come out of memory as they
 two different ones take turns in the E places, which are memory of their own.
 
 A run is against torch (16-bit experts), ggml, ik (ik_llama.cpp's ggml; QKERNELS_GGML_LIB names it, and a process holds one
-ggml) or kt-kernel, so that not all are in memory at once; ours are in each. Rows of
+ggml) or kt-kernel, so that not all are in memory at once; ours are in each. kt-kernel's threads spin: it and ours beside it are
+processes of their own, which stand still between turns, with a thread less than there are cores. Rows of
 runs of one commit are gathered in one file. Where other work shares the cores, wall time of two threads is the scheduler's: a
 thread that waits for another one waits for whoever has its core. `--clock processor` is for such machines: one thread, and the
 seconds of the processor that it had.
@@ -21,7 +22,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +45,7 @@ from qkernels.tensor import QuantTensor
 from qkernels.text import table
 
 from ..method import envelope, environment
+from ..method.apart import Apart
 from ..method.statistics import median_interval, ratio_interval
 from ..method.timing import WallClock, interleaved
 from ..peers import ggml, ggml_experts, kt
@@ -54,6 +58,7 @@ LOOP_TOKENS = (1, 4, 16)  # beyond, a loop over experts loses nothing
 ROUTES = 16  # different ones, in turn
 CHECKED = 5  # tokens whose outputs are compared
 A16, A8 = "w4a16_g128", "w4a8_g128"
+A8_SHORT = "w4a8_g32"  # kt-kernel's groups: the same weights, each scale four times
 TORCH, REPACK, ROWS = "torch grouped_mm bf16", "ggml mul_mat_id, repack", "ggml mul_mat_id, rows"
 IK_REPACK, IK_ROWS = "ik_llama.cpp moe_up_gate, repack", "ik_llama.cpp moe_up_gate, rows"
 KT = "kt-kernel RAWINT4"
@@ -168,8 +173,11 @@ class Weights:
         if scheme not in self.stacks:
             made = []
             for part in (0, 1):
+                parsed = QuantScheme.parse(scheme)
                 given = (
-                    QuantTensor(w.codes, w.scales, None, None, QuantScheme.parse(scheme))
+                    QuantTensor(
+                        w.codes, w.scales.repeat_interleave(128 // parsed.group_length(w.K), 1), None, None, parsed
+                    )
                     for w in (pair[part] for pair in self.each())
                 )
                 made.append(QuantStack.of(given, self.experts, None, "cpu", torch.bfloat16))
@@ -239,8 +247,12 @@ def not_held(against: str) -> str | None:
     return None
 
 
-def of_kt(weights: Weights, tokens: int) -> Run:
-    block = kt.Block(weights.each(), TOP_K[weights.shape], torch.get_num_threads(), tokens)
+def own_anew(shape: str, scheme: str) -> Run:
+    return own(Weights(shape), scheme)
+
+
+def of_kt(shape: str, tokens: int) -> Run:
+    block = kt.Block(Weights(shape).each(), TOP_K[shape], torch.get_num_threads(), tokens)
     return lambda given: block(*given)
 
 
@@ -250,6 +262,12 @@ def candidates(weights: Weights, against: str, tokens: int) -> Iterable[tuple[st
         yield A16, lambda: own(weights, A16), 0.01
         yield LOOPS[A16], lambda: own_loop(weights, A16), 0.01
         yield TORCH, lambda: torch_grouped(weights), 0.01
+    if against == "kt":
+        threads = torch.get_num_threads()
+        for scheme in (A8, A8_SHORT):
+            yield scheme, lambda scheme=scheme: Apart(partial(own_anew, weights.shape, scheme), threads), 0.03  # type: ignore[misc]
+        yield KT, lambda: Apart(partial(of_kt, weights.shape, tokens), threads), 0.03
+        return
     yield A8, lambda: own(weights, A8), 0.03
     if against == "ggml":
         yield LOOPS[A8], lambda: own_loop(weights, A8), 0.03
@@ -258,8 +276,6 @@ def candidates(weights: Weights, against: str, tokens: int) -> Iterable[tuple[st
     if against == "ik":
         yield IK_REPACK, lambda: of_ggml(weights, True), 0.03
         yield IK_ROWS, lambda: of_ggml(weights, False), 0.03
-    if against == "kt":
-        yield KT, lambda: of_kt(weights, tokens), 0.03
 
 
 def reading(weights: Weights) -> Run:
@@ -314,14 +330,16 @@ def measure(
     count = ROUTES if tokens < 64 else 2
     routes = [route(tokens, k, weights.experts, weights.hidden, routing == "skewed", generator) for _ in range(count)]
 
-    def calls(run: Run) -> list[Callable[[], Tensor]]:
-        return [lambda given=given: run(given) for given in routes]  # type: ignore[misc]
+    def prepare(run: Run) -> Callable[[], float]:
+        if isinstance(run, Apart):
+            return run.prepare([(given,) for given in routes])
+        calls: list[Callable[[], Tensor]] = [partial(run, given) for given in routes]
+        return processor_sampler(calls) if clock == "processor" else WallClock().prepare(calls)
 
-    prepare = processor_sampler if clock == "processor" else WallClock().prepare
     few = tokens in LOOP_TOKENS
     if few:  # the least that memory allows: a sum of as many bytes as the experts that are hit have in 4 bits
         runs = {**runs, READ: (reading(weights), 0.0)}
-    samplers = {name: prepare(calls(run)) for name, (run, _) in runs.items() if few or name not in LOOPS.values()}
+    samplers = {name: prepare(run) for name, (run, _) in runs.items() if few or name not in LOOPS.values()}
     samples = interleaved(samplers, rounds, time.monotonic() + seconds, min_rounds=min(rounds, 3))
     touched = sum(len(ids.unique()) for _, ids, _ in routes) / count
     return [
@@ -407,6 +425,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--routing", nargs="+", choices=("random", "skewed"), default=["random", "skewed"])
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: of one thread")
+    parser.add_argument(
+        "--threads", type=int, help="default: one a core; 1 by the processor's clock, and one less beside kt"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="of sampling, all cells together")
     parser.add_argument("--rounds", type=int, default=21, help="at most so many samples of each (default: 21)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/experts.json")
@@ -417,18 +438,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         why := kt.available() or ("its threads spin: --clock wall" if args.clock != "wall" else None)
     ):
         raise SystemExit(f"kt-kernel: {why}")
-    if args.clock == "processor":
-        torch.set_num_threads(1)
+    if args.clock == "processor" and args.threads not in (None, 1):
+        raise SystemExit(f"--clock processor is of one thread, got --threads {args.threads}")
+    cores = torch.get_num_threads()
+    default = 1 if args.clock == "processor" else max(1, cores - 1) if args.against == "kt" else cores
+    torch.set_num_threads(args.threads or default)
     where = environment.describe(torch.device("cpu"))
     out = args.out or environment.RESULTS / where["machine"] / "experts.json"
     weights = Weights(args.shape)
     runs: dict[str, tuple[Run, float]] = {}
-    for name, make, allowed in candidates(weights, args.against, max(CHECKED, *args.tokens)):
-        try:
-            runs[name] = make(), allowed
-        except UnsupportedProblem as error:
-            print(f"{name}: {error}")
-    with torch.inference_mode():
+    with ExitStack() as processes, torch.inference_mode():
+        for name, make, allowed in candidates(weights, args.against, max(CHECKED, *args.tokens)):
+            try:
+                run = make()
+            except UnsupportedProblem as error:
+                print(f"{name}: {error}")
+                continue
+            runs[name] = (processes.enter_context(run) if isinstance(run, Apart) else run), allowed
         checked(weights, runs, TOP_K[args.shape])
         rows = [Row(**row) for row in envelope.rows_so_far(out, KIND, where["commit"])]
         cells = [(tokens, routing) for tokens in args.tokens for routing in args.routing]

@@ -3,15 +3,19 @@ compressed-tensors packs them, with scales in bfloat16; each scale of a larger g
 
     pip install --no-deps kt-kernel==0.7.2; pip install gguf
 
-It pins torch 2.9.1 and takes pointers alone, so that it runs beside another torch. Its threads are its own and wait by spinning:
-wall time is the only clock.
+It pins torch 2.9.1 and takes pointers alone, so that it runs beside another torch. Its threads are its own and wait by spinning,
+so that wall time is the only clock: that of its queue without end, from when it is made, and workers for 50 ms after each call,
+each bound to a core. With as many workers as cores the queue's thread takes its half of a core from a worker that the others
+wait for. It is therefore to have a core of its own, and the whole a process of its own (`method.apart`).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -21,10 +25,24 @@ from qkernels.tensor import QuantTensor
 
 GROUP: Final = 32  # the only one of its AVX-512 kernel: of 128, as compressed-tensors has them, it makes NaN
 
+WORKER: Final = "numa_"  # its workers' names begin so; the queue's thread has none
+
 
 def available() -> str | None:
     """Why it cannot be asked here; None where it can."""
     return None if find_spec("kt_kernel") is not None else "kt-kernel is not installed"
+
+
+def _threads() -> set[int]:
+    return {int(entry.name) for entry in Path("/proc/self/task").iterdir()}
+
+
+def _set_aside(new: set[int], workers: int) -> None:
+    """The queue's thread to the cores that no worker is bound to (worker i is, to core i), where there are any."""
+    spare = os.sched_getaffinity(0) - set(range(workers))
+    for thread in new:
+        if spare and not Path(f"/proc/self/task/{thread}/comm").read_text().startswith(WORKER):
+            os.sched_setaffinity(thread, spare)
 
 
 class Block:
@@ -42,7 +60,9 @@ class Block:
         E, hidden, width, self.k = len(weights), down.N, down.K, k
         pool = kt.WorkerPoolConfig()
         pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
+        before = _threads()
         self.cpu = kt.CPUInfer(pool)
+        _set_aside(_threads() - before, threads)
         repeated = down.K // down.scales.shape[1] // GROUP
         made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # experts may be the same object
 
