@@ -53,8 +53,10 @@ struct Attention {
   Type mask_type;    // kUInt8: 0 is not seen
   int64_t mask_stride;
   float scale;
-  float* scores;  // [B, H, P]
+  float* scores;         // [B, G, kHeadsTogether + 1, score_stride]
+  int64_t score_stride;  // P in whole vectors
 };
+constexpr int kHeadsTogether = 4;   // that share keys, in one pass over these
 constexpr int64_t kLaneWidth = 16;  // n and D are multiples of it
 constexpr int64_t kMostHead = 256;  // D
 

@@ -112,7 +112,8 @@ Tensor attended(const Tensor& q, const Tensor& keys, const Tensor& values, const
   }
   a.scale = static_cast<float>(scale);
   Tensor y = empty_as(q);
-  Tensor scores = empty(aoti_torch_dtype_float32(), {a.B * a.H, a.P});
+  a.score_stride = (a.P + kLaneWidth - 1) / kLaneWidth * kLaneWidth;
+  Tensor scores = empty(aoti_torch_dtype_float32(), {a.B * a.G * (kHeadsTogether + 1), a.score_stride});
   a.q = q.const_data_ptr(), a.keys = keys.const_data_ptr(), a.values = values.const_data_ptr();
   a.y = y.mutable_data_ptr(), a.scores = static_cast<float*>(scores.mutable_data_ptr());
   attend(a, kernels_now(false), parallel_for);

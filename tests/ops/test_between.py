@@ -89,7 +89,9 @@ def exactly(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale:
 
 
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 4, 2, 5, 64), (2, 6, 6, 33, 32), (2, 8, 2, 300, 80), (1, 3, 1, 1, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 2, 5, 64), (2, 6, 6, 33, 32), (2, 8, 2, 300, 80), (1, 12, 2, 37, 48), (1, 3, 1, 1, 256)], ids=str
+)
 def test_attention_of_one_token(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     B, H, G, P, D = shape
     q = random(B, 1, H, D).to(dtype).transpose(1, 2)
@@ -109,6 +111,33 @@ def test_attention_of_one_token(isa: str, dtype: torch.dtype, shape: tuple[int, 
     nothing = torch.zeros(B, P, dtype=torch.bool)
     assert (between.attended(q, keys, values, nothing, 1.0) == 0).all(), "as scaled_dot_product_attention has it"
     assert (between._attended(q, keys, values, nothing, 1.0) == 0).all()
+
+
+def test_positions_before_and_after_all_that_a_mask_shows_are_not_read(isa: str) -> None:
+    """A cache of fixed length is mostly empty. Sums are of sixteen positions at a time, and begin at one of these."""
+    q, keys, values = random(1, 8, 1, 32), random(1, 2, 100, 32, seed=1), random(1, 2, 100, 32, seed=2)
+    seen = torch.zeros(1, 100, dtype=torch.bool)
+    seen[:, 35:50] = True
+    unread = torch.ones(100, dtype=torch.bool)
+    unread[32:64] = False
+    for mask in (seen, torch.where(seen, random(1, 100, seed=3), -torch.inf)):
+        here = between.attended(q, keys[:, :, 32:50], values[:, :, 32:50], mask[:, 32:50], 1.0)
+        assert torch.equal(between.attended(q, keys, values, mask, 1.0), here)
+        empty = keys.clone(), values.clone()
+        for t in empty:
+            t[:, :, unread] = torch.nan
+        assert torch.equal(between.attended(q, *empty, mask, 1.0), here)
+
+
+@dtypes
+def test_heads_that_are_worked_on_together_have_the_bits_of_each_alone(isa: str, dtype: torch.dtype) -> None:
+    q, keys, values = (random(1, n, p, 96, seed=n).to(dtype) for n, p in ((14, 1), (2, 77), (2, 77)))
+    seen = random(1, 77, seed=3) > -0.5
+    together = between.attended(q, keys, values, seen, 0.1)
+    for h in range(14):
+        of_group = slice(h // 7, h // 7 + 1)
+        alone = between.attended(q[:, h : h + 1], keys[:, of_group], values[:, of_group], seen, 0.1)
+        assert torch.equal(together[:, h : h + 1], alone)
 
 
 def test_nan_and_far_scores_stay_where_they_are(isa: str) -> None:
