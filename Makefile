@@ -1,4 +1,4 @@
-# make demo        quantize the bundled model, compare, plot      (about 5 minutes after installation)
+# make demo        quantize the bundled model, compare, plot      (about 4 minutes after installation)
 # make test        lint, types, formats, all tests               (needs no GPU)
 # make test-full   the same, and the CUDA kernels, every Triton configuration and format compiled for every card
 # make bench       the full benchmark set on this machine, and its page  (10 minutes on a CPU; `qkernels bench`: half a minute)

@@ -170,10 +170,13 @@ def read_text(path: str) -> str:
     """A UTF-8 text file.
 
     Raises:
-        ArgumentError: it is not UTF-8, or empty.
+        ArgumentError: there is no such file, or it is not UTF-8, or empty.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        found = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
+        raise ArgumentError(f"{path} {found}; name a file with UTF-8 text") from None
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{path} must be UTF-8 text: {error.reason} at byte {error.start}") from None
     if not text.strip():

@@ -167,7 +167,7 @@ class Layout:
         if None in self.acts:
             return f"take {dtype_names(self.dtypes, 'and')} ones"
         example = QuantScheme(act=self.acts[0])
-        return f"quantize them to {' or '.join(map(str, self.acts))}, which a scheme like {example} asks for"
+        return f"quantize them to {self.acts[0]}, which a scheme like {example} asks for"
 
     def check(self, N: int, K: int, scheme: QuantScheme) -> None:
         """Raises ConversionError where there are `reasons`."""

@@ -88,7 +88,7 @@ CANDIDATES: Final = (
     Candidate("w6a16_g128", "gptq", None),
     Candidate("Q6_K", "", 2.9e-3, GGUF),
     Candidate("w5a16_g128", "gptq", None),
-    Candidate("w4a16_g128_asym", "gptq", 3.2e-3, "awq", SCALED),
+    Candidate("w4a16_g128_asym", "gptq", 3.1e-3, "awq", SCALED),
     Candidate("Q5_K_M", "", 9.7e-3, GGUF),
     Candidate("w4a16_g128", "gptq", 1.0e-2, "gptq"),
     Candidate("w4a8_g128", "gptq", None),

@@ -7,12 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qkernels import __version__, extension
+from qkernels.cli.common import read_text
 from qkernels.cli.main import COMMANDS, main, parser
+from qkernels.errors import ArgumentError
 
 
 @pytest.fixture(scope="session")
@@ -246,6 +249,23 @@ def test_usage_errors_exit_with_2(arguments: list[str], message: str, capsys: py
 def test_the_package_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "qkernels", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"qkernels {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (lambda path: None, "does not exist; name a file with UTF-8 text"),
+        (Path.mkdir, "is a folder; name a file with UTF-8 text"),
+        (lambda path: path.write_bytes(b"\xff"), "must be UTF-8 text: invalid start byte at byte 0"),
+        (lambda path: path.write_bytes(b" \n"), "is empty; give a file with some text"),
+    ],
+)
+def test_a_text_that_cannot_be_read(tmp_path: Path, make: Callable[[Path], object], wanted: str) -> None:
+    path = tmp_path / "text"
+    make(path)
+    with pytest.raises(ArgumentError) as caught:
+        read_text(str(path))
+    assert str(caught.value) == f"{path} {wanted}"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["doctor", "--help"]])
