@@ -1,7 +1,8 @@
-// AVX2's loops for int8 activations. vpmaddubsw multiplies unsigned with signed bytes and adds two products in an int16,
-// a *word*; four columns of a row, a quad, are two words. Words are summed as they are for as long as they fit, and one
-// vpmaddwd adds the two of a lane in int32 and multiplies them with what the group asks for: 1, or its small factor. A
-// core of a Zen 4 does two of either a cycle and four additions, so that widening every product would be half the time.
+// AVX2's loops for int8 activations. vpmaddubsw multiplies unsigned with signed bytes and adds two products in an
+// int16, a *word*; four columns of a row, a quad, are two words. Words are summed as they are for as long as they fit,
+// and one vpmaddwd adds the two of a lane in int32 and multiplies them with what the group asks for: 1, or its small
+// factor. A core of a Zen 4 does two of either a cycle and four additions, so that widening every product would be half
+// the time.
 //
 //   codes           largest  2 * largest * 128 * quads
 //   2 to 4 bits     15       8 quads: 30720
@@ -16,8 +17,8 @@
 // Where scales are products, a span's sums are integers to its end: at most 256 columns of 63 * 31 * 127, or 128 * 63 *
 // 127, or 32 * 127 * 127, far below 2^31. Its outer factors meet them once.
 //
-// More than one row of x meets codes that are taken apart once, a part at a time, as digits in L1, where four rows share
-// each of them; one row takes them as they come. Both add in the same order: a row of y does not depend on M.
+// More than one row of x meets codes that are taken apart once, a part at a time, as digits in L1, where four rows
+// share each of them; one row takes them as they come. Both add in the same order: a row of y does not depend on M.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -54,10 +55,12 @@ struct Avx2Words : Avx2Sums {
 using Words = Avx2Words::Integers;
 
 QK_INLINE Words products(Words codes, Words x) { return (Words)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x); }
-QK_INLINE Words add_words(Words a, Words b) { return (Words)_mm256_add_epi16((__m256i)a, (__m256i)b); }
-QK_INLINE Words widened(Words words, Words factor) {
-  return (Words)_mm256_madd_epi16((__m256i)words, (__m256i)factor);
+QK_INLINE Words add_words(Words a, Words b) {
+  Words sum = (Words)_mm256_add_epi16((__m256i)a, (__m256i)b);
+  asm("" : "+x"(sum));  // gcc 12 would add products to each other first, all of which it keeps for that
+  return sum;
 }
+QK_INLINE Words widened(Words words, Words factor) { return (Words)_mm256_madd_epi16((__m256i)words, (__m256i)factor); }
 
 // How codes are multiplied: in so many digits, whose words are summed over so many quads.
 struct Fit {
@@ -112,7 +115,7 @@ struct FromCodes {
 template <Fit kFit>
 struct FromPanel {
   static constexpr int kOctetBytes = kFit.digits * 2 * kLineBytes;
-  static constexpr bool kPlanes = false, kFetches = false;
+  static constexpr bool kPlanes = false;
 
   QK_INLINE void quads(const uint8_t* at, int64_t, int d, Words (&quad)[2]) const {
     for (int q = 0; q < 2; ++q) quad[q] = Avx2Words::lanes_at(at + (2 * d + q) * kLineBytes);
@@ -142,9 +145,6 @@ void take_apart(const FromCodes<kCodes, kFit>& from, const uint8_t* codes, int64
         }
       }
     }
-    for (int line = 0; line < From::kOctetBytes; line += 64) {
-      __builtin_prefetch(codes + kPartOctets * From::kOctetBytes + line);
-    }
     codes += From::kOctetBytes, panel += FromPanel<kFit>::kOctetBytes;
   };
   for (; octets >= kChunk; octets -= kChunk) {
@@ -161,6 +161,7 @@ QK_INLINE void add_run(const Source& source, const uint8_t* codes, int64_t octet
   constexpr int kAtOnce = kTokens == 1 ? kFit.digits : 1;  // digits; as many as there are registers for
 #pragma GCC unroll 2
   for (int begin = 0; begin < kFit.digits; begin += kAtOnce) {
+    asm("" : "+r"(x));  // the second digit loads x again: gcc would keep all of it, on the stack
     Words words[kAtOnce][kTokens][kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kOctets; ++i) {
@@ -171,7 +172,8 @@ QK_INLINE void add_run(const Source& source, const uint8_t* codes, int64_t octet
 #pragma GCC unroll 2
           for (int d = 0; d < kAtOnce; ++d) {
             Words quad[2];
-            source.quads(codes + i * Source::kOctetBytes + v * Avx2Words::kRows * kLaneBytes, octet + i, begin + d, quad);
+            source.quads(codes + i * Source::kOctetBytes + v * Avx2Words::kRows * kLaneBytes, octet + i, begin + d,
+                         quad);
 #pragma GCC unroll 4
             for (int t = 0; t < kTokens; ++t) {
               const Words product = products(quad[q], Avx2Words::quad(x + t * x_stride + i * kOctet + 4 * q));
@@ -199,23 +201,23 @@ struct Totals {
   int32_t* open;
 };
 
-// Where a call of the loops below is: a tile, rows m ... of x, a part of the columns, whose codes are at `codes`.
+// Where a call of the loops below is: a tile, rows m ... of x, a part of the columns, whose codes are at `codes`. For
+// every chunk `fetched` bytes from `ahead` on are fetched, one stretch after the other.
 struct Place {
   int64_t tile, m;
   Stretch part;
-  const uint8_t* codes;
-};
+  const uint8_t *codes, *ahead;
+  int64_t fetched;
 
-template <class Source>
-QK_INLINE void fetch_ahead(const uint8_t* codes, int64_t bytes) {
-  constexpr int64_t kAhead = 3072;
-  if (!Source::kFetches) return;
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(codes + kAhead + line);
-}
+  QK_INLINE void fetch() {
+    for (int64_t line = 0; line < fetched; line += 64) __builtin_prefetch(ahead + line);
+    ahead += fetched;
+  }
+};
 
 // Groups with scales of their own.
 template <Fit kFit, Zeros kZeros, int kVectors, int kTokens, class Source>
-void multiply_groups(const Call& call, const Source& source, const Place& place, const Totals& totals) {
+void multiply_groups(const Call& call, const Source& source, Place place, const Totals& totals) {
   using V = Avx2Words;
   const int64_t x_stride = call.staged.row_stride;
   const int8_t* x = static_cast<const int8_t*>(call.staged.data) + place.m * x_stride;
@@ -229,7 +231,7 @@ void multiply_groups(const Call& call, const Source& source, const Place& place,
     for (; octet < part.end; ++g) {
       const Group group = group_of(call, g);
       const int64_t first = group.first / kOctet, end = first + group.octets, stop = std::min(end, part.end);
-      if (Source::kFetches) prefetch_group(call, call.scales, call.scale_bytes, place.tile, place.tile + 1, g);
+      prefetch_group(call, call.scales, call.scale_bytes, place.tile, place.tile + 1, g);
       Words sums[kTokens][kVectors];
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
@@ -242,7 +244,7 @@ void multiply_groups(const Call& call, const Source& source, const Place& place,
       while (octet < stop) {
         if (octet + kChunk <= stop && (!Source::kPlanes || octet % kChunk == 0)) {
           constexpr int kRunOctets = kFit.quads / 2;
-          fetch_ahead<Source>(codes, kChunk * Source::kOctetBytes);
+          place.fetch();
 #pragma GCC unroll 4
           for (int i = 0; i < kChunk; i += kRunOctets) {
             add_run<kFit, kRunOctets, kVectors, kTokens>(source, codes + i * Source::kOctetBytes, i,
@@ -267,8 +269,8 @@ void multiply_groups(const Call& call, const Source& source, const Place& place,
         const Scaling<V> by = scaling_of<V, kZeros, Scales::kStored>(call, place.tile, g, of_tile);
         Words zero = V::integers(bias);
         if constexpr (kZeros == Zeros::kIntegers) {
-          zero = V::widen_bytes(static_cast<const uint8_t*>(call.zeros) +
-                                (place.tile * call.G + g) * kTileRows + of_tile);
+          zero =
+              V::widen_bytes(static_cast<const uint8_t*>(call.zeros) + (place.tile * call.G + g) * kTileRows + of_tile);
         }
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
@@ -291,9 +293,9 @@ QK_INLINE Words doubled(const void* base, int64_t at) {
   const __m256i bytes = _mm256_set1_epi64x(eight);
   constexpr char kNone = -128;
   if constexpr (kSigned) {
-    const __m256i high = _mm256_setr_epi8(kNone, 0, kNone, 0, kNone, 1, kNone, 1, kNone, 2, kNone, 2, kNone, 3, kNone,
-                                          3, kNone, 4, kNone, 4, kNone, 5, kNone, 5, kNone, 6, kNone, 6, kNone, 7,
-                                          kNone, 7);
+    const __m256i high =
+        _mm256_setr_epi8(kNone, 0, kNone, 0, kNone, 1, kNone, 1, kNone, 2, kNone, 2, kNone, 3, kNone, 3, kNone, 4,
+                         kNone, 4, kNone, 5, kNone, 5, kNone, 6, kNone, 6, kNone, 7, kNone, 7);
     return (Words)_mm256_srai_epi16(_mm256_shuffle_epi8(bytes, high), 8);
   }
   const __m256i low = _mm256_setr_epi8(0, kNone, 0, kNone, 1, kNone, 1, kNone, 2, kNone, 2, kNone, 3, kNone, 3, kNone,
@@ -314,7 +316,7 @@ QK_INLINE Words paired(const void* base, int64_t at, int64_t other) {
 // Groups whose scales, and offsets (kRest), are small factors times those of a span. A part is one span.
 // kGroups: of a chunk.
 template <Fit kFit, Zeros kZeros, int kGroups, int kVectors, int kTokens, class Source>
-void multiply_span(const Call& call, const Source& source, const Place& place, const Totals& totals) {
+void multiply_span(const Call& call, const Source& source, Place place, const Totals& totals) {
   using V = Avx2Words;
   constexpr bool kOffsets = kZeros == Zeros::kRest, kSigned = !kOffsets;
   constexpr int kGroupOctets = kChunk / kGroups, kRunOctets = std::min(kFit.quads / 2, kGroupOctets);
@@ -323,6 +325,12 @@ void multiply_span(const Call& call, const Source& source, const Place& place, c
   const int8_t* x = static_cast<const int8_t*>(call.staged.data) + place.m * x_stride;
   const Stretch part = place.part;
   const int64_t g0 = part.first / kGroupOctets, groups = (part.end - part.first + kGroupOctets - 1) / kGroupOctets;
+
+  for (int64_t line = 0; line < kMostGroups * kTileRows; line += 64) {
+    const int64_t at = (place.tile * call.G + g0 + kMostGroups) * kTileRows + line;
+    __builtin_prefetch(static_cast<const uint8_t*>(call.scales) + at);
+    if (kOffsets) __builtin_prefetch(static_cast<const uint8_t*>(call.zeros) + at);
+  }
 
   // Sums of x over two groups, each a word: at most 32 * 128.
   int32_t x_pairs[kTokens][kMostGroups / 2];
@@ -343,14 +351,14 @@ void multiply_span(const Call& call, const Source& source, const Place& place, c
       for (int v = 0; v < kVectors; ++v) sums[t][v] = of_x[t][v] = V::integers(0);
     }
     int64_t octet = part.first;
-    const auto factors_of = [&](int64_t g, Words (&factor)[kVectors]) __attribute__((always_inline)) {
+    const auto factors_of = [&](int64_t g, Words(&factor)[kVectors]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         factor[v] = doubled<kSigned>(call.scales, small + g * kTileRows + v * V::kRows);
       }
     };
     for (; octet + kChunk <= part.end; octet += kChunk, codes += kChunk * Source::kOctetBytes) {
-      fetch_ahead<Source>(codes, kChunk * Source::kOctetBytes);
+      place.fetch();
 #pragma GCC unroll 2
       for (int n = 0; n < kGroups; ++n) {
         Words factor[kVectors];
@@ -394,7 +402,7 @@ void multiply_span(const Call& call, const Source& source, const Place& place, c
 }
 
 template <Fit kFit, Zeros kZeros, Scales kScales, int kGroups, int kVectors, int kTokens, class Source>
-QK_INLINE void multiply_part(const Call& call, const Source& source, const Place& place, const Totals& totals) {
+QK_INLINE void multiply_part(const Call& call, const Source& source, Place place, const Totals& totals) {
   if constexpr (kScales == Scales::kProducts) {
     multiply_span<kFit, kZeros, kGroups, kVectors, kTokens>(call, source, place, totals);
   } else {
@@ -423,6 +431,10 @@ constexpr int groups_of(Codes codes) {
   return codes == Codes::kTwo || codes == Codes::kThree || codes == Codes::kSix ? 2 : 1;
 }
 
+// Up to kDirect rows of x meet codes as they come, four of them at a time; more, which were taken apart once: a part is
+// then stored and loaded, 8 stores where 12 instructions unpack it (4 bits), for which a core has one port.
+constexpr int64_t kDirect = 8;
+
 template <Codes kCodes, Zeros kZeros, Scales kScales, Fit kFit>
 void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   constexpr int kPerTile = kTileRows / Avx2Words::kRows, kTokens = 4;
@@ -435,26 +447,39 @@ void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   std::memset(done, 0, static_cast<size_t>(m1 - m0) * kTileRows * 4);
   const int64_t octets = (call.K + kOctet - 1) / kOctet;
   const uint8_t* codes = call.qweight + tile * call.tile_bytes;
-  if (m1 - m0 == 1) {
-    constexpr int64_t kStep = kScales == Scales::kProducts ? kPartOctets : int64_t{1} << 40;
-    for (int64_t o = 0; o < octets; o += kStep) {
-      const Place place = {tile, m0, {o, std::min(octets - o, kStep) + o}, codes + o * From::kOctetBytes};
-      multiply_part<kFit, kZeros, kScales, kGroups, kPerTile, 1>(call, from, place, {done, open});
-    }
-    return finish_rows(call, tile, m0, m1, done);
-  }
+  const auto multiply = [&](auto tokens, const auto& source, const Place& place) __attribute__((always_inline)) {
+    constexpr int kTaken = decltype(tokens)::value, kVectors = kTaken == 1 ? kPerTile : 2;
+    const int64_t row = (place.m - m0) * kTileRows;
+    multiply_part<kFit, kZeros, kScales, kGroups, kVectors, kTaken>(call, source, place, {done + row, open + row});
+  };
+
+  // One row alone reads what the hardware fetches, but for planes and tables, which gain from 3 KB ahead. Four have the
+  // next part fetched as they go, half of it for each half of the rows of a tile.
+  constexpr int64_t kPartBytes = kPartOctets * From::kOctetBytes, kOfChunk = kPartBytes / (2 * kPartOctets / kChunk);
+  const bool direct = m1 - m0 <= kDirect;
+  const int64_t whole = kScales == Scales::kProducts ? kPartOctets : octets;
+  int64_t m = m0;
   alignas(64) uint8_t panel[kPartOctets * FromPanel<kFit>::kOctetBytes];
-  for (int64_t o = 0; o < octets; o += kPartOctets) {
-    Place place = {tile, m0, {o, std::min(octets, o + kPartOctets)}, panel};
-    take_apart<kCodes, kFit>(from, codes + o * From::kOctetBytes, place.part.end - o, panel);
-    Totals totals = {done, open};
-    const auto take = [&](auto tokens) __attribute__((always_inline)) {
-      constexpr int kTaken = decltype(tokens)::value, kVectors = kTaken == 1 ? kPerTile : 2;
-      multiply_part<kFit, kZeros, kScales, kGroups, kVectors, kTaken>(call, from_panel, place, totals);
-      place.m += kTaken, totals.done += kTaken * kTileRows, totals.open += kTaken * kTileRows;
-    };
-    while (place.m + kTokens <= m1) take(Number<kTokens>());
-    while (place.m < m1) take(Number<1>());
+  for (int64_t o = 0; (!direct || m1 - m0 >= kTokens) && o < octets; o += kPartOctets) {
+    const uint8_t* at = codes + o * From::kOctetBytes;
+    Place place = {tile, m0, {o, std::min(octets, o + kPartOctets)}, direct ? at : panel, at + kPartBytes, kOfChunk};
+    if (!direct) take_apart<kCodes, kFit>(from, at, place.part.end - o, panel);
+    for (; place.m + kTokens <= m1; place.m += kTokens, place.fetched = 0) {
+      if (direct) {
+        multiply(Number<kTokens>(), from, place);
+      } else {
+        multiply(Number<kTokens>(), from_panel, place);
+      }
+    }
+    for (; !direct && place.m < m1; ++place.m) multiply(Number<1>(), from_panel, place);
+    m = place.m;
+  }
+  for (; m < m1; ++m) {
+    for (int64_t o = 0; o < octets; o += whole) {
+      const uint8_t* at = codes + o * From::kOctetBytes;
+      multiply(Number<1>(), from,
+               {tile, m, {o, std::min(octets, o + whole)}, at, at + 3072, From::kFetches ? 2 * kOfChunk : 0});
+    }
   }
   finish_rows(call, tile, m0, m1, done);
 }
