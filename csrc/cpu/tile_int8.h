@@ -24,37 +24,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "int8_kinds.h"
 #include "kernels.h"
 #include "rows_int8.h"
 #include "tile_gemm.h"
 
 namespace qkernels::cpu {
 namespace {
-
-enum class Zeros { kNone, kIntegers, kRest };
-// kProducts: of two factors a group. What a group asks at run time costs its loop registers: W4A8 with groups of 32, M
-// = 16 was 1.4 x slower, 128 1.5 x.
-enum class Scales { kStored, kProducts };
-// kTable: nibbles that are indices into a codebook of integers; the last four: in planes, or of 3 bits
-enum class Codes { kNibbles, kBytes, kTable, kTwo, kThree, kFive, kSix };
-
-// Bits of a code, as it is stored.
-constexpr int width_of(Codes codes) {
-  switch (codes) {
-    case Codes::kBytes:
-      return 8;
-    case Codes::kTwo:
-      return 2;
-    case Codes::kThree:
-      return 3;
-    case Codes::kFive:
-      return 5;
-    case Codes::kSix:
-      return 6;
-    default:
-      return 4;
-  }
-}
 
 // The four codes of quad q of octet i of a block of planes, a byte each: fields of the low plane's line, and of the
 // high one's. Shifts cross bytes, and the masks take what came from a neighbour away.
@@ -461,59 +437,18 @@ void multiply_int8_tiles(const Call& call, int64_t tile, int tiles, int64_t m0, 
   }
 }
 
-template <class V, Codes kCodes>
-void multiply_int8_width(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  constexpr Scales kStored = Scales::kStored;
-  if (has_rest(call)) return multiply_int8_tiles<V, kCodes, Zeros::kRest, kStored>(call, tile, tiles, m0, m1);
-  if (call.zero_type == Type::kUInt8) {
-    return multiply_int8_tiles<V, kCodes, Zeros::kIntegers, kStored>(call, tile, tiles, m0, m1);
-  }
-  return multiply_int8_tiles<V, kCodes, Zeros::kNone, kStored>(call, tile, tiles, m0, m1);
-}
-
-// Scales of two factors: each kind has its width and its kind of zeros. One factor for a row waits until the end.
+// As multiply_its_kind (int8_kinds.h) wants them.
 template <class V>
-void multiply_int8_products(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  constexpr Scales kProducts = Scales::kProducts;
-  switch (call.factors) {
-    case Factors::kK2:
-      return multiply_int8_tiles<V, Codes::kTwo, Zeros::kRest, kProducts>(call, tile, tiles, m0, m1);
-    case Factors::kK3:
-      return multiply_int8_tiles<V, Codes::kThree, Zeros::kNone, kProducts>(call, tile, tiles, m0, m1);
-    case Factors::kK45:
-      if (call.bits == 4) {
-        return multiply_int8_tiles<V, Codes::kNibbles, Zeros::kRest, kProducts>(call, tile, tiles, m0, m1);
-      }
-      return multiply_int8_tiles<V, Codes::kFive, Zeros::kRest, kProducts>(call, tile, tiles, m0, m1);
-    case Factors::kK6:
-      return multiply_int8_tiles<V, Codes::kSix, Zeros::kNone, kProducts>(call, tile, tiles, m0, m1);
-    case Factors::kIq4Xs:
-      return multiply_int8_tiles<V, Codes::kTable, Zeros::kNone, kProducts>(call, tile, tiles, m0, m1);
-    default:
-      return multiply_int8_tiles<V, Codes::kTable, Zeros::kNone, Scales::kStored>(call, tile, tiles, m0, m1);
+struct TileLoops {
+  template <Codes kCodes, Zeros kZeros, Scales kScales>
+  static void multiply(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
+    multiply_int8_tiles<V, kCodes, kZeros, kScales>(call, tile, tiles, m0, m1);
   }
-}
+};
 
 template <class V>
 void multiply_int8(const Call& call, int64_t tile, int tiles, int64_t m0, int64_t m1) {
-  if (call.factors != Factors::kNone) return multiply_int8_products<V>(call, tile, tiles, m0, m1);
-  if (call.codebook != Codebook::kIntegers) {
-    return multiply_int8_tiles<V, Codes::kTable, Zeros::kNone, Scales::kStored>(call, tile, tiles, m0, m1);
-  }
-  switch (call.bits) {
-    case 2:
-      return multiply_int8_width<V, Codes::kTwo>(call, tile, tiles, m0, m1);
-    case 3:
-      return multiply_int8_width<V, Codes::kThree>(call, tile, tiles, m0, m1);
-    case 4:
-      return multiply_int8_width<V, Codes::kNibbles>(call, tile, tiles, m0, m1);
-    case 5:
-      return multiply_int8_width<V, Codes::kFive>(call, tile, tiles, m0, m1);
-    case 6:
-      return multiply_int8_width<V, Codes::kSix>(call, tile, tiles, m0, m1);
-    default:
-      return multiply_int8_width<V, Codes::kBytes>(call, tile, tiles, m0, m1);
-  }
+  multiply_its_kind<TileLoops<V>>(call, tile, tiles, m0, m1);
 }
 
 }  // namespace
