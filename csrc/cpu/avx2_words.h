@@ -20,7 +20,6 @@
 // More than one row of x meets codes that are taken apart once, a part at a time, as digits in L1, where four rows
 // share each of them; one row takes them as they come. Both add in the same order: a row of y does not depend on M.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -31,6 +30,9 @@
 
 namespace qkernels::cpu {
 namespace {
+
+// Not std::min: its symbol, compiled for AVX2, could be the one that the linker keeps for all.
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Avx2Words : Avx2Sums {
   using Integers = int32_t __attribute__((vector_size(32)));
@@ -230,7 +232,7 @@ void multiply_groups(const Call& call, const Source& source, Place place, const 
     int64_t octet = part.first, g = call.G == 1 ? 0 : octet * kOctet / call.group;
     for (; octet < part.end; ++g) {
       const Group group = group_of(call, g);
-      const int64_t first = group.first / kOctet, end = first + group.octets, stop = std::min(end, part.end);
+      const int64_t first = group.first / kOctet, end = first + group.octets, stop = least(end, part.end);
       prefetch_group(call, call.scales, call.scale_bytes, place.tile, place.tile + 1, g);
       Words sums[kTokens][kVectors];
 #pragma GCC unroll 4
@@ -319,7 +321,7 @@ template <Fit kFit, Zeros kZeros, int kGroups, int kVectors, int kTokens, class 
 void multiply_span(const Call& call, const Source& source, Place place, const Totals& totals) {
   using V = Avx2Words;
   constexpr bool kOffsets = kZeros == Zeros::kRest, kSigned = !kOffsets;
-  constexpr int kGroupOctets = kChunk / kGroups, kRunOctets = std::min(kFit.quads / 2, kGroupOctets);
+  constexpr int kGroupOctets = kChunk / kGroups, kRunOctets = static_cast<int>(least(kFit.quads / 2, kGroupOctets));
   constexpr int kMostGroups = kPartOctets / kGroupOctets;
   const int64_t x_stride = call.staged.row_stride, M = call.M;
   const int8_t* x = static_cast<const int8_t*>(call.staged.data) + place.m * x_stride;
@@ -462,7 +464,7 @@ void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
   alignas(64) uint8_t panel[kPartOctets * FromPanel<kFit>::kOctetBytes];
   for (int64_t o = 0; (!direct || m1 - m0 >= kTokens) && o < octets; o += kPartOctets) {
     const uint8_t* at = codes + o * From::kOctetBytes;
-    Place place = {tile, m0, {o, std::min(octets, o + kPartOctets)}, direct ? at : panel, at + kPartBytes, kOfChunk};
+    Place place = {tile, m0, {o, least(octets, o + kPartOctets)}, direct ? at : panel, at + kPartBytes, kOfChunk};
     if (!direct) take_apart<kCodes, kFit>(from, at, place.part.end - o, panel);
     for (; place.m + kTokens <= m1; place.m += kTokens, place.fetched = 0) {
       if (direct) {
@@ -478,7 +480,7 @@ void multiply_tile(const Call& call, int64_t tile, int64_t m0, int64_t m1) {
     for (int64_t o = 0; o < octets; o += whole) {
       const uint8_t* at = codes + o * From::kOctetBytes;
       multiply(Number<1>(), from,
-               {tile, m, {o, std::min(octets, o + whole)}, at, at + 3072, From::kFetches ? 2 * kOfChunk : 0});
+               {tile, m, {o, least(octets, o + whole)}, at, at + 3072, From::kFetches ? 2 * kOfChunk : 0});
     }
   }
   finish_rows(call, tile, m0, m1, done);
