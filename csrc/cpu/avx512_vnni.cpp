@@ -19,7 +19,7 @@ struct Vnni : Avx512Sums {
   // at a time, since one stream of memory is read faster than two or four (Zen 4, one core, W4A8 in groups of 128: one
   // row 31 GB/s, with two tiles and codes fetched 3 KB ahead 24, where a plain sum reads 33; four rows 24 and 20).
   static constexpr int kTokens = 6, kDecodeTokens = 4, kByteBias = 0;
-  static constexpr bool kPairs = false, kOneStream = true, kApart = true;
+  static constexpr bool kPairs = false, kOneStream = true;
   static constexpr int kDecodeVectors[kDecodeTokens] = {2, 2, 2, 2};
 
   static QK_INLINE Integers integers(int32_t i) { return (Integers)_mm512_set1_epi32(i); }

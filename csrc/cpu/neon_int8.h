@@ -15,7 +15,7 @@ struct NeonIntegers : NeonSums {
   // 32 registers: 2 rows x 8 vectors of sums, codes and x; the fp32 totals of one row of x, and of two in part
   static constexpr int kTokens = 2, kDecodeTokens = 1;
   static constexpr int kDecodeVectors[kDecodeTokens] = {8};
-  static constexpr bool kOneStream = false, kApart = false;
+  static constexpr bool kOneStream = false;
 
   static QK_INLINE Sum fma(Sum a, Sum b, Sum c) {
     Sum product = vmulq_f32(a, b);

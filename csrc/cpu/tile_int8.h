@@ -7,9 +7,9 @@
 //   kDecodeVectors[m - 1]: vectors of rows to work on for m <= kDecodeTokens rows of x, at most those of
 //                 tiles_together(m) tiles, so that more sums are in flight
 //   kOneStream    whether few rows of x read a weight as one stream, tile after tile: one row then leaves it to the
-//                 hardware to fetch codes, unless they are in planes, or in tables without kApart (AVX2, IQ4_NL: 0.93)
-//   kApart        whether one row of x sums the first and the second four columns of octets apart, so that as many sums
-//                 are in flight as two tiles have; `dot_small` then multiplies any bytes, and kByteBias is 0
+//                 hardware to fetch codes, unless they are in planes, and sums the first and the second four columns of
+//                 octets apart, so that as many sums are in flight as two tiles have; `dot_small` then multiplies any
+//                 bytes, and kByteBias is 0
 //   kByteBias     what `dot_bytes` subtracts from each 8-bit code
 //   dot_nibbles(sum, lanes, x0, x1)  low nibbles times x0 and high ones times x1
 //   dot_bytes(sum, lanes, x)         (bytes - kByteBias) times x
@@ -187,8 +187,8 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   constexpr int kWidth = width_of(kCodes);
   constexpr bool kPlanes = planes_of(kWidth).high != 0 || kWidth < 4;
   constexpr bool kPairs = V::kPairs && kTokens % 2 == 0;
-  constexpr bool kFetches = !kPanel && (kTokens > 1 || kPlanes || (kTable && !V::kApart) || !V::kOneStream);
-  constexpr bool kApart = !kPanel && kTokens == 1 && V::kApart;
+  constexpr bool kFetches = !kPanel && (kTokens > 1 || kPlanes || !V::kOneStream);
+  constexpr bool kApart = !kPanel && kTokens == 1 && V::kOneStream;
   // High nibbles stay where they are, and their sums are 16 times too large: at most 2^16 of 240 * 128 in a group,
   // which is below 2^31.
   constexpr bool kSixteenfold = kApart && kCodes == Codes::kNibbles;
