@@ -1,5 +1,5 @@
 // The loops that the vector instruction sets share for int8 activations, as a template over the vectors V:
-//   kRows, Sum, widen, zero, set1, mul, fma, store   as in tile_gemm.h
+//   kRows, Sum, widen, zero, set1, mul, fma, store   as in tile_sums.h
 //   Integers      int32 sums, or the bytes of one lane of codes a row, or four codes of x in every lane. A vector of
 //                 int32_t: of sums in an __m512i, whose lanes are 64-bit to it, gcc 12 makes a copy at every
 //                 multiplication and spills some (3 rows x 4 vectors 10 % slower, 4 x 4 15 %)
@@ -171,7 +171,7 @@ QK_INLINE Scaling<V> scaling_of(const Call& call, int64_t tile, int64_t g, int64
 
 // Sums start at what the products leave out: (kByteBias - zero) * (sum of x over the group). Symmetric weights have one
 // zero, 2^(bits-1), which costs nothing; integer zero points are one a row. Floating zero points and offsets leave the
-// zero at 2^(bits-1), and add sum(x) * rest_of (tile_gemm.h). Integer sums may wrap on the way; the true sum fits
+// zero at 2^(bits-1), and add sum(x) * rest_of (rows.h). Integer sums may wrap on the way; the true sum fits
 // (layouts/cpu_tile_a8.py bounds the group).
 //
 // kPanel: of groups part.first ... part.end - 1 alone, whose codes are in a panel.
@@ -202,7 +202,7 @@ void multiply_int8_rows(const Call& call, int64_t tile, int64_t next_tile, int64
   for (int v = 0; v < kVectors; ++v) vector_at[v] = v / kPerTile * call.tile_bytes + v % kPerTile * kVectorBytes;
   const int8_t* x = static_cast<const int8_t*>(call.staged.data) + m0 * row_bytes + first_group * call.group;
 
-  // Codes are fetched 3 KB ahead, and at the end of a tile from `next_tile`: see prefetch_codes in tile_gemm.h. Where
+  // Codes are fetched 3 KB ahead, and at the end of a tile from `next_tile`: see prefetch_codes in tile_sums.h. Where
   // memory gives 90 GB/s, M = 4 reads 75 with 2 KB, 80 with 3 or 4; where it gives 55, 53, 52 and 51. Where a weight is
   // one stream, few rows of x have it fetched into L2 as well, 8 KB ahead (one core of a Zen 4, M = 4: 24 GB/s, with 3
   // KB alone 23); planes and bytes do not.

@@ -1,5 +1,5 @@
 // Two rows of x times two rows of the weight, four columns an instruction, where there is an even number of rows of x
-// and V has kPairs (tile_gemm.h):
+// and V has kPairs (tile_sums.h):
 //   pair, part    interleave the sums of rows r and r + 1 of x, and take them apart
 //   to_rows       makes of the operands of two steps those of the lower and of the upper half of a vector's rows
 //   inputs        the operand of two rows of x
